@@ -1,0 +1,1 @@
+"""Reading a model: loss over held-out data, metrics over generated text."""

@@ -1,0 +1,1 @@
+"""Borders to transformers and peft: loading, tokenizers, adapters, export."""

@@ -1,0 +1,1 @@
+"""The report of a run, written from its files alone."""
