@@ -1,0 +1,108 @@
+"""What a person sees while something runs: a live line on a terminal, plain lines in a pipe or a file.
+
+Floor 2 (rich). Only the main process shows anything. Everything goes to stderr, so that stdout carries results alone.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL = 5.0  # seconds between two plain lines
+
+
+class Display:
+    """Progress and notes of one command."""
+
+    def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._enabled = enabled
+        self.notes: list[str] = []  # what a reader of the run should know; the recipes write it into environment.json
+
+    def say(self, text: str) -> None:
+        """One line of what goes on."""
+        if self._enabled:
+            self._console.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        """A line that also belongs into the run's record: a choice made, something left out."""
+        self.notes.append(text)
+        self.say(text)
+
+    @contextmanager
+    def bar(self, label: str, total: int | None, *, unit: str = "") -> Iterator[Callable[[int], None]]:
+        """A bar that the yielded function advances by so many units."""
+        with self._progress(label, total) as update:
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                update(done, unit)
+
+            yield advance
+
+    @contextmanager
+    def steps(self, num_steps: int, first_step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A listener for the trainer's records: step, loss, lr, tokens/s and the time left."""
+        with self._progress("training", num_steps, start=first_step) as update:
+
+            def listen(record: Mapping[str, Any]) -> None:
+                if "evaluation" in record:
+                    self.say(f"step {record['step']}: held-out " + format_metrics(record["evaluation"]))
+                else:
+                    facts = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['tokens_per_second']:.0f} tokens/s"
+                    update(record["step"], facts)
+
+            yield listen
+
+    @contextmanager
+    def _progress(self, label: str, total: int | None, *, start: int = 0) -> Iterator[Callable[[int, str], None]]:
+        if not self._enabled:
+            yield lambda done, facts: None
+        elif self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self._console, transient=True) as progress:
+                task = progress.add_task(label, total=total, completed=start, facts="")
+                yield lambda done, facts: progress.update(task, completed=done, facts=facts)
+        else:
+            yield self._plain_lines(label, total, start)
+
+    def _plain_lines(self, label: str, total: int | None, start: int) -> Callable[[int, str], None]:
+        began = time.monotonic()
+        shown = began - PLAIN_INTERVAL
+
+        def update(done: int, facts: str) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < PLAIN_INTERVAL and done != total:
+                return
+            shown = now
+            rate = (now - began) / max(1, done - start)
+            left = f"  {_clock((total - done) * rate)} left" if total and done < total else f"  {_clock(now - began)}"
+            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{left}")
+
+        return update
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """loss, perplexity, chrF and BLEU as one line."""
+    shown = [("loss", "loss", ".3f"), ("perplexity", "perplexity", ".2f"), ("chrf", "chrF", ".1f"), ("bleu", "BLEU", ".1f")]
+    return "  ".join(f"{label} {metrics[key]:{form}}" for key, label, form in shown if key in metrics)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
