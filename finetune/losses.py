@@ -135,9 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.gradients is not None, (
-            "the gradients of linear_cross_entropy are handed out once: no second backward"
-        )
+        assert ctx.gradients is not None, "the gradients of linear_cross_entropy are handed out once: no second backward"
         gradients, ctx.gradients = ctx.gradients, None
         # In place: the V x d weight gradient is the largest tensor of the step.
         return tuple(gradient if gradient is None else gradient.mul_(grad_output) for gradient in gradients)
@@ -181,8 +179,6 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.promote_types(hidden.dtype, weight.dtype)
-    )
 
 
 def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
