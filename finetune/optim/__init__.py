@@ -1,0 +1,41 @@
+"""Optimizers by name, the exact lazy AdamW, clipping over dense and row-sparse gradients, learning-rate schedules.
+
+Floor 1.
+"""
+
+from finetune.optim import catalogue as catalogue  # fills the registry
+from finetune.optim.factory import build_optimizer, check_optimizer
+from finetune.optim.registry import (
+    OptimizerInfo,
+    list_optimizers,
+    optimizer_info,
+    optimizer_table,
+    register_optimizer,
+)
+from finetune.optim.schedules import SCHEDULES, build_lr_scheduler
+
+__all__ = [
+    "SCHEDULES",
+    "LazyAdamW",
+    "OptimizerInfo",
+    "build_lr_scheduler",
+    "build_optimizer",
+    "check_optimizer",
+    "clip_grad_norm_",
+    "list_optimizers",
+    "optimizer_info",
+    "optimizer_table",
+    "register_optimizer",
+]
+
+
+def __getattr__(name: str) -> object:  # until both files stand
+    if name == "LazyAdamW":
+        from finetune.optim.lazy_adamw import LazyAdamW
+
+        return LazyAdamW
+    if name == "clip_grad_norm_":
+        from finetune.optim.clip import clip_grad_norm_
+
+        return clip_grad_norm_
+    raise AttributeError(name)

@@ -1,0 +1,50 @@
+"""Learning-rate schedules: a multiplier of lr as a pure function of the step, and the LambdaLR that applies it.
+
+Floor 1. Warm-up and inverse square root: https://arxiv.org/abs/1706.03762, section 5.3. Cosine: https://arxiv.org/abs/1608.03983.
+"""
+
+import functools
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from finetune.errors import UserError, did_you_mean
+
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+
+
+def multiplier(step: int, *, name: str, num_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """The factor on lr at `step`, counted from 0 to num_steps - 1.
+
+    Warm-up is (step + 1) / warmup_steps, so no step has lr 0. Then `linear` and `cosine` fall from 1, at step warmup_steps, to
+    `min_lr_ratio`, which they would reach at step num_steps, one after the last. `inverse_sqrt` is sqrt(warmup_steps / (step + 1)),
+    not below `min_lr_ratio`. `constant` stays at 1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if name == "constant":
+        return 1.0
+    if name == "inverse_sqrt":
+        return max(min_lr_ratio, math.sqrt(max(1, warmup_steps) / (step + 1)))
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    fall = 1 - progress if name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return min_lr_ratio + (1 - min_lr_ratio) * fall
+
+
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, name: str, *, num_steps: int, warmup_steps: int, min_lr_ratio: float
+) -> LambdaLR:
+    """A scheduler to step once after each optimizer step; it multiplies every group's own lr. Raises UserError."""
+    if name not in SCHEDULES:
+        raise UserError(
+            f"there is no schedule {name!r}{did_you_mean(name, SCHEDULES) or ';'} the schedules are {', '.join(SCHEDULES)}"
+        )
+    if num_steps < 1:
+        raise UserError(f"num_steps is {num_steps}; a schedule needs at least one step")
+    if not 0 <= warmup_steps <= num_steps:
+        raise UserError(f"warmup_steps is {warmup_steps}; it must lie between 0 and the run's {num_steps} steps")
+    if not 0 <= min_lr_ratio <= 1:
+        raise UserError(f"min_lr_ratio is {min_lr_ratio}; it must lie between 0 and 1")
+    factor = functools.partial(multiplier, name=name, num_steps=num_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,65 @@
+"""The optimizer's name in its own state, so that a checkpoint is never loaded into another optimizer.
+
+Floor 1. torch matches states by position alone: `Adam` takes the state of `AdamW` and becomes it, `SGD` takes it and fails a
+step later (seen in torch 2.13). The stamp is the plain group key "optimizer", which survives state_dict, pickle, deepcopy,
+weights_only and wrappers. The check is a load hook of torch's, which torch leaves behind when the optimizer object itself is
+copied or pickled.
+"""
+
+from typing import Any
+
+import torch
+
+from finetune.errors import UserError
+
+KEY = "optimizer"
+
+
+def stamp(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Write `name` into every group, those added later included, and refuse from now on the state of any other optimizer."""
+    optimizer.defaults[KEY] = name
+    for group in optimizer.param_groups:
+        group[KEY] = name
+    optimizer.register_load_state_dict_pre_hook(_refuse_another)
+
+
+def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Raise UserError unless `state_dict` is of this rule and of these parameters; give an unstamped one the stamp.
+
+    An unstamped state comes from a bare torch optimizer. It is taken where its groups show the same rule.
+    """
+    name = optimizer.defaults[KEY]
+    ours, saved = optimizer.param_groups, state_dict["param_groups"]
+    rules = {group.get(KEY) or (name if _same_rule(ours[0], group) else "another optimizer") for group in saved}
+    if rules != {name}:
+        raise UserError(
+            f"the saved optimizer state is of {', '.join(sorted(rules - {name}))}, but this run uses {name}; "
+            "resume with the same optimizer, or start again from the weights alone"
+        )
+    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in saved]:
+        raise UserError(
+            f"the saved optimizer state has parameter groups of {_sizes(saved)} parameters, this run has {_sizes(ours)}; "
+            "resume with the model, no_decay, overrides and layer_decay it was saved with"
+        )
+    for group, theirs in zip(ours, saved):
+        for here, there in zip(group.get("param_names", ()), theirs.get("param_names", ())):
+            if here != there:
+                raise UserError(
+                    f"the saved optimizer state belongs to other parameters: where this run has {here!r} it has {there!r}; "
+                    "resume with the model and the parameter groups it was saved with"
+                )
+    named = [{**({"name": group["name"]} if "name" in group else {}), **theirs, KEY: name} for group, theirs in zip(ours, saved)]
+    return {**state_dict, "param_groups": named}
+
+
+def _sizes(groups: list[dict[str, Any]]) -> str:
+    return " + ".join(str(len(group["params"])) for group in groups)
+
+
+def _same_rule(ours: dict[str, Any], saved: dict[str, Any]) -> bool:
+    """Whether a bare torch group holds the same options, and the same choice where one class has several rules."""
+    ours_only = {KEY, "name", "param_names", "initial_lr"}
+    same_options = ours.keys() - ours_only == saved.keys() - ours_only
+    return same_options and all(
+        bool(ours.get(key)) == bool(saved.get(key)) for key in ("momentum", "nesterov", "decoupled_weight_decay")
+    )
