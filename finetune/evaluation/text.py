@@ -1,0 +1,44 @@
+"""Metrics of the answers that a model writes to held-out prompts.
+
+Floor 3.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack
+
+from finetune.data.rendering import Tokenizer
+from finetune.data.types import Prompt
+from finetune.generation import SamplingSettings, generate
+from finetune.metrics import text_metrics
+
+
+class Sample(TypedDict):
+    """A held-out prompt, the answer in the data, and the model's answer."""
+
+    prompt: str
+    reference: str
+    output: str
+
+
+def evaluate_generation(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    metrics: Sequence[str],
+    batch_size: int,
+    gather: Callable[[list[Sample]], list[Sample]] = lambda samples: samples,
+    on_progress: Callable[[int, int], None] | None = None,
+    **settings: Unpack[SamplingSettings],
+) -> tuple[dict[str, float | str], list[Sample]]:
+    """Answer `prompts` and score the answers: the metrics with their signatures (see `text_metrics`), and all samples.
+
+    `prompts` are this process's share (a block of the whole, so that the samples keep their order); `gather` joins the lists of all
+    processes. `metrics` may be empty, for the samples alone.
+    """
+    answers = generate(model, [prompt.input_ids for prompt in prompts], batch_size=batch_size, on_progress=on_progress, **settings)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+    own = [Sample(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)]
+    samples = gather(own)
+    scores = text_metrics(metrics, [s["output"] for s in samples], [s["reference"] for s in samples])
+    return scores, samples
