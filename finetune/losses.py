@@ -43,9 +43,8 @@ def causal_lm_loss(
     Returns, in nats, the sum over target tokens ("sum": a scalar with gradients) or each token's loss ("none": [N], no gradients,
     in the order of the rows).
     """
-    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    targets = labels[rows, positions + 1]
-    hidden = hidden.flatten(0, 1).index_select(0, rows * labels.shape[1] + positions)
+    predicting, targets = _predictions(labels)
+    hidden = hidden.flatten(0, 1).index_select(0, predicting)
     if logit_scale != 1.0:
         hidden = hidden * logit_scale
         bias = None if bias is None else bias * logit_scale
@@ -53,6 +52,20 @@ def causal_lm_loss(
         return token_losses(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
     assert reduction == "sum", reduction
     return linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
+
+
+def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
+    """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own."""
+    assert reduction in ("sum", "none"), reduction
+    predicting, targets = _predictions(labels)
+    chosen = logits.flatten(0, 1).index_select(0, predicting)
+    return F.cross_entropy(chosen.to(_softmax_dtype(chosen.dtype)), targets, reduction=reduction)
+
+
+def _predictions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The shift: the N positions (in the flattened batch) that predict a target token, and those tokens, both [N]."""
+    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + positions, labels[rows, positions + 1]
 
 
 def linear_cross_entropy(

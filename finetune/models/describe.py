@@ -1,0 +1,39 @@
+"""What a model is, in numbers: for the plan, the report and the environment. Floor 2."""
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+
+def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """Counts of parameters (shared ones once) and the shape of the model. Works on the meta device too."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = inner.config.get_text_config()
+    parameters = list(model.parameters())  # a shared one comes once
+    table, head = token_tables(inner)
+    tied = head is table
+    in_tables = table.numel() + (0 if tied or head is None else head.numel())
+    total = sum(parameter.numel() for parameter in parameters)
+    return {
+        "architecture": type(inner).__name__,
+        "parameters": total,
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "token_table_parameters": in_tables,
+        "token_table_share": in_tables / total,
+        "tied": tied,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": table.shape[0],
+        "lora": isinstance(model, PeftModel),
+    }
+
+
+def token_tables(model: PreTrainedModel) -> tuple[Any, Any]:
+    """The weights of the input embedding and of the output head (None where there is none), behind any wrapper of peft."""
+
+    def weight(module: Any) -> Any:
+        inner = getattr(module, "original_module", None)
+        return None if module is None else (module if inner is None else inner).weight
+
+    return weight(model.get_input_embeddings()), weight(model.get_output_embeddings())

@@ -1,0 +1,65 @@
+"""From a quantised .gguf file to a plain Hugging Face folder, once.
+
+Floor 2. The folder is written beside its final place and renamed, so that a reader sees all of it or nothing.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from finetune.errors import UserError
+
+LAYOUT = 1  # raise it when the conversion changes: the folders of older layouts are then left alone
+
+
+def cache_dir() -> Path:
+    """$FINETUNE_CACHE, or ~/.cache/finetune."""
+    return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
+
+
+def convert_gguf(file: Path) -> Path:
+    """The folder with the model in float32 and its tokenizer, converted now or earlier.
+
+    A file is known by its name, size and time of change. Raises UserError where the file cannot be read or converted, or the cache
+    cannot be written.
+    """
+    stat = file.stat()
+    key = f"{LAYOUT} {file.name} {stat.st_size} {stat.st_mtime_ns}"
+    folder = cache_dir() / "gguf" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"the cache folder {folder.parent} cannot be written ({error}); set FINETUNE_CACHE to another") from error
+    try:
+        _convert(file, work)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its folder is as good
+                raise
+    except OSError as error:
+        raise UserError(f"{file} could not be converted into {folder}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    options = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{file} is not a .gguf file that transformers can read: {error}") from error
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

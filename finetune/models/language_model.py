@@ -1,0 +1,131 @@
+"""A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
+
+Floor 2. `LanguageModel` is what Accelerate wraps, so that every use of a parameter is inside its `forward`. The decoder gives hidden
+states, `finetune.losses` turns them and the output head into the loss, and the logits of a batch are never held.
+
+Packing. Where `position_ids` restart at 0, a new example begins, and examples must not see each other. transformers builds the block
+mask from the position ids by itself, a sliding window included, but only without an attention mask and without a cache
+(`transformers.masking_utils.find_packed_sequence_indices`), and not in every architecture: `check_packing` looks.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from finetune.data.types import IGNORE_INDEX
+from finetune.errors import UserError
+from finetune.losses import causal_lm_loss, causal_lm_loss_of_logits
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageModel(nn.Module):
+    """Wraps a causal language model of transformers, with or without LoRA, which stays reachable as `.model`.
+
+    Some models do more to their logits than one matrix product. A soft cap (Gemma), a scale (Granite, Cohere) and a bias (Phi) are
+    known; that nothing else happens is checked once, here, on a few tokens. Otherwise `fused` is False: the model's own
+    forward then makes all logits at once, which costs memory.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+        config = self.causal_lm.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        self.fused = self._logits_are_understood()
+        if not self.fused:
+            logger.warning(
+                "%s computes its logits in a way of its own: the loss takes them all at once, which costs memory",
+                type(self.causal_lm).__name__,
+            )
+
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """input_ids, labels, position_ids [rows, length], as in `finetune.data.types.Batch`.
+
+        Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or each target token's, [N] float32 without
+        gradients, in the order of the rows ("none").
+        """
+        if not self.fused:
+            logits = self._run(self.causal_lm, input_ids, position_ids).logits
+            return causal_lm_loss_of_logits(logits, labels, reduction=reduction)
+        hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
+        head = self.causal_lm.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return causal_lm_loss(
+            hidden, labels, head.weight, bias=bias, softcap=self.softcap, logit_scale=self.logit_scale, reduction=reduction
+        )
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The loss of each target token in nats, [N] float32, in the order of the rows. Sets no mode: call `eval()` before."""
+        return self(input_ids, labels, position_ids, reduction="none")
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model of transformers, inside peft's wrapper where there is one."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @staticmethod
+    def _run(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None):  # type: ignore[no-untyped-def]
+        packed = {} if position_ids is None else {"position_ids": position_ids}
+        return module(input_ids=input_ids, use_cache=False, **packed)
+
+    @torch.no_grad()
+    def _logits_are_understood(self) -> bool:
+        model = self.causal_lm
+        head = model.get_output_embeddings()
+        if head is None or isinstance(head, BaseTunerLayer) or model.base_model is model:
+            return False  # no head, a head with LoRA, or no decoder apart from the head
+        with evaluating(model):
+            ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+            theirs = self._run(model, ids, None).logits.float()
+            hidden = getattr(self._run(model.base_model, ids, None), "last_hidden_state", None)
+            if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+                return False
+            ours = F.linear(hidden, head.weight, getattr(head, "bias", None)).float() * self.logit_scale
+            ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
+        return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max())
+
+
+def check_packing(language_model: LanguageModel) -> None:
+    """Raise UserError unless examples packed into one row get the losses that they get alone.
+
+    Some architectures (Bloom, whose alibi knows no positions) or attention implementations let them see each other.
+    """
+    model = language_model.causal_lm
+    vocabulary, device = model.get_input_embeddings().weight.shape[0], model.device
+    lengths = (5, 1, 7, 4)
+    ids = torch.arange(sum(lengths), device=device)[None] * 7 % vocabulary
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    labels = torch.where(positions == 0, IGNORE_INDEX, ids)
+    with evaluating(language_model):
+        packed = language_model.token_losses(ids, labels, positions)
+        pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
+        alone = torch.cat([language_model.token_losses(row, row_labels) for row, row_labels in pieces])
+        mixed = language_model.token_losses(ids, labels)
+    error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
+    if not error <= 0.1 * leak + 1e-5:  # NaN is refused too
+        raise UserError(
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed examples see each other (losses "
+            f"differ by up to {error:.2g} nats from those of the examples alone); set data.packing: false"
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every submodule is in the mode that it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

@@ -1,0 +1,139 @@
+"""Tokenizers: loaded with their model, or trained on a run's own data; and what makes one ready for chat.
+
+Floor 2. A model stops where its end-of-text token comes, so the mark that the chat template writes after an assistant's turn must be
+that token, in the tokenizer, the model's config and its generation config. A base model has neither markers nor template: ChatML
+(https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from finetune.errors import UserError
+from finetune.models.locate import resolve_name
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(*, name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the model `name` (see `locate.resolve_name`). Raises UserError where there is none."""
+    place = resolve_name(name, revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"the tokenizer of {name!r} could not be loaded: {error}") from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocab_size` entries, with ChatML's markers and template.
+
+    Any text can be encoded, since all 256 bytes are entries. Raises UserError where `vocab_size` has no room for them and the markers.
+    """
+    special = [END_OF_TEXT, TURN_START, TURN_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    least = len(alphabet) + len(special)
+    if vocab_size < least:
+        raise UserError(f"model.tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {least}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=[TURN_START],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def prepare_chat(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[int]:
+    """Set the template, its markers and the stop token in the tokenizer, and fit the model (if given) to it; both in place.
+
+    `chat_template`: None (the tokenizer's own, if any), "chatml", or the path of a Jinja file. Without any template the tokenizer's
+    end-of-text token stays the stop token. Returns the ids of the tokens that were added: their rows begin as the mean of the others,
+    and are to be trained also beside LoRA (see `adapters.add_lora`). Raises UserError where the file is missing or fails to render.
+    """
+    before = set(tokenizer.get_vocab().values())
+    if chat_template == "chatml":
+        tokenizer.chat_template = CHATML
+        tokenizer.add_special_tokens({"extra_special_tokens": [TURN_START, TURN_END]}, replace_extra_special_tokens=False)
+    elif chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be read: {error}'
+            ) from error
+    stop = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if stop is not None:
+        tokenizer.eos_token = stop
+        stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never learnt: the labels of padding are IGNORE_INDEX
+    added = sorted(set(tokenizer.get_vocab().values()) - before)
+    if model is not None:
+        _fit_rows(model, tokenizer, added)
+        _set_stops(model, tokenizer, stops)
+    return added
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that the chat template writes right after an assistant's answer; None where it writes none."""
+    answer = "Yes."
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}], tokenize=False
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template fails to render a question and its answer: {error}") from error
+    _, found, after = str(text).rpartition(answer)
+    special = [token for token in tokenizer.all_special_tokens if after.lstrip().startswith(token)]
+    special += [str(token) for token in tokenizer.added_tokens_decoder.values() if after.lstrip().startswith(str(token))]
+    return max(special, key=len) if found and special else None
+
+
+def _fit_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[int]) -> None:
+    """Make room for every id, never less than there is (Qwen's and Gemma's tables are padded), and start the added rows."""
+    table = model.get_input_embeddings()
+    rows = table.weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    if not added:
+        return
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for parameter in (module.weight, getattr(module, "bias", None)):
+                if parameter is not None:
+                    parameter[added] = parameter[: min(rows, min(added))].mean(0)
+
+
+def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> None:
+    settings = model.generation_config
+    assert settings is not None
+    known = settings.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    stops = list(dict.fromkeys([*stops, *(token for token in known if token < len(tokenizer))]))
+    if stops:
+        model.config.eos_token_id = stops[0]
+        settings.eos_token_id = stops if len(stops) > 1 else stops[0]
+    model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.bos_token_id is not None:
+        model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
