@@ -1,0 +1,41 @@
+"""Rows of examples to the tensors of one micro-batch.
+
+Floor 1. Rows are padded on the right. In packed rows `position_ids` restart at 0 with each example, which is how a model knows
+where one ends; the padding is a segment of its own whose positions restart as well, so that no example is seen from it or sees
+it, and each of its positions attends to something (no NaN).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from finetune.data.types import IGNORE_INDEX, Batch, Example
+
+
+def collate(
+    rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool, pad_to_multiple_of: int = 1, pad_to_length: int = 1
+) -> Batch:
+    """Rows of examples as tensors of shape [rows, length], the length of the longest row rounded up to `pad_to_multiple_of`.
+
+    No rows give one row of one padding token without a target. `pad_to_length`: at least so long.
+    """
+    assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
+    longest = max([pad_to_length, *(sum(map(len, row)) for row in rows)])
+    shape = (max(1, len(rows)), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    position_ids = torch.arange(shape[1]).repeat(shape[0], 1)
+    for r, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example)
+            input_ids[r, start:end] = torch.as_tensor(example.input_ids)
+            labels[r, start:end] = torch.as_tensor(example.labels)
+            position_ids[r, start:] -= position_ids[r, start].item()
+            start = end
+        if start < shape[1]:
+            position_ids[r, start:] -= position_ids[r, start].item()
+    batch: Batch = {"input_ids": input_ids, "labels": labels}
+    if packed:
+        batch["position_ids"] = position_ids
+    return batch

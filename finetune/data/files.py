@@ -1,0 +1,107 @@
+"""Local data files: which kind a name is, and what is wrong with a file that cannot be read.
+
+Floor 1.
+"""
+
+import csv
+import glob
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError, did_you_mean
+
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text"}
+PACKAGE = "package:"
+
+
+def local_files(path: str) -> list[Path]:
+    """The files that `path` means: a file, a glob, or package:NAME for the demo data; [] for a folder or the name of a hub dataset.
+
+    Raises UserError for a local name that means nothing, or an empty file.
+    """
+    if path.startswith(PACKAGE):
+        return [_package_file(path)]
+    if glob.has_magic(path):
+        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        if not found:
+            raise UserError(f"no file matches {path!r} (looked in {Path.cwd()})")
+    elif Path(path).expanduser().is_file():
+        found = [Path(path).expanduser()]
+    elif Path(path).suffix in KINDS or path.startswith((".", "/", "~")):
+        raise UserError(f"there is no file or folder {path!r} (looked in {Path.cwd()})")
+    else:
+        return []
+    for file in found:
+        kind_of(file)
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} is empty")
+    return found
+
+
+def kind_of(file: Path) -> str:
+    """The kind of a data file by its ending."""
+    if file.suffix not in KINDS:
+        raise UserError(f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}")
+    return KINDS[file.suffix]
+
+
+def _package_file(path: str) -> Path:
+    folder = files("finetune") / "resources" / "data"
+    names = sorted(entry.name.removesuffix(".jsonl") for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
+    name = path.removeprefix(PACKAGE)
+    if name not in names:
+        raise UserError(f"the package has no data {name!r}; it has {', '.join(names)}{did_you_mean(name, names)}")
+    return Path(str(folder / f"{name}.jsonl"))
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, without their line breaks (only \\n and \\r\\n end a line, as `wc -l` counts)."""
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def table_options(file: Path, kind: str) -> dict[str, Any]:
+    """How a CSV or TSV file is to be read, with the names of its `columns`; {} for other kinds.
+
+    TSV has no quotes: a quotation mark is one, and a line is always a row.
+    """
+    if kind not in ("csv", "tsv"):
+        return {}
+    options: dict[str, Any] = {"sep": ","} if kind == "csv" else {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    first = next(csv.reader(read_lines(file), delimiter=options["sep"], quoting=options.get("quoting", csv.QUOTE_MINIMAL)), [])
+    return {**options, "columns": [name.removeprefix("\ufeff") for name in first], "keep_default_na": False}
+
+
+def check_json(file: Path) -> None:
+    """Raise UserError where a JSON file is broken: neither one object a line nor a list of objects."""
+    first_error: UserError | None = None
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            if isinstance(json.loads(line), dict):
+                continue
+            first_error = UserError(f"{file} line {number} must be a JSON object, such as {{...}}, not {line[:60]!r}")
+        except json.JSONDecodeError as error:
+            first_error = UserError(f"{file} line {number} is broken JSON: {error.msg} at column {error.colno}")
+        break
+    if first_error is not None and file.suffix == ".json":
+        _check_json_list(file)
+    elif first_error is not None:
+        raise first_error
+
+
+def _check_json_list(file: Path) -> None:
+    try:
+        value = json.loads("\n".join(read_lines(file)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} line {error.lineno} is broken JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f"{file} must hold a list of JSON objects, or one object a line")

@@ -1,0 +1,80 @@
+"""How rows become optimizer steps, the same for any number of processes.
+
+Floor 1. A *row* is a list of example numbers: several where rows are packed, one where they are padded. An epoch is a seeded
+order of rows; each `batch_size` of them make one optimizer step, cut into micro-batches, which the processes take in turn.
+Every process works out the whole plan and keeps its share, so nothing is communicated, no row is lost and none comes twice.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.data.packing import pack
+from finetune.data.types import Batch
+
+Rows = list[list[int]]
+"""Rows of example numbers."""
+
+_WINDOW = 64  # batches of rows that are sorted by length together: wide enough for little padding, narrow enough to mix
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one process does in one optimizer step. All processes have the same number of micro-batches.
+
+    The two counts are over all processes: divide the summed loss by `num_target_tokens` (times the number of processes where
+    gradients are averaged over them), and every target token weighs the same however the step is cut.
+    """
+
+    micro_batches: list[Batch]
+    num_target_tokens: int
+    num_tokens: int  # without padding
+    epoch: float  # passes over the data when this step is done (for a stream: whole passes done before it)
+    example_ids: list[list[list[int]]]  # micro-batch -> row -> example numbers, of this process
+
+
+def plan_epoch(
+    lengths: Sequence[int], *, max_length: int, packing: bool, batch_size: int, micro_batch_size: int, seed: int, epoch: int
+) -> Rows:
+    """The rows of one epoch in their order; each example stands in exactly one.
+
+    With packing, the examples are packed anew in each epoch from another order: the rows are as full and as many, the companions
+    change. Without, rows of like length come together in micro-batches and the order of the micro-batches is random.
+    """
+    generator = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    if packing:
+        rows = [[order[i] for i in row] for row in pack([lengths[i] for i in order], max_length)]
+        generator.shuffle(rows)
+        return rows
+    return [[i] for i in group_by_length(order, lengths, window=_WINDOW * batch_size, group=micro_batch_size, generator=generator)]
+
+
+def group_by_length(
+    order: Sequence[int], lengths: Sequence[int], *, window: int, group: int, generator: random.Random
+) -> list[int]:
+    """Reorder so that within each window of `order`, groups of `group` neighbours have like lengths, in random order of groups.
+
+    The group that is short of members, if any, stays at the end of its window.
+    """
+    result: list[int] = []
+    for start in range(0, len(order), window):
+        by_length = sorted(order[start : start + window], key=lengths.__getitem__)
+        groups = [by_length[i : i + group] for i in range(0, len(by_length), group)]
+        last = [groups.pop()] if len(groups[-1]) < group else []
+        generator.shuffle(groups)
+        result.extend(i for members in [*groups, *last] for i in members)
+    return result
+
+
+def share(num_rows: int, *, micro_batch_size: int, rank: int, num_processes: int) -> list[range]:
+    """Which rows of a step each micro-batch of process `rank` holds: as many micro-batches on every process, some perhaps empty.
+
+    Micro-batches are smaller than `micro_batch_size` only where there would not be one for each process.
+    """
+    size = min(micro_batch_size, -(-num_rows // num_processes))
+    micro_batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    rounds = -(-len(micro_batches) // num_processes)
+    mine = micro_batches[rank::num_processes]
+    return mine + [range(0)] * (rounds - len(mine))

@@ -1,0 +1,134 @@
+"""Pairs of sentences: a source and its translation, as one question and one answer.
+
+Floor 1. Where the tokenizer has a chat template, the pair is a chat turn. The instruction is a short system message of its own
+("Translate English to French."), which keeps out the default one that many templates put in (25 tokens with SmolLM2, paid in
+every pair); where a template knows no system message, it stands above the sentence in the user's turn. Without a chat template
+the pair is plain text: "English: ...", a line break, "French: ..." and EOS.
+"""
+
+import string
+from collections.abc import Mapping
+
+from finetune.data.columns import column
+from finetune.data.languages import language_name
+from finetune.data.rendering import ChatTemplate, Message, PlainText, Tokenizer
+from finetune.data.types import Example, Prompt, Row
+from finetune.errors import UserError
+
+INSTRUCTION = "Translate {source_name} to {target_name}."
+PLAIN_TEMPLATE = "{source_name}: {source}\n{target_name}:"
+_FIELDS = ("source", "source_name", "target_name", "source_language", "target_language")
+
+
+class TranslationFormat:
+    """Rows to pairs to examples.
+
+    `languages`: (source, target), as codes ("en") or names.
+    `sides`: (source, target): the keys of the pair column, or the columns where each side is a column of its own.
+    `pair_column`: the column that holds both sides as {language: text}, or None.
+    `direction`: "forward", "backward" or "both" (two examples a row).
+    `template`: the wording of the question with {source} in it, instead of the default one.
+    `targets`: "assistant" (the translation with its end mark) or "all".
+    """
+
+    name = "translation"
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        languages: tuple[str, str],
+        sides: tuple[str, str],
+        pair_column: str | None,
+        direction: str,
+        template: str | None,
+        targets: str,
+        system_prompt: str | None,
+    ) -> None:
+        if template is not None:
+            _check_template(template)
+        self.languages = languages
+        self.sides = sides
+        self.pair_column = pair_column
+        self.template = template
+        self.targets = targets
+        self.system_prompt = system_prompt
+        self.directions = {"forward": [False], "backward": [True], "both": [False, True]}[direction]  # whether reversed
+        self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._plain = PlainText(tokenizer) if self._chat is None else None
+        self._has_system_role = self._chat is not None and self._chat.writes_system_messages()
+
+    def examples(self, row: Row) -> list[Example]:
+        source, target = self._pair(row)
+        return [example for reverse in self.directions for example in self._examples(source, target, reverse)]
+
+    def prompts(self, row: Row) -> list[Prompt]:
+        """One for each direction trained."""
+        source, target = self._pair(row)
+        return [
+            self.prompt(target, reverse=True, reference=source) if reverse else self.prompt(source, reverse=False, reference=target)
+            for reverse in self.directions
+        ]
+
+    def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
+        """What to ask for the translation of `text`; `reverse`: from the target language to the source language."""
+        if self._chat is not None:
+            return Prompt(self._chat.prompt(self._question(text, reverse)), text, reference)
+        assert self._plain is not None
+        return Prompt(self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse)), text, reference)
+
+    def _examples(self, source: str, target: str, reverse: bool) -> list[Example]:
+        text, answer = (target, source) if reverse else (source, target)
+        if self._chat is not None:
+            return self._chat.examples(
+                [*self._question(text, reverse), {"role": "assistant", "content": answer}], targets=self.targets
+            )
+        assert self._plain is not None
+        prompt = self._fill(self.template or PLAIN_TEMPLATE, text, reverse)
+        gap = "" if prompt[-1].isspace() else " "
+        return [self._plain.example(prompt, gap + answer, targets=self.targets)]
+
+    def _question(self, text: str, reverse: bool) -> list[Message]:
+        """The messages before the answer."""
+        system, user = self.system_prompt, text
+        if self.template is not None:
+            user = self._fill(self.template, text, reverse)
+        elif system is None and self._has_system_role:
+            system = self._fill(INSTRUCTION, text, reverse)
+        else:
+            user = self._fill(INSTRUCTION, text, reverse) + "\n" + text
+        question = {"role": "user", "content": user}
+        return [question] if system is None else [{"role": "system", "content": system}, question]
+
+    def _fill(self, template: str, text: str, reverse: bool) -> str:
+        first, second = self.languages[::-1] if reverse else self.languages
+        names = {"source_name": language_name(first), "target_name": language_name(second)}
+        return template.format(source=text, source_language=first, target_language=second, **names)
+
+    def _pair(self, row: Row) -> tuple[str, str]:
+        sides: Row = row if self.pair_column is None else column(row, self.pair_column, {})
+        if not isinstance(sides, Mapping):
+            raise UserError(f"column {self.pair_column!r} must hold an object such as {{'en': ..., 'fr': ...}}, not {sides!r:.80}")
+        return _side(sides, self.sides[0]), _side(sides, self.sides[1])
+
+
+def _side(sides: Row, key: str) -> str:
+    text = column(sides, key, {})
+    if text is None or (isinstance(text, str) and not text.strip()):
+        raise UserError(f"the pair has an empty side: {key!r}")
+    if not isinstance(text, str):
+        raise UserError(f"the side {key!r} must be text, not {text!r:.80}")
+    return text
+
+
+def _check_template(template: str) -> None:
+    """Raise UserError for a template without {source}, or with a field that nothing fills."""
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise UserError(f"data.translation.template {template!r} is broken: {error}") from error
+    known = ", ".join(f"{{{field}}}" for field in _FIELDS)
+    if unknown := fields - set(_FIELDS):
+        raise UserError(f"data.translation.template has the unknown field {{{min(unknown)}}}; known are {known}")
+    if "source" not in fields:
+        raise UserError(f"data.translation.template {template!r} must contain {{source}}; known fields are {known}")
