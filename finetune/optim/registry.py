@@ -143,7 +143,7 @@ def check_options(info: OptimizerInfo, options: Mapping[str, Any], *, also_taken
     allowed = [*known, *also_taken]
     for option, value in options.items():
         if option not in allowed and not (option == "weight_decay" and value == 0):  # 0 asks nothing of one that has no decay
-            near = did_you_mean(option, allowed) or ";"
+            near = did_you_mean(option, known) or ";"
             raise UserError(f"optimizer {info.name!r} does not take {option!r}{near} it takes {', '.join(allowed)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}; give a finite number")

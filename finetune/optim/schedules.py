@@ -27,7 +27,7 @@ def multiplier(step: int, *, name: str, num_steps: int, warmup_steps: int, min_l
         return 1.0
     if name == "inverse_sqrt":
         return max(min_lr_ratio, math.sqrt(max(1, warmup_steps) / (step + 1)))
-    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    progress = (step - warmup_steps) / (num_steps - warmup_steps) if step < num_steps else 1.0
     fall = 1 - progress if name == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return min_lr_ratio + (1 - min_lr_ratio) * fall
 

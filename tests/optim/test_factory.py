@@ -1,0 +1,258 @@
+"""What build_optimizer decides by itself: fused kernels, row-sparse embeddings, stamps; and the rules that torch lacks."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from finetune.errors import UserError
+from finetune.optim import build_optimizer
+
+# peft 0.21 reads every attribute of a transformers 5 model, a deprecated one among them
+PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def llama(*, tied=False):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **SIZES))
+
+
+def step(model, optimizer):
+    """One step; returns whether the input embedding's gradient was row-sparse (None where it had none)."""
+    ids = torch.tensor([[3, 4, 3, 5]])
+    optimizer.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    grads = [m.weight.grad for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    sparse = {grad.is_sparse for grad in grads}
+    optimizer.step()
+    return sparse
+
+
+# -- fused kernels --
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "fused"),
+    [
+        ("adamw", {}, True),
+        ("adam", {}, True),
+        ("adamw", {"fused": False}, False),
+        ("adamw", {"foreach": True}, None),
+        ("adamw", {"capturable": True}, None),
+        ("sgd", {}, None),
+    ],
+)
+def test_fused_is_chosen_where_it_pays_unless_something_else_is_asked_for(name, options, fused):
+    assert build_optimizer(nn.Linear(2, 2), name, **options).param_groups[0]["fused"] is fused
+
+
+def test_fused_is_not_chosen_for_parameters_it_would_get_wrong():
+    transposed = nn.Parameter(torch.ones(2, 3).t())
+    assert build_optimizer([transposed], "adamw").param_groups[0]["fused"] is None
+
+
+# -- row-sparse embeddings --
+
+
+def test_an_untied_embedding_is_row_sparse_without_a_word(caplog):
+    caplog.set_level(logging.INFO, "finetune")
+    model = llama()
+    assert step(model, build_optimizer(model, "lazy_adamw")) == {True}
+    assert caplog.messages == []
+
+
+def test_a_tied_embedding_stays_dense_and_the_user_is_told_why_and_what_helps(caplog):
+    model, reference = llama(tied=True), llama(tied=True)
+    optimizer, oracle = build_optimizer(model, "lazy_adamw", lr=0.01), build_optimizer(reference, "adamw", lr=0.01)
+    (message,) = [record for record in caplog.records if record.name == "finetune"]
+    assert message.levelno == logging.WARNING
+    assert "'model.embed_tokens' shares its weight with 'lm_head'" in message.getMessage()
+    assert "active vocabulary" in message.getMessage()
+    for _ in range(3):
+        assert step(model, optimizer) == {False}
+        step(reference, oracle)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_shares_only_its_memory_is_tied_too(caplog):
+    model = llama()
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
+    build_optimizer(model, "lazy_adamw")
+    assert "shares its weight with 'lm_head'" in caplog.text
+
+
+def test_the_warning_reaches_a_user_who_set_up_no_logging():
+    program = """
+from torch import nn
+from finetune.optim import build_optimizer
+model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+model[1].weight = model[0].weight
+build_optimizer(model, "lazy_adamw")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "lazy_adamw: the embedding '0' shares its weight with '1'" in done.stderr
+
+
+@PEFT_WARNING
+def test_under_lora_the_frozen_embedding_is_no_matter(caplog):
+    caplog.set_level(logging.INFO, "finetune")
+    model = get_peft_model(llama(tied=True), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    optimizer = build_optimizer(model, "lazy_adamw")
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "is frozen" in record.getMessage()
+    assert step(model, optimizer) == set()
+    assert all("lora" in name for group in optimizer.param_groups for name in group["param_names"])
+
+
+@PEFT_WARNING
+def test_lora_beside_a_trainable_embedding():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    assert step(model, build_optimizer(model, "lazy_adamw")) == {True}
+
+
+def test_a_scaled_embedding_equals_dense_adamw():
+    models = []
+    for name in ("lazy_adamw", "adamw"):
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(Gemma3TextConfig(tie_word_embeddings=False, head_dim=4, **SIZES))
+        optimizer = build_optimizer(model, name, lr=0.01)
+        for _ in range(3):
+            assert step(model, optimizer) == {name == "lazy_adamw"}
+        getattr(optimizer, "flush", lambda: None)()
+        models.append(model)
+    for (name, lazy), dense in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(lazy, dense, rtol=0, atol=1e-6, msg=name)
+
+
+def test_parameters_alone_give_no_embedding_and_a_warning(caplog):
+    build_optimizer(llama().parameters(), "lazy_adamw")
+    assert "lazy_adamw was given parameters, not a model" in caplog.text
+
+
+def test_embeddings_given_by_hand_are_taken(caplog):
+    model = llama()
+    optimizer = build_optimizer(model.named_parameters(), "lazy_adamw", embeddings=[model.model.embed_tokens])
+    assert step(model, optimizer) == {True}
+    assert caplog.messages == []
+
+
+# -- the stamp --
+
+
+def trained(optimizer):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_adam_does_not_become_adamw():
+    layer = nn.Linear(2, 2)
+    state = trained(build_optimizer(layer, "adamw")).state_dict()
+    adam = build_optimizer(layer, "adam")
+    with pytest.raises(
+        UserError, match="the saved optimizer state is of adamw, but this run uses adam; resume with the same optimizer"
+    ):
+        adam.load_state_dict(state)
+    assert adam.param_groups[0]["decoupled_weight_decay"] is False
+
+
+@pytest.mark.parametrize(
+    ("bare", "name", "fits"),
+    [
+        (lambda p: torch.optim.AdamW(p), "adamw", True),
+        (lambda p: torch.optim.AdamW(p), "adam", False),
+        (lambda p: torch.optim.AdamW(p), "sgd", False),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "momentum", True),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "sgd", False),
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "nesterov", False),
+    ],
+)
+def test_the_state_of_a_bare_torch_optimizer_is_taken_where_the_rule_is_the_same(bare, name, fits):
+    parameters = [nn.Parameter(torch.ones(2))]
+    state = trained(bare(parameters)).state_dict()
+    optimizer = build_optimizer(parameters, name)
+    if fits:
+        optimizer.load_state_dict(state)
+        assert [(group["optimizer"], group["name"]) for group in optimizer.param_groups] == [(name, "all")]
+        assert len(optimizer.state) == 1
+    else:
+        with pytest.raises(UserError, match=f"but this run uses {name}"):
+            optimizer.load_state_dict(state)
+
+
+def test_the_state_of_other_groups_or_parameters_is_refused():
+    state = trained(build_optimizer(nn.Linear(2, 2), "adamw")).state_dict()
+    with pytest.raises(
+        UserError, match=r"has parameter groups of 1 \+ 1 parameters, this run has 2; resume with the model, no_decay"
+    ):
+        build_optimizer(nn.Linear(2, 2), "adamw", no_decay=()).load_state_dict(state)
+    other = nn.Module()
+    other.kernel, other.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match="where this run has 'kernel' it has 'weight'"):
+        build_optimizer(other, "adamw").load_state_dict(state)
+
+
+def test_a_group_added_later_is_stamped():
+    optimizer = build_optimizer(nn.Linear(2, 2), "adamw")
+    optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(1)))]})
+    assert {group["optimizer"] for group in optimizer.param_groups} == {"adamw"}
+
+
+# -- rules that torch has no class for --
+
+
+def test_lion_by_hand():
+    """Two steps of algorithm 2, lr 0.1, betas (0.5, 0.75), decay 0.5: p (1 - 0.05) - 0.1 sign(update)."""
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = build_optimizer([parameter], "lion", lr=0.1, betas=(0.5, 0.75), weight_decay=0.5)
+    parameter.grad = torch.tensor([4.0, -4.0])  # update +, -; momentum 1, -1
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([0.85, 2.0]))
+    parameter.grad = torch.tensor([-0.5, 3.0])  # update 0.25, 1.0: momentum outvotes the first; momentum 0.625, 0.0
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([0.85 * 0.95 - 0.1, 1.8]))
+    torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.tensor([0.625, 0.0]))
+
+
+def test_muon_is_torchs_muon_beside_torchs_adamw():
+    torch.manual_seed(0)
+    start = {"w": torch.randn(4, 6), "b": torch.randn(4)}
+    ours, theirs = ({name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2))
+    optimizer = build_optimizer(ours.items(), "muon", lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    muon = torch.optim.Muon([theirs["w"]], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([theirs["b"]], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    for _ in range(10):
+        for name in start:
+            ours[name].grad = theirs[name].grad = torch.randn_like(start[name])
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    assert torch.equal(ours["w"], theirs["w"])
+    assert torch.equal(ours["b"], theirs["b"])
+
+
+def test_muon_refuses_a_group_that_is_not_its_own():
+    with pytest.raises(ValueError, match="a group under Muon holds a parameter that is no matrix"):
+        build_optimizer([{"params": [nn.Parameter(torch.ones(3))], "rule": "muon"}], "muon")
+    with pytest.raises(ValueError, match="the rule of a group is 'sgd'"):
+        build_optimizer([{"params": [nn.Parameter(torch.ones(3))], "rule": "sgd"}], "muon")

@@ -1,0 +1,169 @@
+"""Names, aliases, options and the table."""
+
+import inspect
+
+import pytest
+import torch
+
+from finetune.errors import UserError
+from finetune.optim import (
+    build_optimizer,
+    check_optimizer,
+    list_optimizers,
+    optimizer_info,
+    optimizer_table,
+    register_optimizer,
+    registry,
+)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("AdamW", "adamw"),
+        ("ADAMW", "adamw"),
+        ("adam-w", "adamw"),
+        ("Adam W", "adamw"),
+        ("adamw_torch", "adamw"),
+        ("adamw_torch_fused", "adamw"),
+        ("adamw_hf", "adamw"),
+        ("AdamW_8bit", "adamw_8bit"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("bnbadamw8bit", "adamw_8bit"),
+        ("RMSProp", "rmsprop"),
+        ("SparseAdam", "sparse_adam"),
+        ("LazyAdamW", "lazy_adamw"),
+        ("lion_32bit", "lion"),
+        ("ScheduleFreeAdamW", "schedule_free_adamw"),
+        ("SGD", "sgd"),
+    ],
+)
+def test_spellings_that_mean_the_same_rule(spelling, name):
+    assert optimizer_info(spelling).name == name
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(
+        UserError, match="there is no optimizer 'adagard'; did you mean 'adagrad'\\? the optimizers are sgd, momentum"
+    ):
+        optimizer_info("adagard")
+    with pytest.raises(UserError, match="there is no optimizer 'foo_adam'"):  # a prefix is not ignored
+        build_optimizer([torch.nn.Parameter(torch.ones(2))], "foo_adam")
+
+
+def test_patterns_list_names_in_any_case():
+    assert list_optimizers("*ADAM") == ["adam", "sparse_adam"]
+    assert list_optimizers("nothing*") == []
+    assert len(list_optimizers()) == 14
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("sgd", {"momentum": 0.0, "nesterov": False}),
+        ("momentum", {"momentum": 0.9, "nesterov": False}),
+        ("nesterov", {"momentum": 0.9, "nesterov": True}),
+        ("rmsprop", {"momentum": 0, "centered": False}),
+        ("adam", {"betas": (0.9, 0.999), "decoupled_weight_decay": False, "weight_decay": 0, "amsgrad": False}),
+        ("adamw", {"betas": (0.9, 0.999), "decoupled_weight_decay": True, "weight_decay": 0.01, "amsgrad": False}),
+    ],
+)
+def test_a_plain_name_is_the_rule_of_its_paper(name, rule):
+    (group,) = build_optimizer([torch.nn.Parameter(torch.ones(2))], name).param_groups
+    assert {key: group[key] for key in rule} == rule
+
+
+def test_options_come_from_the_signature_with_the_defaults_of_the_name():
+    assert optimizer_info("momentum").options["momentum"] == 0.9
+    assert "nesterov" not in optimizer_info("momentum").options
+    assert "momentum" not in optimizer_info("sgd").options
+    signature = inspect.signature(torch.optim.AdamW)
+    assert optimizer_info("adamw").options == {n: p.default for n, p in signature.parameters.items() if n != "params"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("adamw", {"beta": (0.9, 0.95)}, "optimizer 'adamw' does not take 'beta'; did you mean 'betas'? it takes lr, betas, eps"),
+        ("sgd", {"momentum": 0.9}, "optimizer 'sgd' does not take 'momentum'; it takes lr, weight_decay"),
+        ("sparse_adam", {"weight_decay": 0.1}, "optimizer 'sparse_adam' does not take 'weight_decay'; it takes lr, betas"),
+        ("adamw", {"lr": -1.0}, "optimizer 'adamw' cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0"),
+        ("adamw", {"lr": "2e-5"}, "optimizer 'adamw' cannot be built with {'lr': '2e-5'}"),
+        ("adamw", {"lr": float("nan")}, "optimizer 'adamw': lr is nan; give a finite number"),
+        ("lion", {"betas": (0.9, 1.0)}, "optimizer 'lion' cannot be built with {'betas': (0.9, 1.0)}: betas are (0.9, 1.0)"),
+        ("muon", {"adjust_lr_fn": "x"}, "optimizer 'muon' cannot be built with {'adjust_lr_fn': 'x'}"),
+        (
+            "adamw",
+            {"no_decay": ["norms"]},
+            "no_decay names 'norms'; did you mean 'norm'? the kinds of parameter are embedding, norm",
+        ),
+        ("adamw", {"no_decay": "norm"}, "no_decay is the text 'norm'; give a list"),
+        ("adamw", {"layer_decay": 1.5}, "layer_decay is 1.5; it must lie above 0 and at most at 1"),
+        ("adamw", {"overrides": [{"pattern": "*", "rl": 1.0}]}, "an override holds 'rl'"),
+        ("adamw", {"overrides": [{"pattern": "*"}]}, "the override {'pattern': '*'} needs a pattern and something to set"),
+        ("adamw", {"overrides": [{"pattern": "*", "lr": "1"}]}, "the override {'pattern': '*', 'lr': '1'} sets lr to '1'"),
+        ("sparse_adam", {"overrides": [{"pattern": "*", "weight_decay": 1.0}]}, "an override holds 'weight_decay'"),
+    ],
+)
+def test_wrong_options_are_found_before_there_is_a_model(name, options, sentence):
+    with pytest.raises(UserError) as before:
+        check_optimizer(name, options)
+    assert str(before.value).startswith(sentence)
+    with pytest.raises(UserError) as at_build:
+        build_optimizer(torch.nn.Linear(2, 2), name, **options)
+    assert str(at_build.value) == str(before.value)
+
+
+def test_good_options_pass_the_check():
+    check_optimizer("AdamW", {"lr": 1e-3, "betas": [0.9, 0.95], "no_decay": ("bias",), "layer_decay": 0.9})
+    check_optimizer("sparse_adam", {"weight_decay": 0.0})  # no decay is what it does
+
+
+class Halving(torch.optim.Optimizer):
+    def __init__(self, params, lr=1.0):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(1 - 0.5 * self.param_groups[0]["lr"])
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
+    monkeypatch.setattr(registry, "_BY_SPELLING", dict(registry._BY_SPELLING))
+    return register_optimizer("halving", Halving, what="halves", paper="https://example.org", state_bytes=0, aliases=("half_it",))
+
+
+def test_a_registered_optimizer_is_one_of_them(registered):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer([("weight", parameter)], "Half-It", lr=1.0)
+    optimizer.step()
+    assert parameter.tolist() == [0.5, 0.5]
+    assert optimizer_info("halving") is registered
+    assert list_optimizers()[-1] == "halving"
+
+
+@pytest.mark.parametrize("taken", ["halving", "HALVING", "half-it", "adam-w"])
+def test_a_name_is_registered_once(registered, taken):
+    before = list_optimizers()
+    with pytest.raises(UserError, match=f"the optimizer name '{taken}' is taken by"):
+        register_optimizer(taken, Halving, what="", paper="", state_bytes=0)
+    with pytest.raises(UserError, match="is taken by"):
+        register_optimizer("new", Halving, what="", paper="", state_bytes=0, aliases=(taken,))
+    assert list_optimizers() == before
+
+
+def test_the_table_has_a_row_for_each_and_no_empty_cell():
+    rows = optimizer_table()
+    assert [row["name"] for row in rows] == list_optimizers()
+    assert all(list(row) == list(rows[0]) for row in rows)
+    assert all(cell for row in rows for cell in row.values())
+    assert optimizer_table("adamw")[0] == {
+        "name": "adamw",
+        "what": "Adam with decoupled weight decay",
+        "sparse gradients": "none",
+        "state bytes per parameter": "8",
+        "available": "yes",
+        "paper": "https://arxiv.org/abs/1711.05101",
+    }
