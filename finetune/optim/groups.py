@@ -203,7 +203,7 @@ def check_group_options(
             if key not in allowed:
                 raise UserError(f"an override holds {key!r}{did_you_mean(key, allowed) or ';'} it takes {', '.join(allowed)}")
             if key != "pattern" and not (isinstance(override[key], (int, float)) and override[key] >= 0):
-                raise UserError(f"the override {dict(override)} sets {key} to {override[key]!r}; give a number that is not negative")
+                raise UserError(f"the override {dict(override)} sets {key} to {override[key]!r}; give a number from 0 up")
         if "pattern" not in override or len(override) < 2:
             raise UserError(f"the override {dict(override)} needs a pattern and something to set: {', '.join(allowed[1:])}")
 

@@ -34,7 +34,7 @@ class OptimizerInfo:
     name: str
     what: str  # one line
     paper: str  # URL
-    origin: str  # the class, as "module:Class"
+    optimizer: type[torch.optim.Optimizer] | str  # the class, or "module:Class"
     sparse: SparseSupport
     state_bytes: float  # optimizer state, bytes per parameter, for a 1024 x 1024 matrix in fp32 once every row has been updated
     aliases: tuple[str, ...] = ()
@@ -44,9 +44,16 @@ class OptimizerInfo:
     must_know: ModelKnowledge = "nothing"
 
     @property
+    def origin(self) -> str:
+        """Where the class comes from, as "module:Class"."""
+        return self.optimizer if isinstance(self.optimizer, str) else f"{self.optimizer.__module__}:{self.optimizer.__qualname__}"
+
+    @property
     def missing(self) -> str:
         """The library to install before this one can be built, or ""."""
-        library = self.origin.partition(".")[0].partition(":")[0]
+        if not isinstance(self.optimizer, str):
+            return ""
+        library = re.split("[.:]", self.optimizer)[0]
         return "" if importlib.util.find_spec(library) else library
 
     @property
@@ -61,7 +68,9 @@ class OptimizerInfo:
         """The class. Raises UserError where its library is not installed."""
         if self.missing:
             raise UserError(f"optimizer {self.name!r} needs {self.missing}, which is not installed; pip install {self.missing}")
-        module, _, name = self.origin.partition(":")
+        if not isinstance(self.optimizer, str):
+            return self.optimizer
+        module, _, name = self.optimizer.partition(":")
         return getattr(importlib.import_module(module), name)
 
 
@@ -83,15 +92,13 @@ def register_optimizer(
     fused_pays: bool = False,
     must_know: ModelKnowledge = "nothing",
 ) -> OptimizerInfo:
-    """Add an optimizer to the factory: `optimizer` is a module-level class, or "module:Class". The fields are those of
-    OptimizerInfo.
+    """Add an optimizer to the factory, a class or "module:Class"; the fields are those of OptimizerInfo.
 
     Raises UserError where the name, or an alias, is taken (spellings that differ in case, dashes, spaces and underscores are
     one name).
     """
-    origin = optimizer if isinstance(optimizer, str) else f"{optimizer.__module__}:{optimizer.__qualname__}"
     info = OptimizerInfo(
-        name, what, paper, origin, sparse, state_bytes, tuple(aliases), preset or {}, fixed or {}, fused_pays, must_know
+        name, what, paper, optimizer, sparse, state_bytes, tuple(aliases), preset or {}, fixed or {}, fused_pays, must_know
     )
     spellings = {_spelling(spelling): spelling for spelling in (name, *aliases)}
     for key, spelling in spellings.items():

@@ -264,7 +264,7 @@ def test_lr_may_be_a_tensor(name):
 def test_a_schedule_drives_every_group_from_its_own_lr(name, as_lr):
     model, optimizer = make(name, lr=as_lr(0.25), overrides=[{"pattern": "hidden.weight", "lr": 0.5}])
     scheduler = build_lr_scheduler(optimizer, "linear", num_steps=8, warmup_steps=4, min_lr_ratio=0.0)
-    assert {group["name"]: float(group["lr"]) for group in optimizer.param_groups if "hidden.weight" in group["name"]} != {}
+    assert any("hidden.weight" in group["name"] for group in optimizer.param_groups)
     for factor in (0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0):
         for group in optimizer.param_groups:
             assert float(group["lr"]) == factor * (0.5 if "hidden.weight" in group["name"] else 0.25)
