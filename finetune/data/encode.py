@@ -126,6 +126,16 @@ class EncodedDataset(Sequence[Example]):
         """Target tokens of each example."""
         return self._targets
 
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The token ids of all examples, end to end."""
+        return self._ids
+
+    def key(self, index: int) -> bytes:
+        """A hash of the example's tokens: equal for exact duplicates."""
+        start, end = self._starts[index], self._starts[index + 1]
+        return hashlib.blake2b(self._ids[start:end].tobytes(), digest_size=16).digest()
+
     def row_of(self, index: int) -> int:
         """Which row (counted from 0) the example came from."""
         return self._rows[index]

@@ -82,15 +82,15 @@ class ChatTemplate:
         whole = self.render(messages)
         if targets == "all":
             return [encode_text(self.tokenizer, whole, [(0, len(whole))])]
-        turns = [self._answer(messages, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [self._answer(messages, i, whole) for i, message in enumerate(messages) if message["role"] == "assistant"]
         if all(whole.startswith(text) for text, _ in turns):
             turns = [(whole, [span for _, spans in turns for span in spans])]
         return [self._example(text[: spans[-1][1]], spans) for text, spans in turns]  # what follows the last target teaches nothing
 
-    def _answer(self, messages: Sequence[Message], index: int) -> tuple[str, list[Span]]:
+    def _answer(self, messages: Sequence[Message], index: int, whole: str) -> tuple[str, list[Span]]:
         """The text up to the end of the assistant turn messages[index], and the span of that turn in it."""
         prompt = self.render(messages[:index], add_generation_prompt=True)
-        text = self.render(messages[: index + 1])
+        text = whole if index + 1 == len(messages) else self.render(messages[: index + 1])
         if not text.startswith(prompt):
             raise UserError(
                 f"the chat template cannot be split before an answer: it asks the model to go on from {prompt[-40:]!r}, but the "
@@ -108,8 +108,8 @@ class ChatTemplate:
         ends = [a for a, b in zip(example.labels, following) if a != IGNORE_INDEX and b == IGNORE_INDEX]
         if not self._marks.issuperset(ends):
             raise UserError(
-                f"the chat template ends the assistant's turn with {text[-40:]!r}, which is no special token, so a model trained with "
-                'it would never stop; give a template that writes one (model.chat_template: "chatml")'
+                f"the chat template ends the assistant's turn with {text[-40:]!r}, which is no special token, so a model trained "
+                'with it would never stop; give a template that writes one (model.chat_template: "chatml")'
             )
         return example
 
