@@ -29,6 +29,7 @@ FLOORS = {  # the longest matching prefix counts
     "evaluation": 3,
     "generation": 3,
     "conversation": 3,
+    "translate": 3,
     "config": 4,
     "trainer": 4,
     "recipes": 5,

@@ -1,0 +1,137 @@
+"""Conversations and lines of text with a real (random) model."""
+
+import itertools
+
+import pytest
+
+from finetune.conversation import Conversation
+from finetune.errors import UserError
+from finetune.generation import generate
+from finetune.models.load import load_model
+from finetune.translate import translate_file, translate_lines
+
+SAMPLING = {
+    "max_new_tokens": 10,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "stop_ids": [],
+    "seed": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"max_position_embeddings": 150, "initializer_range": 0.4, "bos_token_id": None, "eos_token_id": None}
+    return load_model(config=config, vocab_size=320)
+
+
+def start(model, tokenizer, system_prompt=None):
+    notes = []
+    return Conversation(model, tokenizer, system_prompt=system_prompt, notify=notes.append, **SAMPLING), notes
+
+
+def test_each_answer_is_asked_for_with_all_turns_before_it(model, tokenizer):
+    chat, notes = start(model, tokenizer, system_prompt="Ja.")
+    first = "".join(chat.reply("one"))
+    second = "".join(chat.reply("two"))
+    messages = [
+        {"role": "system", "content": "Ja."},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "two"},
+    ]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert second == tokenizer.decode(generate(model, [prompt], batch_size=1, **SAMPLING)[0], skip_special_tokens=True)
+    assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
+    assert notes == []
+    chat.reset()
+    assert "".join(chat.reply("one")) == first
+
+
+def test_the_oldest_turns_go_when_the_context_is_full_and_a_note_says_so(model, tokenizer):
+    chat, notes = start(model, tokenizer)
+    for number in range(8):
+        assert "".join(chat.reply(f"question {number}"))
+        if notes:
+            break
+    assert notes == ["The conversation is longer than the model's 150 tokens: the oldest question and its answer are left out."]
+    assert chat.turns[0]["content"] == "question 1"
+    assert chat.turns[-2]["content"] == f"question {number}"
+
+
+def test_a_message_too_long_by_itself_is_refused_and_nothing_is_lost(model, tokenizer):
+    chat, _ = start(model, tokenizer)
+    list(chat.reply("one"))
+    turns = list(chat.turns)
+    with pytest.raises(UserError, match="the model reads 150"):
+        list(chat.reply("x y " * 100))
+    assert chat.turns == turns
+
+
+def test_an_answer_broken_off_stays_as_far_as_it_came(model, tokenizer):
+    chat, _ = start(model, tokenizer)
+    answer = chat.reply("one")
+    pieces = list(itertools.islice(answer, 2))
+    answer.close()
+    assert chat.turns[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert "".join(chat.reply("two"))
+
+
+def test_a_model_without_turns_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UserError, match=r"no chat template.*finetune translate"):
+        start(model, tokenizer)
+
+
+def test_a_template_without_system_prompts_refuses_one(model, tokenizer, monkeypatch):
+    turns = "{% for m in messages if m.role != 'system' %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}assistant"
+    monkeypatch.setattr(tokenizer, "chat_template", turns)
+    with pytest.raises(UserError, match="no system prompt"):
+        start(model, tokenizer, system_prompt="Be brief.")
+    assert "".join(start(model, tokenizer)[0].reply("one"))
+
+
+@pytest.fixture
+def options(model, tokenizer):
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "prompt_of": lambda text: tokenizer(text)["input_ids"],
+        "batch_size": 2,
+        **SAMPLING,
+    }
+
+
+def test_lines_keep_their_order_and_blank_ones_stay_empty(model, tokenizer, options):
+    lines = ["one two", "", "  three four five six \n", "\n", "Ja."] * 5  # more than one chunk of 8 batches
+    translations = list(translate_lines(lines, **options))
+    assert [bool(t) for t in translations] == [bool(line.strip()) for line in lines]
+    assert all("\n" not in t for t in translations)
+    alone = list(translate_lines(lines[:1], **options))
+    assert translations[0] == alone[0]
+
+
+def test_a_file_becomes_a_file_with_as_many_lines(tmp_path, options):
+    source, target, seen = tmp_path / "in.txt", tmp_path / "out.txt", []
+    source.write_text("Où est le café ?\n\nThe file\nJa.", encoding="utf-8")
+    assert translate_file(source, target, on_progress=lambda *counts: seen.append(counts), **options) == 4
+    assert target.read_text(encoding="utf-8").split("\n")[1] == ""
+    assert target.read_text(encoding="utf-8").count("\n") == 4
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_files_that_cannot_be_translated_are_explained(tmp_path, options):
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    with pytest.raises(UserError, match="No such file"):
+        translate_file(source, target, **options)
+    source.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        translate_file(source, target, **options)
+    with pytest.raises(UserError, match="source itself"):
+        translate_file(source, source, **options)
+    source.write_text("fine\n" + "x y " * 100)
+    with pytest.raises(UserError, match=r"Lines 1 to 2 .*at most 150"):
+        translate_file(source, target, **options)

@@ -1,0 +1,156 @@
+"""Loss and text metrics: token-exact, the same however the data is cut, the same as by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.data.collate import collate
+from finetune.data.rendering import encode_text
+from finetune.data.types import IGNORE_INDEX, Prompt
+from finetune.errors import UserError
+from finetune.evaluation import evaluate_generation, evaluate_loss
+from finetune.evaluation.loss import count_target_bytes
+from finetune.generation import generate
+from finetune.metrics import bits_per_byte, perplexity, text_metrics
+from finetune.models.language_model import LanguageModel
+
+CPU = torch.device("cpu")
+SENTENCES = [
+    "Where is the café?",
+    "Où est le café ?",
+    "The file was not found, so look again.",
+    "Ja.",
+    "日本語 🙂 mixed",
+    "one two three",
+]
+GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "stop_ids": [1]}
+
+
+@pytest.fixture
+def examples(tokenizer):
+    return [encode_text(tokenizer, text, [(len(text) // 2, len(text))]) for text in SENTENCES]
+
+
+def batches_of(examples, size, packed=False):
+    groups = [examples[i : i + size] for i in range(0, len(examples), size)]
+    if packed:
+        return [collate([group], pad_id=0, packed=True, pad_to_multiple_of=1) for group in groups]
+    return [collate([[e] for e in group], pad_id=0, packed=False, pad_to_multiple_of=8) for group in groups]
+
+
+def by_hand(model, examples):
+    """Mean over all target tokens, each example alone through the bare model."""
+    total, count = 0.0, 0
+    for example in examples:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
+        total += float(F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORE_INDEX, reduction="sum"))
+        count += example.num_target_tokens
+    return total / count
+
+
+@pytest.mark.parametrize(("size", "packed"), [(1, False), (2, False), (6, False), (3, True)])
+def test_loss_is_the_mean_over_tokens_whatever_the_batches(any_model, tokenizer, examples, size, packed):
+    result = evaluate_loss(LanguageModel(any_model), batches_of(examples, size, packed), tokenizer=tokenizer, device=CPU)
+    assert result.loss == pytest.approx(by_hand(any_model, examples), rel=1e-5)
+    assert result.num_target_tokens == sum(example.num_target_tokens for example in examples)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+
+
+def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenizer, examples):
+    module, batches = LanguageModel(llama), batches_of(examples, 1)
+    one = evaluate_loss(module, batches, tokenizer=tokenizer, device=CPU)
+    shares = []
+
+    def keep(sums):
+        shares.append(sums)
+        return sums
+
+    for share in (batches[:4], batches[4:]):
+        evaluate_loss(module, share, tokenizer=tokenizer, device=CPU, reduce=keep)
+    empty = collate([], pad_id=0, packed=False, pad_to_multiple_of=1)  # the filling of a process that has run out
+    both = evaluate_loss(module, [empty], tokenizer=tokenizer, device=CPU, reduce=lambda own: own + shares[0] + shares[1])
+    assert both == one
+    assert shares[0].dtype == torch.float64
+
+
+def test_bytes_are_those_of_the_target_text_without_marks(tokenizer):
+    ids = tokenizer("abc é🙂<|im_end|>def", add_special_tokens=False)["input_ids"]
+    labels = torch.tensor([[IGNORE_INDEX, *ids[1:]], [IGNORE_INDEX] * len(ids)])
+    skipped = len(tokenizer.decode(ids[:1]).encode())
+    assert count_target_bytes(labels, tokenizer) == len("abc é🙂def".encode()) - skipped
+
+
+def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(tokenizer):
+    labels = torch.tensor([[IGNORE_INDEX, *tokenizer("qqqq", add_special_tokens=False)["input_ids"]]])
+    assert int((labels != IGNORE_INDEX).sum()) == 4  # one token a byte
+
+    class Uniform(torch.nn.Module):
+        def forward(self, input_ids, labels):
+            return (labels != IGNORE_INDEX).sum() * torch.tensor(256.0).log()
+
+    result = evaluate_loss(Uniform(), [{"input_ids": labels.clamp(min=0), "labels": labels}], tokenizer=tokenizer, device=CPU)
+    assert (result.bits_per_byte, result.num_target_bytes) == (pytest.approx(8.0), 4)
+
+
+def test_no_target_is_an_error_and_the_mode_comes_back(llama, tokenizer):
+    module = LanguageModel(llama)
+    nothing = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.full((1, 3), IGNORE_INDEX)}
+    module.train()
+    with pytest.raises(UserError, match="no target token"):
+        evaluate_loss(module, [nothing], tokenizer=tokenizer, device=CPU)
+    assert module.training
+    module.eval()
+
+
+def test_perplexity_overflows_to_infinity_and_bytes_may_be_none():
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e6) == math.inf
+    assert math.isnan(perplexity(math.nan))
+    assert math.isnan(bits_per_byte(3.0, 0))
+    assert bits_per_byte(math.log(2) * 6, 3) == pytest.approx(2.0)
+
+
+def test_perfect_and_empty_outputs_score_the_extremes():
+    references = ["the cat sat on the mat today", "le chat est assis sur le tapis"]
+    perfect = text_metrics(["chrf", "bleu"], references, references)
+    assert (perfect["chrf"], perfect["bleu"]) == (pytest.approx(100), pytest.approx(100))
+    empty = text_metrics(["chrf", "bleu"], ["", ""], references)
+    assert (empty["chrf"], empty["bleu"]) == (0.0, 0.0)
+
+
+def test_chrf_and_bleu_by_hand():
+    # chrF of "abd" against "abc": unigrams 2/3, bigrams 1/2, trigrams 0; there are no longer ones.
+    assert text_metrics(["chrf"], ["abd"], ["abc"])["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+    # BLEU: 5 words against 6. Precisions 5/5, 4/4, 3/3, 2/2; brevity penalty exp(1 - 6/5).
+    score = text_metrics(["bleu"], ["a b c d e"], ["a b c d e f"])
+    assert score["bleu"] == pytest.approx(100 * math.exp(1 - 6 / 5))
+    assert "tok:13a" in score["bleu_signature"]
+    assert "version:" in score["bleu_signature"]
+
+
+def test_an_unknown_metric_and_an_empty_corpus_are_explained():
+    with pytest.raises(UserError, match="did you mean 'chrf'"):
+        text_metrics(["chrf2"], ["a"], ["a"])
+    with pytest.raises(UserError, match="There is no output"):
+        text_metrics(["bleu"], [], [])
+    assert text_metrics([], [], []) == {}
+
+
+def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
+    texts = ["Where is the café?", "The file", "Ja.", "one two"]
+    prompts = [Prompt(tokenizer(text)["input_ids"], text, text.upper()) for text in texts]
+    scores, samples = evaluate_generation(llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, **GREEDY)
+    assert [sample["prompt"] for sample in samples] == texts
+    assert [sample["reference"] for sample in samples] == [text.upper() for text in texts]
+    answers = generate(llama, [prompt.input_ids for prompt in prompts], batch_size=1, **GREEDY)
+    assert [sample["output"] for sample in samples] == [tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
+    assert scores == text_metrics(["chrf"], [s["output"] for s in samples], [s["reference"] for s in samples])
+
+    first = evaluate_generation(llama, tokenizer, prompts[:2], metrics=(), batch_size=3, **GREEDY)[1]
+    joined = evaluate_generation(
+        llama, tokenizer, prompts[2:], metrics=["chrf"], batch_size=3, gather=lambda own: first + own, **GREEDY
+    )
+    assert joined == (scores, samples)
