@@ -3,12 +3,13 @@
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Counts of parameters (shared ones once) and the shape of the model. Works on the meta device too."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = inner_model(model)
     config = inner.config.get_text_config()
     parameters = list(model.parameters())  # a shared one comes once
     table, head = token_tables(inner)
@@ -29,11 +30,19 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     }
 
 
-def token_tables(model: PreTrainedModel) -> tuple[Any, Any]:
-    """The weights of the input embedding and of the output head (None where there is none), behind any wrapper of peft."""
+def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model of transformers, inside peft's wrapper where there is one."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner
 
-    def weight(module: Any) -> Any:
-        inner = getattr(module, "original_module", None)
-        return None if module is None else (module if inner is None else inner).weight
 
-    return weight(model.get_input_embeddings()), weight(model.get_output_embeddings())
+def token_tables(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+    """The weights [V, d] of the input embedding and of the output head (None where there is none), behind any wrapper of peft."""
+    table = _weight(model.get_input_embeddings())
+    assert table is not None
+    return table, _weight(model.get_output_embeddings())
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    inner: Any = getattr(module, "original_module", None) or module
+    return None if inner is None else inner.weight

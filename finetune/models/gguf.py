@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from finetune.errors import UserError
 
-LAYOUT = 1  # raise it when the conversion changes: the folders of older layouts are then left alone
+LAYOUT = 2  # raise it when the conversion changes: the folders of older layouts are then left alone
 
 
 def cache_dir() -> Path:
@@ -63,3 +64,6 @@ def _convert(file: Path, folder: Path) -> None:
         raise UserError(f"{file} is not a .gguf file that transformers can read: {error}") from error
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
+    metadata, _ = read_gguf_metadata(str(file))
+    if licence := metadata.get("general.license"):
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")  # for `card.license_of`

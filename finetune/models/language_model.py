@@ -1,10 +1,10 @@
 """A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
 
-Floor 2. `LanguageModel` is what Accelerate wraps, so that every use of a parameter is inside its `forward`. The decoder gives hidden
-states, `finetune.losses` turns them and the output head into the loss, and the logits of a batch are never held.
+Floor 2. `LanguageModel` is what Accelerate wraps, so that every use of a parameter is inside its `forward`. The decoder gives
+hidden states, `finetune.losses` turns them and the output head into the loss, and the logits of a batch are never held.
 
-Packing. Where `position_ids` restart at 0, a new example begins, and examples must not see each other. transformers builds the block
-mask from the position ids by itself, a sliding window included, but only without an attention mask and without a cache
+Packing. Where `position_ids` restart at 0, a new example begins, and examples must not see each other. transformers builds the
+block mask from the position ids by itself, a sliding window included, but only without an attention mask and without a cache
 (`transformers.masking_utils.find_packed_sequence_indices`), and not in every architecture: `check_packing` looks.
 """
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.losses import causal_lm_loss, causal_lm_loss_of_logits
+from finetune.models.describe import inner_model, token_tables
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,10 @@ class LanguageModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The model of transformers, inside peft's wrapper where there is one."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+        return inner_model(self.model)
 
     @staticmethod
-    def _run(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None):  # type: ignore[no-untyped-def]
+    def _run(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None):
         packed = {} if position_ids is None else {"position_ids": position_ids}
         return module(input_ids=input_ids, use_cache=False, **packed)
 
@@ -85,7 +86,7 @@ class LanguageModel(nn.Module):
         if head is None or isinstance(head, BaseTunerLayer) or model.base_model is model:
             return False  # no head, a head with LoRA, or no decoder apart from the head
         with evaluating(model):
-            ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+            ids = torch.arange(8, device=model.device)[None] % token_tables(model)[0].shape[0]
             theirs = self._run(model, ids, None).logits.float()
             hidden = getattr(self._run(model.base_model, ids, None), "last_hidden_state", None)
             if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
@@ -101,7 +102,7 @@ def check_packing(language_model: LanguageModel) -> None:
     Some architectures (Bloom, whose alibi knows no positions) or attention implementations let them see each other.
     """
     model = language_model.causal_lm
-    vocabulary, device = model.get_input_embeddings().weight.shape[0], model.device
+    vocabulary, device = token_tables(model)[0].shape[0], model.device
     lengths = (5, 1, 7, 4)
     ids = torch.arange(sum(lengths), device=device)[None] * 7 % vocabulary
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
@@ -114,8 +115,8 @@ def check_packing(language_model: LanguageModel) -> None:
     error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
     if not error <= 0.1 * leak + 1e-5:  # NaN is refused too
         raise UserError(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed examples see each other (losses "
-            f"differ by up to {error:.2g} nats from those of the examples alone); set data.packing: false"
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed examples see each other "
+            f"(losses differ by up to {error:.2g} nats from those of the examples alone); set data.packing: false"
         )
 
 

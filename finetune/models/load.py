@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -27,9 +27,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model with float32 weights, in evaluation mode.
 
-    Exactly one of `name` (see `locate.resolve_name`) and `config` (`{"model_type": "llama", ...}`: random weights, from torch's global
-    random state). `vocab_size`: the rows of a random model's token table. Raises UserError where there is no such model, or the
-    config is wrong, or the model has no such attention.
+    Exactly one of `name` (see `locate.resolve_name`) and `config` (`{"model_type": "llama", ...}`: random weights, from torch's
+    global random state). `vocab_size`: the rows of a random model's token table. Raises UserError where there is no such model, or
+    the config is wrong, or the model has no such attention.
     """
     assert (name is None) != (config is None), (name, config)
     if config is not None:

@@ -63,8 +63,8 @@ def _resolve_hub_name(name: str, revision: str | None) -> str:
         if error.response.status_code >= 500:
             return _cached(name, revision, f"the hub answers {error.response.status_code}", error)
         raise UserError(
-            f"model {name!r}{at} was not found: it is not a folder here ({Path.cwd()}), and the hub {constants.ENDPOINT} has none by "
-            "that name that you may read (for a private or gated model, log in with `hf auth login`)"
+            f"model {name!r}{at} was not found: it is not a folder here ({Path.cwd()}), and the hub {constants.ENDPOINT} has "
+            "none by that name that you may read (for a private or gated model, log in with `hf auth login`)"
         ) from error
     except Exception as error:  # no network: the clients' exceptions have no base class in common below this one
         return _cached(name, revision, f"the hub {constants.ENDPOINT} cannot be reached", error)

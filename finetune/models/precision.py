@@ -1,7 +1,7 @@
 """Which precision the matrix products run in.
 
-Floor 2. The weights stay in float32. bf16 pays only where the chip multiplies it: a CPU without such instructions emulates it, 20 to
-100 times slower than float32.
+Floor 2. The weights stay in float32. bf16 pays only where the chip multiplies it: a CPU without such instructions emulates it, 20
+to 100 times slower than float32.
 """
 
 import logging

@@ -1,12 +1,13 @@
 """Tokenizers: loaded with their model, or trained on a run's own data; and what makes one ready for chat.
 
-Floor 2. A model stops where its end-of-text token comes, so the mark that the chat template writes after an assistant's turn must be
-that token, in the tokenizer, the model's config and its generation config. A base model has neither markers nor template: ChatML
-(https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
+Floor 2. A model stops where its end-of-text token comes, so the mark that the chat template writes after an assistant's turn must
+be that token, in the tokenizer, the model's config and its generation config. A base model has neither markers nor template:
+ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.errors import UserError
+from finetune.models.describe import token_tables
 from finetune.models.locate import resolve_name
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -40,7 +42,8 @@ def load_tokenizer(*, name: str, revision: str | None = None, trust_remote_code:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `vocab_size` entries, with ChatML's markers and template.
 
-    Any text can be encoded, since all 256 bytes are entries. Raises UserError where `vocab_size` has no room for them and the markers.
+    Any text can be encoded, since all 256 bytes are entries. Raises UserError where `vocab_size` has no room for them and the
+    markers.
     """
     special = [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -66,8 +69,9 @@ def prepare_chat(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBa
     """Set the template, its markers and the stop token in the tokenizer, and fit the model (if given) to it; both in place.
 
     `chat_template`: None (the tokenizer's own, if any), "chatml", or the path of a Jinja file. Without any template the tokenizer's
-    end-of-text token stays the stop token. Returns the ids of the tokens that were added: their rows begin as the mean of the others,
-    and are to be trained also beside LoRA (see `adapters.add_lora`). Raises UserError where the file is missing or fails to render.
+    end-of-text token stays the stop token. Returns the ids of the tokens that were added: their rows begin as the mean of the
+    others, and are to be trained also beside LoRA (see `adapters.add_lora`). Raises UserError where the file is missing or fails to
+    render.
     """
     before = set(tokenizer.get_vocab().values())
     if chat_template == "chatml":
@@ -111,23 +115,20 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def _fit_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[int]) -> None:
     """Make room for every id, never less than there is (Qwen's and Gemma's tables are padded), and start the added rows."""
-    table = model.get_input_embeddings()
-    rows = table.weight.shape[0]
+    rows = token_tables(model)[0].shape[0]
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
     if not added:
         return
     with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for parameter in (module.weight, getattr(module, "bias", None)):
-                if parameter is not None:
-                    parameter[added] = parameter[: min(rows, min(added))].mean(0)
+        for parameter in (*token_tables(model), getattr(model.get_output_embeddings(), "bias", None)):
+            if parameter is not None:
+                parameter[added] = parameter[: min(rows, *added)].mean(0)
 
 
 def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> None:
-    settings = model.generation_config
-    assert settings is not None
+    settings: Any = model.generation_config
     known = settings.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
     stops = list(dict.fromkeys([*stops, *(token for token in known if token < len(tokenizer))]))

@@ -1,0 +1,72 @@
+"""LoRA through peft (https://arxiv.org/abs/2106.09685).
+
+Floor 2. Rows of tokens that were added to the vocabulary know nothing yet, and a frozen table would leave them so: they are trained
+besides, alone, through peft's trainable token indices, which keep a tied head tied. (Training the whole table through
+`modules_to_save` unties it without a word, and the merged model is then wrong after reloading.)
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from finetune.errors import UserError
+from finetune.models.describe import token_tables
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | Sequence[str],
+    new_token_ids: Sequence[int] = (),
+) -> PeftModel:
+    """Freeze the model and put trainable low-rank adapters beside `target_modules`; changes `model` in place and wraps it.
+
+    `target_modules`: "all-linear" (every linear layer but the head) or ends of module names. `new_token_ids`: rows of the token
+    table (and of an untied head) that are trained too. Raises UserError where no module has such a name.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    every = targets == ["all-linear"]
+    for target in [] if every else targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise UserError(
+                f'model.lora.target_modules: {target!r} is no linear layer of this model; give "all-linear", or some of {ends}'
+            )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int and takes a float
+        lora_dropout=dropout,
+        target_modules="all-linear" if every else targets,
+        trainable_token_indices=_rows(model, new_token_ids),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),  # GPT-2 stores its weights transposed
+    )
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 a question by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def merge_lora(model: PeftModel) -> PreTrainedModel:
+    """A copy of the model with its adapters and new rows added into its weights; `model` itself stays as it is."""
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def _rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]] | None:
+    if not ids:
+        return None
+    table, head = token_tables(model)
+    if head is not table and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError("LoRA beside added tokens drops the bias of this model's head (a limit of peft): train without model.lora")
+    modules = [model.get_input_embeddings()] + ([] if head is None or head is table else [model.get_output_embeddings()])
+    return {name: list(ids) for name, module in model.named_modules() if any(module is wanted for wanted in modules)}

@@ -1,0 +1,94 @@
+"""The model card of an export: README.md with the front matter that the hub reads (https://huggingface.co/docs/hub/model-cards).
+
+Floor 2.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+{% if license %}
+license: {{ license | string | quoted }}
+{% endif %}
+{% if base_model %}
+base_model: {{ base_model | quoted }}
+{% endif %}
+---
+
+# {{ title }}
+
+{% if base_model %}
+`{{ base_model }}`, fine-tuned with `finetune`.
+{% else %}
+A model with random initial weights, trained with `finetune`.
+{% endif %}
+{% if base_model and not license %}
+The licence of the base model is not known here; it holds for this model too.
+{% endif %}
+
+## Data
+
+{% for line in data %}
+- {{ line }}
+{% endfor %}
+
+## Results on held-out data
+
+{% if metrics %}
+| | {{ metrics.values() | first | join(" | ") }} |
+|---|{% for _ in metrics.values() | first %}---:|{% endfor %}
+
+{% for name, values in metrics.items() %}
+| {{ name }} | {% for value in values.values() %}{{ "%.4g" | format(value) }} | {% endfor %}
+
+{% endfor %}
+{% else %}
+None were measured.
+{% endif %}
+
+## Configuration
+
+```yaml
+{{ config | trim }}
+```
+
+Made with `{{ command }}`.
+"""
+
+
+def model_card(
+    *,
+    title: str,
+    base_model: str | None,
+    license: str | None,
+    data: Sequence[str],
+    metrics: Mapping[str, Mapping[str, float]],
+    config: str,
+    command: str,
+) -> str:
+    """The card as Markdown.
+
+    `base_model`: None for random initial weights. `data`: one line for each source. `metrics`: {"before": {"loss": 2.6, ...},
+    "after": {...}}, the same metrics in each. `config`: the run's YAML. `command`: what reproduces the run.
+    """
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)  # noqa: S701
+    environment.filters["quoted"] = json.dumps  # a JSON string is a YAML string
+    return environment.from_string(_CARD).render(
+        title=title, base_model=base_model, license=license, data=data, metrics=metrics, config=config, command=command
+    )
+
+
+def license_of(folder: str) -> str | None:
+    """The licence that the front matter of a model folder's README.md names; None where it names none."""
+    readme = Path(folder) / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    line = re.search(r"^license:\s*[\"']?([\w.+-]+)", front[1], re.MULTILINE) if front else None
+    return line[1] if line else None

@@ -1,0 +1,118 @@
+"""A trained model out, as a plain Hugging Face folder: weights in safetensors, tokenizer, template, generation config, model card.
+
+Floor 2. The folder is written beside its place and renamed, so that an earlier export is whole until the new one is.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from finetune.errors import UserError
+from finetune.models.adapters import merge_lora
+from finetune.models.describe import token_tables
+from finetune.models.language_model import evaluating
+
+
+def export_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dest: Path,
+    *,
+    card: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, replacing an earlier export there.
+
+    LoRA is merged into a copy; the model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`: of
+    the saved weights; None: as they are. Raises UserError where the disk refuses, or where `dest` is a folder that holds no model.
+    """
+    if dest.exists() and not (dest / "config.json").is_file() and (dest.is_file() or any(dest.iterdir())):
+        raise UserError(f"the export's destination {dest} is there and holds no model; give an empty or a new folder")
+    plain = merge_lora(model) if isinstance(model, PeftModel) else model
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
+    except OSError as error:
+        raise UserError(f"the model could not be written to {dest}: {error.strerror or error}") from error
+    try:
+        _write(plain, tokenizer, work, card, dtype)
+        work.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        _replace(dest, work)
+    except (OSError, SafetensorError) as error:
+        kept = "; the earlier export is untouched" if dest.exists() else ""
+        raise UserError(f"the model could not be written to {dest}: {error}{kept}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@torch.no_grad()
+def verify_export(dest: Path, model: PreTrainedModel | PeftModel, sample_ids: Sequence[int]) -> float:
+    """Reload the folder and compare: the largest difference of a logit on `sample_ids`, as a share of the largest logit.
+
+    Raises UserError where the model does not load, the logits differ by more than rounding (1e-4; 0.05 for 16-bit weights), or a
+    tie is lost or made up.
+    """
+    try:
+        reloaded = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", local_files_only=True)
+        AutoTokenizer.from_pretrained(dest, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the export {dest} does not load: {error}") from error
+    bound = 1e-4 if reloaded.dtype == torch.float32 else 0.05
+    reloaded.to(model.device, torch.float32)
+    ids = torch.tensor([list(sample_ids)], device=model.device)
+    with evaluating(model), evaluating(reloaded):
+        ours, theirs = model(input_ids=ids, use_cache=False).logits, reloaded(input_ids=ids, use_cache=False).logits
+    table, head = token_tables(reloaded)
+    if (head is table) != bool(reloaded.config.get_text_config().tie_word_embeddings):
+        raise UserError(
+            f"the export {dest} says tie_word_embeddings = {reloaded.config.tie_word_embeddings}, and its weights do not"
+        )
+    difference = float((ours - theirs).abs().max() / ours.abs().max()) if ours.shape == theirs.shape else float("inf")
+    if not difference <= bound:
+        raise UserError(f"the export {dest} is not the trained model: its logits differ by {difference:.2g} of the largest")
+    return difference
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, dtype: torch.dtype | None) -> None:
+    state = model.state_dict()  # not the parameters themselves: a lazily trained table is brought up to date here
+    if dtype is not None:
+        tables: dict[int, torch.Tensor] = {}  # a shared tensor stays shared
+        state = {
+            name: tables.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+        }
+    model.save_pretrained(folder, state_dict=state)
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _replace(dest: Path, work: Path) -> None:
+    """Put `work` where `dest` is. A folder cannot replace a full one in one step, so the old one steps aside first."""
+    if not dest.exists():
+        work.rename(dest)
+        return
+    aside = work.with_name(work.name + "-old")
+    dest.rename(aside)
+    try:
+        work.rename(dest)
+    except OSError:
+        aside.rename(dest)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,30 @@
+"""Memory against time, and time against a wait at the start: activation checkpointing and torch.compile.
+
+Floor 2.
+"""
+
+import torch
+
+from finetune.errors import UserError
+from finetune.models.language_model import LanguageModel
+
+
+def enable_activation_checkpointing(language_model: LanguageModel) -> None:
+    """Keep only the input of each layer for the backward and compute the rest again (https://arxiv.org/abs/1604.06174); in place.
+
+    Costs one more forward a step. Raises UserError where the architecture cannot.
+    """
+    try:
+        language_model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"{error} Set training.activation_checkpointing: false") from error
+
+
+def compile_decoder(language_model: LanguageModel) -> None:
+    """Let torch.compile make kernels for the decoder, at its first forward; in place, and no parameter is renamed.
+
+    The loss stays as it is: its time is in large matrix products already.
+    """
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # padded batches come in many lengths
+    model = language_model.causal_lm
+    (model.base_model if language_model.fused else model).compile()
