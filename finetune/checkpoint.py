@@ -124,6 +124,9 @@ def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
 
 def _write_file(path: Path, content: Any) -> None:
     with path.open("wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch closes its archive on the way out and hides the refusal of the disk behind that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())

@@ -19,12 +19,12 @@ class Display:
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._enabled = enabled
+        self.enabled = enabled
         self.notes: list[str] = []  # what a reader of the run should know; the recipes write it into environment.json
 
     def say(self, text: str) -> None:
         """One line of what goes on."""
-        if self._enabled:
+        if self.enabled:
             self._console.print(text, markup=False)
 
     def note(self, text: str) -> None:
@@ -61,7 +61,7 @@ class Display:
 
     @contextmanager
     def _progress(self, label: str, total: int | None, *, start: int = 0) -> Iterator[Callable[[int, str], None]]:
-        if not self._enabled:
+        if not self.enabled:
             yield lambda done, facts: None
         elif self._console.is_terminal:
             columns = (
@@ -80,18 +80,22 @@ class Display:
             yield self._plain_lines(label, total, start)
 
     def _plain_lines(self, label: str, total: int | None, start: int) -> Callable[[int, str], None]:
-        began = time.monotonic()
-        shown = began - PLAIN_INTERVAL
+        began, first, shown = 0.0, start, 0.0
 
         def update(done: int, facts: str) -> None:
-            nonlocal shown
+            nonlocal began, first, shown
             now = time.monotonic()
-            if now - shown < PLAIN_INTERVAL and done != total:
+            if not began:  # what came before the first update does not count into the rate
+                began, first = now, done
+            elif now - shown < PLAIN_INTERVAL and done != total:
                 return
             shown = now
-            rate = (now - began) / max(1, done - start)
-            left = f"  {_clock((total - done) * rate)} left" if total and done < total else f"  {_clock(now - began)}"
-            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{left}")
+            seconds = now - began
+            if total and first < done < total:
+                clock = f"  {_clock((total - done) * seconds / (done - first))} left"
+            else:
+                clock = f"  {_clock(seconds)}" if done == total else ""
+            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{clock}")
 
         return update
 

@@ -53,6 +53,10 @@ def tracker_values(record: Mapping[str, Any]) -> dict[str, float]:
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: such a value is written as text, so that the line shows it and stays valid."""
     return {
-        key: _finite(value) if isinstance(value, Mapping) else str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        key: _finite(value)
+        if isinstance(value, Mapping)
+        else str(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
         for key, value in record.items()
     }

@@ -24,9 +24,10 @@ from accelerate import Accelerator
 
 from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
+from finetune.data.stream import StreamingBatches
 from finetune.divergence import DivergenceGuard
 from finetune.errors import UserError
-from finetune.optim import clip_grad_norm_, deferred_rows
+from finetune.optim import LazyAdamW, clip_grad_norm_
 from finetune.stopping import StopSignal
 from finetune.tracking import MetricLogger
 
@@ -67,7 +68,7 @@ class Trainer:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
-        batches: TrainingBatches,
+        batches: TrainingBatches | StreamingBatches,
         evaluate: Callable[[int], Mapping[str, float]],
         cadence: Cadence,
         checkpoints: CheckpointStore,
@@ -185,12 +186,13 @@ class Trainer:
         return self.cadence.patience is not None and self.progress.evaluations_since_best >= self.cadence.patience
 
     def _save(self) -> None:
-        with deferred_rows(self.optimizer):
+        with stored_rows(self.optimizer):
             weights = trainable_state(self.accelerator.unwrap_model(self.model))
+            optimizer_state = self.optimizer.state_dict()
         self.progress.guard = self.guard.state_dict()
         files = {
             "model.pt": weights,
-            "optimizer.pt": self.optimizer.state_dict(),
+            "optimizer.pt": optimizer_state,
             "training.pt": {
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
@@ -210,14 +212,17 @@ class Trainer:
                     f"{checkpoint} cannot be resumed: {what} changed (then {state['identity'].get(what)}, now {now}); "
                     f"restore it, or start a new run in another output_dir"
                 )
-        load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
-        self.optimizer.load_state_dict(load(checkpoint, "optimizer.pt"))
+        self.restore(checkpoint)
         self.scheduler.load_state_dict(state["scheduler"])
         self.batches.load_state_dict(state["data"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.guard.load_state_dict(self.progress.guard)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put the weights and the optimizer's state back to those of a checkpoint; together, since rows may be deferred."""
+        restore(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
@@ -232,10 +237,17 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into the model they were taken from."""
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from."""
     unexpected = model.load_state_dict(load(checkpoint, "model.pt"), strict=False).unexpected_keys
     assert not unexpected, unexpected
+    optimizer.load_state_dict(load(checkpoint, "optimizer.pt"))
+
+
+def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+    """Within it the state dicts of model and optimizer show the rows of a lazy table as they are stored, not as they are read."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner.deferred() if isinstance(inner, LazyAdamW) else contextlib.nullcontext()
 
 
 def _mark_last(items: list[Any]) -> Iterator[tuple[bool, Any]]:

@@ -43,7 +43,7 @@ ALIASES = {
 """Hugging Face's argument names (TrainingArguments, SFTConfig) that mean the same here, wherever in the file they stand."""
 
 NOT_ALIASES = {
-    "gradient_accumulation_steps": "it follows from training.batch_size (rows per step over all processes) and training.micro_batch_size",
+    "gradient_accumulation_steps": "it follows from training.batch_size (rows per step, all processes) and training.micro_batch_size",
     "bf16": "write training.precision: bf16",
     "fp16": "write training.precision: fp16",
     "dataset_name": "write data.train: NAME",
@@ -103,7 +103,7 @@ def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif section is not None and isinstance(value, Mapping):
             inner = {}
             for name, item in value.items():
-                ours = name in section.model_fields or section.model_config.get("extra") == "allow" and name not in ALIASES
+                ours = name in section.model_fields or (section.model_config.get("extra") == "allow" and name not in ALIASES)
                 if ours:
                     inner[name] = item
                 else:
@@ -230,5 +230,13 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    names = {dict: "a mapping", list: "a list", tuple: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        tuple: "a list",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
     return names.get(type(value), type(value).__name__)

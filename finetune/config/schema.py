@@ -61,7 +61,7 @@ class SourceSection(Section):
     split: str = "train"
     revision: str | None = None
     target_path: str | None = None  # the second of two aligned text files (translation)
-    weight: Annotated[float, Field(gt=0)] = 1.0  # share of this source in a mix, relative to the others
+    weight: Annotated[float, Field(gt=0)] | None = None  # share of this source in a mix; None for all: every row once
     max_rows: PositiveInt | None = None  # take only the first so many rows
 
 
@@ -161,7 +161,7 @@ class GenerationSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: NonNegativeInt = 0  # 0: off
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    batch_size: PositiveInt = 16  # prompts at a time
+    batch_size: PositiveInt = 64  # prompts at a time
 
 
 class RunConfig(Section):

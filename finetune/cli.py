@@ -1,0 +1,217 @@
+"""The command line. Every command imports what it needs when it runs, so that `finetune --help` answers at once.
+
+Floor 6. A user's mistake is one sentence on stderr and exit code 2; a run stopped by a signal exits with 130.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finetune.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune small causal language models for chat and translation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the config: key=value, e.g. training.epochs=1", show_default=False)
+]
+Target = Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.", show_default=False)]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling: keep this much probability.", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="Keep so many tokens; 0 is off.", show_default=False)]
+Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="For sampling.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto (the newest complete checkpoint), or a checkpoint's or run's folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Build everything, print the resolved config, and stop before the first step.")
+    ] = False,
+) -> None:
+    """Fine-tune a model as CONFIG says."""
+    from finetune.config import load_config
+    from finetune.recipes.training import run_training
+
+    stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+    if stopped == "signal":
+        raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    task: Annotated[Literal["chat", "translation"], typer.Argument(help="What to learn.")],
+    short: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="The run's folder.  [default: runs/demo-TASK]", show_default=False)
+    ] = None,
+) -> None:
+    """Fine-tune SmolLM2-135M on the data that comes with the package, on a laptop's CPU."""
+    from finetune.recipes.demo import run_demo
+
+    if run_demo(task, short=short, output_dir=output_dir) == "signal":
+        raise typer.Exit(130)
+
+
+@app.command()
+def inspect(
+    config: Config,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(help="How many rendered examples to print.")] = 3,
+) -> None:
+    """Show what the model would see: rendered examples with the targets coloured, lengths, counts, overlaps."""
+    from finetune.config import load_config
+    from finetune.recipes.inspecting import inspect_data
+
+    inspect_data(load_config(config, overrides or ()), examples=examples)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Estimate memory and time before a run, and say what to change if it does not fit."""
+    from finetune.config import load_config
+    from finetune.recipes.planning import plan_run
+
+    plan_run(load_config(config, overrides or ()))
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="What to evaluate on; for a run, its own config.", show_default=False)] = None,
+) -> None:
+    """Held-out loss, perplexity and bits per byte; chrF and BLEU for translation. Prints JSON."""
+    from finetune.recipes.reading import evaluate_target
+
+    evaluate_target(target, config=config, overrides=overrides or ())
+
+
+@app.command()
+def generate(
+    target: Target,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be repeated. Without it, one prompt a line of stdin.")
+    ] = None,
+    raw: Annotated[bool, typer.Option(help="Continue the text as it stands instead of answering it in the chat template.")] = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+) -> None:
+    """Answer prompts, in batches."""
+    from finetune.recipes.reading import generate_answers
+
+    settings = _given(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
+    )
+    prompts = prompt or [line.rstrip("\n") for line in sys.stdin]
+    for answer in generate_answers(target, prompts, raw=raw, seed=seed, settings=settings):
+        typer.echo(answer)
+
+
+@app.command()
+def chat(
+    target: Target,
+    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = 0,
+) -> None:
+    """Talk with a model in the terminal: /reset forgets the conversation, /exit ends it."""
+    from finetune.recipes.reading import chat_in_terminal
+
+    settings = _given(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
+    )
+    chat_in_terminal(target, system_prompt=system, seed=seed, settings=settings)
+
+
+@app.command()
+def translate(
+    target: Target,
+    text: Annotated[list[str] | None, typer.Argument(help="Sentences; without them and without --input, lines of stdin.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="A text file, one sentence a line.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the translations.", show_default=False)
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Source language, e.g. en; for a run, its own.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", help="Target language, e.g. fr; for a run, its own.", show_default=False)
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+) -> None:
+    """Translate sentences, stdin, or a file to a file, in batches."""
+    from finetune.recipes.reading import translate_text
+
+    translate_text(
+        target, text or [], input=input, output=output, source=source, to=to, settings=_given(max_new_tokens=max_new_tokens)
+    )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]) -> None:
+    """Write RUN/report.html again from the run's files."""
+    from finetune.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.", show_default=False)],
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the exported weights.")] = "float32",
+    checkpoint: Annotated[Path | None, typer.Option(help="Export this checkpoint instead of model/.", show_default=False)] = None,
+) -> None:
+    """Write a run's model as a plain Hugging Face folder, reload it, and compare the logits."""
+    from finetune.recipes.exporting import export_run
+
+    export_run(run, dest, dtype=dtype, checkpoint=checkpoint)
+
+
+@app.command()
+def optimizers(pattern: Annotated[str, typer.Argument(help="Only names like this, e.g. 'ada*'.")] = "*") -> None:
+    """The optimizers that optimizer.name may be, and what each takes."""
+    from finetune.recipes.listing import print_optimizers
+
+    print_optimizers(pattern)
+
+
+def _given(**settings: float | int | None) -> dict[str, float | int]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def main() -> None:
+    """Run the command line; the entry point of `finetune` and `python -m finetune`."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"finetune: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("finetune: interrupted", err=True)
+        sys.exit(130)

@@ -1,0 +1,109 @@
+"""From the data section of a config to rows, format and encoded examples.
+
+Floor 5.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from finetune.config.schema import DataSection, RunConfig, SourceSection
+from finetune.data.detect import build_format
+from finetune.data.encode import EncodedDataset, encode
+from finetune.data.sources import Rows, RowStream, Source, load_rows, split_held_out, stream_rows
+from finetune.data.types import Format, Prompt, Row
+from finetune.errors import UserError
+
+TOKENIZER_ROWS = 20_000  # rows that a new tokenizer is trained on, at most
+
+
+@dataclass(frozen=True)
+class RawData:
+    """The rows of a run, not yet tokenised."""
+
+    train: Rows | RowStream
+    validation: Rows | None
+    first_row: Row
+
+    def texts(self) -> Iterator[str]:
+        """Every text in the first training rows, for a new tokenizer."""
+        for _, row in islice(self.train, TOKENIZER_ROWS):
+            yield from _texts(row)
+
+
+def load_raw_data(config: DataSection, *, seed: int) -> RawData:
+    """Open the sources. Raises UserError where one cannot be read, or there is nothing to hold out."""
+    if config.streaming:
+        if config.validation is None and config.validation_fraction > 0:
+            raise UserError("a stream cannot be split: give data.validation, or set data.validation_fraction=0")
+        stream = stream_rows(as_sources(config.train))
+        first = next(iter(stream_rows(as_sources(config.train))), None)
+        if first is None:
+            raise UserError(f"{config.train[0].path} is empty: there are no rows in it")
+        return RawData(stream, _validation(config), first[1])
+    rows, validation = load_rows(as_sources(config.train)), _validation(config)
+    if validation is None and config.validation_fraction > 0:
+        rows, validation = split_held_out(rows, fraction=config.validation_fraction, seed=seed)
+        validation = validation.take(config.max_validation_rows)
+    return RawData(rows, validation, rows[0])
+
+
+def _validation(config: DataSection) -> Rows | None:
+    return None if config.validation is None else load_rows(as_sources(config.validation)).take(config.max_validation_rows)
+
+
+def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
+    return [Source(**section.model_dump()) for section in sections]
+
+
+def make_format(config: DataSection, tokenizer: Any, first_row: Row) -> Format:
+    """The format that the config names, or that the first row is in."""
+    pair = config.translation
+    return build_format(
+        config.format,
+        tokenizer=tokenizer,
+        first_row=first_row,
+        columns=config.columns,
+        targets=config.targets,
+        system_prompt=config.system_prompt,
+        source_language=pair.source_language,
+        target_language=pair.target_language,
+        direction=pair.direction,
+        template=pair.template,
+    )
+
+
+def encode_rows(rows: Rows, format: Format, config: DataSection, *, vocab_size: int) -> EncodedDataset:
+    return encode(rows, format, max_length=config.max_length, overlong=config.overlong, vocab_size=vocab_size)
+
+
+def first_prompts(rows: Rows | None, format: Format, count: int) -> list[Prompt]:
+    """What to generate from: the prompts of the first held-out rows."""
+    prompts: list[Prompt] = []
+    for where, row in rows or ():
+        if len(prompts) >= count:
+            break
+        try:
+            prompts.extend(format.prompts(row))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    return prompts[:count]
+
+
+def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
+    """The metrics over generated text: those asked for, else both for translation and none for the rest."""
+    if config.evaluation.metrics is not None:
+        return config.evaluation.metrics
+    return ("chrf", "bleu") if format.name == "translation" else ()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,69 @@
+"""`finetune demo`: the shipped configs on the shipped data, with the result printed.
+
+Floor 5.
+"""
+
+import json
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune.config import load_config
+from finetune.display import Display
+from finetune.recipes.training import run_training
+from finetune.run_dir import RunDir
+from finetune.trainer import Stopped
+
+SHORT = (
+    "training.max_steps=3",
+    "data.max_validation_rows=8",
+    "evaluation.generate=4",
+    "evaluation.samples=2",
+    "generation.max_new_tokens=16",
+)
+
+
+def run_demo(task: str, *, short: bool, output_dir: Path | None) -> Stopped:
+    """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml says and print what changed."""
+    overrides = [*(SHORT if short else ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else [])]
+    with as_file(files("finetune.resources") / f"demo_{task}.yaml") as path:
+        config = load_config(path, overrides)
+    stopped = run_training(config, display=Display())
+    if stopped != "signal":
+        _print_result(RunDir(config.output_dir))
+    return stopped
+
+
+def _print_result(run: RunDir) -> None:
+    console = Console(highlight=False)
+    summary = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    table = Table(title="held-out data", title_justify="left")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right")
+    for key, label, digits in (
+        ("loss", "loss (nats per token)", 3),
+        ("perplexity", "perplexity", 2),
+        ("chrf", "chrF", 1),
+        ("bleu", "BLEU", 1),
+    ):
+        if key in summary["after"]:
+            table.add_row(label, *(f"{summary[when][key]:.{digits}f}" for when in ("before", "after")))
+    console.print(table)
+    samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
+    before = {sample["prompt"]: sample["output"] for sample in samples if sample["step"] == 0}
+    for sample in samples:
+        if sample["step"] == summary["after"]["step"] and sample["prompt"] in before:
+            console.print(f"\n[bold]{_line(sample['prompt'])}[/bold]")
+            console.print(f"  before:    {_line(before[sample['prompt']])}", markup=False)
+            console.print(f"  after:     {_line(sample['output'])}", markup=False)
+            console.print(f"  reference: {_line(sample['reference'])}", markup=False)
+    console.print(
+        f"\nThe whole report: {run.report}\nTry the model:    finetune {'translate' if 'chrf' in summary['after'] else 'chat'} {run.root}"
+    )
+
+
+def _line(text: str, width: int = 160) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,143 @@
+"""The evaluations of a run: held-out loss, metrics over generated text, samples, and the files they go to.
+
+Floor 5.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from finetune.config.schema import GenerationSection, RunConfig
+from finetune.data.types import Prompt
+from finetune.display import format_metrics
+from finetune.errors import UserError
+from finetune.evaluation import Sample, evaluate_generation, evaluate_loss
+from finetune.generation import SamplingSettings
+from finetune.recipes.data import first_prompts, generation_metrics
+from finetune.recipes.parts import Parts
+from finetune.run_dir import RunDir
+from finetune.tracking import MetricLogger
+
+
+class Evaluator:
+    """Called with a step, evaluates the model as it is, logs the metrics, and returns them."""
+
+    def __init__(self, parts: Parts, run: RunDir, logger: MetricLogger) -> None:
+        config = parts.config
+        self.parts, self.run, self.logger = parts, run, logger
+        self.metrics = generation_metrics(config, parts.format)
+        count = config.evaluation.generate if self.metrics else config.evaluation.samples
+        prompts = first_prompts(parts.raw.validation, parts.format, count)
+        self.prompts = own_block(prompts, parts.accelerator)
+        self.records: dict[int, dict[str, Any]] = {}
+        check_best(config, self.metrics, parts.validation is not None)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if self.parts.validation is None:
+            return {}
+        started = time.perf_counter()
+        results = self._loss() | self._generation(step)
+        results["seconds"] = round(time.perf_counter() - started, 3)
+        if self.parts.accelerator.is_main_process:
+            self.logger.log({"step": step, "evaluation": results})
+        self.records[step] = results
+        return results
+
+    def _loss(self) -> dict[str, Any]:
+        parts, batches = self.parts, self.parts.validation_batches()
+        accelerator = parts.accelerator
+        with parts.display.bar("evaluating the loss", len(batches)) as advance, accelerator.autocast():
+            result = evaluate_loss(
+                parts.language_model,
+                batches,
+                tokenizer=parts.tokenizer,
+                device=accelerator.device,
+                reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu(),
+                on_progress=lambda done: advance(1),
+            )
+        return asdict(result)
+
+    def _generation(self, step: int) -> dict[str, Any]:
+        parts, config = self.parts, self.parts.config
+        total = len(self.prompts)
+        if config.evaluation.generate == 0 and config.evaluation.samples == 0:
+            return {}
+        with parts.display.bar("generating", total) as advance, parts.accelerator.autocast():
+            seen = 0
+
+            def progress(done: int, _: int) -> None:
+                nonlocal seen
+                advance(done - seen)
+                seen = done
+
+            scores, samples = evaluate_generation(
+                parts.language_model.model,
+                parts.tokenizer,
+                self.prompts,
+                metrics=self.metrics,
+                batch_size=config.generation.batch_size,
+                gather=(lambda own: gather_object(own)) if parts.accelerator.num_processes > 1 else (lambda own: own),
+                on_progress=progress,
+                **sampling(config.generation, parts.language_model.model, seed=config.seed),
+            )
+        if parts.accelerator.is_main_process:
+            write_samples(self.run, step, samples[: config.evaluation.samples])
+        return dict(scores)
+
+    def write_summary(self, *, best_step: int | None, last_step: int) -> None:
+        """evaluation.json: before, after and best, from the evaluations logged so far (also those of the run before a resume)."""
+        records = {**_logged(self.run), **self.records}
+        summary = {}
+        for name, step in (("before", 0), ("after", last_step), ("best", best_step)):
+            if step in records:
+                summary[name] = {"step": step, **records[step]}
+        self.run.evaluation.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        if {"before", "after"} <= summary.keys():
+            self.parts.display.say("held-out before: " + format_metrics(summary["before"]))
+            self.parts.display.say("held-out after:  " + format_metrics(summary["after"]))
+
+
+def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:
+    """The settings of generation, with the tokens that the model stops at."""
+    return SamplingSettings(**section.model_dump(exclude={"batch_size"}), stop_ids=stop_ids(model), seed=seed)
+
+
+def stop_ids(model: Any) -> list[int]:
+    """The tokens that end an answer, from the generation config."""
+    stop = model.generation_config.eos_token_id
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+
+
+def own_block(prompts: Sequence[Prompt], accelerator: Accelerator) -> list[Prompt]:
+    """This process's stretch of the prompts; the stretches of all processes in order are the whole."""
+    count, rank = accelerator.num_processes, accelerator.process_index
+    return list(prompts[rank * len(prompts) // count : (rank + 1) * len(prompts) // count])
+
+
+def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) -> None:
+    """Raise UserError where the best checkpoint, or early stopping, goes by a number that will not be there."""
+    best = config.evaluation.best
+    if best != "loss" and best not in metrics:
+        raise UserError(f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss")
+    if best != "loss" and config.evaluation.generate == 0:
+        raise UserError(f"evaluation.best is {best}, but evaluation.generate is 0: nothing would be generated to compute it from")
+    if config.evaluation.early_stopping_patience is not None and not has_validation:
+        raise UserError("evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction")
+
+
+def write_samples(run: RunDir, step: int, samples: Sequence[Sample]) -> None:
+    with run.samples.open("a", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
+
+
+def _logged(run: RunDir) -> dict[int, dict[str, Any]]:
+    if not run.metrics.is_file():
+        return {}
+    records = (json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines())
+    return {record["step"]: record["evaluation"] for record in records if "evaluation" in record}

@@ -1,0 +1,59 @@
+"""The end of a run: the best weights, the exported model with its card, the summary, the report.
+
+Floor 5.
+"""
+
+import json
+
+from finetune.checkpoint import is_complete
+from finetune.config import dump_config
+from finetune.models.card import license_of, model_card
+from finetune.models.export import export_model
+from finetune.models.locate import resolve_name
+from finetune.recipes.evaluating import Evaluator
+from finetune.recipes.parts import Parts
+from finetune.report import write_report
+from finetune.run_dir import RunDir
+from finetune.trainer import Stopped, Trainer
+
+METRICS = ("loss", "perplexity", "bits_per_byte", "chrf", "bleu")
+
+
+def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator, stopped: Stopped) -> None:
+    """Leave `model/`, evaluation.json and report.html behind."""
+    progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
+    if stopped == "early stopping":
+        display.note(f"stopped early after step {progress.step}: no better evaluation than that of step {progress.best_step}")
+    if parts.config.checkpoint.save_best_model and progress.best_step not in (None, progress.step):
+        assert progress.best_step is not None
+        best = trainer.checkpoints.path(progress.best_step)
+        assert is_complete(best), best
+        trainer.restore(best)
+        display.note(f"model/ holds the weights of step {progress.best_step}, the best evaluation")
+    if accelerator.is_main_process:
+        evaluator.write_summary(best_step=progress.best_step, last_step=progress.step)
+        export_model(parts.language_model.model, parts.tokenizer, run.model, card=_card(parts, run))
+        _add_notes(run, display.notes)
+        write_report(run.root)
+        display.say(f"model:  {run.model}")
+        display.say(f"report: {run.report}")
+    accelerator.wait_for_everyone()
+
+
+def _card(parts: Parts, run: RunDir) -> str:
+    name = parts.config.model.name
+    summary = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    return model_card(
+        title=run.root.name,
+        base_model=name,
+        license=license_of(resolve_name(name, revision=parts.config.model.revision)) if name is not None else None,
+        data=[f"{source.path} ({parts.format.name})" for source in parts.config.data.train],
+        metrics={when: {key: record[key] for key in METRICS if key in record} for when, record in summary.items()},
+        config=dump_config(parts.config),
+        command=json.loads(run.environment.read_text(encoding="utf-8"))["command"],
+    )
+
+
+def _add_notes(run: RunDir, notes: list[str]) -> None:
+    record = json.loads(run.environment.read_text(encoding="utf-8"))
+    run.environment.write_text(json.dumps({**record, "notes": notes}, indent=2), encoding="utf-8")

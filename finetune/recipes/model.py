@@ -1,0 +1,55 @@
+"""From the model section of a config to a tokenizer and a model.
+
+Floor 5.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from finetune.config.schema import ModelSection, NewTokenizerSection
+from finetune.errors import UserError
+from finetune.models.adapters import add_lora
+from finetune.models.load import load_model
+from finetune.models.tokenizers import load_tokenizer, prepare_chat, train_tokenizer
+
+
+def make_tokenizer(config: ModelSection, texts: Iterable[str]) -> Any:
+    """The model's tokenizer, or for a random model one trained on `texts`."""
+    if config.name is not None:
+        if config.tokenizer is not None:
+            raise UserError(
+                "model.tokenizer trains a new tokenizer for model.config; a pretrained model (model.name) keeps its own"
+            )
+        return load_tokenizer(name=config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+    return train_tokenizer(texts, (config.tokenizer or NewTokenizerSection()).vocab_size)
+
+
+def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> Any:
+    """The model, with the chat template's tokens and, where asked for, LoRA. Random weights come from `seed`."""
+    torch.manual_seed(seed)
+    model = load_model(
+        name=config.name,
+        config=config.config,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=config.attn_implementation,
+        vocab_size=None if config.name is not None else len(tokenizer),
+    )
+    new_tokens = prepare_chat(model, tokenizer, config.chat_template)
+    if config.lora is not None:
+        return add_lora(model, **config.lora.model_dump(), new_token_ids=new_tokens)
+    return model
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of every weight's name, shape and some of its values: another one means another model to start from."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        flat = value.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]

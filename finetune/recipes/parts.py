@@ -1,0 +1,145 @@
+"""What a run is made of, built from its config: data, tokenizer, model, format, batches.
+
+Floor 5.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetune.config import RunConfig
+from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
+from finetune.data.loader import EvaluationBatches, TrainingBatches
+from finetune.data.stream import StreamingBatches
+from finetune.data.types import Format
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.precision import resolve_precision
+from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
+from finetune.recipes.model import make_model, make_tokenizer, model_fingerprint
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a run is made of, built but not started."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    display: Display
+    tokenizer: Any
+    model: Any  # the transformers (or peft) model inside `language_model`
+    language_model: LanguageModel
+    format: Format
+    batches: TrainingBatches | StreamingBatches
+    statistics: DataStatistics  # of the training data; a stream's grow as it is read
+    raw: RawData
+    validation: EncodedDataset | None
+    identity: dict[str, str]  # what a resumed run must have in common with the one it goes on with
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.config.training.max_steps is not None:
+            return self.config.training.max_steps
+        assert isinstance(self.batches, TrainingBatches), "a stream has max_steps"
+        return max(1, math.ceil(self.config.training.epochs * self.batches.steps_per_epoch))
+
+    def validation_batches(self) -> EvaluationBatches:
+        """The held-out batches of this process."""
+        assert self.validation is not None
+        return EvaluationBatches(
+            self.validation,
+            max_length=self.config.data.max_length,
+            packing=self.config.data.packing,
+            batch_size=self.config.evaluation.batch_size,
+            pad_id=pad_id(self.tokenizer),
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+
+
+def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
+    """One process on the CPU, one GPU, or this process of many, in the precision that pays here."""
+    precision, reason = resolve_precision(config.training.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=list(config.tracking) or None,
+        project_dir=str(config.output_dir),
+    )
+    display.enabled = accelerator.is_main_process
+    display.say(reason)
+    return accelerator
+
+
+def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display) -> Parts:
+    """Read the data, load tokenizer and model, encode. Raises UserError for anything wrong with them."""
+    raw = load_raw_data(config.data, seed=config.seed)
+    display.say(f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}")
+    tokenizer = make_tokenizer(config.model, raw.texts())
+    model = make_model(config.model, tokenizer, seed=config.seed)
+    format = make_format(config.data, tokenizer, raw.first_row)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    batches, statistics = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator)
+    validation = encode_rows(raw.validation, format, config.data, vocab_size=vocab_size) if raw.validation is not None else None
+    for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
+        if counts is not None:
+            _say_counts(display, part, format, counts, config)
+    if config.training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    language_model = LanguageModel(model)
+    if config.data.packing:
+        check_packing(language_model)
+    identity = {
+        "the model": model_fingerprint(model),
+        "the training data": batches.fingerprint,
+        "training.batch_size": str(config.training.batch_size),
+        "seed": str(config.seed),
+        "optimizer.name": config.optimizer.name,
+    }
+    return Parts(
+        config, accelerator, display, tokenizer, model, language_model, format, batches, statistics, raw, validation, identity
+    )
+
+
+def pad_id(tokenizer: Any) -> int:
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _make_batches(
+    config: RunConfig, raw: RawData, format: Format, tokenizer: Any, vocab_size: int, accelerator: Accelerator
+) -> tuple[TrainingBatches | StreamingBatches, DataStatistics]:
+    data = config.data
+    cut: dict[str, Any] = {
+        "packing": data.packing,
+        "batch_size": config.training.batch_size,
+        "micro_batch_size": config.training.micro_batch_size,
+        "pad_id": pad_id(tokenizer),
+        "seed": config.seed,
+        "rank": accelerator.process_index,
+        "num_processes": accelerator.num_processes,
+    }
+    if not data.streaming:
+        train = encode_rows(raw.train, format, data, vocab_size=vocab_size)
+        return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics
+    if config.training.max_steps is None:
+        raise UserError("a stream has no known length: set training.max_steps")
+    encoder = RowEncoder(format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size)
+    stream = StreamingBatches(raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut)
+    return stream, encoder.statistics
+
+
+def _say_counts(display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig) -> None:
+    if counts.rows:
+        share = counts.target_tokens / max(1, counts.tokens)
+        display.say(f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets")
+    limit = config.data.max_length
+    if counts.truncated or counts.dropped:
+        display.note(
+            f"{part}: {counts.truncated} examples over {limit} tokens were cut (of them {counts.without_target} had no target left and "
+            f"were dropped), {counts.dropped} were dropped; the longest has {counts.longest} tokens (data.max_length, data.overlong)"
+        )

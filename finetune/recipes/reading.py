@@ -1,0 +1,283 @@
+"""`finetune evaluate`, `generate`, `chat` and `translate`: a finished run, or any model, put to use.
+
+Floor 5.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import RunConfig, load_config
+from finetune.config.schema import GenerationSection
+from finetune.conversation import Conversation
+from finetune.data.detect import build_format
+from finetune.data.loader import EvaluationBatches
+from finetune.data.rendering import ChatTemplate
+from finetune.data.translation import TranslationFormat
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.evaluation import evaluate_generation, evaluate_loss
+from finetune.generation import generate
+from finetune.models.language_model import LanguageModel
+from finetune.models.load import load_model
+from finetune.models.tokenizers import load_tokenizer, prepare_chat
+from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format
+from finetune.recipes.evaluating import sampling
+from finetune.recipes.parts import pad_id
+from finetune.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to read with, and the run that it came from, if any."""
+
+    model: Any
+    tokenizer: Any
+    run: RunDir | None
+    config: RunConfig | None
+
+    def settings(self, given: Mapping[str, Any]) -> GenerationSection:
+        """The generation settings of the run, or the defaults, changed by those given."""
+        section = self.config.generation if self.config is not None else GenerationSection()
+        return GenerationSection.model_validate({**section.model_dump(), **given})
+
+
+def open_target(target: str) -> Opened:
+    """Load a run's model/, or a model by name, onto the GPU if there is one. Raises UserError."""
+    run = RunDir(Path(target))
+    is_run = run.is_run()
+    if is_run and not (run.model / "config.json").is_file():
+        raise UserError(f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`")
+    name = str(run.model) if is_run else target
+    tokenizer, model = load_tokenizer(name=name), load_model(name=name)
+    prepare_chat(model, tokenizer)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Opened(model, tokenizer, run if is_run else None, load_config(run.config) if is_run else None)
+
+
+def evaluate_target(
+    target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
+) -> dict[str, Any]:
+    """Metrics on data.test, or on the held-out rows where the config names no test data; printed as JSON.
+
+    For a run evaluated on its own config they are added to its evaluation.json as "test".
+    """
+    display = display or Display()
+    opened = open_target(target)
+    if config is None and opened.run is None:
+        raise UserError(f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE")
+    path = config if config is not None else opened.run.config  # type: ignore[union-attr]
+    settings = load_config(path, overrides)
+    data = settings.data if settings.data.test is None else settings.data.model_copy(update={"validation": settings.data.test})
+    raw = load_raw_data(data, seed=settings.seed)
+    if raw.validation is None:
+        raise UserError(f"{path} names no held-out data: set data.test, data.validation or data.validation_fraction")
+    format = make_format(data, opened.tokenizer, raw.first_row)
+    dataset = encode_rows(raw.validation, format, data, vocab_size=opened.model.get_input_embeddings().weight.shape[0])
+    batches = EvaluationBatches(
+        dataset,
+        max_length=data.max_length,
+        packing=False,
+        batch_size=settings.evaluation.batch_size,
+        pad_id=pad_id(opened.tokenizer),
+        rank=0,
+        num_processes=1,
+    )
+    with display.bar("evaluating the loss", len(batches)) as advance:
+        loss = evaluate_loss(
+            LanguageModel(opened.model),
+            batches,
+            tokenizer=opened.tokenizer,
+            device=opened.model.device,
+            on_progress=lambda done: advance(1),
+        )
+    metrics = generation_metrics(settings, format)
+    prompts = first_prompts(raw.validation, format, settings.evaluation.generate if metrics else 0)
+    with display.bar("generating", len(prompts)) as advance:
+        scores, _ = evaluate_generation(
+            opened.model,
+            opened.tokenizer,
+            prompts,
+            metrics=metrics if prompts else (),
+            batch_size=settings.generation.batch_size,
+            on_progress=_differences(advance),
+            **sampling(settings.generation, opened.model, seed=settings.seed),
+        )
+    results = {**asdict(loss), **scores, "num_generated": len(prompts)}
+    print(json.dumps(results, indent=2))
+    if opened.run is not None and config is None and not overrides:
+        summary = json.loads(opened.run.evaluation.read_text()) if opened.run.evaluation.is_file() else {}
+        opened.run.evaluation.write_text(json.dumps({**summary, "test": results}, indent=2), encoding="utf-8")
+    return results
+
+
+def generate_answers(
+    target: str, prompts: Iterable[str], *, raw: bool, seed: int, settings: Mapping[str, Any], display: Display | None = None
+) -> Iterator[str]:
+    """The answer to each prompt, in order, in batches. `raw` continues the text, without the chat template."""
+    opened, display = open_target(target), display or Display()
+    section = opened.settings(settings)
+    encode = _raw_prompt(opened.tokenizer) if raw or not opened.tokenizer.chat_template else _chat_prompt(opened.tokenizer)
+    for texts in _chunks(prompts, section.batch_size):
+        with display.bar("generating", len(texts)) as advance:
+            answers = generate(
+                opened.model,
+                [encode(text) for text in texts],
+                batch_size=section.batch_size,
+                on_progress=_differences(advance),
+                **sampling(section, opened.model, seed=seed),
+            )
+        yield from (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
+
+
+def chat_in_terminal(target: str, *, system_prompt: str | None, seed: int, settings: Mapping[str, Any]) -> None:
+    """Read questions from stdin and stream the answers, until end of input or /exit."""
+    opened, display = open_target(target), Display()
+    talk = Conversation(
+        opened.model,
+        opened.tokenizer,
+        system_prompt=system_prompt,
+        notify=display.say,
+        **sampling(opened.settings(settings), opened.model, seed=seed),
+    )
+    display.say("Ask something; /reset forgets the conversation, /exit ends it.")
+    while (question := _ask()) not in (None, "/exit", "/quit"):
+        assert question is not None
+        if question == "/reset":
+            talk.reset()
+            display.say("(forgotten)")
+        elif question.strip():
+            _print_reply(talk, question, display)
+
+
+def translate_text(
+    target: str,
+    texts: Sequence[str],
+    *,
+    input: Path | None,
+    output: Path | None,
+    source: str | None,
+    to: str | None,
+    settings: Mapping[str, Any],
+    display: Display | None = None,
+) -> None:
+    """Translate `texts`, the lines of `input`, or those of stdin; to `output` or stdout. Empty lines stay empty."""
+    if texts and input is not None:
+        raise UserError("give sentences or --input, not both")
+    if input is not None and not input.is_file():
+        raise UserError(f"the input {input} does not exist")
+    opened, display = open_target(target), display or Display()
+    format = _translation_format(opened, source, to)
+    section = opened.settings(settings)
+
+    def translate(lines: Sequence[str]) -> list[str]:
+        asked = [index for index, line in enumerate(lines) if line.strip()]
+        answers = generate(
+            opened.model,
+            [format.prompt(lines[index], reverse=False).input_ids for index in asked],
+            batch_size=section.batch_size,
+            **sampling(section, opened.model, seed=0),
+        )
+        found = dict(zip(asked, (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)))
+        return [" ".join(found[index].split()) if index in found else "" for index in range(len(lines))]
+
+    lines = texts or (_lines_of(input) if input is not None else (line.rstrip("\n") for line in sys.stdin))
+    total = len(texts) or (sum(1 for _ in _lines_of(input)) if input is not None else None)
+    try:
+        file = output.open("w", encoding="utf-8") if output is not None else sys.stdout
+    except OSError as error:
+        raise UserError(f"the output {output} cannot be written: {error.strerror}") from error
+    try:
+        with display.bar("translating", total) as advance:
+            for chunk in _chunks(lines, section.batch_size):
+                file.writelines(line + "\n" for line in translate(chunk))
+                file.flush()
+                advance(len(chunk))
+    finally:
+        if output is not None:
+            file.close()
+
+
+def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
+    """The prompt of the run's own training, or for a plain model that of the two languages given."""
+    pair = opened.config.data.translation if opened.config is not None else None
+    trained: list[str | None] = list(_trained_languages(opened.run)) if opened.run is not None else [None, None]
+    source, to = source or trained[0], to or trained[1]
+    if source is None or to is None:
+        raise UserError("which languages? give --from and --to, e.g. --from en --to fr")
+    format = build_format(
+        "translation",
+        tokenizer=opened.tokenizer,
+        first_row={"translation": {source: "", to: ""}},
+        columns={},
+        targets="assistant",
+        system_prompt=opened.config.data.system_prompt if opened.config is not None else None,
+        source_language=source,
+        target_language=to,
+        direction="forward",
+        template=pair.template if pair is not None else None,
+    )
+    assert isinstance(format, TranslationFormat)
+    return format
+
+
+def _trained_languages(run: RunDir) -> Sequence[str | None]:
+    counts = json.loads(run.data.read_text(encoding="utf-8")) if run.data.is_file() else {}
+    return counts.get("languages", (None, None))
+
+
+def _chat_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
+    template = ChatTemplate(tokenizer)
+    return lambda text: template.prompt([{"role": "user", "content": text}])
+
+
+def _raw_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer(text).input_ids
+
+
+def _ask() -> str | None:
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _print_reply(talk: Conversation, question: str, display: Display) -> None:
+    try:
+        for piece in talk.reply(question):
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" …")
+    except UserError as error:
+        display.say(str(error))
+
+
+def _lines_of(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """From "so many are done" to "so many more are"."""
+    seen = 0
+
+    def progress(done: int, _: int) -> None:
+        nonlocal seen
+        advance(done - seen)
+        seen = done
+
+    return progress

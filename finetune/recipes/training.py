@@ -1,0 +1,224 @@
+"""`finetune train`: a config becomes a run.
+
+Floor 5.
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from finetune.checkpoint import CheckpointStore, find_checkpoint
+from finetune.config import RunConfig, dump_config
+from finetune.data.translation import TranslationFormat
+from finetune.display import Display
+from finetune.divergence import DivergenceGuard
+from finetune.errors import UserError
+from finetune.models.describe import describe_model
+from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
+from finetune.recipes.environment import environment
+from finetune.recipes.evaluating import Evaluator
+from finetune.recipes.finishing import finish_run
+from finetune.recipes.parts import Parts, build_parts, make_accelerator
+from finetune.run_dir import RunDir
+from finetune.tracking import MetricLogger, forget_after, tracker_values
+from finetune.trainer import Cadence, Stopped, Trainer
+
+
+def run_training(config: RunConfig, *, resume: str | None = None, dry_run: bool = False, display: Display | None = None) -> Stopped:
+    """Train as the config says and leave the run's folder complete: checkpoints, model/, evaluation.json, report.html.
+
+    Raises UserError for anything wrong with config, data, model, checkpoint, or an occupied output folder.
+    """
+    check_optimizer(config.optimizer.name, optimizer_options(config))
+    run, display = RunDir(config.output_dir), display or Display()
+    checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
+    accelerator = make_accelerator(config, display)
+    if not dry_run:
+        _claim(run, config, accelerator, resuming=resume is not None, display=display)
+    with _warnings_to(display):
+        parts = build_parts(config, accelerator=accelerator, display=display)
+        if dry_run:
+            build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+            display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
+            if accelerator.is_main_process:
+                print(dump_config(config), end="")
+            return "finished"
+        if resume is not None and checkpoint is None:
+            display.say("there is no checkpoint to resume from yet: starting from the beginning")
+        return _train(parts, run, checkpoint)
+
+
+def optimizer_options(config: RunConfig) -> dict[str, Any]:
+    """What `build_optimizer` takes beside the name."""
+    section = config.optimizer
+    groups = {"no_decay": section.no_decay, "overrides": section.overrides, "layer_decay": section.layer_decay}
+    return {"lr": section.lr, "weight_decay": section.weight_decay, **groups, **section.options}
+
+
+def _train(parts: Parts, run: RunDir, checkpoint: Path | None) -> Stopped:
+    config, accelerator = parts.config, parts.accelerator
+    raw_optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
+    module: Any = torch.compile(parts.language_model, dynamic=True) if config.training.compile else parts.language_model
+    module, optimizer = accelerator.prepare(module, raw_optimizer)
+    if accelerator.is_main_process:
+        _write_records(parts, run)
+    with parts.display.steps(parts.num_steps, _step_of(checkpoint)) as show:
+        logger = MetricLogger(run.metrics, listeners=(show, *_trackers(parts, run)))
+        evaluator = Evaluator(parts, run, logger)
+        trainer = Trainer(
+            accelerator=accelerator,
+            model=module,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            batches=parts.batches,
+            evaluate=evaluator,
+            cadence=_cadence(parts),
+            checkpoints=CheckpointStore(
+                run.checkpoints, config.checkpoint.keep, accelerator.is_main_process, accelerator.wait_for_everyone
+            ),
+            logger=logger,
+            guard=DivergenceGuard(threshold=config.training.divergence_threshold),
+            max_grad_norm=config.training.max_grad_norm,
+            seed=config.seed,
+            identity=parts.identity,
+            bad_batch_path=run.bad_batch,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            parts.display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
+        if accelerator.is_main_process:
+            forget_after(run.metrics, trainer.progress.step if checkpoint is not None else -1)
+            forget_after(run.samples, trainer.progress.step if checkpoint is not None else -1)
+        if config.evaluation.before and checkpoint is None:
+            evaluator(0)
+        stopped = trainer.train()
+    if stopped == "signal":
+        parts.display.say(f"stopped by a signal after step {trainer.progress.step}, which is saved; go on with --resume auto")
+    else:
+        finish_run(parts, run, trainer, evaluator, stopped)
+    accelerator.end_training()
+    return stopped
+
+
+def _make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    section = config.scheduler
+    warmup = math.ceil(section.warmup_ratio * num_steps) if section.warmup_steps is None else section.warmup_steps
+    return build_lr_scheduler(
+        optimizer, section.name, num_steps=num_steps, warmup_steps=min(warmup, num_steps), min_lr_ratio=section.min_lr_ratio
+    )
+
+
+def _cadence(parts: Parts) -> Cadence:
+    config, per_epoch = parts.config, parts.batches.steps_per_epoch
+    every = config.evaluation.every or per_epoch or parts.num_steps
+    best = config.evaluation.best
+    return Cadence(
+        num_steps=parts.num_steps,
+        evaluate_every=every,
+        checkpoint_every=config.checkpoint.every,
+        best=best,
+        higher_is_better=best != "loss",
+        patience=config.evaluation.early_stopping_patience,
+    )
+
+
+def _claim(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool, display: Display) -> None:
+    """Make the folder ours, or refuse where another run lies in it. Process 0 acts, the others wait."""
+    if accelerator.is_main_process:
+        if run.is_run() and resuming:
+            _say_changes(run, config, display)
+        elif run.is_run() and not config.overwrite_output_dir:
+            raise UserError(
+                f"{run.root} holds another run; go on with it by --resume auto, name another output_dir, or set "
+                f"overwrite_output_dir=true to delete it"
+            )
+        elif run.is_run():
+            for path in (run.checkpoints, run.model):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in (
+                run.config,
+                run.metrics,
+                run.samples,
+                run.evaluation,
+                run.report,
+                run.environment,
+                run.data,
+                run.bad_batch,
+            ):
+                path.unlink(missing_ok=True)
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+            run.config.write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"the run's folder {run.root} cannot be written: {error.strerror}") from error
+    accelerator.wait_for_everyone()
+
+
+def _say_changes(run: RunDir, config: RunConfig, display: Display) -> None:
+    """Name the settings that differ from those that the run was started with."""
+    then, now = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), _flat(yaml.safe_load(dump_config(config)))
+    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if changed:
+        display.note("resumed with changed settings: " + ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _write_records(parts: Parts, run: RunDir) -> None:
+    accelerator = parts.accelerator
+    record = environment(
+        processes=accelerator.num_processes,
+        device=str(accelerator.device),
+        precision=accelerator.mixed_precision.replace("no", "fp32"),
+    )
+    record |= {"model": describe_model(parts.model), "notes": parts.display.notes}
+    run.environment.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    counts: dict[str, Any] = {"format": parts.format.name, "train": parts.statistics.as_dict()}
+    if isinstance(parts.format, TranslationFormat):
+        counts["languages"] = parts.format.languages
+    if parts.validation is not None:
+        counts["validation"] = parts.validation.statistics.as_dict()
+    run.data.write_text(json.dumps(counts, indent=2), encoding="utf-8")
+
+
+def _trackers(parts: Parts, run: RunDir) -> tuple[Callable[[Mapping[str, Any]], None], ...]:
+    if not parts.config.tracking:
+        return ()
+    parts.accelerator.init_trackers(run.root.name, config=_flat(parts.config.model_dump(mode="json")))
+    return (lambda record: parts.accelerator.log(tracker_values(record), step=record["step"]),)
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+
+
+@contextmanager
+def _warnings_to(display: Display) -> Iterator[None]:
+    """What the rooms below log as a warning is a note of the run."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.note(record.getMessage())
+
+    logger, handler = logging.getLogger("finetune"), Handler(logging.WARNING)
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

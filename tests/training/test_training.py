@@ -1,0 +1,165 @@
+"""Whole runs of a tiny model: what they leave behind, that cutting a step changes nothing, and how they end."""
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.config.loading import make_config
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.training import run_training
+from tests.conftest import PYTHIA
+
+
+def train(tree, **options):
+    return run_training(make_config(tree), display=Display(enabled=False), **options)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_run_leaves_a_complete_folder(tiny, tmp_path):
+    tree = tiny(evaluation={"before": True, "every": 3, "samples": 2})
+    assert train(tree) == "finished"
+    run = tmp_path / "run"
+    steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "lr", "grad_norm", "num_target_tokens", "tokens_per_second", "seconds"} <= steps[0].keys()
+    assert steps[0]["lr"] > 0
+    evaluations = {line["step"]: line["evaluation"]["loss"] for line in lines(run / "metrics.jsonl") if "evaluation" in line}
+    assert sorted(evaluations) == [0, 3, 6]
+    assert evaluations[6] < evaluations[0]
+    summary = json.loads((run / "evaluation.json").read_text())
+    assert summary["before"]["loss"] == evaluations[0]
+    assert summary["after"]["loss"] == evaluations[6]
+    assert {line["step"] for line in lines(run / "samples.jsonl")} == {0, 3, 6}
+    assert json.loads((run / "environment.json").read_text())["versions"]["torch"].startswith("2.")
+    assert json.loads((run / "data.json").read_text())["train"]["rows"] == 43
+    assert (run / "report.html").stat().st_size > 10_000
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tokenizer.decode(model.generation_config.eos_token_id) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_step_is_the_same_however_it_is_cut(tiny, tmp_path, packing):
+    """1 x 8 = 8 x 1 = 2 x 4 rows, though rows differ in their number of target tokens."""
+    found = {}
+    for size in (8, 1, 4):
+        tree = tiny(
+            data={"packing": packing, "max_length": 48}, training={"batch_size": 8, "micro_batch_size": size, "max_steps": 4}
+        )
+        train({**tree, "output_dir": str(tmp_path / f"run{size}"), "optimizer": {"name": "sgd", "lr": 0.5, "weight_decay": 0.0}})
+        found[size] = losses(tmp_path / f"run{size}")
+    if packing:  # the same rows in each step; without packing like lengths come together by micro-batch
+        assert found[1] == pytest.approx(found[8], abs=2e-6)
+        assert found[4] == pytest.approx(found[8], abs=2e-6)
+    assert all(len(values) == 4 and values[-1] < values[0] for values in found.values())
+
+
+def test_lazy_and_dense_adamw_train_the_same_untied_model(tiny, tmp_path):
+    for name in ("adamw", "lazy_adamw"):
+        tree = tiny(
+            model={"config": PYTHIA}, optimizer={"name": name, "weight_decay": 0.1, "no_decay": []}, training={"max_steps": 12}
+        )
+        train({**tree, "output_dir": str(tmp_path / name)})
+    assert losses(tmp_path / "lazy_adamw") == pytest.approx(losses(tmp_path / "adamw"), abs=1e-5)
+    dense, lazy = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("adamw", "lazy_adamw"))
+    difference = (dense.get_input_embeddings().weight - lazy.get_input_embeddings().weight).abs().max()
+    assert difference < 1e-5
+
+
+def test_early_stopping_keeps_the_best_model(tiny, tmp_path):
+    tree = tiny(
+        training={"max_steps": 40}, evaluation={"every": 2, "early_stopping_patience": 2}, optimizer={"lr": 1.0, "name": "adamw"}
+    )
+    tree["training"]["divergence_threshold"] = 1e9
+    assert train(tree) == "early stopping"
+    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert summary["best"]["step"] < summary["after"]["step"] < 40
+    assert (tmp_path / "run" / "checkpoints" / f"step-{summary['best']['step']:08d}").is_dir()
+
+
+def test_a_nan_stops_the_run_and_saves_the_batch(tiny, tmp_path):
+    tree = tiny(optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0})
+    with pytest.raises(UserError, match=r"training stopped at step \d: the (loss|gradient norm) is (nan|inf)"):
+        train(tree)
+    saved = torch.load(tmp_path / "run" / "bad_batch.pt")
+    assert saved["micro_batches"][0]["input_ids"].ndim == 2
+
+
+def test_a_diverging_loss_stops_the_run(tiny):
+    tree = tiny(
+        optimizer={"name": "sgd", "lr": 300.0, "weight_decay": 0.0}, training={"max_steps": 60, "divergence_threshold": 1.0}
+    )
+    with pytest.raises(UserError, match="the loss rose to"):
+        train(tree)
+
+
+def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatch):
+    tree = tiny(training={"max_steps": 5})
+    train({**tree, "output_dir": str(tmp_path / "whole")})
+    from finetune.tracking import MetricLogger
+
+    log = MetricLogger.log
+
+    def log_and_terminate(self, record):
+        log(self, record)
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricLogger, "log", log_and_terminate)
+    assert train(tree) == "signal"
+    monkeypatch.undo()
+    assert len(losses(tmp_path / "run")) == 3  # the step in progress is finished
+    assert train(tree, resume="auto") == "finished"
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_folder_with_another_run_is_refused_or_replaced(tiny, tmp_path):
+    train(tiny(training={"max_steps": 1}))
+    with pytest.raises(UserError, match="holds another run; go on with it by --resume auto"):
+        train(tiny())
+    train({**tiny(training={"max_steps": 2}), "overwrite_output_dir": True})
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_a_dry_run_writes_nothing(tiny, tmp_path, capsys):
+    train(tiny(), dry_run=True)
+    assert "max_grad_norm: 1.0" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_changed_model_or_data_is_refused(tiny, tmp_path, chat_file):
+    train(tiny(training={"max_steps": 1}))
+    with pytest.raises(UserError, match="the model changed"):
+        train(tiny(model={"config": {**PYTHIA}}), resume="auto")
+    with pytest.raises(UserError, match=r"training.batch_size changed \(then 4, now 2\)"):
+        train(tiny(training={"batch_size": 2}), resume="auto")
+    with chat_file.open("a") as file:
+        file.write(chat_file.read_text().splitlines()[3] + "\n")
+    with pytest.raises(UserError, match="the training data changed|the model changed"):
+        train(tiny(), resume="auto")
+
+
+def test_trackers_get_the_numbers(tiny, tmp_path):
+    train({**tiny(training={"max_steps": 2}), "tracking": ["tensorboard"]})
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_perplexity_is_that_of_the_loss(tiny, tmp_path):
+    train(tiny(evaluation={"every": 6}))
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
+    assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
