@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -31,8 +32,9 @@ def export_model(
 ) -> None:
     """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, replacing an earlier export there.
 
-    LoRA is merged into a copy; the model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`: of
-    the saved weights; None: as they are. Raises UserError where the disk refuses, or where `dest` is a folder that holds no model.
+    LoRA is merged into a copy; the model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
+    of the saved weights; None: as they are. Raises UserError where the disk refuses, or where `dest` is a folder that holds no
+    model.
     """
     if dest.exists() and not (dest / "config.json").is_file() and (dest.is_file() or any(dest.iterdir())):
         raise UserError(f"the export's destination {dest} is there and holds no model; give an empty or a new folder")
@@ -44,7 +46,8 @@ def export_model(
         raise UserError(f"the model could not be written to {dest}: {error.strerror or error}") from error
     try:
         _write(plain, tokenizer, work, card, dtype)
-        work.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        for path in (work, *work.iterdir()):  # mkdtemp and safetensors make them private
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _replace(dest, work)
     except (OSError, SafetensorError) as error:
         kept = "; the earlier export is untouched" if dest.exists() else ""
@@ -61,7 +64,7 @@ def verify_export(dest: Path, model: PreTrainedModel | PeftModel, sample_ids: Se
     tie is lost or made up.
     """
     try:
-        reloaded = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", local_files_only=True)
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", local_files_only=True)
         AutoTokenizer.from_pretrained(dest, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the export {dest} does not load: {error}") from error

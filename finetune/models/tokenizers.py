@@ -135,6 +135,7 @@ def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops
     if stops:
         model.config.eos_token_id = stops[0]
         settings.eos_token_id = stops if len(stops) > 1 else stops[0]
+    settings._from_model_config = False  # it says more than the config now: transformers must not derive it again
     model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id

