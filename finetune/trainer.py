@@ -97,7 +97,7 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
                 improved = self._evaluate_if_due()
-                if signalled or improved is not None or self._checkpoint_is_due():
+                if signalled or self._checkpoint_is_due(improved):
                     self._save()
                 if signalled:
                     return "signal"
@@ -158,8 +158,8 @@ class Trainer:
             self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, self.bad_batch_path)
         raise UserError(
-            f"training stopped at step {self.progress.step + 1}: {problem}; the batch is in {self.bad_batch_path}, the weights of the "
-            f"last checkpoint are untouched; lower optimizer.lr, or look at that batch"
+            f"training stopped at step {self.progress.step + 1}: {problem}; the batch is in {self.bad_batch_path} and the checkpoints are "
+            f"untouched; lower optimizer.lr, or look at that batch"
         )
 
     def _evaluate_if_due(self) -> bool | None:
@@ -178,9 +178,12 @@ class Trainer:
             self.progress.evaluations_since_best += 1
         return improved
 
-    def _checkpoint_is_due(self) -> bool:
-        every = self.cadence.checkpoint_every
-        return every is not None and self.progress.step % every == 0
+    def _checkpoint_is_due(self, improved: bool | None) -> bool:
+        """At the steps asked for, at the best evaluation and at the end; where none are asked for, at each evaluation."""
+        step, every = self.progress.step, self.cadence.checkpoint_every
+        if step == self.cadence.num_steps or improved or self._out_of_patience():
+            return True
+        return improved is not None if every is None else step % every == 0
 
     def _out_of_patience(self) -> bool:
         return self.cadence.patience is not None and self.progress.evaluations_since_best >= self.cadence.patience
@@ -239,9 +242,10 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from."""
-    unexpected = model.load_state_dict(load(checkpoint, "model.pt"), strict=False).unexpected_keys
-    assert not unexpected, unexpected
-    optimizer.load_state_dict(load(checkpoint, "optimizer.pt"))
+    with stored_rows(optimizer):
+        unexpected = model.load_state_dict(load(checkpoint, "model.pt"), strict=False).unexpected_keys
+        assert not unexpected, unexpected
+        optimizer.load_state_dict(load(checkpoint, "optimizer.pt"))
 
 
 def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:

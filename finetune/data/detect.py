@@ -77,7 +77,7 @@ def _detect(kind: str, row: Row, columns: Mapping[str, str], languages: tuple[st
         for shape, needed in SHAPES[candidate].items():
             if all(columns.get(name, name) in row for name in needed):
                 return candidate, shape
-        if candidate == "translation" and sum(map(is_language, row)) == 2:
+        if candidate == "translation" and len(_language_columns(row)) == 2:
             return candidate, "columns"
     accepted = _ACCEPTED if kind == "auto" else "; or ".join(" and ".join(needed) for needed in SHAPES[kind].values())
     if kind == "translation":
@@ -104,8 +104,13 @@ def _sides(
         pair = row[columns.get("translation", "translation")]
         source, target = _languages(list(pair) if isinstance(pair, Mapping) else [], *languages)
         return source, target, (source, target)
-    source, target = _languages([name for name in row if is_language(name)], *languages)
+    source, target = _languages(_language_columns(row), *languages)
     return columns.get(source, source), columns.get(target, target), (source, target)
+
+
+def _language_columns(row: Row) -> list[str]:
+    """The columns named by a language; "id" is taken for a number rather than for Indonesian."""
+    return [name for name in row if is_language(name) and name != "id"]
 
 
 def _languages(keys: Sequence[str], source: str | None, target: str | None) -> tuple[str, str]:

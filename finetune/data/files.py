@@ -30,6 +30,8 @@ def local_files(path: str) -> list[Path]:
             raise UserError(f"no file matches {path!r} (looked in {Path.cwd()})")
     elif Path(path).expanduser().is_file():
         found = [Path(path).expanduser()]
+    elif Path(path).expanduser().is_dir():
+        return []
     elif Path(path).suffix in KINDS or path.startswith((".", "/", "~")):
         raise UserError(f"there is no file or folder {path!r} (looked in {Path.cwd()})")
     else:

@@ -3,6 +3,8 @@
 Floor 1. A code with a region or script ("pt-BR", "zh_Hans") has the name of its language; an unknown code stands for itself.
 """
 
+import re
+
 LANGUAGES = {
     "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali",
     "bs": "Bosnian", "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
@@ -19,7 +21,8 @@ LANGUAGES = {
 
 
 def is_language(code: str) -> bool:
-    return _base(code) in LANGUAGES
+    """Whether this looks like a language's code: two letters that are known, perhaps with a region or script."""
+    return bool(re.fullmatch(r"[A-Za-z]{2}([-_][A-Za-z]{2,4})?", code)) and _base(code) in LANGUAGES
 
 
 def language_name(code: str) -> str:

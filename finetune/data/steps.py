@@ -69,12 +69,13 @@ def group_by_length(
 
 
 def share(num_rows: int, *, micro_batch_size: int, rank: int, num_processes: int) -> list[range]:
-    """Which rows of a step each micro-batch of process `rank` holds: as many micro-batches on every process, some perhaps empty.
+    """Which rows of a step each micro-batch of process `rank` holds.
 
-    Micro-batches are smaller than `micro_batch_size` only where there would not be one for each process.
+    The rows are cut evenly into as few micro-batches of at most `micro_batch_size` rows as give each process the same number of
+    them; some are empty where there are fewer rows than processes. The processes take them in turn.
     """
-    size = min(micro_batch_size, -(-num_rows // num_processes))
-    micro_batches = [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
-    rounds = -(-len(micro_batches) // num_processes)
-    mine = micro_batches[rank::num_processes]
-    return mine + [range(0)] * (rounds - len(mine))
+    rounds = -(-num_rows // (micro_batch_size * num_processes))
+    cuts = rounds * num_processes
+    size, longer = divmod(num_rows, cuts)
+    ends = [k * size + min(k, longer) for k in range(cuts + 1)]
+    return [range(ends[k], ends[k + 1]) for k in range(rank, cuts, num_processes)]

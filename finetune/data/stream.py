@@ -139,6 +139,8 @@ class StreamingBatches:
     def _rows_of_window(self) -> list[list[Example]]:
         """The window as rows in random order; the emptiest one stays in the window while there is more to come."""
         examples, lengths = self._window, list(map(len, self._window))
+        if not examples:
+            return []
         if self.packing:
             rows = pack(lengths, self.encoder.max_length)
             rows.sort(key=lambda row: sum(lengths[i] for i in row), reverse=True)

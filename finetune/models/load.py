@@ -74,9 +74,7 @@ def _make_config(given: dict[str, Any]) -> PretrainedConfig:
         if key not in known:
             raise UserError(f"model.config has no key {key!r} for {model_type}{did_you_mean(key, known)}")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        default = getattr(standard, token, None)
-        if isinstance(default, int) and default >= options.get("vocab_size", standard.vocab_size):
-            options.setdefault(token, None)  # the full-size model's
+        options.setdefault(token, None)  # the default is the full-size model's, and any token in another vocabulary
     try:
         return config_class(**options)
     except (ValueError, TypeError, StrictDataclassError) as error:

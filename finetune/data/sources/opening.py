@@ -101,7 +101,7 @@ def _open_from_hub(source: Source, *, streaming: bool) -> Any:
     offline, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE or not reachable
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=streaming)
-    except (ConnectionError, datasets.exceptions.DatasetNotFoundError, HFValidationError) as error:
+    except (ConnectionError, FileNotFoundError, HFValidationError) as error:
         where = f"it is no file or folder here (looked in {Path.cwd()}), and "
         hub = (
             "the Hugging Face hub has no such dataset, or it is private (log in with `hf auth login`)"
@@ -149,4 +149,6 @@ def explained(label: str, files: Sequence[Path]) -> Iterator[None]:
         message = str(error.__cause__ or error)
         if message.startswith("Unknown split"):
             raise UserError(f"{label}: {message[0].lower()}{message[1:]}") from error
+        if "corresponds to no data" in message:
+            raise UserError(f"{label} is empty: there are no rows in it") from error
         raise UserError(f"{label} cannot be read: {message}") from error

@@ -10,7 +10,8 @@ had is left for no one.
 
 import copy
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -59,25 +60,28 @@ class RowStream:
         self, streams: Sequence[Any], labels: Sequence[str], weights: Sequence[float] | None, files: Sequence[list[Path]]
     ) -> None:
         self._streams, self._labels, self._weights, self._files = streams, labels, weights, files
-        self._live: list[Any] = []
+        self._places: list[Callable[[], Any]] = []
         self._counts: list[int] = []
         self._resume: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
         state, self._resume = self._resume, None
-        self._live = [copy.deepcopy(stream) for stream in self._streams]
-        self._counts = [0] * len(self._live)
+        live = [copy.deepcopy(stream) for stream in self._streams]
+        self._counts = [0] * len(live)
+        self._places = [stream.state_dict for stream in live]
         if state is not None:
             self._counts = list(state["counts"])
-            for stream, place in zip(self._live, state["places"]):
-                stream.load_state_dict(place)
-        iterators = [iter(stream) for stream in self._live]
+            for k, place in enumerate(state["places"]):
+                live[k].load_state_dict(place)
+                self._places[k] = partial(copy.deepcopy, place)  # a stream that is not read yet forgets what it was told to load
+        iterators = [iter(stream) for stream in live]
         active = list(range(len(iterators)))
         shares = self._weights or [1.0] * len(iterators)
         while active:
             k = min(active, key=lambda k: (self._counts[k] + 1) / shares[k])
             with explained(self._labels[k], self._files[k]):
                 row = next(iterators[k], None)
+            self._places[k] = live[k].state_dict
             if row is not None:
                 self._counts[k] += 1
                 yield f"{self._labels[k]}, row {self._counts[k]}", row
@@ -88,7 +92,9 @@ class RowStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The place in each source, as plain values."""
-        return {"counts": list(self._counts), "places": [stream.state_dict() for stream in self._live]}
+        if self._resume is not None:  # told where to go on, and not read since
+            return copy.deepcopy(self._resume)
+        return {"counts": list(self._counts), "places": [place() for place in self._places]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on from there."""
