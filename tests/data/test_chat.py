@@ -1,0 +1,220 @@
+"""Conversations: what is learnt under stock-like templates, the shapes that are read, and every refusal."""
+
+from typing import Any
+
+import pytest
+
+from finetune.data.chat import ChatFormat
+from finetune.data.detect import build_format
+from finetune.data.types import IGNORE_INDEX, Example
+from finetune.errors import UserError
+
+from . import stock
+from .stock import MakeTokenizer
+
+TURNS = [
+    ("user", "What is the capital of France?"),
+    ("assistant", "The capital of France is Paris."),
+    ("user", "Où est la gare ?"),
+    ("assistant", "I am fine, thank you."),
+]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+TEMPLATES = {  # template -> what is learnt of the conversation above, run together
+    "CHATML": "The capital of France is Paris.<|im_end|>I am fine, thank you.<|im_end|>",
+    "DEFAULT_SYSTEM": "The capital of France is Paris.<|im_end|>I am fine, thank you.<|im_end|>",
+    "LLAMA2": " The capital of France is Paris. </s> I am fine, thank you. </s>",
+    "GEMMA": "The capital of France is Paris.<end_of_turn>I am fine, thank you.<end_of_turn>",
+    "ZEPHYR": "The capital of France is Paris.</s>I am fine, thank you.</s>",
+    "SYSTEM_LAST": " The capital of France is Paris.</s> I am fine, thank you.</s>",
+}
+
+
+def chat(
+    tokenizer: Any, *, shape: str = "messages", columns: Any = None, targets: str = "assistant", system: str | None = None
+) -> ChatFormat:
+    return ChatFormat(tokenizer=tokenizer, shape=shape, columns=columns or {}, targets=targets, system_prompt=system)
+
+
+def learnt(example: Example, tokenizer: Any) -> str:
+    return tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_assistants_turns_with_their_end_mark_are_learnt(name: str, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(getattr(stock, name), adds_bos=True)
+    row = {"messages": MESSAGES}
+    [example] = chat(tokenizer).examples(row)
+    assert learnt(example, tokenizer) == TEMPLATES[name]
+    rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert rendered.startswith(tokenizer.decode(list(example.input_ids)))
+    assert example.labels[0] == IGNORE_INDEX
+    [prompt] = chat(tokenizer).prompts(row)
+    n = len(prompt.input_ids)
+    assert list(example.input_ids[:n]) == list(prompt.input_ids), "training and generation see the same tokens"
+    assert all(label != IGNORE_INDEX for label in example.labels[n:]), "and all that follows is the last answer"
+    assert (prompt.text, prompt.reference) == ("Où est la gare ?", "I am fine, thank you.")
+
+
+def test_tokens_that_do_not_concatenate_are_those_of_the_whole_text(make_tokenizer: MakeTokenizer) -> None:
+    """A SentencePiece-like tokenizer would write another first token for an answer by itself."""
+    tokenizer = make_tokenizer(stock.ZEPHYR, kind="metaspace", adds_bos=True)
+    [example] = chat(tokenizer).examples({"messages": MESSAGES})
+    whole = tokenizer(tokenizer.apply_chat_template(MESSAGES, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert list(example.input_ids) == whole[: len(example)]
+    targets = [label for label in example.labels if label != IGNORE_INDEX]
+    assert targets.count(tokenizer.eos_token_id) == 2
+    assert "".join(tokenizer.convert_ids_to_tokens(targets)) == "The▁capital▁of▁France▁is▁Paris.</s>I▁am▁fine,▁thank▁you.</s>"
+
+
+@pytest.mark.parametrize("name", ["LLAMA2", "GEMMA", "CHATML"])
+def test_bos_is_what_the_template_writes_and_never_doubled(name: str, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(getattr(stock, name), adds_bos=True)
+    [example] = chat(tokenizer).examples({"messages": MESSAGES[:2]})
+    assert list(example.input_ids).count(tokenizer.bos_token_id) == (0 if name == "CHATML" else 1)
+
+
+@pytest.mark.parametrize(("name", "system"), [("THINKING", None), ("SYSTEM_LAST", "Be brief.")])
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer(
+    name: str, system: str | None, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer(getattr(stock, name))
+    format = chat(tokenizer, system=system)
+    examples = format.examples({"messages": MESSAGES})
+    assert len(examples) == 2
+    conversation = format.messages({"messages": MESSAGES})
+    for example, end in zip(examples, [len(conversation) - 3, len(conversation) - 1], strict=True):
+        prompt = format.template.prompt(conversation[:end])
+        assert list(example.input_ids[: len(prompt)]) == prompt, "what the model meets when it is to answer"
+        answer = learnt(example, tokenizer)
+        assert answer.removeprefix("<think>\n\n</think>\n\n").lstrip().startswith(conversation[end]["content"])
+        assert answer.endswith(("<|im_end|>", "</s>"))
+
+
+def test_a_default_system_message_is_replaced_by_the_users(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(stock.DEFAULT_SYSTEM)
+    [plain] = chat(tokenizer).examples({"messages": MESSAGES})
+    [own] = chat(tokenizer, system="Be brief.").examples({"messages": MESSAGES})
+    assert "You are a helpful assistant." in tokenizer.decode(list(plain.input_ids))
+    text = tokenizer.decode(list(own.input_ids))
+    assert "Be brief." in text
+    assert "helpful" not in text
+    given = [{"role": "system", "content": "Rhyme."}, *MESSAGES]
+    [kept] = chat(tokenizer, system="Be brief.").examples({"messages": given})
+    assert "Rhyme." in tokenizer.decode(list(kept.input_ids))
+
+
+def test_all_tokens_but_the_first_can_be_learnt(make_tokenizer: MakeTokenizer) -> None:
+    [example] = chat(make_tokenizer(), targets="all").examples({"messages": MESSAGES})
+    assert list(example.labels[1:]) == list(example.input_ids[1:])
+    assert example.labels[0] == IGNORE_INDEX
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "messages": {"messages": MESSAGES},
+    "conversations": {
+        "conversations": [{"from": {"user": "human", "assistant": "gpt"}[role], "value": content} for role, content in TURNS]
+    },
+    "prompt as messages": {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_the_same_conversation_give_the_same_example(shape: str, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    expected = chat(tokenizer).examples({"messages": MESSAGES})
+    assert detected(tokenizer, SHAPES[shape]).examples(SHAPES[shape]) == expected
+
+
+def test_questions_and_answers_in_columns(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    conversation = {"messages": [{"role": "user", "content": "a question\n\nHello"}, {"role": "assistant", "content": "fine"}]}
+    expected = chat(tokenizer).examples(conversation)
+    rows: list[tuple[dict[str, str], dict[str, str]]] = [
+        ({"prompt": "a question\n\nHello", "completion": "fine"}, {}),
+        ({"instruction": "a question", "input": "Hello", "output": "fine"}, {}),
+        ({"instruction": "a question\n\nHello", "input": "", "output": "fine"}, {}),
+        ({"instruction": "a question\n\nHello", "output": "fine"}, {}),
+        ({"q": "a question\n\nHello", "a": "fine"}, {"prompt": "q", "completion": "a"}),
+    ]
+    for row, columns in rows:
+        assert detected(tokenizer, row, columns).examples(row) == expected, row
+
+
+def detected(tokenizer: Any, row: Any, columns: Any = None, **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "targets": "assistant", "system_prompt": None, "source_language": None, "target_language": None, "direction": "forward",
+        "template": None,
+    }  # fmt: skip
+    return build_format("auto", tokenizer=tokenizer, first_row=row, columns=columns or {}, **(defaults | options))
+
+
+def test_what_follows_the_last_answer_is_left_out(make_tokenizer: MakeTokenizer) -> None:
+    format = chat(make_tokenizer())
+    assert format.examples({"messages": [*MESSAGES, {"role": "user", "content": "And you?"}]}) == format.examples(
+        {"messages": MESSAGES}
+    )
+
+
+def message(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+USER, ANSWER = message("user", "Hello"), message("assistant", "I am fine.")
+BAD: dict[str, tuple[Any, str]] = {
+    "no assistant turn": ([USER], "no assistant turn"),
+    "nothing": ([], "no assistant turn"),
+    "two users in a row": ([USER, USER, ANSWER], "message 2 is from user after user, where assistant should be"),
+    "assistant first": ([ANSWER, USER, ANSWER], "message 1 is from assistant at the start, where user should be"),
+    "system in the middle": ([USER, ANSWER, message("system", "x"), USER, ANSWER], "message 3 is from system after assistant"),
+    "only a system message": ([message("system", "x")], "no assistant turn"),
+    "unknown role": (
+        [message("robot", "x"), ANSWER],
+        "message 1 has the unknown role 'robot'; known are system, user, human, assistant",
+    ),
+    "empty answer": ([USER, message("assistant", "  ")], "message 2 (assistant) is empty"),
+    "empty question": ([message("user", ""), ANSWER], "message 1 (user) is empty"),
+    "content that is no text": ([USER, message("assistant", None)], "message 2 (assistant) has no text as its content, but None"),
+    "a string": ("Hello", "a conversation is a list of messages, not 'Hello'"),
+    "a list of strings": (["Hello"], "message 1 must be an object with role and content, not 'Hello'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_conversation_is_refused_in_one_sentence(case: str, make_tokenizer: MakeTokenizer) -> None:
+    messages, expected = BAD[case]
+    with pytest.raises(UserError) as caught:
+        chat(make_tokenizer()).examples({"messages": messages})
+    assert expected in str(caught.value)
+
+
+def test_a_missing_column_is_named_with_those_there_are(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(
+        UserError, match=r"column 'completion' is missing; the columns are prompt, complete; did you mean 'complete'\?"
+    ):
+        chat(make_tokenizer(), shape="prompt").examples({"prompt": "a", "complete": "b"})
+
+
+TEMPLATE_ERRORS = {
+    "{{ raise_exception('only in rhyme') }}": "the chat template fails on this conversation: only in rhyme",
+    "{% for m in messages %}{{ m.content.upper( }}{% endfor %}": "the chat template fails on this conversation",
+    "{{ nothing.at.all }}": "the chat template fails on this conversation: 'nothing' is undefined",
+    stock.FORCED_THOUGHT: "the chat template cannot be split before an answer",
+    stock.NO_END: "which is no special token, so a model trained with it would never stop",
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}": "leaves out the assistant",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATE_ERRORS)
+def test_a_template_that_cannot_be_used_is_refused(template: str, make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(UserError) as caught:
+        chat(make_tokenizer(template)).examples({"messages": MESSAGES})
+    assert TEMPLATE_ERRORS[template] in str(caught.value)
+
+
+def test_no_template_at_all_says_what_to_do(make_tokenizer: MakeTokenizer) -> None:
+    with pytest.raises(UserError, match=r'model\.chat_template: "chatml"'):
+        chat(make_tokenizer(None))
+
+
+def test_there_was_something_to_check() -> None:
+    assert (len(TEMPLATES), len(SHAPES), len(BAD), len(TEMPLATE_ERRORS)) == (6, 3, 12, 6)

@@ -1,0 +1,159 @@
+"""Training from a stream: bit-identical after a resume at any step, the same for any number of processes, nothing lost."""
+
+import io
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.data.encode import RowEncoder
+from finetune.data.sources import Source, stream_rows
+from finetune.data.steps import StepBatch
+from finetune.data.stream import StreamingBatches
+from finetune.data.text import TextFormat
+from finetune.data.types import IGNORE_INDEX
+from finetune.errors import UserError
+
+from .stock import MakeTokenizer
+
+NUM_ROWS = 90
+MAX_LENGTH = 24
+
+
+@pytest.fixture
+def make(tmp_path: Path, make_tokenizer: MakeTokenizer) -> Any:
+    """A function that makes the batches anew, as a new process would; row i of two files has a text of its own."""
+    tokenizer = make_tokenizer()
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for f, file in enumerate(files):
+        rows = [{"text": f"{'ab'[f]}{i} " + "x" * (1 + (7 * i) % 15)} for i in range(NUM_ROWS // (1 + f))]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**options: Any) -> StreamingBatches:
+        encoder = RowEncoder(
+            TextFormat(tokenizer=tokenizer, columns={}), max_length=MAX_LENGTH, overlong="truncate", vocab_size=len(tokenizer)
+        )
+        defaults: dict[str, Any] = {
+            "packing": True,
+            "batch_size": 3,
+            "micro_batch_size": 2,
+            "shuffle_buffer": 20,
+            "pad_id": 0,
+            "seed": 5,
+        }
+        defaults |= {"rank": 0, "num_processes": 1}
+        return StreamingBatches(stream_rows([Source(str(file)) for file in files]), encoder, **(defaults | options))
+
+    return make
+
+
+def tensors(step: StepBatch) -> list[Any]:
+    return [
+        step.num_target_tokens,
+        step.num_tokens,
+        step.epoch,
+        *({k: v.tolist() for k, v in b.items()} for b in step.micro_batches),
+    ]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_resumed_stream_is_bit_identical_from_any_step(packing: bool, make: Any) -> None:
+    expected = [tensors(step) for step in islice(make(packing=packing), 110)]
+    assert expected[-1][2] >= 1, "more than one pass"
+    batches = make(packing=packing)
+    steps = iter(batches)
+    for n in range(1, 100):
+        next(steps)
+        if n % 9 == 0 or n < 4:
+            saved = io.BytesIO()
+            torch.save(batches.state_dict(), saved)
+            saved.seek(0)
+            batches = make(packing=packing)  # a resume of a resume of a resume ...
+            batches.load_state_dict(torch.load(saved, weights_only=True))
+            assert [tensors(step) for step in islice(batches, 4)] == expected[n : n + 4]
+            saved.seek(0)
+            batches = make(packing=packing)
+            batches.load_state_dict(torch.load(saved, weights_only=True))
+            steps = iter(batches)
+
+
+def test_a_state_before_the_first_step_starts_the_stream(make: Any) -> None:
+    batches = make()
+    batches.load_state_dict(make().state_dict())
+    assert [tensors(step) for step in islice(batches, 5)] == [tensors(step) for step in islice(make(), 5)]
+
+
+def examples(step: StepBatch) -> list[tuple[int, ...]]:
+    """The token ids of each example in the step's micro-batches, padding left out."""
+    found = []
+    for batch in step.micro_batches:
+        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            for token, label in zip(ids, labels):
+                if label == IGNORE_INDEX and token != 0:
+                    found.append([token])
+                elif label != IGNORE_INDEX:
+                    found[-1].append(token)
+    return [tuple(example) for example in found]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_each_pass_holds_every_example_once_in_another_order(packing: bool, make: Any) -> None:
+    batches = make(packing=packing)
+    steps = list(islice(batches, 120))
+    first, second = ([e for step in steps if step.epoch == epoch for e in examples(step)] for epoch in (0, 1))
+    assert steps[-1].epoch >= 2
+    assert len(first) == NUM_ROWS * 3 // 2
+    assert Counter(first) == Counter(second)
+    assert max(Counter(first).values()) == 1
+    assert first != second
+    assert batches.encoder.statistics.rows >= 2 * len(first)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 4])
+def test_the_union_over_processes_is_the_same_step(num_processes: int, make: Any) -> None:
+    alone = list(islice(make(), 30))
+    shared = [list(islice(make(rank=r, num_processes=num_processes), 30)) for r in range(num_processes)]
+    for expected, parts in zip(alone, zip(*shared, strict=True), strict=True):
+        assert len({len(part.micro_batches) for part in parts}) == 1
+        assert sorted(e for part in parts for e in examples(part)) == sorted(examples(expected))
+        assert {(part.num_target_tokens, part.num_tokens) for part in parts} == {(expected.num_target_tokens, expected.num_tokens)}
+
+
+def test_packed_rows_are_full(make: Any) -> None:
+    steps = list(islice(make(shuffle_buffer=100), 12))
+    room = sum(3 * MAX_LENGTH for _ in steps)
+    assert sum(step.num_tokens for step in steps) / room > 0.93
+
+
+def test_the_shuffle_buffer_decides_how_far_rows_travel(make: Any) -> None:
+    first = [
+        e for step in islice(make(shuffle_buffer=1, packing=False, batch_size=1, micro_batch_size=1), 24) for e in examples(step)
+    ]
+    assert first != sorted(first), "the window is random in itself"
+    assert len(set(first)) == 24
+
+
+def test_a_stream_that_begins_otherwise_is_refused(make: Any, tmp_path: Path) -> None:
+    state = make().state_dict()
+    (tmp_path / "a.jsonl").write_text('{"text": "something else"}\n')
+    with pytest.raises(UserError, match="the training data does not begin as it did"):
+        make().load_state_dict(state)
+
+
+def test_a_stream_without_rows_or_targets_is_an_error(make: Any, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": " "}\n')
+    with pytest.raises(UserError, match="no target tokens in 2 rows"):
+        next(iter(make()))
+
+
+def test_a_bad_row_is_named(make: Any, tmp_path: Path) -> None:
+    lines = ['{"text": "fine"}\n'] * 30 + ['{"txt": "fine"}\n']
+    (tmp_path / "a.jsonl").write_text("".join(lines[:30]))
+    (tmp_path / "b.jsonl").write_text('{"text": "fine", "n": 1}\n{"text": 3, "n": 2}\n')
+    with pytest.raises(UserError, match=r"b\.jsonl.*"):
+        list(islice(make(), 100))

@@ -1,0 +1,220 @@
+"""Pairs: the prompt in its three wordings, directions, templates, detection, and every refusal."""
+
+from typing import Any
+
+import pytest
+
+from finetune.data.detect import build_format
+from finetune.data.languages import is_language, language_name
+from finetune.data.types import IGNORE_INDEX, Row
+from finetune.errors import UserError
+
+from . import stock
+from .stock import MakeTokenizer
+
+PAIR = {"translation": {"en": "Hello there", "fr": "Bonjour"}}
+
+
+def build(tokenizer: Any, row: Row = PAIR, *, kind: str = "auto", **options: Any) -> Any:
+    defaults: dict[str, Any] = {"columns": {}, "targets": "assistant", "system_prompt": None, "source_language": None}
+    defaults |= {"target_language": None, "direction": "forward", "template": None}
+    return build_format(kind, tokenizer=tokenizer, first_row=row, **(defaults | options))
+
+
+def shown(format: Any, tokenizer: Any, row: Row = PAIR) -> list[tuple[str, str]]:
+    """(What is not learnt, what is) of each example of the row; the prompt must be the first of the two."""
+    texts = []
+    for example, prompt in zip(format.examples(row), format.prompts(row), strict=True):
+        n = len(prompt.input_ids)
+        assert list(example.input_ids[:n]) == list(prompt.input_ids)
+        assert set(example.labels[:n]) == {IGNORE_INDEX}
+        assert list(example.labels[n:]) == list(example.input_ids[n:])
+        texts.append((tokenizer.decode(list(prompt.input_ids)), tokenizer.decode(list(example.input_ids[n:]))))
+    return texts
+
+
+def test_a_chat_turn_with_a_short_instruction_in_place_of_the_default_one(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(stock.DEFAULT_SYSTEM)
+    prompt = "<|im_start|>system\nTranslate English to French.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
+    prompt += "<|im_start|>assistant\n"
+    assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<|im_end|>")]
+
+
+def test_a_template_without_system_messages_has_the_instruction_in_the_users_turn(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(stock.GEMMA, adds_bos=True)
+    prompt = "<s><start_of_turn>user\nTranslate English to French.\nHello there<end_of_turn>\n<start_of_turn>model\n"
+    assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<end_of_turn>")]
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_plain_text_without_a_chat_template(kind: str, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None, kind=kind)
+    [(prompt, answer)] = shown(build(tokenizer), tokenizer)
+    assert prompt == "English: Hello there\nFrench:"
+    assert answer.strip() == "Bonjour</s>"
+
+
+def test_plain_text_begins_with_bos_where_the_tokenizer_does(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None, adds_bos=True)
+    assert shown(build(tokenizer), tokenizer) == [("<s>English: Hello there\nFrench:", " Bonjour</s>")]
+
+
+def test_directions(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None)
+    forward, backward = ("English: Hello there\nFrench:", " Bonjour</s>"), ("French: Bonjour\nEnglish:", " Hello there</s>")
+    for direction, expected in {"forward": [forward], "backward": [backward], "both": [forward, backward]}.items():
+        assert shown(build(tokenizer, direction=direction), tokenizer) == expected
+    first, second = build(tokenizer, direction="both").prompts(PAIR)
+    assert (first.text, first.reference, second.text, second.reference) == ("Hello there", "Bonjour", "Bonjour", "Hello there")
+
+
+def test_a_wording_of_ones_own(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None)
+    template = "<{source_language}2{target_language}> {source} => "
+    assert shown(build(tokenizer, template=template), tokenizer) == [("<en2fr> Hello there => ", "Bonjour</s>")]
+    tokenizer = make_tokenizer()
+    [(prompt, _)] = shown(build(tokenizer, template="Say in {target_name}: {source}", system_prompt="Be brief."), tokenizer)
+    assert "system\nBe brief.<" in prompt
+    assert "user\nSay in French: Hello there<" in prompt
+    assert "Translate" not in prompt
+
+
+def test_a_system_prompt_moves_the_instruction_to_the_users_turn(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    [(prompt, _)] = shown(build(tokenizer, system_prompt="Be brief."), tokenizer)
+    assert "system\nBe brief.<" in prompt
+    assert "user\nTranslate English to French.\nHello there<" in prompt
+
+
+def test_everything_can_be_learnt(make_tokenizer: MakeTokenizer) -> None:
+    for tokenizer in (make_tokenizer(), make_tokenizer(None), make_tokenizer(None, adds_bos=True)):
+        [example] = build(tokenizer, targets="all").examples(PAIR)
+        assert list(example.labels) == [IGNORE_INDEX, *example.input_ids[1:]]
+
+
+COLUMNS: dict[str, tuple[Row, dict[str, Any]]] = {
+    "two columns named by languages": ({"id": 3, "en": "Hello there", "fr": "Bonjour"}, {}),
+    "languages chosen among several": (
+        {"de": "Guten Tag", "en": "Hello there", "fr": "Bonjour"},
+        {"source_language": "en", "target_language": "fr"},
+    ),
+    "source and target": ({"source": "Hello there", "target": "Bonjour"}, {"source_language": "en", "target_language": "fr"}),
+    "source and target by other names": (
+        {"a": "Hello there", "b": "Bonjour"},
+        {"columns": {"source": "a", "target": "b"}, "source_language": "en", "target_language": "fr"},
+    ),
+    "languages by other names": (
+        {"english": "Hello there", "french": "Bonjour"},
+        {"columns": {"en": "english", "fr": "french"}, "source_language": "en", "target_language": "fr"},
+    ),
+    "a pair the other way round": ({"translation": {"fr": "Bonjour", "en": "Hello there"}}, {"source_language": "en"}),
+    "a pair of several": (
+        {"translation": {"de": None, "fr": "Bonjour", "en": "Hello there"}},
+        {"source_language": "en", "target_language": "fr"},
+    ),
+    "a pair by another name": ({"pair": PAIR["translation"]}, {"columns": {"translation": "pair"}}),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_pairs_are_found_in_the_columns(case: str, make_tokenizer: MakeTokenizer) -> None:
+    row, options = COLUMNS[case]
+    tokenizer = make_tokenizer(None)
+    format = build(tokenizer, row, **options)
+    assert shown(format, tokenizer, row) == [("English: Hello there\nFrench:", " Bonjour</s>")]
+
+
+def test_other_formats_are_found_in_the_columns(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    assert build(tokenizer, PAIR | {"source": "django"}).name == "translation"
+    assert build(tokenizer, {"messages": []}).name == "chat"
+    assert build(tokenizer, {"instruction": "", "output": "", "text": ""}).name == "chat"
+    assert build(tokenizer, {"instruction": "", "output": "", "text": ""}, kind="text").name == "text"
+    assert build(tokenizer, {"text": "", "id": 1}).name == "text"
+
+
+REFUSED: dict[str, tuple[Row, dict[str, Any], str]] = {
+    "no known columns": ({"a": "x", "b": "y"}, {}, "a format needs other columns than there are (a, b); accepted are: messages;"),
+    "not chat": (
+        PAIR,
+        {"kind": "chat"},
+        "the format 'chat' needs other columns than there are (translation); accepted are: messages; or",
+    ),
+    "not text": (PAIR, {"kind": "text"}, "the format 'text' needs other columns than there are (translation); accepted are: text"),
+    "a column map that points nowhere": (
+        PAIR,
+        {"columns": {"prompt": "question"}},
+        "'question', which is missing; the columns are tr",
+    ),
+    "a column map of nothing": (PAIR, {"columns": {"promt": "translation"}}, "unknown name 'promt'; known are messages,"),
+    "languages not said": ({"source": "x", "target": "y"}, {}, "the columns do not say what languages they are in"),
+    "three languages": ({"translation": {"de": "x", "en": "y", "fr": "z"}}, {}, "not clear (there are de, en, fr)"),
+    "template without the source": (PAIR, {"template": "To {target_name}:"}, "must contain {source}"),
+    "template with an unknown field": (
+        PAIR,
+        {"template": "{source} {to}"},
+        "unknown field {to}; known are {source}, {source_name}",
+    ),
+    "broken template": (PAIR, {"template": "{source"}, "is broken"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_the_first_example(case: str, make_tokenizer: MakeTokenizer) -> None:
+    row, options, expected = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        build(make_tokenizer(), row, **options)
+    assert expected in str(caught.value)
+
+
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "empty side": ({"translation": {"en": "Hello", "fr": ""}}, "the pair has an empty side: 'fr'"),
+    "blank side": ({"translation": {"en": " \n", "fr": "Bonjour"}}, "the pair has an empty side: 'en'"),
+    "null side": ({"translation": {"en": "Hello", "fr": None}}, "the pair has an empty side: 'fr'"),
+    "missing side": ({"translation": {"en": "Hello", "de": "Hallo"}}, "column 'fr' is missing; the columns are en, de"),
+    "missing column": ({"text": "Hello"}, "column 'translation' is missing; the columns are text"),
+    "a string for the pair": ({"translation": "Hello"}, "column 'translation' must hold an object such as"),
+    "a number for a side": ({"translation": {"en": 1, "fr": "un"}}, "the side 'en' must be text, not 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_pair_is_refused_in_one_sentence(case: str, make_tokenizer: MakeTokenizer) -> None:
+    row, expected = BAD_ROWS[case]
+    with pytest.raises(UserError) as caught:
+        build(make_tokenizer()).examples(row)
+    assert expected in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="the tokenizer has no end-of-text token"):
+        build(tokenizer)
+
+
+def test_language_names() -> None:
+    assert [language_name(code) for code in ("en", "pt-BR", "zh_Hans", "Klingon")] == [
+        "English",
+        "Portuguese",
+        "Chinese",
+        "Klingon",
+    ]
+    assert is_language("fr_FR")
+    assert not is_language("source")
+
+
+def test_plain_text_is_learnt_whole(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(adds_bos=True)
+    format = build(tokenizer, {"text": "Hello"})
+    [example] = format.examples({"text": "Hello there"})
+    assert tokenizer.decode(list(example.input_ids)) == "<s>Hello there</s>"
+    assert list(example.labels) == [IGNORE_INDEX, *example.input_ids[1:]]
+    assert format.examples({"text": "  \n"}) == format.examples({"text": None}) == []
+    assert format.prompts({"text": "Hello"}) == []
+    with pytest.raises(UserError, match="column 'text' must hold text, not 3"):
+        format.examples({"text": 3})
+
+
+def test_there_was_something_to_check() -> None:
+    assert (len(COLUMNS), len(REFUSED), len(BAD_ROWS)) == (8, 10, 7)
