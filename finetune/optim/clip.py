@@ -1,0 +1,39 @@
+"""Clipping by the global norm over dense and row-sparse gradients together.  Floor 1.
+
+torch.nn.utils.clip_grad_norm_ refuses sparse gradients, and the norm of one that is not coalesced is wrong: a row hit twice counts
+twice instead of by its sum.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from finetune.optim.row_gradient import coalesce
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`; return the norm before.
+
+    As torch.nn.utils.clip_grad_norm_ would on the dense equivalents.  A sparse gradient is coalesced (summed in float32 at least)
+    and the coalesced one becomes `param.grad`.  Does not wait for the device, but for what coalescing does, unless
+    `error_if_nonfinite`, which raises RuntimeError where the norm is not finite.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    values = []
+    for param in parameters:
+        if param.grad is None:
+            continue
+        if param.grad.is_sparse:
+            param.grad = coalesce(param.grad).to(param.dtype)
+            values.append(param.grad.values())
+        else:
+            values.append(param.grad)
+    norm = torch.nn.utils.get_total_norm(values, norm_type, error_if_nonfinite=error_if_nonfinite)
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for value in values:
+        value.mul_(scale.to(value.device))
+    return norm

@@ -1,0 +1,71 @@
+"""A run can change from torch.optim.AdamW to LazyAdamW and back, and go on along the same trajectory.  Floor 1."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.optim.lazy_adamw import LazyAdamW
+
+
+@torch.no_grad()
+def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
+    """Return the state for a torch.optim.AdamW over the same parameters in the same groups.
+
+    Flushes `optimizer`: from here the weights are those that AdamW would have.  To go on in this process, call
+    `optimizer.release()` as well, which makes the embeddings give dense gradients again.
+    """
+    optimizer.flush()
+    state = optimizer.state_dict()
+    for index, weight in optimizer.registered_weights().items():
+        if index in state["state"]:
+            rows = state["state"][index]
+            moments = {key: _dense(weight, rows["rows"], rows[key]) for key in ("exp_avg", "exp_avg_sq")}
+            state["state"][index] = {"step": rows["step"], **moments}
+    torch_only = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    state["param_groups"] = [{**torch_only, **group} for group in state["param_groups"]]
+    return state
+
+
+@torch.no_grad()
+def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
+    """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups; the weights are loaded by you.
+
+    Rows of registered tables whose moments are all zero get no state.  Raises UserError for amsgrad.
+    """
+    if any(group.get("amsgrad") for group in state["param_groups"]):
+        raise UserError("LazyAdamW has no amsgrad, and the state is of an AdamW with it")
+    own = optimizer.state_dict()["param_groups"]
+    entries = dict(state["state"])
+    index_of = [index for group in state["param_groups"] for index in group["params"]]
+    for position in optimizer.registered_weights():
+        entry = entries.pop(index_of[position], None)
+        if entry is not None:
+            group = next(group for group in state["param_groups"] if index_of[position] in group["params"])
+            entries[index_of[position]] = _row_state(entry, group)
+    torch_only = {"amsgrad", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+    kept = [{key: value for key, value in group.items() if key not in torch_only} for group in state["param_groups"]]
+    groups = [{**mine, **theirs} for mine, theirs in zip(own, kept, strict=True)]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _dense(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    dense = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    return dense.index_copy_(0, rows, values.to(weight.dtype))
+
+
+def _row_state(entry: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Any]:
+    exp_avg, exp_avg_sq = entry["exp_avg"], entry["exp_avg_sq"]
+    rows = (exp_avg.any(1) | exp_avg_sq.any(1)).nonzero()[:, 0]
+    return {
+        "step": torch.as_tensor(float(entry["step"])),
+        "rows": rows,
+        "last_step": torch.full_like(rows, int(entry["step"])),
+        "exp_avg": exp_avg[rows],
+        "exp_avg_sq": exp_avg_sq[rows],
+        "lr": torch.empty(0),
+        "decay": torch.empty(0),
+        "betas": tuple(float(beta) for beta in group["betas"]),
+        "eps": group["eps"],
+    }

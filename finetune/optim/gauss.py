@@ -1,0 +1,100 @@
+"""The sum over missed steps as a Gauss rule of a few nodes.  Floor 1: pure functions, float64, torch only.
+
+A row last stepped at s and looked at after step t has missed the steps j = s+1 … t, whose gradient was zero.  Dense AdamW
+moved it, for each of its elements with first moment m and x = sqrt(second moment), by
+
+    -m * sum_j  w_j / (x d_j + eps)       w_j = lr_j beta1^(j-s) / (1 - beta1^j) * D_j        d_j = beta2^((j-s)/2) / sqrt(1 - beta2^j)
+
+where D_j is the product of the decays (1 - lr_i weight_decay) of the later steps.  Only scalars depend on j, so the sum is the
+integral of f(d) = d / (x d + eps) over the atoms d_j with masses w_j / d_j.  f is constant where eps << x d and linear where
+eps >> x d, and smooth between: a Gauss rule of n nodes, exact for polynomials of degree 2n - 1, is exact at both ends.  With
+masses W_i at nodes N_i the sum is  sum_i W_i / (x + eps / N_i):  n divisions an element, however many steps were missed.
+
+A rule is grown step by step: the Gauss rule of n nodes depends on the first 2n moments of the measure alone, so the rule of the
+atoms so far together with one more atom has the same Gauss rule as all the atoms, and n + 1 numbers stand for any number of steps.
+
+Gauss rules of a discrete measure: G. H. Golub and J. H. Welsch, "Calculation of Gauss Quadrature Rules", Math. Comp. 23 (1969),
+https://www.ams.org/journals/mcom/1969-23-106/S0025-5718-69-99647-1/ ; the recurrence by the Lanczos process.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def horizon(beta1: float, beta2: float, tolerance: float) -> int:
+    """Return the number of missed steps after which the rest of the sum is below `tolerance` of it (eps = 0, rates alike)."""
+    return max(1, math.ceil(math.log(tolerance) / math.log(beta1 / math.sqrt(beta2)))) if beta1 > 0 else 1
+
+
+def missed_atoms(step: int, missed: Tensor, betas: tuple[float, float], lr: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return mass w / d (but for later decay) and place d of step `step` in the sums of rows for which it is missed number `missed`."""
+    beta1, beta2 = betas
+    places = beta2 ** (missed / 2) / math.sqrt(1 - beta2**step)
+    return lr * beta1**missed / (1 - beta1**step) / places, places
+
+
+def grow_rule(masses: Tensor, nodes: Tensor, missed: Tensor, mass: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the rules of `count` nodes [rows, count] for `masses` at `nodes` [rows, n] and one more atom, number `missed`, a row.
+
+    The atoms themselves are kept while there are no more of them than nodes.
+    """
+    column = torch.arange(count)
+    kept_masses, kept_nodes = (
+        torch.nn.functional.pad(x[:, :count], (0, max(0, count - x.shape[1])), value=1.0) for x in (masses, nodes)
+    )
+    own = column == missed[:, None] - 1
+    kept = mass[:, None].where(own, kept_masses.where(column < missed[:, None], 0.0)), place[:, None].where(own, kept_nodes)
+    if int(missed.max()) <= count:
+        return kept
+    few = missed[:, None] <= count
+    rule = gauss_rule(torch.cat([masses, mass[:, None]], 1), torch.cat([nodes, place[:, None]], 1), count)
+    return kept[0].where(few, rule[0]), kept[1].where(few, rule[1])
+
+
+def gauss_rule(masses: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return masses and nodes [rows, count] of the Gauss rules of discrete measures given by `masses` >= 0 at `places` [rows, n]."""
+    assert count <= masses.shape[1]
+    total = masses.sum(1, keepdim=True)
+    vector = (masses / total.clamp_min(torch.finfo(masses.dtype).tiny)).sqrt()
+    previous, off_diagonal = torch.zeros_like(vector), torch.zeros_like(total)
+    jacobi = masses.new_zeros(len(masses), count, count)
+    for i in range(count):
+        image = places * vector - off_diagonal * previous
+        diagonal = (image * vector).sum(1, keepdim=True)
+        # A direction used up (fewer atoms with mass than nodes) leaves a zero vector; what follows must only stay finite and apart.
+        jacobi[:, i, i] = diagonal.where(vector.any(1, keepdim=True), places[:, :1]).squeeze(1)
+        if i + 1 == count:
+            break
+        image = image - diagonal * vector
+        norm = image.norm(dim=1, keepdim=True)
+        off_diagonal = norm.where(norm > 1e-13 * places.amax(1, keepdim=True), 0.0)
+        previous, vector = vector, torch.where(off_diagonal > 0, image / norm, 0.0)
+        jacobi[:, i, i + 1] = jacobi[:, i + 1, i] = off_diagonal.squeeze(1)
+    nodes, vectors = torch.linalg.eigh(jacobi)
+    return total * vectors[:, 0].square(), nodes
+
+
+@functools.lru_cache(maxsize=1024)
+def nodes_needed(last_step: int, betas: tuple[float, float], tolerance: float, most: int) -> int:
+    """Return how many nodes bring the sum of a row last stepped at `last_step` within `tolerance` of itself, but at most `most`.
+
+    Measured, not bounded: the sum over a whole horizon of missed steps at a constant rate and at one growing from zero, against
+    its rule, for x from eps / 1000 to 1000 eps (where the integrand is neither constant nor linear).  The bias correction makes
+    the atoms spread most after the first steps, so the answer falls with `last_step`; it is looked up at powers of two.
+    """
+    if last_step & (last_step - 1):
+        return nodes_needed(1 << (last_step.bit_length() - 1), betas, tolerance, most)
+    missed = torch.arange(1, horizon(*betas, tolerance / 10) + 1).tolist()
+    atoms = [missed_atoms(last_step + k, torch.tensor(k, dtype=torch.float64), betas, 1.0) for k in missed]
+    masses, places = (torch.stack(parts).expand(2, -1) for parts in zip(*atoms, strict=True))
+    masses = masses * torch.stack([torch.ones(len(missed)), torch.tensor(missed)])
+    x = torch.logspace(-3, 3, 25, dtype=torch.float64)[:, None, None]
+    exact = (masses * places / (x * places + 1)).sum(-1)
+    for count in range(1, min(most, len(missed))):
+        rule_masses, nodes = gauss_rule(masses, places, count)
+        if ((rule_masses / (x + 1 / nodes)).sum(-1) / exact - 1).abs().max() < tolerance:
+            return count
+    return most

@@ -1,0 +1,104 @@
+"""An nn.Embedding whose rows are stepped lazily: it looks rows up as dense AdamW would have them now.  Floor 1.
+
+Registering an embedding with `LazyAdamW` changes the class of that one module object, in place, to one with `RowLookup` between it and
+nn.Embedding: parameters, names and the module's identity stay, a subclass whose forward calls `super().forward(ids)` (Gemma's scaled
+embedding) works unchanged, and the module can be deep-copied, pickled and saved as before.  `weight` itself holds rows as they were
+last stepped: whoever reads it directly does so inside `LazyAdamW.flushed()`.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.optim.row_table import RowTable
+
+
+class _Rows(torch.autograd.Function):
+    """Rows `current` [u, d], computed elsewhere, as the value of a lookup of distinct `rows` [u] in `weight`; the gradient goes to them."""
+
+    @staticmethod
+    def forward(weight: Tensor, current: Tensor, rows: Tensor, inverse: Tensor, padding_idx: int | None) -> Tensor:
+        return current[inverse]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        weight, _, rows, inverse, ctx.padding_idx = inputs
+        ctx.save_for_backward(rows, inverse)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        rows, inverse = ctx.saved_tensors
+        grad = grad_output.reshape(-1, ctx.shape[1])
+        wide = grad if grad.dtype == torch.float64 else grad.float()
+        values = torch.ops.aten.embedding_dense_backward(wide, inverse.reshape(-1), len(rows), -1, False)
+        if ctx.padding_idx is not None:
+            kept = rows != ctx.padding_idx
+            rows, values = rows[kept], values[kept]
+        sparse = torch.sparse_coo_tensor(rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False)
+        return sparse, None, None, None, None
+
+
+class RowLookup(nn.Embedding):
+    """The lookup that sits below a registered embedding's own class.  See the module's docstring."""
+
+    row_table: RowTable
+    was_sparse: bool
+    original_class: type[nn.Embedding]
+
+    def forward(self, input: Tensor) -> Tensor:
+        table, weight = self.row_table, self.weight
+        if table.is_current or table.read_as_stored:
+            return F.embedding(input, weight, self.padding_idx, sparse=True)
+        rows, inverse = torch.unique(input, return_inverse=True)
+        with torch.no_grad():
+            current = table.read(weight, rows)
+        return _Rows.apply(weight, current, rows, inverse, self.padding_idx)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        table = self.row_table
+        if not (table.is_current or table.read_as_stored or table.show_stored):
+            destination[prefix + "weight"] = table.dense(self.weight.detach())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict:
+            with torch.no_grad():
+                self.row_table.weight_was_loaded(self.weight)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self.row_table.follow(self.weight)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class is made on the fly, so it is named by the one it was made from.
+        return _instance, (self.original_class,), self.__dict__
+
+
+@functools.cache
+def _lazy_class(cls: type[nn.Embedding]) -> type[RowLookup]:
+    bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
+    return type(f"Lazy{cls.__name__}", bases, {"original_class": cls})
+
+
+def _instance(cls: type[nn.Embedding]) -> nn.Module:
+    lazy = _lazy_class(cls)
+    return lazy.__new__(lazy)
+
+
+def make_lazy(module: nn.Embedding, table: RowTable) -> None:
+    """Make `module` look its rows up through `table` and give row-sparse gradients."""
+    module.was_sparse, module.row_table, module.sparse = module.sparse, table, True
+    module.__class__ = _lazy_class(type(module))
+
+
+def make_plain(module: RowLookup) -> None:
+    """Make `module` the embedding that it was before `make_lazy`."""
+    module.__class__, module.sparse = module.original_class, module.was_sparse
+    del module.row_table, module.was_sparse

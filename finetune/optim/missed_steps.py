@@ -1,0 +1,200 @@
+"""AdamW for rows that were not looked at every step.  Floor 1: the history of the steps, one step, and how missed steps are made up.
+
+Everything here works on gathered rows [k, d] in float32 or float64 and knows nothing of tables, modules or optimizers.  The one
+arithmetic, `adamw_step_`, is that of torch.optim.AdamW(foreach=False), operation for operation (Loshchilov and Hutter, "Decoupled
+Weight Decay Regularization", https://arxiv.org/abs/1711.05101).  A missed step is such a step with a zero gradient.  Two ways to
+make missed steps up, called with rows sorted by `last_step` [k] (int64, ascending):
+
+- `GaussRules.catch_up_`: all at once, a constant number of operations (see gauss.py).
+- `replay_`: one by one, bitwise what dense AdamW would have done.
+
+Every operation is one that rounds an element the same wherever it stands in a tensor (the fused kernels do not: their vector body
+and scalar tail differ in the last bit), so a row has one value no matter which rows are gathered beside it.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from finetune.optim.gauss import grow_rule, horizon, missed_atoms, nodes_needed
+
+_LONGEST_HORIZON = 4096
+
+
+@dataclass
+class History:
+    """The steps applied since step `since`, when every row was up to date: what a missed step needs to know, as Python floats.
+
+    `lr[i]` and `decay[i]` (lr * weight_decay) belong to step since + 1 + i; `log_decay[i]` is the sum of log(1 - decay) before it.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    since: int = 0
+    lr: list[float] = field(default_factory=list)
+    decay: list[float] = field(default_factory=list)
+    log_decay: list[float] = field(default_factory=lambda: [0.0])
+
+    @property
+    def step(self) -> int:
+        """Steps applied so far, from the beginning of training."""
+        return self.since + len(self.lr)
+
+    def record(self, lr: float, decay: float) -> None:
+        self.lr.append(lr)
+        self.decay.append(decay)
+        self.log_decay.append(self.log_decay[-1] + math.log1p(-decay))
+
+
+def adamw_step_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Apply AdamW's step number `step` (from 1) in place; `decay` is lr * weight_decay, `grad` may be a broadcast zero."""
+    beta1, beta2 = betas
+    if decay != 0:
+        param.mul_(1 - decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    param.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
+
+
+def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:
+    """Bring rows sorted by `last_step` up to history.step, step by step; the cost is that of every step missed."""
+    if not len(last_step):
+        return
+    first = int(last_step[0]) + 1
+    behind = torch.searchsorted(last_step, torch.arange(first, history.step + 1, device=last_step.device)).tolist()
+    zero = param.new_zeros(())
+    for step, rows in enumerate(behind, start=first):
+        lr, decay = history.lr[step - 1 - history.since], history.decay[step - 1 - history.since]
+        adamw_step_(
+            param[:rows],
+            exp_avg[:rows],
+            exp_avg_sq[:rows],
+            zero,
+            step=step,
+            lr=lr,
+            decay=decay,
+            betas=history.betas,
+            eps=history.eps,
+        )
+
+
+class GaussRules:
+    """The Gauss rules of every step a row may have been left at, on the device of the rows; row i for a row left at step since + i.
+
+    The sum over a row's missed steps has an end, the horizon, after which only decay goes on.  So each step changes only the rules
+    of the last `length` steps, the window.  It is kept on the host in float64 and grown from the history alone: the device is not
+    asked which rows need what.
+    """
+
+    def __init__(self, history: History, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.history, self.device = history, device
+        self.tolerance, self.most = (1e-9, 12) if dtype == torch.float64 else (1e-6, 8)
+        self.length = horizon(*history.betas, self.tolerance / 10)
+        self.known = history.since  # rules are up to date as of this step
+        self.window_masses = torch.zeros(0, 1, dtype=torch.float64)
+        self.window_nodes = torch.ones(0, 1, dtype=torch.float64)
+        self.masses = torch.zeros(1, self.most, dtype=dtype, device=device)
+        self.shifts = torch.ones(1, self.most, dtype=dtype, device=device)  # eps / node
+        self.log_decay = torch.zeros(1, dtype=torch.float64, device=device)
+
+    @staticmethod
+    def supports(betas: tuple[float, float]) -> bool:
+        """Whether the sum over missed steps dies out soon enough: beta1 < sqrt(beta2), by a margin."""
+        return betas[0] == 0 or (betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON)
+
+    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor) -> None:
+        """Bring rows sorted by `last_step` up to history.step in place."""
+        self.grow()
+        if not len(last_step):
+            return
+        history, (beta1, beta2), dtype = self.history, self.history.betas, param.dtype
+        index = last_step - history.since
+        missed = (history.step - last_step).double()[:, None]
+        end = (index + self.length).clamp_(max=len(history.lr))
+        now = history.log_decay[-1]
+        decay = torch.expm1(now - self.log_decay[index]).to(dtype)[:, None]
+        later_decay = torch.exp(now - self.log_decay[end]).to(dtype)[:, None]
+
+        # The first row was left earliest and has most nodes.  A device is not asked (that would wait for it): full width.
+        width = self._nodes(min(int(last_step[0]), self._window_start(history.step))) if self.device.type == "cpu" else self.most
+        masses, shifts = self.masses[index] * later_decay, self.shifts[index]
+        root = exp_avg_sq.sqrt()
+        drift = masses[:, :1] / (root + shifts[:, :1])
+        for i in range(1, width):
+            drift.addcdiv_(masses[:, i : i + 1], root + shifts[:, i : i + 1])
+        param.add_((param * decay).sub_(drift.mul_(exp_avg)))
+        exp_avg.mul_(torch.pow(beta1, missed).to(dtype))
+        exp_avg_sq.mul_(torch.pow(beta2, missed).to(dtype))
+
+    def grow(self) -> None:
+        """Take the steps recorded since the last time into the rules."""
+        history = self.history
+        for step in range(self.known + 1, history.step + 1):
+            i = step - history.since
+            self._reserve(i + 1)
+            self.log_decay[i].fill_(history.log_decay[i])
+            first = self._window_start(step)
+            missed = torch.arange(step - first, 0, -1, dtype=torch.float64)
+            atoms = missed_atoms(step, missed, history.betas, history.lr[i - 1])
+            dropped = len(self.window_masses) + 1 - len(missed)
+            masses = torch.nn.functional.pad(self.window_masses[dropped:] * (1 - history.decay[i - 1]), (0, 0, 0, 1))
+            nodes = torch.nn.functional.pad(self.window_nodes[dropped:], (0, 0, 0, 1), value=1.0)
+            self.window_masses, self.window_nodes = grow_rule(masses, nodes, missed, *atoms, self._nodes(first))
+            self._publish(first - history.since)
+            self.known = step
+
+    def _window_start(self, step: int) -> int:
+        """Return the earliest step in the window that ends with rows left at step - 1; the window has the nodes that this one needs."""
+        return max(self.history.since, step - self.length)
+
+    def _nodes(self, last_step: int) -> int:
+        return nodes_needed(last_step, self.history.betas, self.tolerance, self.most)
+
+    def _publish(self, index: int) -> None:
+        """Copy the window to the device, as rows from `index`."""
+        pad = (0, self.most - self.window_nodes.shape[1])
+        for table, window, value in (
+            (self.masses, self.window_masses, 0.0),
+            (self.shifts, self.history.eps / self.window_nodes, 1.0),
+        ):
+            source = torch.nn.functional.pad(window.to(table.dtype), pad, value=value)
+            if self.device.type == "cuda":
+                source = source.pin_memory()  # a copy from pageable memory would wait for the device
+            table[index : index + len(source)].copy_(source, non_blocking=True)
+
+    def _reserve(self, length: int) -> None:
+        if length > len(self.log_decay):
+            pad = max(length, 2 * len(self.log_decay)) - len(self.log_decay)
+            self.log_decay = torch.nn.functional.pad(self.log_decay, (0, pad))
+            self.masses = torch.nn.functional.pad(self.masses, (0, 0, 0, pad))
+            self.shifts = torch.nn.functional.pad(self.shifts, (0, 0, 0, pad), value=1.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `load` needs beside the history."""
+        self.grow()
+        length = len(self.history.lr) + 1
+        window = {"window_masses": self.window_masses, "window_nodes": self.window_nodes}
+        return {"rule_masses": self.masses[:length], "rule_shifts": self.shifts[:length], **window}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over a `state` made with the same history."""
+        length = len(state["rule_masses"])
+        self._reserve(length)
+        self.masses[:length], self.shifts[:length] = state["rule_masses"], state["rule_shifts"]
+        self.window_masses, self.window_nodes = (state[key].cpu().double() for key in ("window_masses", "window_nodes"))
+        self.log_decay[:length] = torch.tensor(self.history.log_decay, dtype=torch.float64)
+        self.known = self.history.step

@@ -1,0 +1,299 @@
+"""The optimizer state of one embedding table whose rows are stepped only when a batch uses them.  Floor 1.
+
+Rows never touched have no state: `slot_of_row` is 0 for them, and slot 0 is the row without history (zero moments, last stepped
+when the whole table was last up to date), so that every row is read in the same way.  Other slots are handed out as rows first get
+a gradient; the arrays grow by doubling.
+
+Two rules keep the trajectory a function of the gradients alone, whoever reads or saves in between:
+
+- Reading is pure.  `read` returns rows as dense AdamW would have them now and stores nothing.
+- Only `step` writes (and `flush`, when asked): the rows in the gradient are brought up from their last step and take this one.
+
+Weights in bfloat16 or float16 keep float32 master rows beside the moments; all arithmetic is in float32, or float64 for float64.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.optim.missed_steps import GaussRules, History, adamw_step_, replay_
+from finetune.optim.row_gradient import coalesce
+
+MISSED_STEPS = ("exact", "replay", "skip")
+_WITNESSES = 16
+_BLOCK_ELEMENTS = 1 << 17  # gathered at once on a CPU: half a megabyte of float32, so that a block stays in the cache
+
+
+class RowTable:
+    """Slots of moments for the touched rows of a [V, d] weight, and the history of the steps."""
+
+    def __init__(self, weight: Tensor, *, missed_steps: str, betas: tuple[float, float], eps: float) -> None:
+        self.missed_steps = missed_steps
+        self.dtype = weight.dtype
+        self.compute_dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        self.shape, self.device = weight.shape, weight.device
+        self.read_as_stored = False  # the weight holds current rows for the moment: see LazyAdamW.flushed
+        self.show_stored = False  # state dicts show rows and state as stored: see LazyAdamW.deferred
+        self.witness: tuple[Tensor, Tensor] | None = None  # rows of the weight that a loaded state belongs to, until first used
+        self.clear(betas, eps)
+
+    def clear(self, betas: tuple[float, float], eps: float) -> None:
+        """Forget everything: no step applied, no row touched."""
+        empty: dict[str, Any] = {
+            "rows": torch.empty(0, dtype=torch.int64),
+            "last_step": torch.empty(0, dtype=torch.int64),
+            "exp_avg": torch.empty(0, self.shape[1]),
+            "exp_avg_sq": torch.empty(0, self.shape[1]),
+            "master": torch.empty(0, self.shape[1]),
+            "step": torch.tensor(0.0),
+            "lr": torch.empty(0),
+            "decay": torch.empty(0),
+            "betas": betas,
+            "eps": eps,
+        }
+        self.witness = None
+        self.load_state(empty)
+
+    # What is kept
+
+    @property
+    def step_count(self) -> int:
+        return self.history.step
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the stored weight is what dense AdamW would have: no step was applied since all rows were up to date."""
+        return not self.history.lr or self.missed_steps == "skip"
+
+    @property
+    def num_slots(self) -> int:
+        """Rows ever touched (asks the device)."""
+        return int(self.used) - 1
+
+    def stored_state(self) -> dict[str, Any]:
+        """Return the state as it is, rows left at their own last steps, as plain tensors and numbers."""
+        touched = slice(1, int(self.used))
+        state: dict[str, Any] = {
+            "step": torch.tensor(float(self.step_count)),
+            "rows": self.row_of_slot[touched],
+            "last_step": self.last_step[touched],
+            "exp_avg": self.exp_avg[touched],
+            "exp_avg_sq": self.exp_avg_sq[touched],
+            "lr": torch.tensor(self.history.lr, dtype=torch.float64),
+            "decay": torch.tensor(self.history.decay, dtype=torch.float64),
+            "betas": self.history.betas,
+            "eps": self.history.eps,
+        }
+        if self.master is not None:
+            state["master"] = self.master[touched]
+        if self.missed_steps == "exact" and self.history.lr:
+            state.update(self.rules.state())
+        return state
+
+    def live_state(self) -> dict[str, Tensor]:
+        """Return the arrays in use, slot 0 and room to grow included, for who counts or looks at an optimizer's state."""
+        arrays = {"rows": self.row_of_slot, "last_step": self.last_step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        step = {"step": torch.tensor(float(self.step_count))}
+        return {**step, **arrays, **({"master": self.master} if self.master is not None else {})}
+
+    def settled_state(self, weight: Tensor) -> dict[str, Any]:
+        """Return the state with every row brought up to now, to go with the table that `dense` returns; stores nothing."""
+        state = self.stored_state()
+        if self.is_current:
+            return state
+        settled = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state}
+        slots = torch.arange(1, len(state["rows"]) + 1, device=self.device)
+        for positions, block in self._current(weight, state["rows"], slots):
+            for key, values in zip(("master", "exp_avg", "exp_avg_sq"), block):
+                if key in settled:
+                    settled[key].index_copy_(0, positions, values)
+        now = torch.full_like(state["last_step"], self.step_count)
+        state = {key: value for key, value in state.items() if not key.startswith(("rule_", "window_"))}
+        return {**state, **settled, "last_step": now, "lr": torch.empty(0), "decay": torch.empty(0)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over a state made by `stored_state` or `settled_state`, in exactly its numbers."""
+        step, lr = int(state["step"]), state["lr"].double().tolist()
+        self.history = History(tuple(state["betas"]), state["eps"], since=step - len(lr))
+        for rate, decay in zip(lr, state["decay"].double().tolist(), strict=True):
+            self.history.record(rate, decay)
+        rows = state["rows"].to(self.device, torch.int64)
+        if len(rows) and int(rows.max()) >= self.shape[0]:
+            raise UserError(f"the state has a row {int(rows.max())}, and the embedding has {self.shape[0]} rows")
+
+        def with_slot_0(values: Tensor, fill: int, dtype: torch.dtype) -> Tensor:
+            values = values.to(self.device, dtype)
+            return torch.cat([values.new_full((1, *values.shape[1:]), fill), values])
+
+        self.slot_of_row = torch.zeros(self.shape[0], dtype=torch.int32, device=self.device)
+        self.slot_of_row[rows] = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=self.device)
+        self.row_of_slot = with_slot_0(rows, 0, torch.int64)
+        self.last_step = with_slot_0(state["last_step"], self.history.since, torch.int64)
+        self.exp_avg = with_slot_0(state["exp_avg"], 0, self.compute_dtype)
+        self.exp_avg_sq = with_slot_0(state["exp_avg_sq"], 0, self.compute_dtype)
+        self.master = with_slot_0(state["master"], 0, torch.float32) if self.dtype not in (torch.float32, torch.float64) else None
+        self.used = torch.tensor(len(rows) + 1, device=self.device)
+        self.used_at_most = len(rows) + 1
+        self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
+        if "rule_masses" in state:
+            self.rules.load(state)
+
+    def follow(self, weight: Tensor) -> None:
+        """Move to where the weight has moved.  Its dtype may change only before the first step."""
+        if weight.dtype != self.dtype:
+            if self.step_count:
+                raise UserError(f"a registered embedding became {weight.dtype} in mid-run; its optimizer state is for {self.dtype}")
+            self.__init__(weight, missed_steps=self.missed_steps, betas=self.history.betas, eps=self.history.eps)  # type: ignore[misc]
+        elif weight.device != self.device:
+            state, self.device = self.stored_state(), weight.device
+            self.load_state(state)
+
+    # Weights and state are saved in two files; the state carries a few rows of the weight it belongs to
+
+    def saved_state(self, weight: Tensor) -> dict[str, Any]:
+        """Return the state to go with the weight that the module's state dict shows: the stored one, or that of `dense`."""
+        show_stored = self.show_stored or self.is_current or self.read_as_stored
+        state = self.stored_state() if show_stored else self.settled_state(weight)
+        state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+        longest_missed = self.row_of_slot[1 + self.last_step[1 : int(self.used)].argsort(stable=True)[:_WITNESSES]]
+        untouched = (self.slot_of_row == 0).nonzero()[:1, 0]
+        rows = state["witness_rows"] = torch.cat([longest_missed, untouched])
+        state["witness"] = weight[rows] if show_stored else self.read(weight, rows)
+        return state
+
+    def restore(self, weight: Tensor, state: dict[str, Any]) -> None:
+        """Take over a saved state.  The weight it belongs to may be there already, or be loaded next."""
+        witness = None  # of state from elsewhere, which goes with rows as they are now
+        if "witness" in state:
+            witness = (state["witness_rows"].to(self.device), state["witness"].to(self.device, self.dtype))
+        if not (witness and self._matches(weight, witness)):
+            self.flush(weight)
+        if self.master is not None and "master" not in state:
+            state = {**state, "master": weight[state["rows"]].float()}
+        self.load_state(state)
+        self.witness = witness
+
+    def weight_was_loaded(self, weight: Tensor) -> None:
+        """A state dict was loaded into the weight: unless they are the stored rows of the state at hand, they are current ones."""
+        if self.show_stored or (self.witness and self._matches(weight, self.witness)):
+            return
+        self.witness = None
+        state = self.settled_state(weight)
+        if self.master is not None:
+            loaded, master = weight[state["rows"]], state["master"]
+            state["master"] = torch.where(master.to(loaded.dtype) == loaded, master, loaded.float())
+        self.load_state(state)
+
+    def _check_witness(self, weight: Tensor) -> None:
+        if self.witness is not None:
+            if not self._matches(weight, self.witness):
+                raise UserError(
+                    "the embedding's weight is not the one that the optimizer's state was saved with: save (and load) the state dicts of "
+                    "model and optimizer both inside `with optimizer.deferred():`, or both outside it"
+                )
+            self.witness = None
+
+    def _matches(self, weight: Tensor, witness: tuple[Tensor, Tensor]) -> bool:
+        return torch.equal(weight.detach()[witness[0]], witness[1])
+
+    # Reading
+
+    def read(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """Return rows [k] (distinct or not) of the table as of now, [k, d] in the weight's dtype.  Writes nothing."""
+        self._check_witness(weight)
+        if self.is_current:
+            return weight[rows]
+        out = weight.new_empty(len(rows), self.shape[1])
+        for positions, (param, _, _) in self._current(weight, rows, self.slot_of_row[rows].long()):
+            out.index_copy_(0, positions, param.to(out.dtype))
+        return out
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """Return the whole table as of now, [V, d]: what dense AdamW would have.  Writes nothing."""
+        return torch.cat([self.read(weight, rows) for rows in torch.arange(len(weight), device=self.device).split(1 << 14)])
+
+    # Writing
+
+    def step(self, weight: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
+        """Apply AdamW's next step with the row-sparse gradient `grad`: the rows in it are brought up to now and moved."""
+        assert not self.read_as_stored
+        self._check_witness(weight)
+        grad = coalesce(grad)
+        rows, gradients = grad.indices()[0], grad.values()
+        slots = self._claim(weight, rows)
+        step, betas, eps = self.step_count + 1, self.history.betas, self.history.eps
+        for positions, block in self._current(weight, rows, slots):
+            gradient = gradients.index_select(0, positions).to(self.compute_dtype)
+            adamw_step_(*block, gradient, step=step, lr=lr, decay=lr * weight_decay, betas=betas, eps=eps)
+            weight.index_copy_(0, rows[positions], block[0].to(weight.dtype))
+            for values, table in zip(block, (self.master, self.exp_avg, self.exp_avg_sq)):
+                if table is not None:
+                    table.index_copy_(0, slots[positions], values)
+        self.last_step[slots] = step
+        self.history.record(lr, lr * weight_decay)
+
+    def flush(self, weight: Tensor) -> None:
+        """Bring every row up to now and store it.  (What follows may differ in the last bits from a run that did not.)"""
+        if not self.is_current:
+            dense, state = self.dense(weight), self.settled_state(weight)
+            weight.copy_(dense)
+            self.load_state(state)
+
+    def change_options(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
+        """Go on with other betas or another eps: steps missed so far are made up with the old ones first."""
+        self.flush(weight)
+        self.load_state({**self.stored_state(), "betas": betas, "eps": eps})
+
+    # The parts
+
+    def _claim(self, weight: Tensor, rows: Tensor) -> Tensor:
+        """Return the slots of distinct rows, giving one to each row that had none."""
+        self._reserve(len(rows))
+        slots = self.slot_of_row[rows].long()
+        fresh = slots == 0
+        slots = torch.where(fresh, self.used - 1 + fresh.cumsum(0), slots)
+        self.slot_of_row[rows] = slots.int()
+        self.row_of_slot[slots] = rows
+        self.last_step[slots] = self.last_step[slots].where(~fresh, self.history.since)
+        if self.master is not None:
+            self.master[slots] = torch.where(fresh[:, None], weight[rows].float(), self.master[slots])
+        self.used += fresh.sum()
+        self.used_at_most = min(self.used_at_most + len(rows), self.shape[0] + 1)
+        return slots
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` more slots.  The device is asked how many are in use only when that is close."""
+        capacity = len(self.last_step)
+        if min(self.used_at_most + count, self.shape[0] + 1) <= capacity:
+            return
+        self.used_at_most = int(self.used)
+        needed = min(self.used_at_most + count, self.shape[0] + 1)
+        if needed > capacity:
+            extra = min(max(needed, 2 * capacity), self.shape[0] + 1) - capacity
+            for name in ("row_of_slot", "last_step", "exp_avg", "exp_avg_sq", "master"):
+                if (table := getattr(self, name)) is not None:
+                    setattr(self, name, torch.cat([table, table.new_zeros(extra, *table.shape[1:])]))
+
+    def _current(self, weight: Tensor, rows: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield positions among `rows` with copies of parameter, first and second moment there, brought up to now.
+
+        Rows come sorted by how long they were missed (a rule's nodes depend on that), on a CPU a cacheful at a time.
+        """
+        last_step = self.last_step[slots]
+        for positions in last_step.argsort(stable=True).split(self._block_rows()):
+            to = slots[positions]
+            param = weight.index_select(0, rows[positions])
+            if self.master is not None:
+                param = torch.where((to > 0)[:, None], self.master.index_select(0, to), param.float())
+            block = [param, self.exp_avg.index_select(0, to), self.exp_avg_sq.index_select(0, to)]
+            if self.missed_steps == "exact":
+                self.rules.catch_up_(*block, last_step[positions])
+            elif self.missed_steps == "replay":
+                replay_(*block, last_step[positions], self.history)
+            yield positions, block
+
+    def _block_rows(self) -> int:
+        return max(1, _BLOCK_ELEMENTS // self.shape[1]) if self.device.type == "cpu" else self.shape[0]
