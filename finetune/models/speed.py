@@ -14,10 +14,12 @@ def enable_activation_checkpointing(language_model: LanguageModel) -> None:
 
     Costs one more forward a step. Raises UserError where the architecture cannot.
     """
+    model = language_model.causal_lm
     try:
-        language_model.causal_lm.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise UserError(f"{error} Set training.activation_checkpointing: false") from error
+    model.disable_input_require_grads()  # only the reentrant kind needs a gradient down to a frozen embedding
 
 
 def compile_decoder(language_model: LanguageModel) -> None:

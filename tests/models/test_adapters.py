@@ -1,0 +1,88 @@
+"""LoRA: what trains, what stays, and that nothing is lost in merging, saving and reloading, new rows and ties included."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.errors import UserError
+from finetune.models.adapters import add_lora, merge_lora
+from finetune.models.describe import describe_model, token_tables
+from finetune.models.export import export_model, verify_export
+from finetune.models.language_model import LanguageModel, check_packing
+
+LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
+TIED = {"gpt2", "qwen2", "gemma3"}
+
+
+def train(model, steps=4):
+    language_model = LanguageModel(model)
+    ids = torch.randint(90, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, 0] = -100
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = language_model(ids, labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("new_token_ids", [(), (95, 96)])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox"])
+def test_trained_adapters_and_new_rows_survive_merging_and_reloading(kind, new_token_ids, make_model, chat_tokenizer, tmp_path):
+    model = make_model(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    old_rows = token_tables(model)[0].detach().clone()
+    wrapped = add_lora(model, **LORA, new_token_ids=new_token_ids)
+    language_model = LanguageModel(wrapped)
+    assert language_model.fused
+    check_packing(language_model)
+    losses = train(wrapped)
+    assert losses[-1] < losses[0]
+
+    ids = torch.arange(90, 97)[None]
+    with torch.no_grad():
+        trained = wrapped(input_ids=ids).logits
+        merged = merge_lora(wrapped)
+        torch.testing.assert_close(merged(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-4)
+    assert set(merged.state_dict()) == set(before)
+    table, head = token_tables(merged)
+    assert (head is table) == (kind in TIED)
+    old = [row for row in range(97) if row not in new_token_ids]
+    assert torch.equal(table[old], old_rows[old])
+    assert all(not torch.equal(table[row], old_rows[row]) for row in new_token_ids)
+
+    export_model(wrapped, chat_tokenizer, tmp_path / "out", card="")
+    assert verify_export(tmp_path / "out", wrapped, ids[0].tolist()) < 1e-5
+    assert not Path(tmp_path / "out" / "adapter_config.json").exists()
+    with torch.no_grad():
+        assert torch.equal(wrapped(input_ids=ids).logits, trained)  # exporting left the live model alone
+
+
+def test_only_adapters_and_new_rows_train(make_model):
+    model = make_model("qwen2")
+    plain = describe_model(add_lora(model, **LORA))["trainable_parameters"]
+    with_rows = describe_model(add_lora(make_model("qwen2"), **LORA, new_token_ids=[95, 96]))["trainable_parameters"]
+    assert with_rows - plain == 2 * 32  # one row each, shared by input and head
+
+
+def test_a_loss_through_lora_on_the_head_is_not_short_circuited(make_model):
+    """With LoRA on the head, hidden @ weight is not the logits, though at the start it is."""
+    model = add_lora(make_model("llama"), **LORA | {"target_modules": ["q_proj", "lm_head"]})
+    assert not LanguageModel(model).fused
+    train(model)
+    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lm_head.lora" in name)
+
+
+def test_unknown_target_modules_are_named_with_those_there_are(make_model):
+    with pytest.raises(UserError, match=r"'q_projection' is no linear layer .* some of .*q_proj, up_proj"):
+        add_lora(make_model("llama"), **LORA | {"target_modules": ("k_proj", "q_projection")})
+
+
+def test_new_rows_of_a_head_with_a_bias_are_refused(make_model):
+    with pytest.raises(UserError, match=r"drops the bias .* train without model.lora"):
+        add_lora(make_model("phi"), **LORA, new_token_ids=[96])

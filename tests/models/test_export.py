@@ -1,0 +1,106 @@
+"""Exports: plain folders that reload to the same logits, replaced whole or not at all."""
+
+import json
+import resource
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.errors import UserError
+from finetune.models.describe import token_tables
+from finetune.models.export import export_model, verify_export
+from finetune.models.tokenizers import prepare_chat
+
+IDS = [5, 9, 3, 7, 11]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite"])
+def test_an_export_reloads_with_its_logits_tie_and_stops(kind, dtype, make_model, chat_tokenizer, tmp_path):
+    model = make_model(kind, vocab_size=len(chat_tokenizer))
+    prepare_chat(model, chat_tokenizer)
+    dest = tmp_path / "deep" / "model"
+    export_model(model, chat_tokenizer, dest, card="# A card\n", dtype=dtype)
+    verify_export(dest, model, IDS)
+    reloaded = AutoModelForCausalLM.from_pretrained(dest, dtype="auto")
+    assert reloaded.dtype == (dtype or torch.float32)
+    ours, theirs = token_tables(model), token_tables(reloaded)
+    assert (ours[0] is ours[1]) == (theirs[0] is theirs[1]) == reloaded.config.tie_word_embeddings
+    with safe_open(dest / "model.safetensors", "pt") as weights:
+        stored = sum(weights.get_tensor(name).numel() for name in list(weights.keys()))
+    assert stored == sum(parameter.numel() for parameter in model.parameters())  # a shared table is stored once
+    assert reloaded.generation_config.eos_token_id == chat_tokenizer.eos_token_id
+    assert reloaded.generation_config.pad_token_id == chat_tokenizer.pad_token_id
+    assert AutoTokenizer.from_pretrained(dest).chat_template == chat_tokenizer.chat_template
+    assert (dest / "README.md").read_text() == "# A card\n"
+    assert [path.name for path in dest.parent.iterdir()] == ["model"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path):
+    model, dest = make_model("llama"), tmp_path / "model"
+    export_model(model, chat_tokenizer, dest, card="old")
+    (dest / "stale.txt").touch()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(UserError, match=r"is not the trained model: its logits differ by 0.5 of the largest"):
+        verify_export(dest, model, IDS)
+    export_model(model, chat_tokenizer, dest, card="new")
+    verify_export(dest, model, IDS)
+    assert not (dest / "stale.txt").exists()
+    assert (dest / "README.md").read_text() == "new"
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(make_model, chat_tokenizer, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is there and holds no model"):
+        export_model(make_model("llama"), chat_tokenizer, tmp_path, card="")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_destination_that_cannot_be_made_is_named(make_model, chat_tokenizer, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"could not be written to .*/file/model: (File exists|Not a directory)"):
+        export_model(make_model("llama"), chat_tokenizer, tmp_path / "file" / "model", card="")
+
+
+@pytest.fixture
+def small_disk():
+    """A limit on the size of a file stands in for the disk."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+def test_a_full_disk_leaves_the_earlier_export_whole(make_model, chat_tokenizer, tmp_path, small_disk):
+    model, dest = make_model("llama"), tmp_path / "model"
+    export_model(model, chat_tokenizer, dest, card="old")
+    small_disk((dest / "model.safetensors").stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"the model could not be written to {dest}: .* the earlier export is untouched"):
+        export_model(model, chat_tokenizer, dest, card="new")
+    verify_export(dest, model, IDS)
+    assert (dest / "README.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_lost_tie_is_found(make_model, chat_tokenizer, tmp_path):
+    model, dest = make_model("qwen2"), tmp_path / "model"
+    export_model(model, chat_tokenizer, dest, card="")
+    config = json.loads((dest / "config.json").read_text())
+    (dest / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(UserError, match="is not the trained model"):
+        verify_export(dest, model, IDS)
+
+
+def test_an_export_that_does_not_load_is_explained(make_model, chat_tokenizer, tmp_path):
+    model, dest = make_model("llama"), tmp_path / "model"
+    export_model(model, chat_tokenizer, dest, card="")
+    (dest / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="does not load"):
+        verify_export(dest, model, IDS)

@@ -1,0 +1,153 @@
+"""Precision, description, model card, activation checkpointing, compiling."""
+
+import logging
+
+import pytest
+import torch
+import yaml
+
+from finetune.data.types import IGNORE_INDEX
+from finetune.errors import UserError
+from finetune.models.adapters import add_lora
+from finetune.models.card import license_of, model_card
+from finetune.models.describe import describe_model
+from finetune.models.language_model import LanguageModel
+from finetune.models.precision import has_native_bf16, resolve_precision
+from finetune.models.speed import compile_decoder, enable_activation_checkpointing
+
+BF16_CPU, PLAIN_CPU = {"avx512_bf16": True, "avx2": True}, {"avx512_bf16": False, "amx_bf16": False, "avx2": True}
+
+
+@pytest.mark.parametrize(("chip", "expected"), [(BF16_CPU, "bf16"), (PLAIN_CPU, "fp32"), ({"amx_bf16": True}, "bf16")])
+def test_auto_takes_bf16_where_the_chip_has_it(chip, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip)
+    precision, reason = resolve_precision("auto", "cpu")
+    assert precision == expected
+    assert reason.startswith(f"{expected} matrix products, since this CPU has ")
+
+
+def test_this_machine_has_an_answer():
+    assert resolve_precision("auto", torch.device("cpu"))[0] == ("bf16" if has_native_bf16("cpu") else "fp32")
+
+
+def test_emulated_bf16_is_taken_when_asked_for_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: PLAIN_CPU)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_precision("bf16", "cpu")[0] == "bf16"
+    assert "many times slower than fp32" in caplog.text
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match='"fp16", which needs a CUDA device, not this CPU'):
+        resolve_precision("fp16", "cpu")
+
+
+def test_a_description_counts_shared_parameters_once(make_model):
+    tied, untied = describe_model(make_model("qwen2")), describe_model(make_model("llama"))
+    table = 97 * 32
+    assert (tied["tied"], tied["token_table_parameters"]) == (True, table)
+    assert (untied["tied"], untied["token_table_parameters"]) == (False, 2 * table)
+    assert tied["parameters"] == sum(p.numel() for p in make_model("qwen2").parameters()) == tied["trainable_parameters"]
+    assert tied["token_table_share"] == table / tied["parameters"]
+    assert (tied["layers"], tied["hidden_size"], tied["vocab_size"]) == (2, 32, 97)
+    assert (tied["architecture"], tied["lora"]) == ("Qwen2ForCausalLM", False)
+
+
+@pytest.mark.parametrize("new_token_ids", [(), (96,)])
+def test_a_description_looks_behind_lora(new_token_ids, make_model):
+    plain = make_model("qwen2")
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
+    described = describe_model(add_lora(make_model("qwen2"), **lora, new_token_ids=new_token_ids))
+    assert described["trainable_parameters"] == 2 * 2 * (32 + 32) + 32 * len(new_token_ids)
+    assert described["parameters"] == describe_model(plain)["parameters"] + described["trainable_parameters"]
+    assert (described["tied"], described["lora"], described["vocab_size"]) == (True, True, 97)
+
+
+CARD = {
+    "title": "My model",
+    "base_model": "org/base",
+    "license": "apache-2.0",
+    "data": ["a.jsonl: 3 rows"],
+    "metrics": {"before": {"loss": 2.5, "chrf": 20.125}, "after": {"loss": 1.5, "chrf": 34.5}},
+    "config": "model:\n  name: org/base\n",
+    "command": "finetune train a.yaml",
+}
+
+
+def test_a_card_has_front_matter_and_the_facts():
+    card = model_card(**CARD)
+    _, front, text = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert (matter["base_model"], matter["license"], matter["library_name"]) == ("org/base", "apache-2.0", "transformers")
+    for line in (
+        "| | loss | chrf |",
+        "| before | 2.5 | 20.12 |",
+        "| after | 1.5 | 34.5 |",
+        "- a.jsonl: 3 rows",
+        "  name: org/base",
+    ):
+        assert line in text.splitlines() or f"{line} " in text.splitlines(), line
+    assert "`finetune train a.yaml`" in text
+
+
+def test_a_card_says_what_is_not_known():
+    assert "licence of the base model is not known" in model_card(**CARD | {"license": None})
+    scratch = model_card(**CARD | {"base_model": None, "license": None, "metrics": {}})
+    assert "random initial weights" in scratch
+    assert "None were measured." in scratch
+    assert "base_model" not in scratch.split("---")[1]
+
+
+def test_the_licence_is_read_from_a_model_folder(tmp_path):
+    assert license_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\ntags:\n- a\nlicense: mit\n---\n# Title\nlicense: none\n")
+    assert license_of(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("# Title\nlicense: none\n")
+    assert license_of(str(tmp_path)) is None
+    assert license_of("org/model-on-the-hub") is None
+
+
+def batch():
+    ids = torch.arange(24).reshape(2, 12)
+    labels = ids.clone()
+    labels[:, 0] = IGNORE_INDEX
+    return ids, labels
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_activation_checkpointing_keeps_the_gradients_and_runs_layers_twice(with_lora, make_model):
+    def gradients(checkpointing):
+        model = make_model("llama")
+        lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": "all-linear"}
+        torch.manual_seed(1)
+        language_model = LanguageModel(add_lora(model, **lora) if with_lora else model)
+        if checkpointing:
+            enable_activation_checkpointing(language_model)
+        language_model.train()
+        calls = []
+        language_model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        language_model(*batch()).backward()
+        return [p.grad for p in language_model.parameters() if p.requires_grad], len(calls)
+
+    plain, once = gradients(False)
+    checkpointed, twice = gradients(True)
+    assert (once, twice) == (1, 2)
+    for ours, theirs in zip(checkpointed, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_compiling_changes_no_name_and_compiles_the_decoder_only(make_model, monkeypatch):
+    language_model = LanguageModel(make_model("llama"))
+    expected, names = language_model(*batch()), list(language_model.state_dict())
+    seen = []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    compile_here = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_here(module, backend=backend))  # no C++ compiler needed
+    compile_decoder(language_model)
+    torch.testing.assert_close(language_model(*batch()), expected)
+    assert seen
+    assert list(language_model.state_dict()) == names
