@@ -134,8 +134,12 @@ def counts(records: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str
 
 
 def pairs(record: Record) -> list[tuple[str, str]]:
-    """The scalars of a record as (name, value) for a list."""
-    return [(in_words(key), plain(value)) for key, value in record.items() if not isinstance(value, dict | list)]
+    """The scalars of a record as (name, value) for a list; a share is given in percent."""
+    return [
+        (in_words(key), f"{value:.1%}" if key.endswith("_share") else plain(value))
+        for key, value in record.items()
+        if not isinstance(value, dict | list)
+    ]
 
 
 def in_words(key: str) -> str:

