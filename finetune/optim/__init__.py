@@ -4,7 +4,9 @@ Floor 1.
 """
 
 from finetune.optim import catalogue as catalogue  # fills the registry
+from finetune.optim.clip import clip_grad_norm_
 from finetune.optim.factory import build_optimizer, check_optimizer
+from finetune.optim.lazy_adamw import LazyAdamW
 from finetune.optim.registry import (
     OptimizerInfo,
     list_optimizers,
@@ -27,15 +29,3 @@ __all__ = [
     "optimizer_table",
     "register_optimizer",
 ]
-
-
-def __getattr__(name: str) -> object:  # until both files stand
-    if name == "LazyAdamW":
-        from finetune.optim.lazy_adamw import LazyAdamW
-
-        return LazyAdamW
-    if name == "clip_grad_norm_":
-        from finetune.optim.clip import clip_grad_norm_
-
-        return clip_grad_norm_
-    raise AttributeError(name)

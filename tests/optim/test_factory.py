@@ -12,6 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from finetune.errors import UserError
 from finetune.optim import build_optimizer
+from finetune.optim.convert import from_adamw_state, to_adamw_state
 
 # peft 0.21 reads every attribute of a transformers 5 model, a deprecated one among them
 PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -102,6 +103,7 @@ def test_the_warning_reaches_a_user_who_set_up_no_logging():
     program = """
 from torch import nn
 from finetune.optim import build_optimizer
+from finetune.optim.convert import from_adamw_state, to_adamw_state
 model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
 model[1].weight = model[0].weight
 build_optimizer(model, "lazy_adamw")
@@ -216,6 +218,27 @@ def test_a_group_added_later_is_stamped():
     optimizer = build_optimizer(nn.Linear(2, 2), "adamw")
     optimizer.add_param_group({"params": [("late", nn.Parameter(torch.ones(1)))]})
     assert {group["optimizer"] for group in optimizer.param_groups} == {"adamw"}
+
+
+def test_a_run_switches_between_adamw_and_lazy_adamw():
+    """adamw, then lazy_adamw, then adamw again, against adamw all along; through the factory, whose groups carry the stamp."""
+    model, reference = llama(), llama()
+    options = {"lr": 0.01, "weight_decay": 0.1, "no_decay": ()}
+    oracle, first = build_optimizer(reference, "adamw", **options), build_optimizer(model, "adamw", **options)
+    step(model, first)
+    second = build_optimizer(model, "lazy_adamw", **options)
+    from_adamw_state(second, first.state_dict())
+    assert step(model, second) == {True}
+    third_state = to_adamw_state(second)
+    second.release()
+    third = build_optimizer(model, "adamw", **options)
+    third.load_state_dict(third_state)
+    assert step(model, third) == {False}
+    for _ in range(3):
+        step(reference, oracle)
+    assert {group["optimizer"] for group in third.param_groups} == {"adamw"}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=2e-6, msg=name)
 
 
 # -- rules that torch has no class for --
