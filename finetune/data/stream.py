@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from finetune.data.collate import collate
-from finetune.data.encode import DataStatistics, RowEncoder, require_targets
+from finetune.data.encode import RowEncoder, require_targets
 from finetune.data.packing import pack
 from finetune.data.steps import StepBatch, group_by_length, share
 from finetune.data.types import Example, Row
@@ -114,7 +114,7 @@ class StreamingBatches:
             self.rows.load_state_dict(state["rows"])
             self._source = iter(self.rows)
         self._generator.set_state(state["generator"])
-        self.encoder.statistics = DataStatistics(**state["statistics"])
+        vars(self.encoder.statistics).update(state["statistics"])
         self._buffer = [example for (example,) in _from_tensors(state["buffer"])]
         self._window = [example for (example,) in _from_tensors(state["window"])]
         self._ready = _from_tensors(state["ready"])

@@ -122,7 +122,7 @@ def test_with_weights_the_shares_are_exact_until_a_source_runs_out(tmp_path: Pat
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
 def test_interleaving_loses_nothing_and_keeps_the_shares_at_all_times(sizes: list[int]) -> None:
-    order = _interleave(sizes, None)
+    order = list(_interleave(sizes, None))
     assert sorted(order) == [(k, i) for k, size in enumerate(sizes) for i in range(size)]
     for k, size in enumerate(sizes):
         for n in range(1, len(order) + 1):
@@ -160,7 +160,7 @@ def test_a_stream_goes_on_from_any_row(name: str, tmp_path: Path) -> None:
     else:
         sources = [Source(str(write(tmp_path, name, PAIRS)))]
     expected = list(stream_rows(sources))
-    for stride in (1, 3):
+    for stride in (2, 7) if name == "mix" else (1, 3):
         got: list[Any] = []
         state: dict[str, Any] | None = None
         while len(got) < len(expected):

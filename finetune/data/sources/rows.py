@@ -10,7 +10,7 @@ had is left for no one.
 
 import copy
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -21,14 +21,18 @@ from finetune.data.sources.opening import Source, explained, open_source
 from finetune.data.types import Row
 from finetune.errors import UserError
 
+_CHUNK = 1000  # rows fetched at a time: several times as fast as one by one
+
 
 class Rows:
     """Rows in memory-mapped tables, each known by its source and number there. Iterating gives (where, row)."""
 
-    def __init__(self, tables: Sequence[Any], labels: Sequence[str], picks: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, tables: Sequence[Any], labels: Sequence[str], picks: Iterable[tuple[int, int]]) -> None:
         self._tables, self._labels = tables, labels
-        self._table_of = array("i", [table for table, _ in picks])
-        self._row_of = array("q", [row for _, row in picks])
+        self._table_of, self._row_of = array("i"), array("q")
+        for table, row in picks:
+            self._table_of.append(table)
+            self._row_of.append(row)
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -39,14 +43,21 @@ class Rows:
         return self._tables[self._table_of[index]][self._row_of[index]]
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
-        return ((self.describe(i), self[i]) for i in range(len(self)))
+        for start in range(0, len(self), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(self)))
+            wanted: dict[int, list[int]] = {}
+            for i in chunk:
+                wanted.setdefault(self._table_of[i], []).append(self._row_of[i])
+            found = {table: iter(self._tables[table].__getitems__(rows)) for table, rows in wanted.items()}
+            for i in chunk:
+                yield self.describe(i), next(found[self._table_of[i]])
 
     def describe(self, index: int) -> str:
         """Where the row is, e.g. "train.jsonl, row 12" (counted from 1)."""
         return f"{self._labels[self._table_of[index]]}, row {self._row_of[index] + 1}"
 
     def select(self, indices: Sequence[int]) -> "Rows":
-        return Rows(self._tables, self._labels, [(self._table_of[i], self._row_of[i]) for i in indices])
+        return Rows(self._tables, self._labels, ((self._table_of[i], self._row_of[i]) for i in indices))
 
     def take(self, count: int | None) -> "Rows":
         """The first so many rows; None: all."""
@@ -121,12 +132,13 @@ def stream_rows(sources: Sequence[Source]) -> RowStream:
 
 
 def split_held_out(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """(The rest, a random `fraction` of the rows held out): at least one row each, both in their old order."""
+    """(The rest, a random `fraction` of the rows held out): at least one row each; those held out in random order."""
     if len(rows) < 2:
         raise UserError("there is one row only, so none can be held out; give data.validation, or set data.validation_fraction: 0")
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    held_out = set(Random(f"{seed}/held out").sample(range(len(rows)), count))
-    return rows.select([i for i in range(len(rows)) if i not in held_out]), rows.select(sorted(held_out))
+    held_out = Random(f"{seed}/held out").sample(range(len(rows)), count)
+    taken = set(held_out)
+    return rows.select([i for i in range(len(rows)) if i not in taken]), rows.select(held_out)
 
 
 def _weights(sources: Sequence[Source]) -> list[float] | None:
@@ -136,14 +148,13 @@ def _weights(sources: Sequence[Source]) -> list[float] | None:
     return given if len(given) > 1 else None
 
 
-def _interleave(sizes: Sequence[int], weights: Sequence[float] | None) -> list[tuple[int, int]]:
+def _interleave(sizes: Sequence[int], weights: Sequence[float] | None) -> Iterator[tuple[int, int]]:
     """(source, row) in the order of the mix; see the module's text."""
     shares = weights or sizes
     counts = [0] * len(sizes)
-    order: list[tuple[int, int]] = []
     while True:
         k = min(range(len(sizes)), key=lambda k: (counts[k] + 1) / shares[k])
         if counts[k] == sizes[k]:
-            return order
-        order.append((k, counts[k]))
+            return
+        yield k, counts[k]
         counts[k] += 1
