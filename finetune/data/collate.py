@@ -12,15 +12,13 @@ import torch
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 
 
-def collate(
-    rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool, pad_to_multiple_of: int = 1, pad_to_length: int = 1
-) -> Batch:
+def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool, pad_to_multiple_of: int = 1) -> Batch:
     """Rows of examples as tensors of shape [rows, length], the length of the longest row rounded up to `pad_to_multiple_of`.
 
-    No rows give one row of one padding token without a target. `pad_to_length`: at least so long.
+    No rows give one row of one padding token without a target.
     """
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
-    longest = max([pad_to_length, *(sum(map(len, row)) for row in rows)])
+    longest = max([1, *(sum(map(len, row)) for row in rows)])
     shape = (max(1, len(rows)), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
