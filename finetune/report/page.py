@@ -44,6 +44,7 @@ def render(run: RunRecords) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    evaluated = [*run.evaluations, *([run.test] if run.test else [])]
     samples, first, last = facts.sample_pairs(run)
     environment = run.environment
     command = environment.get("command", "")
@@ -59,7 +60,7 @@ def render(run: RunRecords) -> str:
         samples=samples,
         first_step=first,
         last_step=last,
-        metrics=[metric for metric in facts.METRICS if any(facts.number(e, metric.key) is not None for e in run.evaluations)],
+        metrics=[metric for metric in facts.METRICS if any(facts.number(e, metric.key) is not None for e in evaluated)],
         signatures=_signatures(run),
         data_columns=facts.counts(run.data)[0],
         data_rows=facts.counts(run.data)[1],

@@ -28,6 +28,7 @@ class RunRecords:
     before: Record | None  # the evaluation before the first step
     after: Record | None  # the last evaluation
     best: Record | None
+    test: Record | None  # of an evaluation on test data after the run
     finished: bool
     diverged: bool
     notes: list[str] = field(default_factory=list)
@@ -56,7 +57,8 @@ def read_run(root: Path) -> RunRecords:
         before=summary.get("before") or (first if first and first["step"] == 0 else None),
         after=summary.get("after") or (last if last and last["step"] > 0 else None),
         best=summary.get("best"),
-        finished=run.evaluation.is_file(),
+        test=summary.get("test"),
+        finished=run.evaluation.is_file() and summary.keys() != {"test"},  # the run itself writes more, or nothing, at its end
         diverged=run.bad_batch.is_file(),
         notes=notes,
     )

@@ -125,6 +125,17 @@ def test_a_run_that_is_not_finished(run_folder):
     assert "metrics.jsonl: 1 line could not be read" in page.text
 
 
+def test_an_evaluation_on_test_data_has_a_row_and_does_not_finish_a_run(run_folder):
+    test = {"loss": 1.987, "chrf": 31.75}
+    summary = json.loads((run_folder / "evaluation.json").read_text())
+    (run_folder / "evaluation.json").write_text(json.dumps(summary | {"test": test}))
+    page = page_of(run_folder)
+    assert "Test data1.987––31.8–" in page.text.replace(" ", "").replace("Testdata", "Test data")
+    assert "finished after 52 steps" in page.text
+    (run_folder / "evaluation.json").write_text(json.dumps({"test": test}))
+    assert "not finished" in page_of(run_folder).text
+
+
 @pytest.mark.parametrize("missing", ["environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluation.json"])
 def test_any_file_but_the_config_may_be_missing(run_folder, missing):
     (run_folder / missing).unlink()
