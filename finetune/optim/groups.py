@@ -78,9 +78,6 @@ def build_groups(
         name = ", ".join([*label, *(override["pattern"] for override in matched)]) or "all"
         group = groups.setdefault((member.number, name), {"params": [], **settings, "name": name})
         group["params"].append(member.parameter if member.name is None else (member.name, member.parameter))
-    for group in groups.values():
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].clone()  # one of its own: schedulers write into it in place
     return list(groups.values())
 
 

@@ -264,9 +264,9 @@ def test_muon_is_torchs_muon_beside_torchs_adamw():
     optimizer = build_optimizer(ours.items(), "muon", lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
     muon = torch.optim.Muon([theirs["w"]], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([theirs["b"]], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    for _ in range(10):
+    for size in range(-10, 2):  # tiny gradients first, where Muon's own eps shows
         for name in start:
-            ours[name].grad = theirs[name].grad = torch.randn_like(start[name])
+            ours[name].grad = theirs[name].grad = torch.randn_like(start[name]) * 10.0**size
         optimizer.step()
         muon.step()
         adamw.step()
