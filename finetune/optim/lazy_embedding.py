@@ -52,6 +52,7 @@ class RowLookup(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         table, weight = self.row_table, self.weight
+        table.check_witness(weight)
         if table.is_current or table.read_as_stored:
             return F.embedding(input, weight, self.padding_idx, sparse=True)
         rows, inverse = torch.unique(input, return_inverse=True)
@@ -62,6 +63,7 @@ class RowLookup(nn.Embedding):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table = self.row_table
+        table.check_witness(self.weight)
         if not (table.is_current or table.read_as_stored or table.show_stored):
             destination[prefix + "weight"] = table.dense(self.weight.detach())
 

@@ -102,7 +102,7 @@ class GaussRules:
 
     def __init__(self, history: History, *, dtype: torch.dtype, device: torch.device) -> None:
         self.history, self.device = history, device
-        self.tolerance, self.most = (1e-9, 12) if dtype == torch.float64 else (1e-6, 8)
+        self.tolerance, self.most = (1e-9, 10) if dtype == torch.float64 else (1e-6, 8)
         self.length = horizon(*history.betas, self.tolerance / 10)
         self.known = history.since  # rules are up to date as of this step
         self.window_masses = torch.zeros(0, 1, dtype=torch.float64)

@@ -187,7 +187,8 @@ class RowTable:
             state["master"] = torch.where(master.to(loaded.dtype) == loaded, master, loaded.float())
         self.load_state(state)
 
-    def _check_witness(self, weight: Tensor) -> None:
+    def check_witness(self, weight: Tensor) -> None:
+        """Raise UserError if the state was loaded beside a weight that it does not belong to.  Called at every use, at no cost after one."""
         if self.witness is not None:
             if not self._matches(weight, self.witness):
                 raise UserError(
@@ -203,7 +204,6 @@ class RowTable:
 
     def read(self, weight: Tensor, rows: Tensor) -> Tensor:
         """Return rows [k] (distinct or not) of the table as of now, [k, d] in the weight's dtype.  Writes nothing."""
-        self._check_witness(weight)
         if self.is_current:
             return weight[rows]
         out = weight.new_empty(len(rows), self.shape[1])
@@ -220,7 +220,7 @@ class RowTable:
     def step(self, weight: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
         """Apply AdamW's next step with the row-sparse gradient `grad`: the rows in it are brought up to now and moved."""
         assert not self.read_as_stored
-        self._check_witness(weight)
+        self.check_witness(weight)
         grad = coalesce(grad)
         rows, gradients = grad.indices()[0], grad.values()
         slots = self._claim(weight, rows)
