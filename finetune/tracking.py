@@ -23,7 +23,7 @@ class MetricLogger:
 
     def log(self, record: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+            file.write(json.dumps(finite(record)) + "\n")
         for listener in self._listeners:
             listener(record)
 
@@ -50,10 +50,10 @@ def tracker_values(record: Mapping[str, Any]) -> dict[str, float]:
     return {f"{part}/{key}": value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: such a value is written as text, so that the line shows it and stays valid."""
     return {
-        key: _finite(value)
+        key: finite(value)
         if isinstance(value, Mapping)
         else str(value)
         if isinstance(value, float) and not math.isfinite(value)

@@ -91,7 +91,8 @@ class Trainer:
 
         Raises UserError on a NaN or diverging loss (the batch is saved) and where a checkpoint cannot be written.
         """
-        with StopSignal() as signal, contextlib.closing(iter(self.batches)) as steps:
+        steps = iter(self.batches)
+        with StopSignal() as signal:
             while self.progress.step < self.cadence.num_steps:
                 record, signalled = self._step(next(steps), stop=signal.received)
                 if self.accelerator.is_main_process:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -21,7 +21,7 @@ from finetune.generation import SamplingSettings
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.parts import Parts
 from finetune.run_dir import RunDir
-from finetune.tracking import MetricLogger
+from finetune.tracking import MetricLogger, finite
 
 
 class Evaluator:
@@ -96,7 +96,7 @@ class Evaluator:
         for name, step in (("before", 0), ("after", last_step), ("best", best_step)):
             if step in records:
                 summary[name] = {"step": step, **records[step]}
-        self.run.evaluation.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        self.run.evaluation.write_text(json.dumps(finite(summary), indent=2), encoding="utf-8")
         if {"before", "after"} <= summary.keys():
             self.parts.display.say("held-out before: " + format_metrics(summary["before"]))
             self.parts.display.say("held-out after:  " + format_metrics(summary["after"]))
@@ -104,7 +104,7 @@ class Evaluator:
 
 def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:
     """The settings of generation, with the tokens that the model stops at."""
-    return SamplingSettings(**section.model_dump(exclude={"batch_size"}), stop_ids=stop_ids(model), seed=seed)
+    return cast(SamplingSettings, {**section.model_dump(exclude={"batch_size"}), "stop_ids": stop_ids(model), "seed": seed})
 
 
 def stop_ids(model: Any) -> list[int]:

@@ -4,6 +4,7 @@ Floor 5.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
     display.say(f"{dest}: written in {dtype}, reloaded, and its logits compared with the run's model")
 
 
-def _from_checkpoint(run: RunDir, checkpoint: Path, tokenizer: object) -> torch.nn.Module:
+def _from_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
     """The model as it was at a checkpoint. Rows may be deferred there, so the optimizer's state is needed as well."""
     folder = find_checkpoint(str(checkpoint), run.checkpoints)
     assert folder is not None

@@ -63,7 +63,8 @@ def _table_rows(config: RunConfig, tokenizer: Any) -> int:
         trust_remote_code=model.trust_remote_code,
         vocab_size=len(tokenizer),
     )
-    return max(skeleton.get_input_embeddings().weight.shape[0], len(tokenizer))
+    table: Any = skeleton.get_input_embeddings()
+    return max(table.weight.shape[0], len(tokenizer))
 
 
 def _marked(stretches: Sequence[tuple[str, bool]], in_colour: bool) -> Text:

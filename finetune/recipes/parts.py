@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from finetune.config import RunConfig
 from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
 from finetune.data.loader import EvaluationBatches, TrainingBatches
+from finetune.data.sources import Rows
 from finetune.data.stream import StreamingBatches
 from finetune.data.types import Format
 from finetune.display import Display
@@ -123,7 +124,7 @@ def _make_batches(
         "rank": accelerator.process_index,
         "num_processes": accelerator.num_processes,
     }
-    if not data.streaming:
+    if isinstance(raw.train, Rows):
         train = encode_rows(raw.train, format, data, vocab_size=vocab_size)
         return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics
     if config.training.max_steps is None:

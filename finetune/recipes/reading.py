@@ -3,13 +3,14 @@
 Floor 5.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -19,7 +20,9 @@ from finetune.conversation import Conversation
 from finetune.data.detect import build_format
 from finetune.data.loader import EvaluationBatches
 from finetune.data.rendering import ChatTemplate
+from finetune.data.sources import Rows
 from finetune.data.translation import TranslationFormat
+from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_generation, evaluate_loss
@@ -31,6 +34,8 @@ from finetune.recipes.data import encode_rows, first_prompts, generation_metrics
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.parts import pad_id
 from finetune.run_dir import RunDir
+from finetune.tracking import finite
+from finetune.translate import translate_file, translate_lines
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def open_target(target: str) -> Opened:
     if is_run and not (run.model / "config.json").is_file():
         raise UserError(f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`")
     name = str(run.model) if is_run else target
-    tokenizer, model = load_tokenizer(name=name), load_model(name=name)
+    tokenizer = load_tokenizer(name=name)
+    model: Any = load_model(name=name)
     prepare_chat(model, tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Opened(model, tokenizer, run if is_run else None, load_config(run.config) if is_run else None)
@@ -72,49 +78,61 @@ def evaluate_target(
     opened = open_target(target)
     if config is None and opened.run is None:
         raise UserError(f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE")
-    path = config if config is not None else opened.run.config  # type: ignore[union-attr]
-    settings = load_config(path, overrides)
+    settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
     data = settings.data if settings.data.test is None else settings.data.model_copy(update={"validation": settings.data.test})
     raw = load_raw_data(data, seed=settings.seed)
     if raw.validation is None:
-        raise UserError(f"{path} names no held-out data: set data.test, data.validation or data.validation_fraction")
+        raise UserError("the config names no held-out data: set data.test, data.validation or data.validation_fraction")
     format = make_format(data, opened.tokenizer, raw.first_row)
-    dataset = encode_rows(raw.validation, format, data, vocab_size=opened.model.get_input_embeddings().weight.shape[0])
+    results = _loss_on(opened, raw.validation, format, settings, display) | _scores_on(
+        opened, raw.validation, format, settings, display
+    )
+    print(json.dumps(finite(results), indent=2))
+    if opened.run is not None and config is None and not overrides:
+        summary = json.loads(opened.run.evaluation.read_text(encoding="utf-8")) if opened.run.evaluation.is_file() else {}
+        opened.run.evaluation.write_text(json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8")
+    return results
+
+
+def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:
+    dataset = encode_rows(rows, format, config.data, vocab_size=opened.model.get_input_embeddings().weight.shape[0])
     batches = EvaluationBatches(
         dataset,
-        max_length=data.max_length,
+        max_length=config.data.max_length,
         packing=False,
-        batch_size=settings.evaluation.batch_size,
+        batch_size=config.evaluation.batch_size,
         pad_id=pad_id(opened.tokenizer),
         rank=0,
         num_processes=1,
     )
     with display.bar("evaluating the loss", len(batches)) as advance:
-        loss = evaluate_loss(
-            LanguageModel(opened.model),
-            batches,
-            tokenizer=opened.tokenizer,
-            device=opened.model.device,
-            on_progress=lambda done: advance(1),
+        return asdict(
+            evaluate_loss(
+                LanguageModel(opened.model),
+                batches,
+                tokenizer=opened.tokenizer,
+                device=opened.model.device,
+                on_progress=lambda done: advance(1),
+            )
         )
-    metrics = generation_metrics(settings, format)
-    prompts = first_prompts(raw.validation, format, settings.evaluation.generate if metrics else 0)
+
+
+def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:
+    metrics = generation_metrics(config, format)
+    prompts = first_prompts(rows, format, config.evaluation.generate if metrics else 0)
+    if not prompts:
+        return {}
     with display.bar("generating", len(prompts)) as advance:
         scores, _ = evaluate_generation(
             opened.model,
             opened.tokenizer,
             prompts,
-            metrics=metrics if prompts else (),
-            batch_size=settings.generation.batch_size,
+            metrics=metrics,
+            batch_size=config.generation.batch_size,
             on_progress=_differences(advance),
-            **sampling(settings.generation, opened.model, seed=settings.seed),
+            **sampling(config.generation, opened.model, seed=config.seed),
         )
-    results = {**asdict(loss), **scores, "num_generated": len(prompts)}
-    print(json.dumps(results, indent=2))
-    if opened.run is not None and config is None and not overrides:
-        summary = json.loads(opened.run.evaluation.read_text()) if opened.run.evaluation.is_file() else {}
-        opened.run.evaluation.write_text(json.dumps({**summary, "test": results}, indent=2), encoding="utf-8")
-    return results
+    return {**scores, "num_generated": len(prompts)}
 
 
 def generate_answers(
@@ -167,41 +185,27 @@ def translate_text(
     settings: Mapping[str, Any],
     display: Display | None = None,
 ) -> None:
-    """Translate `texts`, the lines of `input`, or those of stdin; to `output` or stdout. Empty lines stay empty."""
+    """Translate `texts`, the file `input`, or the lines of stdin; to the file `output` or stdout. Empty lines stay empty."""
     if texts and input is not None:
         raise UserError("give sentences or --input, not both")
-    if input is not None and not input.is_file():
-        raise UserError(f"the input {input} does not exist")
+    if output is not None and input is None:
+        raise UserError("--output goes with --input; without a file, redirect the output")
     opened, display = open_target(target), display or Display()
-    format = _translation_format(opened, source, to)
-    section = opened.settings(settings)
-
-    def translate(lines: Sequence[str]) -> list[str]:
-        asked = [index for index, line in enumerate(lines) if line.strip()]
-        answers = generate(
-            opened.model,
-            [format.prompt(lines[index], reverse=False).input_ids for index in asked],
-            batch_size=section.batch_size,
-            **sampling(section, opened.model, seed=0),
-        )
-        found = dict(zip(asked, (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)))
-        return [" ".join(found[index].split()) if index in found else "" for index in range(len(lines))]
-
-    lines = texts or (_lines_of(input) if input is not None else (line.rstrip("\n") for line in sys.stdin))
-    total = len(texts) or (sum(1 for _ in _lines_of(input)) if input is not None else None)
-    try:
-        file = output.open("w", encoding="utf-8") if output is not None else sys.stdout
-    except OSError as error:
-        raise UserError(f"the output {output} cannot be written: {error.strerror}") from error
-    try:
-        with display.bar("translating", total) as advance:
-            for chunk in _chunks(lines, section.batch_size):
-                file.writelines(line + "\n" for line in translate(chunk))
-                file.flush()
-                advance(len(chunk))
-    finally:
-        if output is not None:
-            file.close()
+    format, section = _translation_format(opened, source, to), opened.settings(settings)
+    options = {
+        "model": opened.model,
+        "tokenizer": opened.tokenizer,
+        "prompt_of": lambda text: format.prompt(text, reverse=False).input_ids,
+        "batch_size": section.batch_size,
+        **sampling(section, opened.model, seed=0),
+    }
+    if input is not None and output is not None:
+        with display.bar("translating", None) as advance:
+            translate_file(input, output, on_progress=_differences(advance), **options)
+        return
+    with _open_lines(input) if input is not None else contextlib.nullcontext(texts or sys.stdin) as lines:
+        for line in translate_lines(lines, **options):
+            print(line, flush=True)
 
 
 def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
@@ -259,10 +263,11 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
         display.say(str(error))
 
 
-def _lines_of(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield line.rstrip("\n")
+def _open_lines(path: Path) -> TextIO:
+    try:
+        return path.open(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the input {path} cannot be read: {error.strerror}") from error
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
