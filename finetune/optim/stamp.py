@@ -2,8 +2,8 @@
 
 Floor 1. torch matches states by position alone: `Adam` takes the state of `AdamW` and becomes it, `SGD` takes it and fails a
 step later (seen in torch 2.13). The stamp is the plain group key "optimizer", which survives state_dict, pickle, deepcopy,
-weights_only and wrappers. The check is a load hook of torch's, which torch leaves behind when the optimizer object itself is
-copied or pickled.
+weights_only and wrappers. The check is a load hook of torch's. It has two limits: torch leaves hooks behind when an optimizer
+object is itself copied or pickled, and bitsandbytes (0.50) has a load_state_dict of its own, which calls none.
 """
 
 from typing import Any
