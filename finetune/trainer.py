@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
@@ -66,7 +67,7 @@ class Trainer:
         *,
         accelerator: Accelerator,
         model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AcceleratedOptimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         batches: TrainingBatches | StreamingBatches,
         evaluate: Callable[[int], Mapping[str, float]],
@@ -110,6 +111,7 @@ class Trainer:
         started = time.perf_counter()
         torch.manual_seed(step_seed(self.seed, self.progress.step, self.accelerator.process_index))
         self.model.train()
+        self.optimizer.train()  # for optimizers that train at one point and are read at another (schedule-free)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         scale = self.accelerator.num_processes / batch.num_target_tokens
         for last, micro_batch in _mark_last(batch.micro_batches):
@@ -159,8 +161,8 @@ class Trainer:
             self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, self.bad_batch_path)
         raise UserError(
-            f"training stopped at step {self.progress.step + 1}: {problem}; the batch is in {self.bad_batch_path} and the checkpoints are "
-            f"untouched; lower optimizer.lr, or look at that batch"
+            f"training stopped at step {self.progress.step + 1}: {problem}; the batch is in {self.bad_batch_path}, the "
+            f"checkpoints are untouched; lower optimizer.lr, or look at that batch"
         )
 
     def _evaluate_if_due(self) -> bool | None:
@@ -168,6 +170,7 @@ class Trainer:
         step = self.progress.step
         if step % self.cadence.evaluate_every and step != self.cadence.num_steps:
             return None
+        self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
         if value is None:
             return False
@@ -190,6 +193,7 @@ class Trainer:
         return self.cadence.patience is not None and self.progress.evaluations_since_best >= self.cadence.patience
 
     def _save(self) -> None:
+        self.optimizer.eval()
         with stored_rows(self.optimizer):
             weights = trainable_state(self.accelerator.unwrap_model(self.model))
             optimizer_state = self.optimizer.state_dict()

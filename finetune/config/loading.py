@@ -43,7 +43,7 @@ ALIASES = {
 """Hugging Face's argument names (TrainingArguments, SFTConfig) that mean the same here, wherever in the file they stand."""
 
 NOT_ALIASES = {
-    "gradient_accumulation_steps": "it follows from training.batch_size (rows per step, all processes) and training.micro_batch_size",
+    "gradient_accumulation_steps": "it follows from training.batch_size (rows a step, all processes) and training.micro_batch_size",
     "bf16": "write training.precision: bf16",
     "fp16": "write training.precision: fp16",
     "dataset_name": "write data.train: NAME",

@@ -108,7 +108,7 @@ class OptimizerSection(BaseModel):
 
     name: str = "lazy_adamw"
     lr: Annotated[float, Field(gt=0)] = 5e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's own (0.01 for adamw and lazy_adamw)
     no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # kinds of parameter without weight decay
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # lr factor from one layer to the one below it
     overrides: tuple[dict[str, Any], ...] = ()  # e.g. [{pattern: "*.embed_tokens.*", lr: 1e-5}]

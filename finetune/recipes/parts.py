@@ -141,6 +141,6 @@ def _say_counts(display: Display, part: str, format: Format, counts: DataStatist
     limit = config.data.max_length
     if counts.truncated or counts.dropped:
         display.note(
-            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut ({counts.without_target} of them had no target "
-            f"left and were left out) and {counts.dropped} dropped; the longest has {counts.longest} (data.max_length, data.overlong)"
+            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut ({counts.without_target} of them had no "
+            f"target left and were left out), {counts.dropped} dropped; the longest has {counts.longest} (data.max_length, data.overlong)"
         )

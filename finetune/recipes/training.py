@@ -61,7 +61,8 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
     """What `build_optimizer` takes beside the name."""
     section = config.optimizer
     groups = {"no_decay": section.no_decay, "overrides": section.overrides, "layer_decay": section.layer_decay}
-    return {"lr": section.lr, "weight_decay": section.weight_decay, **groups, **section.options}
+    decay = {} if section.weight_decay is None else {"weight_decay": section.weight_decay}
+    return {"lr": section.lr, **decay, **groups, **section.options}
 
 
 def _train(parts: Parts, run: RunDir, checkpoint: Path | None) -> Stopped:

@@ -41,9 +41,22 @@ def test_exponents_are_numbers_and_norwegian_is_a_language(write):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("1E5", 1e5), ("-.5", -0.5), ("12", 12), ("007", 7), ("yes", "yes"), ("off", "off"), ("true", True), ("1:30", "1:30"),
-     ("~", None), (".inf", float("inf")), ("1_000", "1_000"), ("[a, 2e1]", ["a", 20.0])],
-)  # fmt: skip
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-.5", -0.5),
+        ("12", 12),
+        ("007", 7),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("true", True),
+        ("1:30", "1:30"),
+        ("~", None),
+        (".inf", float("inf")),
+        ("1_000", "1_000"),
+        ("[a, 2e1]", ["a", 20.0]),
+    ],
+)
 def test_yaml_scalars(text, value):
     assert parse(text) == value
 
@@ -76,8 +89,17 @@ def test_a_config_is_frozen(write):
 
 @pytest.mark.parametrize("name", sorted(ALIASES))
 def test_every_hugging_face_name_means_the_same_key(name):
-    values = {"lr_scheduler_type": "cosine", "report_to": "tensorboard", "model_name_or_path": "gpt2", "optim": "sgd", "packing": False,
-              "attn_implementation": "eager", "torch_compile": True, "gradient_checkpointing": True, "warmup_ratio": 0.5}  # fmt: skip
+    values = {
+        "lr_scheduler_type": "cosine",
+        "report_to": "tensorboard",
+        "model_name_or_path": "gpt2",
+        "optim": "sgd",
+        "packing": False,
+        "attn_implementation": "eager",
+        "torch_compile": True,
+        "gradient_checkpointing": True,
+        "warmup_ratio": 0.5,
+    }
     value = values.get(name, 7)
     tree = {"output_dir": "x", "data": {"train": "a"}, "model": {"name": "m"}}
     if name == "model_name_or_path":
