@@ -212,14 +212,8 @@ class Trainer:
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. Raises UserError where it belongs to another model, data set or batch size."""
+        """Go on from a checkpoint of the same run (see `check_identity`)."""
         state = load(checkpoint, "training.pt")
-        for what, now in self.identity.items():
-            if state["identity"].get(what) != now:
-                raise UserError(
-                    f"{checkpoint} cannot be resumed: {what} changed (then {state['identity'].get(what)}, now {now}); "
-                    f"restore it, or start a new run in another output_dir"
-                )
         self.restore(checkpoint)
         self.scheduler.load_state_dict(state["scheduler"])
         self.batches.load_state_dict(state["data"])
@@ -231,6 +225,17 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Put the weights and the optimizer's state back to those of a checkpoint; together, since rows may be deferred."""
         restore(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
+    """Raise UserError where the checkpoint belongs to another model, other data, or another batch size."""
+    then = load(checkpoint, "training.pt")["identity"]
+    for what, now in identity.items():
+        if then.get(what) != now:
+            raise UserError(
+                f"{checkpoint} cannot be resumed: {what} changed (then {then.get(what)}, now {now}); "
+                f"restore it, or start a new run in another output_dir"
+            )
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

@@ -35,7 +35,6 @@ class Evaluator:
         prompts = first_prompts(parts.raw.validation, parts.format, count)
         self.prompts = own_block(prompts, parts.accelerator)
         self.records: dict[int, dict[str, Any]] = {}
-        check_best(config, self.metrics, parts.validation is not None)
 
     def __call__(self, step: int) -> dict[str, Any]:
         if self.parts.validation is None:

@@ -24,13 +24,14 @@ from finetune.divergence import DivergenceGuard
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
+from finetune.recipes.data import generation_metrics
 from finetune.recipes.environment import environment
-from finetune.recipes.evaluating import Evaluator
+from finetune.recipes.evaluating import Evaluator, check_best
 from finetune.recipes.finishing import finish_run
 from finetune.recipes.parts import Parts, build_parts, make_accelerator
 from finetune.run_dir import RunDir
 from finetune.tracking import MetricLogger, forget_after, tracker_values
-from finetune.trainer import Cadence, Stopped, Trainer
+from finetune.trainer import Cadence, Stopped, Trainer, check_identity
 
 
 def run_training(config: RunConfig, *, resume: str | None = None, dry_run: bool = False, display: Display | None = None) -> Stopped:
@@ -43,18 +44,22 @@ def run_training(config: RunConfig, *, resume: str | None = None, dry_run: bool 
     checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
     accelerator = make_accelerator(config, display)
     if not dry_run:
-        _claim(run, config, accelerator, resuming=resume is not None, display=display)
+        _refuse_occupied(run, config, accelerator, resuming=resume is not None)
     with _warnings_to(display):
         parts = build_parts(config, accelerator=accelerator, display=display)
+        optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+        check_best(config, generation_metrics(config, parts.format), parts.validation is not None)
         if dry_run:
-            build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
             display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
             if accelerator.is_main_process:
                 print(dump_config(config), end="")
             return "finished"
         if resume is not None and checkpoint is None:
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
-        return _train(parts, run, checkpoint)
+        if checkpoint is not None:
+            check_identity(checkpoint, parts.identity)
+        _claim(run, config, accelerator, resuming=resume is not None, display=display)
+        return _train(parts, optimizer, run, checkpoint)
 
 
 def optimizer_options(config: RunConfig) -> dict[str, Any]:
@@ -65,9 +70,8 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
     return {"lr": section.lr, **decay, **groups, **section.options}
 
 
-def _train(parts: Parts, run: RunDir, checkpoint: Path | None) -> Stopped:
+def _train(parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, checkpoint: Path | None) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
-    raw_optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
     module: Any = torch.compile(parts.language_model, dynamic=True) if config.training.compile else parts.language_model
     module, optimizer = accelerator.prepare(module, raw_optimizer)
@@ -133,16 +137,21 @@ def _cadence(parts: Parts) -> Cadence:
     )
 
 
+def _refuse_occupied(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool) -> None:
+    """Raise UserError where another run lies in the folder. Process 0 looks, the others wait."""
+    if accelerator.is_main_process and run.is_run() and not resuming and not config.overwrite_output_dir:
+        raise UserError(
+            f"{run.root} holds another run; go on with it by --resume auto, name another output_dir, or set "
+            f"overwrite_output_dir=true to delete it"
+        )
+    accelerator.wait_for_everyone()
+
+
 def _claim(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool, display: Display) -> None:
-    """Make the folder ours, or refuse where another run lies in it. Process 0 acts, the others wait."""
+    """Make the folder ours, once everything else is known to be in order. Process 0 acts, the others wait."""
     if accelerator.is_main_process:
         if run.is_run() and resuming:
             _say_changes(run, config, display)
-        elif run.is_run() and not config.overwrite_output_dir:
-            raise UserError(
-                f"{run.root} holds another run; go on with it by --resume auto, name another output_dir, or set "
-                f"overwrite_output_dir=true to delete it"
-            )
         elif run.is_run():
             for path in (run.checkpoints, run.model):
                 shutil.rmtree(path, ignore_errors=True)
