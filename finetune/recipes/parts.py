@@ -20,6 +20,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
+from finetune.models.speed import compile_decoder, enable_activation_checkpointing
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
 from finetune.recipes.model import make_model, make_tokenizer, model_fingerprint
 
@@ -90,11 +91,13 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
         if counts is not None:
             _say_counts(display, part, format, counts, config)
-    if config.training.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     language_model = LanguageModel(model)
+    if config.training.activation_checkpointing:
+        enable_activation_checkpointing(language_model)
     if config.data.packing:
         check_packing(language_model)
+    if config.training.compile:
+        compile_decoder(language_model)
     identity = {
         "the model": model_fingerprint(model),
         "the training data": batches.fingerprint,
@@ -142,5 +145,6 @@ def _say_counts(display: Display, part: str, format: Format, counts: DataStatist
     if counts.truncated or counts.dropped:
         display.note(
             f"{part}: of the examples over {limit} tokens {counts.truncated} were cut ({counts.without_target} of them had no "
-            f"target left and were left out), {counts.dropped} dropped; the longest has {counts.longest} (data.max_length, data.overlong)"
+            f"target left and were left out) and {counts.dropped} dropped; the longest has {counts.longest} tokens "
+            f"(data.max_length, data.overlong)"
         )

@@ -73,8 +73,7 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
 def _train(parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, checkpoint: Path | None) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
-    module: Any = torch.compile(parts.language_model, dynamic=True) if config.training.compile else parts.language_model
-    module, optimizer = accelerator.prepare(module, raw_optimizer)
+    module, optimizer = accelerator.prepare(parts.language_model, raw_optimizer)
     if accelerator.is_main_process:
         _write_records(parts, run)
     with parts.display.steps(parts.num_steps, _step_of(checkpoint)) as show:
