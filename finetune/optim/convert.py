@@ -65,7 +65,7 @@ def _row_state(entry: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Any
         "exp_avg": exp_avg[rows],
         "exp_avg_sq": exp_avg_sq[rows],
         "lr": torch.empty(0),
-        "decay": torch.empty(0),
+        "weight_decay": torch.empty(0),
         "betas": tuple(float(beta) for beta in group["betas"]),
         "eps": group["eps"],
     }

@@ -3,13 +3,14 @@
 Everything here works on gathered rows [k, d] in float32 or float64 and knows nothing of tables, modules or optimizers.  The one
 arithmetic, `adamw_step_`, is that of torch.optim.AdamW(foreach=False), operation for operation (Loshchilov and Hutter, "Decoupled
 Weight Decay Regularization", https://arxiv.org/abs/1711.05101).  A missed step is such a step with a zero gradient.  Two ways to
-make missed steps up, called with rows sorted by `last_step` [k] (int64, ascending):
+make up the steps missed since each row's `last_step` [k] (int64):
 
-- `GaussRules.catch_up_`: all at once, a constant number of operations (see gauss.py).
-- `replay_`: one by one, bitwise what dense AdamW would have done.
+- `GaussRules`: all at once, a constant number of operations (see gauss.py).
+- `replay_`: one by one, bitwise what dense AdamW would have done; it wants the rows sorted by `last_step`.
 
-Every operation is one that rounds an element the same wherever it stands in a tensor (the fused kernels do not: their vector body
-and scalar tail differ in the last bit), so a row has one value no matter which rows are gathered beside it.
+Every operation is one that rounds an element the same wherever it stands in a tensor, so a row has one value no matter which rows
+are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, so
+`fused_step_` is for rows of whole cache lines, which leave no tail.)
 """
 
 import math
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from finetune.optim.gauss import grow_rule, horizon, missed_atoms, nodes_needed
 
@@ -27,14 +29,14 @@ _LONGEST_HORIZON = 4096
 class History:
     """The steps applied since step `since`, when every row was up to date: what a missed step needs to know, as Python floats.
 
-    `lr[i]` and `decay[i]` (lr * weight_decay) belong to step since + 1 + i; `log_decay[i]` is the sum of log(1 - decay) before it.
+    `lr[i]` and `weight_decay[i]` belong to step since + 1 + i; `log_decay[i]` is the sum of log(1 - lr weight_decay) before it.
     """
 
     betas: tuple[float, float]
     eps: float
     since: int = 0
     lr: list[float] = field(default_factory=list)
-    decay: list[float] = field(default_factory=list)
+    weight_decay: list[float] = field(default_factory=list)
     log_decay: list[float] = field(default_factory=lambda: [0.0])
 
     @property
@@ -42,10 +44,11 @@ class History:
         """Steps applied so far, from the beginning of training."""
         return self.since + len(self.lr)
 
-    def record(self, lr: float, decay: float) -> None:
+    def record(self, lr: float, weight_decay: float) -> None:
+        """Note that a step was applied."""
         self.lr.append(lr)
-        self.decay.append(decay)
-        self.log_decay.append(self.log_decay[-1] + math.log1p(-decay))
+        self.weight_decay.append(weight_decay)
+        self.log_decay.append(self.log_decay[-1] + math.log1p(-lr * weight_decay))
 
 
 def adamw_step_(
@@ -56,18 +59,38 @@ def adamw_step_(
     *,
     step: int,
     lr: float,
-    decay: float,
+    weight_decay: float,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Apply AdamW's step number `step` (from 1) in place; `decay` is lr * weight_decay, `grad` may be a broadcast zero."""
+    """Apply AdamW's step number `step` (from 1) in place; `grad` may be a broadcast zero."""
     beta1, beta2 = betas
-    if decay != 0:
-        param.mul_(1 - decay)
+    if weight_decay != 0:
+        param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
+
+
+def fused_step_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`adamw_step_` by torch's fused kernel: the same to rounding, in one pass over the memory."""
+    before = [torch.full((), step - 1.0, device=param.device)]
+    adamw(
+        [param], [grad], [exp_avg], [exp_avg_sq], [], before, fused=True, amsgrad=False, maximize=False,
+        lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+    )  # fmt: skip
 
 
 def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:
@@ -78,7 +101,7 @@ def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tenso
     behind = torch.searchsorted(last_step, torch.arange(first, history.step + 1, device=last_step.device)).tolist()
     zero = param.new_zeros(())
     for step, rows in enumerate(behind, start=first):
-        lr, decay = history.lr[step - 1 - history.since], history.decay[step - 1 - history.since]
+        lr, weight_decay = history.lr[step - 1 - history.since], history.weight_decay[step - 1 - history.since]
         adamw_step_(
             param[:rows],
             exp_avg[:rows],
@@ -86,10 +109,33 @@ def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tenso
             zero,
             step=step,
             lr=lr,
-            decay=decay,
+            weight_decay=weight_decay,
             betas=history.betas,
             eps=history.eps,
         )
+
+
+@dataclass
+class RowCoefficients:
+    """Columns [k, 1] (masses and shifts [k, nodes]) with which rows [k, d] are brought up to date."""
+
+    masses: Tensor
+    shifts: Tensor
+    decay: Tensor  # minus one
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: slice, width: int) -> None:
+        """Bring parameters and moments [k, d], whose coefficients stand at `rows`, up to date in place; `width` nodes count."""
+        masses, shifts = self.masses[rows], self.shifts[rows]
+        root = exp_avg_sq.sqrt()
+        drift = masses[:, :1] / (root + shifts[:, :1])
+        for i in range(1, width):
+            drift.addcdiv_(masses[:, i : i + 1], root + shifts[:, i : i + 1])
+        drift.mul_(exp_avg)
+        param.add_(torch.mul(param, self.decay[rows], out=root).sub_(drift))
+        exp_avg.mul_(self.exp_avg[rows])
+        exp_avg_sq.mul_(self.exp_avg_sq[rows])
 
 
 class GaussRules:
@@ -116,29 +162,32 @@ class GaussRules:
         """Whether the sum over missed steps dies out soon enough: beta1 < sqrt(beta2), by a margin."""
         return betas[0] == 0 or (betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON)
 
-    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor) -> None:
-        """Bring rows sorted by `last_step` up to history.step in place."""
+    def order(self, last_step: Tensor) -> Tensor:
+        """Return an order of rows in which those that need the same number of nodes stand together, most nodes first."""
+        powers = torch.tensor([1 << i for i in range(32)], device=self.device)
+        return torch.bucketize(last_step, powers, right=True).argsort(stable=True)
+
+    def coefficients(self, last_step: Tensor) -> "RowCoefficients":
+        """Return what the elements of each row are multiplied with to bring them from `last_step` up to history.step."""
         self.grow()
-        if not len(last_step):
-            return
-        history, (beta1, beta2), dtype = self.history, self.history.betas, param.dtype
-        index = last_step - history.since
-        missed = (history.step - last_step).double()[:, None]
+        history, (beta1, beta2), dtype = self.history, self.history.betas, self.masses.dtype
+        index, missed = last_step - history.since, (history.step - last_step).double()[:, None]
         end = (index + self.length).clamp_(max=len(history.lr))
         now = history.log_decay[-1]
-        decay = torch.expm1(now - self.log_decay[index]).to(dtype)[:, None]
         later_decay = torch.exp(now - self.log_decay[end]).to(dtype)[:, None]
+        return RowCoefficients(
+            masses=self.masses[index] * later_decay,
+            shifts=self.shifts[index],
+            decay=torch.expm1(now - self.log_decay[index]).to(dtype)[:, None],
+            exp_avg=torch.pow(beta1, missed).to(dtype),
+            exp_avg_sq=torch.pow(beta2, missed).to(dtype),
+        )
 
-        # The first row was left earliest and has most nodes.  A device is not asked (that would wait for it): full width.
-        width = self._nodes(min(int(last_step[0]), self._window_start(history.step))) if self.device.type == "cpu" else self.most
-        masses, shifts = self.masses[index] * later_decay, self.shifts[index]
-        root = exp_avg_sq.sqrt()
-        drift = masses[:, :1] / (root + shifts[:, :1])
-        for i in range(1, width):
-            drift.addcdiv_(masses[:, i : i + 1], root + shifts[:, i : i + 1])
-        param.add_((param * decay).sub_(drift.mul_(exp_avg)))
-        exp_avg.mul_(torch.pow(beta1, missed).to(dtype))
-        exp_avg_sq.mul_(torch.pow(beta2, missed).to(dtype))
+    def width(self, last_step: Tensor) -> int:
+        """Return how many nodes these rows need.  A device is not asked (that would wait for it): all of them."""
+        if self.device.type != "cpu" or not len(last_step):
+            return self.most
+        return self._nodes(min(int(last_step.min()), self._window_start(self.history.step)))
 
     def grow(self) -> None:
         """Take the steps recorded since the last time into the rules."""
@@ -151,7 +200,7 @@ class GaussRules:
             missed = torch.arange(step - first, 0, -1, dtype=torch.float64)
             atoms = missed_atoms(step, missed, history.betas, history.lr[i - 1])
             dropped = len(self.window_masses) + 1 - len(missed)
-            masses = torch.nn.functional.pad(self.window_masses[dropped:] * (1 - history.decay[i - 1]), (0, 0, 0, 1))
+            masses = torch.nn.functional.pad(self.window_masses[dropped:] * (1 - history.lr[i - 1] * history.weight_decay[i - 1]), (0, 0, 0, 1))
             nodes = torch.nn.functional.pad(self.window_nodes[dropped:], (0, 0, 0, 1), value=1.0)
             self.window_masses, self.window_nodes = grow_rule(masses, nodes, missed, *atoms, self._nodes(first))
             self._publish(first - history.since)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.missed_steps import GaussRules, History, adamw_step_, replay_
+from finetune.optim.missed_steps import GaussRules, History, adamw_step_, fused_step_, replay_
 from finetune.optim.row_gradient import coalesce
 
 MISSED_STEPS = ("exact", "replay", "skip")
 _WITNESSES = 16
-_BLOCK_ELEMENTS = 1 << 17  # gathered at once on a CPU: half a megabyte of float32, so that a block stays in the cache
+_BLOCK_ELEMENTS = 1 << 18  # gathered at once on a CPU: a megabyte of float32, so that a block stays in the cache
+_CACHE_LINE = 16  # float32 numbers; see missed_steps.fused_step_
 
 
 class RowTable:
@@ -50,7 +51,7 @@ class RowTable:
             "master": torch.empty(0, self.shape[1]),
             "step": torch.tensor(0.0),
             "lr": torch.empty(0),
-            "decay": torch.empty(0),
+            "weight_decay": torch.empty(0),
             "betas": betas,
             "eps": eps,
         }
@@ -83,7 +84,7 @@ class RowTable:
             "exp_avg": self.exp_avg[touched],
             "exp_avg_sq": self.exp_avg_sq[touched],
             "lr": torch.tensor(self.history.lr, dtype=torch.float64),
-            "decay": torch.tensor(self.history.decay, dtype=torch.float64),
+            "weight_decay": torch.tensor(self.history.weight_decay, dtype=torch.float64),
             "betas": self.history.betas,
             "eps": self.history.eps,
         }
@@ -106,20 +107,20 @@ class RowTable:
             return state
         settled = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state}
         slots = torch.arange(1, len(state["rows"]) + 1, device=self.device)
-        for positions, block in self._current(weight, state["rows"], slots):
+        for positions, _, _, block in self._current(weight, state["rows"], slots):
             for key, values in zip(("master", "exp_avg", "exp_avg_sq"), block):
                 if key in settled:
                     settled[key].index_copy_(0, positions, values)
         now = torch.full_like(state["last_step"], self.step_count)
         state = {key: value for key, value in state.items() if not key.startswith(("rule_", "window_"))}
-        return {**state, **settled, "last_step": now, "lr": torch.empty(0), "decay": torch.empty(0)}
+        return {**state, **settled, "last_step": now, "lr": torch.empty(0), "weight_decay": torch.empty(0)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state made by `stored_state` or `settled_state`, in exactly its numbers."""
         step, lr = int(state["step"]), state["lr"].double().tolist()
         self.history = History(tuple(state["betas"]), state["eps"], since=step - len(lr))
-        for rate, decay in zip(lr, state["decay"].double().tolist(), strict=True):
-            self.history.record(rate, decay)
+        for rate, weight_decay in zip(lr, state["weight_decay"].double().tolist(), strict=True):
+            self.history.record(rate, weight_decay)
         rows = state["rows"].to(self.device, torch.int64)
         if len(rows) and int(rows.max()) >= self.shape[0]:
             raise UserError(f"the state has a row {int(rows.max())}, and the embedding has {self.shape[0]} rows")
@@ -207,7 +208,7 @@ class RowTable:
         if self.is_current:
             return weight[rows]
         out = weight.new_empty(len(rows), self.shape[1])
-        for positions, (param, _, _) in self._current(weight, rows, self.slot_of_row[rows].long()):
+        for positions, _, _, (param, _, _) in self._current(weight, rows, self.slot_of_row[rows].long()):
             out.index_copy_(0, positions, param.to(out.dtype))
         return out
 
@@ -224,16 +225,18 @@ class RowTable:
         grad = coalesce(grad)
         rows, gradients = grad.indices()[0], grad.values()
         slots = self._claim(weight, rows)
-        step, betas, eps = self.step_count + 1, self.history.betas, self.history.eps
-        for positions, block in self._current(weight, rows, slots):
+        step = self.step_count + 1
+        options = {"step": step, "lr": lr, "weight_decay": weight_decay, "betas": self.history.betas, "eps": self.history.eps}
+        fused = self.missed_steps != "replay" and self.shape[1] % _CACHE_LINE == 0
+        for positions, at, to, block in self._current(weight, rows, slots):
             gradient = gradients.index_select(0, positions).to(self.compute_dtype)
-            adamw_step_(*block, gradient, step=step, lr=lr, decay=lr * weight_decay, betas=betas, eps=eps)
-            weight.index_copy_(0, rows[positions], block[0].to(weight.dtype))
+            (fused_step_ if fused else adamw_step_)(*block, gradient, **options)
+            weight.index_copy_(0, at, block[0].to(weight.dtype))
             for values, table in zip(block, (self.master, self.exp_avg, self.exp_avg_sq)):
                 if table is not None:
-                    table.index_copy_(0, slots[positions], values)
+                    table.index_copy_(0, to, values)
         self.last_step[slots] = step
-        self.history.record(lr, lr * weight_decay)
+        self.history.record(lr, weight_decay)
 
     def flush(self, weight: Tensor) -> None:
         """Bring every row up to now and store it.  (What follows may differ in the last bits from a run that did not.)"""
@@ -272,28 +275,33 @@ class RowTable:
         self.used_at_most = int(self.used)
         needed = min(self.used_at_most + count, self.shape[0] + 1)
         if needed > capacity:
-            extra = min(max(needed, 2 * capacity), self.shape[0] + 1) - capacity
+            capacity = min(max(needed, 2 * capacity), self.shape[0] + 1)
             for name in ("row_of_slot", "last_step", "exp_avg", "exp_avg_sq", "master"):
                 if (table := getattr(self, name)) is not None:
-                    setattr(self, name, torch.cat([table, table.new_zeros(extra, *table.shape[1:])]))
+                    # Zeros that the system has not touched cost nothing until a slot is used.
+                    grown = table.new_zeros(capacity, *table.shape[1:])
+                    grown[: len(table)] = table
+                    setattr(self, name, grown)
 
-    def _current(self, weight: Tensor, rows: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Yield positions among `rows` with copies of parameter, first and second moment there, brought up to now.
+    def _current(self, weight: Tensor, rows: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
+        """Yield positions among `rows`, the rows and slots there, and copies of their parameters and moments brought up to now.
 
-        Rows come sorted by how long they were missed (a rule's nodes depend on that), on a CPU a cacheful at a time.
+        Together, on a CPU, come rows that suit one another (a rule's nodes depend on when a row was left), a cacheful at a time.
         """
         last_step = self.last_step[slots]
-        for positions in last_step.argsort(stable=True).split(self._block_rows()):
-            to = slots[positions]
-            param = weight.index_select(0, rows[positions])
+        order = self.rules.order(last_step) if self.missed_steps == "exact" else last_step.argsort(stable=True)
+        rows, slots, last_step = rows[order], slots[order], last_step[order]
+        if self.missed_steps == "exact":
+            coefficients = self.rules.coefficients(last_step)
+        size = max(1, _BLOCK_ELEMENTS // self.shape[1]) if self.device.type == "cpu" else max(1, len(rows))
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            param = weight.index_select(0, rows[part])
             if self.master is not None:
-                param = torch.where((to > 0)[:, None], self.master.index_select(0, to), param.float())
-            block = [param, self.exp_avg.index_select(0, to), self.exp_avg_sq.index_select(0, to)]
+                param = torch.where((slots[part] > 0)[:, None], self.master.index_select(0, slots[part]), param.float())
+            exp_avg, exp_avg_sq = self.exp_avg.index_select(0, slots[part]), self.exp_avg_sq.index_select(0, slots[part])
             if self.missed_steps == "exact":
-                self.rules.catch_up_(*block, last_step[positions])
+                coefficients.catch_up_(param, exp_avg, exp_avg_sq, part, self.rules.width(last_step[part]))
             elif self.missed_steps == "replay":
-                replay_(*block, last_step[positions], self.history)
-            yield positions, block
-
-    def _block_rows(self) -> int:
-        return max(1, _BLOCK_ELEMENTS // self.shape[1]) if self.device.type == "cpu" else self.shape[0]
+                replay_(param, exp_avg, exp_avg_sq, last_step[part], self.history)
+            yield order[part], rows[part], slots[part], [param, exp_avg, exp_avg_sq]

@@ -14,6 +14,7 @@ from finetune.optim.lazy_adamw import LazyAdamW
 from finetune.optim.missed_steps import GaussRules, History, replay_
 
 ROWS, WIDTH = 300, 6
+SCALES = torch.tensor([1.0, 1.0, 1e-3, 1e-3, 1e-6, 1e-6])  # of the gradient, by column
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def schedule(step, steps):
     return 1e-3 * min(1, step / 50) * max(0.0, 0.5 * (1 + math.cos(math.pi * step / (steps - 10))) if step < steps - 10 else 0.0)
 
 
-def train(kind, dtype, *, steps=500, scale=1.0, visit=None, **options):
+def train(kind, dtype, *, steps=500, visit=None, **options):
     """Train a table on Zipf ids with a gradient that depends on the rows read; return the first and the last table."""
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64) * 0.02
@@ -44,7 +45,7 @@ def train(kind, dtype, *, steps=500, scale=1.0, visit=None, **options):
     for step, ids in enumerate(batches, start=1):
         optimizer.param_groups[0]["lr"] = schedule(step, steps)
         optimizer.zero_grad()
-        loss = scale * (torch.sin(3 * module(ids)) - target[ids].to(dtype)).square().sum()
+        loss = ((torch.sin(3 * module(ids)) - target[ids].to(dtype)).square() * SCALES.to(dtype)).sum()
         loss.backward()
         optimizer.step()
         if visit is not None:
@@ -52,36 +53,54 @@ def train(kind, dtype, *, steps=500, scale=1.0, visit=None, **options):
     return start, module.state_dict()["weight"]
 
 
-# Every pair of values meets at least once.
+# Every pair of values meets at least once; the scale of the gradient differs between columns.
 ORACLE_CASES = [
-    ((0.9, 0.999), 1e-8, 0.1, 1.0),
-    ((0.9, 0.999), 1e-6, 0.0, 1e-3),
-    ((0.9, 0.999), 1e-8, 0.1, 1e-6),
-    ((0.9, 0.95), 1e-8, 0.1, 1e-3),
-    ((0.9, 0.95), 1e-6, 0.0, 1.0),
-    ((0.9, 0.95), 1e-6, 0.1, 1e-6),
-    ((0.95, 0.99), 1e-8, 0.0, 1e-6),
-    ((0.95, 0.99), 1e-6, 0.1, 1.0),
-    ((0.95, 0.99), 1e-6, 0.1, 1e-3),
+    ((0.9, 0.999), 1e-8, 0.1),
+    ((0.9, 0.999), 1e-6, 0.0),
+    ((0.9, 0.95), 1e-8, 0.0),
+    ((0.9, 0.95), 1e-6, 0.1),
+    ((0.95, 0.99), 1e-8, 0.1),
+    ((0.95, 0.99), 1e-6, 0.0),
 ]
 
 
 def test_the_oracle_cases_cover_every_pair_of_options():
-    for i, j in itertools.combinations(range(4), 2):
+    for i, j in itertools.combinations(range(3), 2):
         pairs = {(case[i], case[j]) for case in ORACLE_CASES}
         assert len(pairs) == len({case[i] for case in ORACLE_CASES}) * len({case[j] for case in ORACLE_CASES}), (i, j)
 
 
-@pytest.mark.parametrize(("betas", "eps", "weight_decay", "scale"), ORACLE_CASES)
-def test_is_dense_adamw(betas, eps, weight_decay, scale):
-    options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "scale": scale}
+@pytest.mark.parametrize(("betas", "eps", "weight_decay"), ORACLE_CASES)
+def test_is_dense_adamw(betas, eps, weight_decay):
+    options = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     start, oracle = train("dense", torch.float64, **options)
-    largest_movement = (oracle - start).abs().max()
     lazy64 = train("exact", torch.float64, **options)[1]
-    assert (lazy64 - oracle).abs().max() <= (1e-6 if betas[1] == 0.95 else 1e-8) * largest_movement
-    lazy32 = train("exact", torch.float32, **options)[1].double()
-    dense32 = train("dense", torch.float32, **options)[1].double()
-    assert (lazy32 - oracle).abs().max() <= 1.5 * (dense32 - oracle).abs().max()
+    lazy32, dense32 = (train(kind, torch.float32, **options)[1].double() for kind in ("exact", "dense"))
+    for scale in SCALES.unique():
+        columns = scale == SCALES
+        movement, error64, error32, error_of_dense = (
+            (x - oracle)[:, columns].abs().max() for x in (start, lazy64, lazy32, dense32)
+        )
+        assert error64 <= (1e-6 if betas[1] == 0.95 else 1e-8) * movement
+        assert error32 <= 1.5 * error_of_dense
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 7, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_gives_a_row_the_same_bits_whatever_is_stepped_beside_it(width, threads, dtype):
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(3, 3000, width, dtype=dtype, generator=generator)
+    tables = []
+    for rows in (torch.arange(3000), torch.arange(1, 3000, 7)):
+        module = nn.Embedding(3000, width, _weight=torch.ones(3000, width, dtype=dtype))
+        optimizer = LazyAdamW(module.parameters(), embeddings=[module])
+        for grad in grads:
+            module.weight.grad = torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, is_coalesced=True, check_invariants=False)
+            optimizer.step()
+        tables.append(module.weight[1::7])
+    assert torch.equal(*tables)
 
 
 def test_leaving_missed_steps_out_would_be_seen():
@@ -123,6 +142,12 @@ def random_rows(count, width, dtype, generator=None):
     return [param, exp_avg, torch.rand(count, width, dtype=dtype, generator=generator).pow(8)]
 
 
+def catch_up(rules, rows, last_step):
+    copies = [x.clone() for x in rows]
+    rules.coefficients(last_step).catch_up_(*copies, slice(None), rules.width(last_step))
+    return copies
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [1, 7, 20, 64])
 def test_a_row_has_the_same_bits_wherever_it_is_gathered(width, threads):
@@ -130,21 +155,19 @@ def test_a_row_has_the_same_bits_wherever_it_is_gathered(width, threads):
     torch.set_num_threads(threads)
     history = History((0.9, 0.999), 1e-8)
     for step in range(1, 60):
-        history.record(1e-3 / step, 1e-4)
+        history.record(1e-3 / step, 0.1)
     rules = GaussRules(history, dtype=torch.float32, device=torch.device("cpu"))
     rows, last_step = random_rows(4001, width, torch.float32), torch.arange(4001) * 59 // 4001
-    together = [x.clone() for x in rows]
-    rules.catch_up_(*together, last_step)
+    together = catch_up(rules, rows, last_step)
     for some in (slice(0, 1), slice(17, 18), slice(5, 2000), slice(1999, 4001), torch.arange(3, 4001, 13)):
-        apart = [x[some].clone() for x in rows]
-        rules.catch_up_(*apart, last_step[some])
+        apart = catch_up(rules, [x[some] for x in rows], last_step[some])
         assert all(torch.equal(x, y[some]) for x, y in zip(apart, together))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
-    steps=st.integers(1, 250),
+    steps=st.integers(1, 150),
     betas=st.sampled_from([(0.9, 0.999), (0.9, 0.99), (0.8, 0.9), (0.95, 0.99), (0.0, 0.99)]),
     eps=st.sampled_from([1e-8, 1e-4]),
     rates=st.lists(st.sampled_from([0.0, 1e-6, 1e-3, 0.1]), min_size=1, max_size=8),
@@ -155,22 +178,22 @@ def test_rules_do_what_replaying_does(seed, steps, betas, eps, rates, weight_dec
     history = History(betas, eps)
     for step in range(steps):
         lr = rates[step * len(rates) // steps]
-        history.record(lr, lr * weight_decay)
+        history.record(lr, weight_decay)
     last_step = torch.randint(steps + 1, (40,), generator=generator).sort().values
-    ruled = random_rows(40, 3, torch.float64, generator)
-    before, replayed = ruled[0].clone(), [x.clone() for x in ruled]
-    GaussRules(history, dtype=torch.float64, device=torch.device("cpu")).catch_up_(*ruled, last_step)
+    replayed = random_rows(40, 3, torch.float64, generator)
+    before = replayed[0].clone()
+    ruled = catch_up(GaussRules(history, dtype=torch.float64, device=torch.device("cpu")), replayed, last_step)
     replay_(*replayed, last_step, history)
     assert (ruled[0] - replayed[0]).abs().max() <= 1e-7 * (replayed[0] - before).abs().max() + 1e-14
     for ours, theirs in zip(ruled[1:], replayed[1:]):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-30)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     touched=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=30),
     rates=st.lists(st.sampled_from([0.0, 1e-3, 0.1, 1.0]), min_size=30, max_size=30),
-    idle=st.integers(0, 400),
+    idle=st.integers(0, 150),
 )
 def test_any_ids_any_gaps_any_schedule(touched, rates, idle):
     """Ids repeated within a batch, empty batches, rows idle for long, rates that jump and vanish."""
@@ -234,7 +257,7 @@ def test_a_transformer_learns_the_same_either_way():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
-        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32
+        vocab_size=200, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32
     )
     assert not config.tie_word_embeddings
     torch.manual_seed(0)
