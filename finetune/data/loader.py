@@ -89,7 +89,6 @@ class TrainingBatches:
             max_length=self.max_length,
             packing=self.packing,
             batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
             seed=self.seed,
             epoch=epoch,
         )

@@ -33,13 +33,12 @@ class StepBatch:
     example_ids: list[list[list[int]]]  # micro-batch -> row -> example numbers, of this process
 
 
-def plan_epoch(
-    lengths: Sequence[int], *, max_length: int, packing: bool, batch_size: int, micro_batch_size: int, seed: int, epoch: int
-) -> Rows:
+def plan_epoch(lengths: Sequence[int], *, max_length: int, packing: bool, batch_size: int, seed: int, epoch: int) -> Rows:
     """The rows of one epoch in their order; each example stands in exactly one.
 
     With packing, the examples are packed anew in each epoch from another order: the rows are as full and as many, the companions
-    change. Without, rows of like length come together in micro-batches and the order of the micro-batches is random.
+    change. Without, each step has rows of like length, shorter ones first, and the order of the steps is random. Either way the steps do not
+    depend on how they are cut into micro-batches.
     """
     generator = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))
@@ -48,7 +47,7 @@ def plan_epoch(
         rows = [[order[i] for i in row] for row in pack([lengths[i] for i in order], max_length)]
         generator.shuffle(rows)
         return rows
-    return [[i] for i in group_by_length(order, lengths, window=_WINDOW * batch_size, group=micro_batch_size, generator=generator)]
+    return [[i] for i in group_by_length(order, lengths, window=_WINDOW * batch_size, group=batch_size, generator=generator)]
 
 
 def group_by_length(

@@ -149,9 +149,7 @@ class StreamingBatches:
             self._window = [examples[i] for i in kept]
             return [[examples[i] for i in rows[r]] for r in order]
         seed = int(torch.randint(2**62, (), generator=self._generator))
-        order = group_by_length(
-            range(len(examples)), lengths, window=len(examples), group=self.micro_batch_size, generator=Random(seed)
-        )
+        order = group_by_length(range(len(examples)), lengths, window=len(examples), group=self.batch_size, generator=Random(seed))
         self._window = []
         return [[examples[i]] for i in reversed(order)]  # taken from the end
 

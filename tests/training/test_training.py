@@ -63,9 +63,8 @@ def test_a_step_is_the_same_however_it_is_cut(tiny, tmp_path, packing):
         )
         train({**tree, "output_dir": str(tmp_path / f"run{size}"), "optimizer": {"name": "sgd", "lr": 0.5, "weight_decay": 0.0}})
         found[size] = losses(tmp_path / f"run{size}")
-    if packing:  # the same rows in each step; without packing like lengths come together by micro-batch
-        assert found[1] == pytest.approx(found[8], abs=2e-6)
-        assert found[4] == pytest.approx(found[8], abs=2e-6)
+    assert found[1] == pytest.approx(found[8], abs=2e-6)
+    assert found[4] == pytest.approx(found[8], abs=2e-6)
     assert all(len(values) == 4 and values[-1] < values[0] for values in found.values())
 
 
