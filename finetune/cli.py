@@ -13,17 +13,19 @@ from finetune.errors import UserError
 
 app = typer.Typer(
     help="Fine-tune small causal language models for chat and translation.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.", show_default=False)]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; configs/ has examples.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the config: key=value, e.g. training.epochs=1", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the config, e.g. training.epochs=1", show_default=False),
 ]
-Target = Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.", show_default=False)]
+Target = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model's folder, or a hub name.", show_default=False)
+]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)]
 TopP = Annotated[float | None, typer.Option(help="Nucleus sampling: keep this much probability.", show_default=False)]
@@ -40,7 +42,7 @@ def train(
         str | None, typer.Option(help="auto (the newest complete checkpoint), or a checkpoint's or run's folder.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Build everything, print the resolved config, and stop before the first step.")
+        bool, typer.Option("--dry-run", help="Build everything, print the resolved config, and stop before the first step.")
     ] = False,
 ) -> None:
     """Fine-tune a model as CONFIG says."""
@@ -54,8 +56,8 @@ def train(
 
 @app.command()
 def demo(
-    task: Annotated[Literal["chat", "translation"], typer.Argument(help="What to learn.")],
-    short: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+    task: Annotated[Literal["chat", "translation"], typer.Argument(metavar="chat|translation", help="What to learn.")],
+    short: Annotated[bool, typer.Option("--short", help="A few steps only, to see that everything works.")] = False,
     output_dir: Annotated[
         Path | None, typer.Option(help="The run's folder.  [default: runs/demo-TASK]", show_default=False)
     ] = None,
@@ -107,7 +109,9 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be repeated. Without it, one prompt a line of stdin.")
     ] = None,
-    raw: Annotated[bool, typer.Option(help="Continue the text as it stands instead of answering it in the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands instead of answering it in the chat template.")
+    ] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -121,8 +125,7 @@ def generate(
     settings = _given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
     )
-    prompts = prompt or [line.rstrip("\n") for line in sys.stdin]
-    for answer in generate_answers(target, prompts, raw=raw, seed=seed, settings=settings):
+    for answer in generate_answers(target, prompt or [], raw=raw, seed=seed, settings=settings):
         typer.echo(answer)
 
 
@@ -149,7 +152,9 @@ def chat(
 @app.command()
 def translate(
     target: Target,
-    text: Annotated[list[str] | None, typer.Argument(help="Sentences; without them and without --input, lines of stdin.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="Sentences; without them and without --input, lines of stdin.")
+    ] = None,
     input: Annotated[
         Path | None, typer.Option("--input", "-i", help="A text file, one sentence a line.", show_default=False)
     ] = None,
@@ -173,7 +178,7 @@ def translate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]) -> None:
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)]) -> None:
     """Write RUN/report.html again from the run's files."""
     from finetune.report import write_report
 
@@ -182,8 +187,8 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.", show_defa
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)],
-    dest: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder to write; it must not exist.", show_default=False)],
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the exported weights.")] = "float32",
     checkpoint: Annotated[Path | None, typer.Option(help="Export this checkpoint instead of model/.", show_default=False)] = None,
 ) -> None:
@@ -194,7 +199,9 @@ def export(
 
 
 @app.command()
-def optimizers(pattern: Annotated[str, typer.Argument(help="Only names like this, e.g. 'ada*'.")] = "*") -> None:
+def optimizers(
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Only names like this, e.g. 'ada*'.")] = "*",
+) -> None:
     """The optimizers that optimizer.name may be, and what each takes."""
     from finetune.recipes.listing import print_optimizers
 
@@ -205,13 +212,20 @@ def _given(**settings: float | int | None) -> dict[str, float | int]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
+def _usage(error: typer.TyperException) -> str:
+    """A mistake in the arguments as one sentence, with where to look."""
+    message = " ".join(error.format_message().split()).removesuffix(".").replace(". Did", "; did").replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    return f"{message[:1].lower()}{message[1:]} (see `{context.command_path if context else 'finetune'} --help`)"
+
+
 def main() -> None:
     """Run the command line; the entry point of `finetune` and `python -m finetune`."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False))
     except UserError as error:
         typer.echo(f"finetune: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("finetune: interrupted", err=True)
-        sys.exit(130)
+    except typer.TyperException as error:
+        typer.echo(f"finetune: {_usage(error)}", err=True)
+        sys.exit(2)

@@ -29,13 +29,13 @@ class Conversation:
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                "This model has no chat template, so it knows no turns: for a model that continues text use `finetune generate`, "
-                "for one trained to translate `finetune translate`."
+                "this model has no chat template, so it knows no turns: for a model that continues text use `finetune generate`, "
+                "for one trained to translate `finetune translate`"
             )
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
         self.template = ChatTemplate(tokenizer)
         if system_prompt is not None and not self.template.writes_system_messages():
-            raise UserError("The chat template of this model takes no system prompt: leave it out.")
+            raise UserError("the chat template of this model takes no system prompt: leave it out")
         self._system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self.turns: list[Message] = []
 
@@ -69,12 +69,12 @@ class Conversation:
                 break
             if not turns:
                 raise UserError(
-                    f"The message makes a prompt of {len(prompt)} tokens; the model reads {limit}, and some of them are for the "
-                    "answer: shorten it."
+                    f"the message makes a prompt of {len(prompt)} tokens; the model reads {limit}, and some of them are for the "
+                    "answer: shorten it"
                 )
             turns = turns[2:]
         if dropped := (len(self.turns) - len(turns)) // 2:
-            self.notify(f"The conversation is longer than the model's {limit} tokens: the oldest {_pairs(dropped)} left out.")
+            self.notify(f"the conversation is longer than the model's {limit} tokens: the oldest {_pairs(dropped)} left out")
         return prompt, turns
 
 

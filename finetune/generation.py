@@ -194,11 +194,11 @@ class _Decoder:
 def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
     """Return how many tokens the answer may have."""
     if not prompt:
-        raise UserError("The prompt is empty: a model continues at least one token. Give a text.")
+        raise UserError("the prompt is empty, and a model continues at least one token: give a text")
     if limit is None:
         return max_new_tokens
     if len(prompt) >= limit:
-        raise UserError(f"The prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the text.")
+        raise UserError(f"the prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the text")
     # The newest token needs no position of its own until it is read again, but a limit that holds everywhere is easier to explain.
     return min(max_new_tokens, limit - len(prompt))
 

@@ -36,9 +36,9 @@ def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Seque
     scores: dict[str, float | str] = {}
     for name in names:
         if name not in TEXT_METRICS:
-            raise UserError(f"There is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are {', '.join(TEXT_METRICS)}.")
+            raise UserError(f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are {', '.join(TEXT_METRICS)}")
         if not outputs:
-            raise UserError(f"There is no output to compute {name} from: the held-out data gave no prompt.")
+            raise UserError(f"there is no output to compute {name} from: the held-out data gave no prompt")
         metric = TEXT_METRICS[name]()
         scores[name] = metric.corpus_score(outputs, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())

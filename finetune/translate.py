@@ -37,7 +37,7 @@ def translate_lines(
         try:
             answers = generate(model, prompts, batch_size=batch_size, **settings)
         except UserError as error:
-            raise UserError(f"Lines {first} to {first + len(chunk) - 1} cannot be translated: {error}") from error
+            raise UserError(f"lines {first} to {first + len(chunk) - 1} cannot be translated: {error}") from error
         translations = dict(zip(numbers, answers))
         for number in range(len(chunk)):
             answer = tokenizer.decode(translations.get(number, []), skip_special_tokens=True)
@@ -52,7 +52,7 @@ def translate_file(source: Path, target: Path, *, on_progress: Callable[[int, in
     `on_progress(done, total)` counts lines. Raises UserError where a file cannot be read or written.
     """
     if target.exists() and target.samefile(source):
-        raise UserError(f"{target} is the source itself: name another file for the translation.")
+        raise UserError(f"{target} is the source itself: name another file for the translation")
     try:
         with source.open(encoding="utf-8") as lines:
             total = sum(1 for _ in lines)
@@ -64,7 +64,7 @@ def translate_file(source: Path, target: Path, *, on_progress: Callable[[int, in
                     if on_progress is not None:
                         on_progress(done, total)
     except OSError as error:
-        raise UserError(f"Cannot translate {source} into {target}: {error.strerror}.") from error
+        raise UserError(f"{source} cannot be translated into {target}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text (byte {error.start}): convert it first.") from error
+        raise UserError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
     return total

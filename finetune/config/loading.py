@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ValidationError
 from finetune.config.schema import RunConfig
 from finetune.config.yaml12 import parse
 from finetune.errors import UserError, did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
 
 ALIASES = {
     "model_name_or_path": "model.name",
@@ -81,8 +83,13 @@ def make_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where
     resolved = _resolve_aliases(tree, where)
     for override in overrides:
         _apply(resolved, override)
+    return validate(RunConfig, resolved, where=where)
+
+
+def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
+    """`values` as a `model`; `where` opens every error message. Raises UserError."""
     try:
-        return RunConfig.model_validate(resolved)
+        return model.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_sentences(error))) from error
 
@@ -193,6 +200,8 @@ def _sentence(problem: Any) -> str:
         return f"{dotted!r} is missing and has no default"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
+    if problem["type"] == "model_type":
+        return f"{dotted} = {given!r:.60} is not allowed: it must be a mapping of keys to values"
     shown = repr(given) if isinstance(given, str | int | float | bool) or given is None else _kind(given)
     return f"{dotted} = {shown} is not allowed: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 

@@ -166,8 +166,13 @@ def require_targets(counts: DataStatistics, *, max_length: int) -> None:
     if counts.rows == 0:
         raise UserError("there are no rows in the data")
     if counts.target_tokens == 0:
+        reasons = (
+            (counts.dropped, f"over data.max_length = {max_length} and dropped"),
+            (counts.without_target, f"without a target after the cut to data.max_length = {max_length}"),
+            (counts.blank_rows, "blank"),
+        )
         raise UserError(
-            f"no target tokens in {counts.rows} rows, so there is nothing to learn: {counts.dropped} examples over max_length "
-            f"{max_length} were dropped, {counts.without_target} lost all their targets when cut to it, {counts.blank_rows} rows "
-            "are blank; raise data.max_length"
+            f"no target tokens in {counts.rows} row{'s' * (counts.rows != 1)}, so there is nothing to learn: "
+            + ", ".join(f"{count} {what}" for count, what in reasons if count)
+            + ("; raise data.max_length" if counts.dropped + counts.without_target else "")
         )

@@ -92,7 +92,7 @@ def check_json(file: Path) -> None:
                 continue
             first_error = UserError(f"{file} line {number} must be a JSON object, such as {{...}}, not {line[:60]!r}")
         except json.JSONDecodeError as error:
-            first_error = UserError(f"{file} line {number} is broken JSON: {error.msg} at column {error.colno}")
+            first_error = UserError(f"{file} line {number} is broken JSON: {_problem(error)}")
         break
     if first_error is not None and file.suffix == ".json":
         _check_json_list(file)
@@ -104,6 +104,10 @@ def _check_json_list(file: Path) -> None:
     try:
         value = json.loads("\n".join(read_lines(file)))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file} line {error.lineno} is broken JSON: {error.msg} at column {error.colno}") from error
+        raise UserError(f"{file} line {error.lineno} is broken JSON: {_problem(error)}") from error
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"{file} must hold a list of JSON objects, or one object a line")
+
+
+def _problem(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' starting at').lower()} at column {error.colno}"

@@ -58,7 +58,7 @@ def evaluate_loss(
                 on_progress(number)
     total_nats, num_tokens, num_bytes = reduce(sums).tolist()
     if not num_tokens:
-        raise UserError("The held-out data has no target token, so there is no loss to compute: give other data, or more of it.")
+        raise UserError("the held-out data has no target token, so there is no loss to compute: give other data, or more of it")
     loss = total_nats / num_tokens
     return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes))
 

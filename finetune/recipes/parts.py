@@ -4,11 +4,13 @@ Floor 5.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from finetune.config import RunConfig
 from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
@@ -17,7 +19,7 @@ from finetune.data.sources import Rows
 from finetune.data.stream import StreamingBatches
 from finetune.data.types import Format
 from finetune.display import Display
-from finetune.errors import UserError
+from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
@@ -67,6 +69,7 @@ class Parts:
 def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
     """One process on the CPU, one GPU, or this process of many, in the precision that pays here."""
     precision, reason = resolve_precision(config.training.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    check_trackers(config.tracking)
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=not torch.cuda.is_available(),
@@ -76,6 +79,17 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
     display.enabled = display.enabled and accelerator.is_main_process
     display.say(reason)
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that Accelerate does not know, or that is not installed: it would be left out silently."""
+    known = list(LOGGER_TYPE_TO_CLASS)
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
+        if name not in installed:
+            raise UserError(f"tracking: {name} is not installed; install it with: pip install {name.replace('_', '-')}")
 
 
 def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display) -> Parts:

@@ -3,21 +3,22 @@
 Floor 5.
 """
 
-import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from finetune.config import RunConfig, load_config
+from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
 from finetune.conversation import Conversation
 from finetune.data.detect import build_format
+from finetune.data.files import read_lines
 from finetune.data.loader import EvaluationBatches
 from finetune.data.rendering import ChatTemplate
 from finetune.data.sources import Rows
@@ -50,7 +51,7 @@ class Opened:
     def settings(self, given: Mapping[str, Any]) -> GenerationSection:
         """The generation settings of the run, or the defaults, changed by those given."""
         section = self.config.generation if self.config is not None else GenerationSection()
-        return GenerationSection.model_validate({**section.model_dump(), **given})
+        return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
 
 
 def open_target(target: str) -> Opened:
@@ -136,13 +137,13 @@ def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, di
 
 
 def generate_answers(
-    target: str, prompts: Iterable[str], *, raw: bool, seed: int, settings: Mapping[str, Any], display: Display | None = None
+    target: str, prompts: Sequence[str], *, raw: bool, seed: int, settings: Mapping[str, Any], display: Display | None = None
 ) -> Iterator[str]:
-    """The answer to each prompt, in order, in batches. `raw` continues the text, without the chat template."""
+    """The answer to each prompt (without any: to each line of stdin), in order. `raw` continues the text, without a chat template."""
     opened, display = open_target(target), display or Display()
     section = opened.settings(settings)
     encode = _raw_prompt(opened.tokenizer) if raw or not opened.tokenizer.chat_template else _chat_prompt(opened.tokenizer)
-    for texts in _chunks(prompts, section.batch_size):
+    for texts in _chunks(prompts or stdin_lines(display, "a prompt a line"), section.batch_size):
         with display.bar("generating", len(texts)) as advance:
             answers = generate(
                 opened.model,
@@ -190,6 +191,8 @@ def translate_text(
         raise UserError("give sentences or --input, not both")
     if output is not None and input is None:
         raise UserError("--output goes with --input; without a file, redirect the output")
+    if input is not None and not input.is_file():
+        raise UserError(f"the input {input} is no file (looked in {Path.cwd()})")
     opened, display = open_target(target), display or Display()
     format, section = _translation_format(opened, source, to), opened.settings(settings)
     options = {
@@ -203,15 +206,17 @@ def translate_text(
         with display.bar("translating", None) as advance:
             translate_file(input, output, on_progress=_differences(advance), **options)
         return
-    with _open_lines(input) if input is not None else contextlib.nullcontext(texts or sys.stdin) as lines:
-        for line in translate_lines(lines, **options):
-            print(line, flush=True)
+    lines = read_lines(input) if input is not None else texts or stdin_lines(display, "a sentence a line")
+    for line in translate_lines(lines, **options):
+        print(line, flush=True)
 
 
 def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
     """The prompt of the run's own training, or for a plain model that of the two languages given."""
     pair = opened.config.data.translation if opened.config is not None else None
     trained: list[str | None] = list(_trained_languages(opened.run)) if opened.run is not None else [None, None]
+    if pair is not None and pair.direction == "backward":
+        trained.reverse()
     source, to = source or trained[0], to or trained[1]
     if source is None or to is None:
         raise UserError("which languages? give --from and --to, e.g. --from en --to fr")
@@ -263,11 +268,15 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
         display.say(str(error))
 
 
-def _open_lines(path: Path) -> TextIO:
+def stdin_lines(display: Display, what: str) -> Iterator[str]:
+    """The lines of stdin. Someone at a terminal is told that it is their turn."""
+    if sys.stdin.isatty():
+        display.say(f"type {what}, and Ctrl-D at the end")
     try:
-        return path.open(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the input {path} cannot be read: {error.strerror}") from error
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin is not UTF-8 text (byte {error.start}): convert it first") from error
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:

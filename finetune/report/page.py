@@ -31,7 +31,7 @@ def write_report(root: Path) -> Path:
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"The report {target} cannot be written: {error.strerror}.") from error
+        raise UserError(f"the report {target} cannot be written: {error.strerror}") from error
     return target
 
 

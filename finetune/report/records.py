@@ -39,7 +39,7 @@ def read_run(root: Path) -> RunRecords:
     run = RunDir(root)
     if not run.is_run():
         what = "holds no run (it has no config.yaml)" if root.is_dir() else "does not exist"
-        raise UserError(f"{root} {what}: name the folder that a training run has written, the output_dir of its config.")
+        raise UserError(f"{root} {what}: name the folder that a training run has written, the output_dir of its config")
     environment = _read_json(run.environment)
     notes = [str(note) for note in environment.pop("notes", [])]
     lines = _read_lines(run.metrics, notes)
@@ -68,7 +68,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _read_json(path: Path) -> Record:
@@ -78,7 +78,7 @@ def _read_json(path: Path) -> Record:
     try:
         return dict(json.loads(_read_text(path)))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is no valid JSON object ({error}): restore it, or remove it to do without.") from error
+        raise UserError(f"{path} is no valid JSON object ({error}): restore it, or remove it to do without") from error
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Record]:

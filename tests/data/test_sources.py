@@ -228,7 +228,7 @@ def test_what_is_not_found_says_where_it_was_looked_for_and_fast(path: str, monk
 @pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
 def test_a_missing_split_lists_those_there_are(name: str, tmp_path: Path) -> None:
     write(tmp_path, name, PAIRS)
-    with pytest.raises(UserError, match=r"data\.\w+ \(validation\): unknown split .validation.\. Should be one of \['train'\]"):
+    with pytest.raises(UserError, match=r"data\.\w+ \(validation\): unknown split .validation.; it should be one of \['train'\]"):
         load_rows([Source(str(tmp_path / name), split="validation")])
 
 

@@ -57,7 +57,7 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_a_note_says_so(model, 
         assert "".join(chat.reply(f"question {number}"))
         if notes:
             break
-    assert notes == ["The conversation is longer than the model's 150 tokens: the oldest question and its answer are left out."]
+    assert notes == ["the conversation is longer than the model's 150 tokens: the oldest question and its answer are left out"]
     assert chat.turns[0]["content"] == "question 1"
     assert chat.turns[-2]["content"] == f"question {number}"
 
@@ -133,5 +133,5 @@ def test_files_that_cannot_be_translated_are_explained(tmp_path, options):
     with pytest.raises(UserError, match="source itself"):
         translate_file(source, source, **options)
     source.write_text("fine\n" + "x y " * 100)
-    with pytest.raises(UserError, match=r"Lines 1 to 2 .*at most 150"):
+    with pytest.raises(UserError, match=r"lines 1 to 2 .*at most 150"):
         translate_file(source, target, **options)

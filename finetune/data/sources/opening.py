@@ -5,6 +5,7 @@ Floor 2, and the only file that imports `datasets`.
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,10 @@ def _quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained(label: str, files: Sequence[Path]) -> Iterator[None]:
-    """Turn what `datasets` raises into a UserError that says what is wrong with the source."""
+    """Turn what `datasets` raises, and logs besides, into a UserError that says what is wrong with the source."""
+    logger = datasets.logging.get_logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except UserError:
@@ -146,9 +150,11 @@ def explained(label: str, files: Sequence[Path]) -> Iterator[None]:
         for file in files:
             if kind_of(file) == "json":
                 check_json(file)
-        message = str(error.__cause__ or error)
+        message = " ".join(str(error.__cause__ or error).split())
         if message.startswith("Unknown split"):
-            raise UserError(f"{label}: {message[0].lower()}{message[1:]}") from error
+            raise UserError(f"{label}: {message[0].lower()}{message[1:].replace('. Should', '; it should').rstrip('.')}") from error
         if "corresponds to no data" in message:
             raise UserError(f"{label} is empty: there are no rows in it") from error
-        raise UserError(f"{label} cannot be read: {message}") from error
+        raise UserError(f"{label} cannot be read: {message[:1].lower()}{message[1:].rstrip('.')}") from error
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,73 @@
+"""The command line in this process: arguments in; exit code, stdout, stderr and the files of the folder out."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from finetune.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def finetune(*arguments: str, stdin: str = "") -> Result:
+    """`finetune ARGUMENTS` as a user would see it, without the four seconds that a process of its own takes to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["finetune", *arguments]
+    keyboard, sys.stdin = sys.stdin, io.StringIO(stdin)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv, sys.stdin = argv, keyboard
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """Every file and folder below `root` with its content."""
+    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"" for path in sorted(root.rglob("*"))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write_config(folder: Path, tiny: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
+    """Write c.yaml, the tiny config with sections changed; its run goes to run/."""
+
+    def write_config(**sections: Any) -> Path:
+        path = folder / "c.yaml"
+        path.write_text(yaml.safe_dump({**tiny(**sections), "output_dir": "run"}), encoding="utf-8")
+        return path
+
+    return write_config
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what `datasets` caches, here and in the processes started, out of the user's home."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setitem(os.environ, "HF_DATASETS_CACHE", cache)
+        yield
