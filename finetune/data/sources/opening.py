@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from finetune.data.files import check_json, kind_of, local_files, read_lines, table_options
 from finetune.errors import UserError
 
-_HUB_TIMEOUT = 10.0  # seconds until the hub counts as out of reach
+_HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
 
 
 @dataclass(frozen=True, slots=True)
