@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.losses import causal_lm_loss, causal_lm_loss_of_logits
+from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        attend_by_example(self.causal_lm)
         config = self.causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
