@@ -1,0 +1,169 @@
+"""How much memory a step of a model takes, found by running it on tensors without data.
+
+Floor 2. The model runs forward, loss and backward under torch's FakeTensorMode (https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html):
+every operation is dispatched as on the real device, autocast and the choice of attention kernel included, and only shapes are
+computed. A dispatch mode sees every new storage and, through a weak reference, its end, so the bytes alive at any moment are known.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, masking_utils
+
+from finetune.losses import linear_cross_entropy
+from finetune.memory import StepMemory
+from finetune.models.describe import inner_model
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations inside it make, while they live."""
+
+    def __init__(self, known: Sequence[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}  # not counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class Rehearsal:
+    """A skeleton (see `load_skeleton`) made to run without data, as on `device`; the skeleton itself becomes that model.
+
+    `sparse_tables`: embeddings that get row-sparse gradients.
+    """
+
+    def __init__(
+        self,
+        skeleton: PreTrainedModel | PeftModel,
+        *,
+        device: str,
+        autocast: torch.dtype | None,
+        sparse_tables: Sequence[nn.Embedding],
+    ) -> None:
+        self.model, self.device, self.autocast = skeleton, device, autocast
+        self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
+        self.mode = FakeTensorMode()
+        with self.mode:
+            _without_data(skeleton, device)
+        for table in sparse_tables:
+            table.weight.requires_grad_(False)  # a fake tensor cannot be sparse: its gradient is added by hand
+
+    def step(self, *, rows: int, length: int, num_targets: int, packed: bool, accumulates: bool) -> StepMemory:
+        """Forward, loss and backward of a micro-batch [rows, length] with `num_targets` target tokens.
+
+        `accumulates`: the gradients of an earlier micro-batch are there already.
+        """
+        self.model.train()
+        live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
+        with self.mode, live, _packing(packed):
+            for _ in range(2 if accumulates else 1):
+                before, live.peak = live.now, live.now
+                with self._autocast():
+                    states = self._decoder(rows, length).flatten(0, 1)
+                    activations, live.peak = live.now - before, live.now
+                    loss = self._loss(states, num_targets)
+                del states
+                in_loss = live.peak - before - activations
+                loss.backward()
+                del loss
+            peak = live.peak
+        self.model.zero_grad()
+        rows_gradient = rows * length * self.sparse_width * 4
+        return StepMemory(activations, in_loss, peak + rows_gradient)
+
+    def reading(self, *, rows: int, length: int, num_logits: int, use_cache: bool) -> int:
+        """The most that a forward without gradients allocates, with the logits of `num_logits` tokens at once, in bytes."""
+        self.model.eval()
+        live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
+        with self.mode, live, _packing(False), torch.no_grad(), self._autocast():
+            decoder = inner_model(self.model).base_model
+            ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+            output = decoder(input_ids=ids, use_cache=use_cache)
+            head = inner_model(self.model).get_output_embeddings()
+            if head is not None:
+                logits = head(output[0].flatten(0, 1)[:num_logits]).float()
+                del logits
+            return live.peak
+
+    def _decoder(self, rows: int, length: int) -> Tensor:
+        model = inner_model(self.model)
+        ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+        positions = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+        if _is_fused(model):
+            return model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+    def _loss(self, states: Tensor, num_targets: int) -> Tensor:
+        model = inner_model(self.model)
+        targets = torch.zeros(num_targets, dtype=torch.int64, device=self.device)
+        chosen = states.index_select(0, targets)
+        if not _is_fused(model):
+            return F.cross_entropy(chosen.float(), targets, reduction="sum")
+        head = model.get_output_embeddings()
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return linear_cross_entropy(chosen, head.weight, targets, bias=getattr(head, "bias", None), softcap=softcap)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=self.autocast)
+
+
+def _is_fused(model: PreTrainedModel) -> bool:
+    """As far as the structure tells, whether the loss takes the logits in chunks (see `LanguageModel`)."""
+    head = model.get_output_embeddings()
+    return head is not None and not isinstance(head, BaseTunerLayer) and model.base_model is not model
+
+
+def _without_data(model: nn.Module, device: str) -> None:
+    """Put a fake tensor in the place of every parameter and buffer; what is shared stays shared."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+                tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _packing(packed: bool) -> Iterator[None]:
+    """Tell transformers whether rows are packed: it looks at the values of the position ids, which are not there."""
+    find = masking_utils.find_packed_sequence_indices
+    if not packed:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find

@@ -1,0 +1,279 @@
+"""`finetune plan`: what a run needs of memory, time and disk, before it is started.
+
+Floor 5. Memory is worked out on a model without data (see `finetune.models.activations`), so a plan costs little itself. Only where
+the run fits is the real model loaded and a few of its steps are timed.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from finetune.config import RunConfig
+from finetune.data.encode import EncodedDataset, encode
+from finetune.data.loader import TrainingBatches
+from finetune.data.sources import RowStream
+from finetune.data.types import IGNORE_INDEX
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.memory import (
+    CUDA_CONTEXT,
+    FP32,
+    MemoryEstimate,
+    add_up,
+    machine_memory,
+    optimizer_state_bytes,
+    process_memory,
+    tensor_bytes,
+)
+from finetune.models.activations import Rehearsal
+from finetune.models.adapters import add_lora
+from finetune.models.describe import describe_model
+from finetune.models.precision import resolve_precision
+from finetune.models.skeleton import load_skeleton
+from finetune.models.tokenizers import prepare_chat
+from finetune.optim import check_optimizer, optimizer_info
+from finetune.optim.embeddings import row_sparse_embeddings
+from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
+from finetune.recipes.model import make_tokenizer
+from finetune.recipes.parts import build_parts, make_accelerator, pad_id
+from finetune.recipes.plan_text import make_console, print_plan
+from finetune.recipes.timing import TimeEstimate, time_run
+from finetune.recipes.training import _warnings_to, optimizer_options
+
+STREAM_SAMPLE = 1000  # rows that are read of a stream
+STEPS_LOOKED_AT = 1000  # of the first epoch, for the largest micro-batch
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run goes through, in rows, tokens and steps, in one process."""
+
+    rows: int  # of the largest micro-batch
+    length: int  # of its rows, padding included
+    num_targets: int  # the most in a micro-batch
+    accumulates: bool  # a step has several micro-batches
+    num_steps: int
+    tokens_per_step: float  # mean, without padding
+    num_evaluations: int
+    used_rows: int  # of the token table, met in the training data
+    prompt_length: int  # tokens of the longest held-out example
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `finetune plan` prints. Sizes in bytes, times in seconds."""
+
+    model: dict[str, Any]  # see `describe_model`
+    work: Work
+    memory: MemoryEstimate
+    device: str
+    machine_memory: int
+    free_memory: int  # what a run may use now
+    checkpoint_bytes: int  # one checkpoint
+    disk_bytes: int  # the most that lies in the run's folder at once
+    time: TimeEstimate | None  # None: not timed, because the run does not fit
+    advice: tuple[tuple[str, int], ...]  # (change, bytes saved), the largest first; only where the run does not fit
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.free_memory
+
+
+def plan_run(config: RunConfig, *, memory_limit: int | None = None, console: Console | None = None) -> Plan:
+    """Print the plan of a run to stdout and return it; nothing is written. `memory_limit`: bytes, in place of what the machine has.
+
+    Where the run does not fit, no step is taken, and what to change is told instead. Raises UserError as training would.
+    """
+    check_optimizer(config.optimizer.name, optimizer_options(config))
+    if config.data.streaming and config.training.max_steps is None:
+        raise UserError("a stream has no known length: set training.max_steps")
+    display = Display()
+    with _warnings_to(display):
+        planner = Planner(config, display, memory_limit)
+        plan = planner.plan()
+        if plan.fits:
+            plan = replace(plan, time=_time(config, plan.work, display))
+        else:
+            plan = replace(plan, advice=planner.advice(plan.memory.peak))
+    print_plan(plan, console or make_console())
+    return plan
+
+
+class Planner:
+    """Estimates for a config, and for changes to it, from data and tokenizer that are read once."""
+
+    def __init__(self, config: RunConfig, display: Display, memory_limit: int | None = None) -> None:
+        self.config, self.display, self.memory_limit = config, display, memory_limit
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.raw: RawData = load_raw_data(config.data, seed=config.seed)
+        self.tokenizer = make_tokenizer(config.model, self.raw.texts())
+        self.new_tokens = prepare_chat(None, self.tokenizer, config.model.chat_template)
+        self.format = make_format(config.data, self.tokenizer, self.raw.first_row)
+        self.table_rows = self._skeleton(config).get_input_embeddings().weight.shape[0]
+        self.work = self._work(config)
+        self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
+
+    def plan(self) -> Plan:
+        """Everything but the time and the advice."""
+        config = self.config
+        self.display.say("working out the memory of a step")
+        description, memory, checkpoint = self.estimate(config, self.work)
+        total, free = machine_memory(self.device) if self.memory_limit is None else (self.memory_limit, self.memory_limit)
+        copies = config.checkpoint.keep + 2  # the best beside the newest, and the one that is being written
+        disk = copies * checkpoint + description["parameters"] * FP32
+        return Plan(description, self.work, memory, self.device.type, total, free, checkpoint, disk, time=None, advice=())
+
+    def estimate(self, config: RunConfig, work: Work) -> tuple[dict[str, Any], MemoryEstimate, int]:
+        """The model's description, its memory, and the size of a checkpoint."""
+        model, info = self._skeleton(config), optimizer_info(config.optimizer.name)
+        tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state = optimizer_state_bytes(model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows)
+        weights, buffers = tensor_bytes(model.parameters()), tensor_bytes(model.buffers())
+        sparse = {id(table.weight) for table in tables}
+        gradients = tensor_bytes(parameter for parameter in trainable if id(parameter) not in sparse)
+        gradients += min(work.used_rows, work.rows * work.length) * sum(table.embedding_dim for table in tables) * FP32
+        description = describe_model(model)
+        precision, _ = resolve_precision(config.training.precision, self.device)
+        rehearsal = Rehearsal(model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables)
+        step = rehearsal.step(
+            rows=work.rows,
+            length=work.length,
+            num_targets=work.num_targets,
+            packed=config.data.packing,
+            accumulates=work.accumulates,
+        )
+        memory = add_up(
+            baseline=self.baseline,
+            weights=weights + buffers,
+            gradients=gradients,
+            optimizer_state=state,
+            step=step,
+            readings=self._readings(config, work, rehearsal),
+            merged_copy=config.model.lora is not None,
+            device=self.device.type,
+        )
+        return description, memory, tensor_bytes(trainable) + buffers + state
+
+    def _readings(self, config: RunConfig, work: Work, rehearsal: Rehearsal) -> dict[str, int]:
+        if not work.num_evaluations:
+            return {}
+        rows = config.evaluation.batch_size
+        length = config.data.max_length if config.data.packing else work.prompt_length
+        found = {"evaluation": rehearsal.reading(rows=rows, length=length, num_logits=256, use_cache=False)}
+        answers = config.evaluation.generate or config.evaluation.samples
+        if answers:
+            rows = min(answers, config.generation.batch_size)
+            length = work.prompt_length + config.generation.max_new_tokens
+            found["generation"] = rehearsal.reading(rows=rows, length=length, num_logits=rows, use_cache=True)
+        return found
+
+    def _skeleton(self, config: RunConfig) -> Any:
+        section = config.model
+        model: Any = load_skeleton(
+            name=section.name,
+            config=section.config,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            vocab_size=len(self.tokenizer),
+        )
+        needed = max(self.tokenizer.get_vocab().values()) + 1
+        with torch.device("meta"):
+            model.set_attn_implementation(section.attn_implementation)
+            if needed > model.get_input_embeddings().weight.shape[0]:
+                model.resize_token_embeddings(needed, mean_resizing=False)
+            if config.training.activation_checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            if section.lora is not None:
+                model = add_lora(model, **section.lora.model_dump(), new_token_ids=self.new_tokens)
+        return model
+
+    def _work(self, config: RunConfig) -> Work:
+        train = self._encode(config)
+        held_out = None
+        if self.raw.validation is not None:
+            held_out = encode_rows(self.raw.validation, self.format, config.data, vocab_size=self.table_rows)
+        batches = TrainingBatches(
+            train,
+            max_length=config.data.max_length,
+            packing=config.data.packing,
+            batch_size=config.training.batch_size,
+            micro_batch_size=config.training.micro_batch_size,
+            pad_id=pad_id(self.tokenizer),
+            seed=config.seed,
+            rank=0,
+            num_processes=1,
+        )
+        num_steps = config.training.max_steps or max(1, math.ceil(config.training.epochs * batches.steps_per_epoch))
+        steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
+        micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
+        rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+        every = config.evaluation.every or (num_steps if config.data.streaming else batches.steps_per_epoch)
+        return Work(
+            rows=rows,
+            length=length,
+            num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),
+            accumulates=any(len(step.micro_batches) > 1 for step in steps),
+            num_steps=num_steps,
+            tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
+            num_evaluations=0 if held_out is None else config.evaluation.before + math.ceil(num_steps / every),
+            used_rows=len(set(train.token_ids)),
+            prompt_length=max(held_out.lengths) if held_out is not None else 0,
+        )
+
+    def _encode(self, config: RunConfig) -> EncodedDataset:
+        rows: Any = islice(self.raw.train, STREAM_SAMPLE) if isinstance(self.raw.train, RowStream) else self.raw.train
+        data = config.data
+        return encode(rows, self.format, max_length=data.max_length, overlong=data.overlong, vocab_size=self.table_rows)
+
+    def advice(self, peak: int) -> tuple[tuple[str, int], ...]:
+        """What each change alone would save, worked out like the plan itself."""
+        found = []
+        for change, config in changes(self.config):
+            self.display.say(f"trying {change}")
+            try:
+                _, memory, _ = self.estimate(config, self._work(config))
+            except UserError:  # a change that this data or model does not take is no advice
+                continue
+            found.append((change, peak - memory.peak))
+        return tuple(sorted((item for item in found if item[1] > 0), key=lambda item: -item[1]))
+
+
+def changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
+    """What could be changed to save memory: (as on the command line, the config with it)."""
+    tree = config.model_dump(mode="json")
+    found: list[tuple[str, dict[str, Any]]] = []
+    if config.training.micro_batch_size > 1:
+        found.append(("training.micro_batch_size=1", {"training": {"micro_batch_size": 1}}))
+    if not config.training.activation_checkpointing:
+        found.append(("training.activation_checkpointing=true", {"training": {"activation_checkpointing": True}}))
+    if config.data.max_length > 1:
+        half = config.data.max_length // 2
+        found.append((f"data.max_length={half}", {"data": {"max_length": half}}))
+    if config.model.lora is None:
+        found.append(("model.lora.rank=16", {"model": {"lora": {"rank": 16}}}))
+    if optimizer_info(config.optimizer.name).state_bytes > optimizer_info("adafactor").state_bytes:
+        found.append(("optimizer.name=adafactor", {}))
+    if config.evaluation.batch_size > 1:
+        found.append(("evaluation.batch_size=1", {"evaluation": {"batch_size": 1}}))
+    if config.generation.batch_size > 1:
+        found.append(("generation.batch_size=1", {"generation": {"batch_size": 1}}))
+    return [(change, _changed(tree, sections, change)) for change, sections in found]
+
+
+def _changed(tree: dict[str, Any], sections: dict[str, Any], change: str) -> RunConfig:
+    changed = {name: {**tree[name], **section} for name, section in sections.items()}
+    if change.startswith("optimizer.name="):  # the options of one optimizer are not those of another
+        changed["optimizer"] = {"name": change.partition("=")[2], "lr": tree["optimizer"]["lr"]}
+    return RunConfig.model_validate({**tree, **changed})
+
+
+def _time(config: RunConfig, work: Work, display: Display) -> TimeEstimate:
+    display.say("it fits: timing a few steps of the real model")
+    parts = build_parts(config, accelerator=make_accelerator(config, display), display=Display(enabled=False))
+    return time_run(parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations)
