@@ -3,21 +3,21 @@
 Floor 5.
 """
 
-from rich.console import Console
-from rich.table import Table
-
 from finetune.errors import UserError
-from finetune.optim import optimizer_table
+from finetune.optim import optimizer_info, optimizer_table
 
 
 def print_optimizers(pattern: str) -> None:
-    """One row an optimizer. Raises UserError where the pattern matches none."""
+    """A few lines an optimizer: what it is, its options with their defaults. Raises UserError where the pattern matches none."""
     rows = optimizer_table(pattern)
     if not rows:
         raise UserError(f"no optimizer is called like {pattern!r}; `finetune optimizers` lists them all")
-    table = Table()
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+        print(f"{row['name']}: {row['what']}")
+        if row["available"] == "yes":
+            options = optimizer_info(row["name"]).options
+            print("    takes " + ", ".join(f"{name}={default}" for name, default in options.items() if name != "lr"))
+        else:
+            print(f"    not available here: {row['available']}")
+        print(f"    {row['state bytes per parameter']} bytes of state per parameter; sparse gradients: {row['sparse gradients']}")
+        print(f"    {row['paper']}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from finetune.cli import main
+from tests.conftest import LLAMA, conversation
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,45 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setitem(os.environ, "HF_DATASETS_CACHE", cache)
         yield
+
+
+def train_in(folder: Path, **sections: Any) -> Path:
+    """Train the tiny model for two steps in `folder`, as c.yaml there says; the run is run/."""
+    tree = {
+        "output_dir": "run",
+        "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
+        "training": {"max_steps": 2, "batch_size": 4},
+        "generation": {"max_new_tokens": 4},
+        **sections,
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with contextlib.chdir(folder):
+        result = finetune("train", "c.yaml")
+    assert result.code == 0, result.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with c.yaml, chat.jsonl and run/, trained on conversations."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    return train_in(
+        folder,
+        data={"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 96},
+        evaluation={"samples": 1, "before": False},
+    )
+
+
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with c.yaml and run/, trained on pairs of English and French."""
+    return train_in(
+        tmp_path_factory.mktemp("translator"),
+        data={
+            "train": {"path": "package:translation.en-fr.train", "max_rows": 40},
+            "validation": {"path": "package:translation.en-fr.test", "max_rows": 6},
+            "max_length": 128,
+        },
+        evaluation={"samples": 2, "generate": 4},
+    )

@@ -203,30 +203,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
-    """A folder with c.yaml, chat.jsonl and run/, trained for two steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
-    tree = {
-        "output_dir": "run",
-        "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
-        "data": {"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 96},
-        "training": {"max_steps": 2, "batch_size": 4},
-        "evaluation": {"samples": 1, "before": False},
-        "generation": {"max_new_tokens": 4},
-    }
-    (folder / "c.yaml").write_text(json.dumps(tree))  # JSON is YAML
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        result = finetune("train", "c.yaml")
-    finally:
-        os.chdir(before)
-    assert result.code == 0, result.err
-    return folder
-
-
 @pytest.fixture
 def copy(finished, folder) -> Path:
     """The working directory, with a copy of what `finished` has."""

@@ -1,0 +1,293 @@
+"""Every command does what its help says: results alone on stdout, plain lines in a pipe, a live display on a terminal."""
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.cli import app
+from finetune.optim import list_optimizers
+from tests.cli.conftest import finetune, snapshot
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["train", "demo", "inspect", "plan", "evaluate", "generate", "chat", "translate", "report", "export", "optimizers"]
+HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "matplotlib", "sacrebleu"]
+
+
+@pytest.fixture
+def chat_run(finished, folder) -> Path:
+    """The working directory, with a copy of the run on conversations."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def translation_run(translator, folder) -> Path:
+    shutil.copytree(translator, folder, dirs_exist_ok=True)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+
+
+def in_a_process(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def on_a_terminal(*arguments: str, replies: Callable[[str], str | None] = lambda shown: None) -> tuple[int, str]:
+    """`finetune ARGUMENTS` on a pseudo-terminal: the exit code and all that it showed. `replies` says what to type next, if any."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+    )
+    os.close(theirs)
+    shown, end = b"", time.monotonic() + 120
+    try:
+        while time.monotonic() < end:
+            if select.select([ours], [], [], 0.2)[0]:
+                try:
+                    shown += os.read(ours, 65536)
+                except OSError:  # the other side is closed
+                    break
+            elif (typed := replies(shown.decode(errors="replace"))) is not None:
+                os.write(ours, typed.encode())
+        return process.wait(timeout=20), shown.decode(errors="replace")
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def assert_plain(text: str) -> None:
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text), ascii(text)
+
+
+# --- help
+
+
+def test_help_is_fast_and_imports_nothing_heavy(tmp_path):
+    """One process asks for the help of the program and of every command."""
+    code = f"""
+import json, resource, sys
+from finetune.cli import main
+seconds = []
+for arguments in [[], *([command] for command in {COMMANDS!r})]:
+    sys.argv = ["finetune", *arguments, "--help"]
+    try:
+        main()
+    except SystemExit as stop:
+        assert stop.code == 0, stop.code
+    seconds.append(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+print(json.dumps([seconds[0], sorted(set({HEAVY!r}) & set(sys.modules))]), file=sys.stderr)
+"""
+    done = in_a_process("-c", code)
+    assert done.returncode == 0, done.stderr
+    first, heavy = json.loads(done.stderr)
+    assert heavy == []
+    assert first < 0.5
+    assert_plain(done.stdout)
+    for command in COMMANDS:
+        assert f"Usage: finetune {command}" in done.stdout
+    assert "chat|translation" in done.stdout
+    assert "--short" in done.stdout
+
+
+def test_every_command_is_known_here():
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+    assert len(COMMANDS) == 11
+
+
+def test_the_bare_command_and_the_module_show_the_help():
+    assert finetune().out == finetune("--help").out != ""
+    module = in_a_process("-m", "finetune", "--help").stdout
+    assert "Usage: finetune [OPTIONS] COMMAND" in module
+    assert [command for command in COMMANDS if f"│ {command} " not in module] == []
+
+
+# --- train
+
+
+@pytest.mark.slow
+def test_train_in_a_pipe_writes_plain_lines_and_results_to_files(chat_run):
+    done = in_a_process("-W", "error", "-m", "finetune", "train", "c.yaml", "output_dir=other")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert_plain(done.stderr)
+    assert "training 2/2  loss" in done.stderr
+    assert len(done.stderr.splitlines()) < 20
+    assert {path.name for path in (chat_run / "other").iterdir()} >= {"config.yaml", "metrics.jsonl", "report.html", "model"}
+
+
+@pytest.mark.slow
+def test_train_on_a_terminal_shows_nested_bars(chat_run):
+    code, shown = on_a_terminal("train", "c.yaml", "output_dir=other", "evaluation.every=1", "evaluation.before=true")
+    assert code == 0, shown
+    assert "Traceback" not in shown
+    assert "\x1b[" in shown  # drawn in place
+    for label in ("training", "evaluating the loss", "generating", "loss", "tokens/s", "left", "report: other/report.html"):
+        assert label in shown, label
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_too(chat_run):
+    options = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu".split()
+    script = str(ROOT / "scripts" / "train.py")
+    done = in_a_process("-m", "accelerate.commands.launch", *options, script, "c.yaml", "output_dir=other", "training.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert (chat_run / "other" / "model" / "model.safetensors").is_file()
+
+
+def test_a_dry_run_prints_the_resolved_config_alone(chat_run):
+    before = snapshot(chat_run)
+    result = finetune("train", "c.yaml", "output_dir=other", "--dry-run")
+    assert result.code == 0
+    (chat_run / "again.yaml").write_text(result.out)
+    again = finetune("train", "again.yaml", "--dry-run")
+    assert again.out == result.out
+    assert "everything is in order: 2 steps" in again.err
+    (chat_run / "again.yaml").unlink()
+    assert snapshot(chat_run) == before
+
+
+# --- reading commands
+
+
+def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
+    result = finetune("evaluate", "run")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    kept = json.loads((chat_run / "run" / "evaluation.json").read_text())
+    assert kept["test"] == found
+    assert found["loss"] == pytest.approx(kept["after"]["loss"], abs=1e-5)
+    before = snapshot(chat_run)
+    other = json.loads(finetune("evaluate", "run", "data.validation=chat.jsonl").out)
+    assert other["num_target_tokens"] > found["num_target_tokens"]
+    plain = json.loads(finetune("evaluate", "run/model", "--config", "c.yaml").out)
+    assert plain["loss"] == pytest.approx(found["loss"])
+    assert snapshot(chat_run) == before  # on other data, or another model, nothing is kept
+
+
+def test_evaluate_a_translator(translation_run):
+    found = json.loads(finetune("evaluate", "run").out)
+    assert {"loss", "perplexity", "bits_per_byte", "chrf", "bleu", "chrf_signature"} <= found.keys()
+    assert found["num_generated"] == 4
+
+
+def test_generate_answers_prompts_and_stdin(chat_run):
+    given = finetune("generate", "run", "--prompt", "What is 1 plus 1?", "--prompt", "What is 2 plus 2?", "--max-new-tokens", "3")
+    assert given.code == 0, given.err
+    piped = finetune("generate", "run", "--max-new-tokens", "3", stdin="What is 1 plus 1?\nWhat is 2 plus 2?\n")
+    assert piped.out == given.out
+    assert given.out.count("\n") >= 2
+    sampled = [
+        finetune("generate", "run", "--prompt", "Hm?", "--temperature", "2", "--top-k", "50", "--top-p", "0.99", "--seed", seed).out
+        for seed in ("1", "1", "2")
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert finetune("generate", "run", "--prompt", "What", "--raw", "--repetition-penalty", "1.3").code == 0
+
+
+def test_chat_reads_questions_from_a_pipe(chat_run):
+    result = finetune(
+        "chat", "run", "--max-new-tokens", "3", "--system", "Be brief.", stdin="Hello?\n\n/reset\nAnd now?\n/exit\nnever read\n"
+    )
+    assert result.code == 0, result.err
+    assert "(forgotten)" in result.err
+    assert finetune("chat", "run", stdin="").code == 0
+
+
+@pytest.mark.slow
+def test_chat_on_a_terminal(chat_run):
+    script = iter(["Hello?\n", "/reset\n", "And now?\n", "/exit\n"])
+
+    def replies(shown: str) -> str | None:
+        return next(script, None) if shown.endswith("> ") else None
+
+    code, shown = on_a_terminal("chat", "run", "--max-new-tokens", "3", replies=replies)
+    assert code == 0, shown
+    assert "Traceback" not in shown
+    for text in ("/exit ends it", "> Hello?", "(forgotten)", "> And now?", "> /exit"):
+        assert text in shown, shown
+    assert next(script, None) is None
+
+
+def test_translate_sentences_stdin_and_files(translation_run):
+    sentences = ["The house is small.", "", "Where are you?"]
+    (translation_run / "in.txt").write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    piped = finetune("translate", "run", stdin="\n".join(sentences) + "\n")
+    assert piped.code == 0, piped.err
+    assert len(piped.out.splitlines()) == 3
+    assert piped.out.splitlines()[1] == ""
+    assert finetune("translate", "run", sentences[0], sentences[2]).out.splitlines() == piped.out.splitlines()[::2]
+    assert finetune("translate", "run", "--input", "in.txt").out == piped.out
+    written = finetune("translate", "run", "-i", "in.txt", "-o", "out.txt")
+    assert (written.code, written.out) == (0, "")
+    assert (translation_run / "out.txt").read_text(encoding="utf-8") == piped.out
+    back = finetune("translate", "run", "--from", "fr", "--to", "en", "--max-new-tokens", "2", "Bonjour.")
+    assert back.code == 0
+    assert finetune("translate", "run/model", "--from", "en", "--to", "fr", sentences[0]).out == piped.out.splitlines()[0] + "\n"
+
+
+def test_inspect_shows_examples_targets_and_figures(chat_run):
+    before = snapshot(chat_run)
+    result = finetune("inspect", "c.yaml", "--examples", "2")
+    assert result.code == 0, result.err
+    assert_plain(result.out)
+    for text in (
+        "example 1: ",
+        "example 2: ",
+        "⟦It is",
+        "<|im_end|>⟧",
+        "target share",
+        "length p50",
+        "tokens per word",
+        "duplicates",
+        "vocabulary rows used",
+    ):
+        assert text in result.out, text
+    assert "example 3" not in result.out
+    assert snapshot(chat_run) == before
+
+
+def test_report_writes_the_page_again(chat_run):
+    (chat_run / "run" / "report.html").unlink()
+    result = finetune("report", "run")
+    assert result.out.strip() == "run/report.html"
+    assert (chat_run / "run" / "report.html").read_text(encoding="utf-8").startswith("<!")
+
+
+def test_export_writes_a_plain_model(chat_run):
+    assert finetune("export", "run", "out").code == 0
+    assert finetune("export", "run", "half", "--dtype", "bfloat16").code == 0
+    assert finetune("export", "run", "first", "--checkpoint", "run/checkpoints/step-00000002").code == 0
+    model, first = (AutoModelForCausalLM.from_pretrained(path) for path in ("out", "first"))
+    assert all(bool((a == b).all()) for a, b in zip(model.state_dict().values(), first.state_dict().values(), strict=True))
+    assert str(AutoModelForCausalLM.from_pretrained("half", dtype="auto").dtype) == "torch.bfloat16"
+    assert AutoTokenizer.from_pretrained("out").chat_template
+    again = finetune("export", "run", "out")
+    assert (again.code, again.err) == (2, "finetune: out is already there; name a folder that does not exist yet\n")
+
+
+def test_optimizers_lists_them_all():
+    result = finetune("optimizers")
+    names = list_optimizers()
+    assert len(names) >= 10
+    assert [name for name in names if f"\n{name}: " not in "\n" + result.out] == []
+    assert "betas=(0.9, 0.999)" in result.out
+    few = finetune("optimizers", "lazy*").out
+    assert "lazy_adamw" in few
+    assert "muon" not in few
