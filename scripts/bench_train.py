@@ -12,18 +12,20 @@ decay), clipping at 1.0, and bf16 only where `finetune.models.precision` says th
 - bare         30 lines of PyTorch: token ids laid end to end and cut into rows, Hugging Face's own loss over all of them: the floor
 - trl-packed   SFTTrainer, its best-fit packing: one padding-free row, examples isolated
 - trl-wrapped  SFTTrainer, its other packing: rows cut anywhere, examples see each other (what the bare loop does)
-- trl-padded   SFTTrainer without packing, rows of like length together, as many conversations a step as make the same number of tokens
+- trl-padded   SFTTrainer without packing, rows of like length together, as many conversations a step as make as many tokens
 
 TRL is given our token ids and labels, since its own assistant-only loss knows the templates of some model families only; gradient
 checkpointing, which it has on by default, is off, and so is everything else that costs time.
 
-Other work on the machine falsifies all that. Where there is some, `--threads 1 --clock cpu` counts the processor seconds of one thread,
-which it changes little. tokens/s counts tokens that are not padding, from the end of one step to the end of the next, so that data and logging are in it. A
-contestant's figure for one round is the median over its steps after the warm-up; ratios are taken within a round, and the spread is
-over rounds. Held-out loss is taken by this project's evaluation, in each one's own process, after (nearly) the same number of
-tokens. Share of the matmul peak: 6 x (parameters that are multiplied, so the head but not the look-up) x tokens / seconds, attention
-left out, over the measured rate of the model's MLP product. A contestant that leaves out the head where there is no target
-is credited with that work. Prints a table for each shape, then one JSON line.
+tokens/s counts tokens that are not padding, from the end of one step to the end of the next, so that data and logging are in it.
+A contestant's figure for one round is the median over its steps after the warm-up; ratios are taken within a round, and the spread
+is over rounds. Other work on the machine falsifies all that: where there is some, `--threads 1 --clock cpu` counts the processor
+seconds of one thread instead, which it changes little.
+
+Held-out loss is taken by this project's evaluation, in each one's own process, after (nearly) the same number of tokens. Share of
+the matmul peak: 6 x (parameters that are multiplied, so the head but not the look-up) x tokens / seconds, attention left out, over
+the measured rate of the model's MLP product. A contestant that leaves out the head where there is no target is credited with that
+work. Prints a table for each shape, then one JSON line.
 """
 
 import argparse
@@ -361,7 +363,10 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
             known = dict(parts) | {"tokens": record["num_tokens"], "targets": record["num_target_tokens"]}
             total = ends[-1] - ends[-2]
             known |= {"everything else": total - sum(parts.values()), "step": total}
-            known |= {"system time": usage[-1].ru_stime - usage[-2].ru_stime, "page faults": usage[-1].ru_minflt - usage[-2].ru_minflt}
+            known |= {
+                "system time": usage[-1].ru_stime - usage[-2].ru_stime,
+                "page faults": usage[-1].ru_minflt - usage[-2].ru_minflt,
+            }
             steps.append(known)
         parts.clear()
         if len(ends) == args.steps - 1:
@@ -399,7 +404,12 @@ class _Timed:
 def _operators(profiler: Any, count: int = 22) -> list[dict[str, Any]]:
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     return [
-        {"name": e.key, "calls": e.count, "seconds": e.self_cpu_time_total / 1e6, "gflops": e.flops / 1e3 / max(1.0, e.self_cpu_time_total)}
+        {
+            "name": e.key,
+            "calls": e.count,
+            "seconds": e.self_cpu_time_total / 1e6,
+            "gflops": e.flops / 1e3 / max(1.0, e.self_cpu_time_total),
+        }
         for e in events[:count]
     ]
 
@@ -408,8 +418,9 @@ def print_profile(args: argparse.Namespace, profile: dict[str, Any]) -> None:
     parts, peak = profile["parts"], profile["peak"]
     total = parts["step"]
     rate = 6 * peak["multiplied_parameters"] * parts["tokens"] / total
-    print(f"\none step of ours at {args.rows} x {args.length}: {total:.2f} s, {parts['tokens']:.0f} tokens, {parts['targets']:.0f} targets,")
-    print(f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), {rate / peak['flops']:.0%} of the matmul peak\n")
+    counts = f"{parts['tokens']:.0f} tokens, {parts['targets']:.0f} targets"
+    print(f"\none step of ours at {args.rows} x {args.length}: {total:.2f} s, {counts}")
+    print(f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), {rate / peak['flops']:.0%} of the peak\n")
     for name, value in parts.items():
         if name not in ("tokens", "targets", "step", "system time", "page faults"):
             print(f"{name:38} {value:8.3f} s {value / total:6.1%}")
@@ -458,7 +469,10 @@ def measure(args: argparse.Namespace, rows: int, length: int) -> dict[str, Any]:
             raw["targets_per_second"] = _median_rate(raw, "targets", args.warmup)
             rounds[name].append(raw)
             load = os.getloadavg()[0]
-            print(f"  round {number + 1}, {rows} x {length}: {name} {raw['tokens_per_second']:.1f} tokens/s (load {load:.1f})", flush=True)
+            print(
+                f"  round {number + 1}, {rows} x {length}: {name} {raw['tokens_per_second']:.1f} tokens/s (load {load:.1f})",
+                flush=True,
+            )
     return {"rows": rows, "length": length, "peak": max(peaks, key=lambda peak: peak["flops"]), "rounds": rounds}
 
 
@@ -488,9 +502,7 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
         }
     ratios = {}
     if "finetune" in speed:
-        ratios = {
-            name: _spread([a / b for a, b in zip(speed["finetune"], theirs, strict=True)]) for name, theirs in rivals.items()
-        }
+        ratios = {name: _spread([a / b for a, b in zip(speed["finetune"], theirs, strict=True)]) for name, theirs in rivals.items()}
     return {key: measured[key] for key in ("rows", "length", "peak")} | {"contestants": rows, "finetune_over": ratios}
 
 
@@ -508,7 +520,8 @@ def print_table(summary: dict[str, Any], rounds: int) -> None:
     for name, row in summary["contestants"].items():
         print(
             f"{name:12} {_cell(row['tokens_per_second']):>20} {_cell(row['targets_per_second']):>20} "
-            f"{row['peak_memory_gb'][2]:10.2f} {row['share_of_matmul_peak'][0]:8.0%} {row['held_out_loss']:14.3f} {row['tokens_trained']:8}"
+            f"{row['peak_memory_gb'][2]:10.2f} {row['share_of_matmul_peak'][0]:8.0%} "
+            f"{row['held_out_loss']:14.3f} {row['tokens_trained']:8}"
         )
     for name, (middle, least, most) in summary["finetune_over"].items():
         print(f"finetune is {middle:.2f} times as fast as {name} [{least:.2f}, {most:.2f}]")
