@@ -4,10 +4,10 @@
     python scripts/bench_optimizer.py --quick    the shapes that the README speaks of
     python scripts/bench_optimizer.py --end-to-end TEXT_FILE    whole training steps of an untied model on real text
 
-All optimizers of one shape take turns, step by step, on the same gradients, so that a busy machine slows them alike.  The table is in
-steady state: Zipf ids, rows left for as long as Zipf leaves them, cosine learning rate, decay on.  A dense optimizer is charged for
-the dense gradient that it needs (zeroed and filled).  The floor is the traffic of reading gradient, parameter and two moments of the
-touched rows and writing the last three, at the bandwidth of a copy measured on the same machine.  The last line is JSON.
+All optimizers of one shape take turns, step by step, on the same gradients, so that a busy machine slows them alike.  The table
+is in steady state: Zipf ids, rows left for as long as Zipf leaves them, cosine learning rate, decay on.  A dense optimizer is
+charged for the dense gradient that it needs (zeroed and filled).  The floor is the traffic of reading gradient, parameter and two
+moments of the touched rows and writing the last three, at the bandwidth of a copy on the same machine.  The last line is JSON.
 """
 
 import argparse
@@ -122,8 +122,12 @@ class Shape:
     def state_bytes(self, name: str) -> int:
         if name == "LazyAdamW":
             state = self.module.row_table.stored_state()
-            return sum(state[key].nbytes for key in ("rows", "last_step", "exp_avg", "exp_avg_sq")) + self.module.row_table.slot_of_row.nbytes
-        return sum(value.nbytes for state in self.optimizers[name].state.values() for value in state.values() if isinstance(value, Tensor))
+            kept = [state[key] for key in ("rows", "last_step", "exp_avg", "exp_avg_sq")] + [self.module.row_table.slot_of_row]
+        else:
+            kept = [
+                value for state in self.optimizers[name].state.values() for value in state.values() if isinstance(value, Tensor)
+            ]
+        return sum(value.nbytes for value in kept)
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
@@ -138,7 +142,9 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def bench_steps(shapes: list[tuple[int, int, int]], names: list[str], repeats: int) -> dict:
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
-    print(f"{'table':>14} {'rows':>6}  {'optimizer':<16}{'ms a step':>10} {'(10-90 %)':>18} {'x fused':>8} {'x floor':>8} {'state MB':>9}")
+    print(
+        f"{'table':>14}{'rows':>7}  {'optimizer':<16}{'ms a step':>9}{'(10-90 %)':>19}{'x fused':>8}{'x floor':>8}{'state MB':>10}"
+    )
     results = []
     for vocabulary, width, touched in shapes:
         shape = Shape(vocabulary, width, touched, names)
@@ -148,7 +154,7 @@ def bench_steps(shapes: list[tuple[int, int, int]], names: list[str], repeats: i
         for turn in range(repeats + 2):
             rows, values = shape.batch()
             if shape.module is not None:
-                reads.append(timed(lambda rows=rows: shape.module.row_table.read(shape.module.weight.detach(), rows)))
+                reads.append(timed(lambda module=shape.module, rows=rows: module.row_table.read(module.weight.detach(), rows)))
             for name in names:
                 if name == "AdamW(foreach)" and turn > 4:
                     continue
@@ -157,7 +163,8 @@ def bench_steps(shapes: list[tuple[int, int, int]], names: list[str], repeats: i
         for name in names:
             found = {**summary(seconds[name][2:]), "state_bytes": shape.state_bytes(name)}
             entry["optimizers"][name] = found
-            ratio = statistics.median(seconds["AdamW(fused)"][2:]) * 1e3 / found["median_ms"] if "AdamW(fused)" in names else math.nan
+            fused = summary(seconds["AdamW(fused)"][2:])["median_ms"] if "AdamW(fused)" in names else math.nan
+            ratio = fused / found["median_ms"]
             print(
                 f"{vocabulary >> 10:>8}k x {width:<4}{touched:>6}  {name:<16}{found['median_ms']:>9.1f} "
                 f"{found['low_ms']:>9.1f}-{found['high_ms']:<8.1f}{ratio:>8.1f} {found['median_ms'] / (1e3 * floor):>8.1f} "
@@ -234,7 +241,8 @@ def bench_training(path: Path, batch: tuple[int, int], steps: int) -> dict:
         found["losses"] = [step[2] for step in taken[kind]]
         results[kind] = found
         print(
-            f"{kind:<14} whole step {found['whole']['median_ms']:8.0f} ms ({found['whole']['low_ms']:.0f}-{found['whole']['high_ms']:.0f}), "
+            f"{kind:<14} whole step {found['whole']['median_ms']:8.0f} ms "
+            f"({found['whole']['low_ms']:.0f}-{found['whole']['high_ms']:.0f}), "
             f"optimizer {found['optimizer']['median_ms']:6.0f} ms, peak memory {found['peak_bytes'] / 1e6:6.0f} MB, "
             f"last loss {found['losses'][-1]:.6f}"
         )
@@ -253,7 +261,7 @@ def main() -> None:
     if arguments.end_to_end:
         results = bench_training(arguments.end_to_end, tuple(arguments.batch), arguments.repeats or 6)
     else:
-        results = bench_steps(QUICK if arguments.quick else SHAPES, arguments.optimizers, arguments.repeats or (11 if arguments.quick else 15))
+        results = bench_steps(QUICK if arguments.quick else SHAPES, arguments.optimizers, arguments.repeats or 15)
     print(json.dumps(results))
 
 

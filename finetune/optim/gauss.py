@@ -3,7 +3,7 @@
 A row last stepped at s and looked at after step t has missed the steps j = s+1 … t, whose gradient was zero.  Dense AdamW
 moved it, for each of its elements with first moment m and x = sqrt(second moment), by
 
-    -m * sum_j  w_j / (x d_j + eps)       w_j = lr_j beta1^(j-s) / (1 - beta1^j) * D_j        d_j = beta2^((j-s)/2) / sqrt(1 - beta2^j)
+    -m * sum_j  w_j / (x d_j + eps)     w_j = lr_j beta1^(j-s) / (1 - beta1^j) * D_j     d_j = beta2^((j-s)/2) / sqrt(1 - beta2^j)
 
 where D_j is the product of the decays (1 - lr_i weight_decay) of the later steps.  Only scalars depend on j, so the sum is the
 integral of f(d) = d / (x d + eps) over the atoms d_j with masses w_j / d_j.  f is constant where eps << x d and linear where
@@ -30,7 +30,7 @@ def horizon(beta1: float, beta2: float, tolerance: float) -> int:
 
 
 def missed_atoms(step: int, missed: Tensor, betas: tuple[float, float], lr: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return mass w / d (but for later decay) and place d of step `step` in the sums of rows for which it is missed number `missed`."""
+    """Return mass w / d (but for later decay) and place d of step `step` in the sums where it is missed step `missed`."""
     beta1, beta2 = betas
     places = beta2 ** (missed / 2) / math.sqrt(1 - beta2**step)
     return lr * beta1**missed / (1 - beta1**step) / places, places
@@ -55,7 +55,7 @@ def grow_rule(masses: Tensor, nodes: Tensor, missed: Tensor, mass: Tensor, place
 
 
 def gauss_rule(masses: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return masses and nodes [rows, count] of the Gauss rules of discrete measures given by `masses` >= 0 at `places` [rows, n]."""
+    """Return masses and nodes [rows, count] of the Gauss rules of the measures with `masses` >= 0 at `places`, each [rows, n]."""
     assert count <= masses.shape[1]
     total = masses.sum(1, keepdim=True)
     vector = (masses / total.clamp_min(torch.finfo(masses.dtype).tiny)).sqrt()

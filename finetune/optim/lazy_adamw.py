@@ -13,37 +13,39 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import UserError
+from finetune.optim.lazy_checks import check_embedding, check_missed_steps, check_mode, check_options, floats
 from finetune.optim.lazy_embedding import RowLookup, make_lazy, make_plain
-from finetune.optim.missed_steps import GaussRules
-from finetune.optim.row_table import MISSED_STEPS, RowTable
+from finetune.optim.row_table import RowTable
 
 
 class LazyAdamW(Optimizer):
     r"""AdamW over dense parameters and, row by row, over the tables of registered embeddings.
 
     Dense AdamW moves every row of an embedding at every step: a row that the batch did not use still decays, and drifts on by its
-    momentum.  LazyAdamW steps only the rows in the gradient, and makes up what the others missed when they are next looked at:
+    momentum. LazyAdamW steps only the rows in the gradient, and makes up what the others missed when they are next looked at:
 
     - ``missed_steps="exact"``: as dense AdamW, to rounding, at a constant cost for any number of missed steps.  The reference is
       AdamW in float64: float32 rows stay as near to it as dense float32 AdamW does.
     - ``missed_steps="replay"``: one by one.  Bitwise ``torch.optim.AdamW(foreach=False)`` in float32 and float64, and slow.
-    - ``missed_steps="skip"``: never.  Unused rows are frozen: no drift, no decay.  These are the semantics of TensorFlow's LazyAdam
-      and torch's SparseAdam, and **train another model than AdamW does**.
+    - ``missed_steps="skip"``: never.  Unused rows are frozen: no drift, no decay.  These are the semantics of TensorFlow's
+      LazyAdam and torch's SparseAdam, and **train another model than AdamW does**.
 
-    Looking rows up is pure: the module's forward returns rows as they are now and stores nothing, so evaluating or saving changes not
-    one bit of the run.  Only ``step`` writes.  ``model.state_dict()``, hence saving and exporting, shows the rows as they are now.  Code
-    that reads ``embedding.weight`` itself (weight averaging, resizing, tying) does so inside ``with optimizer.flushed():`` or after
-    ``optimizer.flush()``.  For a checkpoint that resumes bit by bit take both state dicts inside ``with optimizer.deferred():``.
+    Looking rows up is pure: the module's forward returns rows as they are now and stores nothing, so evaluating or saving changes
+    not one bit of the run. Only ``step`` writes. ``model.state_dict()``, hence saving and exporting, shows the rows as they are
+    now. Code that reads ``embedding.weight`` itself (weight averaging, resizing, tying) does so inside ``with
+    optimizer.flushed():`` or after ``optimizer.flush()``. For a checkpoint that resumes bit by bit take both state dicts inside
+    ``with optimizer.deferred():``.
 
-    A table whose ``grad`` is None misses nothing: as in torch the parameter is not stepped and its clock stands.  A gradient without
-    entries is a step.  A dense gradient at a registered table is an error: it comes from code that read rows not up to date.  Changing
-    lr or weight_decay between steps costs nothing; changing betas or eps flushes the table first.  An embedding that is resized is a
-    new table: flush, resize, and build a new optimizer.
+    A table whose ``grad`` is None misses nothing: as in torch the parameter is not stepped and its clock stands. A gradient
+    without entries is a step. A dense gradient at a registered table is an error: it comes from code that read rows not up to
+    date. Changing lr or weight_decay between steps costs nothing; changing betas or eps flushes the table first. An embedding
+    that is resized is a new table: flush, resize, and build a new optimizer.
 
-    float32 and float64 weights; bfloat16 and float16 weights of registered tables keep float32 master rows (dense parameters follow
-    torch.optim.AdamW, state in the parameter's dtype).  On CUDA the step waits for the device only to coalesce a gradient that is not
-    yet coalesced and when a table may have to grow; a tensor ``lr`` is read on the host; ``replay`` and the lookup's ``unique`` wait too.
+    float32 and float64 weights; bfloat16 and float16 weights of registered tables keep float32 master rows (dense parameters
+    follow torch.optim.AdamW, state in the parameter's dtype). On CUDA the step waits for the device only to coalesce a gradient
+    that is not yet coalesced and when a table may have to grow; a tensor ``lr`` is read on the host; ``replay`` and the lookup's
+    ``unique`` wait too.
 
     Args:
         params: parameters or parameter groups, as for torch's optimizers.  A group may have its own ``embeddings``.
@@ -68,9 +70,7 @@ class LazyAdamW(Optimizer):
         embeddings: Iterable[nn.Embedding] = (),
         missed_steps: str = "exact",
     ) -> None:
-        if missed_steps not in MISSED_STEPS:
-            hint = did_you_mean(missed_steps, MISSED_STEPS)
-            raise UserError(f"missed_steps={missed_steps!r} is not one of {', '.join(MISSED_STEPS)}{hint}")
+        check_mode(missed_steps)
         self.missed_steps = missed_steps
         self._tables: list[tuple[RowLookup, RowTable]] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
@@ -85,7 +85,7 @@ class LazyAdamW(Optimizer):
         embeddings = param_group.get("embeddings", ())
         super().add_param_group({key: value for key, value in param_group.items() if key != "embeddings"})
         group = self.param_groups[-1]
-        _check_options(group)
+        check_options(group)
         if any(param.is_complex() for param in group["params"]):
             raise UserError("LazyAdamW does not take complex parameters; use torch.optim.AdamW for them")
         for module in embeddings:
@@ -112,7 +112,7 @@ class LazyAdamW(Optimizer):
         return loss
 
     def _step_table(self, weight: Tensor, table: RowTable, group: dict[str, Any]) -> None:
-        betas, eps = _floats(group["betas"]), group["eps"]
+        betas, eps = floats(group["betas"]), group["eps"]
         if (betas, eps) != (table.history.betas, table.history.eps):
             table.change_options(weight, betas, eps)
         assert weight.grad is not None
@@ -185,8 +185,8 @@ class LazyAdamW(Optimizer):
     def deferred(self) -> Iterator[None]:
         """Inside, the state dicts of model and optimizer show, and load, rows as they are stored, left at their last steps.
 
-        Such a pair resumes bit by bit as if the run had not stopped.  Outside, the pair shows every row brought up to now: it goes on
-        along the same trajectory, to rounding.  A model from inside with an optimizer from outside, or the reverse, is refused.
+        Such a pair resumes bit by bit as if the run had not stopped.  Outside, the pair shows every row brought up to now: it goes
+        on along the same trajectory, to rounding.  A model from inside with an optimizer from outside, or the reverse, is refused.
         """
         tables = [table for _, table in self._tables]
         for table in tables:
@@ -238,17 +238,17 @@ class LazyAdamW(Optimizer):
                 self.state[weight] = table.live_state()
             else:
                 table.flush(weight)
-                table.clear(_floats(groups[weight]["betas"]), groups[weight]["eps"])
+                table.clear(floats(groups[weight]["betas"]), groups[weight]["eps"])
 
     # Embeddings
 
     @torch.no_grad()
     def _register(self, module: nn.Embedding) -> None:
         group = next((group for group in self.param_groups if any(param is module.weight for param in group["params"])), None)
-        _check_embedding(module, in_group=group is not None)
+        check_embedding(module, in_group=group is not None)
         assert group is not None
-        betas = _floats(group["betas"])
-        _check_missed_steps(self.missed_steps, betas, group["eps"])
+        betas = floats(group["betas"])
+        check_missed_steps(self.missed_steps, betas, group["eps"])
         if isinstance(module, RowLookup):  # of an earlier optimizer
             module.row_table.flush(module.weight)
             make_plain(module)
@@ -265,8 +265,8 @@ class LazyAdamW(Optimizer):
                 raise UserError("a registered embedding was released or given to another optimizer; build a new optimizer")
             if module.weight not in groups:
                 raise UserError(
-                    "the weight of a registered embedding is no longer among the optimizer's parameters (it was replaced, by resizing "
-                    "or sharding the model); build the optimizer afterwards, and keep registered embeddings out of FSDP"
+                    "the weight of a registered embedding is no longer among the optimizer's parameters (resizing or sharding the "
+                    "model replaced it); build the optimizer afterwards, and keep registered embeddings out of FSDP"
                 )
             group, grad = groups[module.weight], module.weight.grad
             if table.read_as_stored and grad is not None:
@@ -278,7 +278,7 @@ class LazyAdamW(Optimizer):
                 )
             if float(group["lr"]) * group["weight_decay"] >= 1:
                 raise UserError(f"lr * weight_decay must be below 1, not {float(group['lr'])} * {group['weight_decay']}")
-            _check_missed_steps(self.missed_steps, _floats(group["betas"]), group["eps"])
+            check_missed_steps(self.missed_steps, floats(group["betas"]), group["eps"])
         tables = {module.weight: table for module, table in self._tables}
         if any(param.grad is not None and param.grad.is_sparse and param not in tables for param in groups):
             raise UserError("a parameter that is not a registered embedding got a sparse gradient; name its module in `embeddings`")
@@ -290,41 +290,3 @@ class LazyAdamW(Optimizer):
         for index, param in enumerate(param for group in self.param_groups for param in group["params"]):
             if param in tables:
                 yield index, param, tables[param]
-
-
-def _floats(betas: tuple[float | Tensor, float | Tensor]) -> tuple[float, float]:
-    return float(betas[0]), float(betas[1])
-
-
-def _check_options(group: dict[str, Any]) -> None:
-    if not float(group["lr"]) >= 0:
-        raise UserError(f"lr must be at least 0, not {group['lr']}")
-    if not group["eps"] >= 0:
-        raise UserError(f"eps must be at least 0, not {group['eps']}")
-    if not all(0 <= beta < 1 for beta in _floats(group["betas"])):
-        raise UserError(f"betas must be at least 0 and below 1, not {group['betas']}")
-    if not group["weight_decay"] >= 0:
-        raise UserError(f"weight_decay must be at least 0, not {group['weight_decay']}")
-
-
-def _check_missed_steps(missed_steps: str, betas: tuple[float, float], eps: float) -> None:
-    if missed_steps == "exact" and not (GaussRules.supports(betas) and eps > 0):
-        raise UserError(
-            f'missed_steps="exact" needs eps above 0 and betas[0] clearly below sqrt(betas[1]), not eps={eps}, betas={betas}; '
-            f'missed_steps="replay" takes any'
-        )
-
-
-def _check_embedding(module: nn.Embedding, *, in_group: bool) -> None:
-    if not isinstance(module, nn.Embedding):
-        raise UserError(f"embeddings takes nn.Embedding modules, not {type(module).__name__}")
-    reasons = {
-        "its max_norm rewrites rows as they are read": module.max_norm is not None,
-        "scale_grad_by_freq does not go with row-sparse gradients": module.scale_grad_by_freq,
-        "its weight is complex": module.weight.is_complex(),
-        "its weight is frozen": not module.weight.requires_grad,
-        "its weight is not among the optimizer's parameters": not in_group,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UserError(f"this embedding cannot be stepped lazily: {reason}")

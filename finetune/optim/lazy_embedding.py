@@ -1,9 +1,9 @@
 """An nn.Embedding whose rows are stepped lazily: it looks rows up as dense AdamW would have them now.  Floor 1.
 
-Registering an embedding with `LazyAdamW` changes the class of that one module object, in place, to one with `RowLookup` between it and
-nn.Embedding: parameters, names and the module's identity stay, a subclass whose forward calls `super().forward(ids)` (Gemma's scaled
-embedding) works unchanged, and the module can be deep-copied, pickled and saved as before.  `weight` itself holds rows as they were
-last stepped: whoever reads it directly does so inside `LazyAdamW.flushed()`.
+Registering an embedding with `LazyAdamW` changes the class of that one module object, in place, to one with `RowLookup` between it
+and nn.Embedding: parameters, names and the module's identity stay, a subclass whose forward calls `super().forward(ids)` (Gemma's
+scaled embedding) works unchanged, and the module can be deep-copied, pickled and saved as before.  `weight` itself holds rows as
+they were last stepped: whoever reads it directly does so inside `LazyAdamW.flushed()`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from finetune.optim.row_table import RowTable
 
 
 class _Rows(torch.autograd.Function):
-    """Rows `current` [u, d], computed elsewhere, as the value of a lookup of distinct `rows` [u] in `weight`; the gradient goes to them."""
+    """The lookup of distinct `rows` [u] in `weight`, whose value is `current` [u, d]; the gradient goes to the rows."""
 
     @staticmethod
     def forward(weight: Tensor, current: Tensor, rows: Tensor, inverse: Tensor, padding_idx: int | None) -> Tensor:
@@ -84,23 +84,25 @@ class RowLookup(nn.Embedding):
 
 
 @functools.cache
-def _lazy_class(cls: type[nn.Embedding]) -> type[RowLookup]:
+def _lazy_class(cls: Any) -> Any:
     bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
     return type(f"Lazy{cls.__name__}", bases, {"original_class": cls})
 
 
-def _instance(cls: type[nn.Embedding]) -> nn.Module:
+def _instance(cls: Any) -> nn.Module:
     lazy = _lazy_class(cls)
     return lazy.__new__(lazy)
 
 
 def make_lazy(module: nn.Embedding, table: RowTable) -> None:
     """Make `module` look its rows up through `table` and give row-sparse gradients."""
-    module.was_sparse, module.row_table, module.sparse = module.sparse, table, True
-    module.__class__ = _lazy_class(type(module))
+    lazy: Any = module
+    lazy.was_sparse, lazy.row_table, lazy.sparse = module.sparse, table, True
+    lazy.__class__ = _lazy_class(lazy.__class__)
 
 
 def make_plain(module: RowLookup) -> None:
     """Make `module` the embedding that it was before `make_lazy`."""
-    module.__class__, module.sparse = module.original_class, module.was_sparse
-    del module.row_table, module.was_sparse
+    plain: Any = module
+    plain.__class__, plain.sparse = module.original_class, module.was_sparse
+    del plain.row_table, plain.was_sparse

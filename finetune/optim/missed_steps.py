@@ -1,4 +1,4 @@
-"""AdamW for rows that were not looked at every step.  Floor 1: the history of the steps, one step, and how missed steps are made up.
+"""AdamW for rows that are not stepped every time: the history, one step, and how missed steps are made up.  Floor 1.
 
 Everything here works on gathered rows [k, d] in float32 or float64 and knows nothing of tables, modules or optimizers.  The one
 arithmetic, `adamw_step_`, is that of torch.optim.AdamW(foreach=False), operation for operation (Loshchilov and Hutter, "Decoupled
@@ -6,7 +6,7 @@ Weight Decay Regularization", https://arxiv.org/abs/1711.05101).  A missed step 
 make up the steps missed since each row's `last_step` [k] (int64):
 
 - `GaussRules`: all at once, a constant number of operations (see gauss.py).
-- `replay_`: one by one, bitwise what dense AdamW would have done; it wants the rows sorted by `last_step`.
+- `replay_`: one by one, bitwise what dense AdamW would have done.
 
 Every operation is one that rounds an element the same wherever it stands in a tensor, so a row has one value no matter which rows
 are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, so
@@ -15,10 +15,10 @@ are gathered beside it.  (The vector body and the scalar tail of torch's fused k
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from finetune.optim.gauss import grow_rule, horizon, missed_atoms, nodes_needed
 
@@ -86,33 +86,26 @@ def fused_step_(
     eps: float,
 ) -> None:
     """`adamw_step_` by torch's fused kernel: the same to rounding, in one pass over the memory."""
-    before = [torch.full((), step - 1.0, device=param.device)]
-    adamw(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], before, fused=True, amsgrad=False, maximize=False,
-        lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+    torch._fused_adamw_(
+        [param], [grad], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=param.device)], amsgrad=False,
+        maximize=False, lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
     )  # fmt: skip
 
 
 def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:
-    """Bring rows sorted by `last_step` up to history.step, step by step; the cost is that of every step missed."""
-    if not len(last_step):
-        return
-    first = int(last_step[0]) + 1
-    behind = torch.searchsorted(last_step, torch.arange(first, history.step + 1, device=last_step.device)).tolist()
+    """Bring rows up to history.step in place, step by step; the cost is that of every step missed."""
+    order = last_step.argsort(stable=True)
+    p, m, v = (x[order] for x in (param, exp_avg, exp_avg_sq))  # at each step the rows behind it come first
     zero = param.new_zeros(())
-    for step, rows in enumerate(behind, start=first):
-        lr, weight_decay = history.lr[step - 1 - history.since], history.weight_decay[step - 1 - history.since]
-        adamw_step_(
-            param[:rows],
-            exp_avg[:rows],
-            exp_avg_sq[:rows],
-            zero,
-            step=step,
-            lr=lr,
-            weight_decay=weight_decay,
-            betas=history.betas,
-            eps=history.eps,
-        )
+    first = int(last_step.min()) + 1
+    steps = torch.arange(first, history.step + 1, device=last_step.device)
+    for step, behind in zip(steps.tolist(), torch.searchsorted(last_step[order], steps).tolist()):
+        i = step - 1 - history.since
+        lr, weight_decay = history.lr[i], history.weight_decay[i]
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": history.betas, "eps": history.eps}
+        adamw_step_(p[:behind], m[:behind], v[:behind], zero, step=step, **options)
+    for x, replayed in zip((param, exp_avg, exp_avg_sq), (p, m, v)):
+        x[order] = replayed
 
 
 @dataclass
@@ -125,17 +118,18 @@ class RowCoefficients:
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
-    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rows: slice, width: int) -> None:
-        """Bring parameters and moments [k, d], whose coefficients stand at `rows`, up to date in place; `width` nodes count."""
-        masses, shifts = self.masses[rows], self.shifts[rows]
+    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """Bring parameters and moments [k, d] up to date in place."""
         root = exp_avg_sq.sqrt()
-        drift = masses[:, :1] / (root + shifts[:, :1])
-        for i in range(1, width):
-            drift.addcdiv_(masses[:, i : i + 1], root + shifts[:, i : i + 1])
+        nodes = zip(self.masses.split(1, dim=1), self.shifts.split(1, dim=1), strict=True)
+        mass, shift = next(nodes)
+        drift = mass / (root + shift)
+        for mass, shift in nodes:
+            drift.addcdiv_(mass, root + shift)
         drift.mul_(exp_avg)
-        param.add_(torch.mul(param, self.decay[rows], out=root).sub_(drift))
-        exp_avg.mul_(self.exp_avg[rows])
-        exp_avg_sq.mul_(self.exp_avg_sq[rows])
+        param.add_(torch.mul(param, self.decay, out=root).sub_(drift))
+        exp_avg.mul_(self.exp_avg)
+        exp_avg_sq.mul_(self.exp_avg_sq)
 
 
 class GaussRules:
@@ -162,32 +156,36 @@ class GaussRules:
         """Whether the sum over missed steps dies out soon enough: beta1 < sqrt(beta2), by a margin."""
         return betas[0] == 0 or (betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON)
 
-    def order(self, last_step: Tensor) -> Tensor:
-        """Return an order of rows in which those that need the same number of nodes stand together, most nodes first."""
-        powers = torch.tensor([1 << i for i in range(32)], device=self.device)
-        return torch.bucketize(last_step, powers, right=True).argsort(stable=True)
-
-    def coefficients(self, last_step: Tensor) -> "RowCoefficients":
-        """Return what the elements of each row are multiplied with to bring them from `last_step` up to history.step."""
+    def coefficients(self, last_step: Tensor, size: int) -> list[RowCoefficients]:
+        """Return what brings rows from `last_step` up to history.step, for `size` rows at a time."""
         self.grow()
+        if not len(last_step):
+            return []
         history, (beta1, beta2), dtype = self.history, self.history.betas, self.masses.dtype
         index, missed = last_step - history.since, (history.step - last_step).double()[:, None]
         end = (index + self.length).clamp_(max=len(history.lr))
         now = history.log_decay[-1]
-        later_decay = torch.exp(now - self.log_decay[end]).to(dtype)[:, None]
-        return RowCoefficients(
-            masses=self.masses[index] * later_decay,
-            shifts=self.shifts[index],
-            decay=torch.expm1(now - self.log_decay[index]).to(dtype)[:, None],
-            exp_avg=torch.pow(beta1, missed).to(dtype),
-            exp_avg_sq=torch.pow(beta2, missed).to(dtype),
+        columns = (
+            self.masses[index] * torch.exp(now - self.log_decay[end]).to(dtype)[:, None],
+            self.shifts[index],
+            torch.expm1(now - self.log_decay[index]).to(dtype)[:, None],
+            torch.pow(beta1, missed).to(dtype),
+            torch.pow(beta2, missed).to(dtype),
         )
+        parts = zip(*(column.split(size) for column in columns), strict=True)
+        return [
+            RowCoefficients(masses[:, :width], shifts[:, :width], *others)
+            for width, (masses, shifts, *others) in zip(self._widths(last_step, size), parts, strict=True)
+        ]
 
-    def width(self, last_step: Tensor) -> int:
-        """Return how many nodes these rows need.  A device is not asked (that would wait for it): all of them."""
-        if self.device.type != "cpu" or not len(last_step):
-            return self.most
-        return self._nodes(min(int(last_step.min()), self._window_start(self.history.step)))
+    def _widths(self, last_step: Tensor, size: int) -> list[int]:
+        """Return how many nodes each `size` rows need.  Only a CPU is asked (one waits for other devices): elsewhere all count."""
+        if self.device.type != "cpu":
+            return [self.most] * -(-len(last_step) // size)
+        # The longest missed row decides.  A row never stepped (step 0) has no drift and needs none.
+        window, steps = self._window_start(self.history.step), last_step.tolist()
+        longest = [min(filter(None, steps[i : i + size]), default=window) for i in range(0, len(steps), size)]
+        return [self._nodes(min(step, window)) for step in longest]
 
     def grow(self) -> None:
         """Take the steps recorded since the last time into the rules."""
@@ -200,14 +198,16 @@ class GaussRules:
             missed = torch.arange(step - first, 0, -1, dtype=torch.float64)
             atoms = missed_atoms(step, missed, history.betas, history.lr[i - 1])
             dropped = len(self.window_masses) + 1 - len(missed)
-            masses = torch.nn.functional.pad(self.window_masses[dropped:] * (1 - history.lr[i - 1] * history.weight_decay[i - 1]), (0, 0, 0, 1))
+            masses = torch.nn.functional.pad(
+                self.window_masses[dropped:] * (1 - history.lr[i - 1] * history.weight_decay[i - 1]), (0, 0, 0, 1)
+            )
             nodes = torch.nn.functional.pad(self.window_nodes[dropped:], (0, 0, 0, 1), value=1.0)
             self.window_masses, self.window_nodes = grow_rule(masses, nodes, missed, *atoms, self._nodes(first))
             self._publish(first - history.since)
             self.known = step
 
     def _window_start(self, step: int) -> int:
-        """Return the earliest step in the window that ends with rows left at step - 1; the window has the nodes that this one needs."""
+        """Return the first step in the window that ends with rows left at step - 1; all the window has the nodes that it needs."""
         return max(self.history.since, step - self.length)
 
     def _nodes(self, last_step: int) -> int:

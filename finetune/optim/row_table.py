@@ -24,7 +24,7 @@ from finetune.optim.row_gradient import coalesce
 
 MISSED_STEPS = ("exact", "replay", "skip")
 _WITNESSES = 16
-_BLOCK_ELEMENTS = 1 << 18  # gathered at once on a CPU: a megabyte of float32, so that a block stays in the cache
+_BLOCK_ELEMENTS = 1 << 15  # gathered at once on a CPU: stays in the cache, and below the size at which torch starts threads
 _CACHE_LINE = 16  # float32 numbers; see missed_steps.fused_step_
 
 
@@ -105,12 +105,12 @@ class RowTable:
         state = self.stored_state()
         if self.is_current:
             return state
-        settled = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state}
+        settled: dict[str, Any] = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state}
         slots = torch.arange(1, len(state["rows"]) + 1, device=self.device)
-        for positions, _, _, block in self._current(weight, state["rows"], slots):
+        for part, _, _, block in self._current(weight, state["rows"], slots):
             for key, values in zip(("master", "exp_avg", "exp_avg_sq"), block):
                 if key in settled:
-                    settled[key].index_copy_(0, positions, values)
+                    settled[key][part] = values
         now = torch.full_like(state["last_step"], self.step_count)
         state = {key: value for key, value in state.items() if not key.startswith(("rule_", "window_"))}
         return {**state, **settled, "last_step": now, "lr": torch.empty(0), "weight_decay": torch.empty(0)}
@@ -189,12 +189,12 @@ class RowTable:
         self.load_state(state)
 
     def check_witness(self, weight: Tensor) -> None:
-        """Raise UserError if the state was loaded beside a weight that it does not belong to.  Called at every use, at no cost after one."""
+        """Raise UserError if the state was loaded beside a weight that it does not belong to.  Free after the first use."""
         if self.witness is not None:
             if not self._matches(weight, self.witness):
                 raise UserError(
-                    "the embedding's weight is not the one that the optimizer's state was saved with: save (and load) the state dicts of "
-                    "model and optimizer both inside `with optimizer.deferred():`, or both outside it"
+                    "the embedding's weight is not the one that the optimizer's state was saved with: save (and load) the state "
+                    "dicts of model and optimizer both inside `with optimizer.deferred():`, or both outside it"
                 )
             self.witness = None
 
@@ -208,8 +208,8 @@ class RowTable:
         if self.is_current:
             return weight[rows]
         out = weight.new_empty(len(rows), self.shape[1])
-        for positions, _, _, (param, _, _) in self._current(weight, rows, self.slot_of_row[rows].long()):
-            out.index_copy_(0, positions, param.to(out.dtype))
+        for part, _, _, (param, _, _) in self._current(weight, rows, self.slot_of_row[rows].long()):
+            out[part] = param
         return out
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -226,10 +226,16 @@ class RowTable:
         rows, gradients = grad.indices()[0], grad.values()
         slots = self._claim(weight, rows)
         step = self.step_count + 1
-        options = {"step": step, "lr": lr, "weight_decay": weight_decay, "betas": self.history.betas, "eps": self.history.eps}
+        options: dict[str, Any] = {
+            "step": step,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": self.history.betas,
+            "eps": self.history.eps,
+        }
         fused = self.missed_steps != "replay" and self.shape[1] % _CACHE_LINE == 0
-        for positions, at, to, block in self._current(weight, rows, slots):
-            gradient = gradients.index_select(0, positions).to(self.compute_dtype)
+        for part, at, to, block in self._current(weight, rows, slots):
+            gradient = gradients[part].to(self.compute_dtype)
             (fused_step_ if fused else adamw_step_)(*block, gradient, **options)
             weight.index_copy_(0, at, block[0].to(weight.dtype))
             for values, table in zip(block, (self.master, self.exp_avg, self.exp_avg_sq)):
@@ -283,25 +289,22 @@ class RowTable:
                     grown[: len(table)] = table
                     setattr(self, name, grown)
 
-    def _current(self, weight: Tensor, rows: Tensor, slots: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[Tensor]]]:
-        """Yield positions among `rows`, the rows and slots there, and copies of their parameters and moments brought up to now.
-
-        Together, on a CPU, come rows that suit one another (a rule's nodes depend on when a row was left), a cacheful at a time.
-        """
+    def _current(
+        self, weight: Tensor, rows: Tensor, slots: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+        """Yield rows and slots, on a CPU a cacheful at a time, with copies of their parameters and moments brought up to now."""
         last_step = self.last_step[slots]
-        order = self.rules.order(last_step) if self.missed_steps == "exact" else last_step.argsort(stable=True)
-        rows, slots, last_step = rows[order], slots[order], last_step[order]
-        if self.missed_steps == "exact":
-            coefficients = self.rules.coefficients(last_step)
         size = max(1, _BLOCK_ELEMENTS // self.shape[1]) if self.device.type == "cpu" else max(1, len(rows))
-        for start in range(0, len(rows), size):
+        coefficients = self.rules.coefficients(last_step, size) if self.missed_steps == "exact" else []
+        for i, start in enumerate(range(0, len(rows), size)):
             part = slice(start, start + size)
-            param = weight.index_select(0, rows[part])
+            at, to = rows[part], slots[part]
+            param = weight.index_select(0, at)
             if self.master is not None:
-                param = torch.where((slots[part] > 0)[:, None], self.master.index_select(0, slots[part]), param.float())
-            exp_avg, exp_avg_sq = self.exp_avg.index_select(0, slots[part]), self.exp_avg_sq.index_select(0, slots[part])
+                param = torch.where((to > 0)[:, None], self.master.index_select(0, to), param.float())
+            block = (param, self.exp_avg.index_select(0, to), self.exp_avg_sq.index_select(0, to))
             if self.missed_steps == "exact":
-                coefficients.catch_up_(param, exp_avg, exp_avg_sq, part, self.rules.width(last_step[part]))
+                coefficients[i].catch_up_(*block)
             elif self.missed_steps == "replay":
-                replay_(param, exp_avg, exp_avg_sq, last_step[part], self.history)
-            yield order[part], rows[part], slots[part], [param, exp_avg, exp_avg_sq]
+                replay_(*block, last_step[part], self.history)
+            yield part, at, to, block

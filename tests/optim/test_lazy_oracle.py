@@ -70,7 +70,9 @@ def test_the_oracle_cases_cover_every_pair_of_options():
         assert len(pairs) == len({case[i] for case in ORACLE_CASES}) * len({case[j] for case in ORACLE_CASES}), (i, j)
 
 
-@pytest.mark.parametrize(("betas", "eps", "weight_decay"), ORACLE_CASES)
+@pytest.mark.parametrize(
+    ("betas", "eps", "weight_decay"), [ORACLE_CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in ORACLE_CASES[1:])]
+)
 def test_is_dense_adamw(betas, eps, weight_decay):
     options = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     start, oracle = train("dense", torch.float64, **options)
@@ -97,7 +99,7 @@ def test_a_step_gives_a_row_the_same_bits_whatever_is_stepped_beside_it(width, t
         module = nn.Embedding(3000, width, _weight=torch.ones(3000, width, dtype=dtype))
         optimizer = LazyAdamW(module.parameters(), embeddings=[module])
         for grad in grads:
-            module.weight.grad = torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, is_coalesced=True, check_invariants=False)
+            module.weight.grad = torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, check_invariants=False).coalesce()
             optimizer.step()
         tables.append(module.weight[1::7])
     assert torch.equal(*tables)
@@ -144,7 +146,7 @@ def random_rows(count, width, dtype, generator=None):
 
 def catch_up(rules, rows, last_step):
     copies = [x.clone() for x in rows]
-    rules.coefficients(last_step).catch_up_(*copies, slice(None), rules.width(last_step))
+    rules.coefficients(last_step, len(last_step))[0].catch_up_(*copies)
     return copies
 
 
@@ -189,7 +191,7 @@ def test_rules_do_what_replaying_does(seed, steps, betas, eps, rates, weight_dec
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-30)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     touched=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=30),
     rates=st.lists(st.sampled_from([0.0, 1e-3, 0.1, 1.0]), min_size=30, max_size=30),
