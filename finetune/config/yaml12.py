@@ -6,15 +6,18 @@ Source: https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
+
+
+_FLOAT_WORDS = re.compile(r"\.(inf|nan)")
 
 
 class CoreLoader(yaml.SafeLoader):
     """SafeLoader with the core schema's scalars and no duplicate keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -34,11 +37,8 @@ CoreLoader.add_implicit_resolver(
     re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
-CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-CoreLoader.add_constructor(
-    "tag:yaml.org,2002:float",
-    lambda loader, node: float(loader.construct_scalar(node).lower().replace(".inf", "inf").replace(".nan", "nan")),
-)
+CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+CoreLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(_FLOAT_WORDS.sub(r"\1", node.value.lower())))
 
 
 def parse(text: str) -> Any:

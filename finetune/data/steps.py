@@ -37,8 +37,8 @@ def plan_epoch(lengths: Sequence[int], *, max_length: int, packing: bool, batch_
     """The rows of one epoch in their order; each example stands in exactly one.
 
     With packing, the examples are packed anew in each epoch from another order: the rows are as full and as many, the companions
-    change. Without, each step has rows of like length, shorter ones first, and the order of the steps is random. Either way the steps do not
-    depend on how they are cut into micro-batches.
+    change. Without, each step has rows of like length, shorter ones first, and the order of the steps is random.
+    Either way the steps do not depend on how they are cut into micro-batches.
     """
     generator = random.Random(f"{seed}/{epoch}")
     order = list(range(len(lengths)))

@@ -139,7 +139,7 @@ def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, di
 def generate_answers(
     target: str, prompts: Sequence[str], *, raw: bool, seed: int, settings: Mapping[str, Any], display: Display | None = None
 ) -> Iterator[str]:
-    """The answer to each prompt (without any: to each line of stdin), in order. `raw` continues the text, without a chat template."""
+    """The answer to each prompt (without any: to each line of stdin), in order. `raw` continues the text."""
     opened, display = open_target(target), display or Display()
     section = opened.settings(settings)
     encode = _raw_prompt(opened.tokenizer) if raw or not opened.tokenizer.chat_template else _chat_prompt(opened.tokenizer)
