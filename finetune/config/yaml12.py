@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-
 _FLOAT_WORDS = re.compile(r"\.(inf|nan)")
 
 
