@@ -209,6 +209,7 @@ SHORT = ["training.max_steps=4", "data.max_validation_rows=8", "evaluation.gener
 PLAN = """
 import sys
 from pathlib import Path
+from finetune.config import load_config
 from finetune.display import Display
 from finetune.recipes.planning import Planner
 print(Planner(load_config(Path(sys.argv[1]), sys.argv[2:]), Display()).plan().memory.peak)
