@@ -122,33 +122,18 @@ class LazyAdamW(Optimizer):
 
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """torch's own AdamW: the fused kernel, or in "replay" the loop whose operations the rows are stepped with."""
-        fused = self.missed_steps != "replay"
         for param in params:
-            state = self.state[param]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            if fused:
-                state["step"] = state["step"].to(param.device)
-        states = [self.state[param] for param in params]
-        adamw(
-            params,
-            [param.grad for param in params if param.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            foreach=False,
-            fused=fused,
-            amsgrad=False,
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+            if not self.state[param]:
+                self.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(param),
+                    "exp_avg_sq": torch.zeros_like(param),
+                }
+        # The fused kernel walks over memory as it lies, so parameter and gradient must lie alike; torch does not check.
+        fused = self.missed_steps != "replay"
+        alike = [fused and param.is_contiguous() and param.grad.is_contiguous() for param in params if param.grad is not None]
+        _adamw(self.state, [param for param, is_alike in zip(params, alike) if is_alike], group, fused=True)
+        _adamw(self.state, [param for param, is_alike in zip(params, alike) if not is_alike], group, fused=False)
 
     # Rows as they are now
 
@@ -290,3 +275,26 @@ class LazyAdamW(Optimizer):
         for index, param in enumerate(param for group in self.param_groups for param in group["params"]):
             if param in tables:
                 yield index, param, tables[param]
+
+
+def _adamw(state: dict[Tensor, Any], params: list[Tensor], group: dict[str, Any], *, fused: bool) -> None:
+    if fused:
+        for param in params:
+            state[param]["step"] = state[param]["step"].to(param.device)
+    adamw(
+        params,
+        [param.grad for param in params if param.grad is not None],
+        [state[param]["exp_avg"] for param in params],
+        [state[param]["exp_avg_sq"] for param in params],
+        [],
+        [state[param]["step"] for param in params],
+        foreach=False,
+        fused=fused,
+        amsgrad=False,
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
