@@ -3,6 +3,7 @@
 Floor 2 (rich). Only the main process shows anything. Everything goes to stderr, so that stdout carries results alone.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,18 @@ class Display:
         """A line that also belongs into the run's record: a choice made, something left out."""
         self.notes.append(text)
         self.say(text)
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Within it, what the package logs as a warning is a note."""
+        logger, handler = logging.getLogger("finetune"), _NoteHandler(self)
+        logger.addHandler(handler)
+        propagate, logger.propagate = logger.propagate, False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = propagate
 
     @contextmanager
     def bar(self, label: str, total: int | None, *, unit: str = "") -> Iterator[Callable[[int], None]]:
@@ -98,6 +111,15 @@ class Display:
             self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{clock}")
 
         return update
+
+
+class _NoteHandler(logging.Handler):
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.note(record.getMessage())
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ from finetune.recipes.model import make_tokenizer
 from finetune.recipes.parts import build_parts, make_accelerator, pad_id
 from finetune.recipes.plan_text import make_console, print_plan
 from finetune.recipes.timing import TimeEstimate, time_run
-from finetune.recipes.training import _warnings_to, optimizer_options
+from finetune.recipes.training import optimizer_options
 
 STREAM_SAMPLE = 1000  # rows that are read of a stream
 STEPS_LOOKED_AT = 1000  # of the first epoch, for the largest micro-batch
@@ -93,7 +93,7 @@ def plan_run(config: RunConfig, *, memory_limit: int | None = None, console: Con
     if config.data.streaming and config.training.max_steps is None:
         raise UserError("a stream has no known length: set training.max_steps")
     display = Display()
-    with _warnings_to(display):
+    with display.warnings():
         planner = Planner(config, display, memory_limit)
         plan = planner.plan()
         if plan.fits:

@@ -4,11 +4,9 @@ Floor 5.
 """
 
 import json
-import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ def run_training(config: RunConfig, *, resume: str | None = None, dry_run: bool 
     accelerator = make_accelerator(config, display)
     if not dry_run:
         _refuse_occupied(run, config, accelerator, resuming=resume is not None)
-    with _warnings_to(display):
+    with display.warnings():
         parts = build_parts(config, accelerator=accelerator, display=display)
         optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
         check_best(config, generation_metrics(config, parts.format), parts.validation is not None)
@@ -214,21 +212,3 @@ def _trackers(parts: Parts, run: RunDir) -> tuple[Callable[[Mapping[str, Any]], 
 
 def _step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-
-
-@contextmanager
-def _warnings_to(display: Display) -> Iterator[None]:
-    """What the rooms below log as a warning is a note of the run."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            display.note(record.getMessage())
-
-    logger, handler = logging.getLogger("finetune"), Handler(logging.WARNING)
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
