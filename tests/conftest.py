@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much where cores are busy
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
