@@ -263,6 +263,16 @@ def test_inspect_shows_examples_targets_and_figures(chat_run):
     assert snapshot(chat_run) == before
 
 
+def test_plan_prints_figures_and_leaves_nothing(chat_run):
+    before = snapshot(chat_run)
+    result = finetune("plan", "c.yaml")
+    assert result.code == 0, result.err
+    assert_plain(result.out)
+    for text in ("parameters", "optimizer state", "expected peak", "steps", "training"):
+        assert text in result.out, text
+    assert snapshot(chat_run) == before
+
+
 def test_report_writes_the_page_again(chat_run):
     (chat_run / "run" / "report.html").unlink()
     result = finetune("report", "run")
