@@ -187,6 +187,8 @@ class GaussRules:
         longest = [min(filter(None, steps[i : i + size]), default=window) for i in range(0, len(steps), size)]
         return [self._nodes(min(step, window)) for step in longest]
 
+    @torch.inference_mode(False)  # an evaluation may be the first to ask, and its tensors could not be written to later
+    @torch.no_grad()
     def grow(self) -> None:
         """Take the steps recorded since the last time into the rules."""
         history = self.history

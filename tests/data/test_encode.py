@@ -98,10 +98,10 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
 def test_no_target_at_all_is_an_error() -> None:
     with pytest.raises(
         UserError,
-        match="no target tokens in 2 rows, so there is nothing to learn: 2 without a target after the cut to data.max_length = 10",
+        match=r"no target tokens in 2 rows, so there is nothing to learn: 2 without a target after the cut to data.max_length = 10",
     ):
         run(rows(row(14, prompt=11), row(12, prompt=11)))
-    with pytest.raises(UserError, match="2 over data.max_length = 10 and dropped"):
+    with pytest.raises(UserError, match=r"2 over data.max_length = 10 and dropped"):
         run(rows(row(14), row(12)), overlong="drop")
     with pytest.raises(UserError, match="there are no rows in the data"):
         run([])

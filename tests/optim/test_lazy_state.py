@@ -458,3 +458,15 @@ def test_the_padding_row_gets_no_gradient_but_decays():
         assert model.embed.weight.grad.coalesce().indices().tolist() == [[4]]
         optimizer.step()
     torch.testing.assert_close(model.state_dict()["embed.weight"][3], torch.full((WIDTH,), (1 - 0.001) ** 5))
+
+
+def test_a_read_in_inference_mode_leaves_nothing_behind_that_training_trips_over() -> None:
+    embedding = nn.Embedding(20, 4)
+    optimizer = LazyAdamW(embedding.parameters(), lr=0.1, embeddings=[embedding])
+    for ids in ([1, 2], [3], [1], [2, 3]):
+        embedding(torch.tensor(ids)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.inference_mode():
+            embedding(torch.arange(20))
+    assert embedding(torch.arange(20)).isfinite().all()
