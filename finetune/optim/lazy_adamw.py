@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.optim.lazy_checks import check_embedding, check_missed_steps, check_mode, check_options, floats
 from finetune.optim.lazy_embedding import RowLookup, make_lazy, make_plain
 from finetune.optim.row_table import RowTable
+from finetune.optim.saved_rows import check_witness, restore, saved_state
 
 
 class LazyAdamW(Optimizer):
@@ -112,6 +113,7 @@ class LazyAdamW(Optimizer):
         return loss
 
     def _step_table(self, weight: Tensor, table: RowTable, group: dict[str, Any]) -> None:
+        check_witness(table, weight)
         betas, eps = floats(group["betas"]), group["eps"]
         if (betas, eps) != (table.history.betas, table.history.eps):
             table.change_options(weight, betas, eps)
@@ -200,7 +202,7 @@ class LazyAdamW(Optimizer):
         packed = super().state_dict()
         for index, weight, table in self._table_entries():
             if table.step_count:
-                packed["state"][index] = table.saved_state(weight)
+                packed["state"][index] = saved_state(table, weight)
         return packed
 
     @torch.no_grad()
@@ -219,7 +221,7 @@ class LazyAdamW(Optimizer):
         for index, weight, table in entries:
             self.state.pop(weight, None)
             if (state := own[index]) is not None:
-                table.restore(weight, state)
+                restore(table, weight, state)
                 self.state[weight] = table.live_state()
             else:
                 table.flush(weight)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.optim.row_table import RowTable
+from finetune.optim.saved_rows import check_witness, weight_was_loaded
 
 
 class _Rows(torch.autograd.Function):
@@ -52,18 +53,19 @@ class RowLookup(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         table, weight = self.row_table, self.weight
-        table.check_witness(weight)
+        check_witness(table, weight)
         if table.is_current or table.read_as_stored:
             return F.embedding(input, weight, self.padding_idx, sparse=True)
         rows, inverse = torch.unique(input, return_inverse=True)
+        keep = torch.is_grad_enabled()
         with torch.no_grad():
-            current = table.read(weight, rows)
+            current = table.read(weight, rows, step_follows=keep)
         return _Rows.apply(weight, current, rows, inverse, self.padding_idx)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table = self.row_table
-        table.check_witness(self.weight)
+        check_witness(table, self.weight)
         if not (table.is_current or table.read_as_stored or table.show_stored):
             destination[prefix + "weight"] = table.dense(self.weight.detach())
 
@@ -71,7 +73,7 @@ class RowLookup(nn.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict:
             with torch.no_grad():
-                self.row_table.weight_was_loaded(self.weight)
+                weight_was_loaded(self.row_table, self.weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)

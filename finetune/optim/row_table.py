@@ -13,7 +13,7 @@ Weights in bfloat16 or float16 keep float32 master rows beside the moments; all 
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,20 @@ from finetune.optim.missed_steps import GaussRules, History, adamw_step_, fused_
 from finetune.optim.row_gradient import coalesce
 
 MISSED_STEPS = ("exact", "replay", "skip")
-_WITNESSES = 16
 _BLOCK_ELEMENTS = 1 << 15  # gathered at once on a CPU: stays in the cache, and below the size at which torch starts threads
 _CACHE_LINE = 16  # float32 numbers; see missed_steps.fused_step_
+
+
+_Block = tuple[Tensor, Tensor, Tensor]  # copies of parameters, first and second moments of some rows, [k, d] each
+
+
+class _Memo(NamedTuple):
+    """Rows brought up to now for the forward of a training step, while step count and weight are as they were."""
+
+    rows: Tensor
+    step: int
+    version: int
+    blocks: list[_Block]
 
 
 class RowTable:
@@ -38,7 +49,7 @@ class RowTable:
         self.shape, self.device = weight.shape, weight.device
         self.read_as_stored = False  # the weight holds current rows for the moment: see LazyAdamW.flushed
         self.show_stored = False  # state dicts show rows and state as stored: see LazyAdamW.deferred
-        self.witness: tuple[Tensor, Tensor] | None = None  # rows of the weight that a loaded state belongs to, until first used
+        self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved_rows
         self.clear(betas, eps)
 
     def clear(self, betas: tuple[float, float], eps: float) -> None:
@@ -138,6 +149,7 @@ class RowTable:
         self.master = with_slot_0(state["master"], 0, torch.float32) if self.dtype not in (torch.float32, torch.float64) else None
         self.used = torch.tensor(len(rows) + 1, device=self.device)
         self.used_at_most = len(rows) + 1
+        self.memo: _Memo | None = None
         self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
         if "rule_masses" in state:
             self.rules.load(state)
@@ -152,64 +164,23 @@ class RowTable:
             state, self.device = self.stored_state(), weight.device
             self.load_state(state)
 
-    # Weights and state are saved in two files; the state carries a few rows of the weight it belongs to
-
-    def saved_state(self, weight: Tensor) -> dict[str, Any]:
-        """Return the state to go with the weight that the module's state dict shows: the stored one, or that of `dense`."""
-        show_stored = self.show_stored or self.is_current or self.read_as_stored
-        state = self.stored_state() if show_stored else self.settled_state(weight)
-        state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
-        longest_missed = self.row_of_slot[1 + self.last_step[1 : int(self.used)].argsort(stable=True)[:_WITNESSES]]
-        untouched = (self.slot_of_row == 0).nonzero()[:1, 0]
-        rows = state["witness_rows"] = torch.cat([longest_missed, untouched])
-        state["witness"] = weight[rows] if show_stored else self.read(weight, rows)
-        return state
-
-    def restore(self, weight: Tensor, state: dict[str, Any]) -> None:
-        """Take over a saved state.  The weight it belongs to may be there already, or be loaded next."""
-        witness = None  # of state from elsewhere, which goes with rows as they are now
-        if "witness" in state:
-            witness = (state["witness_rows"].to(self.device), state["witness"].to(self.device, self.dtype))
-        if not (witness and self._matches(weight, witness)):
-            self.flush(weight)
-        if self.master is not None and "master" not in state:
-            state = {**state, "master": weight[state["rows"]].float()}
-        self.load_state(state)
-        self.witness = witness
-
-    def weight_was_loaded(self, weight: Tensor) -> None:
-        """A state dict was loaded into the weight: unless they are the stored rows of the state at hand, they are current ones."""
-        if self.show_stored or (self.witness and self._matches(weight, self.witness)):
-            return
-        self.witness = None
-        state = self.settled_state(weight)
-        if self.master is not None:
-            loaded, master = weight[state["rows"]], state["master"]
-            state["master"] = torch.where(master.to(loaded.dtype) == loaded, master, loaded.float())
-        self.load_state(state)
-
-    def check_witness(self, weight: Tensor) -> None:
-        """Raise UserError if the state was loaded beside a weight that it does not belong to.  Free after the first use."""
-        if self.witness is not None:
-            if not self._matches(weight, self.witness):
-                raise UserError(
-                    "the embedding's weight is not the one that the optimizer's state was saved with: save (and load) the state "
-                    "dicts of model and optimizer both inside `with optimizer.deferred():`, or both outside it"
-                )
-            self.witness = None
-
-    def _matches(self, weight: Tensor, witness: tuple[Tensor, Tensor]) -> bool:
-        return torch.equal(weight.detach()[witness[0]], witness[1])
-
     # Reading
 
-    def read(self, weight: Tensor, rows: Tensor) -> Tensor:
-        """Return rows [k] (distinct or not) of the table as of now, [k, d] in the weight's dtype.  Writes nothing."""
+    def read(self, weight: Tensor, rows: Tensor, *, step_follows: bool = False) -> Tensor:
+        """Return rows [k] of the table as of now, [k, d] in the weight's dtype.  Writes nothing.
+
+        `step_follows`: keep what was computed, for a step with a gradient in just these rows, which would compute the same again.
+        """
         if self.is_current:
             return weight[rows]
         out = weight.new_empty(len(rows), self.shape[1])
-        for part, _, _, (param, _, _) in self._current(weight, rows, self.slot_of_row[rows].long()):
-            out[part] = param
+        blocks = []
+        for part, _, _, block in self._current(weight, rows, self.slot_of_row[rows].long()):
+            out[part] = block[0]
+            if step_follows:
+                blocks.append(block)
+        if blocks and self.device.type == "cpu":  # to compare rows, another device would have to be waited for
+            self.memo = _Memo(rows, self.step_count, weight._version, blocks)
         return out
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -221,7 +192,6 @@ class RowTable:
     def step(self, weight: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
         """Apply AdamW's next step with the row-sparse gradient `grad`: the rows in it are brought up to now and moved."""
         assert not self.read_as_stored
-        self.check_witness(weight)
         grad = coalesce(grad)
         rows, gradients = grad.indices()[0], grad.values()
         slots = self._claim(weight, rows)
@@ -289,15 +259,16 @@ class RowTable:
                     grown[: len(table)] = table
                     setattr(self, name, grown)
 
-    def _current(
-        self, weight: Tensor, rows: Tensor, slots: Tensor
-    ) -> Iterator[tuple[slice, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]]:
+    def _current(self, weight: Tensor, rows: Tensor, slots: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, _Block]]:
         """Yield rows and slots, on a CPU a cacheful at a time, with copies of their parameters and moments brought up to now."""
-        last_step = self.last_step[slots]
         size = max(1, _BLOCK_ELEMENTS // self.shape[1]) if self.device.type == "cpu" else max(1, len(rows))
+        memo, self.memo = self.memo, None
+        if memo is not None and (memo.step, memo.version) == (self.step_count, weight._version) and torch.equal(memo.rows, rows):
+            yield from zip(_slices(len(rows), size), rows.split(size), slots.split(size), memo.blocks)
+            return
+        last_step = self.last_step[slots]
         coefficients = self.rules.coefficients(last_step, size) if self.missed_steps == "exact" else []
-        for i, start in enumerate(range(0, len(rows), size)):
-            part = slice(start, start + size)
+        for i, part in enumerate(_slices(len(rows), size)):
             at, to = rows[part], slots[part]
             param = weight.index_select(0, at)
             if self.master is not None:
@@ -308,3 +279,7 @@ class RowTable:
             elif self.missed_steps == "replay":
                 replay_(*block, last_step[part], self.history)
             yield part, at, to, block
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))

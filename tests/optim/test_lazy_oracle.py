@@ -239,6 +239,34 @@ def test_a_grown_rule_is_the_rule_of_all_its_atoms():
     torch.testing.assert_close((masses, nodes), gauss_rule(all_masses, all_places, count), rtol=1e-8, atol=0)
 
 
+def test_what_the_forward_computed_serves_the_step_bit_for_bit():
+    """Rows read in training are kept for a step in the same rows; a look in between makes the step compute them again."""
+
+    class Watched(nn.Embedding):
+        def forward(self, ids):
+            rows = super().forward(ids)
+            with torch.no_grad():
+                super().forward(ids[:1])
+            return rows
+
+    def run(kind):
+        torch.manual_seed(0)
+        module = kind(30, 16)
+        optimizer = LazyAdamW(module.parameters(), embeddings=[module])
+        used = 0
+        for step in range(20):
+            optimizer.zero_grad()
+            module(torch.randint(30, (8,), generator=torch.Generator().manual_seed(step))).sin().sum().backward()
+            used += module.row_table.memo is not None
+            optimizer.step()
+        return module.state_dict()["weight"], used
+
+    (kept, used), (computed, not_used) = run(nn.Embedding), run(Watched)
+    assert used == 19
+    assert not_used == 0
+    assert torch.equal(kept, computed)
+
+
 def test_skip_freezes_rows_that_are_not_used():
     module = nn.Embedding(4, 3)
     optimizer = LazyAdamW(module.parameters(), lr=0.1, weight_decay=0.5, embeddings=[module], missed_steps="skip")
