@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+import finetune
 from finetune.errors import UserError
 
 app = typer.Typer(
-    help="Fine-tune small causal language models for chat and translation.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,6 +32,21 @@ TopP = Annotated[float | None, typer.Option(help="Nucleus sampling: keep this mu
 TopK = Annotated[int | None, typer.Option(help="Keep so many tokens; 0 is off.", show_default=False)]
 Penalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="For sampling.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"finetune {finetune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Fine-tune small causal language models for chat and translation."""
 
 
 @app.command()

@@ -37,7 +37,7 @@ def run_demo(task: str, *, short: bool, output_dir: Path | None) -> Stopped:
 
 
 def _print_result(run: RunDir) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     summary = json.loads(run.evaluation.read_text(encoding="utf-8"))
     table = Table(title="held-out data", title_justify="left")
     for name in ("", "before", "after"):

@@ -252,7 +252,7 @@ def _raw_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def _ask() -> str | None:
     try:
-        return input("> ")
+        return input("> " if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):
         return None
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,10 @@ print(json.dumps([seconds[0], sorted(set({HEAVY!r}) & set(sys.modules))]), file=
         assert f"Usage: finetune {command}" in done.stdout
     assert "chat|translation" in done.stdout
     assert "--short" in done.stdout
+
+
+def test_the_version():
+    assert finetune("--version").out == f"finetune {version('finetune-rows')}\n"
 
 
 def test_every_command_is_known_here():
@@ -207,6 +212,7 @@ def test_chat_reads_questions_from_a_pipe(chat_run):
     )
     assert result.code == 0, result.err
     assert "(forgotten)" in result.err
+    assert not result.out.startswith("> ")  # answers alone
     assert finetune("chat", "run", stdin="").code == 0
 
 
