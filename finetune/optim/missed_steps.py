@@ -9,8 +9,8 @@ make up the steps missed since each row's `last_step` [k] (int64):
 - `replay_`: one by one, bitwise what dense AdamW would have done.
 
 Every operation is one that rounds an element the same wherever it stands in a tensor, so a row has one value no matter which rows
-are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, so
-`fused_step_` is for rows of whole cache lines, which leave no tail.)
+are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, and on
+blocks that stay in the cache it gains nothing that can be measured.)
 """
 
 import math
@@ -71,25 +71,6 @@ def adamw_step_(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
-
-
-def fused_step_(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    *,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """`adamw_step_` by torch's fused kernel: the same to rounding, in one pass over the memory."""
-    torch._fused_adamw_(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=param.device)], amsgrad=False,
-        maximize=False, lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
-    )  # fmt: skip
 
 
 def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.missed_steps import GaussRules, History, adamw_step_, fused_step_, replay_
+from finetune.optim.missed_steps import GaussRules, History, adamw_step_, replay_
 from finetune.optim.row_gradient import coalesce
 
 MISSED_STEPS = ("exact", "replay", "skip")
 _BLOCK_ELEMENTS = 1 << 15  # gathered at once on a CPU: stays in the cache, and below the size at which torch starts threads
-_CACHE_LINE = 16  # float32 numbers; see missed_steps.fused_step_
 
 
 _Block = tuple[Tensor, Tensor, Tensor]  # copies of parameters, first and second moments of some rows, [k, d] each
@@ -203,10 +202,9 @@ class RowTable:
             "betas": self.history.betas,
             "eps": self.history.eps,
         }
-        fused = self.missed_steps != "replay" and self.shape[1] % _CACHE_LINE == 0
         for part, at, to, block in self._current(weight, rows, slots):
             gradient = gradients[part].to(self.compute_dtype)
-            (fused_step_ if fused else adamw_step_)(*block, gradient, **options)
+            adamw_step_(*block, gradient, **options)
             weight.index_copy_(0, at, block[0].to(weight.dtype))
             for values, table in zip(block, (self.master, self.exp_avg, self.exp_avg_sq)):
                 if table is not None:
