@@ -66,3 +66,7 @@ class RunDir:
 
     def is_run(self) -> bool:
         return self.config.is_file()
+
+    def has_started(self) -> bool:
+        """Whether there is something to lose: an evaluation or a step was logged."""
+        return self.is_run() and self.metrics.is_file()

@@ -93,7 +93,7 @@ def prepare_chat(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBa
         tokenizer.pad_token = tokenizer.eos_token  # never learnt: the labels of padding are IGNORE_INDEX
     added = sorted(set(tokenizer.get_vocab().values()) - before)
     if model is not None:
-        _fit_rows(model, tokenizer, added)
+        _fit_rows(model, added)
         _set_stops(model, tokenizer, stops)
     return added
 
@@ -113,14 +113,16 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return max(special, key=len) if found and special else None
 
 
-def _fit_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: list[int]) -> None:
-    """Make room for every id, never less than there is (Qwen's and Gemma's tables are padded), and start the added rows."""
-    rows = token_tables(model)[0].shape[0]
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if needed > rows:
-        model.resize_token_embeddings(needed, mean_resizing=False)
+def _fit_rows(model: PreTrainedModel, added: list[int]) -> None:
+    """Make room for the added ids, never less than there is (Qwen's and Gemma's tables are padded), and start their rows.
+
+    Without added ids nothing is resized: a tokenizer that is larger than the table is another model's, which encoding will say.
+    """
     if not added:
         return
+    rows = token_tables(model)[0].shape[0]
+    if max(added) >= rows:
+        model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
     with torch.no_grad():
         for parameter in (*token_tables(model), getattr(model.get_output_embeddings(), "bias", None)):
             if parameter is not None:

@@ -30,9 +30,9 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     display = Display()
     raw = load_raw_data(config.data, seed=config.seed)
     tokenizer = make_tokenizer(config.model, raw.texts())
-    prepare_chat(None, tokenizer, config.model.chat_template)
+    added = prepare_chat(None, tokenizer, config.model.chat_template)
     format = make_format(config.data, tokenizer, raw.first_row)
-    rows = _table_rows(config, tokenizer)
+    rows = _table_rows(config, tokenizer, added)
     display.say(f"encoding the data as {format.name}")
     train = _encode(raw.train, format, config, rows)
     held_out = encode_rows(raw.validation, format, config.data, vocab_size=rows) if raw.validation is not None else None
@@ -53,8 +53,8 @@ def _encode(rows: Iterable[tuple[str, Row]], format: Format, config: RunConfig, 
     return encode(sample, format, max_length=config.data.max_length, overlong=config.data.overlong, vocab_size=vocab_size)
 
 
-def _table_rows(config: RunConfig, tokenizer: Any) -> int:
-    """Rows of the model's token table, from its config alone."""
+def _table_rows(config: RunConfig, tokenizer: Any, added: Sequence[int]) -> int:
+    """Rows of the model's token table, from its config alone, with room for the `added` tokens."""
     model = config.model
     skeleton = load_skeleton(
         name=model.name,
@@ -64,7 +64,7 @@ def _table_rows(config: RunConfig, tokenizer: Any) -> int:
         vocab_size=len(tokenizer),
     )
     table: Any = skeleton.get_input_embeddings()
-    return max(table.weight.shape[0], len(tokenizer))
+    return max(table.weight.shape[0], 1 + max(added, default=0))
 
 
 def _marked(stretches: Sequence[tuple[str, bool]], in_colour: bool) -> Text:

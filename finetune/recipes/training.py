@@ -136,7 +136,7 @@ def _cadence(parts: Parts) -> Cadence:
 
 def _refuse_occupied(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool) -> None:
     """Raise UserError where another run lies in the folder. Process 0 looks, the others wait."""
-    if accelerator.is_main_process and run.is_run() and not resuming and not config.overwrite_output_dir:
+    if accelerator.is_main_process and run.has_started() and not resuming and not config.overwrite_output_dir:
         raise UserError(
             f"{run.root} holds another run; go on with it by --resume auto, name another output_dir, or set "
             f"overwrite_output_dir=true to delete it"
