@@ -9,11 +9,12 @@ make up the steps missed since each row's `last_step` [k] (int64):
 - `replay_`: one by one, bitwise what dense AdamW would have done.
 
 Every operation is one that rounds an element the same wherever it stands in a tensor, so a row has one value no matter which rows
-are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, and on
-blocks that stay in the cache it gains nothing that can be measured.)
+are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, so
+`fused_step_` is for rows of whole cache lines, which leave no tail.)
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,15 +63,35 @@ def adamw_step_(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
+    work: Tensor | None = None,
 ) -> None:
-    """Apply AdamW's step number `step` (from 1) in place; `grad` may be a broadcast zero."""
+    """Apply AdamW's step number `step` (from 1) in place; `grad` may be a broadcast zero, `work` [k, d] is written over."""
     beta1, beta2 = betas
     if weight_decay != 0:
         param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    denominator = torch.sqrt(exp_avg_sq, out=work).div_((1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
+
+
+def fused_step_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    *,
+    step: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """`adamw_step_` by torch's fused kernel: the same to rounding, in one pass over the memory."""
+    torch._fused_adamw_(
+        [param], [grad], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=param.device)], amsgrad=False,
+        maximize=False, lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+    )  # fmt: skip
 
 
 def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:
@@ -99,14 +120,15 @@ class RowCoefficients:
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
-    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        """Bring parameters and moments [k, d] up to date in place."""
-        root = exp_avg_sq.sqrt()
+    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Sequence[Tensor | None] = (None,) * 3) -> None:
+        """Bring parameters and moments [k, d] up to date in place; `work`, three such tensors, is written over."""
+        root = torch.sqrt(exp_avg_sq, out=work[0])
         nodes = zip(self.masses.split(1, dim=1), self.shifts.split(1, dim=1), strict=True)
         mass, shift = next(nodes)
-        drift = mass / (root + shift)
+        denominator = torch.add(root, shift, out=work[1])
+        drift = torch.div(mass, denominator, out=work[2])
         for mass, shift in nodes:
-            drift.addcdiv_(mass, root + shift)
+            drift.addcdiv_(mass, torch.add(root, shift, out=denominator))
         drift.mul_(exp_avg)
         param.add_(torch.mul(param, self.decay, out=root).sub_(drift))
         exp_avg.mul_(self.exp_avg)

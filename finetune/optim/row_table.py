@@ -19,23 +19,22 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.missed_steps import GaussRules, History, adamw_step_, replay_
+from finetune.optim.missed_steps import GaussRules, History, adamw_step_, fused_step_, replay_
 from finetune.optim.row_gradient import coalesce
+from finetune.optim.scratch import Block, Scratch
 
 MISSED_STEPS = ("exact", "replay", "skip")
-_BLOCK_ELEMENTS = 1 << 15  # gathered at once on a CPU: stays in the cache, and below the size at which torch starts threads
-
-
-_Block = tuple[Tensor, Tensor, Tensor]  # copies of parameters, first and second moments of some rows, [k, d] each
+_BLOCK_ELEMENTS = 1 << 18  # worked on at once on a CPU: stays in the last cache, and is enough for every thread
+_CACHE_LINE = 16  # float32 numbers; see missed_steps.fused_step_
 
 
 class _Memo(NamedTuple):
-    """Rows brought up to now for the forward of a training step, while step count and weight are as they were."""
+    """Rows in the scratch, brought up to now for the forward of a training step, while step count and weight are as they were."""
 
     rows: Tensor
     step: int
     version: int
-    blocks: list[_Block]
+    block: Block
 
 
 class RowTable:
@@ -118,7 +117,7 @@ class RowTable:
         settled: dict[str, Any] = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state}
         slots = torch.arange(1, len(state["rows"]) + 1, device=self.device)
         for part, _, _, block in self._current(weight, state["rows"], slots):
-            for key, values in zip(("master", "exp_avg", "exp_avg_sq"), block):
+            for key, values in zip(("master", "exp_avg", "exp_avg_sq"), block[:3]):
                 if key in settled:
                     settled[key][part] = values
         now = torch.full_like(state["last_step"], self.step_count)
@@ -148,7 +147,7 @@ class RowTable:
         self.master = with_slot_0(state["master"], 0, torch.float32) if self.dtype not in (torch.float32, torch.float64) else None
         self.used = torch.tensor(len(rows) + 1, device=self.device)
         self.used_at_most = len(rows) + 1
-        self.memo: _Memo | None = None
+        self.scratch = Scratch()
         self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
         if "rule_masses" in state:
             self.rules.load(state)
@@ -169,17 +168,19 @@ class RowTable:
         """Return rows [k] of the table as of now, [k, d] in the weight's dtype.  Writes nothing.
 
         `step_follows`: keep what was computed, for a step with a gradient in just these rows, which would compute the same again.
+        The result may then lie in memory that the next read or step writes over.
         """
         if self.is_current:
             return weight[rows]
-        out = weight.new_empty(len(rows), self.shape[1])
-        blocks = []
-        for part, _, _, block in self._current(weight, rows, self.slot_of_row[rows].long()):
-            out[part] = block[0]
-            if step_follows:
-                blocks.append(block)
-        if blocks and self.device.type == "cpu":  # to compare rows, another device would have to be waited for
-            self.memo = _Memo(rows, self.step_count, weight._version, blocks)
+        keep = step_follows and self.device.type == "cpu"  # to compare rows, another device would have to be waited for
+        whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg) if keep else None
+        out = None if whole else weight.new_empty(len(rows), self.shape[1])
+        for part, _, _, block in self._current(weight, rows, self.slot_of_row[rows].long(), whole):
+            if out is not None:
+                out[part] = block.param
+        if whole:
+            self.scratch.memo = _Memo(rows, self.step_count, weight._version, whole)
+            return whole.param.to(weight.dtype)
         return out
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -202,11 +203,16 @@ class RowTable:
             "betas": self.history.betas,
             "eps": self.history.eps,
         }
-        for part, at, to, block in self._current(weight, rows, slots):
-            gradient = gradients[part].to(self.compute_dtype)
-            adamw_step_(*block, gradient, **options)
-            weight.index_copy_(0, at, block[0].to(weight.dtype))
-            for values, table in zip(block, (self.master, self.exp_avg, self.exp_avg_sq)):
+        fused = self.missed_steps != "replay" and self.device.type == "cpu" and self.shape[1] % _CACHE_LINE == 0
+        block = self._remembered(weight, rows)
+        for part, at, to, block in self._current(weight, rows, slots, block, ready=block is not None):
+            gradient = gradients[part].to(self.compute_dtype).contiguous()
+            if fused:
+                fused_step_(*block[:3], gradient, **options)
+            else:
+                adamw_step_(*block[:3], gradient, **options, work=block.work[0])
+            weight.index_copy_(0, at, block.param.to(weight.dtype))
+            for values, table in zip(block[:3], (self.master, self.exp_avg, self.exp_avg_sq)):
                 if table is not None:
                     table.index_copy_(0, to, values)
         self.last_step[slots] = step
@@ -257,27 +263,48 @@ class RowTable:
                     grown[: len(table)] = table
                     setattr(self, name, grown)
 
-    def _current(self, weight: Tensor, rows: Tensor, slots: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, _Block]]:
-        """Yield rows and slots, on a CPU a cacheful at a time, with copies of their parameters and moments brought up to now."""
-        size = max(1, _BLOCK_ELEMENTS // self.shape[1]) if self.device.type == "cpu" else max(1, len(rows))
-        memo, self.memo = self.memo, None
-        if memo is not None and (memo.step, memo.version) == (self.step_count, weight._version) and torch.equal(memo.rows, rows):
-            yield from zip(_slices(len(rows), size), rows.split(size), slots.split(size), memo.blocks)
-            return
+    @property
+    def _rows_at_once(self) -> int:
+        return max(1, _BLOCK_ELEMENTS // self.shape[1])
+
+    def _remembered(self, weight: Tensor, rows: Tensor) -> Block | None:
+        """Return the block of just these rows that the forward left, if it did and nothing has happened since."""
+        memo, self.scratch.memo = self.scratch.memo, None
+        valid = memo is not None and (memo.step, memo.version) == (self.step_count, weight._version)
+        return memo.block if valid and torch.equal(memo.rows, rows) else None
+
+    def _current(
+        self, weight: Tensor, rows: Tensor, slots: Tensor, block: Block | None = None, *, ready: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Block]]:
+        """Yield rows and slots, on a CPU some at a time, with copies of their parameters and moments brought up to now.
+
+        The copies are made in `block`, if it is given, and left there; if it is `ready` they are there already.
+        """
+        size = self._rows_at_once if self.device.type == "cpu" else max(1, len(rows))
+        whole = block or self.scratch.take(min(size, len(rows)), min(size, len(rows)), self.exp_avg)
         last_step = self.last_step[slots]
-        coefficients = self.rules.coefficients(last_step, size) if self.missed_steps == "exact" else []
-        for i, part in enumerate(_slices(len(rows), size)):
+        coefficients = self.rules.coefficients(last_step, size) if self.missed_steps == "exact" and not ready else []
+        for i, start in enumerate(range(0, len(rows), size)):
+            part = slice(start, min(start + size, len(rows)))
             at, to = rows[part], slots[part]
-            param = weight.index_select(0, at)
-            if self.master is not None:
-                param = torch.where((to > 0)[:, None], self.master.index_select(0, to), param.float())
-            block = (param, self.exp_avg.index_select(0, to), self.exp_avg_sq.index_select(0, to))
-            if self.missed_steps == "exact":
-                coefficients[i].catch_up_(*block)
-            elif self.missed_steps == "replay":
-                replay_(*block, last_step[part], self.history)
-            yield part, at, to, block
+            copies = whole.part(part if block else slice(len(at)))
+            if not ready:
+                self._gather(weight, at, to, copies)
+                if self.missed_steps == "exact":
+                    coefficients[i].catch_up_(*copies)
+                elif self.missed_steps == "replay":
+                    replay_(*copies[:3], last_step[part], self.history)
+            yield part, at, to, copies
+
+    def _gather(self, weight: Tensor, rows: Tensor, slots: Tensor, into: Block) -> None:
+        """Copy parameters and moments as they are stored."""
+        if weight.dtype == self.compute_dtype:
+            torch.index_select(weight.detach(), 0, rows, out=into.param)
+        else:
+            into.param.copy_(weight.detach()[rows])
+        if self.master is not None:
+            into.param.copy_(torch.where((slots > 0)[:, None], self.master[slots], into.param))
+        torch.index_select(self.exp_avg, 0, slots, out=into.exp_avg)
+        torch.index_select(self.exp_avg_sq, 0, slots, out=into.exp_avg_sq)
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, length, size))

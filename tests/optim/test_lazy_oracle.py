@@ -257,7 +257,7 @@ def test_what_the_forward_computed_serves_the_step_bit_for_bit():
         for step in range(20):
             optimizer.zero_grad()
             module(torch.randint(30, (8,), generator=torch.Generator().manual_seed(step))).sin().sum().backward()
-            used += module.row_table.memo is not None
+            used += module.row_table.scratch.memo is not None
             optimizer.step()
         return module.state_dict()["weight"], used
 
