@@ -5,6 +5,12 @@ Floor 1.
 
 import math
 
+from finetune.errors import UserError
+
+
+class Diverged(UserError):
+    """Training was stopped because the loss is not a number or has left its best for good."""
+
 
 class DivergenceGuard:
     """Follows an exponential average of the step losses (nats, decay 0.9, bias-corrected)."""

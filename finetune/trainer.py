@@ -26,7 +26,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
-from finetune.divergence import DivergenceGuard
+from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, clip_grad_norm_
 from finetune.stopping import StopSignal
@@ -90,7 +90,7 @@ class Trainer:
     def train(self) -> Stopped:
         """Run to the last step, an early stop, or a signal; every end leaves a complete checkpoint.
 
-        Raises UserError on a NaN or diverging loss (the batch is saved) and where a checkpoint cannot be written.
+        Raises Diverged on a NaN or diverging loss (the batch is saved), UserError where a checkpoint cannot be written.
         """
         steps = iter(self.batches)
         with StopSignal() as signal:
@@ -160,7 +160,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, self.bad_batch_path)
-        raise UserError(
+        raise Diverged(
             f"training stopped at step {self.progress.step + 1}: {problem}; the batch is in {self.bad_batch_path}, the "
             f"checkpoints are untouched; lower optimizer.lr, or look at that batch"
         )

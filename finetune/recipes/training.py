@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -32,7 +32,24 @@ from finetune.tracking import MetricLogger, forget_after, tracker_values
 from finetune.trainer import Cadence, Stopped, Trainer, check_identity
 
 
-def run_training(config: RunConfig, *, resume: str | None = None, dry_run: bool = False, display: Display | None = None) -> Stopped:
+class Observer(Protocol):
+    """Who looks on at a run, outside of what is timed: at its start, at each logged record, and once the last step is taken."""
+
+    def start(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None: ...
+
+    def __call__(self, record: Mapping[str, Any]) -> None: ...
+
+    def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None: ...
+
+
+def run_training(
+    config: RunConfig,
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    display: Display | None = None,
+    observer: Observer | None = None,
+) -> Stopped:
     """Train as the config says and leave the run's folder complete: checkpoints, model/, evaluation.json, report.html.
 
     Raises UserError for anything wrong with config, data, model, checkpoint, or an occupied output folder.
@@ -57,7 +74,7 @@ def run_training(config: RunConfig, *, resume: str | None = None, dry_run: bool 
         if checkpoint is not None:
             check_identity(checkpoint, parts.identity)
         _claim(run, config, accelerator, resuming=resume is not None, display=display)
-        return _train(parts, optimizer, run, checkpoint)
+        return _train(parts, optimizer, run, checkpoint, observer)
 
 
 def optimizer_options(config: RunConfig) -> dict[str, Any]:
@@ -68,14 +85,16 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
     return {"lr": section.lr, **decay, **groups, **section.options}
 
 
-def _train(parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, checkpoint: Path | None) -> Stopped:
+def _train(
+    parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, checkpoint: Path | None, observer: Observer | None
+) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
     module, optimizer = accelerator.prepare(parts.language_model, raw_optimizer)
     if accelerator.is_main_process:
         _write_records(parts, run)
     with parts.display.steps(parts.num_steps, _step_of(checkpoint)) as show:
-        logger = MetricLogger(run.metrics, listeners=(show, *_trackers(parts, run)))
+        logger = MetricLogger(run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else [])))
         evaluator = Evaluator(parts, run, logger)
         trainer = Trainer(
             accelerator=accelerator,
@@ -101,9 +120,13 @@ def _train(parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, chec
         if accelerator.is_main_process:
             forget_after(run.metrics, trainer.progress.step if checkpoint is not None else -1)
             forget_after(run.samples, trainer.progress.step if checkpoint is not None else -1)
+        if observer is not None:
+            observer.start(parts, raw_optimizer)
         if config.evaluation.before and checkpoint is None:
             evaluator(0)
         stopped = trainer.train()
+        if observer is not None and stopped != "signal":
+            observer.finish(parts, raw_optimizer)
     if stopped == "signal":
         parts.display.say(f"stopped by a signal after step {trainer.progress.step}, which is saved; go on with --resume auto")
     else:

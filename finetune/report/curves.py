@@ -100,7 +100,7 @@ def draw(name: str, curves: Sequence[Curve], *, description: str, large: bool = 
             axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(curves), borderaxespad=0.2, columnspacing=1.4)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
-    return _inline(file.getvalue(), name, description)
+    return inline(file.getvalue(), name, description)
 
 
 def _plot(axes: Axes, curve: Curve) -> None:
@@ -124,7 +124,7 @@ def _tick(value: float) -> str:
     return f"{value:g}"
 
 
-def _inline(svg: str, name: str, description: str) -> str:
+def inline(svg: str, name: str, description: str) -> str:
     """Turn a matplotlib SVG file into an element of a page: no prologue, own ids, the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
