@@ -20,6 +20,7 @@ FLOORS = {  # the longest matching prefix counts
     "divergence": 1,
     "stopping": 1,
     "report": 1,
+    "comparison": 1,
     "models": 2,
     "data.sources": 2,
     "data.loader": 2,
@@ -54,6 +55,7 @@ BORDERS = {  # third party -> where it may be imported
     "pydantic": {"config"},
     "yaml": {"config", "recipes"},
     "accelerate": {"trainer", "recipes"},
+    "optuna": {"recipes"},
 }
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 60
