@@ -59,12 +59,27 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build everything, print the resolved config, and stop before the first step.")
     ] = False,
+    processes: Annotated[
+        str | None, typer.Option(help="How many processes of this machine train: a number, or auto, one for each GPU.")
+    ] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="How many times to start again after a process died.")] = 0,
 ) -> None:
     """Fine-tune a model as CONFIG says."""
-    from finetune.config import load_config
-    from finetune.recipes.training import run_training
+    if processes is None and not restarts:
+        from finetune.config import load_config
+        from finetune.recipes.training import run_training
 
-    stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+        stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+    else:
+        from finetune.recipes.launching import ProcessFailed, launch_training
+
+        try:
+            stopped = launch_training(
+                config, overrides or (), processes=processes or "1", restarts=restarts, resume=resume, dry_run=dry_run
+            )
+        except ProcessFailed as error:
+            typer.echo(f"finetune: {error}", err=True)
+            raise typer.Exit(1) from None
     if stopped == "signal":
         raise typer.Exit(130)
 

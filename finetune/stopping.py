@@ -3,13 +3,18 @@
 Floor 1.
 """
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 
 
 class StopSignal:
-    """Within the context, the first SIGINT or SIGTERM sets `received`; a second one acts as it always does."""
+    """Within the context, the first SIGINT or SIGTERM sets `received`; a second one acts as it always does.
+
+    Not so under an elastic launcher: a cluster sends its signal to every process, the launcher passes on the one that it got
+    itself, and the second must not end the process in the middle of saving. What does not end, the launcher kills.
+    """
 
     def __init__(self) -> None:
         self.received = False
@@ -25,7 +30,8 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self._restore()
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore()
 
     def _restore(self) -> None:
         while self._previous:
