@@ -79,12 +79,14 @@ class Trainer:
         seed: int,
         identity: Mapping[str, str],
         bad_batch_path: Path,
+        average_rows: Callable[[], None] = lambda: None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.batches, self.evaluate, self.cadence = batches, evaluate, cadence
         self.checkpoints, self.logger, self.guard = checkpoints, logger, guard
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.identity, self.bad_batch_path = dict(identity), bad_batch_path
+        self.average_rows = average_rows  # row-sparse gradients, over the processes: see finetune.distributed
         self.progress = Progress()
 
     def train(self) -> Stopped:
@@ -120,6 +122,7 @@ class Trainer:
                 loss = self.model(**on_device)
                 self.accelerator.backward(loss * scale)
             loss_sum += loss.detach()
+        self.average_rows()
         loss_mean, signalled = self._agree(loss_sum, batch.num_target_tokens, stop)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)

@@ -27,6 +27,8 @@ FLOORS = {  # the longest matching prefix counts
     "checkpoint": 2,
     "tracking": 2,
     "display": 2,
+    "distributed": 2,
+    "distributed.wire": 1,
     "integrations": 2,
     "evaluation": 3,
     "generation": 3,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
 from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
@@ -75,6 +76,7 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=list(config.tracking) or None,
         project_dir=str(config.output_dir),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # none changes while a language model trains
     )
     display.enabled = display.enabled and accelerator.is_main_process
     display.say(reason)

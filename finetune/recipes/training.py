@@ -18,6 +18,7 @@ from finetune.checkpoint import CheckpointStore, find_checkpoint
 from finetune.config import RunConfig, dump_config
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display
+from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.divergence import DivergenceGuard
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
@@ -90,6 +91,7 @@ def _train(
 ) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
+    keep_tables_out_of_ddp(parts.language_model, raw_optimizer)
     module, optimizer = accelerator.prepare(parts.language_model, raw_optimizer)
     if accelerator.is_main_process:
         _write_records(parts, run)
@@ -113,6 +115,7 @@ def _train(
             seed=config.seed,
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
+            average_rows=RowGradients(raw_optimizer, say=parts.display.note).average,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
