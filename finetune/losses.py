@@ -7,11 +7,16 @@ go through the output head in chunks, and each chunk's gradients are taken while
 way, no recomputation, chunk x V memory. The idea is Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989).
 Positions without a target are dropped before the first matrix product.
 
+Rows of the head that do not train (`FrozenRows`) take part in the softmax and get no gradient: 4NVd + 2NAd flops where A of V rows
+train. Where they are a sample of K, each with its logit raised by -log(the chance that it was sampled), the partition function is
+estimated without bias (Horvitz-Thompson; sampled softmax: Jean et al., https://arxiv.org/abs/1412.2007): 6NAd + 4NKd.
+
 Why not `torch.nn.functional.linear_cross_entropy`: it is about as fast with an explicit chunk (and up to eight times slower than
 the plain way with its default one), but it has no soft cap.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +30,21 @@ CHUNK_SIZE = 256
 ones memory: 256 x V x 4 bytes are 50 MB for V = 49,152 and 268 MB for V = 262,144."""
 
 
+@dataclass(frozen=True)
+class FrozenRows:
+    """Rows of the output head beside the A that train; together they are all of the vocabulary, or stand for it."""
+
+    weight: Tensor  # [F, d], no gradients
+    offset: Tensor | None = None  # [A + F], float32: added to the logits after the soft cap; -inf takes a row out
+
+
 def causal_lm_loss(
     hidden: Tensor,
     labels: Tensor,
     weight: Tensor,
     *,
     bias: Tensor | None = None,
+    frozen: FrozenRows | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "sum",
@@ -40,8 +54,9 @@ def causal_lm_loss(
 
     hidden [rows, length, d], labels [rows, length] int64 (not shifted; IGNORE_INDEX: no target), weight [V, d], bias [V].
     The logits are `softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None.
-    Returns, in nats, the sum over target tokens ("sum": a scalar with gradients) or each token's loss ("none": [N], no gradients,
-    in the order of the rows).
+    With `frozen`, labels below A are rows of `weight` [A, d] and the others are A + a row of `frozen.weight`.
+    Returns, in nats, the sum over target tokens ("sum": a scalar with gradients), or what `token_scores` does ("none": [N, 2], no
+    gradients, in the order of the rows).
     """
     predicting, targets = _predictions(labels)
     hidden = hidden.flatten(0, 1).index_select(0, predicting)
@@ -49,9 +64,9 @@ def causal_lm_loss(
         hidden = hidden * logit_scale
         bias = None if bias is None else bias * logit_scale
     if reduction == "none":
-        return token_losses(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
+        return token_scores(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
     assert reduction == "sum", reduction
-    return linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
+    return linear_cross_entropy(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
 
 
 def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
@@ -59,7 +74,25 @@ def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str =
     assert reduction in ("sum", "none"), reduction
     predicting, targets = _predictions(labels)
     chosen = logits.flatten(0, 1).index_select(0, predicting)
-    return F.cross_entropy(chosen.to(_softmax_dtype(chosen.dtype)), targets, reduction=reduction)
+    losses = F.cross_entropy(chosen.to(_softmax_dtype(chosen.dtype)), targets, reduction=reduction)
+    return losses if reduction == "sum" else torch.stack([losses, torch.zeros_like(losses)], 1)
+
+
+@torch.no_grad()
+def frozen_square_probabilities(
+    hidden: Tensor, labels: Tensor, weight: Tensor, frozen: FrozenRows, *, softcap: float | None, logit_scale: float
+) -> tuple[Tensor, int]:
+    """The squared probability of each frozen row, summed over the N positions that predict a target, [F] float32; and N."""
+    predicting, _ = _predictions(labels)
+    hidden = hidden.flatten(0, 1).index_select(0, predicting) * logit_scale
+    dtype = _matmul_dtype(hidden, weight)
+    total = torch.zeros(len(frozen.weight), device=weight.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = _head(weight, None, frozen, softcap, dtype)
+        for chunk in _chunks(len(predicting), CHUNK_SIZE):
+            probabilities = torch.softmax(_logits(hidden[chunk].to(dtype), head), 1)
+            total += probabilities[:, len(weight) :].square().sum(0)
+    return total, len(predicting)
 
 
 def _predictions(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,72 +107,91 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    frozen: FrozenRows | None = None,
     softcap: float | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
     """Sum over N tokens of the cross-entropy of `hidden @ weight.T + bias` with `targets`; a float32 scalar.
 
-    hidden [N, d], weight [V, d], targets [N] int64, bias [V]. Gradients flow to hidden, weight and bias, where they are asked for.
-    Under autocast the matrix products are in its dtype; the softmax and the sum of the weight gradient over chunks are in float32.
+    hidden [N, d], weight [V, d], targets [N] int64, bias [V]; `frozen` as in `causal_lm_loss`, not together with a bias. Gradients
+    flow to hidden, weight and bias, where they are asked for. Under autocast the matrix products are in its dtype; the softmax and
+    the sum of the weight gradient over chunks are in float32.
     The gradients are handed out once: a second `backward` through the same loss raises an AssertionError.
     """
     wanted = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if not (torch.is_grad_enabled() and wanted):
-        return token_losses(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size).sum()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, softcap, chunk_size)
+        scores = token_scores(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
+        return scores[:, 0].sum()
+    return _LinearCrossEntropy.apply(hidden, weight, targets, bias, frozen, softcap, chunk_size)
 
 
 @torch.no_grad()
-def token_losses(
+def token_scores(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    frozen: FrozenRows | None = None,
     softcap: float | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """The cross-entropy of each of N tokens, [N] float32, without gradients. Arguments as for `linear_cross_entropy`."""
+    """Of each of N tokens the cross-entropy, and the probability that goes to `frozen` rows: [N, 2] float32, without gradients.
+
+    Arguments as for `linear_cross_entropy`.
+    """
     dtype = _matmul_dtype(hidden, weight)
-    losses = hidden.new_empty(len(targets), dtype=_softmax_dtype(dtype))
+    scores = hidden.new_zeros(len(targets), 2, dtype=_softmax_dtype(dtype))
     with torch.autocast(hidden.device.type, enabled=False):
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        head = _head(weight, bias, frozen, softcap, dtype)
         for chunk in _chunks(len(targets), chunk_size):
-            logits = _logits(hidden[chunk].to(dtype), weight, bias, softcap)
-            losses[chunk] = F.cross_entropy(logits, targets[chunk], reduction="none")
-    return losses
+            logits = _logits(hidden[chunk].to(dtype), head)
+            scores[chunk, 0] = F.cross_entropy(logits, targets[chunk], reduction="none")
+            if head.frozen is not None:
+                scores[chunk, 1] = torch.exp(logits[:, len(weight) :].logsumexp(1) - logits.logsumexp(1))
+    return scores
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        frozen: FrozenRows | None,
+        softcap: float | None,
+        chunk_size: int,
     ) -> Tensor:
         dtype = _matmul_dtype(hidden, weight)
         accumulate = _softmax_dtype(dtype)
-        needs_hidden, needs_weight, _, needs_bias, _, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and needs_bias else None
         total = hidden.new_zeros((), dtype=accumulate)
         with torch.autocast(hidden.device.type, enabled=False):
-            head, head_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            head = _head(weight, bias, frozen, softcap, dtype)
             for chunk in _chunks(len(targets), chunk_size):
                 states = hidden[chunk].to(dtype)
-                loss, grad = _loss_and_gradient(_logits(states, head, head_bias, softcap), targets[chunk], softcap)
+                loss, grad = _loss_and_gradient(_logits(states, head), targets[chunk], head)
                 total += loss
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 grad = grad.to(dtype)
+                trained = grad[:, : len(weight)]
                 if grad_hidden is not None:
-                    grad_hidden[chunk] = grad @ head
+                    product = trained @ head.weight
+                    grad_hidden[chunk] = product if head.frozen is None else product.addmm_(grad[:, len(weight) :], head.frozen)
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad.t(), states)
+                    _add_product(grad_weight, trained.t(), states)
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None,
             None if grad_bias is None else grad_bias.to(bias.dtype),  # type: ignore[union-attr]
+            None,
             None,
             None,
         )
@@ -150,16 +202,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients of linear_cross_entropy are handed out once: no second backward"
         gradients, ctx.gradients = ctx.gradients, None
-        # In place: the V x d weight gradient is the largest tensor of the step.
+        # In place: the weight gradient is the largest tensor of the step.
         return tuple(gradient if gradient is None else gradient.mul_(grad_output) for gradient in gradients)
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+class _Head(NamedTuple):
+    """What turns hidden states into logits, in the dtype of the matrix products."""
+
+    weight: Tensor
+    bias: Tensor | None
+    frozen: Tensor | None
+    offset: Tensor | None
+    softcap: float | None
+
+
+def _head(weight: Tensor, bias: Tensor | None, frozen: FrozenRows | None, softcap: float | None, dtype: torch.dtype) -> _Head:
+    assert bias is None or frozen is None
+    rows, offset = (None, None) if frozen is None else (frozen.weight.to(dtype), frozen.offset)
+    return _Head(weight.to(dtype), None if bias is None else bias.to(dtype), rows, offset, softcap)
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
     """The summed loss of one chunk and its gradient with respect to the logits before the soft cap, [n, V]. Overwrites `logits`."""
     targets = targets[:, None]
     target_logits = logits.gather(1, targets)
     top, argmax = logits.max(1, keepdim=True)
-    slope = None if softcap is None else 1 - (logits / softcap).square_()  # of the tanh
+    slope = None if head.softcap is None else _slope(logits, head)
     probabilities = torch.softmax(logits, 1, out=logits)
     # log-sum-exp from the largest probability, which is at least 1 / V: one pass over the logits less than taking it apart.
     loss = (top - probabilities.gather(1, argmax).log() - target_logits).sum()
@@ -167,11 +235,28 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, softcap: float | None) -
     return loss, gradient if slope is None else gradient.mul_(slope)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+def _slope(logits: Tensor, head: _Head) -> Tensor:
+    """The derivative of the soft cap's tanh, from capped logits."""
+    assert head.softcap is not None
+    if head.offset is None:
+        return 1 - (logits / head.softcap).square_()
+    capped = (logits - head.offset).nan_to_num_()  # a row taken out has -inf - -inf; its gradient is zero whatever the slope
+    return 1 - capped.div_(head.softcap).square_()
+
+
+def _logits(hidden: Tensor, head: _Head) -> Tensor:
     """The logits of one chunk, [n, V], in float32 (float64 for float64)."""
-    logits = F.linear(hidden, weight, bias)
+    if head.frozen is None:
+        logits = F.linear(hidden, head.weight, head.bias)
+    else:
+        trained = len(head.weight)
+        logits = hidden.new_empty(len(hidden), trained + len(head.frozen))
+        torch.mm(hidden, head.weight.t(), out=logits[:, :trained])
+        torch.mm(hidden, head.frozen.t(), out=logits[:, trained:])
     logits = logits.to(_softmax_dtype(logits.dtype))
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    if head.softcap is not None:
+        logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits if head.offset is None else logits.add_(head.offset)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

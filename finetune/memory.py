@@ -53,15 +53,15 @@ def add_up(
     optimizer_state: int,
     step: StepMemory,
     readings: dict[str, int],
-    merged_copy: bool,
+    export: int,
     device: str,
 ) -> MemoryEstimate:
-    """`readings`: what evaluation and generation allocate. `merged_copy`: the export merges LoRA into a copy of the weights."""
+    """`readings`: what evaluation and generation allocate. `export`: what the export allocates."""
     standing = baseline + weights + optimizer_state
     moments = {"training step": standing + step.peak + round(HOLES[device] * step.activations)}
     moments |= {name: standing + allocated for name, allocated in readings.items()}
-    if merged_copy:
-        moments["export"] = standing + weights
+    if export:
+        moments["export"] = standing + export
     return MemoryEstimate(baseline, weights, gradients, optimizer_state, step.activations, step.loss, moments)
 
 

@@ -26,6 +26,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
+from finetune.distributed.sharding import gathered, spread_optimizer, spread_weights
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, clip_grad_norm_
@@ -80,12 +81,13 @@ class Trainer:
         identity: Mapping[str, str],
         bad_batch_path: Path,
         average_rows: Callable[[], None] = lambda: None,
+        before_step: Callable[[int, StepBatch], None] = lambda step, batch: None,
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
         self.batches, self.evaluate, self.cadence = batches, evaluate, cadence
         self.checkpoints, self.logger, self.guard = checkpoints, logger, guard
         self.max_grad_norm, self.seed = max_grad_norm, seed
-        self.identity, self.bad_batch_path = dict(identity), bad_batch_path
+        self.identity, self.bad_batch_path, self.before_step = dict(identity), bad_batch_path, before_step
         self.average_rows = average_rows  # row-sparse gradients, over the processes: see finetune.distributed
         self.progress = Progress()
 
@@ -112,6 +114,7 @@ class Trainer:
     def _step(self, batch: StepBatch, *, stop: bool) -> tuple[dict[str, Any], bool]:
         started = time.perf_counter()
         torch.manual_seed(step_seed(self.seed, self.progress.step, self.accelerator.process_index))
+        self.before_step(self.progress.step, batch)
         self.model.train()
         self.optimizer.train()  # for optimizers that train at one point and are read at another (schedule-free)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
@@ -198,8 +201,9 @@ class Trainer:
     def _save(self) -> None:
         self.optimizer.eval()
         with stored_rows(self.optimizer):
-            weights = trainable_state(self.accelerator.unwrap_model(self.model))
-            optimizer_state = self.optimizer.state_dict()
+            main = self.accelerator.is_main_process
+            weights = gathered(trainable_state(self.accelerator.unwrap_model(self.model)), keep=main)
+            optimizer_state = gathered(self.optimizer.state_dict(), keep=main)
         self.progress.guard = self.guard.state_dict()
         files = {
             "model.pt": weights,
@@ -256,9 +260,9 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from."""
     with stored_rows(optimizer):
-        unexpected = model.load_state_dict(load(checkpoint, "model.pt"), strict=False).unexpected_keys
+        unexpected = model.load_state_dict(spread_weights(model, load(checkpoint, "model.pt")), strict=False).unexpected_keys
         assert not unexpected, unexpected
-        optimizer.load_state_dict(load(checkpoint, "optimizer.pt"))
+        optimizer.load_state_dict(spread_optimizer(optimizer, load(checkpoint, "optimizer.pt")))
 
 
 def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:

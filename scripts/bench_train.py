@@ -91,7 +91,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
 
     with our_trainer(args, on_record) as (trainer, parts):
         trainer.train()
-        return watch.result(held_out_loss(parts.language_model, parts.validation_batches(), parts.tokenizer))
+        return watch.result(held_out_loss(parts.language_model, parts.evaluation_batches(parts.validation), parts.tokenizer))
 
 
 def run_bare(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.types import IGNORE_INDEX
-from finetune.losses import causal_lm_loss, linear_cross_entropy, token_losses
+from finetune.losses import FrozenRows, causal_lm_loss, linear_cross_entropy, token_scores
 
 
 def problem(tokens=37, width=8, vocabulary=23, seed=0, dtype=torch.float32):
@@ -42,8 +42,44 @@ def test_equals_plain_cross_entropy_in_value_and_gradients(softcap, with_bias, c
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(gradients(loss * 0.3, *tensors), gradients(expected * 0.3, *tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    each = token_losses(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
-    torch.testing.assert_close(each, plain(hidden, weight, targets, bias, softcap, "none").detach(), rtol=1e-6, atol=1e-6)
+    each = token_scores(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
+    torch.testing.assert_close(each[:, 0], plain(hidden, weight, targets, bias, softcap, "none").detach(), rtol=1e-6, atol=1e-6)
+    assert not each[:, 1].any()  # nothing is frozen
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk_size", [1, 8, 256])
+def test_frozen_rows_take_part_in_the_softmax_and_get_no_gradient(softcap, chunk_size):
+    hidden, weight, _, targets = problem()
+    trained, frozen = weight.detach()[:9].requires_grad_(), weight.detach()[9:]
+    expected = plain(hidden, weight, targets, softcap=softcap)
+    loss = linear_cross_entropy(hidden, trained, targets, frozen=FrozenRows(frozen), softcap=softcap, chunk_size=chunk_size)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    (to_hidden, to_trained), (hidden_grad, weight_grad) = gradients(loss, hidden, trained), gradients(expected, hidden, weight)
+    torch.testing.assert_close(to_hidden, hidden_grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(to_trained, weight_grad[:9], rtol=1e-5, atol=1e-6)
+    scores = token_scores(hidden, trained, targets, frozen=FrozenRows(frozen), softcap=softcap, chunk_size=chunk_size)
+    logits = F.linear(hidden, weight) if softcap is None else softcap * torch.tanh(F.linear(hidden, weight) / softcap)
+    torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, 9:].sum(1).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores[:, 0].sum(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_offsets_raise_logits_and_take_rows_out(softcap):
+    hidden, weight, _, _ = problem()
+    targets = torch.zeros(len(hidden), dtype=torch.long)
+    trained, frozen = weight.detach()[:9].requires_grad_(), weight.detach()[9:]
+    offset = torch.zeros(23)
+    offset[4], offset[9:15], offset[20] = -torch.inf, 1.7, -torch.inf
+    logits = F.linear(hidden, weight)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    kept = offset.isfinite()
+    expected = F.cross_entropy((logits + offset)[:, kept], targets, reduction="sum")
+    loss = linear_cross_entropy(hidden, trained, targets, frozen=FrozenRows(frozen, offset), softcap=softcap)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    (to_hidden, to_trained), (hidden_grad, weight_grad) = gradients(loss, hidden, trained), gradients(expected, hidden, weight)
+    torch.testing.assert_close(to_hidden, hidden_grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(to_trained, weight_grad[:9], rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -138,8 +174,8 @@ def test_causal_loss_shifts_once_drops_unlabelled_positions_and_scales(softcap):
     for ours, theirs in zip(gradients(loss, hidden, weight), gradients(expected, hidden, weight), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     each = causal_lm_loss(hidden, labels, weight, reduction="none", **options)
-    assert each.shape == ((labels != IGNORE_INDEX).sum(),)
-    torch.testing.assert_close(each.sum(), expected.detach())
+    assert each.shape == ((labels != IGNORE_INDEX).sum(), 2)
+    torch.testing.assert_close(each[:, 0].sum(), expected.detach())
 
 
 def test_a_batch_without_targets_has_zero_loss_and_zero_gradients():
@@ -169,7 +205,7 @@ def test_the_logits_of_all_tokens_are_never_held(softcap):
     hidden, weight, _, targets = problem(tokens, 4, vocabulary)
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_size=chunk_size).backward()
-        token_losses(hidden, weight, targets, softcap=softcap, chunk_size=chunk_size)
+        token_scores(hidden, weight, targets, softcap=softcap, chunk_size=chunk_size)
     assert 0 < largest.elements <= chunk_size * vocabulary < tokens * vocabulary
     with LargestTensor() as largest:
         plain(hidden, weight, targets, softcap=softcap).backward()

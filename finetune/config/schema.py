@@ -87,6 +87,7 @@ class DataSection(Section):
     train: Sources
     validation: Sources | None = None  # None: `validation_fraction` of the training rows is held out
     test: Sources | None = None  # for `finetune evaluate`; None: the validation rows
+    unrelated: Sources | None = None  # plain text of another kind: its loss, before and after, tells what is forgotten
     validation_fraction: Fraction = 0.05
     max_validation_rows: PositiveInt | None = 500
     format: Literal["auto", "chat", "translation", "text"] = "auto"
@@ -99,6 +100,17 @@ class DataSection(Section):
     packing: bool = True  # several examples a row, isolated from each other; False: padding, rows of like length together
     streaming: bool = False  # read rows as training goes; needs training.max_steps
     shuffle_buffer: PositiveInt = 2048  # examples, streaming only
+
+
+class VocabularySection(Section):
+    """Which rows of the token table train."""
+
+    # auto: active for a tied table of which most is not used, else full. active: only the rows of tokens in the data, special
+    # tokens and bytes; the same loss. sampled: as active, and the softmax is over them and a sample of the others: the fast mode
+    # for large vocabularies. frozen: no row, but for those of new tokens.
+    mode: Literal["auto", "full", "active", "sampled", "frozen"] = "auto"
+    keep: tuple[int | str, ...] = ()  # tokens that train besides: ids, or texts whose tokens are meant
+    num_sampled: PositiveInt = 4096  # frozen rows drawn for each step (sampled)
 
 
 class OptimizerSection(BaseModel):
@@ -136,6 +148,7 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile
     divergence_threshold: Annotated[float, Field(gt=0)] = 4.0  # nats above the best running loss: the run stops
+    timeout: PositiveInt = 600  # seconds that a process waits for another one; then the run ends, as it does where a host is lost
 
 
 class EvaluationSection(Section):
@@ -172,6 +185,7 @@ class RunConfig(Section):
     seed: NonNegativeInt = 0
     model: ModelSection
     data: DataSection
+    vocabulary: VocabularySection = VocabularySection()
     optimizer: OptimizerSection = OptimizerSection()
     scheduler: SchedulerSection = SchedulerSection()
     training: TrainingSection = TrainingSection()

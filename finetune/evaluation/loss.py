@@ -5,7 +5,7 @@ cut into batches nor on the number of processes (up to the rounding of the forwa
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
@@ -30,12 +30,30 @@ class LossResult:
     bits_per_byte: float
     num_target_tokens: int
     num_target_bytes: int
+    vocabulary: "VocabularyLoss | None" = None
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers, those of `vocabulary` among them; what does not exist is left out."""
+        found = asdict(self)
+        parts = found.pop("vocabulary") or {}
+        return {key: value for key, value in {**found, **parts}.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyLoss:
+    """The loss apart for tokens whose row of the output table trains (inside the active vocabulary) and for the others."""
+
+    loss_inside: float | None  # nats per target token; None where there is no such target
+    loss_outside: float | None
+    share_outside: float  # of the target tokens
+    inactive_mass: float  # the probability that goes to tokens outside, mean over target positions
 
 
 def evaluate_loss(
     loss_module: torch.nn.Module,
     batches: Iterable[Batch],
     *,
+    inactive: torch.Tensor | None = None,
     tokenizer: Tokenizer,
     device: torch.device,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
@@ -43,24 +61,40 @@ def evaluate_loss(
 ) -> LossResult:
     """Return the loss over all target tokens of `batches`.
 
-    `loss_module(input_ids=, labels=[, position_ids=])` returns the sum of the token losses of a batch, in nats. It is put in
-    evaluation mode and back. `batches` are this process's share; `reduce` adds the float64 tensor [nats, target tokens, target
-    bytes] up over the processes. `on_progress(n)` is called after the n-th batch. Raises UserError if there is no target token.
+    `loss_module(input_ids=, labels=[, position_ids=], reduction="none")` returns the scores of each target token of a batch, as
+    `LanguageModel` does. It is put in evaluation mode and back. `batches` are this process's share; `reduce` adds a float64 tensor
+    of sums up over the processes. `inactive`: [V] bool, tokens outside the active vocabulary, where there is one. `on_progress(n)`
+    is called after the n-th batch. Raises UserError if there is no target token.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     with evaluating(loss_module), torch.inference_mode():
         for number, batch in enumerate(batches, start=1):
             tensors = cast(dict[str, torch.Tensor], batch)
-            nats = float(loss_module(**{name: tensor.to(device) for name, tensor in tensors.items()}))
-            num_tokens = int((batch["labels"] != IGNORE_INDEX).sum())
-            sums += torch.tensor([nats, num_tokens, count_target_bytes(batch["labels"], tokenizer)], dtype=torch.float64)
+            on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+            losses, masses = loss_module(**on_device, reduction="none").double().unbind(1)
+            sums[0] += losses.sum().cpu()
+            sums[1] += len(losses)
+            sums[2] += count_target_bytes(batch["labels"], tokenizer)
+            if inactive is not None:
+                labels = on_device["labels"][:, 1:]
+                outside = inactive[labels[labels != IGNORE_INDEX]]
+                sums[3:] += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()]).cpu()
             if on_progress is not None:
                 on_progress(number)
-    total_nats, num_tokens, num_bytes = reduce(sums).tolist()
+    total_nats, num_tokens, num_bytes, nats_outside, num_outside, mass = reduce(sums).tolist()
     if not num_tokens:
         raise UserError("the held-out data has no target token, so there is no loss to compute: give other data, or more of it")
     loss = total_nats / num_tokens
-    return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes))
+    apart = None
+    if inactive is not None:
+        num_inside = num_tokens - num_outside
+        apart = VocabularyLoss(
+            loss_inside=(total_nats - nats_outside) / num_inside if num_inside else None,
+            loss_outside=nats_outside / num_outside if num_outside else None,
+            share_outside=num_outside / num_tokens,
+            inactive_mass=mass / num_tokens,
+        )
+    return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes), apart)
 
 
 def count_target_bytes(labels: torch.Tensor, tokenizer: Tokenizer) -> int:

@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
-from finetune.losses import linear_cross_entropy
+from finetune.losses import FrozenRows, linear_cross_entropy
 from finetune.memory import StepMemory
 from finetune.models.describe import inner_model
+from finetune.models.vocabulary import ActiveHead
 
 
 class LiveBytes(TorchDispatchMode):
@@ -69,6 +70,7 @@ class Rehearsal:
         sparse_tables: Sequence[nn.Embedding],
     ) -> None:
         self.model, self.device, self.autocast = skeleton, device, autocast
+        self.num_sampled: int | None = None  # rows that stand for the frozen ones of an active vocabulary
         self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
         self.mode = FakeTensorMode()
         with self.mode:
@@ -129,7 +131,11 @@ class Rehearsal:
             return F.cross_entropy(chosen.float(), targets, reduction="sum")
         head = model.get_output_embeddings()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        return linear_cross_entropy(chosen, head.weight, targets, bias=getattr(head, "bias", None), softcap=softcap)
+        frozen = None
+        if isinstance(head, ActiveHead):
+            rows = head.vocabulary.frozen.detach()
+            frozen = FrozenRows(rows if self.num_sampled is None else rows[: self.num_sampled].clone())
+        return linear_cross_entropy(chosen, head.weight, targets, bias=getattr(head, "bias", None), frozen=frozen, softcap=softcap)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

@@ -14,7 +14,8 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     parameters = list(model.parameters())  # a shared one comes once
     table, head = token_tables(inner)
     tied = head is table
-    in_tables = table.numel() + (0 if tied or head is None else head.numel())
+    rows = _rows(inner.get_input_embeddings())
+    in_tables = rows * table.shape[1] + (0 if tied or head is None else _rows(inner.get_output_embeddings()) * head.shape[1])
     total = sum(parameter.numel() for parameter in parameters)
     return {
         "architecture": type(inner).__name__,
@@ -25,7 +26,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         "tied": tied,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "vocab_size": table.shape[0],
+        "vocab_size": rows,
         "lora": isinstance(model, PeftModel),
     }
 
@@ -41,6 +42,14 @@ def token_tables(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     table = _weight(model.get_input_embeddings())
     assert table is not None
     return table, _weight(model.get_output_embeddings())
+
+
+def _rows(module: Any) -> int:
+    """Rows of a table, those of an active vocabulary that do not train included."""
+    vocabulary = getattr(module, "vocabulary", None)
+    weight = _weight(module)
+    assert weight is not None
+    return weight.shape[0] if vocabulary is None else len(vocabulary.row_of_id)
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:

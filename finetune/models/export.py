@@ -20,6 +20,7 @@ from finetune.errors import UserError
 from finetune.models.adapters import merge_lora
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
+from finetune.models.vocabulary import full_vocabulary
 
 
 def export_model(
@@ -32,20 +33,20 @@ def export_model(
 ) -> None:
     """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, replacing an earlier export there.
 
-    LoRA is merged into a copy; the model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
-    of the saved weights; None: as they are. Raises UserError where the disk refuses, or where `dest` is a folder that holds no
-    model.
+    LoRA is merged into a copy, and an active vocabulary written back into the full table; the model in memory stays as it is.
+    `card`: the text of README.md (see `card.model_card`). `dtype`: of the saved weights; None: as they are. Raises UserError where
+    the disk refuses, or where `dest` is a folder that holds no model.
     """
     if dest.exists() and not (dest / "config.json").is_file() and (dest.is_file() or any(dest.iterdir())):
         raise UserError(f"the export's destination {dest} is there and holds no model; give an empty or a new folder")
-    plain = merge_lora(model) if isinstance(model, PeftModel) else model
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
     except OSError as error:
         raise UserError(f"the model could not be written to {dest}: {error.strerror or error}") from error
     try:
-        _write(plain, tokenizer, work, card, dtype)
+        with full_vocabulary(model):
+            _write(merge_lora(model) if isinstance(model, PeftModel) else model, tokenizer, work, card, dtype)
         for path in (work, *work.iterdir()):  # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _replace(dest, work)

@@ -11,9 +11,9 @@ block mask from the position ids by itself, a sliding window included, but only 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-from finetune.losses import causal_lm_loss, causal_lm_loss_of_logits
+from finetune.losses import FrozenRows, causal_lm_loss, causal_lm_loss_of_logits, frozen_square_probabilities
 from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
+from finetune.models.vocabulary import ActiveHead
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class LanguageModel(nn.Module):
         config = self.causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        self.sample: tuple[FrozenRows, Tensor] | None = None  # of frozen rows, for training; and where every token's row is then
         self.fused = self._logits_are_understood()
         if not self.fused:
             logger.warning(
@@ -53,23 +55,46 @@ class LanguageModel(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, reduction: str = "sum") -> Tensor:
         """input_ids, labels, position_ids [rows, length], as in `finetune.data.types.Batch`.
 
-        Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or each target token's, [N] float32 without
-        gradients, in the order of the rows ("none").
+        Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or without gradients the scores of each of
+        them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to inactive tokens.
         """
         if not self.fused:
             logits = self._run(self.causal_lm, input_ids, position_ids).logits
             return causal_lm_loss_of_logits(logits, labels, reduction=reduction)
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
-        head = self.causal_lm.get_output_embeddings()
-        bias = getattr(head, "bias", None)
+        head: Any = self.causal_lm.get_output_embeddings()
+        frozen = None
+        if isinstance(head, ActiveHead):
+            frozen, row_of_id = head.vocabulary.frozen_rows(), head.vocabulary.row_of_id
+            if self.sample is not None and self.training and reduction == "sum":
+                frozen, row_of_id = self.sample
+            labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)])
         return causal_lm_loss(
-            hidden, labels, head.weight, bias=bias, softcap=self.softcap, logit_scale=self.logit_scale, reduction=reduction
+            hidden,
+            labels,
+            head.weight,
+            bias=getattr(head, "bias", None),
+            frozen=frozen,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            reduction=reduction,
         )
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The loss of each target token in nats, [N] float32, in the order of the rows. Sets no mode: call `eval()` before."""
-        return self(input_ids, labels, position_ids, reduction="none")
+        return self(input_ids, labels, position_ids, reduction="none")[:, 0]
+
+    @torch.no_grad()
+    def frozen_square_probabilities(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """The squared probability of each frozen row, summed over the target positions, [F] float32; and the number of these."""
+        head: Any = self.causal_lm.get_output_embeddings()
+        hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
+        return frozen_square_probabilities(
+            hidden, labels, head.weight, head.vocabulary.frozen_rows(), softcap=self.softcap, logit_scale=self.logit_scale
+        )
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -93,7 +118,7 @@ class LanguageModel(nn.Module):
             hidden = getattr(self._run(model.base_model, ids, None), "last_hidden_state", None)
             if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
                 return False
-            ours = F.linear(hidden, head.weight, getattr(head, "bias", None)).float() * self.logit_scale
+            ours = head(hidden).float() * self.logit_scale
             ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
         return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max())
 

@@ -22,7 +22,9 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
     chosen = []
     for embedding in _candidates(model):
         others = [names[module] for module in _also_holding(model, embedding)]
-        if not embedding.weight.requires_grad:
+        if getattr(embedding, "compact", False):
+            logger.info("lazy_adamw: all rows of the compact embedding %r are in use, so it is updated densely", names[embedding])
+        elif not embedding.weight.requires_grad:
             logger.info("lazy_adamw: the embedding %r is frozen, so there are no rows to update", names[embedding])
         elif others:
             logger.warning(

@@ -173,14 +173,16 @@ class RowTable:
         if self.is_current:
             return weight[rows]
         keep = step_follows and self.device.type == "cpu"  # to compare rows, another device would have to be waited for
-        whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg) if keep else None
-        out = None if whole else weight.new_empty(len(rows), self.shape[1])
-        for part, _, _, block in self._current(weight, rows, self.slot_of_row[rows].long(), whole):
-            if out is not None:
-                out[part] = block.param
-        if whole:
+        slots = self.slot_of_row[rows].long()
+        if keep:
+            whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg)
+            for _ in self._current(weight, rows, slots, whole):
+                pass
             self.scratch.memo = _Memo(rows, self.step_count, weight._version, whole)
             return whole.param.to(weight.dtype)
+        out = weight.new_empty(len(rows), self.shape[1])
+        for part, _, _, block in self._current(weight, rows, slots):
+            out[part] = block.param
         return out
 
     def dense(self, weight: Tensor) -> Tensor:
@@ -204,8 +206,8 @@ class RowTable:
             "eps": self.history.eps,
         }
         fused = self.missed_steps != "replay" and self.device.type == "cpu" and self.shape[1] % _CACHE_LINE == 0
-        block = self._remembered(weight, rows)
-        for part, at, to, block in self._current(weight, rows, slots, block, ready=block is not None):
+        known = self._remembered(weight, rows)
+        for part, at, to, block in self._current(weight, rows, slots, known, ready=known is not None):
             gradient = gradients[part].to(self.compute_dtype).contiguous()
             if fused:
                 fused_step_(*block[:3], gradient, **options)
@@ -306,5 +308,3 @@ class RowTable:
             into.param.copy_(torch.where((slots > 0)[:, None], self.master[slots], into.param))
         torch.index_select(self.exp_avg, 0, slots, out=into.exp_avg)
         torch.index_select(self.exp_avg_sq, 0, slots, out=into.exp_avg_sq)
-
-

@@ -4,6 +4,7 @@ A CPU's allocator hands megabytes back to the system as soon as they are free an
 rows took three times as long in fresh tensors as in these.  Other devices have allocators that keep memory, and get fresh tensors.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,9 @@ class Scratch:
             keep = old is not None and like.device.type == "cpu" and len(old) >= length and old.dtype == like.dtype
             return old if keep else torch.empty(length, like.shape[1], dtype=like.dtype, device=like.device)
 
-        old = self.block
-        param, exp_avg, exp_avg_sq = (rows(count, old[i] if old else None) for i in range(3))
-        buffers = tuple(rows(work, old.work[i] if old else None) for i in range(3))
+        old: Sequence[Tensor | None] = [None] * 6 if self.block is None else [*self.block[:3], *self.block.work]
+        param, exp_avg, exp_avg_sq = (rows(count, tensor) for tensor in old[:3])
+        buffers = tuple(rows(work, tensor) for tensor in old[3:])
         block = Block(param, exp_avg, exp_avg_sq, buffers)
         if like.device.type == "cpu":
             self.block = block

@@ -12,9 +12,11 @@ from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.detect import build_format
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.sources import Rows, RowStream, Source, load_rows, split_held_out, stream_rows
+from finetune.data.text import TextFormat
 from finetune.data.types import Format, Prompt, Row
 from finetune.errors import UserError
 
+STREAM_SAMPLE = 1000  # rows that are read of a stream to look at it
 TOKENIZER_ROWS = 20_000  # rows that a new tokenizer is trained on, at most
 
 
@@ -76,6 +78,16 @@ def make_format(config: DataSection, tokenizer: Any, first_row: Row) -> Format:
 
 def encode_rows(rows: Rows, format: Format, config: DataSection, *, vocab_size: int) -> EncodedDataset:
     return encode(rows, format, max_length=config.max_length, overlong=config.overlong, vocab_size=vocab_size)
+
+
+def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> EncodedDataset | None:
+    """The plain text of `data.unrelated`, encoded, as much of it as of the held-out data."""
+    data = config.data
+    if data.unrelated is None:
+        return None
+    rows = load_rows(as_sources(data.unrelated)).take(data.max_validation_rows)
+    format = TextFormat(tokenizer=tokenizer, columns={})
+    return encode(rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size)
 
 
 def first_prompts(rows: Rows | None, format: Format, count: int) -> list[Prompt]:

@@ -6,17 +6,17 @@ Floor 5.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetune.config.schema import GenerationSection, RunConfig
+from finetune.data.encode import EncodedDataset
 from finetune.data.types import Prompt
 from finetune.display import format_metrics
 from finetune.errors import UserError
-from finetune.evaluation import Sample, evaluate_generation, evaluate_loss
+from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
 from finetune.generation import SamplingSettings
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.parts import Parts
@@ -40,26 +40,34 @@ class Evaluator:
         if self.parts.validation is None:
             return {}
         started = time.perf_counter()
-        results = self._loss() | self._generation(step)
+        results = self._losses() | self._generation(step)
         results["seconds"] = round(time.perf_counter() - started, 3)
         if self.parts.accelerator.is_main_process:
             self.logger.log({"step": step, "evaluation": results})
         self.records[step] = results
         return results
 
-    def _loss(self) -> dict[str, Any]:
-        parts, batches = self.parts, self.parts.validation_batches()
+    def _losses(self) -> dict[str, Any]:
+        parts = self.parts
+        assert parts.validation is not None
+        results = self._loss(parts.validation).as_dict()
+        if parts.unrelated is not None:
+            results["unrelated_loss"] = self._loss(parts.unrelated).loss
+        return results
+
+    def _loss(self, dataset: EncodedDataset) -> LossResult:
+        parts, batches = self.parts, self.parts.evaluation_batches(dataset)
         accelerator = parts.accelerator
         with parts.display.bar("evaluating the loss", len(batches)) as advance, accelerator.autocast():
-            result = evaluate_loss(
+            return evaluate_loss(
                 parts.language_model,
                 batches,
                 tokenizer=parts.tokenizer,
                 device=accelerator.device,
                 reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu(),
+                inactive=parts.vocabulary.inactive_tokens(),
                 on_progress=lambda done: advance(1),
             )
-        return asdict(result)
 
     def _generation(self, step: int) -> dict[str, Any]:
         parts, config = self.parts, self.parts.config

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import find_checkpoint
+from finetune.checkpoint import find_checkpoint, load
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.export import export_model, verify_export
 from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer
+from finetune.models.vocabulary import activate_as_saved
 from finetune.optim import build_optimizer
-from finetune.recipes.model import make_model
+from finetune.recipes.model import adapt_model, make_model
 from finetune.recipes.training import optimizer_options
 from finetune.run_dir import RunDir
 from finetune.trainer import restore
@@ -34,19 +35,21 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
     if not (run.model / "config.json").is_file():
         raise UserError(f"the run {run_root} has no model/ yet; finish it with `finetune train {run.config} --resume auto`")
     tokenizer = load_tokenizer(name=str(run.model))
-    model = load_model(name=str(run.model)) if checkpoint is None else _from_checkpoint(run, checkpoint, tokenizer)
+    model = load_model(name=str(run.model)) if checkpoint is None else model_of_checkpoint(run, checkpoint, tokenizer)
     card = (run.model / "README.md").read_text(encoding="utf-8")
     export_model(model, tokenizer, dest, card=card, dtype=DTYPES[dtype])
     verify_export(dest, model, tokenizer("The quick brown fox jumps over the lazy dog.").input_ids)
     display.say(f"{dest}: written in {dtype}, reloaded, and its logits compared with the run's model")
 
 
-def _from_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
+def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
     """The model as it was at a checkpoint. Rows may be deferred there, so the optimizer's state is needed as well."""
     folder = find_checkpoint(str(checkpoint), run.checkpoints)
     assert folder is not None
     config = load_config(run.config)
-    model = make_model(config.model, tokenizer, seed=config.seed)
+    model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
+    activate_as_saved(model, load(folder, "model.pt"))
+    model = adapt_model(model, config.model, new_tokens, seed=config.seed)
     optimizer = build_optimizer(model, config.optimizer.name, **optimizer_options(config))
     wrapper = torch.nn.Module()
     wrapper.model = model  # as in LanguageModel

@@ -10,18 +10,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from finetune.config import RunConfig
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.statistics import DataReport, pieces, report_on
 from finetune.data.types import Format, Row
 from finetune.display import Display
+from finetune.models.describe import token_tables
 from finetune.models.skeleton import load_skeleton
 from finetune.models.tokenizers import prepare_chat
-from finetune.recipes.data import encode_rows, load_raw_data, make_format
+from finetune.recipes.data import STREAM_SAMPLE, encode_rows, load_raw_data, make_format
 from finetune.recipes.model import make_tokenizer
-
-STREAM_SAMPLE = 1000  # rows that are read of a stream
+from finetune.recipes.vocabulary import plan_vocabulary
 
 
 def inspect_data(config: RunConfig, *, examples: int, console: Console | None = None) -> DataReport:
@@ -32,7 +33,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     tokenizer = make_tokenizer(config.model, raw.texts())
     added = prepare_chat(None, tokenizer, config.model.chat_template)
     format = make_format(config.data, tokenizer, raw.first_row)
-    rows = _table_rows(config, tokenizer, added)
+    skeleton = _skeleton(config, tokenizer)
+    rows = max(token_tables(skeleton)[0].shape[0], 1 + max(added, default=0))
     display.say(f"encoding the data as {format.name}")
     train = _encode(raw.train, format, config, rows)
     held_out = encode_rows(raw.validation, format, config.data, vocab_size=rows) if raw.validation is not None else None
@@ -45,6 +47,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         console.print(_marked([("targets are like this", True), ("; the rest is read, not learnt", False)], console.is_terminal))
     console.print(_figures(report, streamed=config.data.streaming))
     console.print(_histogram(report))
+    corpora = [train, *([held_out] if held_out is not None else [])]
+    console.print(plan_vocabulary(config, skeleton, tokenizer, corpora, added).line())
     return report
 
 
@@ -53,18 +57,16 @@ def _encode(rows: Iterable[tuple[str, Row]], format: Format, config: RunConfig, 
     return encode(sample, format, max_length=config.data.max_length, overlong=config.data.overlong, vocab_size=vocab_size)
 
 
-def _table_rows(config: RunConfig, tokenizer: Any, added: Sequence[int]) -> int:
-    """Rows of the model's token table, from its config alone, with room for the `added` tokens."""
+def _skeleton(config: RunConfig, tokenizer: Any) -> PreTrainedModel:
+    """The model without its weights, from its config alone."""
     model = config.model
-    skeleton = load_skeleton(
+    return load_skeleton(
         name=model.name,
         config=model.config,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         vocab_size=len(tokenizer),
     )
-    table: Any = skeleton.get_input_embeddings()
-    return max(table.weight.shape[0], 1 + max(added, default=0))
 
 
 def _marked(stretches: Sequence[tuple[str, bool]], in_colour: bool) -> Text:

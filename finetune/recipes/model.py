@@ -4,7 +4,7 @@ Floor 5.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from finetune.errors import UserError
 from finetune.models.adapters import add_lora
 from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer, prepare_chat, train_tokenizer
+from finetune.models.vocabulary import active_modules
 
 
 def make_tokenizer(config: ModelSection, texts: Iterable[str]) -> Any:
@@ -27,8 +28,8 @@ def make_tokenizer(config: ModelSection, texts: Iterable[str]) -> Any:
     return train_tokenizer(texts, (config.tokenizer or NewTokenizerSection()).vocab_size)
 
 
-def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> Any:
-    """The model, with the chat template's tokens and, where asked for, LoRA. Random weights come from `seed`."""
+def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> tuple[Any, list[int]]:
+    """The model, and the ids of the tokens that the chat template added to it. Random weights come from `seed`."""
     torch.manual_seed(seed)
     model = load_model(
         name=config.name,
@@ -38,10 +39,19 @@ def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> Any:
         attn_implementation=config.attn_implementation,
         vocab_size=None if config.name is not None else len(tokenizer),
     )
-    new_tokens = prepare_chat(model, tokenizer, config.chat_template)
-    if config.lora is not None:
-        return add_lora(model, **config.lora.model_dump(), new_token_ids=new_tokens)
-    return model
+    return model, prepare_chat(model, tokenizer, config.chat_template)
+
+
+def adapt_model(model: Any, config: ModelSection, new_tokens: Sequence[int], *, seed: int) -> Any:
+    """The model with LoRA, where it is asked for; rows of an active vocabulary go on training beside it."""
+    if config.lora is None:
+        return model
+    torch.manual_seed(seed)
+    compact = {module.weight for module in active_modules(model)}
+    wrapped = add_lora(model, **config.lora.model_dump(), new_token_ids=() if compact else new_tokens)
+    for weight in compact:
+        weight.requires_grad_(True)
+    return wrapped
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:

@@ -6,6 +6,7 @@ Floor 5.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
-from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
+from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder, encode
 from finetune.data.loader import EvaluationBatches, TrainingBatches
 from finetune.data.sources import Rows
 from finetune.data.stream import StreamingBatches
@@ -24,8 +25,10 @@ from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
-from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import make_model, make_tokenizer, model_fingerprint
+from finetune.recipes.data import STREAM_SAMPLE, RawData, encode_rows, load_raw_data, make_format, unrelated_text
+from finetune.recipes.engines import settle_engine, waiting_time
+from finetune.recipes.model import adapt_model, make_model, make_tokenizer, model_fingerprint
+from finetune.recipes.vocabulary import VocabularyKeeper, apply_vocabulary, plan_vocabulary, sample_batches
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Parts:
     statistics: DataStatistics  # of the training data; a stream's grow as it is read
     raw: RawData
     validation: EncodedDataset | None
+    unrelated: EncodedDataset | None  # text of another kind
+    vocabulary: VocabularyKeeper
     identity: dict[str, str]  # what a resumed run must have in common with the one it goes on with
 
     @property
@@ -53,11 +58,10 @@ class Parts:
         assert isinstance(self.batches, TrainingBatches), "a stream has max_steps"
         return max(1, math.ceil(self.config.training.epochs * self.batches.steps_per_epoch))
 
-    def validation_batches(self) -> EvaluationBatches:
-        """The held-out batches of this process."""
-        assert self.validation is not None
+    def evaluation_batches(self, dataset: EncodedDataset) -> EvaluationBatches:
+        """This process's batches of held-out data."""
         return EvaluationBatches(
-            self.validation,
+            dataset,
             max_length=self.config.data.max_length,
             packing=self.config.data.packing,
             batch_size=self.config.evaluation.batch_size,
@@ -76,9 +80,13 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=list(config.tracking) or None,
         project_dir=str(config.output_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # none changes while a language model trains
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # none changes while a language model trains
+            waiting_time(config),
+        ],
     )
     display.enabled = display.enabled and accelerator.is_main_process
+    settle_engine(accelerator, display)
     display.say(reason)
     return accelerator
 
@@ -99,14 +107,18 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     raw = load_raw_data(config.data, seed=config.seed)
     display.say(f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}")
     tokenizer = make_tokenizer(config.model, raw.texts())
-    model = make_model(config.model, tokenizer, seed=config.seed)
+    model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
     format = make_format(config.data, tokenizer, raw.first_row)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    batches, statistics = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator)
+    batches, statistics, sample = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator)
     validation = encode_rows(raw.validation, format, config.data, vocab_size=vocab_size) if raw.validation is not None else None
     for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
         if counts is not None:
             _say_counts(display, part, format, counts, config)
+    vocabulary = plan_vocabulary(config, model, tokenizer, [sample, *([validation] if validation else [])], new_tokens)
+    display.note(vocabulary.line())
+    apply_vocabulary(vocabulary, model, config)
+    model = adapt_model(model, config.model, new_tokens, seed=config.seed)
     language_model = LanguageModel(model)
     if config.training.activation_checkpointing:
         enable_activation_checkpointing(language_model)
@@ -120,9 +132,26 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),
         "optimizer.name": config.optimizer.name,
+        "the vocabulary": f"{vocabulary.mode}, {len(vocabulary.ids)} rows",
     }
+    keeper = VocabularyKeeper(
+        config, vocabulary, language_model, lambda: sample_batches(sample, pad_id=pad_id(tokenizer)), accelerator, display.note
+    )
     return Parts(
-        config, accelerator, display, tokenizer, model, language_model, format, batches, statistics, raw, validation, identity
+        config=config,
+        accelerator=accelerator,
+        display=display,
+        tokenizer=tokenizer,
+        model=model,
+        language_model=language_model,
+        format=format,
+        batches=batches,
+        statistics=statistics,
+        raw=raw,
+        validation=validation,
+        unrelated=unrelated_text(config, tokenizer, vocab_size),
+        vocabulary=keeper,
+        identity=identity,
     )
 
 
@@ -132,7 +161,8 @@ def pad_id(tokenizer: Any) -> int:
 
 def _make_batches(
     config: RunConfig, raw: RawData, format: Format, tokenizer: Any, vocab_size: int, accelerator: Accelerator
-) -> tuple[TrainingBatches | StreamingBatches, DataStatistics]:
+) -> tuple[TrainingBatches | StreamingBatches, DataStatistics, EncodedDataset]:
+    """The batches, the counts that go with them, and the data itself, or the first rows of a stream."""
     data = config.data
     cut: dict[str, Any] = {
         "packing": data.packing,
@@ -145,12 +175,14 @@ def _make_batches(
     }
     if isinstance(raw.train, Rows):
         train = encode_rows(raw.train, format, data, vocab_size=vocab_size)
-        return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics
+        return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics, train
     if config.training.max_steps is None:
         raise UserError("a stream has no known length: set training.max_steps")
     encoder = RowEncoder(format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size)
     stream = StreamingBatches(raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut)
-    return stream, encoder.statistics
+    first: Any = islice(raw.train, STREAM_SAMPLE)
+    sample = encode(first, format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size)
+    return stream, encoder.statistics, sample
 
 
 def _say_counts(display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig) -> None:

@@ -30,21 +30,20 @@ from finetune.memory import (
     tensor_bytes,
 )
 from finetune.models.activations import Rehearsal
-from finetune.models.adapters import add_lora
 from finetune.models.describe import describe_model
 from finetune.models.precision import resolve_precision
 from finetune.models.skeleton import load_skeleton
 from finetune.models.tokenizers import prepare_chat
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
-from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import make_tokenizer
+from finetune.recipes.data import STREAM_SAMPLE, RawData, encode_rows, load_raw_data, make_format
+from finetune.recipes.model import adapt_model, make_tokenizer
 from finetune.recipes.parts import build_parts, make_accelerator, pad_id
 from finetune.recipes.plan_text import make_console, print_plan
 from finetune.recipes.timing import TimeEstimate, time_run
 from finetune.recipes.training import optimizer_options
+from finetune.recipes.vocabulary import apply_vocabulary, plan_vocabulary
 
-STREAM_SAMPLE = 1000  # rows that are read of a stream
 STEPS_LOOKED_AT = 1000  # of the first epoch, for the largest micro-batch
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -115,6 +114,7 @@ class Planner:
         self.new_tokens = prepare_chat(None, self.tokenizer, config.model.chat_template)
         self.format = make_format(config.data, self.tokenizer, self.raw.first_row)
         self.table_rows = self._skeleton(config).get_input_embeddings().weight.shape[0]
+        self.corpora: list[EncodedDataset] = []
         self.work = self._work(config)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
@@ -131,6 +131,10 @@ class Planner:
     def estimate(self, config: RunConfig, work: Work) -> tuple[dict[str, Any], MemoryEstimate, int]:
         """The model's description, its memory, and the size of a checkpoint."""
         model, info = self._skeleton(config), optimizer_info(config.optimizer.name)
+        vocabulary = plan_vocabulary(config, model, self.tokenizer, self.corpora, self.new_tokens)
+        apply_vocabulary(vocabulary, model, config)
+        with torch.device("meta"):
+            model = adapt_model(model, config.model, self.new_tokens, seed=config.seed)
         tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_state_bytes(model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows)
@@ -138,9 +142,10 @@ class Planner:
         sparse = {id(table.weight) for table in tables}
         gradients = tensor_bytes(parameter for parameter in trainable if id(parameter) not in sparse)
         gradients += min(work.used_rows, work.rows * work.length) * sum(table.embedding_dim for table in tables) * FP32
-        description = describe_model(model)
+        description = {**describe_model(model), "vocabulary": vocabulary.line()}
         precision, _ = resolve_precision(config.training.precision, self.device)
         rehearsal = Rehearsal(model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables)
+        rehearsal.num_sampled = config.vocabulary.num_sampled if vocabulary.mode == "sampled" else None
         step = rehearsal.step(
             rows=work.rows,
             length=work.length,
@@ -155,10 +160,16 @@ class Planner:
             optimizer_state=state,
             step=step,
             readings=self._readings(config, work, rehearsal),
-            merged_copy=config.model.lora is not None,
+            export=self._export_bytes(config, description, weights, bool(vocabulary.ids)),
             device=self.device.type,
         )
         return description, memory, tensor_bytes(trainable) + buffers + state
+
+    @staticmethod
+    def _export_bytes(config: RunConfig, description: dict[str, Any], weights: int, compact: bool) -> int:
+        """What the export holds beside the run: a copy with LoRA merged into it, and the full tables."""
+        tables = description["token_table_parameters"] * FP32 if compact else 0
+        return tables + (weights if config.model.lora is not None else 0)
 
     def _readings(self, config: RunConfig, work: Work, rehearsal: Rehearsal) -> dict[str, int]:
         if not work.num_evaluations:
@@ -189,8 +200,6 @@ class Planner:
                 model.resize_token_embeddings(needed, mean_resizing=False)
             if config.training.activation_checkpointing:
                 model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            if section.lora is not None:
-                model = add_lora(model, **section.lora.model_dump(), new_token_ids=self.new_tokens)
         return model
 
     def _work(self, config: RunConfig) -> Work:
@@ -198,6 +207,7 @@ class Planner:
         held_out = None
         if self.raw.validation is not None:
             held_out = encode_rows(self.raw.validation, self.format, config.data, vocab_size=self.table_rows)
+        self.corpora = [train, *([held_out] if held_out is not None else [])]
         batches = TrainingBatches(
             train,
             max_length=config.data.max_length,

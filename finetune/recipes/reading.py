@@ -6,7 +6,7 @@ Floor 5.
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -107,15 +107,13 @@ def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, disp
         num_processes=1,
     )
     with display.bar("evaluating the loss", len(batches)) as advance:
-        return asdict(
-            evaluate_loss(
-                LanguageModel(opened.model),
-                batches,
-                tokenizer=opened.tokenizer,
-                device=opened.model.device,
-                on_progress=lambda done: advance(1),
-            )
-        )
+        return evaluate_loss(
+            LanguageModel(opened.model),
+            batches,
+            tokenizer=opened.tokenizer,
+            device=opened.model.device,
+            on_progress=lambda done: advance(1),
+        ).as_dict()
 
 
 def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:

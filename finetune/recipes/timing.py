@@ -56,6 +56,7 @@ def _training_speed(parts: Parts) -> float:
     seconds, tokens = 0.0, 0
     for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS)):
         started = time.perf_counter()
+        parts.vocabulary.before_step(number, batch)
         for micro_batch in batch.micro_batches:
             tensors = cast(dict[str, torch.Tensor], micro_batch)
             loss = module(**{key: value.to(accelerator.device) for key, value in tensors.items()})
@@ -70,7 +71,8 @@ def _training_speed(parts: Parts) -> float:
 
 
 def _time_evaluation(parts: Parts) -> float:
-    batches = list(parts.validation_batches())
+    assert parts.validation is not None
+    batches = list(parts.evaluation_batches(parts.validation))
     started = time.perf_counter()
     with parts.accelerator.autocast():
         evaluate_loss(_module(parts), batches[:1], tokenizer=parts.tokenizer, device=parts.accelerator.device)

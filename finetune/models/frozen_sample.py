@@ -1,0 +1,88 @@
+"""A sample of the frozen rows that stands for all of them in the softmax of a step: the fast mode for large vocabularies.
+
+Floor 2. Row j is drawn with chance pi_j, and its logit raised by -log pi_j, so that the sum over the sample estimates the sum over
+all frozen rows without bias (Horvitz and Thompson, 1952). The chances follow the probability that the base model gives each token
+on some of the training data: proportional to its root mean square over positions, which makes the variance of the sum least, with a
+share spread evenly, since training moves probability to tokens that had none. Rows that matter most have chance 1.
+
+The chances are measured once, before training; each step draws anew (systematic sampling in random order, so that every sample has
+the same size), from a generator of its own: the same rows on every process and however a step is cut.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from finetune.data.types import Batch
+from finetune.losses import FrozenRows
+from finetune.models.language_model import LanguageModel, evaluating
+from finetune.models.vocabulary import ActiveHead
+
+SPREAD = 0.25
+"""Share of the sample that goes evenly over all frozen rows."""
+
+
+def inclusion_chances(weights: Tensor, count: int) -> Tensor:
+    """Chances [F] in (0, 1], float64, that add up to `count` (at most F) and follow `weights` [F] >= 0, save for the even share."""
+    weights, rows = weights.double(), len(weights)
+    if count >= rows:
+        return torch.ones_like(weights)
+    even = torch.full_like(weights, 1 / rows)
+    score = SPREAD * even + (1 - SPREAD) * (weights / weights.sum() if weights.sum() > 0 else even)
+    sure = torch.zeros(rows, dtype=torch.bool)
+    while True:
+        chance = (count - sure.sum()) * score / score[~sure].sum()
+        over = (chance >= 1) & ~sure
+        if not over.any():
+            return chance.where(~sure, 1.0)
+        sure |= over
+
+
+def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows [K] int64, each with its chance; K is the sum of the chances (up to rounding), the same for every draw."""
+    order = torch.randperm(len(chances), generator=generator)
+    ends = chances[order].cumsum(0)
+    count = round(float(ends[-1]))
+    points = torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(count)
+    return order[torch.searchsorted(ends, points.clamp(max=float(ends[-1])), right=True).clamp_(max=len(order) - 1)].unique()
+
+
+@torch.no_grad()
+def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch]) -> Tensor:
+    """The root mean square over the target positions of `batches` of each frozen row's probability: [F] float64 on the CPU."""
+    device = language_model.causal_lm.device
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with evaluating(language_model):
+        for batch in batches:
+            tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            squares, positions = language_model.frozen_square_probabilities(**tensors)
+            total, count = total + squares.double().cpu(), count + positions
+    return (total / max(1, count)).sqrt()
+
+
+class FrozenSampler:
+    """Puts a fresh sample into a LanguageModel before each step."""
+
+    def __init__(self, language_model: LanguageModel, chances: Tensor) -> None:
+        self.language_model, self.chances = language_model, chances
+
+    @torch.no_grad()
+    def before_step(self, seed: int, targets: Tensor | None = None) -> None:
+        """Draw the sample of one step from `seed`; the tokens `targets` [n] are in it (they may be frozen)."""
+        head = self.language_model.causal_lm.get_output_embeddings()
+        assert isinstance(head, ActiveHead)
+        vocabulary, compact = head.vocabulary, len(head.weight)
+        rows = draw(self.chances, torch.Generator().manual_seed(seed))
+        if targets is not None:
+            wanted = vocabulary.row_of_id[targets.to(vocabulary.row_of_id.device)].cpu() - compact
+            rows = torch.cat([rows, wanted[wanted >= 0]]).unique()
+        device = head.weight.device
+        log_chances = self.chances[rows].log().float().to(device)
+        rows = rows.to(device)
+        offset = torch.cat([vocabulary.offset[:compact], vocabulary.offset[compact:][rows] - log_chances])
+        row_of_id = vocabulary.row_of_id.clone()
+        frozen = vocabulary.frozen_ids[rows]
+        still = vocabulary.row_of_id[frozen] >= compact  # a token that has become active keeps its compact row
+        row_of_id[frozen[still]] = compact + torch.arange(len(rows), device=device)[still]
+        self.language_model.sample = (FrozenRows(vocabulary.frozen[rows].to(head.weight.dtype), offset), row_of_id)

@@ -1,0 +1,249 @@
+"""The active vocabulary: of a model's token table only the rows that a run uses train; the others cost no gradient and no state.
+
+Floor 2. `activate` makes the weight of the input embedding (and, tied or not, of the output head) a compact parameter [A, d], whose
+row i belongs to token `active_ids[i]`; the other rows are kept beside it, frozen, so that the model still reads and predicts every
+token. Token ids, tokenizer, config and the names of the parameters stay as they were. The classes of the two modules are changed in
+place to ones whose lookup and product know where a token's row is; a subclass with a forward of its own (Gemma's scaled embedding)
+keeps it. `full_vocabulary` shows the model with its full table for a while, for saving and exporting; `deactivate` for good.
+
+A table may have room for `spare` rows that belong to no token yet: `ActiveVocabulary.grow` gives them to tokens that turn up later.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from finetune.errors import UserError
+from finetune.losses import FrozenRows
+from finetune.models.describe import token_tables
+
+NO_TOKEN = -1
+
+
+class ActiveVocabulary(nn.Module):
+    """Which tokens are active, where every token's row is, and the frozen rows [V - A, d] of one table."""
+
+    active_ids: Tensor  # [A + spare] int64, NO_TOKEN for a spare row
+    row_of_id: Tensor  # [V] int64: below A + spare a row of the compact weight, else A + spare + a frozen row
+    frozen_ids: Tensor  # [F] int64
+    offset: Tensor  # [A + spare + F] float32: -inf where a row stands for no token, else 0
+    is_whole: bool  # no row stands for no token
+
+    def __init__(self, table: Tensor, ids: Tensor, *, spare: int = 0) -> None:
+        super().__init__()
+        active = torch.zeros(len(table), dtype=torch.bool)
+        active[ids.cpu()] = True
+        frozen_ids = (~active).nonzero()[:, 0]
+        padded = F.pad(active.nonzero()[:, 0], (0, min(spare, len(frozen_ids))), value=NO_TOKEN)
+        self.register_buffer("active_ids", padded)
+        self.register_buffer("frozen_ids", frozen_ids, persistent=False)
+        self.register_buffer("row_of_id", torch.empty(len(table), dtype=torch.int64), persistent=False)
+        self.register_buffer("offset", torch.empty(len(padded) + len(frozen_ids)), persistent=False)
+        self.number()
+        self.to(table.device)  # numbered before: a table on the meta device has a vocabulary too, for planning
+        # A parameter without gradient, and no buffer: data-parallel engines leave it alone after the start.
+        self.frozen = nn.Parameter(table.detach().index_select(0, self.frozen_ids), requires_grad=False)
+
+    @property
+    def num_active(self) -> int:
+        """A: the tokens whose rows train."""
+        return int((self.active_ids != NO_TOKEN).sum())
+
+    def number(self) -> None:
+        """Work out where every token's row is, from `active_ids`."""
+        rows, used = len(self.active_ids), self.active_ids != NO_TOKEN
+        ids = self.active_ids[used]
+        self.row_of_id[self.frozen_ids] = torch.arange(rows, rows + len(self.frozen_ids), device=ids.device)
+        self.row_of_id[ids] = used.nonzero()[:, 0]
+        self.offset.zero_()
+        self.offset[:rows][~used] = -torch.inf
+        self.offset[rows:][torch.isin(self.frozen_ids, ids)] = -torch.inf  # of tokens that have become active
+        self.is_whole = bool(self.offset.isfinite().all())
+
+    def frozen_rows(self) -> FrozenRows:
+        """What the loss needs beside the compact weight: all frozen rows."""
+        return FrozenRows(self.frozen.detach(), None if self.is_whole else self.offset)
+
+    @torch.no_grad()
+    def grow(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """Make `ids` [n] active as far as there are spare rows in the compact `weight`; returns those for which there was none."""
+        new = ids[~torch.isin(ids, self.active_ids)].unique()
+        room = (self.active_ids == NO_TOKEN).nonzero()[:, 0][: len(new)]
+        taken = new[: len(room)]
+        weight[room] = self.frozen[self.row_of_id[taken] - len(self.active_ids)].to(weight.dtype)
+        self.active_ids[room] = taken
+        self.number()
+        return new[len(room) :]
+
+    def full_table(self, weight: Tensor) -> Tensor:
+        """[V, d] in the dtype of the compact `weight`; the rows of frozen tokens bit for bit as they came."""
+        full = weight.new_empty(len(self.row_of_id), weight.shape[1])
+        full[self.frozen_ids] = self.frozen.to(weight.dtype)
+        used = self.active_ids != NO_TOKEN
+        full[self.active_ids[used]] = weight.detach()[used]
+        return full
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.number()
+
+
+class ActiveEmbedding(nn.Embedding):
+    """The lookup that sits below an embedding's own class; `weight` is [A + spare, d]."""
+
+    compact = True  # for finetune.optim: there are no unused rows to leave out
+    vocabulary: ActiveVocabulary
+    plain_class: type[nn.Module]
+    padding_row: int | None  # the row of padding_idx, if it is active: the lookup gives it no gradient
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, compact = self.vocabulary.row_of_id[input], len(self.weight)
+        trained = F.embedding(rows.clamp(max=compact - 1), self.weight, self.padding_row)
+        if not len(self.vocabulary.frozen):
+            return trained
+        frozen = F.embedding((rows - compact).clamp_(min=0), self.vocabulary.frozen)
+        return torch.where((rows < compact)[..., None], trained, frozen.to(trained.dtype))
+
+
+class ActiveHead(nn.Linear):
+    """The product with every row, [..., d] to logits [..., V] in the order of the token ids; `weight` is [A + spare, d]."""
+
+    vocabulary: ActiveVocabulary
+    plain_class: type[nn.Module]
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = torch.cat([F.linear(input, self.weight), F.linear(input, self.vocabulary.frozen.to(self.weight.dtype))], -1)
+        return logits.index_select(-1, self.vocabulary.row_of_id)
+
+
+def activate(model: PreTrainedModel, ids: Iterable[int], *, spare: int = 0, compact_input: bool = True) -> None:
+    """Train only the rows of `ids` in the token table of `model`, in place.
+
+    A tied table stays tied. Of an untied model the head is made compact, and with `compact_input` the input embedding as well
+    (without it, it stays whole: for lazy_adamw, to which unused rows cost nothing). `spare`: rows kept for tokens that turn up
+    later. Raises UserError where an id is not in the table, or the model has a head that this does not know.
+    """
+    wanted = torch.tensor(sorted(set(ids)), dtype=torch.int64)
+    check_head(model)
+    table, head = token_tables(model)
+    if not len(wanted) or int(wanted[0]) < 0 or int(wanted[-1]) >= len(table):
+        raise UserError(f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one of them")
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is table:
+        vocabulary = ActiveVocabulary(table, wanted, spare=spare)
+        weight = _compact(table, vocabulary)
+        _make_active(embedding, ActiveEmbedding, vocabulary, weight)
+        _make_active(output, ActiveHead, vocabulary, weight)
+        return
+    assert head is not None
+    vocabulary = ActiveVocabulary(head, wanted, spare=spare)
+    _make_active(output, ActiveHead, vocabulary, _compact(head, vocabulary))
+    if compact_input:
+        vocabulary = ActiveVocabulary(table, wanted, spare=spare)
+        _make_active(embedding, ActiveEmbedding, vocabulary, _compact(table, vocabulary))
+
+
+def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Make the tables of `model` as compact as they were when the state dict `state` was taken, for it to be loaded."""
+    saved = {name: value for name, value in state.items() if name.endswith(".vocabulary.active_ids")}
+    if saved:
+        ids, names = next(iter(saved.values())), dict(model.named_modules())
+        embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
+        compact_input = any(name.endswith(embedding + ".vocabulary.active_ids") for name in saved)
+        activate(model, ids[ids != NO_TOKEN].tolist(), spare=int((ids == NO_TOKEN).sum()), compact_input=compact_input)
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raise UserError where the output head is none that the active vocabulary knows: one linear layer without a bias."""
+    head = model.get_output_embeddings()
+    name = type(model).__name__
+    if not isinstance(head, nn.Linear) or not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise UserError(
+            f"vocabulary.mode: {name} has no plain embedding and linear output head, so its table trains whole: use full"
+        )
+    if head.bias is not None:
+        raise UserError(f"vocabulary.mode: the output head of {name} has a bias, so its table trains whole: use full")
+
+
+def active_modules(model: nn.Module) -> list[Any]:
+    """The modules of `model` with a compact weight: none, the head, or input embedding and head."""
+    return [module for module in model.modules() if isinstance(module, ActiveEmbedding | ActiveHead)]
+
+
+@contextmanager
+def full_vocabulary(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is the plain model with its full table, tied as it was; what is written to it is lost.
+
+    Costs the memory of a full table (two, where input and output are not tied).
+    """
+    modules = active_modules(model)
+    kept = [(module, type(module), module.weight, module.vocabulary) for module in modules]
+    _make_plain(modules)
+    try:
+        yield
+    finally:
+        for module, cls, weight, vocabulary in kept:
+            module.__class__, module.weight, module.vocabulary = cls, weight, vocabulary
+            _count(module, len(weight))
+
+
+def deactivate(model: nn.Module) -> None:
+    """Give `model` its full table back, in place, tied as it was; the rows of frozen tokens are bit for bit what they were."""
+    _make_plain(active_modules(model))
+
+
+def _make_plain(modules: Iterable[Any]) -> None:
+    tables: dict[int, nn.Parameter] = {}  # a shared weight stays shared
+    for module in modules:
+        weight, vocabulary = module.weight, module.vocabulary
+        if id(weight) not in tables:
+            tables[id(weight)] = nn.Parameter(vocabulary.full_table(weight), requires_grad=weight.requires_grad)
+        del module.vocabulary
+        module.__class__, module.weight = module.plain_class, tables[id(weight)]
+        _count(module, len(tables[id(weight)]))
+
+
+def _compact(table: Tensor, vocabulary: ActiveVocabulary) -> nn.Parameter:
+    ids = vocabulary.active_ids
+    rows = table.detach().index_select(0, ids.clamp(min=0))
+    return nn.Parameter(rows.masked_fill_((ids == NO_TOKEN)[:, None], 0), requires_grad=True)
+
+
+def _make_active(module: Any, cls: Any, vocabulary: ActiveVocabulary, weight: nn.Parameter) -> None:
+    module.__class__ = _active_class(type(module), cls)  # type: ignore[arg-type]
+    module.weight, module.vocabulary = weight, vocabulary
+    if cls is ActiveEmbedding:
+        known = module.padding_idx is not None and not weight.is_meta
+        padding = int(vocabulary.row_of_id[module.padding_idx]) if known else NO_TOKEN
+        module.padding_row = padding if 0 <= padding < len(weight) else None
+    _count(module, len(weight))
+
+
+def _count(module: Any, rows: int) -> None:
+    """nn.Embedding and nn.Linear say how many rows they have, for whoever prints them."""
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = rows
+    else:
+        module.out_features = rows
+
+
+@functools.cache
+def _active_class(plain: type, active: type) -> Any:
+    bases = (active,) if plain in (nn.Embedding, nn.Linear) else (plain, active)
+    return type(f"Active{plain.__name__}", bases, {"plain_class": plain, "__reduce_ex__": _reduce})
+
+
+def _reduce(module: Any, protocol: Any) -> tuple:
+    # The class is made on the fly, so it is named by what it was made from.
+    return _instance, (module.plain_class, ActiveEmbedding if isinstance(module, ActiveEmbedding) else ActiveHead), module.__dict__
+
+
+def _instance(plain: Any, active: Any) -> nn.Module:
+    cls = _active_class(plain, active)
+    return cls.__new__(cls)

@@ -1,0 +1,194 @@
+"""The vocabulary section of a config: which rows of the token table a run trains, and how that is kept up from step to step.
+
+Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `finetune.models.frozen_sample` for the sampled loss.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel
+
+from finetune.config import RunConfig
+from finetune.data.collate import collate
+from finetune.data.encode import EncodedDataset
+from finetune.data.steps import StepBatch
+from finetune.data.types import Batch
+from finetune.errors import UserError
+from finetune.models.describe import inner_model, token_tables
+from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
+from finetune.models.language_model import LanguageModel
+from finetune.models.vocabulary import activate, active_modules, check_head
+from finetune.optim import optimizer_info
+from finetune.trainer import step_seed
+
+SPARE_ROWS = 1024  # kept for tokens that turn up later in a stream
+MEASURED_TOKENS = 2048  # target tokens on which the base model's probabilities are measured, for `sampled`
+LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole where the run uses more of it
+
+
+@dataclass(frozen=True)
+class VocabularyPlan:
+    """What was chosen and what it saves."""
+
+    mode: str  # full, active, sampled or frozen
+    reason: str  # why, where `auto` chose
+    ids: tuple[int, ...]  # tokens whose rows train; empty for full, and for frozen without new tokens
+    rows: int  # of the table
+    saved_bytes: int  # of gradients and optimizer state
+
+    def line(self) -> str:
+        """One line for the log and the report."""
+        why = f" ({self.reason})" if self.reason else ""
+        if self.mode == "full":
+            return f"vocabulary: full{why}"
+        trained = f"{len(self.ids):,} of {self.rows:,} rows ({len(self.ids) / self.rows:.1%}) train"
+        saved = f"{self.saved_bytes / 1e6:,.0f} MB of gradients and optimizer state saved"
+        return f"vocabulary: {self.mode}{why}: {trained}, the others stay bit for bit what they are; {saved}"
+
+
+def plan_vocabulary(
+    config: RunConfig, model: PreTrainedModel, tokenizer: Any, corpora: Iterable[EncodedDataset], new_tokens: Sequence[int]
+) -> VocabularyPlan:
+    """Choose the mode and the active tokens. `model` may be without weights; LoRA is not yet on it. Raises UserError."""
+    table, head = token_tables(model)
+    found = active_ids(tokenizer, corpora, config.vocabulary.keep)
+    ids = tuple(sorted(i for i in found if i < len(table)))
+    mode: str = config.vocabulary.mode
+    reason = ""
+    if mode == "auto":
+        mode, reason = _automatic(config, model, len(ids))
+    if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
+        mode, reason = "active", "a sample would be the whole table"
+    if mode in ("active", "sampled"):
+        check_head(model)
+    if mode == "frozen":
+        ids = tuple(new_tokens)
+    tables = 1 if head is table else 1 + (not _input_is_lazy(config))
+    bytes_per_row = table.shape[1] * (4 + optimizer_info(config.optimizer.name).state_bytes)
+    saved = 0 if mode == "full" else round(tables * (len(table) - len(ids)) * bytes_per_row)
+    return VocabularyPlan(mode, reason, () if mode == "full" else ids, len(table), saved)
+
+
+def _automatic(config: RunConfig, model: PreTrainedModel, num_active: int) -> tuple[str, str]:
+    table, head = token_tables(model)
+    if config.model.lora is not None:
+        return "full", "LoRA leaves the token table as it is"
+    if head is not table:
+        lazy = "lazy_adamw updates only the input rows in use" if _input_is_lazy(config) else "active would make both compact"
+        return "full", f"input and output tables are not tied; {lazy}"
+    try:
+        check_head(model)
+    except UserError as error:
+        return "full", str(error).removeprefix("vocabulary.mode: ").removesuffix(": use full")
+    if num_active > LITTLE_TO_SAVE * len(table):
+        return "full", f"the data uses {num_active:,} of the {len(table):,} rows"
+    return "active", "the table is tied, and most of it is not used"
+
+
+def _input_is_lazy(config: RunConfig) -> bool:
+    return optimizer_info(config.optimizer.name).must_know == "embeddings"
+
+
+def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]) -> set[int]:
+    """The tokens of the data, special, added and byte tokens, and those to keep: ids, or texts whose tokens are meant."""
+    ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
+    ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    alphabet = set(ByteLevel.alphabet())
+    ids |= {i for token, i in tokenizer.get_vocab().items() if token in alphabet or re.fullmatch("<0x[0-9A-F]{2}>", token)}
+    size = max(tokenizer.get_vocab().values()) + 1
+    for item in keep:
+        if isinstance(item, int) and not 0 <= item < size:
+            raise UserError(f"vocabulary.keep: {item} is no token id; ids go from 0 to {size - 1}")
+        ids |= {item} if isinstance(item, int) else set(tokenizer(item, add_special_tokens=False).input_ids)
+    return ids
+
+
+def apply_vocabulary(plan: VocabularyPlan, model: PreTrainedModel, config: RunConfig) -> None:
+    """Make the tables of `model` what the plan says, in place."""
+    if plan.mode == "frozen":
+        for table in token_tables(model):
+            if table is not None:
+                table.requires_grad_(False)
+    if plan.ids:
+        spare = SPARE_ROWS if config.data.streaming else 0
+        activate(model, plan.ids, spare=spare, compact_input=plan.mode == "frozen" or not _input_is_lazy(config))
+
+
+def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> Iterator[Batch]:
+    """Examples from all over `dataset`, up to MEASURED_TOKENS target tokens."""
+    count, order = 0, range(0, len(dataset), max(1, len(dataset) // 256))
+    for start in range(0, len(order), rows):
+        if count >= MEASURED_TOKENS:
+            return
+        chosen = order[start : start + rows]
+        count += sum(dataset.target_counts[i] for i in chosen)
+        yield collate([[dataset[i]] for i in chosen], pad_id=pad_id, packed=False)
+
+
+class VocabularyKeeper:
+    """What happens to the vocabulary before each step: tokens that turn up in a stream get rows, and frozen rows are sampled."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        plan: VocabularyPlan,
+        language_model: LanguageModel,
+        sample: Callable[[], Iterable[Batch]],
+        accelerator: Accelerator,
+        note: Callable[[str], None],
+    ) -> None:
+        self.language_model, self.accelerator, self.note, self.seed = language_model, accelerator, note, config.seed
+        self.modules = active_modules(language_model)
+        self.grows = bool(self.modules) and config.data.streaming and plan.mode != "frozen"
+        self.said = False
+        self.sampler = None
+        if plan.mode == "sampled":
+            language_model.to(accelerator.device)
+            weights = measure_frozen_rows(language_model, sample())
+            self.sampler = FrozenSampler(language_model, inclusion_chances(weights, config.vocabulary.num_sampled))
+
+    def before_step(self, step: int, batch: StepBatch) -> None:
+        """`step`: optimizer steps taken so far. Every process must call it, with its own share of the step."""
+        frozen = self._grow(batch) if self.grows else None
+        if self.sampler is not None:
+            self.sampler.before_step(step_seed(self.seed, step, -1), frozen)
+
+    def inactive_tokens(self) -> torch.Tensor | None:
+        """[V] bool, true for tokens whose row of the output table does not train; None where all of them do."""
+        head: Any = inner_model(self.language_model.model).get_output_embeddings()
+        if head not in self.modules:
+            return None
+        return head.vocabulary.row_of_id >= len(head.weight)
+
+    def _grow(self, batch: StepBatch) -> torch.Tensor | None:
+        """Give new tokens of the step, of all processes, rows as far as there are any; returns those that stay frozen."""
+        vocabulary, rows = self.modules[0].vocabulary, len(self.modules[0].weight)
+        ids = torch.cat([micro_batch["input_ids"].flatten() for micro_batch in batch.micro_batches]).unique()
+        new = ids.to(vocabulary.row_of_id.device)
+        new = new[vocabulary.row_of_id[new] >= rows].tolist()
+        if self.accelerator.num_processes > 1:
+            new = gather_object(new)
+        if not new:
+            return None
+        wanted = torch.tensor(sorted(set(new)), device=vocabulary.row_of_id.device)
+        left = wanted
+        for module in {id(module.vocabulary): module for module in self.modules}.values():
+            left = module.vocabulary.grow(module.weight, wanted)
+        self._say(vocabulary.num_active, len(left))
+        return left if len(left) else None
+
+    def _say(self, active: int, left: int) -> None:
+        if left and not self.said:
+            self.said = True
+            self.note(
+                f"vocabulary: all {SPARE_ROWS:,} spare rows are taken ({active:,} tokens train); tokens that turn up from here on "
+                f"are read and predicted with their frozen rows (vocabulary.keep, or vocabulary.mode=full, trains them too)"
+            )
+        elif not left:
+            self.note(f"vocabulary: tokens outside of the first rows of the stream turned up; {active:,} train now")

@@ -1,0 +1,262 @@
+"""The active vocabulary on real (tiny, random) models of several families: the same model, of which only some rows train."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.errors import UserError
+from finetune.models.adapters import add_lora, merge_lora
+from finetune.models.frozen_sample import FrozenSampler, draw, inclusion_chances, measure_frozen_rows
+from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.speed import enable_activation_checkpointing
+from finetune.models.vocabulary import activate, active_modules, deactivate, full_vocabulary
+
+V = 97
+ACTIVE = [0, 1, 2, 5, 8, 13, 21, 34, 55, 89]
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+FAMILIES = {
+    "llama": {**SHAPE, "tie_word_embeddings": True},
+    "qwen2": {**SHAPE, "tie_word_embeddings": True},
+    "gemma3_text": {**SHAPE, "head_dim": 8, "final_logit_softcapping": 5.0, "tie_word_embeddings": True, "pad_token_id": 0},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "gpt_neox": {**SHAPE, "tie_word_embeddings": False},
+}
+
+
+def make(family, seed=0):
+    torch.manual_seed(seed)
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=V, **special, **FAMILIES[family]))
+    for table in {id(t): t for t in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}.values():
+        torch.nn.init.normal_(table, std=0.5)
+    return model.eval()
+
+
+def batch(ids=ACTIVE, rows=3, length=11):
+    chosen = torch.tensor(ids)[torch.randint(0, len(ids), (rows, length))]
+    return chosen, chosen.clone()
+
+
+def test_every_family_is_tried():
+    assert len(FAMILIES) == 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
+    model, ids = make(family), torch.randint(0, V, (2, 9))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(input_ids=ids).logits
+    names = [name for name, _ in model.named_parameters()]
+    activate(model, ACTIVE)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == names
+    assert model.get_output_embeddings().weight.shape == (len(ACTIVE), 16)
+    tied = model.config.tie_word_embeddings
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    with full_vocabulary(model):
+        assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert not active_modules(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    deactivate(model)
+    assert type(model.get_input_embeddings()) is type(make(family).get_input_embeddings())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(family):
+    full, ids = make(family), batch()
+    model = copy.deepcopy(full)
+    activate(model, ACTIVE)
+    ours, theirs = LanguageModel(model), LanguageModel(full)
+    assert ours.fused
+    loss, expected = ours(*ids), theirs(*ids)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    gradients = dict(full.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        wanted = gradients[name].grad
+        torch.testing.assert_close(parameter.grad, wanted[ACTIVE] if len(wanted) == V else wanted, rtol=1e-4, atol=1e-5)
+    inactive = [i for i in range(V) if i not in ACTIVE]
+    assert full.get_output_embeddings().weight.grad[inactive].any()  # which the full model would have moved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_moves_active_rows_only(family):
+    model = make(family)
+    before = copy.deepcopy(model.state_dict())
+    activate(model, ACTIVE)
+    language_model = LanguageModel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for _ in range(5):
+        language_model(*batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained, ids = model(input_ids=torch.arange(V)[None]).logits, torch.arange(V)[None]
+    deactivate(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, trained)
+    tables = [name for name, value in model.state_dict().items() if value.shape == (V, 16)]
+    assert tables
+    for name in tables:
+        moved = (model.state_dict()[name] != before[name]).any(1).nonzero()[:, 0].tolist()
+        assert moved
+        assert set(moved) <= set(ACTIVE)
+
+
+def test_an_untied_input_may_stay_whole():
+    model = make("gpt_neox")
+    activate(model, ACTIVE, compact_input=False)
+    assert model.get_input_embeddings().weight.shape == (V, 16)
+    assert model.get_output_embeddings().weight.shape == (len(ACTIVE), 16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_copies_pickles_checkpointing_and_packing(family):
+    model, ids = make(family), torch.randint(0, V, (2, 9))
+    activate(model, ACTIVE)
+    expected = model(input_ids=ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(input_ids=ids).logits, expected)
+        assert other.get_output_embeddings().weight is other.get_input_embeddings().weight
+        other.get_output_embeddings().weight.data.zero_()
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    language_model = LanguageModel(model)
+    check_packing(language_model)
+    plain = torch.autograd.grad(language_model(*batch()), model.get_output_embeddings().weight)[0]
+    enable_activation_checkpointing(language_model)
+    language_model.train()
+    torch.manual_seed(0)
+    first = batch()
+    again = torch.autograd.grad(language_model(*first), model.get_output_embeddings().weight)[0]
+    language_model.eval()
+    torch.testing.assert_close(again, torch.autograd.grad(language_model(*first), model.get_output_embeddings().weight)[0])
+    assert plain.any()
+
+
+def test_lora_beside_active_rows():
+    model = make("llama")
+    activate(model, ACTIVE)
+    wrapped = add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    model.get_output_embeddings().weight.requires_grad_(True)
+    language_model = LanguageModel(wrapped)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        language_model(*batch()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ids = torch.randint(0, V, (2, 9))
+    wrapped.eval()
+    expected = wrapped(input_ids=ids).logits
+    with full_vocabulary(wrapped):
+        merged = merge_lora(wrapped)
+    assert not active_modules(merged)
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_growing_reads_the_same_and_trains_the_new_row(family):
+    model, ids = make(family), torch.randint(0, V, (2, 9))
+    before = copy.deepcopy(model.state_dict())
+    activate(model, ACTIVE, spare=2)
+    head = model.get_output_embeddings()
+    language_model, expected = LanguageModel(model), model(input_ids=ids).logits
+    everything = (ids, ids.clone())
+    loss = language_model(*everything)
+    saved = copy.deepcopy(model.state_dict())
+    assert head.vocabulary.grow(head.weight, torch.tensor([1, 3, 3])).tolist() == []
+    assert head.vocabulary.grow(head.weight, torch.tensor([4, 6, 3])).tolist() == [6]
+    assert head.vocabulary.num_active == len(ACTIVE) + 2
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    torch.testing.assert_close(language_model(*everything), loss)
+    optimizer = torch.optim.AdamW([head.weight], lr=1e-2)
+    language_model(*batch([3, 4])).backward()
+    optimizer.step()
+    grown = model(input_ids=ids).logits
+    state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(saved)  # back to where there was room, and forth again
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(input_ids=ids).logits, grown)
+    deactivate(model)
+    moved = (model.state_dict()["model.embed_tokens.weight"] != before["model.embed_tokens.weight"]).any(1).nonzero()[:, 0]
+    assert {3, 4} <= set(moved.tolist()) <= {*ACTIVE, 3, 4}
+
+
+def test_bad_ids_and_unknown_heads_are_refused():
+    with pytest.raises(UserError, match="token ids from 0 to 96"):
+        activate(make("llama"), [3, V])
+    with pytest.raises(UserError, match="at least one"):
+        activate(make("llama"), [])
+    model = make("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
+    with pytest.raises(UserError, match="has a bias"):
+        activate(model, ACTIVE)
+
+
+# Sampling
+
+
+def test_chances_add_up_and_follow_the_weights():
+    weights = torch.tensor([100.0, 10.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    chances = inclusion_chances(weights, 3)
+    assert chances.sum() == pytest.approx(3)
+    assert chances[0] == 1
+    assert (chances > 0).all()
+    assert chances[1] > chances[2] == chances[3] > chances[4] == chances[7]
+    assert (inclusion_chances(weights, 8) == 1).all()
+    assert inclusion_chances(torch.zeros(4), 2).tolist() == [0.5] * 4
+
+
+def test_rows_are_drawn_with_their_chances():
+    chances = inclusion_chances(torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.1]), 4)
+    generator, draws = torch.Generator().manual_seed(0), 4000
+    counts = torch.zeros(8)
+    for _ in range(draws):
+        rows = draw(chances, generator)
+        assert len(rows) == len(rows.unique()) == 4
+        counts[rows] += 1
+    assert (counts / draws - chances).abs().max() < 4 * 0.5 / draws**0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(family):
+    model = make(family)
+    activate(model, ACTIVE)
+    language_model, ids = LanguageModel(model), batch()
+    language_model.train()
+    exact = language_model(*ids)
+    weights = measure_frozen_rows(language_model, [{"input_ids": ids[0], "labels": ids[1]}])
+    assert weights.shape == (V - len(ACTIVE),)
+    assert (weights > 0).all()
+    everything = FrozenSampler(language_model, inclusion_chances(weights, V))
+    everything.before_step(0)
+    torch.testing.assert_close(language_model(*ids), exact)
+    sampler = FrozenSampler(language_model, inclusion_chances(weights, 40))
+    estimates = []
+    for seed in range(300):
+        sampler.before_step(seed)
+        estimates.append(language_model(*ids).detach() / exact.detach())
+    estimates = torch.stack(estimates)
+    assert 0 < estimates.std() < 0.2
+    assert abs(estimates.mean() - 1) < 0.02  # the log of an unbiased estimate is a little low
+    language_model.eval()
+    torch.testing.assert_close(language_model(*ids), exact)  # evaluation is exact
+
+
+def test_frozen_targets_are_put_into_the_sample():
+    model = make("llama")
+    activate(model, ACTIVE)
+    language_model, ids = LanguageModel(model), batch([*ACTIVE, 3, 96])
+    language_model.train()
+    exact = language_model(*ids)
+    sampler = FrozenSampler(language_model, torch.ones(V - len(ACTIVE), dtype=torch.float64) * 0.9)
+    for seed in range(20):
+        sampler.before_step(seed, targets=ids[1].flatten())
+        assert language_model(*ids).item() == pytest.approx(exact.item(), rel=0.2)

@@ -1,0 +1,227 @@
+"""Runs with an active vocabulary, from the config to the exported model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.config import load_config
+from finetune.errors import UserError
+from finetune.recipes.exporting import export_run
+from finetune.recipes.inspecting import inspect_data
+from finetune.recipes.planning import plan_run
+from finetune.recipes.training import run_training
+
+WORDS = "the a cat dog sat ran on in mat log big red and then it was".split()
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def write_texts(path: Path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def sentences(count, seed=0, words=WORDS):
+    generator = torch.Generator().manual_seed(seed)
+    return [" ".join(words[i] for i in torch.randint(0, len(words), (12,), generator=generator)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A trained tiny model with a larger vocabulary than the data of these tests uses."""
+    folder = tmp_path_factory.mktemp("base")
+    wide = [*WORDS, *(f"{a}{b}{c}" for a in "bdgklm" for b in "aeiou" for c in "nprst")]
+    config = folder / "base.yaml"
+    data = write_texts(folder / "wide.jsonl", sentences(600, words=wide))
+    config.write_text(
+        f"output_dir: {folder / 'run'}\nmodel: {{config: {json.dumps(LLAMA)}, tokenizer: {{vocab_size: 400}}}}\n"
+        f"data: {{train: {data}, max_length: 64}}\noptimizer: {{name: adamw, lr: 3e-3}}\ntraining: {{max_steps: 20}}\n"
+        f"vocabulary: {{mode: full}}\nevaluation: {{samples: 0}}\n"
+    )
+    run_training(load_config(config))
+    return folder / "run" / "model"
+
+
+def config_for(base, folder, *overrides, rows=200):
+    file = folder / "run.yaml"
+    data = write_texts(folder / "train.jsonl", sentences(rows, seed=1))
+    held_out = write_texts(folder / "held_out.jsonl", sentences(30, seed=2))
+    file.write_text(
+        f"output_dir: {folder / 'run'}\nmodel: {{name: {base}}}\ndata: {{train: {data}, validation: {held_out}, max_length: 64}}\n"
+        f"optimizer: {{name: adamw, lr: 2e-3}}\nscheduler: {{name: constant}}\nevaluation: {{samples: 0}}\n"
+        f"training: {{max_steps: 8, batch_size: 4, micro_batch_size: 2}}\n"
+    )
+    return load_config(file, list(overrides))
+
+
+def evaluations(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["evaluation"] for record in records if "evaluation" in record]
+
+
+def losses(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "evaluation" not in record}
+
+
+def table(folder):
+    return load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+
+
+def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tmp_path, capsys):
+    unrelated = write_texts(tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir", "kos", "lut", "men"]))
+    run_training(config_for(base, tmp_path, f"data.unrelated={unrelated}", "training.max_steps=40"))
+    run = tmp_path / "run"
+    line = next(note for note in json.loads((run / "environment.json").read_text())["notes"] if note.startswith("vocabulary"))
+    assert line.startswith("vocabulary: active (the table is tied")
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert line in (run / "report.html").read_text()
+    before, after = table(base), table(run / "model")
+    moved = (before != after).any(1)
+    used = {i for text in sentences(200, seed=1) for i in AutoTokenizer.from_pretrained(base)(text).input_ids}
+    assert used <= set(moved.nonzero()[:, 0].tolist())
+    assert 0.4 < moved.float().mean() < 0.9
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    first, *_, last = evaluations(run)
+    assert last["loss"] < first["loss"]
+    assert last["loss_inside"] == pytest.approx(last["loss"])
+    assert "loss_outside" not in last
+    assert last["share_outside"] == 0
+    assert 0 < last["inactive_mass"] < first["inactive_mass"] < 1
+    assert last["unrelated_loss"] != first["unrelated_loss"]
+
+
+def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):
+    found = {}
+    for mode in ("full", "active"):
+        (tmp_path / mode).mkdir()
+        run_training(config_for(base, tmp_path / mode, f"vocabulary.mode={mode}", "optimizer.name=sgd", "training.max_grad_norm=0"))
+        found[mode] = losses(tmp_path / mode / "run")
+    assert found["full"].keys() == found["active"].keys()
+    assert found["full"][1] == pytest.approx(found["active"][1], abs=1e-5)
+    assert found["full"][8] == pytest.approx(found["active"][8], abs=5e-3)
+    assert found["full"][8] != found["active"][8]
+
+
+@pytest.mark.parametrize("mode", ["active", "sampled", "frozen"])
+def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode):
+    options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", "checkpoint.every=4"]
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    run_training(config_for(base, tmp_path / "whole", *options))
+    config = config_for(base, tmp_path / "cut", *options)
+    run_training(config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 4})}))
+    run_training(config, resume="auto")
+    assert losses(tmp_path / "cut" / "run") == losses(tmp_path / "whole" / "run")
+    assert torch.equal(table(tmp_path / "cut" / "run" / "model"), table(tmp_path / "whole" / "run" / "model"))
+    if mode == "frozen":
+        assert torch.equal(table(tmp_path / "whole" / "run" / "model"), table(base))
+
+
+def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
+    found = []
+    for size in (1, 4):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        options = ["vocabulary.mode=sampled", "vocabulary.num_sampled=40", f"training.micro_batch_size={size}"]
+        run_training(config_for(base, folder, *options))
+        found.append(list(losses(folder / "run").values()))
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.recipes.parts.STREAM_SAMPLE", 5)
+    config = config_for(
+        base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "checkpoint.every=4", "checkpoint.keep=9",
+        "data.shuffle_buffer=16",
+    )  # fmt: skip
+    new = write_texts(tmp_path / "train.jsonl", [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])])
+    assert str(config.data.train[0].path) == new
+    run_training(config)
+    run = tmp_path / "run"
+    notes = json.loads((run / "environment.json").read_text())["notes"]
+    assert any("tokens outside of the first rows of the stream turned up" in note for note in notes)
+    ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
+    assert (table(base) != table(run / "model")).any(1)[ids].all()
+    export_run(run, tmp_path / "earlier", dtype="float32", checkpoint=run / "checkpoints" / "step-00000004")
+    assert not torch.equal(table(tmp_path / "earlier"), table(run / "model"))
+
+
+def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+             for a, b in zip(sentences(60, 3), sentences(60, 4))]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    config = config_for(
+        base, tmp_path, "vocabulary.mode=active", "model.lora.rank=2", "model.chat_template=chatml", "data.format=chat",
+        f"data.train={tmp_path / 'chat.jsonl'}", f"data.validation={tmp_path / 'chat.jsonl'}", "data.max_length=128",
+    )  # fmt: skip
+    run_training(config)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    after, before = table(tmp_path / "run" / "model"), table(base)
+    markers = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    moved = (after != before).any(1)
+    assert moved[markers].all()
+    assert 0.2 < moved.float().mean() < 0.9
+    ids = torch.tensor([markers])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(input_ids=ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.lora.rank=2"], "full (LoRA leaves the token table as it is)"),
+        (["vocabulary.mode=frozen"], "frozen: 0 of"),
+        (["vocabulary.mode=sampled", "vocabulary.num_sampled=1000"], "active (a sample would be the whole table)"),
+        (["vocabulary.keep=[ban, 7]"], "active (the table is tied"),
+    ],
+)
+def test_inspect_says_what_would_be_chosen(base, tmp_path, capsys, overrides, expected):
+    inspect_data(config_for(base, tmp_path, *overrides), examples=0)
+    assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_untied_model_stays_full_and_may_have_a_compact_head(tmp_path, capsys):
+    data = write_texts(tmp_path / "wide.jsonl", sentences(100))
+    neox = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    file = tmp_path / "neox.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path / 'run'}\nmodel: {{config: {json.dumps(neox)}, tokenizer: {{vocab_size: 300}}}}\n"
+        f"data: {{train: {data}, max_length: 64}}\ntraining: {{max_steps: 3, batch_size: 2}}\nevaluation: {{samples: 0}}\n"
+    )
+    inspect_data(load_config(file), examples=0)
+    assert "not tied; lazy_adamw updates only the input rows in use" in " ".join(capsys.readouterr().out.split())
+    run_training(load_config(file, ["vocabulary.mode=active"]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert len(model.get_output_embeddings().weight) == len(model.get_input_embeddings().weight) == model.config.vocab_size > 290
+
+
+def test_plan_counts_the_rows_that_train(base, tmp_path):
+    full = plan_run(config_for(base, tmp_path, "vocabulary.mode=full"))
+    active = plan_run(config_for(base, tmp_path, "vocabulary.mode=active"))
+    assert active.memory.optimizer_state < full.memory.optimizer_state
+    assert active.memory.gradients < full.memory.gradients
+    assert active.model["parameters"] == full.model["parameters"]
+    assert active.model["vocabulary"].startswith("vocabulary: active")
+
+
+def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match=r"vocabulary.keep: 100000 is no token id"):
+        inspect_data(config_for(base, tmp_path, "vocabulary.keep=[100000]"), examples=0)
+
+
+def test_a_changed_mode_is_refused_on_resume(base, tmp_path):
+    config_for(base, tmp_path)
+    command = [sys.executable, "-m", "finetune", "train", str(tmp_path / "run.yaml"), "training.max_steps=2"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    again = subprocess.run([*command, "--resume", "auto", "vocabulary.mode=full"], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "cannot be resumed" in again.stderr
