@@ -3,8 +3,8 @@
 Floor 2 (torch.distributed).  torch's DistributedDataParallel all-reduces a sparse gradient by a collective that NCCL does not have
 (https://github.com/pytorch/pytorch/issues/22400), and raises where one process used no row of a table.  So the tables are kept out
 of it, and their gradients are averaged once a step, after accumulation and before clipping, by dense collectives alone: all-gathers
-of counts, of ids, and then, whichever costs fewer bytes (wire.py has the formula), an all-gather of the rows or an all-reduce of
-those that any process used.  It needs no engine around the model: the same call serves a table that FSDP leaves alone.
+of counts, of ids, and then, whichever costs fewer bytes (wire.py has the formula), an all-gather of the values or an all-reduce of
+the rows that any process used.  It needs no engine around the model: the same call serves a table that FSDP leaves alone.
 
 Every process ends up with the same bits: gathered rows are added in the order of the processes, each process's ids being distinct
 (so no atomic addition decides an order on a GPU), and an all-reduce hands everybody one result.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.distributed.wire import gathering_is_cheaper
+from finetune.distributed.wire import gathering_is_cheaper, gathering_may_be_cheaper
 from finetune.optim import LazyAdamW
 from finetune.optim.row_gradient import coalesce
 
@@ -63,33 +63,24 @@ class RowGradients:
                 weight.grad = self._averaged(weight)
 
     def _averaged(self, weight: Tensor) -> Tensor | None:
-        own_rows, own_values = _own(weight)
-        count = -1 if weight.grad is None else len(own_rows)
-        counts: list[int] = self._gather(torch.tensor(count, device=weight.device)).tolist()
-        most = max(counts)
+        rows, values = _own(weight)
+        counts: list[int] = _gather(torch.tensor(-1 if weight.grad is None else len(rows), device=weight.device)).tolist()
+        most, counts = max(counts), [max(0, count) for count in counts]
         if most < 0:
             return None
         if most == 0:
-            return _row_sparse(own_rows, own_values, weight)
-        gathered = self._gather(pad(own_rows, (0, most - len(own_rows))))
-        counts = [max(0, count) for count in counts]
-        rows, places = torch.unique(torch.cat([ids[:n] for ids, n in zip(gathered, counts)]), return_inverse=True)
-        total = own_values.new_zeros(len(rows), weight.shape[1])
-        if gathering_is_cheaper(self.num_processes, most, len(rows)):
-            values = self._gather(pad(own_values, (0, 0, 0, most - len(own_values))))
-            for place, part, n in zip(places.split(counts), values, counts):
-                total.index_add_(0, place, part[:n])
+            return _row_sparse(rows, values, weight)
+        everybodys = _gather_parts(rows, counts) if gathering_may_be_cheaper(self.num_processes, most, len(weight)) else None
+        union = _marked_anywhere(rows, len(weight)) if everybodys is None else torch.unique(torch.cat(everybodys))
+        total = values.new_zeros(len(union), weight.shape[1])
+        if everybodys is not None and gathering_is_cheaper(self.num_processes, most, len(union)):
+            for part_rows, part in zip(everybodys, _gather_parts(values, counts)):
+                total.index_add_(0, torch.searchsorted(union, part_rows), part)
         else:
-            self._announce(weight, most, len(rows))
-            total.index_copy_(0, places.split(counts)[dist.get_rank()], own_values)
+            self._announce(weight, most, len(union))
+            total.index_copy_(0, torch.searchsorted(union, rows), values)
             dist.all_reduce(total)
-        return _row_sparse(rows, total.div_(self.num_processes), weight)
-
-    def _gather(self, own: Tensor) -> Tensor:
-        """The tensors of all processes, [P, ...]."""
-        everybodys = own.new_empty(self.num_processes, *own.shape)
-        dist.all_gather_into_tensor(everybodys.view(-1), own.contiguous().view(-1))
-        return everybodys
+        return _row_sparse(union, total.div_(self.num_processes), weight)
 
     def _announce(self, weight: Tensor, most: int, union: int) -> None:
         if not self._said:
@@ -113,6 +104,27 @@ def _own(weight: Tensor) -> tuple[Tensor, Tensor]:
         return weight.new_empty(0, dtype=torch.int32), weight.new_empty(0, weight.shape[1], dtype=dtype)
     grad = coalesce(weight.grad)
     return grad.indices()[0].int(), grad.values().to(dtype)
+
+
+def _gather(own: Tensor) -> Tensor:
+    """The tensors of all processes, [P, ...]."""
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+    everybodys = own.new_empty(dist.get_world_size(), *own.shape)
+    all_gather(everybodys.view(-1), own.contiguous().view(-1))
+    return everybodys
+
+
+def _gather_parts(own: Tensor, counts: list[int]) -> list[Tensor]:
+    """The tensors of all processes, of which the p-th has counts[p] rows."""
+    padding = [0, 0] * (own.ndim - 1) + [0, max(counts) - len(own)]
+    return [part[:count] for part, count in zip(_gather(pad(own, padding)), counts)]
+
+
+def _marked_anywhere(rows: Tensor, length: int) -> Tensor:
+    """The rows that any process has, ascending, by a mark for each of so many."""
+    marks = rows.new_zeros(length, dtype=torch.uint8).index_fill_(0, rows.long(), 1)
+    dist.all_reduce(marks, op=dist.ReduceOp.MAX)
+    return marks.nonzero()[:, 0].int()
 
 
 def _row_sparse(rows: Tensor, values: Tensor, weight: Tensor) -> Tensor:
