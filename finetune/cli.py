@@ -238,6 +238,21 @@ def optimizers(
     print_optimizers(pattern)
 
 
+@app.command()
+def landscape(
+    functions: Annotated[str, typer.Option(help="Which, by comma.")] = "beale,rosenbrock,rastrigin,valley,saddle",
+    optimizers: Annotated[str, typer.Option(help="Up to 7 names, by comma.")] = "sgd,momentum,nesterov,adagrad,rmsprop,adam",
+    steps: Annotated[int, typer.Option(help="Of each optimizer.")] = 300,
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("landscapes"),
+) -> None:
+    """Draw optimizers on the classic functions of two variables, at default and at tuned learning rates; SVG, also animated."""
+    from finetune.landscape import draw_landscapes
+
+    names = [[name.strip() for name in given.split(",") if name.strip()] for given in (functions, optimizers)]
+    for path in draw_landscapes(output, functions=names[0], optimizers=names[1], steps=steps, said=typer.echo):
+        typer.echo(path)
+
+
 def _given(**settings: float | int | None) -> dict[str, float | int]:
     return {key: value for key, value in settings.items() if value is not None}
 

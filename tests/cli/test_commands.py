@@ -21,7 +21,7 @@ from finetune.optim import list_optimizers
 from tests.cli.conftest import finetune, snapshot
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "demo", "inspect", "plan", "evaluate", "generate", "chat", "translate", "report", "export", "optimizers"]
+COMMANDS = ["train", "demo", "inspect", "plan", "evaluate", "generate", "chat", "translate", "report", "export", "optimizers", "landscape"]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "matplotlib", "sacrebleu"]
 
 
@@ -113,7 +113,7 @@ def test_the_version():
 
 def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
-    assert len(COMMANDS) == 11
+    assert len(COMMANDS) == 12
 
 
 def test_the_bare_command_and_the_module_show_the_help():

@@ -1,0 +1,80 @@
+"""An optimizer's way down a landscape, at the factory's default learning rate and at the best of a grid that is the same for all.
+
+Floor 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.landscape.functions import Landscape
+from finetune.optim import build_optimizer, optimizer_info
+
+GRID = (*(float(f"{mantissa}e{exponent}") for exponent in range(-5, 1) for mantissa in (1, 2, 5)), 10.0)
+CLOSE = 1e-3  # of the height between start and minimum: what counts as having arrived
+LOST = 1e6  # a coordinate beyond this has diverged
+
+
+@dataclass(frozen=True)
+class Descent:
+    """`points` [steps + 1, 2] from the start on, fewer where the descent diverged; `height` of the last one above the minimum."""
+
+    optimizer: str
+    lr: float
+    points: Tensor
+    height: float
+    settled: int | None  # the step from which on it stayed close to a minimum's height
+    diverged: bool
+
+
+def check_descent(name: str) -> None:
+    """Raise UserError where the optimizer called `name` is unknown, not installed, or is not itself on two plain numbers."""
+    info = optimizer_info(name)
+    info.load()
+    if info.sparse == "lazy" or info.must_know != "nothing":
+        raise UserError(f"optimizer {info.name!r} is made for a model's matrices; on a landscape of two numbers, take another")
+
+
+def descend(landscape: Landscape, name: str, lrs: Sequence[float], steps: int) -> list[Descent]:
+    """Take `steps` steps of the factory's optimizer, in float64, at each of `lrs`; other options are its defaults.
+
+    The descents know nothing of each other: they share the optimizer, as groups, only because that is faster.
+    """
+    positions = [torch.tensor(landscape.start, dtype=torch.float64, requires_grad=True) for _ in lrs]
+    optimizer = build_optimizer([{"params": [position], "lr": lr} for position, lr in zip(positions, lrs)], name)
+    paths = [torch.stack(positions).detach()]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        landscape.value(*torch.stack(positions).unbind(1)).sum().backward()
+        optimizer.step()
+        paths.append(torch.stack(positions).detach())
+    return [_descent(landscape, name, lr, points) for lr, points in zip(lrs, torch.stack(paths, dim=1))]
+
+
+def _descent(landscape: Landscape, name: str, lr: float, points: Tensor) -> Descent:
+    lost = ~(points.abs() <= LOST).all(1)  # NaN is lost too
+    if lost.any():
+        return Descent(name, lr, points[: int(lost.nonzero()[0])], math.inf, None, diverged=True)
+    heights = landscape.value(*points.unbind(1)) - landscape.lowest
+    return Descent(name, lr, points, float(heights[-1]), settles(heights), diverged=False)
+
+
+def settles(heights: Tensor) -> int | None:
+    """Return the first step from which on every height is at most CLOSE of the first one, or None."""
+    far = (heights > CLOSE * heights[0]).nonzero()
+    step = int(far[-1]) + 1 if len(far) else 0
+    return step if step < len(heights) else None
+
+
+def descend_by_default(landscape: Landscape, name: str, steps: int) -> Descent:
+    """The descent at the learning rate that the factory gives an optimizer when nobody says another."""
+    return descend(landscape, name, [optimizer_info(name).options["lr"]], steps)[0]
+
+
+def descend_tuned(landscape: Landscape, name: str, steps: int) -> Descent:
+    """The best descent over GRID: the one that settles first or, where none does, ends lowest."""
+    return min(descend(landscape, name, GRID, steps), key=lambda d: (steps + 1 if d.settled is None else d.settled, d.height))
