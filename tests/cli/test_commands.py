@@ -21,7 +21,20 @@ from finetune.optim import list_optimizers
 from tests.cli.conftest import finetune, snapshot
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "demo", "inspect", "plan", "evaluate", "generate", "chat", "translate", "report", "export", "optimizers", "landscape"]
+COMMANDS = [
+    "train",
+    "demo",
+    "inspect",
+    "plan",
+    "evaluate",
+    "generate",
+    "chat",
+    "translate",
+    "report",
+    "export",
+    "optimizers",
+    "landscape",
+]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "matplotlib", "sacrebleu"]
 
 
