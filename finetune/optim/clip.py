@@ -5,6 +5,7 @@ twice instead of by its sum.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`; return the norm before.
 
-    As torch.nn.utils.clip_grad_norm_ would on the dense equivalents.  A sparse gradient is coalesced (summed in float32 at least)
+    As torch.nn.utils.clip_grad_norm_ would on the dense equivalents.  Where an engine shards some gradients (DTensors, whose norm is
+    taken over all processes), every process calls it.  A sparse gradient is coalesced (summed in float32 at least)
     and the coalesced one becomes `param.grad`.  Does not wait for the device, but for what coalescing does, unless
     `error_if_nonfinite`, which raises RuntimeError where the norm is not finite.
     """
@@ -32,7 +34,13 @@ def clip_grad_norm_(
             values.append(param.grad.values())
         else:
             values.append(param.grad)
-    norm = torch.nn.utils.get_total_norm(values, norm_type, error_if_nonfinite=error_if_nonfinite)
+    sharded, plain = [], []
+    for value in values:
+        (sharded if hasattr(value, "full_tensor") else plain).append(value)
+    norm = torch.nn.utils.get_total_norm(plain, norm_type, error_if_nonfinite=error_if_nonfinite)
+    if sharded:
+        norm_of_sharded: Any = torch.nn.utils.get_total_norm(sharded, norm_type, error_if_nonfinite=error_if_nonfinite)
+        norm = torch.linalg.vector_norm(torch.stack([norm_of_sharded.full_tensor(), norm.to(norm_of_sharded.device)]), norm_type)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for value in values:
         value.mul_(scale.to(value.device))

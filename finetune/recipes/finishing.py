@@ -4,9 +4,12 @@ Floor 5.
 """
 
 import json
+from pathlib import Path
+from typing import Any
 
 from finetune.checkpoint import is_complete
 from finetune.config import dump_config
+from finetune.distributed.sharding import is_sharded
 from finetune.models.card import license_of, model_card
 from finetune.models.export import export_model
 from finetune.models.locate import resolve_name
@@ -24,20 +27,35 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
     progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
     if stopped == "early stopping":
         display.note(f"stopped early after step {progress.step}: no better evaluation than that of step {progress.best_step}")
+    chosen, sharded = progress.step, is_sharded(parts.language_model)
     if parts.config.checkpoint.save_best_model and progress.best_step not in (None, progress.step):
         assert progress.best_step is not None
-        best = trainer.checkpoints.path(progress.best_step)
-        assert is_complete(best), best
-        trainer.restore(best)
-        display.note(f"model/ holds the weights of step {progress.best_step}, the best evaluation")
+        chosen = progress.best_step
+        display.note(f"model/ holds the weights of step {chosen}, the best evaluation")
+    checkpoint = trainer.checkpoints.path(chosen)
+    assert is_complete(checkpoint), checkpoint
+    if chosen != progress.step and not sharded:
+        trainer.restore(checkpoint)
     if accelerator.is_main_process:
         evaluator.write_summary(best_step=progress.best_step, last_step=progress.step)
-        export_model(parts.language_model.model, parts.tokenizer, run.model, card=_card(parts, run))
+        export_model(
+            _whole_model(parts, run, checkpoint) if sharded else parts.language_model.model,
+            parts.tokenizer,
+            run.model,
+            card=_card(parts, run),
+        )
         _add_notes(run, display.notes)
         write_report(run.root)
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")
     accelerator.wait_for_everyone()
+
+
+def _whole_model(parts: Parts, run: RunDir, checkpoint: Path) -> Any:
+    """Of a sharded model no process has the whole, but a checkpoint has."""
+    from finetune.recipes.exporting import model_of_checkpoint  # which imports recipes.training, which imports this
+
+    return model_of_checkpoint(run, checkpoint, parts.tokenizer)
 
 
 def _card(parts: Parts, run: RunDir) -> str:

@@ -24,6 +24,7 @@ from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.data import generation_metrics
+from finetune.recipes.engines import adapt_config, agree_on_checkpoint, prepare, reading
 from finetune.recipes.environment import environment
 from finetune.recipes.evaluating import Evaluator, check_best
 from finetune.recipes.finishing import finish_run
@@ -59,6 +60,8 @@ def run_training(
     run, display = RunDir(config.output_dir), display or Display()
     checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
     accelerator = make_accelerator(config, display)
+    config = adapt_config(config, accelerator, display)
+    checkpoint = agree_on_checkpoint(checkpoint, accelerator)
     if not dry_run:
         _refuse_occupied(run, config, accelerator, resuming=resume is not None)
     with display.warnings():
@@ -92,19 +95,20 @@ def _train(
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
     keep_tables_out_of_ddp(parts.language_model, raw_optimizer)
-    module, optimizer = accelerator.prepare(parts.language_model, raw_optimizer)
+    module, optimizer = prepare(accelerator, parts.language_model, raw_optimizer, parts.display)
     if accelerator.is_main_process:
         _write_records(parts, run)
     with parts.display.steps(parts.num_steps, _step_of(checkpoint)) as show:
         logger = MetricLogger(run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else [])))
         evaluator = Evaluator(parts, run, logger)
+        evaluate = reading(accelerator, module, evaluator)
         trainer = Trainer(
             accelerator=accelerator,
             model=module,
             optimizer=optimizer,
             scheduler=scheduler,
             batches=parts.batches,
-            evaluate=evaluator,
+            evaluate=evaluate,
             cadence=_cadence(parts),
             checkpoints=CheckpointStore(
                 run.checkpoints, config.checkpoint.keep, accelerator.is_main_process, accelerator.wait_for_everyone
@@ -116,6 +120,7 @@ def _train(
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
             average_rows=RowGradients(raw_optimizer, say=parts.display.note).average,
+            before_step=parts.vocabulary.before_step,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
@@ -126,7 +131,7 @@ def _train(
         if observer is not None:
             observer.start(parts, raw_optimizer)
         if config.evaluation.before and checkpoint is None:
-            evaluator(0)
+            evaluate(0)
         stopped = trainer.train()
         if observer is not None and stopped != "signal":
             observer.finish(parts, raw_optimizer)

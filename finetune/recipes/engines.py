@@ -1,0 +1,128 @@
+"""The engines that a run may be on, as Accelerate has them: one process, DDP, FSDP2, DeepSpeed's ZeRO; and what each leaves of a lazy table.
+
+Floor 5. `docs/scaling.md` has the table. Which engine it is, `accelerate launch --config_file configs/accelerate/….yaml` says.
+
+- DDP: every process has the whole model; rows of the lazy table are exchanged (`finetune.distributed`).
+- FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything but the lazy table, which it cannot
+  shard: it has no sparse reduce-scatter. The table stays whole on each process, and its rows are exchanged as under DDP.
+- ZeRO (https://www.deepspeed.ai/docs/config-json/) flattens all parameters into one buffer, where there are no rows: lazy_adamw
+  becomes adamw, and the run says so. With an offloaded optimizer Accelerate puts DeepSpeed's own in place of the run's: refused.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import nn
+
+from finetune.checkpoint import is_complete
+from finetune.config import RunConfig
+from finetune.config.schema import OptimizerSection
+from finetune.display import Display
+from finetune.distributed.sharding import whole
+from finetune.errors import UserError
+from finetune.models.language_model import LanguageModel
+from finetune.optim import LazyAdamW, optimizer_info
+
+
+def waiting_time(config: RunConfig) -> InitProcessGroupKwargs:
+    """How long a process waits for another one that does not answer, for `Accelerator(kwargs_handlers=[...])`."""
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=config.training.timeout))
+
+
+def settle_engine(accelerator: Accelerator, display: Display) -> None:
+    """Check the engine that Accelerate was told to use. Raises UserError."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if accelerator.distributed_type is DistributedType.MULTI_CPU:  # Accelerate would take DDP here, without a word
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        display.note(f"engine: FSDP was asked for and there is one process, so nothing is sharded")
+        return
+    if not accelerator.is_fsdp2:
+        raise UserError("the engine is FSDP 1, which is not supported; set fsdp_version: 2 in Accelerate's config")
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has made the model, as all engines need it
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
+
+
+def adapt_config(config: RunConfig, accelerator: Accelerator, display: Display) -> RunConfig:
+    """The config that this engine can run: under ZeRO with adamw for lazy_adamw, which is said. Raises UserError."""
+    if accelerator.distributed_type is not DistributedType.DEEPSPEED:
+        return config
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config
+    refuse_offload(zero)
+    # ZeRO clips and counts micro-batches itself
+    zero.update(gradient_clipping=config.training.max_grad_norm, train_micro_batch_size_per_gpu=config.training.micro_batch_size)
+    if optimizer_info(config.optimizer.name).must_know != "embeddings":
+        return config
+    display.note(
+        f"engine: ZeRO keeps parameters in flat buffers, where a table has no rows: adamw takes the place of {config.optimizer.name}, "
+        f"and every row of the vocabulary is stepped"
+    )
+    options = {key: value for key, value in config.optimizer.model_dump().items() if key in optimizer_info("adamw").options}
+    kept = {key: getattr(config.optimizer, key) for key in OptimizerSection.model_fields if key != "name"}
+    return config.model_copy(update={"optimizer": OptimizerSection(name="adamw", **{**options, **kept})})
+
+
+def refuse_offload(zero: dict[str, Any]) -> None:
+    """Raise UserError where DeepSpeed's config would put an optimizer of its own in the place of the run's."""
+    offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if "optimizer" in zero or "scheduler" in zero:
+        raise UserError("DeepSpeed's config has an optimizer or scheduler section; leave it out, since the run's config has them")
+    if offload.get("device", "none") != "none" and zero.get("zero_force_ds_cpu_optimizer", True):
+        raise UserError(
+            f"DeepSpeed's config offloads the optimizer to {offload['device']}, where DeepSpeed puts its own CPU Adam in the place of "
+            f"optimizer.name; set offload_optimizer_device: none, or take FSDP2 with fsdp_offload_params"
+        )
+
+
+def prepare(accelerator: Accelerator, language_model: LanguageModel, optimizer: torch.optim.Optimizer, display: Display) -> Any:
+    """`accelerator.prepare`, after which the engine has the model: (module, optimizer)."""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        tables = lazy_modules(language_model, optimizer)
+        accelerator.state.fsdp_plugin.ignored_modules = tables or None
+        language_model._no_split_modules = language_model.causal_lm._no_split_modules  # the layers that are sharded one by one
+        lazy = "; the lazily trained embedding stays whole on each, and its rows are exchanged" if tables else ""
+        display.note(f"engine: FSDP2 shards the model over {accelerator.num_processes} processes{lazy}")
+    return accelerator.prepare(language_model, optimizer)
+
+
+def lazy_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Module]:
+    """The embeddings that `optimizer` steps row by row."""
+    if not isinstance(optimizer, LazyAdamW):
+        return []
+    weights = {id(weight) for weight in optimizer.registered_weights().values()}
+    return [module for module in model.modules() if id(getattr(module, "weight", None)) in weights]
+
+
+def reading(accelerator: Accelerator, module: nn.Module, read: Callable[[int], Any]) -> Callable[[int], Any]:
+    """`read`, with the whole model on every process while it is called."""
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        return read
+
+    def read_whole(step: int) -> Any:
+        with whole(module, reshard_after_forward=bool(accelerator.state.fsdp_plugin.reshard_after_forward)):
+            return read(step)
+
+    return read_whole
+
+
+def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that process 0 found, for all. Raises UserError where a process does not see it."""
+    if accelerator.num_processes == 1:
+        return checkpoint
+    chosen = broadcast_object_list([None if checkpoint is None else str(checkpoint)])[0]
+    sees = chosen is None or is_complete(Path(chosen))
+    blind = gather_object([] if sees else [f"process {accelerator.process_index} on {socket.gethostname()}"])
+    if blind:
+        raise UserError(
+            f"the checkpoint {chosen} is not there for {', '.join(blind)}; output_dir must lie on a disk that all hosts share"
+        )
+    return None if chosen is None else Path(chosen)
