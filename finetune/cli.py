@@ -121,6 +121,39 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     plan_run(load_config(config, overrides or ()))
 
 
+Trials = Annotated[int, typer.Option(min=1, help="Learning rates to try, half a decade apart; more if the best is at an end.")]
+Budget = Annotated[
+    int | None, typer.Option(min=1, help="Optimizer steps of each run.  [default: training.max_steps]", show_default=False)
+]
+
+
+@app.command()
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    trials: Trials = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds to run each optimizer with at its best learning rate.")] = 5,
+    budget: Budget = None,
+) -> None:
+    """Compare optimizers: optimizer.name=[sgd,adamw,...], each at its own best learning rate, over several seeds.
+
+    Writes comparison.html, .json and .csv to runs/compare-CONFIG (or output_dir=...). The same command goes on after a stop.
+    """
+    from finetune.recipes.comparing import compare_optimizers
+
+    if compare_optimizers(config, overrides or (), trials=trials, seeds=seeds, budget=budget) == "signal":
+        raise typer.Exit(130)
+
+
+@app.command()
+def tune(config: Config, overrides: Overrides = None, trials: Trials = 5, budget: Budget = None) -> None:
+    """Search the learning rate and the weight decay (optimizer.weight_decay=[...]) of CONFIG's optimizer; write best.yaml."""
+    from finetune.recipes.tuning import tune_optimizer
+
+    if tune_optimizer(config, overrides or (), trials=trials, budget=budget) == "signal":
+        raise typer.Exit(130)
+
+
 @app.command()
 def evaluate(
     target: Target,

@@ -91,7 +91,7 @@ def draw(name: str, curves: Sequence[Curve], *, description: str, large: bool = 
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.set_xlabel("step")
         axes.margins(x=0.03, y=0.08)
         if zero:
@@ -114,7 +114,7 @@ def _plot(axes: Axes, curve: Curve) -> None:
     axes.plot(steps, values, label=curve.label, markersize=marker_size, **looks[curve.look])
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     """A number on an axis: 12,000, 2.5, 5e-5."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
@@ -124,8 +124,11 @@ def _tick(value: float) -> str:
     return f"{value:g}"
 
 
-def inline(svg: str, name: str, description: str) -> str:
-    """Turn a matplotlib SVG file into an element of a page: no prologue, own ids, the page's colours and font."""
+def inline(svg: str, name: str, description: str, more: dict[str, str] | None = None) -> str:
+    """Turn a matplotlib SVG file into an element of a page: no prologue, own ids, the page's colours and font.
+
+    `more`: stand-in colours beside those here, with the CSS variables that they become.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', svg)
@@ -135,6 +138,6 @@ def inline(svg: str, name: str, description: str) -> str:
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    for stand_in, variable in VARIABLES.items():
+    for stand_in, variable in (VARIABLES | (more or {})).items():
         svg = svg.replace(stand_in, variable)
     return svg

@@ -1,0 +1,138 @@
+"""One run of a comparison: the trainer itself in a folder of its own, measured, its result kept and its weights thrown away.
+
+Floor 5. A run that was stopped goes on from its last checkpoint; one that is over is read and not run again.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.comparison.frequency import BINS, add_up, bins_of
+from finetune.comparison.runs import Phase, Result, Run, read_run, updates_path, write_result
+from finetune.config import RunConfig
+from finetune.data.loader import TrainingBatches
+from finetune.data.sources import load_rows
+from finetune.data.types import IGNORE_INDEX
+from finetune.display import Display
+from finetune.divergence import Diverged
+from finetune.memory import tensor_bytes
+from finetune.models.describe import inner_model, token_tables
+from finetune.models.language_model import evaluating
+from finetune.optim import optimizer_info
+from finetune.recipes.data import as_sources, encode_rows
+from finetune.recipes.parts import Parts
+from finetune.recipes.training import optimizer_options, run_training
+from finetune.run_dir import RunDir
+
+UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights
+
+
+def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | None:
+    """Train as `config` says, unless that was done before; None where a signal stopped it.
+
+    A reported run is also measured on data.test; of a run that diverged there is nothing to measure.
+    """
+    folder = config.output_dir
+    if (done := read_run(folder)) is not None:
+        return done
+    name = config.optimizer.name
+    seen = RunObserver(folder, test=phase == "reported")
+    problem = ""
+    with display.steps(config.training.max_steps or 1, 0) as show:
+        seen.show = show
+        try:
+            if run_training(config, resume="auto", display=Display(enabled=False), observer=seen) == "signal":
+                return None
+        except Diverged as error:
+            problem = str(error)
+    run = RunDir(folder)
+    for heavy in (run.checkpoints, run.model):
+        shutil.rmtree(heavy, ignore_errors=True)
+    run.bad_batch.unlink(missing_ok=True)
+    settings = {**optimizer_info(name).options, **optimizer_options(config)}
+    settings = json.loads(json.dumps({key: value for key, value in settings.items() if key != "embeddings"}, default=str))
+    measured = {} if problem else seen.measured
+    write_result(folder, Result(name, phase, config.seed, settings, problem, seen.began_with, **measured))
+    return read_run(folder)
+
+
+class RunObserver:
+    """Sees a run: what it began with, how large its updates are against the weights, the test loss and the state at its end.
+
+    Updates are taken outside of the token tables: there a lazy optimizer moves a row when it is next used, not when the step is.
+    """
+
+    def __init__(self, folder: Path, *, test: bool) -> None:
+        self.show: Callable[[Mapping[str, Any]], None] = lambda record: None
+        self.began_with: dict[str, str] = {}
+        self.measured: dict[str, Any] = {}
+        self._updates, self._test = updates_path(folder), test
+        self._weights: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] | None = None
+
+    def start(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+        self.began_with = {key: parts.identity[key] for key in ("the model", "the training data")}
+        tables = token_tables(inner_model(parts.model))
+        trained = [weight for weight in parts.model.parameters() if weight.requires_grad]
+        self._weights = [weight for weight in trained if not any(weight is table for table in tables)]
+        self._every = max(1, math.ceil(parts.num_steps / UPDATE_POINTS))
+        self._before = self._copy()
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if "evaluation" in record:
+            return
+        self.show(record)
+        step = record["step"]
+        if self._before is not None and (step - 1) % self._every == 0 and self._weights:
+            moved = _norm(now - then for now, then in zip(self._weights, self._before))
+            with self._updates.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "ratio": moved / _norm(self._before)}) + "\n")
+        self._before = self._copy() if step % self._every == 0 else None
+
+    def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        self.measured = {"state_bytes": tensor_bytes(value for value in states if isinstance(value, torch.Tensor))}
+        if self._test:
+            self.measured |= _test(parts)
+
+    def _copy(self) -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in self._weights]
+
+
+@torch.no_grad()
+def _norm(tensors: Any) -> float:
+    return math.sqrt(sum(float(tensor.detach().float().square().sum()) for tensor in tensors))
+
+
+def _test(parts: Parts) -> dict[str, Any]:
+    """The loss on data.test: over all target tokens, and by how often the token is a target of the training data."""
+    config = parts.config
+    assert config.data.test is not None
+    size = inner_model(parts.model).config.get_text_config().vocab_size
+    dataset = encode_rows(load_rows(as_sources(config.data.test)), parts.format, config.data, vocab_size=size)
+    bins = bins_of(_target_counts(parts, size))
+    sums = torch.zeros(2, len(BINS), dtype=torch.float64)
+    device = parts.accelerator.device
+    with evaluating(parts.language_model), parts.accelerator.autocast(), torch.inference_mode():
+        for batch in parts.evaluation_batches(dataset):
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
+            following = batch["labels"][:, 1:]
+            losses = parts.language_model.token_losses(**on_device).cpu()
+            sums += add_up(losses, following[following != IGNORE_INDEX], bins)
+    nats, tokens = sums
+    test = {"all": float(nats.sum() / tokens.sum())}
+    test |= {name: float(nats[i] / tokens[i]) for i, name in enumerate(BINS) if tokens[i]}
+    sizes = torch.bincount(bins, minlength=len(BINS)).tolist()
+    return {"test": test, "bins": {name: {"tokens": sizes[i], "targets": int(tokens[i])} for i, name in enumerate(BINS)}}
+
+
+def _target_counts(parts: Parts, size: int) -> torch.Tensor:
+    """How often each token is a target of the training data, [V]."""
+    assert isinstance(parts.batches, TrainingBatches), "a comparison does not stream"
+    labels = [label for example in parts.batches.dataset for label in example.labels if label != IGNORE_INDEX]
+    return torch.bincount(torch.tensor(labels), minlength=size)

@@ -1,0 +1,65 @@
+"""`comparison.html`: one self-contained page from comparison.json.
+
+Floor 1. As the report of a run it needs no network, no script and no other file.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from finetune.errors import UserError
+from finetune.report import comparison_facts as compared
+from finetune.report import facts
+from finetune.report.comparison_charts import legend, pictures_of
+
+HERE = Path(__file__).parent
+Record = dict[str, Any]
+
+
+def write_comparison(root: Path) -> Path:
+    """Write comparison.html into the comparison's folder and return its path. Runs no model.
+
+    Raises UserError where there is no comparison.json, or the page cannot be written.
+    """
+    source, target = root / "comparison.json", root / "comparison.html"
+    if not source.is_file():
+        raise UserError(f"{root} holds no finished comparison: there is no {source}; run `finetune compare` to its end")
+    page = render(json.loads(source.read_text(encoding="utf-8")))
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"the comparison {target} cannot be written: {error.strerror}") from error
+    return target
+
+
+def render(comparison: Record) -> str:
+    """Return the page."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment = comparison["environment"]
+    return templates.get_template("comparison.html.jinja").render(
+        comparison=comparison,
+        css=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "comparison.css"))),
+        subtitle=compared.subtitle(comparison),
+        state=compared.state(comparison),
+        legend=Markup(legend(list(comparison["optimizers"]))),
+        pictures=[(picture, Markup(picture.svg)) for picture in pictures_of(comparison)],
+        rows=[compared.line(name, row) for name, row in compared.ranked(comparison)],
+        rules=compared.rules(comparison),
+        caveats=compared.caveats(comparison),
+        bins=compared.bins(comparison),
+        runs=[compared.run_line(run) for run in comparison["runs"]],
+        machine_facts=facts.pairs(environment["machine"]) + facts.pairs({key: environment[key] for key in ("device", "precision")}),
+        model_facts=facts.pairs(comparison["model"]),
+    )

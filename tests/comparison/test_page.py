@@ -1,0 +1,121 @@
+"""comparison.html of a comparison made by hand: what it says, that it is one file, that it opens, that it can be told apart."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import finetune.report
+from finetune.errors import UserError
+from finetune.report.comparison_facts import caveats
+from finetune.report.comparison_page import write_comparison
+from finetune.report.series import LINES, MARKERS, NUM_COLOURS, STAND_INS, look
+from tests.comparison.conftest import made_comparison, write_folder
+from tests.report.test_browser import CHROMIUM, visit
+from tests.report.test_report import Page, luminance
+
+
+def page_of(folder):
+    return Page(write_comparison(folder).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A comparison with its page."""
+    folder = write_folder(tmp_path_factory.mktemp("made"))
+    write_comparison(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return (folder / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_it_says_what_came_out_and_how(html):
+    page = Page(html)
+    for expected in (
+        "adamw wins: test loss 4.420",
+        "24 runs, 3 diverged",
+        "betas is given to adam and adamw alone: sgd does not take it.",
+        "the held-out rows choose, data.test is the test data",
+        "fresh runs, with seeds 1 to 3",
+        "half a decade apart, all run with seed 0",
+        "weight_decay 0.01, betas (0.9, 0.999), amsgrad false",
+        "Head: 20 tokens of the vocabulary, 500 of the test targets",
+        "A <processor>",
+        "finetune compare c.yaml",
+        "of 5",
+    ):
+        assert expected in page.text, expected
+    assert re.search(r"adamw\s*best", page.text)
+
+
+def test_drawings_have_text_alternatives_with_the_numbers(html):
+    labels = Page(html).labels
+    assert len(labels) == 9  # the legend, the test loss, three costs, learning rates, updates, target, state
+    assert labels[0] == "Legend: sgd, adam, adamw."
+    assert "adamw: all 4.420, head 2.160, body 4.320, tail 8.640." in labels[1]
+    assert "adam: best 0.001, tried 0.0001 (5.200)" in labels[5]
+    assert "0.01 (diverged)" in labels[5]
+    assert "adamw: 7.63 MiB." in labels[8]
+
+
+def test_divergence_and_misses_are_shown(tmp_path):
+    page = page_of(write_folder(tmp_path, diverged=("sgd",)))
+    assert "Not ranked: sgd (1 diverged)." in page.text
+    assert "sgd: 1 of 3 reported runs diverged." in page.text
+    assert "1 of 5, 1 of 3" in page.text
+    assert "sgd: all diverged" in page.labels[1]
+    assert "sgd: median missed, reached by 0 of 3." in page.labels[7]
+
+
+def test_one_seed_is_no_winner():
+    comparison = made_comparison(seeds=1)
+    assert "No clear winner" in comparison["verdict"]["sentences"][0]
+    assert caveats(comparison)[0] == "1 seed is too few to tell chance from merit."
+
+
+def test_one_file_that_asks_for_nothing(folder, html):
+    page = Page(html)
+    assert [a for a in page.addresses if not a.startswith(("#", "data:,"))] == []
+    assert len(page.ids) == len(set(page.ids)) > 50
+    assert not re.search(r"https?://|@import|<script", html)
+    assert not any(colour in html for colour in STAND_INS)
+    assert len(html) < 400_000
+    assert write_comparison(folder).read_text(encoding="utf-8") == html
+
+
+def test_a_folder_without_a_comparison(tmp_path):
+    with pytest.raises(UserError, match="holds no finished comparison"):
+        write_comparison(tmp_path)
+
+
+def test_series_differ_in_line_and_marker_as_well_as_in_colour():
+    looks = [look(number) for number in range(len(LINES) * len(MARKERS))]
+    assert len({(str(one.line), one.marker) for one in looks}) == 35
+    assert len({one.colour for one in looks[:NUM_COLOURS]}) == NUM_COLOURS
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_series_stand_out_from_their_ground(scheme):
+    """A contrast of 3, as WCAG 2.2 asks of drawings (https://www.w3.org/TR/WCAG22/#non-text-contrast)."""
+    folder, number = Path(finetune.report.__file__).parent, ["light", "dark"].index(scheme)
+    roots = [
+        re.findall(r":root \{(.*?)\}", (folder / name).read_text(), re.DOTALL)[number] for name in ("report.css", "comparison.css")
+    ]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", "".join(roots)))
+    series = [colours[f"series-{n + 1}"] for n in range(NUM_COLOURS)]
+    assert len(set(series)) == 8
+    for colour in series:
+        light, dark = sorted((luminance(colour), luminance(colours["card"])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3, colour
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine")
+def test_it_opens_without_errors_and_without_a_network(folder, tmp_path):
+    document, console, asked = visit(folder / "comparison.html", tmp_path)
+    assert document.count("<svg") == 9
+    assert "adamw wins" in document
+    assert console == []
+    assert asked == []
