@@ -35,7 +35,8 @@ from finetune.trainer import Cadence, Stopped, Trainer, check_identity
 
 
 class Observer(Protocol):
-    """Who looks on at a run, outside of what is timed: at its start, at each logged record, and once the last step is taken."""
+    """Who looks on at a run, outside of what is timed: at its start and at each logged record. Its end is the observer's too: an
+    observed run leaves checkpoints and metrics, and no model/, evaluation.json or report.html."""
 
     def start(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None: ...
 
@@ -133,10 +134,10 @@ def _train(
         if config.evaluation.before and checkpoint is None:
             evaluate(0)
         stopped = trainer.train()
-        if observer is not None and stopped != "signal":
-            observer.finish(parts, raw_optimizer)
     if stopped == "signal":
         parts.display.say(f"stopped by a signal after step {trainer.progress.step}, which is saved; go on with --resume auto")
+    elif observer is not None:
+        observer.finish(parts, raw_optimizer)
     else:
         finish_run(parts, run, trainer, evaluator, stopped)
     accelerator.end_training()

@@ -51,8 +51,7 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
         except Diverged as error:
             problem = str(error)
     run = RunDir(folder)
-    for heavy in (run.checkpoints, run.model):
-        shutil.rmtree(heavy, ignore_errors=True)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.bad_batch.unlink(missing_ok=True)
     settings = {**optimizer_info(name).options, **optimizer_options(config)}
     settings = json.loads(json.dumps({key: value for key, value in settings.items() if key != "embeddings"}, default=str))
