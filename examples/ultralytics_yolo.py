@@ -1,0 +1,53 @@
+"""Ultralytics YOLO26, made anew from its yaml, on 16 drawn pictures of squares. Needs Ultralytics: `pip install ultralytics`.
+
+Ultralytics is AGPL-3.0; this script, like any that imports it, is bound by that licence when it is passed on or served.
+python examples/ultralytics_yolo.py [OPTIMIZER ...], AdaGrad by default; prints one JSON line each.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+from finetune.integrations.ultralytics import with_factory
+
+PIXELS, SQUARE = 64, 24
+
+
+def draw(folder: Path, number: int) -> Path:
+    """Pictures with one grey square each and the square's box: class, centre x and y, width and height, over the picture's size."""
+    random = numpy.random.default_rng(0)
+    for index in range(number):
+        left, top = random.integers(0, PIXELS - SQUARE, 2)
+        picture = random.integers(0, 60, (PIXELS, PIXELS, 3), dtype=numpy.uint8)
+        picture[top : top + SQUARE, left : left + SQUARE] += 180
+        box = [(left + SQUARE / 2) / PIXELS, (top + SQUARE / 2) / PIXELS, SQUARE / PIXELS, SQUARE / PIXELS]
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(exist_ok=True)
+        Image.fromarray(picture).save(folder / "images" / f"{index}.png")
+        (folder / "labels" / f"{index}.txt").write_text(" ".join(map(str, [0, *box])))
+    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images\nval: images\nnames: [square]\n")
+    return folder / "data.yaml"
+
+
+def train(name: str, folder: Path, trainer: type, **changes: object) -> tuple[torch.optim.Optimizer, list[float]]:
+    losses: list[float] = []
+    model = YOLO("yolo26n.yaml")
+    model.add_callback("on_train_batch_end", lambda trainer: losses.append(trainer.loss.item()))
+    settings = {"imgsz": PIXELS, "batch": 8, "nbs": 8, "epochs": 3, "lr0": 0.01, "device": "cpu", "workers": 0, "plots": False}
+    data, project = draw(folder, 16), str(folder / "runs")
+    model.train(trainer=trainer, optimizer=name, data=data, project=project, **{**settings, **changes})
+    return model.trainer.optimizer, losses
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ["AdaGrad"]:
+        with tempfile.TemporaryDirectory() as folder:
+            optimizer, losses = train(name, Path(folder), with_factory(DetectionTrainer))
+        print(json.dumps({"asked": name, "trained_by": type(optimizer).__name__, "losses": losses}))
