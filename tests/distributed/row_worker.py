@@ -6,10 +6,9 @@ Does everything that needs more than one process, in one start, and leaves what 
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -127,6 +126,13 @@ def train_classifier(ranks: range, num_processes: int, optimizer_class: Any = La
 # Whole runs
 
 
+class Run(NamedTuple):
+    name: str
+    tree: dict[str, Any]  # for make_config
+    options: dict[str, Any]  # of run_training
+    port: int
+
+
 @contextlib.contextmanager
 def digests() -> Iterator[list[Digest]]:
     """Within it, after each step of any optimizer, every bit of its parameters and of its state, hashed."""
@@ -160,15 +166,19 @@ def run(tree: dict[str, Any], **options: Any) -> list[Digest]:
     return steps
 
 
-def main(folder: Path) -> None:
-    plan = torch.load(folder / "plan.pt")
+def main(folder: Path, rank: int, num_processes: int, runs: list[Run], port: int) -> None:
+    """Everything, as process `rank` of so many."""
+    with (folder / f"rank{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     found: dict[str, Any] = {"digests": {}}
-    for name, port, tree, options in plan["runs"]:
-        os.environ["MASTER_PORT"] = str(port)  # the end of a run takes the process group down
-        found["digests"][name] = run(tree, **options)
-    os.environ["MASTER_PORT"] = str(plan["port"])
+    for one in runs:
+        os.environ["MASTER_PORT"] = str(one.port)  # the end of a run takes the process group down
+        found["digests"][one.name] = run(one.tree, **one.options)
+    os.environ["MASTER_PORT"] = str(port)
     dist.init_process_group("gloo")
-    rank, num_processes = dist.get_rank(), dist.get_world_size()
     for dtype in (torch.float32, torch.bfloat16):
         found[str(dtype)] = averages(dtype)
     with digests() as steps:
@@ -177,7 +187,3 @@ def main(folder: Path) -> None:
     found["digests"]["classifier"] = steps
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
