@@ -1,10 +1,11 @@
 """A model whose parameters an engine (FSDP2) shards over the processes: its state in full, and back.
 
 Floor 2 (torch.distributed). A checkpoint has one format, that of one process, whatever wrote it: `gathered` makes full tensors of
-the shards, `spread_weights` and `spread_optimizer` make the shards of this process of full tensors, so that a run can go on with another
-number of processes or another engine. torch.distributed.checkpoint would write shard by shard, in a second format that only this
-engine's runs could read; the price of one format is that process 0 holds the whole state in its main memory while it saves, 12 bytes
-a parameter (https://docs.pytorch.org/docs/stable/distributed.tensor.html, …/distributed.fsdp.fully_shard.html).
+the shards, `spread_weights` and `spread_optimizer` make the shards of this process of full tensors, so that a run can go on with
+another number of processes or another engine. torch.distributed.checkpoint would write shard by shard, in a second format that only
+this engine's runs could read; the price of one format is that each process holds the whole state in its main memory while process 0
+saves or all resume, 12 bytes a parameter with AdamW (https://docs.pytorch.org/docs/stable/distributed.tensor.html,
+https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -42,7 +45,7 @@ def spread_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
 
 
 def spread_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A full state dict as `optimizer.load_state_dict` takes it on this process: what has a parameter's shape is sharded as it is."""
+    """A full state dict as `optimizer.load_state_dict` takes it here: what has a parameter's shape is sharded as that is."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         index: {
@@ -61,23 +64,20 @@ def whole(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
     """Within it every process holds the whole of a model that FSDP2 shards, and can read it for itself, for as long as it likes.
 
     Generating needs this: the processes have answers of different lengths, and a forward through shards is a joint act. Every
-    process has to enter it; the first forward within, if it is the first of all, must be that of `model` itself.
-    `reshard_after_forward`: what the engine was set to for the parts below the root.
+    process has to enter it; the first forward of all must be that of `model` itself. `reshard_after_forward`: what the engine was
+    set to for the parts below the root.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     try:
         yield
     finally:
+        parts[0].reset_iter_state()  # the order of the forwards within, each process's own, must not guide the next backward
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(
-                reshard_after_forward and part is not model, recurse=False
-            )  # the root by torch's default
+            part.set_reshard_after_forward(reshard_after_forward and part is not model, recurse=False)  # the root: torch's default
 
 
 def _is_shard(value: Any) -> bool:
@@ -87,7 +87,5 @@ def _is_shard(value: Any) -> bool:
 def _shard_like(own: Tensor, full: Tensor) -> Tensor:
     if not _is_shard(own):
         return full
-    from torch.distributed.tensor import distribute_tensor
-
     mesh, placements = own.device_mesh, own.placements  # type: ignore[attr-defined]
     return distribute_tensor(full.to(own.device), mesh, placements, src_data_rank=None)  # every process has read the same file

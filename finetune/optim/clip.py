@@ -19,10 +19,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`; return the norm before.
 
-    As torch.nn.utils.clip_grad_norm_ would on the dense equivalents.  Where an engine shards some gradients (DTensors, whose norm is
-    taken over all processes), every process calls it.  A sparse gradient is coalesced (summed in float32 at least)
-    and the coalesced one becomes `param.grad`.  Does not wait for the device, but for what coalescing does, unless
-    `error_if_nonfinite`, which raises RuntimeError where the norm is not finite.
+    As torch.nn.utils.clip_grad_norm_ would on the dense equivalents.  A sparse gradient is coalesced (summed in float32 at least)
+    and the coalesced one becomes `param.grad`.  Where an engine shards some gradients (DTensors), every process calls it, and the
+    norm is that of the whole.  Does not wait for the device, but for what coalescing and sharding do, unless `error_if_nonfinite`,
+    which raises RuntimeError where the norm is not finite.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     values = []
@@ -34,7 +34,8 @@ def clip_grad_norm_(
             values.append(param.grad.values())
         else:
             values.append(param.grad)
-    sharded, plain = [], []
+    sharded: list[Tensor] = []
+    plain: list[Tensor] = []
     for value in values:
         (sharded if hasattr(value, "full_tensor") else plain).append(value)
     norm = torch.nn.utils.get_total_norm(plain, norm_type, error_if_nonfinite=error_if_nonfinite)

@@ -1,10 +1,11 @@
-"""The engines that a run may be on, as Accelerate has them: one process, DDP, FSDP2, DeepSpeed's ZeRO; and what each leaves of a lazy table.
+"""The engines that a run may be on, as Accelerate has them, and what each leaves of a lazily trained table.
 
-Floor 5. `docs/scaling.md` has the table. Which engine it is, `accelerate launch --config_file configs/accelerate/….yaml` says.
+Floor 5. One process, DDP, FSDP2, DeepSpeed's ZeRO: `docs/scaling.md` has the table. Which of them it is, `accelerate launch
+--config_file configs/accelerate/….yaml` says.
 
 - DDP: every process has the whole model; rows of the lazy table are exchanged (`finetune.distributed`).
-- FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything but the lazy table, which it cannot
-  shard: it has no sparse reduce-scatter. The table stays whole on each process, and its rows are exchanged as under DDP.
+- FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything but the lazy table, for which it
+  would need a sparse reduce-scatter. The table stays whole on each process, and its rows are exchanged as under DDP.
 - ZeRO (https://www.deepspeed.ai/docs/config-json/) flattens all parameters into one buffer, where there are no rows: lazy_adamw
   becomes adamw, and the run says so. With an offloaded optimizer Accelerate puts DeepSpeed's own in place of the run's: refused.
 """
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from finetune.checkpoint import is_complete
 from finetune.config import RunConfig
@@ -41,13 +43,15 @@ def settle_engine(accelerator: Accelerator, display: Display) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     if accelerator.distributed_type is DistributedType.MULTI_CPU:  # Accelerate would take DDP here, without a word
-        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # as Accelerate does on GPUs
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type is not DistributedType.FSDP:
-        display.note(f"engine: FSDP was asked for and there is one process, so nothing is sharded")
+        display.note("engine: FSDP was asked for and there is one process, so nothing is sharded")
         return
     if not accelerator.is_fsdp2:
         raise UserError("the engine is FSDP 1, which is not supported; set fsdp_version: 2 in Accelerate's config")
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise UserError(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}; upgrade it, or use DDP")
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has made the model, as all engines need it
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
 
@@ -63,8 +67,8 @@ def adapt_config(config: RunConfig, accelerator: Accelerator, display: Display) 
     if optimizer_info(config.optimizer.name).must_know != "embeddings":
         return config
     display.note(
-        f"engine: ZeRO keeps parameters in flat buffers, where a table has no rows: adamw takes the place of {config.optimizer.name}, "
-        f"and every row of the vocabulary is stepped"
+        f"engine: ZeRO keeps parameters in flat buffers, where a table has no rows: adamw takes the place of "
+        f"{config.optimizer.name}, and every row of the vocabulary is stepped"
     )
     options = {key: value for key, value in config.optimizer.model_dump().items() if key in optimizer_info("adamw").options}
     kept = {key: getattr(config.optimizer, key) for key in OptimizerSection.model_fields if key != "name"}
@@ -78,8 +82,8 @@ def refuse_offload(zero: dict[str, Any]) -> None:
         raise UserError("DeepSpeed's config has an optimizer or scheduler section; leave it out, since the run's config has them")
     if offload.get("device", "none") != "none" and zero.get("zero_force_ds_cpu_optimizer", True):
         raise UserError(
-            f"DeepSpeed's config offloads the optimizer to {offload['device']}, where DeepSpeed puts its own CPU Adam in the place of "
-            f"optimizer.name; set offload_optimizer_device: none, or take FSDP2 with fsdp_offload_params"
+            f"DeepSpeed's config offloads the optimizer to {offload['device']}, where DeepSpeed puts its own CPU Adam in the place "
+            f"of optimizer.name; set offload_optimizer_device: none, or take FSDP2 with fsdp_offload_params"
         )
 
 
@@ -88,7 +92,8 @@ def prepare(accelerator: Accelerator, language_model: LanguageModel, optimizer: 
     if accelerator.distributed_type is DistributedType.FSDP:
         tables = lazy_modules(language_model, optimizer)
         accelerator.state.fsdp_plugin.ignored_modules = tables or None
-        language_model._no_split_modules = language_model.causal_lm._no_split_modules  # the layers that are sharded one by one
+        # the layers, which are sharded one by one
+        language_model._no_split_modules = language_model.causal_lm._no_split_modules  # type: ignore[assignment]
         lazy = "; the lazily trained embedding stays whole on each, and its rows are exchanged" if tables else ""
         display.note(f"engine: FSDP2 shards the model over {accelerator.num_processes} processes{lazy}")
     return accelerator.prepare(language_model, optimizer)

@@ -112,7 +112,7 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
             return "signal"
         if failure.exitcode == USER_ERROR:
             raise UserError(_message(failure)) from None
-        raise ProcessFailed(f"process {rank} of 0 to {count - 1} {_what_happened(failure)}") from None
+        raise ProcessFailed(f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}") from None
     return "finished"
 
 
