@@ -82,6 +82,7 @@ class Stopwatch:
 
 def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     import finetune.models.language_model as language_model
+    from finetune.models.vocabulary import deactivate_vocabulary
 
     watch = Stopwatch(args.clock)
 
@@ -96,7 +97,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     with our_trainer(args, on_record) as (trainer, parts):
         trainer.optimizer.step = watch.timed("optimizer", trainer.optimizer.step)
         trainer.train()
-        deactivate(parts.language_model)
+        deactivate_vocabulary(parts.language_model)
         return watch.result(read_model(args, parts.model))
 
 
@@ -109,7 +110,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     ids = torch.tensor([token for i in shuffled(len(train), args.seed) for token in train[i].input_ids])
     rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
     bf16 = resolve_precision("auto", "cpu")[0] == "bf16"
-    model = load_plain(args, tokenizer).train()
+    model = load_plain(args).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     watch = Stopwatch(args.clock)
     for step in range(args.steps):
@@ -182,11 +183,11 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
         return collate_and_count
 
-    model = load_plain(args, tokenizer)
+    model = load_plain(args)
     trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()])
     trainer.data_collator = counting(trainer.data_collator)
     trainer.train()
-    plain = load_plain(args, tokenizer)  # TRL patches its model's forward
+    plain = load_plain(args)  # TRL patches its model's forward
     plain.load_state_dict(model.state_dict())
     return watch.result(read_model(args, plain))
 
@@ -314,20 +315,12 @@ def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     return tokenizer, train, validation
 
 
-def load_plain(args: argparse.Namespace, tokenizer: Any) -> Any:
+def load_plain(args: argparse.Namespace) -> Any:
     """The model as its makers' library loads it, with rows for the template's new tokens."""
-    from finetune.models.load import load_model
-    from finetune.models.tokenizers import prepare_chat
+    from finetune.recipes.model import make_model, make_tokenizer
 
-    model = load_model(name=str(args.model))
-    prepare_chat(model, tokenizer, our_config(args).model.chat_template)
-    return model
-
-
-def deactivate(model: Any) -> None:
-    from finetune.models.vocabulary import deactivate
-
-    deactivate(model)
+    config = our_config(args).model
+    return make_model(config, make_tokenizer(config, ()), seed=0)[0]
 
 
 def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
@@ -341,18 +334,18 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.data.text import TextFormat
     from finetune.evaluation import evaluate_loss
     from finetune.models.language_model import LanguageModel
-    from finetune.models.vocabulary import activate
+    from finetune.models.vocabulary import activate_vocabulary
     from finetune.recipes.parts import pad_id
     from finetune.recipes.vocabulary import active_ids
 
     tokenizer, train, validation = _data(args)
-    base = load_plain(args, tokenizer).get_input_embeddings().weight
+    base = load_plain(args).get_input_embeddings().weight
     ids = sorted(i for i in active_ids(tokenizer, [train, validation], ()) if i < len(base))
     inactive = torch.ones(len(base), dtype=torch.bool)
     inactive[ids] = False
     moved = (model.get_input_embeddings().weight.detach() - base.detach())[inactive].abs().max()
     del base
-    activate(model, ids)
+    activate_vocabulary(model, ids)
     wrapped = LanguageModel(model)
 
     def loss_on(dataset: Any, mask: Any) -> dict[str, float]:
@@ -375,7 +368,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
 def run_untrained(args: argparse.Namespace) -> dict[str, Any]:
     """The base model, read as the others are after training."""
     tokenizer, _ = read_data(args)
-    return read_model(args, load_plain(args, tokenizer))
+    return read_model(args, load_plain(args))
 
 
 def shuffled(count: int, seed: int) -> list[int]:

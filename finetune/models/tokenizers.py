@@ -5,6 +5,7 @@ be that token, in the tokenizer, the model's config and its generation config. A
 ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,9 @@ def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops
     model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
+
+
+def byte_tokens(tokenizer: Any) -> set[int]:
+    """The tokens that stand for single bytes, from which any text can be spelt: of byte-level BPE, or sentencepiece's <0xNN>."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    return {i for token, i in tokenizer.get_vocab().items() if token in alphabet or re.fullmatch("<0x[0-9A-F]{2}>", token)}

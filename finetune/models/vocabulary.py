@@ -1,10 +1,11 @@
 """The active vocabulary: of a model's token table only the rows that a run uses train; the others cost no gradient and no state.
 
-Floor 2. `activate` makes the weight of the input embedding (and, tied or not, of the output head) a compact parameter [A, d], whose
-row i belongs to token `active_ids[i]`; the other rows are kept beside it, frozen, so that the model still reads and predicts every
-token. Token ids, tokenizer, config and the names of the parameters stay as they were. The classes of the two modules are changed in
-place to ones whose lookup and product know where a token's row is; a subclass with a forward of its own (Gemma's scaled embedding)
-keeps it. `full_vocabulary` shows the model with its full table for a while, for saving and exporting; `deactivate` for good.
+Floor 2. `activate_vocabulary` makes the weight of the input embedding (and, tied or not, of the output head) a compact parameter
+[A, d], whose row i belongs to token `active_ids[i]`; the other rows are kept beside it, frozen, so that the model still reads and
+predicts every token. Token ids, tokenizer, config and the names of the parameters stay as they were. The classes of the two modules
+are changed in place to ones whose lookup and product know where a token's row is; a subclass with a forward of its own (Gemma's
+scaled embedding) keeps it. `full_vocabulary` shows the model with its full table for a while, for saving and exporting;
+`deactivate_vocabulary` gives it back for good.
 
 A table may have room for `spare` rows that belong to no token yet: `ActiveVocabulary.grow` gives them to tokens that turn up later.
 """
@@ -122,7 +123,7 @@ class ActiveHead(nn.Linear):
         return logits.index_select(-1, self.vocabulary.row_of_id)
 
 
-def activate(model: PreTrainedModel, ids: Iterable[int], *, spare: int = 0, compact_input: bool = True) -> None:
+def activate_vocabulary(model: PreTrainedModel, ids: Iterable[int], *, spare: int = 0, compact_input: bool = True) -> None:
     """Train only the rows of `ids` in the token table of `model`, in place.
 
     A tied table stays tied. Of an untied model the head is made compact, and with `compact_input` the input embedding as well
@@ -156,7 +157,7 @@ def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> No
         ids, names = next(iter(saved.values())), dict(model.named_modules())
         embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
         compact_input = any(name.endswith(embedding + ".vocabulary.active_ids") for name in saved)
-        activate(model, ids[ids != NO_TOKEN].tolist(), spare=int((ids == NO_TOKEN).sum()), compact_input=compact_input)
+        activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), spare=int((ids == NO_TOKEN).sum()), compact_input=compact_input)
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -193,7 +194,7 @@ def full_vocabulary(model: nn.Module) -> Iterator[None]:
             _count(module, len(weight))
 
 
-def deactivate(model: nn.Module) -> None:
+def deactivate_vocabulary(model: nn.Module) -> None:
     """Give `model` its full table back, in place, tied as it was; the rows of frozen tokens are bit for bit what they were."""
     _make_plain(active_modules(model))
 

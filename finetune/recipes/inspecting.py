@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from finetune.config import RunConfig
 from finetune.data.encode import EncodedDataset, encode
@@ -57,7 +56,7 @@ def _encode(rows: Iterable[tuple[str, Row]], format: Format, config: RunConfig, 
     return encode(sample, format, max_length=config.data.max_length, overlong=config.data.overlong, vocab_size=vocab_size)
 
 
-def _skeleton(config: RunConfig, tokenizer: Any) -> PreTrainedModel:
+def _skeleton(config: RunConfig, tokenizer: Any) -> Any:
     """The model without its weights, from its config alone."""
     model = config.model
     return load_skeleton(

@@ -3,7 +3,6 @@
 Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `finetune.models.frozen_sample` for the sampled loss.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedModel
 
 from finetune.config import RunConfig
 from finetune.data.collate import collate
@@ -23,7 +20,8 @@ from finetune.errors import UserError
 from finetune.models.describe import inner_model, token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
-from finetune.models.vocabulary import activate, active_modules, check_head
+from finetune.models.tokenizers import byte_tokens
+from finetune.models.vocabulary import activate_vocabulary, active_modules, check_head
 from finetune.optim import optimizer_info
 from finetune.trainer import step_seed
 
@@ -53,7 +51,7 @@ class VocabularyPlan:
 
 
 def plan_vocabulary(
-    config: RunConfig, model: PreTrainedModel, tokenizer: Any, corpora: Iterable[EncodedDataset], new_tokens: Sequence[int]
+    config: RunConfig, model: Any, tokenizer: Any, corpora: Iterable[EncodedDataset], new_tokens: Sequence[int]
 ) -> VocabularyPlan:
     """Choose the mode and the active tokens. `model` may be without weights; LoRA is not yet on it. Raises UserError."""
     table, head = token_tables(model)
@@ -75,7 +73,7 @@ def plan_vocabulary(
     return VocabularyPlan(mode, reason, () if mode == "full" else ids, len(table), saved)
 
 
-def _automatic(config: RunConfig, model: PreTrainedModel, num_active: int) -> tuple[str, str]:
+def _automatic(config: RunConfig, model: Any, num_active: int) -> tuple[str, str]:
     table, head = token_tables(model)
     if config.model.lora is not None:
         return "full", "LoRA leaves the token table as it is"
@@ -99,8 +97,7 @@ def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable
     """The tokens of the data, special, added and byte tokens, and those to keep: ids, or texts whose tokens are meant."""
     ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    alphabet = set(ByteLevel.alphabet())
-    ids |= {i for token, i in tokenizer.get_vocab().items() if token in alphabet or re.fullmatch("<0x[0-9A-F]{2}>", token)}
+    ids |= byte_tokens(tokenizer)
     size = max(tokenizer.get_vocab().values()) + 1
     for item in keep:
         if isinstance(item, int) and not 0 <= item < size:
@@ -109,7 +106,7 @@ def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable
     return ids
 
 
-def apply_vocabulary(plan: VocabularyPlan, model: PreTrainedModel, config: RunConfig) -> None:
+def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig) -> None:
     """Make the tables of `model` what the plan says, in place."""
     if plan.mode == "frozen":
         for table in token_tables(model):
@@ -117,7 +114,7 @@ def apply_vocabulary(plan: VocabularyPlan, model: PreTrainedModel, config: RunCo
                 table.requires_grad_(False)
     if plan.ids:
         spare = SPARE_ROWS if config.data.streaming else 0
-        activate(model, plan.ids, spare=spare, compact_input=plan.mode == "frozen" or not _input_is_lazy(config))
+        activate_vocabulary(model, plan.ids, spare=spare, compact_input=plan.mode == "frozen" or not _input_is_lazy(config))
 
 
 def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from finetune.models.adapters import add_lora, merge_lora
 from finetune.models.frozen_sample import FrozenSampler, draw, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import enable_activation_checkpointing
-from finetune.models.vocabulary import activate, active_modules, deactivate, full_vocabulary
+from finetune.models.vocabulary import activate_vocabulary, active_modules, deactivate_vocabulary, full_vocabulary
 
 V = 97
 ACTIVE = [0, 1, 2, 5, 8, 13, 21, 34, 55, 89]
@@ -50,7 +50,7 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = model(input_ids=ids).logits
     names = [name for name, _ in model.named_parameters()]
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == names
     assert model.get_output_embeddings().weight.shape == (len(ACTIVE), 16)
@@ -61,7 +61,7 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert not active_modules(model)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
-    deactivate(model)
+    deactivate_vocabulary(model)
     assert type(model.get_input_embeddings()) is type(make(family).get_input_embeddings())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model(input_ids=ids).logits, expected)
@@ -71,7 +71,7 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
 def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(family):
     full, ids = make(family), batch()
     model = copy.deepcopy(full)
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     ours, theirs = LanguageModel(model), LanguageModel(full)
     assert ours.fused
     loss, expected = ours(*ids), theirs(*ids)
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(fami
 def test_training_moves_active_rows_only(family):
     model = make(family)
     before = copy.deepcopy(model.state_dict())
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     language_model = LanguageModel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     for _ in range(5):
@@ -100,7 +100,7 @@ def test_training_moves_active_rows_only(family):
         optimizer.step()
         optimizer.zero_grad()
     trained, ids = model(input_ids=torch.arange(V)[None]).logits, torch.arange(V)[None]
-    deactivate(model)
+    deactivate_vocabulary(model)
     torch.testing.assert_close(model(input_ids=ids).logits, trained)
     tables = [name for name, value in model.state_dict().items() if value.shape == (V, 16)]
     assert tables
@@ -112,7 +112,7 @@ def test_training_moves_active_rows_only(family):
 
 def test_an_untied_input_may_stay_whole():
     model = make("gpt_neox")
-    activate(model, ACTIVE, compact_input=False)
+    activate_vocabulary(model, ACTIVE, compact_input=False)
     assert model.get_input_embeddings().weight.shape == (V, 16)
     assert model.get_output_embeddings().weight.shape == (len(ACTIVE), 16)
 
@@ -120,7 +120,7 @@ def test_an_untied_input_may_stay_whole():
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_copies_pickles_checkpointing_and_packing(family):
     model, ids = make(family), torch.randint(0, V, (2, 9))
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     expected = model(input_ids=ids).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(input_ids=ids).logits, expected)
@@ -142,7 +142,7 @@ def test_copies_pickles_checkpointing_and_packing(family):
 
 def test_lora_beside_active_rows():
     model = make("llama")
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     wrapped = add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
     model.get_output_embeddings().weight.requires_grad_(True)
     language_model = LanguageModel(wrapped)
@@ -164,7 +164,7 @@ def test_lora_beside_active_rows():
 def test_growing_reads_the_same_and_trains_the_new_row(family):
     model, ids = make(family), torch.randint(0, V, (2, 9))
     before = copy.deepcopy(model.state_dict())
-    activate(model, ACTIVE, spare=2)
+    activate_vocabulary(model, ACTIVE, spare=2)
     head = model.get_output_embeddings()
     language_model, expected = LanguageModel(model), model(input_ids=ids).logits
     everything = (ids, ids.clone())
@@ -184,20 +184,20 @@ def test_growing_reads_the_same_and_trains_the_new_row(family):
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     model.load_state_dict(state)
     torch.testing.assert_close(model(input_ids=ids).logits, grown)
-    deactivate(model)
+    deactivate_vocabulary(model)
     moved = (model.state_dict()["model.embed_tokens.weight"] != before["model.embed_tokens.weight"]).any(1).nonzero()[:, 0]
     assert {3, 4} <= set(moved.tolist()) <= {*ACTIVE, 3, 4}
 
 
 def test_bad_ids_and_unknown_heads_are_refused():
     with pytest.raises(UserError, match="token ids from 0 to 96"):
-        activate(make("llama"), [3, V])
+        activate_vocabulary(make("llama"), [3, V])
     with pytest.raises(UserError, match="at least one"):
-        activate(make("llama"), [])
+        activate_vocabulary(make("llama"), [])
     model = make("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
     with pytest.raises(UserError, match="has a bias"):
-        activate(model, ACTIVE)
+        activate_vocabulary(model, ACTIVE)
 
 
 # Sampling
@@ -228,7 +228,7 @@ def test_rows_are_drawn_with_their_chances():
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
 def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(family):
     model = make(family)
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     language_model, ids = LanguageModel(model), batch()
     language_model.train()
     exact = language_model(*ids)
@@ -252,7 +252,7 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(fami
 
 def test_frozen_targets_are_put_into_the_sample():
     model = make("llama")
-    activate(model, ACTIVE)
+    activate_vocabulary(model, ACTIVE)
     language_model, ids = LanguageModel(model), batch([*ACTIVE, 3, 96])
     language_model.train()
     exact = language_model(*ids)
