@@ -6,6 +6,7 @@ stopped goes on where it stopped, and `optuna-dashboard` can read it.
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def _exhaust(study: Any, space: Space, try_out: Callable[[dict[str, float]], Run
     """Run what is left of the grid; False where a signal came."""
     import optuna
 
-    anything = optuna.distributions.FloatDistribution(0.0, 1e6)  # a grid's values are given, not drawn
+    anything = optuna.distributions.FloatDistribution(0.0, sys.float_info.max)  # a grid's values are given, not drawn
     sampler = study.sampler = optuna.samplers.GridSampler(space, seed=0)
     sampler.after_trial = lambda *_: None  # type: ignore[method-assign]  # it would stop optuna's loop, and this one is ours
     while (trial := _begun(study, space)) is not None or not sampler.is_exhausted(study):

@@ -50,6 +50,8 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
                 return None
         except Diverged as error:
             problem = str(error)
+        except KeyboardInterrupt:  # before or after the steps, which handle it themselves
+            return None
     run = RunDir(folder)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.bad_batch.unlink(missing_ok=True)

@@ -1,0 +1,238 @@
+"""`finetune compare` and `finetune tune` on a tiny model: what they leave, what is fair about it, and that a killed one goes on."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune.config import load_config
+from tests.cli.conftest import finetune
+from tests.conftest import LLAMA, conversation
+
+KILL_IN_THE_SECOND_REPORTED_RUN = """
+import os, signal
+from finetune.tracking import MetricLogger
+log = MetricLogger.log
+def log_then_die(self, record):
+    log(self, record)
+    if record["step"] == 4 and "loss" in record and "adam/seed-1" in str(self._path):
+        os.kill(os.getpid(), signal.SIGKILL)
+MetricLogger.log = log_then_die
+"""
+COMPARE = ("compare", "c.yaml", "optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "2", "--seeds", "2")
+
+
+def write(folder: Path, **sections) -> None:
+    (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    tree = {
+        "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
+        "data": {"train": "chat.jsonl", "validation_fraction": 0.25, "max_length": 96},
+        "training": {"max_steps": 6, "batch_size": 4, "micro_batch_size": 4},
+        "evaluation": {"every": 3},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    (folder / "c.yaml").write_text(yaml.safe_dump(tree))
+
+
+def process(*arguments: str, before: str = "", cwd: Path) -> subprocess.CompletedProcess:
+    """The command line in a process of its own, after the code `before`."""
+    code = f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\nfrom finetune.cli import main; main()"
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """A folder with a comparison of SGD and Adam in out/, made without a stop."""
+    folder = tmp_path_factory.mktemp("compared")
+    write(folder, optimizer={"betas": [0.8, 0.99]})
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = finetune(*COMPARE)
+    finally:
+        os.chdir(here)
+    assert result.code == 0, result.err
+    return folder
+
+
+def comparison(folder: Path) -> dict:
+    return json.loads((folder / "out" / "comparison.json").read_text())
+
+
+def without_clocks(found: dict) -> dict:
+    """A comparison without what a clock decides."""
+    rows = {
+        name: {key: value for key, value in row.items() if "seconds" not in key and key not in ("curve", "to_target")}
+        for name, row in found["optimizers"].items()
+    }
+    curves = {name: [(p["step"], p["loss"], p["tokens"]) for p in row["curve"]] for name, row in found["optimizers"].items()}
+    runs = [{key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]]
+    kept = {key: found[key] for key in ("verdict", "target", "bins", "starts", "protocol", "notes", "config")}
+    return {"rows": rows, "curves": curves, "runs": runs, **kept}
+
+
+def test_it_leaves_the_verdict_in_three_files(compared):
+    found = comparison(compared)
+    assert list(found["optimizers"]) == ["sgd", "adam"]
+    assert sorted(found["verdict"]["ranking"]) == ["adam", "sgd"]
+    with (compared / "out" / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["optimizer"], row["phase"], row["seed"]) for row in rows] == [
+        ("sgd", "tuning", "0"),
+        ("sgd", "tuning", "0"),
+        ("adam", "tuning", "0"),
+        ("adam", "tuning", "0"),
+        ("sgd", "reported", "1"),
+        ("sgd", "reported", "2"),
+        ("adam", "reported", "1"),
+        ("adam", "reported", "2"),
+    ]
+    assert all(row["test_loss"] for row in rows if row["phase"] == "reported")
+    assert not any(row["test_loss"] for row in rows if row["phase"] == "tuning")
+    html = (compared / "out" / "comparison.html").read_text()
+    assert found["verdict"]["sentences"][0].split(" [")[0] in html
+    assert not list((compared / "out").rglob("*.safetensors")) + list((compared / "out").rglob("*.pt"))
+
+
+def test_a_seed_means_the_same_start_and_the_same_batches(compared):
+    runs = compared / "out" / "runs"
+    first = {}
+    for name in ("sgd", "adam"):
+        for seed in (1, 2):
+            lines = [json.loads(line) for line in (runs / name / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()]
+            steps = [line for line in lines if "loss" in line]
+            assert len(steps) == 6
+            first[name, seed] = (lines[0]["evaluation"]["loss"], steps[0]["loss"], [step["num_tokens"] for step in steps])
+    assert first["sgd", 1] == first["adam", 1]
+    assert first["sgd", 2] == first["adam", 2]
+    assert first["sgd", 1][1] != first["sgd", 2][1]
+
+
+def test_the_learning_rate_reported_is_the_one_that_chose(compared):
+    found = comparison(compared)
+    for name, row in found["optimizers"].items():
+        tuned = [run for run in found["runs"] if run["optimizer"] == name and run["phase"] == "tuning"]
+        assert row["lr"] == min(tuned, key=lambda run: run["validation_loss"])["lr"]
+        assert {run["lr"] for run in found["runs"] if run["optimizer"] == name and run["phase"] == "reported"} == {row["lr"]}
+
+
+def test_state_and_bins_are_measured(compared):
+    found = comparison(compared)
+    parameters = found["model"]["parameters"]
+    assert found["optimizers"]["sgd"]["state_bytes"] == 0
+    assert 8 * parameters <= found["optimizers"]["adam"]["state_bytes"] < 8 * parameters + 1000  # and a step count a tensor
+    bins = found["bins"]
+    assert sum(part["tokens"] for part in bins.values()) == found["model"]["vocab_size"]
+    test = json.loads((compared / "out" / "runs" / "adam" / "seed-1" / "result.json").read_text())["test"]
+    mean = sum(test[name] * part["targets"] for name, part in bins.items() if part["targets"]) / sum(
+        p["targets"] for p in bins.values()
+    )
+    assert test["all"] == pytest.approx(mean)
+
+
+def test_data_that_chooses_is_not_reported_on(compared):
+    rows = {
+        name: (compared / "out" / "data" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation", "test")
+    }
+    assert [len(part) for part in rows.values()] == [36, 6, 6]
+    assert len({line for part in rows.values() for line in part}) == 48
+
+
+def test_an_option_goes_to_those_that_take_it(compared):
+    found = comparison(compared)
+    assert "betas is given to adam alone: sgd does not take it." in found["notes"]
+    assert found["optimizers"]["adam"]["settings"]["betas"] == [0.8, 0.99]
+    assert "betas" not in found["optimizers"]["sgd"]["settings"]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_figures(compared, tmp_path, monkeypatch):
+    write(tmp_path, optimizer={"betas": [0.8, 0.99]})
+    killed = process(*COMPARE, before=KILL_IN_THE_SECOND_REPORTED_RUN, cwd=tmp_path)
+    assert killed.returncode == -9, killed.stderr
+    done = list((tmp_path / "out" / "runs").rglob("result.json"))
+    assert len(done) == 5
+    times = {path: path.stat().st_mtime_ns for path in done}
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    monkeypatch.chdir(tmp_path)
+    again = finetune(*COMPARE)
+    assert again.code == 0, again.err
+    assert {path: path.stat().st_mtime_ns for path in done} == times  # what was over is not run again
+    assert without_clocks(comparison(tmp_path)) == without_clocks(comparison(compared))
+
+
+def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
+    shutil.copytree(compared, tmp_path / "more")
+    monkeypatch.chdir(tmp_path / "more")
+    result = finetune(*COMPARE[:-1], "3")
+    assert result.code == 0, result.err
+    found = comparison(tmp_path / "more")
+    assert found["optimizers"]["adam"]["reported_runs"] == 3
+    assert [run for run in found["runs"] if run["seed"] < 3] == comparison(compared)["runs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("optimizer.name=[sgd,adm]",), "there is no optimizer 'adm'; did you mean"),
+        (("optimizer.name=[adam]",), "needs at least two optimizers"),
+        (("optimizer.name=[adamw,AdamW]",), "names adamw twice"),
+        (("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"), "none of sgd and adam takes 'beta'; did you mean 'betas'?"),
+        (("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"), "optimizer 'adam' cannot be built"),
+        (("optimizer.name=[sgd,adam]", "optimizer.overrides=[{pattern: '*', lr: 1}]"), "optimizer.overrides sets an lr"),
+        (("optimizer.name=[sgd,adam]", "data.validation_fraction=0"), "a comparison needs held-out data"),
+        (("optimizer.name=[sgd,adam]", "training.max_steps=null"), "give --budget STEPS"),
+        (("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"), "holds a comparison with another trials"),
+        (("optimizer.name=[sgd,adam]", "output_dir=out", "training.batch_size=8"), "holds a comparison with another training"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(compared, monkeypatch, arguments, message):
+    monkeypatch.chdir(compared)
+    result = finetune("compare", "c.yaml", *arguments, *(() if "--trials" in arguments else ("--trials", "2")))
+    assert result.code == 2
+    assert message in result.err
+    assert not list((compared / "runs").rglob("metrics.jsonl"))
+
+
+def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, optimizer={"name": "adamw", "lr": 1e-2, "betas": [0.8, 0.99]})
+    result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0,0.1]", "--trials", "2", "--budget", "4")
+    assert result.code == 0, result.err
+    runs = sorted(path.parent.name for path in Path("runs/tune-c/runs/adamw").rglob("result.json"))
+    assert runs == ["lr-0.003-weight-decay-0", "lr-0.003-weight-decay-0.1", "lr-0.01-weight-decay-0", "lr-0.01-weight-decay-0.1"]
+    best = load_config(Path("runs/tune-c/best.yaml"))
+    assert best.optimizer.lr == 1e-2
+    assert best.optimizer.options == {"betas": [0.8, 0.99]}
+    assert best.training.max_steps == 4
+    assert best.data == load_config(Path("c.yaml")).data
+    assert "best" in result.out
+    assert f"weight_decay={best.optimizer.weight_decay:g}" in result.err
+
+
+def test_a_grid_that_lies_too_low_is_widened_so_often_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, optimizer={"name": "sgd", "lr": 1e-4}, training={"max_steps": 2})
+    result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "3")
+    assert result.code == 0, result.err
+    tried = {json.loads(path.read_text())["settings"]["lr"] for path in Path("runs/tune-c/runs/sgd").rglob("result.json")}
+    assert tried == {3e-5, 1e-4, 3e-4} | {1e-3, 3e-3, 1e-2, 3e-2}
+    assert result.err.count("(widened)") == 4
+    assert load_config(Path("runs/tune-c/best.yaml")).optimizer.lr == 3e-2
+
+
+def test_a_run_that_diverges_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, optimizer={"name": "sgd", "lr": 1e30}, training={"max_steps": 3, "max_grad_norm": 0})
+    result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "1")
+    assert result.code == 2
+    assert "all 1 runs diverged" in result.err
+    problem = json.loads(next(Path("runs/tune-c/runs/sgd").rglob("result.json")).read_text())["problem"]
+    assert "training stopped at step" in problem
