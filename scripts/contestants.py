@@ -106,7 +106,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
 
     from finetune.models.precision import resolve_precision
 
-    tokenizer, train = read_data(args)
+    _, train = read_data(args)
     ids = torch.tensor([token for i in shuffled(len(train), args.seed) for token in train[i].input_ids])
     rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
     bf16 = resolve_precision("auto", "cpu")[0] == "bf16"
@@ -367,7 +367,6 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
 
 def run_untrained(args: argparse.Namespace) -> dict[str, Any]:
     """The base model, read as the others are after training."""
-    tokenizer, _ = read_data(args)
     return read_model(args, load_plain(args))
 
 

@@ -28,8 +28,8 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
             logger.info("lazy_adamw: the embedding %r is frozen, so there are no rows to update", names[embedding])
         elif others:
             logger.warning(
-                "lazy_adamw: the embedding %r shares its weight with %s, which gives every row a gradient at every step, so the "
-                "table is updated densely, exactly as adamw does; to train fewer rows of it, use the active vocabulary",
+                "lazy_adamw: the embedding %r shares its weight with %s, so every row has a gradient and is updated, as by adamw; "
+                "the active vocabulary trains fewer rows",
                 names[embedding],
                 ", ".join(repr(other) for other in others),
             )
