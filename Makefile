@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+ULTRALYTICS := build/ultralytics
 
-.PHONY: demo demo-chat test check format bench install clean
+.PHONY: demo demo-chat test test-ultralytics check format bench install clean
 
 install: $(STAMP)
 
@@ -23,6 +24,16 @@ demo-chat: install  ## fine-tune SmolLM2-135M on conversations
 
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-ultralytics: install $(ULTRALYTICS)/installed  ## YOLO26 with the factory's optimizers
+	PYTHONPATH=$(CURDIR)/$(ULTRALYTICS) $(BIN)/python -m pytest tests/integrations/test_ultralytics.py
+
+# AGPL-3.0, so in no environment but a folder that this one test sees; what else it needs is in the environment.
+$(ULTRALYTICS)/installed: constraints.txt | install
+	rm -rf $(ULTRALYTICS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(ULTRALYTICS) -c constraints.txt \
+		ultralytics ultralytics-thop opencv-python-headless torchvision polars polars-runtime-32
+	touch $@
 
 check: install  ## lint, format, types, fast tests
 	$(BIN)/ruff check .

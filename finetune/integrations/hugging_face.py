@@ -1,7 +1,7 @@
 """The factory's optimizers in `transformers.Trainer` and the trainers made from it, such as TRL's `SFTTrainer`.
 
-Floor 2. The protocol is transformers' `optimizer_cls_and_kwargs` (Trainer.create_optimizer in transformers 5): a first element that is no
-torch Optimizer class is called as `first()(model, **kwargs)`. `args.learning_rate` and `args.weight_decay` hold, and so do
+Floor 2. The protocol is that of `optimizer_cls_and_kwargs` in transformers 5 (`Trainer.create_optimizer`): a first element that is
+no torch Optimizer class is called as `first()(model, **kwargs)`. `args.learning_rate` and `args.weight_decay` hold, and so do
 `args.adam_beta1`, `adam_beta2` and `adam_epsilon` where they were changed; `args.optim` and `args.optim_args` do not count.
 
 These trainers take the norm of the gradients at every step, also with `max_grad_norm=0`, by a function that refuses sparse ones.
