@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import distribute_tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -67,6 +65,8 @@ def whole(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
     process has to enter it; the first forward of all must be that of `model` itself. `reshard_after_forward`: what the engine was
     set to for the parts below the root.
     """
+    from torch.distributed.fsdp import FSDPModule  # here: it takes a second to import
+
     parts: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.unshard()
@@ -87,5 +87,7 @@ def _is_shard(value: Any) -> bool:
 def _shard_like(own: Tensor, full: Tensor) -> Tensor:
     if not _is_shard(own):
         return full
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = own.device_mesh, own.placements  # type: ignore[attr-defined]
     return distribute_tensor(full.to(own.device), mesh, placements, src_data_rank=None)  # every process has read the same file

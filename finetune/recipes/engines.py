@@ -21,7 +21,6 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from finetune.checkpoint import is_complete
 from finetune.config import RunConfig
@@ -42,6 +41,8 @@ def settle_engine(accelerator: Accelerator, display: Display) -> None:
     """Check the engine that Accelerate was told to use. Raises UserError."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
+    from torch.distributed.fsdp import FSDPModule  # here: it takes a second to import
+
     if accelerator.distributed_type is DistributedType.MULTI_CPU:  # Accelerate would take DDP here, without a word
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # as Accelerate does on GPUs
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()

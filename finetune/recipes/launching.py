@@ -111,7 +111,7 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
         if failure.exitcode == SIGNALLED:
             return "signal"
         if failure.exitcode == USER_ERROR:
-            raise UserError(_message(failure)) from None
+            raise UserError(message(failure)) from None
         raise ProcessFailed(f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}") from None
     return "finished"
 
@@ -156,10 +156,10 @@ def _what_happened(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         hint = " (the system does that where memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
         return f"was killed by {failure.signal_name()}{hint}"
-    return f"failed: {_message(failure)}" if isinstance(failure.message, dict) else f"ended with exit code {failure.exitcode}"
+    return f"failed: {message(failure)}" if isinstance(failure.message, dict) else f"ended with exit code {failure.exitcode}"
 
 
-def _message(failure: ProcessFailure) -> str:
+def message(failure: ProcessFailure) -> str:
     """What the process recorded: a user's mistake is a sentence, anything else has its traceback printed before."""
     record = failure.message
     assert isinstance(record, dict), record
