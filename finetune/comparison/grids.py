@@ -27,7 +27,9 @@ TIMES_ADAMW = {
     "schedule_free_adamw": 3.0,
 }
 """The middle of each optimizer's grid over that of AdamW. SGD's is high because the gradients are clipped to a norm of 1, which
-Adam's division by their size undoes and SGD's step does not. A grid that begins in the wrong place is widened."""
+Adam's division by their size undoes and SGD's step does not. A grid that begins in the wrong place is widened. Best of
+their grids in 40 steps of configs/tiny_chat.yaml: sgd 0.9, momentum 0.09, adagrad 0.03, rmsprop 0.003, adam and adamw 0.009. On
+SmolLM2-135M, where SGD's grid lies around 0.03, SGD at 0.9 diverged in 5 steps."""
 
 MAX_WIDENINGS = 4  # learning rates added at the ends of one grid, at most: two decades
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
