@@ -48,6 +48,7 @@ def _model(plan: "Plan") -> Table:
     table.add_row("trainable", f"{model['trainable_parameters']:,} ({model['trainable_parameters'] / model['parameters']:.1%})")
     ties = "input and output tied" if model["tied"] else "input and output apart"
     table.add_row("token tables", f"{model['token_table_parameters']:,} ({model['token_table_share']:.1%}), {ties}")
+    table.add_row("vocabulary", model["vocabulary"].removeprefix("vocabulary: "))
     return table
 
 
