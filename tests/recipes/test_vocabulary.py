@@ -17,7 +17,7 @@ from finetune.recipes.inspecting import inspect_data
 from finetune.recipes.planning import plan_run
 from finetune.recipes.training import run_training
 
-WORDS = "the a cat dog sat ran on in mat log big red and then it was".split()
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then", "it", "was"]
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "tie_word_embeddings": True,
