@@ -1,4 +1,4 @@
-"""Classes with a heavy tail: Adam learns the rare ones, gradient descent only the frequent ones.  Full batches, a linear softmax."""
+"""Classes with a heavy tail: Adam learns the rare ones, gradient descent only the frequent ones.  Full batches, linear softmax."""
 
 import torch
 from claim import Claim, main, spread
@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from finetune.optim import build_optimizer
 
 METHODS = ["sgd", "momentum", "adagrad", "adam"]
-RATES = {"sgd": (-2, 2), "momentum": (-2, 2), "adagrad": (-3, 1), "adam": (-4, 0)}  # decades, each tried in half decades
+RATES = {"sgd": (-2, 1), "momentum": (-3, 0), "adagrad": (-3, 1), "adam": (-4, -1)}  # decades, each tried in half decades
 
 
 def problem(seed: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def group_losses(name: str, lr: float, seed: int, *, groups: int, width: int, st
 
 def reproduce(quick: bool = False) -> Claim:
     """Loss on frequent and rare classes for each method at its best rate."""
-    size = {"groups": 6, "width": 128, "steps": 100} if quick else {"groups": 8, "width": 512, "steps": 150}
+    size = {"groups": 7, "width": 448, "steps": 60} if quick else {"groups": 8, "width": 1024, "steps": 150}
     seeds = [1] if quick else [1, 2, 3]
     chosen, found = {}, {}
     for name in METHODS:
@@ -48,26 +48,28 @@ def reproduce(quick: bool = False) -> Claim:
         found[name] = [group_losses(name, chosen[name][0], seed, **size) for seed in seeds]
     rare = {name: sum(loss[-1].item() for loss in losses) / len(seeds) for name, losses in found.items()}
     frequent = {name: sum(loss[0].item() for loss in losses) / len(seeds) for name, losses in found.items()}
-    classes = 2 ** size["groups"] - 1
+    classes, most = 2 ** size["groups"] - 1, 2 ** (size["groups"] - 1)
     holds = rare["adam"] < 0.5 * min(rare["sgd"], rare["momentum"])
     best = min(("sgd", "momentum"), key=rare.get)
     return Claim(
         title="Heavy-tailed classes: Adam learns the rare ones",
         source="Kunstner, Yadav, Milligan, Schmidt & Bietti 2024, section 2 and the linear model",
         url="https://arxiv.org/abs/2402.19449",
-        claim="With heavy-tailed classes, the loss on rare ones falls far slower with gradient descent than with Adam, even full-batch and linear",
-        setting=f"linear softmax, {classes} classes in {size['groups']} groups of equally many examples, class sizes {2 ** (size['groups'] - 1)} down "
-        f"to 1, uniform inputs of width {size['width']}, {size['steps']} full-batch steps from zero, the rate chosen on seed 0 by training loss",
+        claim="With heavy-tailed classes the loss on rare ones falls far slower under gradient descent than under Adam, even when "
+        "full-batch and linear",
+        setting=f"linear softmax, {classes} classes in {size['groups']} groups of equally many examples, class sizes {most} to 1, "
+        f"uniform inputs of width {size['width']}, {size['steps']} full-batch steps from zero, the rate chosen on seed 0 by "
+        "training loss",
         seeds=f"seeds {seeds[0]} to {seeds[-1]}, ± standard deviation",
-        columns=["training loss", "lr", "all", "most frequent class", f"rarest {2 ** (size['groups'] - 1)} classes"],
+        columns=["training loss", "lr", "all", "most frequent class", f"rarest {most} classes"],
         rows=[
             [name, f"{chosen[name][0]:.3g}{' (edge)' if chosen[name][1] else ''}"]
             + [spread([float(pick(loss)) for loss in found[name]]) for pick in (Tensor.mean, lambda x: x[0], lambda x: x[-1])]
             for name in METHODS
         ],
         verdict="reproduced" if holds else "not reproduced",
-        because=f"rarest classes: adam {rare['adam']:.3f}, {best} {rare[best]:.3f}; most frequent class: adam {frequent['adam']:.3f}, "
-        f"{best} {frequent[best]:.3f}",
+        because=f"rarest classes: adam {rare['adam']:.3f}, {best} {rare[best]:.3f}; most frequent class: "
+        f"adam {frequent['adam']:.3f}, {best} {frequent[best]:.3f}",
         checks={f"rare_loss_{name}": value for name, value in rare.items()},
     )
 

@@ -49,7 +49,8 @@ def reproduce(quick: bool = False) -> Claim:
         source="Polyak 1964; Nesterov 1983; as in Sutskever et al. 2013, section 2",
         url="https://proceedings.mlr.press/v28/sutskever13.html",
         claim="With the best constants, momentum reaches a given accuracy in about √κ iterations where gradient descent takes κ",
-        setting=f"quadratic in 100 dimensions, eigenvalues log-spaced from 1 to κ, float64, until the distance is {CLOSE:g} of the first",
+        setting="quadratic in 100 dimensions, eigenvalues log-spaced from 1 to κ, float64, until the distance is "
+        f"{CLOSE:g} of the first",
         seeds="nothing is random",
         columns=["iterations", *(f"κ = {kappa:,}" for kappa in kappas), "exponent of κ (last two)"],
         rows=[[name, *(f"{n:,}" for n in needed[name]), f"{exponent[name]:.2f}"] for name in METHODS],
