@@ -135,7 +135,7 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds to run each optimizer with at its best learning rate.")] = 5,
     budget: Budget = None,
 ) -> None:
-    """Compare optimizers: optimizer.name=[sgd,adamw,...], each at its own best learning rate, over several seeds.
+    """Compare the optimizers of a list (optimizer.name), each at its own best learning rate, over several seeds.
 
     Writes comparison.html, .json and .csv to runs/compare-CONFIG (or output_dir=...). The same command goes on after a stop.
     """
@@ -147,7 +147,7 @@ def compare(
 
 @app.command()
 def tune(config: Config, overrides: Overrides = None, trials: Trials = 5, budget: Budget = None) -> None:
-    """Search the learning rate and the weight decay (optimizer.weight_decay=[...]) of CONFIG's optimizer; write best.yaml."""
+    """Search the learning rate and the weight decay of CONFIG's optimizer and write best.yaml."""
     from finetune.recipes.tuning import tune_optimizer
 
     if tune_optimizer(config, overrides or (), trials=trials, budget=budget) == "signal":

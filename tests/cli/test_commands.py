@@ -26,6 +26,8 @@ COMMANDS = [
     "demo",
     "inspect",
     "plan",
+    "compare",
+    "tune",
     "evaluate",
     "generate",
     "chat",
@@ -126,7 +128,7 @@ def test_the_version():
 
 def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 14
 
 
 def test_the_bare_command_and_the_module_show_the_help():
