@@ -23,7 +23,7 @@ demo-chat: install  ## fine-tune SmolLM2-135M on conversations
 	$(BIN)/finetune demo chat
 
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-ultralytics: install $(ULTRALYTICS)/installed  ## YOLO26 with the factory's optimizers
 	PYTHONPATH=$(CURDIR)/$(ULTRALYTICS) $(BIN)/python -m pytest tests/integrations/test_ultralytics.py
@@ -39,7 +39,7 @@ check: install  ## lint, format, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 format: install
 	$(BIN)/ruff check --fix .

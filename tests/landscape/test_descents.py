@@ -40,7 +40,7 @@ def test_values_and_gradients(name, case):
     assert value_and_gradient(name, point) == (pytest.approx(value, abs=1e-12), pytest.approx(gradient, abs=1e-12))
 
 
-@pytest.mark.parametrize("landscape", LANDSCAPES.values(), ids=str)
+@pytest.mark.parametrize("landscape", LANDSCAPES.values(), ids=list(LANDSCAPES))
 def test_minima_are_flat_and_nothing_in_the_window_is_lower(landscape):
     left, right, bottom, top = landscape.window
     for minimum in landscape.minima:
