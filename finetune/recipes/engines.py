@@ -1,13 +1,14 @@
 """The engines that a run may be on, as Accelerate has them, and what each leaves of a lazily trained table.
 
-Floor 5. One process, DDP, FSDP2, DeepSpeed's ZeRO: `docs/scaling.md` has the table. Which of them it is, `accelerate launch
---config_file configs/accelerate/….yaml` says.
+Floor 5. One process, DDP or FSDP2; `accelerate launch --config_file configs/accelerate/….yaml` says which. The table of what goes
+with what is in `docs/scaling.md`.
 
 - DDP: every process has the whole model; rows of the lazy table are exchanged (`finetune.distributed`).
 - FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything but the lazy table, for which it
   would need a sparse reduce-scatter. The table stays whole on each process, and its rows are exchanged as under DDP.
-- ZeRO (https://www.deepspeed.ai/docs/config-json/) flattens all parameters into one buffer, where there are no rows: lazy_adamw
-  becomes adamw, and the run says so. With an offloaded optimizer Accelerate puts DeepSpeed's own in place of the run's: refused.
+- DeepSpeed is refused. Its ZeRO steps inside backward, keeps parameters in flat buffers that know no rows, and shards the
+  optimizer's state by those, so neither the lazy table nor a checkpoint in the one format survives it; with an offloaded optimizer
+  it puts its own in the place of the run's. FSDP2 shards the same things.
 """
 
 import os
@@ -24,12 +25,11 @@ from torch import nn
 
 from finetune.checkpoint import is_complete
 from finetune.config import RunConfig
-from finetune.config.schema import OptimizerSection
 from finetune.display import Display
 from finetune.distributed.sharding import whole
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
-from finetune.optim import LazyAdamW, optimizer_info
+from finetune.optim import LazyAdamW
 
 
 def waiting_time(config: RunConfig) -> InitProcessGroupKwargs:
@@ -37,9 +37,18 @@ def waiting_time(config: RunConfig) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(timeout=timedelta(seconds=config.training.timeout))
 
 
+def check_engine() -> None:
+    """Raise UserError for an engine that is none here; before there is an Accelerator, which would start it."""
+    if _asked_for("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed is not an engine here: it would replace or reshape the optimizer, and its state would resume nowhere else; "
+            "take configs/accelerate/fsdp2.yaml, which shards as ZeRO-3 does, or fsdp2_zero2.yaml, as ZeRO-2 does"
+        )
+
+
 def settle_engine(accelerator: Accelerator, display: Display) -> None:
-    """Check the engine that Accelerate was told to use. Raises UserError."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    """Have Accelerate use the engine that it was told to. Raises UserError."""
+    if not _asked_for("ACCELERATE_USE_FSDP"):
         return
     from torch.distributed.fsdp import FSDPModule  # here: it takes a second to import
 
@@ -55,37 +64,6 @@ def settle_engine(accelerator: Accelerator, display: Display) -> None:
         raise UserError(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}; upgrade it, or use DDP")
     accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has made the model, as all engines need it
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
-
-
-def adapt_config(config: RunConfig, accelerator: Accelerator, display: Display) -> RunConfig:
-    """The config that this engine can run: under ZeRO with adamw for lazy_adamw, which is said. Raises UserError."""
-    if accelerator.distributed_type is not DistributedType.DEEPSPEED:
-        return config
-    zero = accelerator.state.deepspeed_plugin.deepspeed_config
-    refuse_offload(zero)
-    # ZeRO clips and counts micro-batches itself
-    zero.update(gradient_clipping=config.training.max_grad_norm, train_micro_batch_size_per_gpu=config.training.micro_batch_size)
-    if optimizer_info(config.optimizer.name).must_know != "embeddings":
-        return config
-    display.note(
-        f"engine: ZeRO keeps parameters in flat buffers, where a table has no rows: adamw takes the place of "
-        f"{config.optimizer.name}, and every row of the vocabulary is stepped"
-    )
-    options = {key: value for key, value in config.optimizer.model_dump().items() if key in optimizer_info("adamw").options}
-    kept = {key: getattr(config.optimizer, key) for key in OptimizerSection.model_fields if key != "name"}
-    return config.model_copy(update={"optimizer": OptimizerSection(name="adamw", **{**options, **kept})})
-
-
-def refuse_offload(zero: dict[str, Any]) -> None:
-    """Raise UserError where DeepSpeed's config would put an optimizer of its own in the place of the run's."""
-    offload = zero.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if "optimizer" in zero or "scheduler" in zero:
-        raise UserError("DeepSpeed's config has an optimizer or scheduler section; leave it out, since the run's config has them")
-    if offload.get("device", "none") != "none" and zero.get("zero_force_ds_cpu_optimizer", True):
-        raise UserError(
-            f"DeepSpeed's config offloads the optimizer to {offload['device']}, where DeepSpeed puts its own CPU Adam in the place "
-            f"of optimizer.name; set offload_optimizer_device: none, or take FSDP2 with fsdp_offload_params"
-        )
 
 
 def prepare(accelerator: Accelerator, language_model: LanguageModel, optimizer: torch.optim.Optimizer, display: Display) -> Any:
@@ -132,3 +110,7 @@ def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Pa
             f"the checkpoint {chosen} is not there for {', '.join(blind)}; output_dir must lie on a disk that all hosts share"
         )
     return None if chosen is None else Path(chosen)
+
+
+def _asked_for(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"

@@ -26,7 +26,7 @@ from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
 from finetune.recipes.data import STREAM_SAMPLE, RawData, encode_rows, load_raw_data, make_format, unrelated_text
-from finetune.recipes.engines import settle_engine, waiting_time
+from finetune.recipes.engines import check_engine, settle_engine, waiting_time
 from finetune.recipes.model import adapt_model, make_model, make_tokenizer, model_fingerprint
 from finetune.recipes.vocabulary import VocabularyKeeper, apply_vocabulary, plan_vocabulary, sample_batches
 
@@ -75,6 +75,7 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
     """One process on the CPU, one GPU, or this process of many, in the precision that pays here."""
     precision, reason = resolve_precision(config.training.precision, "cuda" if torch.cuda.is_available() else "cpu")
     check_trackers(config.tracking)
+    check_engine()
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=not torch.cuda.is_available(),

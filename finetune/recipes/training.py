@@ -24,7 +24,7 @@ from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.data import generation_metrics
-from finetune.recipes.engines import adapt_config, agree_on_checkpoint, prepare, reading
+from finetune.recipes.engines import agree_on_checkpoint, prepare, reading
 from finetune.recipes.environment import environment
 from finetune.recipes.evaluating import Evaluator, check_best
 from finetune.recipes.finishing import finish_run
@@ -61,7 +61,6 @@ def run_training(
     run, display = RunDir(config.output_dir), display or Display()
     checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
     accelerator = make_accelerator(config, display)
-    config = adapt_config(config, accelerator, display)
     checkpoint = agree_on_checkpoint(checkpoint, accelerator)
     if not dry_run:
         _refuse_occupied(run, config, accelerator, resuming=resume is not None)

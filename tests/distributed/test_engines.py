@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.engines import refuse_offload
 from finetune.recipes.training import run_training
 from tests.conftest import LLAMA, PYTHIA, conversation
 
@@ -166,10 +165,9 @@ def same_shape(ours, theirs, where: str) -> None:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), where
 
 
-def test_an_optimizer_that_deepspeed_would_replace_is_refused():
-    refuse_offload({"zero_optimization": {"stage": 2}})
-    refuse_offload({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}})
-    with pytest.raises(UserError, match=r"offloads the optimizer to cpu, where DeepSpeed puts its own CPU Adam in the place"):
-        refuse_offload({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
-    with pytest.raises(UserError, match="an optimizer or scheduler section"):
-        refuse_offload({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}})
+def test_deepspeed_is_refused_before_it_starts(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch` sets it
+    with pytest.raises(UserError, match=r"DeepSpeed is not an engine here.*configs/accelerate/fsdp2.yaml"):
+        alone("output_dir=never")
+    assert not Path("never").exists()
