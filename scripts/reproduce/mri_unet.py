@@ -42,7 +42,7 @@ def slices() -> dict[str, Part]:
 
 
 def block(*widths: int) -> nn.Sequential:
-    layers = [[nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU()] for a, b in itertools.pairwise(widths)]
+    layers = [[nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.LeakyReLU(0.1)] for a, b in itertools.pairwise(widths)]
     return nn.Sequential(*itertools.chain(*layers))
 
 
@@ -89,10 +89,11 @@ def train(name: str, lr: float, seed: int, data: dict[str, Part], epochs: int) -
 def reproduce(quick: bool = False) -> Claim:
     """Dice of each optimizer at its best rate."""
     data = slices()
-    epochs, factors, seeds = (1, [1], [1]) if quick else (8, FACTORS, [1, 2, 3])
+    epochs, factors, tuning, seeds = (1, [1], [0], [2]) if quick else (8, FACTORS, [0, 1], [2, 3, 4])
     lrs, found = {}, {}
     for name, centre in CENTRES.items():
-        tried = {round(centre * factor, 6): train(name, centre * factor, 0, data, epochs)[0] for factor in factors}
+        rates = [round(centre * factor, 6) for factor in factors]
+        tried = {lr: statistics.mean(train(name, lr, seed, data, epochs)[0] for seed in tuning) for lr in rates}
         lrs[name] = max(tried, key=tried.get)
         found[name] = [train(name, lrs[name], seed, data, epochs)[1] for seed in seeds]
     mean = {name: statistics.mean(map(statistics.mean, pairs)) for name, pairs in found.items()}
@@ -105,7 +106,7 @@ def reproduce(quick: bool = False) -> Claim:
         setting=f"tissue segmentation on axial slices of the MNI152 template ({len(data['training'][0])} to train, "
         f"{len(data['validation'][0])} to choose, {len(data['test'][0])} to test, in separate blocks), a U-Net of "
         f"{sum(p.numel() for p in UNet().parameters()) / 1000:.0f}k parameters, {epochs} epochs of batches of {BATCH}, cosine "
-        f"schedule, {len(factors)} learning rates around each method's usual one, the best by validation on seed 0",
+        f"schedule, {len(factors)} learning rates around each method's usual one, the best by validation on seeds 0 and 1",
         seeds=f"seeds {seeds[0]} to {seeds[-1]}, ± standard deviation; one averaged brain, so the spread is of training alone",
         columns=["Dice on test", "lr", "grey matter", "white matter"],
         rows=[[name, f"{lrs[name]:g}", *(spread([pair[tissue] for pair in found[name]]) for tissue in (0, 1))] for name in order],
