@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy, interpolate, max_pool2d
 from finetune.optim import build_lr_scheduler, build_optimizer
 
 CENTRES = {"sgd": 1e-1, "momentum": 3e-2, "nesterov": 3e-2, "adagrad": 1e-2, "rmsprop": 1e-3, "adam": 1e-3, "adamw": 1e-3}
-FACTORS = [0.3, 1, 3, 10]  # on the centre: the same number of rates for each
-BLOCK, BATCH = 13, 4  # neighbouring slices that go to one part together; slices a step
+FACTORS, BLOCK, BATCH = [0.3, 1, 3, 10], 13, 4  # rates around each centre; neighbouring slices kept together; slices a step
 FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"  # in the wheel of nilearn
 Part = tuple[Tensor, Tensor]  # images and labels
 
@@ -66,8 +65,7 @@ def dice(model: nn.Module, part: Part) -> tuple[float, float]:
     """Dice coefficients of grey and white matter over all slices of a part."""
     with torch.no_grad():
         found = torch.cat([model(images).argmax(1) for images in part[0].split(16)])
-    masks = [(found == tissue, part[1] == tissue) for tissue in (1, 2)]
-    return tuple(2 * float((a & b).sum()) / float(a.sum() + b.sum()) for a, b in masks)
+    return tuple(2 * float(((found == t) & (part[1] == t)).sum() / ((found == t).sum() + (part[1] == t).sum())) for t in (1, 2))
 
 
 def train(name: str, lr: float, seed: int, data: dict[str, Part], epochs: int) -> tuple[float, tuple[float, float]]:
@@ -98,6 +96,7 @@ def reproduce(quick: bool = False) -> Claim:
         found[name] = [train(name, lrs[name], seed, data, epochs)[1] for seed in seeds]
     mean = {name: statistics.mean(map(statistics.mean, pairs)) for name, pairs in found.items()}
     order = sorted(mean, key=mean.get, reverse=True)
+    behind = {name: mean[order[0]] - mean[name] for name in ("adam", "nesterov")}
     return Claim(
         title="A convolutional network on MRI: which optimizers train it",
         source="Dahl et al. 2023, AlgoPerf, workload fastMRI",
@@ -110,8 +109,9 @@ def reproduce(quick: bool = False) -> Claim:
         seeds=f"seeds {seeds[0]} to {seeds[-1]}, ± standard deviation; one averaged brain, so the spread is of training alone",
         columns=["Dice on test", "lr", "grey matter", "white matter"],
         rows=[[name, f"{lrs[name]:g}", *(spread([pair[tissue] for pair in found[name]]) for tissue in (0, 1))] for name in order],
-        verdict="reproduced" if max(mean[order[0]] - mean[name] for name in ("adam", "nesterov")) < 0.02 else "not reproduced",
-        because=f"mean of both tissues, once tuned: {', '.join(f'{name} {mean[name]:.3f}' for name in order)}",
+        verdict=["not reproduced", "reproduced in part", "reproduced"][sum(gap < 0.02 for gap in behind.values())],
+        because=f"mean of both tissues, once tuned: {', '.join(f'{name} {mean[name]:.3f}' for name in order)}, which puts adam "
+        f"{behind['adam']:.3f} and nesterov {behind['nesterov']:.3f} behind the best; a spread above 0.2 is a seed yet to learn one",
         checks={f"dice_{name}": value for name, value in mean.items()},
     )
 
