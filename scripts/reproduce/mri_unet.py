@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, interpolate, max_pool2d
 from finetune.optim import build_lr_scheduler, build_optimizer
 
 CENTRES = {"sgd": 1e-1, "momentum": 3e-2, "nesterov": 3e-2, "adagrad": 1e-2, "rmsprop": 1e-3, "adam": 1e-3, "adamw": 1e-3}
-FACTORS, BLOCK, BATCH = [0.3, 1, 3, 10], 13, 4  # rates around each centre; neighbouring slices kept together; slices a step
+FACTORS, BLOCK, BATCH = [0.3, 1, 3, 10], 13, 4  # rates on the centre; neighbouring slices kept together; slices a step
 FILE = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"  # in the wheel of nilearn
 Part = tuple[Tensor, Tensor]  # images and labels
 
