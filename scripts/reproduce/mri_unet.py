@@ -110,8 +110,8 @@ def reproduce(quick: bool = False) -> Claim:
         columns=["Dice on test", "lr", "grey matter", "white matter"],
         rows=[[name, f"{lrs[name]:g}", *(spread([pair[tissue] for pair in found[name]]) for tissue in (0, 1))] for name in order],
         verdict=["not reproduced", "reproduced in part", "reproduced"][sum(gap < 0.02 for gap in behind.values())],
-        because=f"mean of both tissues, once tuned: {', '.join(f'{name} {mean[name]:.3f}' for name in order)}, which puts adam "
-        f"{behind['adam']:.3f} and nesterov {behind['nesterov']:.3f} behind the best; a spread above 0.2 is a seed yet to learn one",
+        because=f"mean of both tissues, once tuned: {', '.join(f'{name} {mean[name]:.3f}' for name in order)}; behind the best: "
+        f"adam {behind['adam']:.3f}, nesterov {behind['nesterov']:.3f}; where the spread is above 0.2, a seed had yet to learn one",
         checks={f"dice_{name}": value for name, value in mean.items()},
     )
 
