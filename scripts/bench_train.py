@@ -17,7 +17,7 @@ import os
 import statistics
 from typing import Any
 
-from contestants import TRL_MODES, add_arguments, check_arguments, in_process, median_rate, spread
+from harness import TRL_MODES, add_arguments, check_arguments, in_process, median_rate, spread
 
 SHAPES = ((4, 256), (4, 512))
 

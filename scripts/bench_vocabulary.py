@@ -17,7 +17,7 @@ import os
 import statistics
 from typing import Any
 
-from contestants import MODES, TRL_MODES, add_arguments, check_arguments, in_process, median_rate, spread
+from harness import MODES, TRL_MODES, add_arguments, check_arguments, in_process, median_rate, spread
 
 WARMUP = 2
 READ = ("held_out_loss", "loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss", "inactive_rows_moved")

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from contestants import CLOCKS, MODES, add_arguments, our_trainer, run_peak
+from contestants import run_peak
+from ground import our_trainer
+from harness import CLOCKS, MODES, add_arguments
 
 
 def run_profile(args: argparse.Namespace) -> dict[str, Any]:

@@ -59,6 +59,7 @@ BORDERS = {  # third party -> where it may be imported
     "yaml": {"config", "recipes"},
     "accelerate": {"trainer", "recipes"},
     "optuna": {"recipes"},
+    "scipy": {"comparison"},
 }
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 320, 60

@@ -6,12 +6,12 @@ Floor 1.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from finetune.comparison.frequency import BINS
 from finetune.comparison.runs import Point, Run
-from finetune.comparison.statistics import Interval, interval, median, paired
+from finetune.comparison.statistics import Interval, interval, paired
 from finetune.comparison.verdict import judge
 
 TARGET_SHARE = 0.9

@@ -73,12 +73,14 @@ class FrozenSampler:
         head = self.language_model.causal_lm.get_output_embeddings()
         assert isinstance(head, ActiveHead)
         vocabulary, compact = head.vocabulary, len(head.weight)
-        rows = draw(self.chances, torch.Generator().manual_seed(seed))
-        if targets is not None:
+        chances = self.chances
+        rows = draw(chances, torch.Generator().manual_seed(seed))
+        if targets is not None:  # they are there for certain, so they stand for themselves alone
             wanted = vocabulary.row_of_id[targets.to(vocabulary.row_of_id.device)].cpu() - compact
-            rows = torch.cat([rows, wanted[wanted >= 0]]).unique()
+            wanted = wanted[wanted >= 0]
+            rows, chances = torch.cat([rows, wanted]).unique(), chances.index_fill(0, wanted, 1.0)
         device = head.weight.device
-        log_chances = self.chances[rows].log().float().to(device)
+        log_chances = chances[rows].log().float().to(device)
         rows = rows.to(device)
         offset = torch.cat([vocabulary.offset[:compact], vocabulary.offset[compact:][rows] - log_chances])
         row_of_id = vocabulary.row_of_id.clone()

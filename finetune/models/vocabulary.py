@@ -35,8 +35,9 @@ class ActiveVocabulary(nn.Module):
     frozen_ids: Tensor  # [F] int64
     offset: Tensor  # [A + spare + F] float32: -inf where a row stands for no token, else 0
     is_whole: bool  # no row stands for no token
+    padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
 
-    def __init__(self, table: Tensor, ids: Tensor, *, spare: int = 0) -> None:
+    def __init__(self, table: Tensor, ids: Tensor, *, padding_idx: int | None, spare: int = 0) -> None:
         super().__init__()
         active = torch.zeros(len(table), dtype=torch.bool)
         active[ids.cpu()] = True
@@ -47,6 +48,7 @@ class ActiveVocabulary(nn.Module):
         self.register_buffer("row_of_id", torch.empty(len(table), dtype=torch.int64), persistent=False)
         self.register_buffer("offset", torch.empty(len(padded) + len(frozen_ids)), persistent=False)
         self.number()
+        self.padding_row = int(self.row_of_id[padding_idx]) if padding_idx is not None and active[padding_idx] else None
         self.to(table.device)  # numbered before: a table on the meta device has a vocabulary too, for planning
         # A parameter without gradient, and no buffer: data-parallel engines leave it alone after the start.
         self.frozen = nn.Parameter(table.detach().index_select(0, self.frozen_ids), requires_grad=False)
@@ -101,11 +103,10 @@ class ActiveEmbedding(nn.Embedding):
     compact = True  # for finetune.optim: there are no unused rows to leave out
     vocabulary: ActiveVocabulary
     plain_class: type[nn.Module]
-    padding_row: int | None  # the row of padding_idx, if it is active: the lookup gives it no gradient
 
     def forward(self, input: Tensor) -> Tensor:
         rows, compact = self.vocabulary.row_of_id[input], len(self.weight)
-        trained = F.embedding(rows.clamp(max=compact - 1), self.weight, self.padding_row)
+        trained = F.embedding(rows.clamp(max=compact - 1), self.weight, self.vocabulary.padding_row)
         if not len(self.vocabulary.frozen):
             return trained
         frozen = F.embedding((rows - compact).clamp_(min=0), self.vocabulary.frozen)
@@ -131,22 +132,25 @@ def activate_vocabulary(model: PreTrainedModel, ids: Iterable[int], *, spare: in
     later. Raises UserError where an id is not in the table, or the model has a head that this does not know.
     """
     wanted = torch.tensor(sorted(set(ids)), dtype=torch.int64)
-    check_head(model)
+    if (reason := why_not_active(model)) is not None:
+        raise UserError(f"no active vocabulary: {reason}; its table trains whole (vocabulary.mode=full)")
     table, head = token_tables(model)
     if not len(wanted) or int(wanted[0]) < 0 or int(wanted[-1]) >= len(table):
         raise UserError(f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one of them")
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    padding = embedding.padding_idx
     if head is table:
-        vocabulary = ActiveVocabulary(table, wanted, spare=spare)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare)
         weight = _compact(table, vocabulary)
         _make_active(embedding, ActiveEmbedding, vocabulary, weight)
         _make_active(output, ActiveHead, vocabulary, weight)
         return
     assert head is not None
-    vocabulary = ActiveVocabulary(head, wanted, spare=spare)
+    vocabulary = ActiveVocabulary(head, wanted, padding_idx=None, spare=spare)
     _make_active(output, ActiveHead, vocabulary, _compact(head, vocabulary))
     if compact_input:
-        vocabulary = ActiveVocabulary(table, wanted, spare=spare)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare)
         _make_active(embedding, ActiveEmbedding, vocabulary, _compact(table, vocabulary))
 
 
@@ -160,16 +164,12 @@ def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> No
         activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), spare=int((ids == NO_TOKEN).sum()), compact_input=compact_input)
 
 
-def check_head(model: PreTrainedModel) -> None:
-    """Raise UserError where the output head is none that the active vocabulary knows: one linear layer without a bias."""
-    head = model.get_output_embeddings()
-    name = type(model).__name__
+def why_not_active(model: PreTrainedModel) -> str | None:
+    """Why the table of `model` can only train whole; None for one linear head without a bias over a plain embedding."""
+    head, name = model.get_output_embeddings(), type(model).__name__
     if not isinstance(head, nn.Linear) or not isinstance(model.get_input_embeddings(), nn.Embedding):
-        raise UserError(
-            f"vocabulary.mode: {name} has no plain embedding and linear output head, so its table trains whole: use full"
-        )
-    if head.bias is not None:
-        raise UserError(f"vocabulary.mode: the output head of {name} has a bias, so its table trains whole: use full")
+        return f"{name} has no plain embedding with a linear output head"
+    return f"the output head of {name} has a bias" if head.bias is not None else None
 
 
 def active_modules(model: nn.Module) -> list[Any]:
@@ -219,10 +219,6 @@ def _compact(table: Tensor, vocabulary: ActiveVocabulary) -> nn.Parameter:
 def _make_active(module: Any, cls: Any, vocabulary: ActiveVocabulary, weight: nn.Parameter) -> None:
     module.__class__ = _active_class(type(module), cls)  # type: ignore[arg-type]
     module.weight, module.vocabulary = weight, vocabulary
-    if cls is ActiveEmbedding:
-        known = module.padding_idx is not None and not weight.is_meta
-        padding = int(vocabulary.row_of_id[module.padding_idx]) if known else NO_TOKEN
-        module.padding_row = padding if 0 <= padding < len(weight) else None
     _count(module, len(weight))
 
 

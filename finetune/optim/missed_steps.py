@@ -10,7 +10,7 @@ make up the steps missed since each row's `last_step` [k] (int64):
 
 Every operation is one that rounds an element the same wherever it stands in a tensor, so a row has one value no matter which rows
 are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, so
-`fused_step_` is for rows of whole cache lines, which leave no tail.)
+it is for rows of whole cache lines, which leave no tail.)
 """
 
 import math
@@ -64,34 +64,25 @@ def adamw_step_(
     betas: tuple[float, float],
     eps: float,
     work: Tensor | None = None,
+    fused: bool = False,
 ) -> None:
-    """Apply AdamW's step number `step` (from 1) in place; `grad` may be a broadcast zero, `work` [k, d] is written over."""
+    """Apply AdamW's step number `step` (from 1) in place; `grad` may be a broadcast zero, `work` [k, d] is written over.
+
+    `fused`: by torch's fused kernel, the same to rounding in one pass over the memory; `grad` is then contiguous, as all are.
+    """
     beta1, beta2 = betas
+    if fused:
+        torch._fused_adamw_(
+            [param], [grad], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=param.device)], amsgrad=False,
+            maximize=False, lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps,
+        )  # fmt: skip
+        return
     if weight_decay != 0:
         param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = torch.sqrt(exp_avg_sq, out=work).div_((1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
-
-
-def fused_step_(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    *,
-    step: int,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """`adamw_step_` by torch's fused kernel: the same to rounding, in one pass over the memory."""
-    torch._fused_adamw_(
-        [param], [grad], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=param.device)], amsgrad=False,
-        maximize=False, lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
-    )  # fmt: skip
 
 
 def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:

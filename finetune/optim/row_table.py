@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.missed_steps import GaussRules, History, adamw_step_, fused_step_, replay_
+from finetune.optim.missed_steps import GaussRules, History, adamw_step_, replay_
 from finetune.optim.row_gradient import coalesce
 from finetune.optim.scratch import Block, Scratch
 
 MISSED_STEPS = ("exact", "replay", "skip")
 _BLOCK_ELEMENTS = 1 << 18  # worked on at once on a CPU: stays in the last cache, and is enough for every thread
-_CACHE_LINE = 16  # float32 numbers; see missed_steps.fused_step_
+_CACHE_LINE = 16  # float32 numbers; see missed_steps.adamw_step_
 
 
 class _Memo(NamedTuple):
@@ -204,15 +204,12 @@ class RowTable:
             "weight_decay": weight_decay,
             "betas": self.history.betas,
             "eps": self.history.eps,
+            "fused": self.missed_steps != "replay" and self.device.type == "cpu" and self.shape[1] % _CACHE_LINE == 0,
         }
-        fused = self.missed_steps != "replay" and self.device.type == "cpu" and self.shape[1] % _CACHE_LINE == 0
         known = self._remembered(weight, rows)
         for part, at, to, block in self._current(weight, rows, slots, known, ready=known is not None):
             gradient = gradients[part].to(self.compute_dtype).contiguous()
-            if fused:
-                fused_step_(*block[:3], gradient, **options)
-            else:
-                adamw_step_(*block[:3], gradient, **options, work=block.work[0])
+            adamw_step_(*block[:3], gradient, **options, work=block.work[0])
             weight.index_copy_(0, at, block.param.to(weight.dtype))
             for values, table in zip(block[:3], (self.master, self.exp_avg, self.exp_avg_sq)):
                 if table is not None:

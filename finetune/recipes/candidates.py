@@ -14,7 +14,7 @@ from finetune.config.schema import OptimizerSection
 from finetune.config.yaml12 import parse
 from finetune.errors import UserError, did_you_mean
 from finetune.optim import check_optimizer, optimizer_info
-from finetune.recipes.training import optimizer_options
+from finetune.recipes.optimizer import optimizer_options
 
 DEFAULT = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lazy_adamw")
 

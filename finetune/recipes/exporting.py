@@ -18,7 +18,7 @@ from finetune.models.tokenizers import load_tokenizer
 from finetune.models.vocabulary import activate_as_saved
 from finetune.optim import build_optimizer
 from finetune.recipes.model import adapt_model, make_model
-from finetune.recipes.training import optimizer_options
+from finetune.recipes.optimizer import optimizer_options
 from finetune.run_dir import RunDir
 from finetune.trainer import restore
 

@@ -4,8 +4,6 @@ Floor 5.
 """
 
 import json
-from pathlib import Path
-from typing import Any
 
 from finetune.checkpoint import is_complete
 from finetune.config import dump_config
@@ -14,6 +12,7 @@ from finetune.models.card import license_of, model_card
 from finetune.models.export import export_model
 from finetune.models.locate import resolve_name
 from finetune.recipes.evaluating import Evaluator
+from finetune.recipes.exporting import model_of_checkpoint
 from finetune.recipes.parts import Parts
 from finetune.report import write_report
 from finetune.run_dir import RunDir
@@ -39,7 +38,8 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
     if accelerator.is_main_process:
         evaluator.write_summary(best_step=progress.best_step, last_step=progress.step)
         export_model(
-            _whole_model(parts, run, checkpoint) if sharded else parts.language_model.model,
+            # of a sharded model no process has the whole, but a checkpoint has
+            model_of_checkpoint(run, checkpoint, parts.tokenizer) if sharded else parts.language_model.model,
             parts.tokenizer,
             run.model,
             card=_card(parts, run),
@@ -49,13 +49,6 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")
     accelerator.wait_for_everyone()
-
-
-def _whole_model(parts: Parts, run: RunDir, checkpoint: Path) -> Any:
-    """Of a sharded model no process has the whole, but a checkpoint has."""
-    from finetune.recipes.exporting import model_of_checkpoint  # which imports recipes.training, which imports this
-
-    return model_of_checkpoint(run, checkpoint, parts.tokenizer)
 
 
 def _card(parts: Parts, run: RunDir) -> str:

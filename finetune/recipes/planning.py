@@ -38,10 +38,10 @@ from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.recipes.data import STREAM_SAMPLE, RawData, encode_rows, load_raw_data, make_format
 from finetune.recipes.model import adapt_model, make_tokenizer
+from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import build_parts, make_accelerator, pad_id
 from finetune.recipes.plan_text import make_console, print_plan
 from finetune.recipes.timing import TimeEstimate, time_run
-from finetune.recipes.training import optimizer_options
 from finetune.recipes.vocabulary import apply_vocabulary, plan_vocabulary
 
 STEPS_LOOKED_AT = 1000  # of the first epoch, for the largest micro-batch

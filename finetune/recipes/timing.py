@@ -16,8 +16,8 @@ from finetune.generation import SamplingSettings, generate
 from finetune.models.language_model import LanguageModel
 from finetune.optim import build_optimizer, clip_grad_norm_
 from finetune.recipes.data import first_prompts, generation_metrics
+from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts
-from finetune.recipes.training import optimizer_options
 
 TIMED_STEPS = 3  # after one that is not counted, in which the optimizer makes its state
 TIMED_TOKENS = 8  # of each answer

@@ -28,6 +28,7 @@ from finetune.recipes.engines import agree_on_checkpoint, prepare, reading
 from finetune.recipes.environment import environment
 from finetune.recipes.evaluating import Evaluator, check_best
 from finetune.recipes.finishing import finish_run
+from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts, build_parts, make_accelerator
 from finetune.run_dir import RunDir
 from finetune.tracking import MetricLogger, forget_after, tracker_values
@@ -79,14 +80,6 @@ def run_training(
             check_identity(checkpoint, parts.identity)
         _claim(run, config, accelerator, resuming=resume is not None, display=display)
         return _train(parts, optimizer, run, checkpoint, observer)
-
-
-def optimizer_options(config: RunConfig) -> dict[str, Any]:
-    """What `build_optimizer` takes beside the name."""
-    section = config.optimizer
-    groups = {"no_decay": section.no_decay, "overrides": section.overrides, "layer_decay": section.layer_decay}
-    decay = {} if section.weight_decay is None else {"weight_decay": section.weight_decay}
-    return {"lr": section.lr, **decay, **groups, **section.options}
 
 
 def _train(

@@ -25,8 +25,9 @@ from finetune.models.describe import inner_model, token_tables
 from finetune.models.language_model import evaluating
 from finetune.optim import optimizer_info
 from finetune.recipes.data import as_sources, encode_rows
+from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts
-from finetune.recipes.training import optimizer_options, run_training
+from finetune.recipes.training import run_training
 from finetune.run_dir import RunDir
 
 UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights

@@ -19,7 +19,7 @@ from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.candidates import check_candidates, section_for, take_list
 from finetune.recipes.comparing import best_of, prepare, stopped, tune
-from finetune.recipes.training import optimizer_options
+from finetune.recipes.optimizer import optimizer_options
 from finetune.trainer import Stopped
 
 

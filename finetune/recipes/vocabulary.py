@@ -21,7 +21,7 @@ from finetune.models.describe import inner_model, token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens
-from finetune.models.vocabulary import activate_vocabulary, active_modules, check_head
+from finetune.models.vocabulary import activate_vocabulary, active_modules, why_not_active
 from finetune.optim import optimizer_info
 from finetune.trainer import step_seed
 
@@ -63,8 +63,8 @@ def plan_vocabulary(
         mode, reason = _automatic(config, model, len(ids))
     if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
         mode, reason = "active", "a sample would be the whole table"
-    if mode in ("active", "sampled"):
-        check_head(model)
+    if mode in ("active", "sampled") and (obstacle := why_not_active(model)) is not None:
+        raise UserError(f"vocabulary.mode is {mode}, but {obstacle}; set vocabulary.mode to full or frozen")
     if mode == "frozen":
         ids = tuple(new_tokens)
     tables = 1 if head is table else 1 + (not _input_is_lazy(config))
@@ -80,10 +80,8 @@ def _automatic(config: RunConfig, model: Any, num_active: int) -> tuple[str, str
     if head is not table:
         lazy = "lazy_adamw updates only the input rows in use" if _input_is_lazy(config) else "active would make both compact"
         return "full", f"input and output tables are not tied; {lazy}"
-    try:
-        check_head(model)
-    except UserError as error:
-        return "full", str(error).removeprefix("vocabulary.mode: ").removesuffix(": use full")
+    if (obstacle := why_not_active(model)) is not None:
+        return "full", obstacle
     if num_active > LITTLE_TO_SAVE * len(table):
         return "full", f"the data uses {num_active:,} of the {len(table):,} rows"
     return "active", "the table is tied, and most of it is not used"

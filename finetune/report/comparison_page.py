@@ -4,19 +4,17 @@ Floor 1. As the report of a run it needs no network, no script and no other file
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from finetune.errors import UserError
 from finetune.report import comparison_facts as compared
 from finetune.report import facts
 from finetune.report.comparison_charts import legend, pictures_of
+from finetune.report.pages import fill, write_page
 
-HERE = Path(__file__).parent
 Record = dict[str, Any]
 
 
@@ -28,29 +26,16 @@ def write_comparison(root: Path) -> Path:
     source, target = root / "comparison.json", root / "comparison.html"
     if not source.is_file():
         raise UserError(f"{root} holds no finished comparison: there is no {source}; run `finetune compare` to its end")
-    page = render(json.loads(source.read_text(encoding="utf-8")))
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"the comparison {target} cannot be written: {error.strerror}") from error
-    return target
+    return write_page(render(json.loads(source.read_text(encoding="utf-8"))), target)
 
 
 def render(comparison: Record) -> str:
     """Return the page."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     environment = comparison["environment"]
-    return templates.get_template("comparison.html.jinja").render(
+    return fill(
+        "comparison.html.jinja",
+        styles=("report.css", "comparison.css"),
         comparison=comparison,
-        css=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "comparison.css"))),
         subtitle=compared.subtitle(comparison),
         state=compared.state(comparison),
         legend=Markup(legend(list(comparison["optimizers"]))),

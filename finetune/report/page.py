@@ -3,20 +3,16 @@
 Floor 1. It needs no network, no script and no other file; its content security policy forbids them.
 """
 
-import os
 import shlex
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
-from finetune.errors import UserError
 from finetune.report import facts
 from finetune.report.charts import charts_of
+from finetune.report.pages import fill, write_page
 from finetune.report.records import RunRecords, read_run
 from finetune.run_dir import RunDir
-
-HERE = Path(__file__).parent
 
 
 def write_report(root: Path) -> Path:
@@ -24,33 +20,19 @@ def write_report(root: Path) -> Path:
 
     Raises UserError where `root` is no run, or the file cannot be written.
     """
-    page = render(read_run(root))
-    target = RunDir(root).report
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"the report {target} cannot be written: {error.strerror}") from error
-    return target
+    return write_page(render(read_run(root)), RunDir(root).report)
 
 
 def render(run: RunRecords) -> str:
     """Return the page."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     evaluated = [*run.evaluations, *([run.test] if run.test else [])]
     samples, first, last = facts.sample_pairs(run)
     environment = run.environment
     command = environment.get("command", "")
-    return templates.get_template("report.html.jinja").render(
+    return fill(
+        "report.html.jinja",
+        styles=("report.css",),
         run=run,
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         verdict=facts.verdict(run),
         state=facts.state(run),
         duration=facts.duration(run),

@@ -66,6 +66,7 @@ def test_padded_rows_and_generation_go_the_usual_way(make_model, monkeypatch):
 
     monkeypatch.setattr(attention, "CALL_COST", 0)
     monkeypatch.setattr(attention, "scaled_dot_product_attention", refuse)
-    language_model(ids, labels)
+    assert language_model(ids, labels).isfinite()
     mask = torch.ones_like(ids)
-    model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert torch.equal(written[:, : ids.shape[1]], ids)

@@ -256,7 +256,9 @@ def test_frozen_targets_are_put_into_the_sample():
     language_model, ids = LanguageModel(model), batch([*ACTIVE, 3, 96])
     language_model.train()
     exact = language_model(*ids)
-    sampler = FrozenSampler(language_model, torch.ones(V - len(ACTIVE), dtype=torch.float64) * 0.9)
-    for seed in range(20):
+    sampler = FrozenSampler(language_model, torch.full((V - len(ACTIVE),), 0.25, dtype=torch.float64))
+    estimates = []
+    for seed in range(200):
         sampler.before_step(seed, targets=ids[1].flatten())
-        assert language_model(*ids).item() == pytest.approx(exact.item(), rel=0.2)
+        estimates.append(language_model(*ids).item())
+    assert sum(estimates) / len(estimates) == pytest.approx(exact.item(), rel=0.005)  # with their chances it is 0.9 % too low

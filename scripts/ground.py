@@ -1,0 +1,164 @@
+"""What the contestants of a speed benchmark have in common: config, data, weights, and how a model is read afterwards."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CLIP = 1.0
+
+
+def has_template(model: Path) -> bool:
+    return (model / "chat_template.jinja").is_file() or "chat_template" in (model / "tokenizer_config.json").read_text()
+
+
+def our_config(args: argparse.Namespace) -> Any:
+    from finetune.config import RunConfig
+
+    return RunConfig.model_validate(
+        {
+            "output_dir": args.folder,
+            "seed": args.seed,
+            "model": {"name": str(args.model), "chat_template": None if has_template(args.model) else "chatml"},
+            "vocabulary": {"mode": args.worker.partition(":")[2] or "auto", "num_sampled": args.num_sampled},
+            "data": {
+                "train": "package:chat.en.train",
+                "validation": "package:chat.en.test",
+                "format": "chat",
+                "max_length": args.length,
+                "max_validation_rows": args.held_out,
+            },
+            "optimizer": {"name": "adamw", "lr": args.lr, "weight_decay": 0.0},
+            "scheduler": {"name": "constant", "warmup_steps": 0},
+            "training": {
+                "max_steps": args.steps,
+                "batch_size": args.rows,
+                "micro_batch_size": args.rows,
+                "max_grad_norm": CLIP,
+            },
+            "evaluation": {"batch_size": args.rows},
+        }
+    )
+
+
+@contextmanager
+def our_trainer(args: argparse.Namespace, on_record: Callable[[Any], None]) -> Iterator[tuple[Any, Any]]:
+    """The trainer as the recipe builds it, without evaluations, checkpoints and export."""
+    from finetune.display import Display
+    from finetune.divergence import DivergenceGuard
+    from finetune.optim import build_lr_scheduler, build_optimizer
+    from finetune.recipes.optimizer import optimizer_options
+    from finetune.recipes.parts import build_parts, make_accelerator
+    from finetune.run_dir import RunDir
+    from finetune.tracking import MetricLogger
+    from finetune.trainer import Cadence, Trainer
+
+    class NoCheckpoints:
+        def save(self, *_: Any, **__: Any) -> None:
+            pass
+
+    config, display = our_config(args), Display(enabled=False)
+    accelerator = make_accelerator(config, display)
+    parts = build_parts(config, accelerator=accelerator, display=display)
+    optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    scheduler = build_lr_scheduler(optimizer, "constant", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0)
+    module, optimizer = accelerator.prepare(parts.language_model, optimizer)
+    run = RunDir(args.folder)
+    yield (
+        Trainer(
+            accelerator=accelerator,
+            model=module,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            batches=parts.batches,
+            evaluate=lambda step: {},
+            cadence=Cadence(args.steps, args.steps, args.steps, "loss", False, None),
+            checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
+            logger=MetricLogger(run.metrics, listeners=(on_record,)),
+            guard=DivergenceGuard(threshold=config.training.divergence_threshold),
+            max_grad_norm=CLIP,
+            seed=config.seed,
+            identity=parts.identity,
+            bad_batch_path=run.bad_batch,
+            before_step=parts.vocabulary.before_step,
+        ),
+        parts,
+    )
+
+
+def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Tokenizer and encoded training examples: what our recipe reads, for those who do not use it."""
+    tokenizer, train, _ = _data(args)
+    return tokenizer, train
+
+
+def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from finetune.models.skeleton import load_skeleton
+    from finetune.models.tokenizers import load_tokenizer, prepare_chat
+    from finetune.recipes.data import encode_rows, load_raw_data, make_format
+
+    config = our_config(args)
+    tokenizer = load_tokenizer(name=str(args.model))
+    prepare_chat(None, tokenizer, config.model.chat_template)
+    raw = load_raw_data(config.data, seed=0)
+    format = make_format(config.data, tokenizer, raw.first_row)
+    rows = max(load_skeleton(name=str(args.model)).get_input_embeddings().weight.shape[0], len(tokenizer))
+    train, validation = (encode_rows(part, format, config.data, vocab_size=rows) for part in (raw.train, raw.validation))
+    return tokenizer, train, validation
+
+
+def load_plain(args: argparse.Namespace) -> Any:
+    """The model as its makers' library loads it, with rows for the template's new tokens."""
+    from finetune.recipes.model import make_model, make_tokenizer
+
+    config = our_config(args).model
+    return make_model(config, make_tokenizer(config, ()), seed=0)[0]
+
+
+def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
+    """What a trained plain model has become: held-out loss over the full vocabulary, inside and outside the active tokens, the
+    probability that goes to inactive ones, the loss on unrelated text, and how far the rows of inactive tokens have moved."""
+    import torch
+
+    from finetune.data.encode import encode
+    from finetune.data.loader import EvaluationBatches
+    from finetune.data.sources import Source, load_rows
+    from finetune.data.text import TextFormat
+    from finetune.evaluation import evaluate_loss
+    from finetune.models.language_model import LanguageModel
+    from finetune.models.vocabulary import activate_vocabulary
+    from finetune.recipes.parts import pad_id
+    from finetune.recipes.vocabulary import active_ids
+
+    tokenizer, train, validation = _data(args)
+    base = load_plain(args).get_input_embeddings().weight
+    ids = sorted(i for i in active_ids(tokenizer, [train, validation], ()) if i < len(base))
+    inactive = torch.ones(len(base), dtype=torch.bool)
+    inactive[ids] = False
+    moved = (model.get_input_embeddings().weight.detach() - base.detach())[inactive].abs().max()
+    del base
+    activate_vocabulary(model, ids)
+    wrapped = LanguageModel(model)
+
+    def loss_on(dataset: Any, mask: Any) -> dict[str, float]:
+        batches = EvaluationBatches(
+            dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer), rank=0, num_processes=1
+        )  # fmt: skip
+        return evaluate_loss(wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device("cpu")).as_dict()
+
+    found = loss_on(validation, inactive)
+    found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)
+    if args.unrelated:
+        rows = load_rows([Source(path=str(args.unrelated))]).take(100)
+        text = encode(
+            rows, TextFormat(tokenizer=tokenizer, columns={}), max_length=args.length, overlong="truncate", vocab_size=len(inactive)
+        )
+        found["unrelated_loss"] = loss_on(text, None)["loss"]
+    return found
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    import torch
+
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
