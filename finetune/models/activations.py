@@ -131,11 +131,12 @@ class Rehearsal:
             return F.cross_entropy(chosen.float(), targets, reduction="sum")
         head = model.get_output_embeddings()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        frozen = None
+        weight, frozen = head.weight, None
         if isinstance(head, ActiveHead):
+            weight = head.rows
             rows = head.vocabulary.frozen.detach()
             frozen = FrozenRows(rows if self.num_sampled is None else rows[: self.num_sampled].clone())
-        return linear_cross_entropy(chosen, head.weight, targets, bias=getattr(head, "bias", None), frozen=frozen, softcap=softcap)
+        return linear_cross_entropy(chosen, weight, targets, bias=getattr(head, "bias", None), frozen=frozen, softcap=softcap)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

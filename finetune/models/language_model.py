@@ -63,8 +63,9 @@ class LanguageModel(nn.Module):
             return causal_lm_loss_of_logits(logits, labels, reduction=reduction)
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         head: Any = self.causal_lm.get_output_embeddings()
-        frozen = None
+        weight, frozen = head.weight, None
         if isinstance(head, ActiveHead):
+            weight = head.rows
             frozen, row_of_id = head.vocabulary.frozen_rows(), head.vocabulary.row_of_id
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
@@ -72,7 +73,7 @@ class LanguageModel(nn.Module):
         return causal_lm_loss(
             hidden,
             labels,
-            head.weight,
+            weight,
             bias=getattr(head, "bias", None),
             frozen=frozen,
             softcap=self.softcap,
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
         head: Any = self.causal_lm.get_output_embeddings()
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         return frozen_square_probabilities(
-            hidden, labels, head.weight, head.vocabulary.frozen_rows(), softcap=self.softcap, logit_scale=self.logit_scale
+            hidden, labels, head.rows, head.vocabulary.frozen_rows(), softcap=self.softcap, logit_scale=self.logit_scale
         )
 
     @property

@@ -7,6 +7,12 @@ are changed in place to ones whose lookup and product know where a token's row i
 scaled embedding) keeps it. `full_vocabulary` shows the model with its full table for a while, for saving and exporting;
 `deactivate_vocabulary` gives it back for good.
 
+The shift. An optimizer whose steps do not follow the gradient's scale (AdamW) moves even the rows that get next to no gradient,
+all of them by about lr a step and against the hidden states: so training the whole table takes probability from unused tokens.
+Frozen rows cannot move, but the softmax knows only differences, so the active ones can move the other way together: `shift` [d] is
+added to each of them, in the lookup and in the product, and trains at the same learning rate. SmolLM2-135M, translation, 40 steps
+at 2e-4: held-out loss 1.765 with the whole table, 1.770 with the shift, 1.815 without.
+
 A table may have room for `spare` rows that belong to no token yet: `ActiveVocabulary.grow` gives them to tokens that turn up later.
 """
 
@@ -36,8 +42,9 @@ class ActiveVocabulary(nn.Module):
     offset: Tensor  # [A + spare + F] float32: -inf where a row stands for no token, else 0
     is_whole: bool  # no row stands for no token
     padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
+    shift: nn.Parameter | None  # [d]: the row of an active token is that of the compact weight plus this
 
-    def __init__(self, table: Tensor, ids: Tensor, *, padding_idx: int | None, spare: int = 0) -> None:
+    def __init__(self, table: Tensor, ids: Tensor, *, padding_idx: int | None, spare: int = 0, shift: bool = False) -> None:
         super().__init__()
         active = torch.zeros(len(table), dtype=torch.bool)
         active[ids.cpu()] = True
@@ -52,6 +59,7 @@ class ActiveVocabulary(nn.Module):
         self.to(table.device)  # numbered before: a table on the meta device has a vocabulary too, for planning
         # A parameter without gradient, and no buffer: data-parallel engines leave it alone after the start.
         self.frozen = nn.Parameter(table.detach().index_select(0, self.frozen_ids), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros_like(table[0])) if shift else None
 
     @property
     def num_active(self) -> int:
@@ -69,6 +77,10 @@ class ActiveVocabulary(nn.Module):
         self.offset[rows:][torch.isin(self.frozen_ids, ids)] = -torch.inf  # of tokens that have become active
         self.is_whole = bool(self.offset.isfinite().all())
 
+    def active_rows(self, weight: Tensor) -> Tensor:
+        """The rows [A + spare, d] that the compact `weight` stands for."""
+        return weight if self.shift is None else weight + self.shift
+
     def frozen_rows(self) -> FrozenRows:
         """What the loss needs beside the compact weight: all frozen rows."""
         return FrozenRows(self.frozen.detach(), None if self.is_whole else self.offset)
@@ -79,7 +91,8 @@ class ActiveVocabulary(nn.Module):
         new = ids[~torch.isin(ids, self.active_ids)].unique()
         room = (self.active_ids == NO_TOKEN).nonzero()[:, 0][: len(new)]
         taken = new[: len(room)]
-        weight[room] = self.frozen[self.row_of_id[taken] - len(self.active_ids)].to(weight.dtype)
+        rows = self.frozen[self.row_of_id[taken] - len(self.active_ids)].to(weight.dtype)
+        weight[room] = rows if self.shift is None else rows - self.shift
         self.active_ids[room] = taken
         self.number()
         return new[len(room) :]
@@ -89,7 +102,7 @@ class ActiveVocabulary(nn.Module):
         full = weight.new_empty(len(self.row_of_id), weight.shape[1])
         full[self.frozen_ids] = self.frozen.to(weight.dtype)
         used = self.active_ids != NO_TOKEN
-        full[self.active_ids[used]] = weight.detach()[used]
+        full[self.active_ids[used]] = self.active_rows(weight).detach()[used]
         return full
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +120,8 @@ class ActiveEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         rows, compact = self.vocabulary.row_of_id[input], len(self.weight)
         trained = F.embedding(rows.clamp(max=compact - 1), self.weight, self.vocabulary.padding_row)
+        if self.vocabulary.shift is not None:
+            trained = trained + self.vocabulary.shift
         if not len(self.vocabulary.frozen):
             return trained
         frozen = F.embedding((rows - compact).clamp_(min=0), self.vocabulary.frozen)
@@ -119,17 +134,26 @@ class ActiveHead(nn.Linear):
     vocabulary: ActiveVocabulary
     plain_class: type[nn.Module]
 
+    @property
+    def rows(self) -> Tensor:
+        """[A + spare, d]: the weight of the product, before the frozen rows."""
+        return self.vocabulary.active_rows(self.weight)
+
     def forward(self, input: Tensor) -> Tensor:
-        logits = torch.cat([F.linear(input, self.weight), F.linear(input, self.vocabulary.frozen.to(self.weight.dtype))], -1)
+        logits = torch.cat([F.linear(input, self.rows), F.linear(input, self.vocabulary.frozen.to(self.weight.dtype))], -1)
         return logits.index_select(-1, self.vocabulary.row_of_id)
 
 
-def activate_vocabulary(model: PreTrainedModel, ids: Iterable[int], *, spare: int = 0, compact_input: bool = True) -> None:
+def activate_vocabulary(
+    model: PreTrainedModel, ids: Iterable[int], *, spare: int = 0, compact_input: bool = True, shift: bool = True
+) -> None:
     """Train only the rows of `ids` in the token table of `model`, in place.
 
     A tied table stays tied. Of an untied model the head is made compact, and with `compact_input` the input embedding as well
     (without it, it stays whole: for lazy_adamw, to which unused rows cost nothing). `spare`: rows kept for tokens that turn up
-    later. Raises UserError where an id is not in the table, or the model has a head that this does not know.
+    later. `shift`: see above; leave it out for an optimizer whose steps follow the gradient's scale (SGD, with or without
+    momentum), for which the sum of all rows' gradients is far too long a step. Raises UserError where an id is not in the table,
+    or the model has a head that this does not know.
     """
     wanted = torch.tensor(sorted(set(ids)), dtype=torch.int64)
     if (reason := why_not_active(model)) is not None:
@@ -141,13 +165,13 @@ def activate_vocabulary(model: PreTrainedModel, ids: Iterable[int], *, spare: in
     output = model.get_output_embeddings()
     padding = embedding.padding_idx
     if head is table:
-        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare, shift=shift)
         weight = _compact(table, vocabulary)
         _make_active(embedding, ActiveEmbedding, vocabulary, weight)
         _make_active(output, ActiveHead, vocabulary, weight)
         return
     assert head is not None
-    vocabulary = ActiveVocabulary(head, wanted, padding_idx=None, spare=spare)
+    vocabulary = ActiveVocabulary(head, wanted, padding_idx=None, spare=spare, shift=shift)
     _make_active(output, ActiveHead, vocabulary, _compact(head, vocabulary))
     if compact_input:
         vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare)
@@ -161,7 +185,9 @@ def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> No
         ids, names = next(iter(saved.values())), dict(model.named_modules())
         embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
         compact_input = any(name.endswith(embedding + ".vocabulary.active_ids") for name in saved)
-        activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), spare=int((ids == NO_TOKEN).sum()), compact_input=compact_input)
+        shift = any(name.endswith(".vocabulary.shift") for name in state)
+        spare = int((ids == NO_TOKEN).sum())
+        activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), spare=spare, compact_input=compact_input, shift=shift)
 
 
 def why_not_active(model: PreTrainedModel) -> str | None:

@@ -17,6 +17,7 @@ register_optimizer(
     sparse="exact",
     state_bytes=0,
     fixed={"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+    scale_free=False,
 )
 register_optimizer(
     "momentum",
@@ -28,6 +29,7 @@ register_optimizer(
     aliases=("sgd_momentum",),
     preset={"momentum": 0.9},
     fixed={"nesterov": False},
+    scale_free=False,
 )
 register_optimizer(
     "nesterov",
@@ -39,6 +41,7 @@ register_optimizer(
     aliases=("sgd_nesterov",),
     preset={"momentum": 0.9},
     fixed={"dampening": 0.0, "nesterov": True},
+    scale_free=False,
 )
 register_optimizer(
     "adagrad",

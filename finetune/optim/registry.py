@@ -42,6 +42,7 @@ class OptimizerInfo:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments that make the rule what its name says: no options
     fused_pays: bool = False  # torch's fused kernel is chosen where it can be
     must_know: ModelKnowledge = "nothing"
+    scale_free: bool = True  # a gradient ten times as large makes the same step, but for eps
 
     @property
     def origin(self) -> str:
@@ -91,6 +92,7 @@ def register_optimizer(
     fixed: Mapping[str, Any] | None = None,
     fused_pays: bool = False,
     must_know: ModelKnowledge = "nothing",
+    scale_free: bool = True,
 ) -> OptimizerInfo:
     """Add an optimizer to the factory, a class or "module:Class"; the fields are those of OptimizerInfo.
 
@@ -98,7 +100,18 @@ def register_optimizer(
     one name).
     """
     info = OptimizerInfo(
-        name, what, paper, optimizer, sparse, state_bytes, tuple(aliases), preset or {}, fixed or {}, fused_pays, must_know
+        name=name,
+        what=what,
+        paper=paper,
+        optimizer=optimizer,
+        sparse=sparse,
+        state_bytes=state_bytes,
+        aliases=tuple(aliases),
+        preset=preset or {},
+        fixed=fixed or {},
+        fused_pays=fused_pays,
+        must_know=must_know,
+        scale_free=scale_free,
     )
     spellings = {_spelling(spelling): spelling for spelling in (name, *aliases)}
     for key, spelling in spellings.items():

@@ -112,7 +112,13 @@ def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig) -> Non
                 table.requires_grad_(False)
     if plan.ids:
         spare = SPARE_ROWS if config.data.streaming else 0
-        activate_vocabulary(model, plan.ids, spare=spare, compact_input=plan.mode == "frozen" or not _input_is_lazy(config))
+        activate_vocabulary(
+            model,
+            plan.ids,
+            spare=spare,
+            compact_input=plan.mode == "frozen" or not _input_is_lazy(config),
+            shift=plan.mode != "frozen" and optimizer_info(config.optimizer.name).scale_free,
+        )
 
 
 def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> Iterator[Batch]:

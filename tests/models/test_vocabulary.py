@@ -52,7 +52,9 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
     names = [name for name, _ in model.named_parameters()]
     activate_vocabulary(model, ACTIVE)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == names
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [name for name in trained if not name.endswith(".vocabulary.shift")] == names
+    assert len(trained) == len(names) + 1
     assert model.get_output_embeddings().weight.shape == (len(ACTIVE), 16)
     tied = model.config.tie_word_embeddings
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
@@ -69,7 +71,7 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(family):
-    full, ids = make(family), batch()
+    full, ids = make(family), batch(ACTIVE[1:])  # without Gemma's padding token, whose lookup has a gradient of its own: none
     model = copy.deepcopy(full)
     activate_vocabulary(model, ACTIVE)
     ours, theirs = LanguageModel(model), LanguageModel(full)
@@ -81,6 +83,11 @@ def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(fami
     gradients = dict(full.named_parameters())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if name.endswith(".vocabulary.shift"):  # it moves every active row at once
+            tied = full.config.tie_word_embeddings
+            table = (full.get_input_embeddings() if tied else full.get_output_embeddings()).weight
+            torch.testing.assert_close(parameter.grad, table.grad[ACTIVE].sum(0), rtol=1e-4, atol=1e-4)
             continue
         wanted = gradients[name].grad
         torch.testing.assert_close(parameter.grad, wanted[ACTIVE] if len(wanted) == V else wanted, rtol=1e-4, atol=1e-5)
@@ -108,6 +115,32 @@ def test_training_moves_active_rows_only(family):
         moved = (model.state_dict()[name] != before[name]).any(1).nonzero()[:, 0].tolist()
         assert moved
         assert set(moved) <= set(ACTIVE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shift_moves_the_active_rows_against_the_others(family):
+    model, ids = make(family), torch.randint(0, V, (2, 9))
+    shift = torch.linspace(-1, 1, 16)
+    moved = copy.deepcopy(model)
+    tied = model.config.tie_word_embeddings
+    with torch.no_grad():
+        (moved.get_input_embeddings() if tied else moved.get_output_embeddings()).weight[ACTIVE] += shift
+    activate_vocabulary(model, ACTIVE, spare=1)
+    vocabulary = model.get_output_embeddings().vocabulary
+    vocabulary.shift.data.copy_(shift)
+    expected = moved(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    torch.testing.assert_close(LanguageModel(model)(ids, ids), LanguageModel(moved)(ids, ids))
+    assert vocabulary.grow(model.get_output_embeddings().weight, torch.tensor([3])).tolist() == []
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)  # a row that joins later starts where it was
+    deactivate_vocabulary(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+def test_without_a_shift():
+    model = make("llama")
+    activate_vocabulary(model, ACTIVE, shift=False)
+    assert not [name for name, _ in model.named_parameters() if name.endswith("shift")]
 
 
 def test_an_untied_input_may_stay_whole():

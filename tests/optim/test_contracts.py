@@ -106,6 +106,19 @@ def assert_same(left, right, **tolerance):
         )
 
 
+@every_optimizer
+def test_whether_the_step_follows_the_scale_of_the_gradient_is_as_said(name):
+    steps = []
+    for scale in (1.0, 16.0):
+        model, optimizer = make(name, **({"weight_decay": 0.0} if "weight_decay" in optimizer_info(name).options else {}))
+        before = values(model, optimizer)
+        (loss_of(model, 0) * scale).backward()
+        optimizer.step()
+        steps.append(torch.cat([(after - before[key]).flatten() for key, after in values(model, optimizer).items()]))
+    expected = 1.0 if optimizer_info(name).scale_free else 16.0
+    assert (steps[1].norm() / steps[0].norm()).item() == pytest.approx(expected, rel=0.02)
+
+
 def test_the_bank_sees_every_optimizer():
     missing = {name: optimizer_info(name).missing for name in list_optimizers() if optimizer_info(name).missing}
     assert len(ROW) == 14
