@@ -44,7 +44,16 @@ class ActiveVocabulary(nn.Module):
     padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
     shift: nn.Parameter | None  # [d]: the row of an active token is that of the compact weight plus this
 
-    def __init__(self, table: Tensor, ids: Tensor, *, padding_idx: int | None, spare: int = 0, shift: bool = False) -> None:
+    def __init__(
+        self,
+        table: Tensor,
+        ids: Tensor,
+        *,
+        padding_idx: int | None,
+        spare: int = 0,
+        shift: bool = False,
+        frozen_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         active = torch.zeros(len(table), dtype=torch.bool)
         active[ids.cpu()] = True
@@ -58,7 +67,8 @@ class ActiveVocabulary(nn.Module):
         self.padding_row = int(self.row_of_id[padding_idx]) if padding_idx is not None and active[padding_idx] else None
         self.to(table.device)  # numbered before: a table on the meta device has a vocabulary too, for planning
         # A parameter without gradient, and no buffer: data-parallel engines leave it alone after the start.
-        self.frozen = nn.Parameter(table.detach().index_select(0, self.frozen_ids), requires_grad=False)
+        frozen = _in_dtype(table.detach().index_select(0, self.frozen_ids), frozen_dtype)
+        self.frozen = nn.Parameter(frozen, requires_grad=False)
         self.shift = nn.Parameter(torch.zeros_like(table[0])) if shift else None
 
     @property
@@ -140,20 +150,30 @@ class ActiveHead(nn.Linear):
         return self.vocabulary.active_rows(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        logits = torch.cat([F.linear(input, self.rows), F.linear(input, self.vocabulary.frozen.to(self.weight.dtype))], -1)
+        frozen = self.vocabulary.frozen
+        if not torch.is_autocast_enabled(input.device.type):
+            frozen = frozen.to(self.weight.dtype)
+        logits = torch.cat([F.linear(input, self.rows), F.linear(input, frozen)], -1)
         return logits.index_select(-1, self.vocabulary.row_of_id)
 
 
 def activate_vocabulary(
-    model: PreTrainedModel, ids: Iterable[int], *, spare: int = 0, compact_input: bool = True, shift: bool = True
+    model: PreTrainedModel,
+    ids: Iterable[int],
+    *,
+    spare: int = 0,
+    compact_input: bool = True,
+    shift: bool = True,
+    frozen_dtype: torch.dtype | None = None,
 ) -> None:
     """Train only the rows of `ids` in the token table of `model`, in place.
 
     A tied table stays tied. Of an untied model the head is made compact, and with `compact_input` the input embedding as well
     (without it, it stays whole: for lazy_adamw, to which unused rows cost nothing). `spare`: rows kept for tokens that turn up
     later. `shift`: see above; leave it out for an optimizer whose steps follow the gradient's scale (SGD, with or without
-    momentum), for which the sum of all rows' gradients is far too long a step. Raises UserError where an id is not in the table,
-    or the model has a head that this does not know.
+    momentum), for which the sum of all rows' gradients is far too long a step. `frozen_dtype`: that of the products under autocast;
+    the frozen rows are kept in it if that loses no bit of them (weights from a bfloat16 file), else in their own. Raises UserError
+    where an id is not in the table, or the model has a head that this does not know.
     """
     wanted = torch.tensor(sorted(set(ids)), dtype=torch.int64)
     if (reason := why_not_active(model)) is not None:
@@ -164,17 +184,18 @@ def activate_vocabulary(
     embedding: Any = model.get_input_embeddings()
     output = model.get_output_embeddings()
     padding = embedding.padding_idx
+    kept: dict[str, Any] = {"spare": spare, "frozen_dtype": frozen_dtype}
     if head is table:
-        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare, shift=shift)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, shift=shift, **kept)
         weight = _compact(table, vocabulary)
         _make_active(embedding, ActiveEmbedding, vocabulary, weight)
         _make_active(output, ActiveHead, vocabulary, weight)
         return
     assert head is not None
-    vocabulary = ActiveVocabulary(head, wanted, padding_idx=None, spare=spare, shift=shift)
+    vocabulary = ActiveVocabulary(head, wanted, padding_idx=None, shift=shift, **kept)
     _make_active(output, ActiveHead, vocabulary, _compact(head, vocabulary))
     if compact_input:
-        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, spare=spare)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, **kept)
         _make_active(embedding, ActiveEmbedding, vocabulary, _compact(table, vocabulary))
 
 
@@ -234,6 +255,13 @@ def _make_plain(modules: Iterable[Any]) -> None:
         del module.vocabulary
         module.__class__, module.weight = module.plain_class, tables[id(weight)]
         _count(module, len(tables[id(weight)]))
+
+
+def _in_dtype(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or rows.is_meta:
+        return rows
+    narrow = rows.to(dtype)
+    return narrow if torch.equal(narrow.to(rows.dtype), rows) else rows
 
 
 def _compact(table: Tensor, vocabulary: ActiveVocabulary) -> nn.Parameter:

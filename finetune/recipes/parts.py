@@ -118,7 +118,7 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
             _say_counts(display, part, format, counts, config)
     vocabulary = plan_vocabulary(config, model, tokenizer, [sample, *([validation] if validation else [])], new_tokens)
     display.note(vocabulary.line())
-    apply_vocabulary(vocabulary, model, config)
+    apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
     model = adapt_model(model, config.model, new_tokens, seed=config.seed)
     language_model = LanguageModel(model)
     if config.training.activation_checkpointing:

@@ -132,7 +132,8 @@ class Planner:
         """The model's description, its memory, and the size of a checkpoint."""
         model, info = self._skeleton(config), optimizer_info(config.optimizer.name)
         vocabulary = plan_vocabulary(config, model, self.tokenizer, self.corpora, self.new_tokens)
-        apply_vocabulary(vocabulary, model, config)
+        precision, _ = resolve_precision(config.training.precision, self.device)
+        apply_vocabulary(vocabulary, model, config, bf16=precision == "bf16")
         with torch.device("meta"):
             model = adapt_model(model, config.model, self.new_tokens, seed=config.seed)
         tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
@@ -143,7 +144,6 @@ class Planner:
         gradients = tensor_bytes(parameter for parameter in trainable if id(parameter) not in sparse)
         gradients += min(work.used_rows, work.rows * work.length) * sum(table.embedding_dim for table in tables) * FP32
         description = {**describe_model(model), "vocabulary": vocabulary.line()}
-        precision, _ = resolve_precision(config.training.precision, self.device)
         rehearsal = Rehearsal(model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables)
         rehearsal.num_sampled = config.vocabulary.num_sampled if vocabulary.mode == "sampled" else None
         step = rehearsal.step(

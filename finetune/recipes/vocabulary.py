@@ -104,8 +104,8 @@ def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable
     return ids
 
 
-def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig) -> None:
-    """Make the tables of `model` what the plan says, in place."""
+def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf16: bool) -> None:
+    """Make the tables of `model` what the plan says, in place. `bf16`: the run's matrix products are in it."""
     if plan.mode == "frozen":
         for table in token_tables(model):
             if table is not None:
@@ -118,6 +118,7 @@ def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig) -> Non
             spare=spare,
             compact_input=plan.mode == "frozen" or not _input_is_lazy(config),
             shift=plan.mode != "frozen" and optimizer_info(config.optimizer.name).scale_free,
+            frozen_dtype=torch.bfloat16 if bf16 else None,
         )
 
 

@@ -137,6 +137,25 @@ def test_the_shift_moves_the_active_rows_against_the_others(family):
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_frozen_rows_of_a_bfloat16_file_stay_so_under_autocast(family):
+    model, ids = make(family).bfloat16().float(), batch(range(V))
+    before = copy.deepcopy(model.state_dict())
+    other = copy.deepcopy(model)
+    activate_vocabulary(model, ACTIVE, frozen_dtype=torch.bfloat16)
+    activate_vocabulary(other, ACTIVE)
+    assert model.get_output_embeddings().vocabulary.frozen.dtype == torch.bfloat16
+    torch.testing.assert_close(model(input_ids=ids[0]).logits, other(input_ids=ids[0]).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(input_ids=ids[0]).logits, other(input_ids=ids[0]).logits)
+        assert torch.equal(LanguageModel(model)(*ids), LanguageModel(other)(*ids))
+    deactivate_vocabulary(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    precise = make(family)  # whose rows need all their bits
+    activate_vocabulary(precise, ACTIVE, frozen_dtype=torch.bfloat16)
+    assert precise.get_output_embeddings().vocabulary.frozen.dtype == torch.float32
+
+
 def test_without_a_shift():
     model = make("llama")
     activate_vocabulary(model, ACTIVE, shift=False)

@@ -204,7 +204,7 @@ def test_a_wrong_config_is_one_sentence(tiny, sections, said):
         plan_run(make_config(tiny(**sections)))
 
 
-SHORT = ["training.max_steps=4", "data.max_validation_rows=8", "evaluation.generate=4", "evaluation.before=false"]
+SHORT = ["training.max_steps=2", "data.max_validation_rows=4", "evaluation.generate=2", "evaluation.before=false"]
 
 PLAN = """
 import sys
