@@ -150,7 +150,7 @@ class ActiveHead(nn.Linear):
         return self.vocabulary.active_rows(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        frozen = self.vocabulary.frozen
+        frozen: Tensor = self.vocabulary.frozen
         if not torch.is_autocast_enabled(input.device.type):
             frozen = frozen.to(self.weight.dtype)
         logits = torch.cat([F.linear(input, self.rows), F.linear(input, frozen)], -1)
