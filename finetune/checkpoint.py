@@ -2,39 +2,43 @@
 
 Floor 2. A killed process leaves at most a folder named `.step-…`, which nothing reads and the next save removes. The mark,
 `complete.json`, lists every file with its size, so a folder that was cut short by a copy or a full disk does not count either.
+
+Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead, written by the processes that hold
+them (`finetune.distributed.shard_files`); `load` puts the two together, so nothing else has to know which kind a checkpoint is.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune.distributed.shard_files import SHARDS, Own, put_in_shards, refusals_of_the_disk, take_out_shards, write_shards
 from finetune.errors import UserError
 
 MARK = "complete.json"
-
-
-def _nothing() -> None:
-    return None
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints of one run, `root/step-00000052/`.
 
-    With several processes every process calls `save`; process 0 writes, all wait at `barrier`.
+    With several processes every process calls `save`: process 0 writes, and each its shards where the engine has any. `gather`
+    makes one list of the lists of all processes, and waits for them.
     """
 
     root: Path
     keep: int  # the newest so many; the best is kept besides
     is_main: bool = True
-    barrier: Callable[[], None] = _nothing
+    gather: Callable[[list[str]], list[str]] = list
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
@@ -42,12 +46,23 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`, then remove those no longer kept.
 
-        Raises UserError where the disk refuses; the earlier checkpoints are untouched then.
+        Raises UserError, on every process, where a disk refuses; the earlier checkpoints are untouched then.
         """
+        temporary = self.root / f".step-{step:08d}"
+        plain, shards = take_out_shards(files)
+        with self._agreed(step, temporary):
+            if self.is_main:
+                self._begin(temporary)
+        if shards:
+            with self._agreed(step, temporary):
+                _check_shared(temporary)
+            with self._agreed(step, temporary):
+                write_shards(temporary / SHARDS, shards)
+        with self._agreed(step, temporary):
+            if self.is_main:
+                self._finish(step, temporary, plain)
         if self.is_main:
-            self._write(step, files)
             self._prune(best_step)
-        self.barrier()
         return self.path(step)
 
     def steps(self) -> list[int]:
@@ -60,26 +75,38 @@ class CheckpointStore:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def _write(self, step: int, files: Mapping[str, Any]) -> None:
-        final, temporary = self.path(step), self.root / f".step-{step:08d}"
+    def _begin(self, temporary: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(".step-*"):
+            shutil.rmtree(stale)
+        temporary.mkdir()
+
+    def _finish(self, step: int, temporary: Path, files: Mapping[str, Any]) -> None:
+        for name, content in files.items():
+            _write_file(temporary / name, content)
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in written}
+        (temporary / MARK).write_text(json.dumps({"step": step, "files": sizes}))
+        if self.path(step).exists():
+            shutil.rmtree(self.path(step))
+        os.replace(temporary, self.path(step))
+
+    @contextmanager
+    def _agreed(self, step: int, temporary: Path) -> Iterator[None]:
+        """Have every process end this part of a save, or every process raise the same UserError."""
+        refusal = None
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            for stale in self.root.glob(".step-*"):
-                shutil.rmtree(stale)
-            temporary.mkdir()
-            for name, content in files.items():
-                _write_file(temporary / name, content)
-            sizes = {name: (temporary / name).stat().st_size for name in files}
-            (temporary / MARK).write_text(json.dumps({"step": step, "files": sizes}))
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(temporary, final)
+            yield
         except OSError as error:
+            refusal = error
+        refusals = self.gather([] if refusal is None else [refusal.strerror or str(refusal)])
+        if not refusals:
+            return
+        if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-            previous = self.newest()
-            kept = f"the previous checkpoint {previous} is untouched" if previous else "there is no earlier checkpoint"
-            reason = error.strerror or str(error)
-            raise UserError(f"the checkpoint of step {step} could not be written to {self.root}: {reason}; {kept}") from error
+        previous = self.newest()
+        kept = f"the previous checkpoint {previous} is untouched" if previous else "there is no earlier checkpoint"
+        raise UserError(f"the checkpoint of step {step} could not be written to {self.root}: {refusals[0]}; {kept}") from refusal
 
     def _prune(self, best_step: int | None) -> None:
         steps = self.steps()
@@ -88,9 +115,10 @@ class CheckpointStore:
                 shutil.rmtree(self.path(step))
 
 
-def load(folder: Path, name: str) -> Any:
-    """Read one file of a checkpoint to the CPU."""
-    return torch.load(folder / name, map_location="cpu", weights_only=True)
+def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
+    """Read one file of a checkpoint to the CPU, whole, or as shards where `own` is asked for a place and answers with a shard."""
+    tree = torch.load(folder / name, map_location="cpu", weights_only=True)
+    return put_in_shards(tree, folder / SHARDS, name, own)
 
 
 def is_complete(folder: Path) -> bool:
@@ -124,9 +152,14 @@ def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
 
 def _write_file(path: Path, content: Any) -> None:
     with path.open("wb") as file:
-        try:
+        with refusals_of_the_disk():
             torch.save(content, file)
-        except RuntimeError as error:  # torch closes its archive on the way out and hides the refusal of the disk behind that
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, f"{socket.gethostname()} does not see it; output_dir must lie on a disk that all hosts share"
+        )

@@ -26,7 +26,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
-from finetune.distributed.sharding import gathered, spread_optimizer, spread_weights
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, clip_grad_norm_
@@ -201,9 +200,8 @@ class Trainer:
     def _save(self) -> None:
         self.optimizer.eval()
         with stored_rows(self.optimizer):
-            main = self.accelerator.is_main_process
-            weights = gathered(trainable_state(self.accelerator.unwrap_model(self.model)), keep=main)
-            optimizer_state = gathered(self.optimizer.state_dict(), keep=main)
+            weights = trainable_state(self.accelerator.unwrap_model(self.model))
+            optimizer_state = self.optimizer.state_dict()
         self.progress.guard = self.guard.state_dict()
         files = {
             "model.pt": weights,
@@ -258,11 +256,18 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from."""
+    """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from.
+
+    Under an engine that shards, each process puts in its shards: what has a parameter's shape is sharded as that is.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with stored_rows(optimizer):
-        unexpected = model.load_state_dict(spread_weights(model, load(checkpoint, "model.pt")), strict=False).unexpected_keys
+        weights = model.state_dict()
+        stored = load(checkpoint, "model.pt", own=lambda place: weights.get(place[0]))
+        unexpected = model.load_state_dict(stored, strict=False).unexpected_keys
         assert not unexpected, unexpected
-        optimizer.load_state_dict(spread_optimizer(optimizer, load(checkpoint, "optimizer.pt")))
+        stored = load(checkpoint, "optimizer.pt", own=lambda place: parameters[place[1]] if place[0] == "state" else None)
+        optimizer.load_state_dict(stored)
 
 
 def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:

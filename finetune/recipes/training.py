@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from finetune.checkpoint import CheckpointStore, find_checkpoint
 from finetune.config import RunConfig, dump_config
@@ -104,7 +105,10 @@ def _train(
             evaluate=evaluate,
             cadence=_cadence(parts),
             checkpoints=CheckpointStore(
-                run.checkpoints, config.checkpoint.keep, accelerator.is_main_process, accelerator.wait_for_everyone
+                run.checkpoints,
+                config.checkpoint.keep,
+                is_main=accelerator.is_main_process,
+                gather=gather_object if accelerator.num_processes > 1 else list,
             ),
             logger=logger,
             guard=DivergenceGuard(threshold=config.training.divergence_threshold),

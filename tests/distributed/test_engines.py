@@ -1,9 +1,9 @@
 """FSDP2 over gloo on the CPU, and what is refused: the engines in which a parameter is not whole on a process."""
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,49 +11,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from finetune.checkpoint import CheckpointStore, load
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.recipes.exporting import export_run
 from finetune.recipes.training import run_training
 from tests.conftest import LLAMA, PYTHIA, conversation
-
-FSDP2 = {  # what `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-WORKER = """
-import os, sys, torch
-from pathlib import Path
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from finetune.config.loading import load_config
-from finetune.display import Display
-from finetune.recipes import engines, training
-
-PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it
-shards = {}
-prepare = engines.prepare
-def prepare_and_look(accelerator, language_model, optimizer, display):
-    module, optimizer = prepare(accelerator, language_model, optimizer, display)
-    for name, parameter in module.named_parameters():
-        shards[name] = parameter.to_local().numel() / parameter.numel() if hasattr(parameter, "to_local") else 1.0
-    return module, optimizer
-training.prepare = prepare_and_look
-
-def run(config, *overrides, resume=None):
-    shards.clear()
-    config = load_config(Path(config), overrides)
-    assert training.run_training(config, resume=resume, display=Display(enabled=False)) == "finished"
-    if os.environ["RANK"] == "0":
-        torch.save(dict(shards), f"{config.output_dir}/shards.pt")
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-run("lazy.yaml", "output_dir=lazy")
-run("lazy.yaml", "output_dir=half", resume="auto")
-run("tied.yaml", "output_dir=tied")
-"""
+from tests.distributed import engine_worker
+from tests.distributed.test_rows import free_ports
 
 
 def write(folder: Path, name: str, **sections) -> None:
@@ -84,6 +50,7 @@ def alone(*overrides: str, config: str = "lazy.yaml", resume: str | None = None)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Runs on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/; half/ is begun by one.
+    host0/, host1/ and full/ cannot be saved; killed/ is killed in mid-save and goes on with three processes.
 
     tied.yaml has an active vocabulary: the head's table is one of few rows, beside a frozen one.
     """
@@ -93,23 +60,33 @@ def folder(tmp_path_factory) -> Path:
     write(folder, "lazy.yaml", model={"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 300}})
     active = {"optimizer": {"lr": 3e-3, "name": "adamw"}, "vocabulary": {"mode": "active"}}
     write(folder, "tied.yaml", model={"config": LLAMA, "tokenizer": {"vocab_size": 300}}, **active)
-    (folder / "worker.py").write_text(WORKER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         alone("output_dir=lazy1")
         alone("output_dir=tied1", config="tied.yaml")
         alone("output_dir=half", "training.max_steps=4", "scheduler.name=constant")
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py"],
-        cwd=folder,
-        env={**os.environ, **FSDP2, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    assert under_fsdp2("begin", folder, 2)[1] == -signal.SIGKILL
+    assert (folder / "refused0.json").exists(), (folder / "begin0.log").read_text()
+    assert under_fsdp2("go_on", folder, 3) == [0, 0, 0], (folder / "go_on0.log").read_text()
     return folder
+
+
+def under_fsdp2(work: str, folder: Path, num_processes: int) -> list[int | None]:
+    """Let so many processes do their work; returns their exit codes."""
+    (port,) = free_ports(1)
+    context = multiprocessing.get_context("forkserver")  # the server imports once; the processes are forked from it
+    context.set_forkserver_preload([engine_worker.__name__])
+    arguments = [(work, folder, rank, num_processes, port) for rank in range(num_processes)]
+    processes = [context.Process(target=engine_worker.main, args=own) for own in arguments]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout=240)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.exitcode for process in processes]
 
 
 @pytest.mark.slow
@@ -134,25 +111,62 @@ def test_all_is_sharded_but_the_lazy_table(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lazy", "tied"])
-def test_the_checkpoint_is_that_of_one_process_and_the_model_loads(folder, name):
-    for file in ("model.pt", "optimizer.pt", "training.pt"):
-        ours, theirs = (torch.load(folder / run / "checkpoints" / "step-00000006" / file) for run in (name, f"{name}1"))
-        same_shape(ours, theirs, file)
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder / run / "model") for run in (name, f"{name}1"))
-    expected = theirs.state_dict()
-    assert ours.state_dict().keys() == expected.keys()
-    for key, value in ours.state_dict().items():
-        torch.testing.assert_close(value, expected[key], atol=2e-5, rtol=0)
+def test_each_process_writes_its_shards_and_the_checkpoint_reads_as_that_of_one(folder, name):
+    checkpoints = [folder / run / "checkpoints" / "step-00000006" for run in (name, f"{name}1")]
+    shards = {path.name: path.stat().st_size for path in (checkpoints[0] / "shards").iterdir()}
+    assert shards.keys() == {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    assert {f"shards/{file}": size for file, size in shards.items()}.items() <= marked(checkpoints[0]).items()
+    assert shards["__0_0.distcp"] == pytest.approx(shards["__1_0.distcp"], rel=0.2)
+    assert marked(checkpoints[1]).keys() == {"model.pt", "optimizer.pt", "training.pt"}
+    for file in marked(checkpoints[1]):
+        same_shape(*(load(checkpoint, file) for checkpoint in checkpoints), file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lazy", "tied"])
+def test_the_model_loads_and_so_does_one_exported_from_a_checkpoint(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    export_run(Path(name), Path(f"{name}-8"), dtype="float32", checkpoint=Path(name, "checkpoints", "step-00000008"))
+    expected = AutoModelForCausalLM.from_pretrained(folder / f"{name}1" / "model").state_dict()
+    for path in (folder / name / "model", folder / f"{name}-8"):
+        ours = AutoModelForCausalLM.from_pretrained(path).state_dict()
+        assert ours.keys() == expected.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(value, expected[key], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
 def test_a_run_goes_from_one_process_to_fsdp2_and_back(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert [record["step"] for record in records(folder / "half") if "loss" in record] == list(range(1, 9))
-    alone("output_dir=lazy", "training.max_steps=10", resume="lazy/checkpoints/step-00000006")
-    alone("output_dir=lazy1", "training.max_steps=10", resume="lazy1/checkpoints/step-00000006")
-    assert len(losses(folder / "lazy")) == len(losses(folder / "lazy1")) == 10 + 4
-    assert losses(folder / "lazy") == pytest.approx(losses(folder / "lazy1"), abs=1e-5)
+    for name in ("lazy", "lazy1"):
+        alone(f"output_dir={name}-10", "training.max_steps=10", resume=f"{name}/checkpoints/step-00000006")
+    assert len(losses(folder / "lazy-10")) == 4 + 2
+    assert losses(folder / "lazy-10") == pytest.approx(losses(folder / "lazy1-10"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_what_one_process_could_not_write_no_process_takes_for_saved(folder):
+    first, second = (json.loads((folder / f"refused{rank}.json").read_text()) for rank in (0, 1))
+    assert "does not see it; output_dir must lie on a disk that all hosts share; there is no earlier checkpoint" in first[0]
+    assert second[0] == first[0].replace("host0", "host1")
+    assert first[1] == second[1]
+    assert re.match(r"the checkpoint of step 3 could not be written to full/checkpoints: File too large; there is no", first[1])
+    assert not list((folder / "full" / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_mid_save_goes_on_with_another_number_of_processes(folder):
+    left = json.loads((folder / "left.json").read_text())
+    assert left == [".step-00000006", "step-00000003", "step-00000004"]  # the best evaluation so far is saved besides
+    assert len(losses(folder / "killed")) == 8 + 3
+    assert losses(folder / "killed") == pytest.approx(losses(folder / "lazy1"), abs=1e-5)
+    last = CheckpointStore(folder / "killed" / "checkpoints", keep=4).path(8)
+    assert {path.name for path in (last / "shards").glob("*.distcp")} == {f"__{rank}_0.distcp" for rank in range(3)}
+
+
+def marked(checkpoint: Path) -> dict[str, int]:
+    return json.loads((checkpoint / "complete.json").read_text())["files"]
 
 
 def same_shape(ours, theirs, where: str) -> None:
