@@ -6,9 +6,9 @@ with what is in `docs/scaling.md`.
 - DDP: every process has the whole model; rows of the lazy table are exchanged (`finetune.distributed`).
 - FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything but the lazy table, for which it
   would need a sparse reduce-scatter. The table stays whole on each process, and its rows are exchanged as under DDP.
-- DeepSpeed is refused. Its ZeRO steps inside backward, keeps parameters in flat buffers that know no rows, and shards the
-  optimizer's state by those, so neither the lazy table nor a checkpoint that others can read survives it; with an offloaded optimizer
-  it puts its own in the place of the run's. FSDP2 shards the same things.
+- DeepSpeed is refused. Its ZeRO keeps parameters in flat buffers that know no rows, and shards the optimizer's state by those, so
+  neither the lazy table nor a checkpoint that others can read survives it; with an offloaded optimizer it puts its own in the place
+  of the run's. FSDP2 shards the same things, and `LOG.md` has what was tried.
 """
 
 import os
