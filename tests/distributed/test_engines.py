@@ -1,7 +1,6 @@
 """FSDP2 over gloo on the CPU, and what is refused: the engines in which a parameter is not whole on a process."""
 
 import json
-import multiprocessing
 import re
 import signal
 from pathlib import Path
@@ -19,7 +18,7 @@ from finetune.recipes.exporting import export_run
 from finetune.recipes.training import run_training
 from tests.conftest import LLAMA, PYTHIA, conversation
 from tests.distributed import engine_worker
-from tests.distributed.test_rows import free_ports
+from tests.distributed.processes import free_ports, run_forked
 
 
 def write(folder: Path, name: str, **sections) -> None:
@@ -74,19 +73,7 @@ def folder(tmp_path_factory) -> Path:
 def under_fsdp2(work: str, folder: Path, num_processes: int) -> list[int | None]:
     """Let so many processes do their work; returns their exit codes."""
     (port,) = free_ports(1)
-    context = multiprocessing.get_context("forkserver")  # the server imports once; the processes are forked from it
-    context.set_forkserver_preload([engine_worker.__name__])
-    arguments = [(work, folder, rank, num_processes, port) for rank in range(num_processes)]
-    processes = [context.Process(target=engine_worker.main, args=own) for own in arguments]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout=240)
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.exitcode for process in processes]
+    return run_forked(engine_worker, [(work, folder, rank, num_processes, port) for rank in range(num_processes)])
 
 
 @pytest.mark.slow

@@ -4,9 +4,7 @@ Two and three processes are started once each, do everything (row_worker.py), an
 """
 
 import json
-import multiprocessing
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from finetune.distributed import RowGradients
 from finetune.optim import LazyAdamW
 from tests.conftest import LLAMA, PYTHIA, conversation
 from tests.distributed import row_worker
+from tests.distributed.processes import free_ports, run_forked
 
 NUM_STEPS, CHECKPOINT = 24, 18
 Launched = tuple[Path, list[dict[str, Any]]]  # the folder of the runs, and what each process found
@@ -26,29 +25,10 @@ def start(folder: Path, num_processes: int, runs: dict[str, tuple[dict[str, Any]
     """Let so many processes do the runs, name -> (config tree, options of run_training), and everything else."""
     *ports, port = free_ports(len(runs) + 1)
     plan = [row_worker.Run(name, tree, options, port) for port, (name, (tree, options)) in zip(ports, runs.items())]
-    context = multiprocessing.get_context("forkserver")  # the server imports once; the processes are forked from it
-    context.set_forkserver_preload([row_worker.__name__])
-    arguments = [(folder, rank, num_processes, plan, port) for rank in range(num_processes)]
-    processes = [context.Process(target=row_worker.main, args=own) for own in arguments]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout=240)
-    finally:
-        for process in processes:
-            process.kill()
+    exit_codes = run_forked(row_worker, [(folder, rank, num_processes, plan, port) for rank in range(num_processes)])
     logs = (folder / f"rank{rank}.log" for rank in range(num_processes))
-    assert [process.exitcode for process in processes] == [0] * num_processes, "\n".join(log.read_text() for log in logs)
+    assert exit_codes == [0] * num_processes, "\n".join(log.read_text() for log in logs)
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(num_processes)]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def lazy_tree(data: Path, output_dir: Path) -> dict[str, Any]:
