@@ -50,7 +50,10 @@ def chat_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path, chat_file: Path) -> Callable[..., dict[str, Any]]:
-    """A config tree for `make_config`: `tiny(training={...}, ...)` replaces keys within sections."""
+    """A config tree for `make_config`: `tiny(training={...}, ...)` replaces keys within sections.
+
+    In float32 on every chip, so that what is equal in theory is equal to many digits.
+    """
 
     def tiny(**sections: Any) -> dict[str, Any]:
         tree: dict[str, Any] = {
@@ -58,7 +61,7 @@ def tiny(tmp_path: Path, chat_file: Path) -> Callable[..., dict[str, Any]]:
             "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
             "data": {"train": str(chat_file), "validation_fraction": 0.1, "max_length": 96},
             "optimizer": {"lr": 3e-3},
-            "training": {"max_steps": 6, "batch_size": 4, "micro_batch_size": 4},
+            "training": {"max_steps": 6, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32"},
             "evaluation": {"samples": 1, "generate": 0, "before": False},
             "generation": {"max_new_tokens": 4},
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
@@ -76,8 +77,11 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
     precision, reason = resolve_precision(config.training.precision, "cuda" if torch.cuda.is_available() else "cpu")
     check_trackers(config.tracking)
     check_engine()
+    mixed_precision = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # one a process: an earlier run here, or its caller, had another precision
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision=mixed_precision,
         cpu=not torch.cuda.is_available(),
         log_with=list(config.tracking) or None,
         project_dir=str(config.output_dir),

@@ -80,7 +80,7 @@ def train_in(folder: Path, **sections: Any) -> Path:
     tree = {
         "output_dir": "run",
         "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
-        "training": {"max_steps": 2, "batch_size": 4},
+        "training": {"max_steps": 2, "batch_size": 4, "precision": "fp32"},
         "generation": {"max_new_tokens": 4},
         **sections,
     }

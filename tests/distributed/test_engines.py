@@ -25,7 +25,7 @@ def write(folder: Path, name: str, **sections) -> None:
     tree = {
         "data": {"train": "chat.jsonl", "validation": "held.jsonl", "max_length": 64},
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "no_decay": []},
-        "training": {"max_steps": 8, "batch_size": 4, "micro_batch_size": 1, "timeout": 60},
+        "training": {"max_steps": 8, "batch_size": 4, "micro_batch_size": 1, "timeout": 60, "precision": "fp32"},
         "checkpoint": {"every": 3, "keep": 4},
         "evaluation": {"every": 4, "samples": 1},  # one prompt: process 0 has none to answer
         "generation": {"max_new_tokens": 4},

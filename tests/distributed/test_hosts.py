@@ -94,7 +94,7 @@ def test_a_host_that_is_cut_off_ends_the_run_in_bounded_time_and_it_resumes(host
         "data": {"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 64},
         "optimizer": {"lr": 3e-3},
         "scheduler": {"name": "constant", "warmup_ratio": 0.0},
-        "training": {"max_steps": 100_000, "batch_size": 4, "micro_batch_size": 2, "timeout": TIMEOUT},
+        "training": {"max_steps": 100_000, "batch_size": 4, "micro_batch_size": 2, "timeout": TIMEOUT, "precision": "fp32"},
         "checkpoint": {"every": 2},
         "evaluation": {"every": 100_000, "samples": 0, "generate": 0, "before": False},
     }

@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         "model": {"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 300}},
         "data": {"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 64},
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "no_decay": []},
-        "training": {"max_steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 1, "timeout": 60},
+        "training": {"max_steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 1, "timeout": 60, "precision": "fp32"},
         "checkpoint": {"every": 3},
         "evaluation": {"every": NUM_STEPS, "samples": 0, "generate": 0, "before": False},
     }

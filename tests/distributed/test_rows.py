@@ -38,7 +38,7 @@ def lazy_tree(data: Path, output_dir: Path) -> dict[str, Any]:
         "model": {"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 400}},
         "data": {"train": str(data / "train.jsonl"), "validation": str(data / "held.jsonl"), "max_length": 64, "packing": False},
         "optimizer": {"name": "lazy_adamw", "lr": 3e-3, "weight_decay": 0.1, "no_decay": []},
-        "training": {"max_steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 1, "max_grad_norm": 0.5},
+        "training": {"max_steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 1, "max_grad_norm": 0.5, "precision": "fp32"},
         "checkpoint": {"every": CHECKPOINT, "keep": 9},
         "evaluation": {"samples": 0, "generate": 0, "before": False, "every": 6, "batch_size": 2},
     }
@@ -47,7 +47,7 @@ def lazy_tree(data: Path, output_dir: Path) -> dict[str, Any]:
 def tied_tree(data: Path, output_dir: Path) -> dict[str, Any]:
     """The same with a table that has a dense gradient."""
     tree = lazy_tree(data, output_dir)
-    return {**tree, "model": {"config": LLAMA, "tokenizer": {"vocab_size": 400}}, "training": {"max_steps": 8, "batch_size": 4}}
+    return {**tree, "model": {"config": LLAMA, "tokenizer": {"vocab_size": 400}}, "training": {"max_steps": 8, "batch_size": 4, "precision": "fp32"}}
 
 
 def before_the_end(run: Path, copy: Path) -> Path:

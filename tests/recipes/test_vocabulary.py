@@ -57,7 +57,7 @@ def config_for(base, folder, *overrides, rows=200):
     file.write_text(
         f"output_dir: {folder / 'run'}\nmodel: {{name: {base}}}\ndata: {{train: {data}, validation: {held_out}, max_length: 64}}\n"
         f"optimizer: {{name: adamw, lr: 2e-3}}\nscheduler: {{name: constant}}\nevaluation: {{samples: 0}}\n"
-        f"training: {{max_steps: 8, batch_size: 4, micro_batch_size: 2}}\n"
+        f"training: {{max_steps: 8, batch_size: 4, micro_batch_size: 2, precision: fp32}}\n"
     )
     return load_config(file, list(overrides))
 

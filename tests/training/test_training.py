@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune.checkpoint import CheckpointStore, load
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
@@ -51,6 +53,21 @@ def test_a_run_leaves_a_complete_folder(tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert tokenizer.decode(model.generation_config.eos_token_id) == "<|im_end|>"
+
+
+def test_bf16_products_follow_fp32_ones_in_one_process(tiny, tmp_path):
+    """Whatever precision an earlier run of the process had; weights, optimizer state and the exported model stay float32."""
+    found = []
+    for number, precision in enumerate(("fp32", "bf16", "fp32")):
+        train(tiny(output_dir=str(tmp_path / str(number)), training={"precision": precision}))
+        found.append(losses(tmp_path / str(number)))
+    assert found[2] == found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+    state = CheckpointStore(tmp_path / "1" / "checkpoints", keep=1).newest()
+    moments = load(state, "optimizer.pt")["state"].values()
+    assert {value.dtype for entry in moments for value in entry.values()} == {torch.float32}
+    exported = load_file(tmp_path / "1" / "model" / "model.safetensors")
+    assert {value.dtype for value in exported.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("packing", [True, False])
