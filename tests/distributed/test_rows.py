@@ -47,7 +47,11 @@ def lazy_tree(data: Path, output_dir: Path) -> dict[str, Any]:
 def tied_tree(data: Path, output_dir: Path) -> dict[str, Any]:
     """The same with a table that has a dense gradient."""
     tree = lazy_tree(data, output_dir)
-    return {**tree, "model": {"config": LLAMA, "tokenizer": {"vocab_size": 400}}, "training": {"max_steps": 8, "batch_size": 4, "precision": "fp32"}}
+    return {
+        **tree,
+        "model": {"config": LLAMA, "tokenizer": {"vocab_size": 400}},
+        "training": {"max_steps": 8, "batch_size": 4, "precision": "fp32"},
+    }
 
 
 def before_the_end(run: Path, copy: Path) -> Path:
