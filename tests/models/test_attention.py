@@ -1,4 +1,4 @@
-"""Attention example by example against one masked call for the whole batch."""
+"""Attention as products over examples against one masked call of torch's kernel for the whole batch."""
 
 import pytest
 import torch
@@ -16,57 +16,93 @@ def packed_batch():
     return ids, ids.masked_fill(positions == 0, -100), positions
 
 
-def loss_and_gradients(model, monkeypatch, call_cost):
-    """The loss, its gradients, and the shapes of the queries that reached the kernel."""
-    shapes = []
-    kernel = torch.nn.functional.scaled_dot_product_attention
-
-    def seen(query, *rest, **options):
-        shapes.append(tuple(query.shape[::2]))
-        return kernel(query, *rest, **options)
-
+def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
+    """The loss, its gradients, and how often our attention was called; `kernel`: torch's does all of it instead."""
+    calls = []
     language_model = LanguageModel(model)
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "CALL_COST", call_cost)
-        patch.setattr(attention, "scaled_dot_product_attention", seen)
-        loss = language_model(*packed_batch())
+        if kernel:
+            patch.setattr(attention, "_layout_of", lambda *_: None)
+        apply = attention._Attention.apply
+        patch.setattr(attention._Attention, "apply", lambda *given: calls.append(len(given[3].groups)) or apply(*given))
+        loss = language_model(*batch)
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-    return loss, gradients, shapes
+    return loss, gradients, calls
+
+
+def assert_same(model, batch, monkeypatch):
+    right, right_gradients, none = loss_and_gradients(model, batch, monkeypatch, kernel=True)
+    loss, gradients, calls = loss_and_gradients(model, batch, monkeypatch)
+    assert not none
+    assert len(calls) == model.config.get_text_config().num_hidden_layers
+    torch.testing.assert_close(loss, right, rtol=1e-6, atol=1e-5)
+    for mine, theirs in zip(gradients, right_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    return calls
 
 
 @pytest.mark.parametrize("kind", PACKABLE)
-def test_loss_and_gradients_are_those_of_one_masked_call(kind, make_model, monkeypatch):
-    model = make_model(kind)
-    whole, whole_gradients, no_shapes = loss_and_gradients(model, monkeypatch, 10**12)
-    each, gradients, shapes = loss_and_gradients(model, monkeypatch, 0)
-    layers = model.config.get_text_config().num_hidden_layers
-    assert not no_shapes
-    assert shapes == [(1, n) for row in LENGTHS for n in row] * layers
-    torch.testing.assert_close(each, whole, rtol=1e-6, atol=1e-5)
-    for mine, right in zip(gradients, whole_gradients, strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("queries", [256, 4])  # all queries of an example in one product, or a few at a time
+def test_loss_and_gradients_are_those_of_one_masked_call(kind, queries, make_model, monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    monkeypatch.setattr(attention, "MULTIPLE", 2)
+    calls = assert_same(make_model(kind), packed_batch(), monkeypatch)
+    assert calls[0] == 4  # groups, by their padded lengths: 14; 10 and 10; 6; 2 and 2
+
+
+@pytest.mark.parametrize("kind", PACKABLE)
+def test_rows_of_one_example_are_attended_to_in_the_same_way(kind, make_model, monkeypatch):
+    ids, labels, _ = packed_batch()
+    assert_same(make_model(kind), (ids, labels), monkeypatch)
 
 
 def test_a_window_shorter_than_an_example_still_holds(make_model, monkeypatch):
     model = make_model("gemma3")
     assert model.config.sliding_window < max(n for row in LENGTHS for n in row)
     assert "sliding_attention" in model.config.layer_types
-    whole, _, _ = loss_and_gradients(model, monkeypatch, 10**12)
-    each, _, _ = loss_and_gradients(model, monkeypatch, 0)
-    torch.testing.assert_close(each, whole, rtol=1e-6, atol=1e-5)
+    assert_same(model, packed_batch(), monkeypatch)
 
 
-def test_padded_rows_and_generation_go_the_usual_way(make_model, monkeypatch):
+def test_bf16_products_are_as_near_to_fp32_as_the_kernels(make_model, monkeypatch):
+    model, errors = make_model("llama"), {}
+    exact, exact_gradients, _ = loss_and_gradients(model, packed_batch(), monkeypatch)
+    for kernel in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, gradients, _ = loss_and_gradients(model, packed_batch(), monkeypatch, kernel=kernel)
+        pairs = zip([loss, *gradients], [exact, *exact_gradients], strict=True)
+        errors[kernel] = torch.stack([(mine.float() - right).norm() / right.norm() for mine, right in pairs])
+    assert (errors[True] > 0).all()
+    assert (errors[False] < 1.5 * errors[True] + 1e-3).all()
+
+
+def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_kept():
+    torch.manual_seed(0)
+    tokens = [torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    layout = attention._layout([4, 2], attention._causal(4), heads=2)
+
+    def attend(*tensors):
+        torch.manual_seed(1)
+        return attention._Attention.apply(*tensors, layout, 0.5, 0.3)
+
+    assert torch.autograd.gradcheck(attend, tokens, fast_mode=False)
+    value = torch.ones(400, 1, 1)
+    layout = attention._layout([1] * 400, attention._causal(1), heads=1)
+    kept = attention._Attention.apply(value, value, value, layout, 1.0, 0.3)
+    assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
+    assert 0.2 < (kept == 0).float().mean() < 0.4
+
+
+def test_what_is_no_row_of_examples_goes_to_the_kernel(make_model, monkeypatch):
+    """Padding on the left, and a step of generation with its cache."""
     model = make_model("llama")
-    ids, labels, _ = packed_batch()
-    language_model = LanguageModel(model)
-
-    def refuse(*_, **__):
-        raise AssertionError("rows that are not packed were taken apart")
-
-    monkeypatch.setattr(attention, "CALL_COST", 0)
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", refuse)
-    assert language_model(ids, labels).isfinite()
+    LanguageModel(model)
+    ids, _, _ = packed_batch()
+    calls = []
+    apply = attention._Attention.apply
+    monkeypatch.setattr(attention._Attention, "apply", lambda *given: calls.append(given[0].shape) or apply(*given))
     mask = torch.ones_like(ids)
+    mask[1, :6] = 0
     written = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert torch.equal(written[:, : ids.shape[1]], ids)
+    assert not calls
+    monkeypatch.setattr(attention, "_layout_of", lambda *_: None)
+    assert torch.equal(written, model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0))
