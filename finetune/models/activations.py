@@ -22,7 +22,9 @@ from transformers import PreTrainedModel, masking_utils
 
 from finetune.losses import FrozenRows, linear_cross_entropy
 from finetune.memory import StepMemory
+from finetune.models.attention import BY_EXAMPLE, attend_by_example
 from finetune.models.describe import inner_model
+from finetune.models.norms import fuse_norms
 from finetune.models.vocabulary import ActiveHead
 
 
@@ -72,6 +74,8 @@ class Rehearsal:
         self.model, self.device, self.autocast = skeleton, device, autocast
         self.num_sampled: int | None = None  # rows that stand for the frozen ones of an active vocabulary
         self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
+        attend_by_example(inner_model(skeleton))  # as `LanguageModel` does, and so the next
+        fuse_norms(inner_model(skeleton))
         self.mode = FakeTensorMode()
         with self.mode:
             _without_data(skeleton, device)
@@ -84,6 +88,7 @@ class Rehearsal:
         `accumulates`: the gradients of an earlier micro-batch are there already.
         """
         self.model.train()
+        packed = packed and inner_model(self.model).config._attn_implementation != BY_EXAMPLE  # which keeps the same for both
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
         with self.mode, live, _packing(packed):
             for _ in range(2 if accumulates else 1):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -80,7 +81,7 @@ def _layout_of(module: nn.Module, query: Tensor, mask: Tensor | None, options: d
     if options.get("position_bias") is not None or not getattr(module, "is_causal", True):
         return None
     rows, heads, length, _ = query.shape
-    if mask is None:
+    if mask is None or isinstance(mask, FakeTensor):  # tensors without data stand in for any: what is kept is the same
         causal = options.get("is_causal")
         return _layout([length] * rows, _causal(length), heads) if causal is None or causal else None
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
@@ -124,11 +125,11 @@ def _padded(length: int) -> int:
 
 
 def _group(lengths: Sequence[int], starts: Tensor) -> _Group:
-    size = len(lengths), _padded(max(lengths))
-    steps = torch.arange(size[1])
-    real = steps < torch.tensor(lengths)[:, None]
-    tokens = starts[:, None] + steps.where(real, 0)
-    return _Group(size, tokens.flatten(), None if real.all() else real.flatten().nonzero()[:, 0])
+    longest = _padded(max(lengths))
+    steps = torch.arange(longest)
+    tokens = starts[:, None] + steps.where(steps < torch.tensor(lengths)[:, None], 0)
+    slots = None if min(lengths) == longest else torch.cat([steps[:n] + i * longest for i, n in enumerate(lengths)])
+    return _Group((len(lengths), longest), tokens.flatten(), slots)
 
 
 def _causal(length: int) -> Tensor:

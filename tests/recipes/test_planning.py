@@ -15,6 +15,7 @@ from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.activations import LiveBytes, Rehearsal
+from finetune.models.language_model import LanguageModel
 from finetune.models.locate import resolve_name
 from finetune.models.skeleton import load_skeleton
 from finetune.recipes import planning
@@ -95,11 +96,17 @@ def test_a_lazy_untied_table_has_state_for_its_used_rows_only(tiny):
     assert dense.memory.optimizer_state == 8 * plan.model["parameters"]
 
 
+def as_trained(name):
+    """A model as the trainer has it, with our attention and norms."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]), attn_implementation="sdpa")
+    return LanguageModel(model).causal_lm.train()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_are_those_of_a_real_forward(name, packed):
     assert len(MODELS) == 5
-    real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]), attn_implementation="sdpa").train()
+    real = as_trained(name)
     ids = torch.arange(4 * 48).reshape(4, 48) % 256
     positions = torch.arange(24).repeat(4, 2) if packed else torch.arange(48).repeat(4, 1)
     saved = saved_bytes(real, lambda: real.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state)
@@ -109,7 +116,7 @@ def test_activations_are_those_of_a_real_forward(name, packed):
 
 
 def test_activations_under_autocast_are_those_of_a_real_forward():
-    real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS["llama"]), attn_implementation="sdpa").train()
+    real = as_trained("llama")
     ids = torch.arange(4 * 48).reshape(4, 48) % 256
 
     def forward():
@@ -132,7 +139,7 @@ def test_the_peak_is_that_of_a_real_step():
     found = rehearse(MODELS["llama"])
     from finetune.losses import linear_cross_entropy
 
-    real = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS["llama"]), attn_implementation="sdpa").train()
+    real = as_trained("llama")
     live = LiveBytes([*real.parameters(), *real.buffers()])
     with live:
         hidden = real.base_model(input_ids=torch.zeros(4, 48, dtype=torch.int64), use_cache=False).last_hidden_state
@@ -169,7 +176,8 @@ def test_a_run_that_does_not_fit_is_not_timed_and_told_what_to_change(tiny, caps
         raise AssertionError("a step was taken")
 
     monkeypatch.setattr(planning, "_time", timed)
-    plan = plan_run(make_config(tiny(optimizer={"name": "adamw"})), memory_limit=2**20)
+    tree = tiny(optimizer={"name": "adamw"}, evaluation={"batch_size": 1})
+    plan = plan_run(make_config(tree), memory_limit=2**20)
     assert plan.time is None
     assert not plan.fits
     changes = [change for change, _ in plan.advice]

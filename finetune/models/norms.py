@@ -1,0 +1,107 @@
+"""RMS normalisation (https://arxiv.org/abs/1910.07467) on a CPU in fewer passes over memory, keeping less for the backward.
+
+Floor 2. The modules of transformers are a handful of operators each, which keep the input, the normalised input and, under
+autocast, one narrow copy of the output for every linear layer that reads it: 14 bytes a number. Here the input alone is kept, and
+under autocast the output comes in its dtype, so that those layers share it: 6 bytes.
+"""
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def fuse_norms(model: nn.Module) -> None:
+    """Let the RMS norms of `model` compute as said above on a CPU, in place; results stay the same up to rounding.
+
+    A module is taken for one by its class's name, and is tried on random numbers first; where it does anything else, it stays.
+    """
+    tried: dict[type, bool | None] = {}
+    for module in model.modules():
+        cls: Any = type(module)
+        if cls.__name__.endswith("RMSNorm") and not isinstance(module, FusedRMSNorm):
+            if cls not in tried:
+                tried[cls] = _one_is_added(module)
+            if (added := tried[cls]) is not None:
+                module.__class__ = _fused_class(cls, added)
+
+
+class FusedRMSNorm(nn.Module):
+    """What sits before a norm's own class: x / sqrt(mean(x²) + eps) · weight, or · (1 + weight) where `one_is_added` (Gemma)."""
+
+    one_is_added: bool
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] to the same shape; float32 inside, and out in the dtype of x or of autocast."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            weight = 1 + self.weight if self.one_is_added else self.weight
+            return _RMSNorm.apply(x, weight, _epsilon(self), dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_exact(x))
+        inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        normal = x * inverse
+        of_weight = normal * grad
+        shares = torch.matmul(of_weight, weight.to(of_weight.dtype))[..., None].div_(x.shape[-1])
+        of_x = (grad * weight.to(of_weight.dtype)).addcmul_(normal, shares, value=-1).mul_(inverse)
+        return of_x.to(x.dtype), of_weight.flatten(0, -2).sum(0).to(weight.dtype), None, None
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _epsilon(module: Any) -> float:
+    return module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+
+
+@torch.no_grad()
+def _one_is_added(module: Any) -> bool | None:
+    """Which of the two formulas the class of `module` computes; None: neither. `module` may be without data."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.dim() != 1 or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
+    if not hasattr(module, "variance_epsilon") and not isinstance(getattr(module, "eps", None), float):
+        return None
+    probe = copy.deepcopy(module).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    probe.weight.copy_(torch.randn(len(weight), generator=generator))
+    x = 3 * torch.randn(4, len(weight), generator=generator, dtype=torch.float32)
+    theirs = probe(x)
+    for added in (False, True):
+        ours = _RMSNorm.apply(x, 1 + probe.weight if added else probe.weight, _epsilon(probe), x.dtype)
+        if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5):
+            return added
+    return None
+
+
+@functools.cache
+def _fused_class(cls: type, one_is_added: bool) -> Any:
+    return type(f"Fused{cls.__name__}", (FusedRMSNorm, cls), {"one_is_added": one_is_added, "__reduce_ex__": _reduce})
+
+
+def _reduce(norm: Any, protocol: Any) -> tuple:
+    # The class is made on the fly, so it is named by what it was made from.
+    return _instance, (type(norm).__mro__[2], norm.one_is_added), norm.__dict__
+
+
+def _instance(cls: type, one_is_added: bool) -> Any:
+    fused = _fused_class(cls, one_is_added)
+    return fused.__new__(fused)
