@@ -23,11 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finetune.buffers import buffer, converted
 from finetune.data.types import IGNORE_INDEX
 
-CHUNK_SIZE = 256
-"""Tokens per chunk. Each chunk reads and writes the whole V x d weight gradient, so that chunks under 128 cost time, and larger
-ones memory: 256 x V x 4 bytes are 50 MB for V = 49,152 and 268 MB for V = 262,144."""
+CHUNK_SIZES = (128, 256)
+"""Tokens per chunk, at least and at most. Each chunk reads and writes the whole V x d weight gradient, so that smaller ones cost
+time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144."""
+CHUNK_LOGITS = 2**24
+"""Logits in a chunk, where its size allows the choice."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def causal_lm_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "sum",
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the prediction made at each position with the label of the next.
 
@@ -89,9 +92,9 @@ def frozen_square_probabilities(
     total = torch.zeros(len(frozen.weight), device=weight.device)
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(weight, None, frozen, softcap, dtype)
-        for chunk in _chunks(len(predicting), CHUNK_SIZE):
-            probabilities = torch.softmax(_logits(hidden[chunk].to(dtype), head), 1)
-            total += probabilities[:, len(weight) :].square().sum(0)
+        for chunk in _chunks(len(predicting), None, head):
+            logits = _logits(hidden[chunk].to(dtype), head)
+            total += torch.softmax(logits, 1, out=logits)[:, len(weight) :].square_().sum(0)
     return total, len(predicting)
 
 
@@ -109,7 +112,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     frozen: FrozenRows | None = None,
     softcap: float | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Sum over N tokens of the cross-entropy of `hidden @ weight.T + bias` with `targets`; a float32 scalar.
 
@@ -134,7 +137,7 @@ def token_scores(
     bias: Tensor | None = None,
     frozen: FrozenRows | None = None,
     softcap: float | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Of each of N tokens the cross-entropy, and the probability that goes to `frozen` rows: [N, 2] float32, without gradients.
 
@@ -144,7 +147,7 @@ def token_scores(
     scores = hidden.new_zeros(len(targets), 2, dtype=_softmax_dtype(dtype))
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(weight, bias, frozen, softcap, dtype)
-        for chunk in _chunks(len(targets), chunk_size):
+        for chunk in _chunks(len(targets), chunk_size, head):
             logits = _logits(hidden[chunk].to(dtype), head)
             scores[chunk, 0] = F.cross_entropy(logits, targets[chunk], reduction="none")
             if head.frozen is not None:
@@ -173,13 +176,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=accumulate)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, bias, frozen, softcap, dtype)
-            for chunk in _chunks(len(targets), chunk_size):
+            for chunk in _chunks(len(targets), chunk_size, head):
                 states = hidden[chunk].to(dtype)
                 loss, grad = _loss_and_gradient(_logits(states, head), targets[chunk], head)
                 total += loss
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-                grad = grad.to(dtype)
+                grad = converted("products", grad, dtype)
                 trained = grad[:, : len(weight)]
                 if grad_hidden is not None:
                     product = trained @ head.weight
@@ -215,11 +218,17 @@ class _Head(NamedTuple):
     offset: Tensor | None
     softcap: float | None
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.weight) + (0 if self.frozen is None else len(self.frozen))
+
 
 def _head(weight: Tensor, bias: Tensor | None, frozen: FrozenRows | None, softcap: float | None, dtype: torch.dtype) -> _Head:
     assert bias is None or frozen is None
-    rows, offset = (None, None) if frozen is None else (frozen.weight.to(dtype), frozen.offset)
-    return _Head(weight.to(dtype), None if bias is None else bias.to(dtype), rows, offset, softcap)
+    trained, bias = converted("trained", weight, dtype), None if bias is None else bias.to(dtype)
+    if frozen is None:
+        return _Head(trained, bias, None, None, softcap)
+    return _Head(trained, bias, converted("frozen", frozen.weight, dtype), frozen.offset, softcap)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
@@ -245,15 +254,15 @@ def _slope(logits: Tensor, head: _Head) -> Tensor:
 
 
 def _logits(hidden: Tensor, head: _Head) -> Tensor:
-    """The logits of one chunk, [n, V], in float32 (float64 for float64)."""
-    if head.frozen is None:
-        logits = F.linear(hidden, head.weight, head.bias)
-    else:
-        trained = len(head.weight)
-        logits = hidden.new_empty(len(hidden), trained + len(head.frozen))
-        torch.mm(hidden, head.weight.t(), out=logits[:, :trained])
-        torch.mm(hidden, head.frozen.t(), out=logits[:, trained:])
-    logits = logits.to(_softmax_dtype(logits.dtype))
+    """The logits of one chunk, [n, V], in float32 (float64 for float64); the buffers of the next chunk's are the same."""
+    trained = len(head.weight)
+    products = buffer("products", (len(hidden), head.num_rows), hidden.dtype, hidden)
+    torch.mm(hidden, head.weight.t(), out=products[:, :trained])
+    if head.frozen is not None:
+        torch.mm(hidden, head.frozen.t(), out=products[:, trained:])
+    if head.bias is not None:
+        products += head.bias
+    logits = converted("logits", products, _softmax_dtype(hidden.dtype))
     if head.softcap is not None:
         logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits if head.offset is None else logits.add_(head.offset)
@@ -264,10 +273,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
-        total += left @ right
+        total += torch.mm(left, right, out=buffer("update", total.shape, left.dtype, left))
 
 
-def _chunks(length: int, size: int) -> list[slice]:
+def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:
+    if size is None:
+        size = min(max(CHUNK_LOGITS // head.num_rows, CHUNK_SIZES[0]), CHUNK_SIZES[1])
     assert size >= 1, size
     return [slice(start, start + size) for start in range(0, length, size)]
 

@@ -3,8 +3,6 @@
 Floor 1. `finetune.models.activations` measures what a step holds beside weights and optimizer state; here is the arithmetic.
 """
 
-import ctypes
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,6 @@ HOLES = {"cpu": 0.5, "cuda": 0.1}
 """Memory that the allocator holds and cannot use, as a share of the activations: they are freed one by one while gradients of other
 sizes come. For glibc's heap measured on SmolLM2-135M (seven runs, full and LoRA, packed and padded: 0.3 to 0.8); for CUDA an
 assumption."""
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -67,17 +63,6 @@ def add_up(
     if export:
         moments["export"] = standing + export
     return MemoryEstimate(baseline, weights, gradients, optimizer_state, step.activations, step.loss, moments)
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep the memory that tensors free, for the tensors of the next step; whether it could.
-
-    Left to itself it hands large pieces back to the system and fetches them again page by page, each filled with zeros: up to half
-    of the time of a large table's loss. Holds for the whole process; elsewhere than under glibc nothing happens.
-    https://www.gnu.org/software/libc/manual/html_node/Malloc-Tunable-Parameters.html
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:

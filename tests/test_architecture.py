@@ -14,6 +14,7 @@ FLOORS = {  # the longest matching prefix counts
     "run_dir": 0,
     "optim": 1,
     "losses": 1,
+    "buffers": 1,
     "memory": 1,
     "metrics": 1,
     "sampling": 1,

@@ -187,15 +187,15 @@ def test_a_batch_without_targets_has_zero_loss_and_zero_gradients():
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the largest number of elements that any operation returned."""
+    """Remembers the largest number of bytes that any operation returned."""
 
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
         return out
 
 
@@ -206,7 +206,31 @@ def test_the_logits_of_all_tokens_are_never_held(softcap):
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, targets, softcap=softcap, chunk_size=chunk_size).backward()
         token_scores(hidden, weight, targets, softcap=softcap, chunk_size=chunk_size)
-    assert 0 < largest.elements <= chunk_size * vocabulary < tokens * vocabulary
+    assert 0 < largest.bytes <= 4 * chunk_size * vocabulary < 4 * tokens * vocabulary
     with LargestTensor() as largest:
         plain(hidden, weight, targets, softcap=softcap).backward()
-    assert largest.elements == tokens * vocabulary  # the probe sees what it is there to see
+    assert largest.bytes == 4 * tokens * vocabulary  # the probe sees what it is there to see
+
+
+def test_the_memory_that_is_kept_carries_nothing_from_one_loss_to_the_next():
+    """Of other sizes and dtypes, in the first place under inference mode."""
+    from finetune import buffers
+
+    hidden, weight, _, targets = problem()
+    buffers._kept.__dict__.clear()
+    with torch.inference_mode():
+        token_scores(hidden, weight, targets)
+    for tokens, vocabulary, dtype in (
+        (37, 23, torch.float32),
+        (9, 90, torch.float64),
+        (50, 11, torch.float32),
+        (37, 23, torch.bfloat16),
+    ):
+        hidden, weight, _, targets = problem(tokens, vocabulary=vocabulary)
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        loss = linear_cross_entropy(*inputs, targets)
+        exact = plain(hidden.double(), weight.double(), targets)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
+        for mine, right in zip(gradients(loss, *inputs), gradients(exact, hidden, weight), strict=True):
+            torch.testing.assert_close(mine, right.to(dtype), rtol=tolerance, atol=5 * tolerance)

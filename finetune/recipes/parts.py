@@ -23,7 +23,6 @@ from finetune.data.stream import StreamingBatches
 from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError, did_you_mean
-from finetune.memory import keep_freed_memory
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
@@ -91,8 +90,6 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
             waiting_time(config),
         ],
     )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     display.enabled = display.enabled and accelerator.is_main_process
     settle_engine(accelerator, display)
     display.say(reason)
