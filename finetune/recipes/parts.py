@@ -113,6 +113,7 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     display.say(f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}")
     tokenizer = make_tokenizer(config.model, raw.texts())
     model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
+    start = model_fingerprint(model)  # before the optimizer's name has a say in which rows are kept apart
     format = make_format(config.data, tokenizer, raw.first_row)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     batches, statistics, sample = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator)
@@ -132,7 +133,8 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     if config.training.compile:
         compile_decoder(language_model)
     identity = {
-        "the model": model_fingerprint(model),
+        "the model": start,
+        "model.lora": str(config.model.lora),
         "the training data": batches.fingerprint,
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),

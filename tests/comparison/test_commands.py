@@ -13,7 +13,7 @@ import yaml
 
 from finetune.config import load_config
 from tests.cli.conftest import finetune
-from tests.conftest import LLAMA, conversation
+from tests.conftest import LLAMA, PYTHIA, conversation
 
 KILL_IN_THE_SECOND_REPORTED_RUN = """
 import os, signal
@@ -236,3 +236,14 @@ def test_a_run_that_diverges_is_counted(tmp_path, monkeypatch):
     assert "all 1 runs diverged" in result.err
     problem = json.loads(next(Path("runs/tune-c/runs/sgd").rglob("result.json")).read_text())["problem"]
     assert "training stopped at step" in problem
+
+
+@pytest.mark.parametrize(("model", "names"), [(LLAMA, "sgd,adamw"), (PYTHIA, "adamw,lazy_adamw")])
+def test_optimizers_that_keep_rows_apart_differently_begin_alike(tmp_path, monkeypatch, model, names):
+    """Adam's active rows share one more vector than those of SGD, and lazy_adamw leaves the input table whole."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, model={"config": model}, vocabulary={"mode": "active"}, training={"max_steps": 2}, evaluation={"every": 2})
+    compare = ("compare", "c.yaml", f"optimizer.name=[{names}]", "output_dir=out", "--trials", "1", "--seeds", "1")
+    result = finetune(*compare)
+    assert result.code == 0, result.err
+    assert {run["optimizer"] for run in comparison(tmp_path)["runs"]} == set(names.split(","))
