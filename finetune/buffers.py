@@ -30,6 +30,11 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype, like: Tensor) ->
     return memory[:size].view(dtype).view(shape)
 
 
+def release() -> None:
+    """Hand back what this thread keeps, where what comes next is smaller."""
+    _kept.__dict__.clear()
+
+
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`: itself, or a copy in the buffer of this name."""
     if tensor.dtype == dtype:

@@ -225,10 +225,9 @@ class _Head(NamedTuple):
 
 def _head(weight: Tensor, bias: Tensor | None, frozen: FrozenRows | None, softcap: float | None, dtype: torch.dtype) -> _Head:
     assert bias is None or frozen is None
-    trained, bias = converted("trained", weight, dtype), None if bias is None else bias.to(dtype)
-    if frozen is None:
-        return _Head(trained, bias, None, None, softcap)
-    return _Head(trained, bias, converted("frozen", frozen.weight, dtype), frozen.offset, softcap)
+    bias = None if bias is None else bias.to(dtype)
+    rows, offset = (None, None) if frozen is None else (frozen.weight.to(dtype), frozen.offset)
+    return _Head(weight.to(dtype), bias, rows, offset, softcap)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:

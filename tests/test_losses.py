@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune import buffers
 from finetune.data.types import IGNORE_INDEX
 from finetune.losses import FrozenRows, causal_lm_loss, linear_cross_entropy, token_scores
 
@@ -214,10 +215,8 @@ def test_the_logits_of_all_tokens_are_never_held(softcap):
 
 def test_the_memory_that_is_kept_carries_nothing_from_one_loss_to_the_next():
     """Of other sizes and dtypes, in the first place under inference mode."""
-    from finetune import buffers
-
     hidden, weight, _, targets = problem()
-    buffers._kept.__dict__.clear()
+    buffers.release()
     with torch.inference_mode():
         token_scores(hidden, weight, targets)
     for tokens, vocabulary, dtype in (

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from finetune.buffers import release
 from finetune.config import RunConfig
 from finetune.data.collate import collate
 from finetune.data.encode import EncodedDataset
@@ -153,6 +154,7 @@ class VocabularyKeeper:
         if plan.mode == "sampled":
             language_model.to(accelerator.device)
             weights = measure_frozen_rows(language_model, sample())
+            release()  # logits over the whole vocabulary; those of a step are few
             self.sampler = FrozenSampler(language_model, inclusion_chances(weights, config.vocabulary.num_sampled))
 
     def before_step(self, step: int, batch: StepBatch) -> None:
