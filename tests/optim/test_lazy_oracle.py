@@ -186,7 +186,8 @@ def test_rules_do_what_replaying_does(seed, steps, betas, eps, rates, weight_dec
     before = replayed[0].clone()
     ruled = catch_up(GaussRules(history, dtype=torch.float64, device=torch.device("cpu")), replayed, last_step)
     replay_(*replayed, last_step, history)
-    assert (ruled[0] - replayed[0]).abs().max() <= 1e-7 * (replayed[0] - before).abs().max() + 1e-14
+    # of the drift, 1e-6 at most: what ten nodes reach where beta2 is 0.9, the worst of these
+    assert (ruled[0] - replayed[0]).abs().max() <= 1e-6 * (replayed[0] - before).abs().max() + 1e-14
     for ours, theirs in zip(ruled[1:], replayed[1:]):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-30)
 
