@@ -2,10 +2,12 @@
 
     python scripts/bench_vocabulary.py --model DIR [--trl DIR] [--unrelated FILE] [--steps 200 --seeds 0,1,2 --lrs 1e-4,3e-4]
 
---model is a Hugging Face folder (SmolLM2-135M, Gemma-3-270M); --trl is where `pip install --no-deps --target DIR trl==1.16.0` put
-TRL. See contestants.py for who is compared and how. All contestants take their turn for one seed and learning rate, then for the
-next; each trains on the same number of tokens, and its model is then read over the full vocabulary: held-out loss, inside and
-outside the active tokens, probability that goes to inactive ones, loss on unrelated text, largest movement of an inactive row.
+--model is a Hugging Face folder (SmolLM2-135M, Gemma-3-270M; take Gemma's weights in bfloat16, as its makers publish them:
+`from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(...)` of a converted GGUF); --trl is where `pip install --no-deps
+--target DIR trl==1.16.0` put TRL. See contestants.py for who is compared and how. All contestants take their turn for one seed and
+learning rate, then for the next; each trains on the same number of tokens, and its model is then read over the full vocabulary:
+held-out loss, inside and outside the active tokens, probability that goes to inactive ones, loss on unrelated text, largest movement
+of an inactive row.
 
 Speed is the median over all steps but the first two; the spread is over rounds. "head" and "optimizer" are their shares of our
 steps. Prints a table for each learning rate, then one JSON line.
