@@ -6,8 +6,8 @@
 `from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(...)` of a converted GGUF); --trl is where `pip install --no-deps
 --target DIR trl==1.16.0` put TRL. See contestants.py for who is compared and how. All contestants take their turn for one seed and
 learning rate, then for the next; each trains on the same number of tokens, and its model is then read over the full vocabulary:
-held-out loss, inside and outside the active tokens, probability that goes to inactive ones, loss on unrelated text, largest movement
-of an inactive row.
+held-out loss, inside and outside the active tokens, probability that goes to inactive ones, loss on unrelated text, largest
+movement of an inactive row.
 
 Speed is the median over all steps but the first two; the spread is over rounds. "head" and "optimizer" are their shares of our
 steps. Prints a table for each learning rate, then one JSON line.
