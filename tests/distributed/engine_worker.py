@@ -18,6 +18,7 @@ from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes import engines, training
+from tests.distributed.processes import log_to
 
 FSDP2 = {  # what `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets
     "ACCELERATE_USE_FSDP": "true",
@@ -92,9 +93,7 @@ def go_on() -> None:
 def main(work: str, folder: Path, rank: int, num_processes: int, port: int) -> None:
     """`begin` or `go_on`, as process `rank` of so many."""
     os.chdir(folder)
-    with Path(f"{work}{rank}.log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    log_to(Path(f"{work}{rank}.log"))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), **FSDP2}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it

@@ -1,9 +1,15 @@
 """Processes of a test that talk to each other: forked from one server, which imports what they need once."""
 
+import faulthandler
 import multiprocessing
+import os
 import socket
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+TIME_LIMIT = 150  # seconds; the longest take 20 on an idle machine
 
 
 def run_forked(worker: ModuleType, arguments: list[tuple[Any, ...]]) -> list[int | None]:
@@ -13,13 +19,22 @@ def run_forked(worker: ModuleType, arguments: list[tuple[Any, ...]]) -> list[int
     processes = [context.Process(target=worker.main, args=own) for own in arguments]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + TIME_LIMIT + 20  # they end by themselves, see `log_to`
     try:
         for process in processes:
-            process.join(timeout=240)
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
     return [process.exitcode for process in processes]
+
+
+def log_to(path: Path) -> None:
+    """In a worker: write all that is printed there, and, where it hangs, what each of its threads is doing before it ends."""
+    with path.open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=2)
 
 
 def free_ports(count: int) -> list[int]:

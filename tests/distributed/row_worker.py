@@ -23,6 +23,7 @@ from finetune.display import Display
 from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.optim import LazyAdamW, clip_grad_norm_
 from finetune.recipes.training import run_training
+from tests.distributed.processes import log_to
 
 Digest = tuple[str, str]  # of all parameters, and of the optimizer's state
 
@@ -168,9 +169,7 @@ def run(tree: dict[str, Any], **options: Any) -> list[Digest]:
 
 def main(folder: Path, rank: int, num_processes: int, runs: list[Run], port: int) -> None:
     """Everything, as process `rank` of so many."""
-    with (folder / f"rank{rank}.log").open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    log_to(folder / f"rank{rank}.log")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     found: dict[str, Any] = {"digests": {}}
