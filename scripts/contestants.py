@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ground import CLIP, load_plain, our_trainer, read_data, read_model, shuffled
+from ground import CLIP, device, load_plain, our_trainer, peak_memory, read_data, read_model, shuffled
 from harness import CLOCKS, Stopwatch, add_arguments
 
 
@@ -34,7 +34,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     import finetune.models.language_model as language_model
     from finetune.models.vocabulary import deactivate_vocabulary
 
-    watch = Stopwatch(args.clock)
+    watch = Stopwatch(args.clock, peak_memory)
 
     def on_record(record: Any) -> None:
         watch.tokens.append(record["num_tokens"])
@@ -59,13 +59,13 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     _, train = read_data(args)
     ids = torch.tensor([token for i in shuffled(len(train), args.seed) for token in train[i].input_ids])
     rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
-    bf16 = resolve_precision("auto", "cpu")[0] == "bf16"
-    model = load_plain(args).train()
+    bf16 = resolve_precision("auto", device())[0] == "bf16"
+    rows, model = rows.to(device()), load_plain(args).to(device()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    watch = Stopwatch(args.clock)
+    watch = Stopwatch(args.clock, peak_memory)
     for step in range(args.steps):
         batch = rows[[(step * args.rows + row) % len(rows) for row in range(args.rows)]]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device(), torch.bfloat16, enabled=bf16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -105,9 +105,9 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         weight_decay=0.0,
         max_grad_norm=CLIP,
         optim="adamw_torch_fused",
-        bf16=resolve_precision("auto", "cpu")[0] == "bf16",
+        bf16=resolve_precision("auto", device())[0] == "bf16",
         gradient_checkpointing=False,
-        use_cpu=True,
+        use_cpu=device() == "cpu",
         dataloader_pin_memory=False,
         logging_strategy="no",
         save_strategy="no",
@@ -117,7 +117,7 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         dataset_kwargs=None,
         **options,
     )
-    watch = Stopwatch(args.clock)
+    watch = Stopwatch(args.clock, peak_memory)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -154,14 +154,15 @@ def run_peak(args: argparse.Namespace) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config)
     tables = {id(module.weight) for module in (model.get_input_embeddings(),)} - {id(model.get_output_embeddings().weight)}
     multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
-    dtype = torch.bfloat16 if resolve_precision("auto", "cpu")[0] == "bf16" else torch.float32
+    dtype = torch.bfloat16 if resolve_precision("auto", device())[0] == "bf16" else torch.float32
     tokens, width = args.rows * args.length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    a, b, out = (torch.randn(*shape, dtype=dtype) for shape in ((tokens, width), (inner, width), (tokens, inner)))
+    a, b, out = (torch.randn(*shape, dtype=dtype, device=device()) for shape in ((tokens, width), (inner, width), (tokens, inner)))
     best, clock = 0.0, CLOCKS[args.clock]
     for _ in range(40):
         started = clock()
         torch.mm(a, b.t(), out=out)
+        peak_memory()  # waits
         best = max(best, 2 * tokens * width * inner / (clock() - started))
     return {"flops": best, "dtype": str(dtype).removeprefix("torch."), "multiplied_parameters": multiplied}
 

@@ -1,12 +1,29 @@
 """What the contestants of a speed benchmark have in common: config, data, weights, and how a model is read afterwards."""
 
 import argparse
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 CLIP = 1.0
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def peak_memory() -> int:
+    """Bytes, so far: of the GPU, as its allocator counts them, or of the process. Waits until the GPU has done its work."""
+    import torch
+
+    if device() == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def has_template(model: Path) -> bool:
@@ -136,16 +153,16 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     ids = sorted(i for i in active_ids(tokenizer, [train, validation], ()) if i < len(base))
     inactive = torch.ones(len(base), dtype=torch.bool)
     inactive[ids] = False
-    moved = (model.get_input_embeddings().weight.detach() - base.detach())[inactive].abs().max()
+    moved = (model.get_input_embeddings().weight.detach().cpu() - base.detach())[inactive].abs().max()
     del base
     activate_vocabulary(model, ids)
-    wrapped = LanguageModel(model)
+    wrapped = LanguageModel(model.to(device()))
 
     def loss_on(dataset: Any, mask: Any) -> dict[str, float]:
         batches = EvaluationBatches(
             dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer), rank=0, num_processes=1
         )  # fmt: skip
-        return evaluate_loss(wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device("cpu")).as_dict()
+        return evaluate_loss(wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())).as_dict()
 
     found = loss_on(validation, inactive)
     found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)

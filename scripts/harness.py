@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,8 +19,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 class Stopwatch:
     """One entry a step: when it ended, and what was in it."""
 
-    def __init__(self, clock: str) -> None:
-        self.clock = CLOCKS[clock]
+    def __init__(self, clock: str, peak: Callable[[], int]) -> None:
+        self.clock, self.read_peak = CLOCKS[clock], peak
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.tokens: list[int] = []
@@ -31,7 +30,7 @@ class Stopwatch:
 
     def step(self, loss: float | None = None) -> None:
         self.ends.append(self.clock())
-        self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak = self.read_peak()
         if loss is not None:
             self.losses.append(loss)
 

@@ -116,7 +116,8 @@ def test_auto_is_one_process_without_a_gpu_and_no_launcher_starts_another(monkey
         number_of_processes("auto")
 
 
-def test_restarts_and_overwriting_exclude_each_other(folder):
+def test_restarts_and_overwriting_exclude_each_other(folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match="leave one of the two out"):
         launch_training(Path("c.yaml"), ["overwrite_output_dir=true"], processes="2", restarts=1)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from finetune.integrations.accelerate import clip_rows
@@ -23,6 +24,7 @@ class Model(nn.Module):
 
 def prepared(name="lazy_adamw", seed=0):
     torch.manual_seed(seed)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's may hold a GPU
     model, accelerator = Model(), Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, name, lr=0.05))
     return accelerator, model, optimizer

@@ -336,7 +336,9 @@ def test_the_result_is_that_of_torch(name, dtype, tolerance):
 @every_optimizer
 def test_accelerate_prepares_it(name):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's may hold a GPU
     plain, (model, optimizer) = make(name), make(name)
     model, prepared = Accelerator(cpu=True).prepare(model, optimizer)
     getattr(prepared, "train", lambda: None)()

@@ -1,0 +1,186 @@
+"""On a GPU: the optimizer, the loss and the packing against the same on a CPU, and whole runs of the command line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.losses import FrozenRows, linear_cross_entropy
+from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.vocabulary import activate_vocabulary
+from finetune.optim import LazyAdamW, clip_grad_norm_
+from tests.conftest import LLAMA, PYTHIA, conversation
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def steps_of_a_table(make_optimizer, *, device, dtype, num_steps=200):
+    """A table trained on Zipf ids with dense layers behind it, clipped, with a decaying rate; all of its rows at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).to(device, dtype)
+    optimizer = make_optimizer(model)
+    ids = (500 ** torch.rand(num_steps, 32, generator=torch.Generator().manual_seed(1))).long() - 1
+    for step, some in enumerate(ids.to(device)):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / num_steps)
+        (model(some) - torch.sin(some[:, None].to(dtype))).square().sum().backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.double().cpu() for name, value in model.state_dict().items()}
+
+
+def lazy(model):
+    return LazyAdamW(model.parameters(), embeddings=[model[0]], weight_decay=0.1)
+
+
+def test_lazy_adamw_is_dense_adamw():
+    oracle = steps_of_a_table(lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1), device="cpu", dtype=torch.float64)
+    found = steps_of_a_table(lazy, device="cuda", dtype=torch.float32)
+    dense = steps_of_a_table(lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1), device="cuda", dtype=torch.float32)
+    for name, right in oracle.items():
+        assert (found[name] - right).abs().max() <= 4 * (dense[name] - right).abs().max() + 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_lazy_step_never_waits_for_the_gpu():
+    table = nn.Embedding(1000, 32, device="cuda")
+    optimizer = LazyAdamW(table.parameters(), embeddings=[table])
+    ids = torch.randint(0, 1000, (20, 64), device="cuda")
+    for some in ids:
+        table(some).square().sum().backward()  # waits once, to learn how many rows there are
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_loss_in_chunks_is_plain_cross_entropy(softcap):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 64, device="cuda", generator=generator, requires_grad=True)
+    weight = torch.randn(1000, 64, device="cuda", generator=generator, requires_grad=True)
+    targets = torch.randint(0, 400, (300,), device="cuda", generator=generator)
+    logits = hidden @ weight.t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    right = F.cross_entropy(logits, targets, reduction="sum")
+    right_hidden, right_weight = torch.autograd.grad(right, (hidden, weight))
+    trained, frozen = weight[:400].detach().requires_grad_(), FrozenRows(weight[400:].detach())
+    found = linear_cross_entropy(hidden, trained, targets, frozen=frozen, softcap=softcap)
+    found_hidden, found_weight = torch.autograd.grad(found, (hidden, trained))
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found_hidden, right_hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_weight, right_weight[:400], rtol=1e-4, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        rough = linear_cross_entropy(hidden, trained, targets, frozen=frozen, softcap=softcap)
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, right, rtol=1e-2, atol=0.0)
+
+
+def test_the_loss_never_holds_all_logits():
+    hidden = torch.randn(8192, 64, device="cuda", requires_grad=True)
+    weight = torch.randn(100_000, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(0, 100_000, (8192,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert torch.cuda.max_memory_allocated() - before < 8192 * 100_000 * 4 / 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "gpt2"])
+def test_packed_examples_do_not_see_each_other(family):
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "n_embd": 64,
+        "n_head": 4,
+    }
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8} if family in ("llama", "gemma3_text") else {}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=97, **shape), attn_implementation="sdpa")
+    wrapped = LanguageModel(model.cuda().eval())
+    check_packing(wrapped)
+    ids = torch.randint(0, 97, (1, 20), device="cuda")
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 14)])[None].cuda()
+    together = wrapped(ids, ids.masked_fill(positions == 0, -100), positions)
+    apart = sum(wrapped(part, part) for part in ids.split((5, 1, 14), dim=1))
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
+
+
+def test_an_active_vocabulary_gives_the_loss_and_gradients_of_the_full_one():
+    def loss_and_gradient(active):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=97)).cuda()
+        if active:
+            activate_vocabulary(model, active)
+        ids = torch.tensor([[1, 5, 8, 1, 13, 2]], device="cuda")
+        loss = LanguageModel(model)(ids, ids)
+        loss.backward()
+        return loss.detach(), model.get_input_embeddings().weight.grad
+
+    active = [1, 2, 5, 8, 13]
+    loss, gradient = loss_and_gradient(None)
+    found, found_gradient = loss_and_gradient(active)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_gradient, gradient[active], rtol=1e-4, atol=1e-5)
+
+
+RUNS = {
+    "lazy": {"model": {"config": {**PYTHIA, "hidden_dropout": 0.0}}, "optimizer": {"name": "lazy_adamw", "lr": 3e-3}},
+    "active": {"vocabulary": {"mode": "active"}},
+    "sampled": {"vocabulary": {"mode": "sampled", "num_sampled": 40}},
+    "lora, padded": {"model": {"lora": {"rank": 4}}, "data": {"packing": False}},
+    "checkpointed": {"training": {"activation_checkpointing": True}},
+}
+
+
+def finetune(*arguments, cwd, **environment):
+    command = [sys.executable, "-m", "finetune", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_is_that_of_a_cpu(kind, tmp_path):
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    tree = {
+        "model": {"config": LLAMA, "tokenizer": {"vocab_size": 400}},
+        "data": {"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 96},
+        "optimizer": {"name": "adamw", "lr": 3e-3},
+        "training": {"max_steps": 8, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
+        "evaluation": {"every": 4, "samples": 1, "generate": 2},
+        "generation": {"max_new_tokens": 4},
+        "checkpoint": {"every": 4},
+    }
+    for section, values in RUNS[kind].items():
+        tree[section] = {**tree.get(section, {}), **values}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    losses = {}
+    for name, options in {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {}}.items():
+        ran = finetune("train", "c.yaml", f"output_dir={name}", cwd=tmp_path, **options)
+        assert ran.returncode == 0, ran.stderr
+        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [record["loss"] for record in records if "loss" in record]
+    assert len(losses["cuda"]) == 8
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3)
+    assert finetune("evaluate", "cuda", cwd=tmp_path).returncode == 0
+    bf16 = finetune("train", "c.yaml", "output_dir=bf16", "training.precision=bf16", cwd=tmp_path)
+    assert bf16.returncode == 0, bf16.stderr
