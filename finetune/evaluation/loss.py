@@ -67,6 +67,7 @@ def evaluate_loss(
     is called after the n-th batch. Raises UserError if there is no target token.
     """
     sums = torch.zeros(6, dtype=torch.float64)
+    inactive = None if inactive is None else inactive.to(device)
     with evaluating(loss_module), torch.inference_mode():
         for number, batch in enumerate(batches, start=1):
             tensors = cast(dict[str, torch.Tensor], batch)

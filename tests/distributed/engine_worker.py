@@ -95,6 +95,6 @@ def main(work: str, folder: Path, rank: int, num_processes: int, port: int) -> N
     os.chdir(folder)
     log_to(Path(f"{work}{rank}.log"))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), **FSDP2}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it
     {"begin": begin, "go_on": go_on}[work]()

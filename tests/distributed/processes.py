@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 TIME_LIMIT = 150  # seconds; the longest take 20 on an idle machine
 
@@ -17,8 +18,9 @@ def run_forked(worker: ModuleType, arguments: list[tuple[Any, ...]]) -> list[int
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([worker.__name__])
     processes = [context.Process(target=worker.main, args=own) for own in arguments]
-    for process in processes:
-        process.start()
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # gloo's processes, whatever GPUs there are
+        for process in processes:
+            process.start()
     deadline = time.monotonic() + TIME_LIMIT + 20  # they end by themselves, see `log_to`
     try:
         for process in processes:

@@ -171,7 +171,7 @@ def main(folder: Path, rank: int, num_processes: int, runs: list[Run], port: int
     """Everything, as process `rank` of so many."""
     log_to(folder / f"rank{rank}.log")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     found: dict[str, Any] = {"digests": {}}
     for one in runs:
         os.environ["MASTER_PORT"] = str(one.port)  # the end of a run takes the process group down
