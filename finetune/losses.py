@@ -31,6 +31,8 @@ CHUNK_SIZES = (128, 256)
 time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144."""
 CHUNK_LOGITS = 2**24
 """Logits in a chunk, where its size allows the choice."""
+MULTIPLE = 64
+"""bfloat16 chunks are padded to a multiple of this, since oneDNN keeps 2 MB of code for each shape of a product that it meets."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def frozen_square_probabilities(
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(weight, None, frozen, softcap, dtype)
         for chunk in _chunks(len(predicting), None, head):
-            logits = _logits(hidden[chunk].to(dtype), head)
-            total += torch.softmax(logits, 1, out=logits)[:, len(weight) :].square_().sum(0)
+            logits = _logits(_padded(hidden[chunk].to(dtype)), head)
+            total += torch.softmax(logits, 1, out=logits)[: len(hidden[chunk]), len(weight) :].square_().sum(0)
     return total, len(predicting)
 
 
@@ -148,7 +150,7 @@ def token_scores(
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(weight, bias, frozen, softcap, dtype)
         for chunk in _chunks(len(targets), chunk_size, head):
-            logits = _logits(hidden[chunk].to(dtype), head)
+            logits = _logits(_padded(hidden[chunk].to(dtype)), head)[: len(targets[chunk])]
             scores[chunk, 0] = F.cross_entropy(logits, targets[chunk], reduction="none")
             if head.frozen is not None:
                 scores[chunk, 1] = torch.exp(logits[:, len(weight) :].logsumexp(1) - logits.logsumexp(1))
@@ -177,7 +179,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, bias, frozen, softcap, dtype)
             for chunk in _chunks(len(targets), chunk_size, head):
-                states = hidden[chunk].to(dtype)
+                states = _padded(hidden[chunk].to(dtype))
                 loss, grad = _loss_and_gradient(_logits(states, head), targets[chunk], head)
                 total += loss
                 if grad_bias is not None:
@@ -186,7 +188,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 trained = grad[:, : len(weight)]
                 if grad_hidden is not None:
                     product = trained @ head.weight
-                    grad_hidden[chunk] = product if head.frozen is None else product.addmm_(grad[:, len(weight) :], head.frozen)
+                    product = product if head.frozen is None else product.addmm_(grad[:, len(weight) :], head.frozen)
+                    grad_hidden[chunk] = product[: len(targets[chunk])]
                 if grad_weight is not None:
                     _add_product(grad_weight, trained.t(), states)
         ctx.gradients = (
@@ -231,8 +234,9 @@ def _head(weight: Tensor, bias: Tensor | None, frozen: FrozenRows | None, softca
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
-    """The summed loss of one chunk and its gradient with respect to the logits before the soft cap, [n, V]. Overwrites `logits`."""
-    targets = targets[:, None]
+    """The summed loss of one chunk and its gradient with respect to the logits before the soft cap, [n, V] as the logits, which it
+    overwrites; there may be fewer targets than n: the rest is padding."""
+    whole, logits, targets = logits, logits[: len(targets)], targets[:, None]
     target_logits = logits.gather(1, targets)
     top, argmax = logits.max(1, keepdim=True)
     slope = None if head.softcap is None else _slope(logits, head)
@@ -240,7 +244,10 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Te
     # log-sum-exp from the largest probability, which is at least 1 / V: one pass over the logits less than taking it apart.
     loss = (top - probabilities.gather(1, argmax).log() - target_logits).sum()
     gradient = probabilities.scatter_add_(1, targets, -torch.ones_like(target_logits))
-    return loss, gradient if slope is None else gradient.mul_(slope)
+    if slope is not None:
+        gradient.mul_(slope)
+    whole[len(targets) :] = 0
+    return loss, whole
 
 
 def _slope(logits: Tensor, head: _Head) -> Tensor:
@@ -280,6 +287,12 @@ def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:
         size = min(max(CHUNK_LOGITS // head.num_rows, CHUNK_SIZES[0]), CHUNK_SIZES[1])
     assert size >= 1, size
     return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _padded(states: Tensor) -> Tensor:
+    """States [n, d] of a chunk, in the dtype of the products, with rows of zeros at the end."""
+    missing = -len(states) % MULTIPLE if states.dtype == torch.bfloat16 and states.device.type == "cpu" else 0
+    return F.pad(states, (0, 0, 0, missing)) if missing else states
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

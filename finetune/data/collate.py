@@ -11,15 +11,27 @@ import torch
 
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 
+MULTIPLE = 8
+"""Rows have lengths that are multiples of this: matrix units like them, and oneDNN keeps 2 MB of code for each shape it meets."""
 
-def collate(rows: Sequence[Sequence[Example]], *, pad_id: int, packed: bool, pad_to_multiple_of: int = 1) -> Batch:
-    """Rows of examples as tensors of shape [rows, length], the length of the longest row rounded up to `pad_to_multiple_of`.
 
-    No rows give one row of one padding token without a target.
+def collate(
+    rows: Sequence[Sequence[Example]],
+    *,
+    pad_id: int,
+    packed: bool,
+    max_length: int | None = None,
+    pad_to_multiple_of: int = MULTIPLE,
+) -> Batch:
+    """Rows of examples as tensors of shape [rows, length], the length of the longest row rounded up to `pad_to_multiple_of`, but
+    not beyond `max_length`, where a model may have no positions left.
+
+    No rows give one row of padding tokens without a target.
     """
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
     longest = max([1, *(sum(map(len, row)) for row in rows)])
-    shape = (max(1, len(rows)), -(-longest // pad_to_multiple_of) * pad_to_multiple_of)
+    rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (max(1, len(rows)), rounded if max_length is None else max(longest, min(rounded, max_length)))
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
     position_ids = torch.arange(shape[1]).repeat(shape[0], 1)

@@ -35,7 +35,6 @@ class TrainingBatches:
         seed: int,
         rank: int,
         num_processes: int,
-        pad_to_multiple_of: int = 1,
     ) -> None:
         self.dataset = dataset
         self.max_length = max_length
@@ -46,7 +45,6 @@ class TrainingBatches:
         self.seed = seed
         self.rank = rank
         self.num_processes = num_processes
-        self.pad_to_multiple_of = pad_to_multiple_of
         self._lengths = dataset.lengths
         self._place = (0, 0)
         self.num_rows = len(self._plan(0))  # the same in every epoch: it depends on the lengths alone
@@ -110,7 +108,7 @@ class TrainingBatches:
             [[self.dataset[i] for i in row] for row in rows],
             pad_id=self.pad_id,
             packed=self.packing,
-            pad_to_multiple_of=self.pad_to_multiple_of,
+            max_length=self.max_length,
         )
 
 
@@ -130,12 +128,11 @@ class EvaluationBatches:
         pad_id: int,
         rank: int,
         num_processes: int,
-        pad_to_multiple_of: int = 1,
     ) -> None:
         self.dataset = dataset
+        self.max_length = max_length
         self.packing = packing
         self.pad_id = pad_id
-        self.pad_to_multiple_of = pad_to_multiple_of
         lengths = dataset.lengths
         rows = pack(lengths, max_length) if packing else [[i] for i in range(len(lengths))]
         rows.sort(key=lambda row: sum(lengths[i] for i in row), reverse=True)
@@ -151,7 +148,7 @@ class EvaluationBatches:
                 [[self.dataset[i] for i in row] for row in rows],
                 pad_id=self.pad_id,
                 packed=self.packing,
-                pad_to_multiple_of=self.pad_to_multiple_of,
+                max_length=self.max_length,
             )
 
 

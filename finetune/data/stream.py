@@ -59,7 +59,6 @@ class StreamingBatches:
         seed: int,
         rank: int,
         num_processes: int,
-        pad_to_multiple_of: int = 1,
     ) -> None:
         self.rows = rows
         self.encoder = encoder
@@ -70,7 +69,6 @@ class StreamingBatches:
         self.pad_id = pad_id
         self.rank = rank
         self.num_processes = num_processes
-        self.pad_to_multiple_of = pad_to_multiple_of
         self._generator = torch.Generator().manual_seed(seed)
         self._buffer: list[Example] = []
         self._window: list[Example] = []
@@ -173,7 +171,7 @@ class StreamingBatches:
                     [rows[i] for i in part],
                     pad_id=self.pad_id,
                     packed=self.packing,
-                    pad_to_multiple_of=self.pad_to_multiple_of,
+                    max_length=self.encoder.max_length,
                 )
                 for part in parts
             ],

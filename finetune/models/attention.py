@@ -29,8 +29,9 @@ QUERIES = 256
 """Queries of an example in one product; they see the keys up to the last of them, so half of a long example is left out."""
 SCORES = 2**21
 """The most scores in one product: what stays in the caches between product and softmax."""
-MULTIPLE = 16
-"""Lengths are padded to a multiple of this, for the vector instructions."""
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256)
+"""What the lengths of examples are padded to, above that to a multiple of 128. Few shapes: oneDNN makes and keeps 2 MB of code for
+each shape of a product that it meets."""
 ALIKE = 0.75
 """An example joins a group whose longest it has at least this share of: padding costs less than one more product."""
 
@@ -117,11 +118,19 @@ def _layout(lengths: Sequence[int], seen: Tensor, heads: int) -> _Layout:
             groups.append([i])
     bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(1)  # what padding sees does not count, but it must see something
     bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
-    return _Layout([_group([lengths[i] for i in group], starts[group]) for group in groups], bias)
+    return _Layout([_group([lengths[i] for i in part], starts[part]) for group in groups for part in _cut(group)], bias)
 
 
 def _padded(length: int) -> int:
-    return -(-length // MULTIPLE) * MULTIPLE
+    return next((padded for padded in LENGTHS if padded >= length), -(-length // 128) * 128)
+
+
+def _cut(group: list[int]) -> Iterator[list[int]]:
+    """A group in parts of one, two, four ... examples."""
+    while group:
+        size = 1 << (len(group).bit_length() - 1)
+        yield group[:size]
+        group = group[size:]
 
 
 def _group(lengths: Sequence[int], starts: Tensor) -> _Group:

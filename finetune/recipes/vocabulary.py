@@ -131,7 +131,7 @@ def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> It
             return
         chosen = order[start : start + rows]
         count += sum(dataset.target_counts[i] for i in chosen)
-        yield collate([[dataset[i]] for i in chosen], pad_id=pad_id, packed=False)
+        yield collate([[dataset[i]] for i in chosen], pad_id=pad_id, packed=False, pad_to_multiple_of=1)
 
 
 class VocabularyKeeper:

@@ -13,7 +13,7 @@ def example(*ids: int) -> Example:
 
 
 def test_padded_rows_by_hand() -> None:
-    batch = collate([[example(5, 6, 7)], [example(8, 9)]], pad_id=0, packed=False)
+    batch = collate([[example(5, 6, 7)], [example(8, 9)]], pad_id=0, packed=False, pad_to_multiple_of=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert "position_ids" not in batch
@@ -27,11 +27,18 @@ def test_packed_rows_by_hand() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
 
 
+def test_padding_ends_where_a_model_may_have_no_position_left() -> None:
+    rows = [[example(*range(1, 10))]]
+    assert collate(rows, pad_id=0, packed=False)["input_ids"].shape == (1, 16)
+    assert collate(rows, pad_id=0, packed=False, max_length=12)["input_ids"].shape == (1, 12)
+    assert collate(rows, pad_id=0, packed=False, max_length=9)["input_ids"].shape == (1, 9)
+
+
 def test_no_rows_give_a_batch_without_a_target() -> None:
     for packed in (False, True):
         batch = collate([], pad_id=3, packed=packed)
-        assert batch["input_ids"].tolist() == [[3]]
-        assert batch["labels"].tolist() == [[IGNORE_INDEX]]
+        assert batch["input_ids"].tolist() == [[3] * 8]
+        assert batch["labels"].tolist() == [[IGNORE_INDEX] * 8]
         assert ("position_ids" in batch) == packed
 
 

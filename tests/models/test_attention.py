@@ -45,7 +45,7 @@ def assert_same(model, batch, monkeypatch):
 @pytest.mark.parametrize("queries", [256, 4])  # all queries of an example in one product, or a few at a time
 def test_loss_and_gradients_are_those_of_one_masked_call(kind, queries, make_model, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", queries)
-    monkeypatch.setattr(attention, "MULTIPLE", 2)
+    monkeypatch.setattr(attention, "LENGTHS", range(2, 20, 2))
     calls = assert_same(make_model(kind), packed_batch(), monkeypatch)
     assert calls[0] == 4  # groups, by their padded lengths: 14; 10 and 10; 6; 2 and 2
 
@@ -90,6 +90,18 @@ def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_
     kept = attention._Attention.apply(value, value, value, layout, 1.0, 0.3)
     assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
     assert 0.2 < (kept == 0).float().mean() < 0.4
+
+
+def test_the_shapes_of_the_products_are_few():
+    """A library that keeps code for each shape it meets would otherwise grow with every step."""
+    generator, sizes = torch.Generator().manual_seed(0), set()
+    for _ in range(200):
+        lengths = torch.randint(1, 257, (30,), generator=generator).tolist()
+        groups = attention._layout(lengths, attention._causal(256), heads=4).groups
+        tokens = torch.cat([group.tokens if group.slots is None else group.tokens[group.slots] for group in groups])
+        assert sorted(tokens.tolist()) == list(range(sum(lengths)))
+        sizes |= {group.size for group in groups}
+    assert len(sizes) <= 30
 
 
 def test_what_is_no_row_of_examples_goes_to_the_kernel(make_model, monkeypatch):
