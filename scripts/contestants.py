@@ -1,7 +1,7 @@
 """What the speed benchmarks compare: this project, a bare PyTorch loop, and TRL's SFTTrainer, each the main function of a process.
 
-All of them get the same weights, the same shipped conversations, AdamW (fused, no decay), clipping at 1.0, and bf16 only where
-`finetune.models.precision` says that the chip multiplies it:
+All of them get the same weights, the same examples (the shipped conversations, where no others are given), AdamW (fused, no decay),
+clipping at 1.0, and bf16 only where `finetune.models.precision` says that the chip multiplies it:
 
 - finetune      the recipes' own parts and Trainer, packed rows, examples isolated from each other, loss on the assistant's turns;
                 `finetune:MODE` with that vocabulary.mode, `finetune` alone with the default

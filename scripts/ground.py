@@ -40,9 +40,8 @@ def our_config(args: argparse.Namespace) -> Any:
             "model": {"name": str(args.model), "chat_template": None if has_template(args.model) else "chatml"},
             "vocabulary": {"mode": args.worker.partition(":")[2] or "auto", "num_sampled": args.num_sampled},
             "data": {
-                "train": "package:chat.en.train",
-                "validation": "package:chat.en.test",
-                "format": "chat",
+                "train": str(args.train or "package:chat.en.train"),
+                "validation": str(args.validation or "package:chat.en.test"),
                 "max_length": args.length,
                 "max_validation_rows": args.held_out,
             },

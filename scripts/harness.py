@@ -78,18 +78,22 @@ def in_process(args: argparse.Namespace, name: str, rows: int, length: int, **ch
         return json.loads(out.read_text())
 
 
-COMMON = ("model", "trl", "unrelated", "steps", "seed", "lr", "held_out", "threads", "clock", "num_sampled")
+COMMON = ("model", "trl", "train", "validation", "unrelated", "steps", "seed", "lr", "held_out", "threads", "clock", "num_sampled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of whole steps takes."""
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--trl", type=Path, help="the folder that TRL was installed into; without it TRL is left out")
+    parser.add_argument(
+        "--train", type=Path, help="a file to train on, in a format that `finetune` reads; default: the shipped chat"
+    )
+    parser.add_argument("--validation", type=Path, help="the held-out file that goes with it")
     parser.add_argument("--unrelated", type=Path, help="a .txt or .jsonl file of another kind, to see what is forgotten")
     parser.add_argument("--steps", type=int, default=7, help="optimizer steps a contestant and round")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the data")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--held-out", type=int, default=40, help="held-out conversations")
+    parser.add_argument("--held-out", type=int, default=40, help="held-out examples")
     parser.add_argument("--threads", type=int, help="of torch, default: its own choice")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, for a busy machine")
     parser.add_argument("--num-sampled", type=int, default=4096, help="frozen rows in a sample")
@@ -102,6 +106,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     known = {"finetune", "bare", "untrained", *TRL_MODES, *(f"finetune:{mode}" for mode in MODES)}
     if unknown := set(args.contestants) - known:
         parser.error(f"unknown contestants: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+    if (args.train is None) != (args.validation is None):
+        parser.error("--train and --validation go together")
     if args.trl is None and set(args.contestants) & set(TRL_MODES):
         parser.error("TRL's contestants need --trl")
 
