@@ -85,9 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of whole steps takes."""
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--trl", type=Path, help="the folder that TRL was installed into; without it TRL is left out")
-    parser.add_argument(
-        "--train", type=Path, help="a file to train on, in a format that `finetune` reads; default: the shipped chat"
-    )
+    parser.add_argument("--train", type=Path, help="a file to train on, in a format that `finetune` reads; default: shipped chat")
     parser.add_argument("--validation", type=Path, help="the held-out file that goes with it")
     parser.add_argument("--unrelated", type=Path, help="a .txt or .jsonl file of another kind, to see what is forgotten")
     parser.add_argument("--steps", type=int, default=7, help="optimizer steps a contestant and round")

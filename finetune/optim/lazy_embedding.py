@@ -41,6 +41,7 @@ class _Rows(torch.autograd.Function):
             kept = rows != ctx.padding_idx
             rows, values = rows[kept], values[kept]
         sparse = torch.sparse_coo_tensor(rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False)
+        ctx.kept = sparse  # autograd copies what somebody else holds; the rest it takes over without the mark that it is coalesced
         return sparse, None, None, None, None
 
 

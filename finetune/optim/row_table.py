@@ -239,7 +239,7 @@ class RowTable:
         slots = torch.where(fresh, self.used - 1 + fresh.cumsum(0), slots)
         self.slot_of_row[rows] = slots.int()
         self.row_of_slot[slots] = rows
-        self.last_step[slots] = self.last_step[slots].where(~fresh, self.history.since)
+        self.last_step[slots] = self.last_step[slots].masked_fill_(fresh, self.history.since)  # a `where` would wait for a GPU
         if self.master is not None:
             self.master[slots] = torch.where(fresh[:, None], weight[rows].float(), self.master[slots])
         self.used += fresh.sum()

@@ -470,3 +470,17 @@ def test_a_read_in_inference_mode_leaves_nothing_behind_that_training_trips_over
         with torch.inference_mode():
             embedding(torch.arange(20))
     assert embedding(torch.arange(20)).isfinite().all()
+
+
+def test_gradients_of_lookups_arrive_coalesced():
+    """Once rows lag behind: to add up rows that are there twice, a step on a GPU would have to wait for it."""
+    module = nn.Embedding(50, 4)
+    optimizer = LazyAdamW(module.parameters(), embeddings=[module])
+    module(torch.tensor([3, 1, 3])).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for used in ([1, 3], [1, 3, 7]):
+        module(torch.tensor([7, 3, 3] if len(used) == 3 else [3, 1, 3])).sum().backward()
+        assert module.weight.grad.is_coalesced()
+        assert module.weight.grad.indices().tolist() == [used]
+    assert module.weight.grad.values()[:, 0].tolist() == [1.0, 4.0, 1.0]
