@@ -121,7 +121,10 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     plan_run(load_config(config, overrides or ()))
 
 
-Trials = Annotated[int, typer.Option(min=1, help="Learning rates to try, half a decade apart; more if the best is at an end.")]
+Trials = Annotated[
+    int,
+    typer.Option(min=1, help="Learning rates to try, half a decade apart; of 3 or more, others too where the best is at an end."),
+]
 Budget = Annotated[
     int | None, typer.Option(min=1, help="Optimizer steps of each run.  [default: training.max_steps]", show_default=False)
 ]
@@ -147,7 +150,10 @@ def compare(
 
 @app.command()
 def tune(config: Config, overrides: Overrides = None, trials: Trials = 5, budget: Budget = None) -> None:
-    """Search the learning rate and the weight decay of CONFIG's optimizer and write best.yaml."""
+    """Search the learning rate and the weight decay of CONFIG's optimizer and write best.yaml.
+
+    Each weight decay (optimizer.weight_decay=[...], default 0, 0.01 and 0.1) is tried with as many learning rates as --trials says.
+    """
     from finetune.recipes.tuning import tune_optimizer
 
     if tune_optimizer(config, overrides or (), trials=trials, budget=budget) == "signal":
@@ -160,7 +166,7 @@ def evaluate(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="What to evaluate on; for a run, its own config.", show_default=False)] = None,
 ) -> None:
-    """Held-out loss, perplexity and bits per byte; chrF and BLEU for translation. Prints JSON."""
+    """Loss, perplexity, bits per byte on data.test (else on the held-out rows); for translation chrF and BLEU. Prints JSON."""
     from finetune.recipes.reading import evaluate_target
 
     evaluate_target(target, config=config, overrides=overrides or ())
@@ -175,6 +181,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands instead of answering it in the chat template.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line: prompt and answer.")] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -182,14 +189,19 @@ def generate(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
 ) -> None:
-    """Answer prompts, in batches."""
+    """Answer prompts, in batches; where several are given, each answer under its prompt."""
+    import json
+
     from finetune.recipes.reading import generate_answers
 
     settings = _given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
     )
-    for answer in generate_answers(target, prompt or [], raw=raw, seed=seed, settings=settings):
-        typer.echo(answer)
+    for asked, answer in generate_answers(target, prompt or [], raw=raw, seed=seed, settings=settings):
+        if as_json:
+            typer.echo(json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=False))
+        else:
+            typer.echo(f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer)
 
 
 @app.command()

@@ -24,11 +24,19 @@ ROLES = {
     "model": "assistant",
 }
 
+SHAPES: dict[str, list[str]] = {
+    "messages": ["messages"],
+    "conversations": ["conversations"],
+    "prompt": ["prompt", "completion"],
+    "instruction": ["instruction", "output"],
+}
+"""Shape -> the columns it needs."""
+
 
 class ChatFormat:
     """Rows to conversations to examples.
 
-    `shape`: "messages", "conversations", "prompt" or "instruction" (see `finetune.data.detect`).
+    `shape`: one of SHAPES, that of rows whose columns fit several or none; each row is otherwise read in the shape that it has.
     `columns`: what this format calls a column -> what the data calls it.
     `targets`: "assistant" (the assistant's turns with their end mark) or "all".
     `system_prompt`: put before conversations that have no system message.
@@ -43,17 +51,23 @@ class ChatFormat:
         self.columns = columns
         self.targets = targets
         self.system_prompt = system_prompt
-        self._read = _SHAPES[shape]
+        self.shape = shape
 
     def messages(self, row: Row) -> list[Message]:
         """The row's conversation up to its last assistant turn (what follows it teaches nothing), checked."""
-        messages = self._read(row, self.columns)
+        messages = _READERS[self._shape_of(row)](row, self.columns)
         _check_order(messages)
         while messages[-1]["role"] != "assistant":
             messages.pop()
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return messages
+
+    def _shape_of(self, row: Row) -> str:
+        """Sources may differ in it, and so may the rows of a JSON file, where columns of other rows are then None."""
+        there = {name for name, value in row.items() if value is not None}
+        fitting = [shape for shape, needed in SHAPES.items() if all(self.columns.get(name, name) in there for name in needed)]
+        return self.shape if self.shape in fitting or not fitting else fitting[0]
 
     def examples(self, row: Row) -> list[Example]:
         return self.template.examples(self.messages(row), targets=self.targets)
@@ -122,7 +136,7 @@ def _from_instruction(row: Row, columns: Mapping[str, str]) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": text_column(row, "output", columns)}]
 
 
-_SHAPES: dict[str, Callable[[Row, Mapping[str, str]], list[Message]]] = {
+_READERS: dict[str, Callable[[Row, Mapping[str, str]], list[Message]]] = {
     "messages": _from_messages,
     "conversations": _from_conversations,
     "prompt": _from_prompt,

@@ -5,6 +5,7 @@ Floor 1.
 
 from collections.abc import Mapping, Sequence
 
+from finetune.data.chat import SHAPES as CHAT_SHAPES
 from finetune.data.chat import ChatFormat
 from finetune.data.languages import is_language
 from finetune.data.rendering import Tokenizer
@@ -14,12 +15,7 @@ from finetune.data.types import Format, Row
 from finetune.errors import UserError, did_you_mean
 
 SHAPES: dict[str, dict[str, Sequence[str]]] = {
-    "chat": {
-        "messages": ["messages"],
-        "conversations": ["conversations"],
-        "prompt": ["prompt", "completion"],
-        "instruction": ["instruction", "output"],
-    },
+    "chat": {**CHAT_SHAPES},
     "translation": {"translation": ["translation"], "sides": ["source", "target"]},
     "text": {"text": ["text"]},
 }

@@ -17,10 +17,10 @@ KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parq
 PACKAGE = "package:"
 
 
-def local_files(path: str) -> list[Path]:
+def local_files(path: str, *, is_text: bool = False) -> list[Path]:
     """The files that `path` means: a file, a glob, or package:NAME for the demo data; [] for a folder or the name of a hub dataset.
 
-    Raises UserError for a local name that means nothing, or an empty file.
+    `is_text`: they are text whatever their ending. Raises UserError for a local name that means nothing, or an empty file.
     """
     if path.startswith(PACKAGE):
         return [_package_file(path)]
@@ -37,7 +37,8 @@ def local_files(path: str) -> list[Path]:
     else:
         return []
     for file in found:
-        kind_of(file)
+        if not is_text:
+            kind_of(file)
         if file.stat().st_size == 0:
             raise UserError(f"{file} is empty")
     return found

@@ -83,6 +83,7 @@ register_optimizer(
     paper="https://arxiv.org/abs/1412.6980",
     sparse="lazy",
     state_bytes=8,
+    takes_dense=False,
 )
 register_optimizer(
     "lazy_adamw",

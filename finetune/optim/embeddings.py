@@ -29,7 +29,7 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
         elif others:
             logger.warning(
                 "lazy_adamw: the embedding %r shares its weight with %s, so every row has a gradient and is updated, as by adamw; "
-                "the active vocabulary trains fewer rows",
+                "where few of them are used, the active vocabulary trains only those",
                 names[embedding],
                 ", ".join(repr(other) for other in others),
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.errors import UserError
 from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.optim.groups import build_groups, check_group_options
 from finetune.optim.registry import OptimizerInfo, check_options, optimizer_info
@@ -62,6 +63,10 @@ def build_optimizer(
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     """Validate what build_optimizer would be called with, before there is a model. Raises UserError as build_optimizer would."""
     info = optimizer_info(name)
+    if "embeddings" in options:
+        raise UserError(
+            "the option embeddings takes modules, which a config cannot name: leave it out, those of the model are found"
+        )
     check_options(info, {key: value for key, value in options.items() if key not in GROUP_OPTIONS}, also_taken=GROUP_OPTIONS)
     check_group_options(
         no_decay=options.get("no_decay") or (),

@@ -42,6 +42,7 @@ class OptimizerInfo:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments that make the rule what its name says: no options
     fused_pays: bool = False  # torch's fused kernel is chosen where it can be
     must_know: ModelKnowledge = "nothing"
+    takes_dense: bool = True  # gradients that are not row-sparse
     scale_free: bool = True  # a gradient ten times as large makes the same step, but for eps
 
     @property
@@ -92,6 +93,7 @@ def register_optimizer(
     fixed: Mapping[str, Any] | None = None,
     fused_pays: bool = False,
     must_know: ModelKnowledge = "nothing",
+    takes_dense: bool = True,
     scale_free: bool = True,
 ) -> OptimizerInfo:
     """Add an optimizer to the factory, a class or "module:Class"; the fields are those of OptimizerInfo.
@@ -111,6 +113,7 @@ def register_optimizer(
         fixed=fixed or {},
         fused_pays=fused_pays,
         must_know=must_know,
+        takes_dense=takes_dense,
         scale_free=scale_free,
     )
     spellings = {_spelling(spelling): spelling for spelling in (name, *aliases)}
@@ -167,11 +170,25 @@ def check_options(info: OptimizerInfo, options: Mapping[str, Any], *, also_taken
             raise UserError(f"optimizer {info.name!r} does not take {option!r}{near} it takes {', '.join(allowed)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}; give a finite number")
+        _check_kind(info, option, value, known.get(option))
     values = {option: value for option, value in options.items() if option in known and option != "embeddings"}
     try:
         optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **{**info.preset, **info.fixed, **values})
     except (ValueError, TypeError) as error:
         raise UserError(f"optimizer {info.name!r} cannot be built with {values}: {error}") from error
+
+
+def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> None:
+    """Where the default is a number, or several, the value must be as many."""
+    if isinstance(default, tuple) and default and all(map(_is_number, default)):
+        if not (isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_number, value))):
+            raise UserError(f"optimizer {info.name!r}: {option} is {value!r}; give {len(default)} numbers, e.g. {list(default)}")
+    elif isinstance(default, float) and not _is_number(value):
+        raise UserError(f"optimizer {info.name!r}: {option} is {value!r}; give a number, e.g. {default:g}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 
 def _spelling(name: str) -> str:

@@ -7,6 +7,7 @@ and with more seeds or optimizers adds to what is there.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -129,6 +130,10 @@ def stopped(config: RunConfig, display: Display) -> Stopped:
     return "signal"
 
 
+def _change(key: str, before: Any, now: Any) -> str:
+    return f"in {key}" if isinstance(now, (dict, list)) else f"{key} {before}, now {now}"
+
+
 def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
     """Make the folder ours, or find that it is. Raises UserError where what must be the same for all runs was another."""
     root = config.output_dir
@@ -140,8 +145,9 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
         then = yaml.safe_load(path.read_text(encoding="utf-8"))
         changed = [key for key in tree if then.get(key) != tree[key]]
         if changed:
+            said = ", ".join(_change(key, then.get(key), tree[key]) for key in changed)
             raise UserError(
-                f"{root} holds a comparison with another {', '.join(changed)} (see {path}): name another output_dir, or delete it"
+                f"{root} holds a comparison with other settings ({said}; see {path}): name another output_dir, or delete it"
             )
     elif RunDir(root).is_run():
         raise UserError(f"{root} holds a training run: name another output_dir")

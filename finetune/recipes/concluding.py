@@ -30,7 +30,10 @@ def conclude(summary: dict[str, Any], base: RunConfig, *, rule: str, trials: int
     }
     first = next(iter(records.values()))
     noted = {note: [name for name, record in records.items() if note in record["notes"]] for note in _notes(records.values())}
-    found = [note if len(names) == len(records) else f"{listed(names)}: {note}" for note, names in noted.items()]
+    found = [
+        note if len(names) == len(records) or note.startswith(f"{names[0]}: ") else f"{listed(names)}: {note}"
+        for note, names in noted.items()
+    ]
     protocol = {
         "steps": base.training.max_steps,
         "batch_size": base.training.batch_size,

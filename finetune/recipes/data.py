@@ -29,9 +29,9 @@ class RawData:
     first_row: Row
 
     def texts(self) -> Iterator[str]:
-        """Every text in the first training rows, for a new tokenizer."""
-        for _, row in islice(self.train, TOKENIZER_ROWS):
-            yield from _texts(row)
+        """Every text in the first training rows, for a new tokenizer, which may read them in another thread."""
+        rows = islice(iter(self.train), TOKENIZER_ROWS)
+        return (text for _, row in rows for text in _texts(row))
 
 
 def load_raw_data(config: DataSection, *, seed: int) -> RawData:

@@ -20,7 +20,7 @@ PACKAGES = ("finetune-rows", "torch", "transformers", "datasets", "accelerate", 
 def environment(*, processes: int, device: str, precision: str) -> dict[str, Any]:
     """The record for environment.json; the recipes add the model's facts and the notes."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "processes": processes,
         "device": device,
@@ -35,6 +35,13 @@ def environment(*, processes: int, device: str, precision: str) -> dict[str, Any
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
+
+
+def command_line() -> str:
+    """What this process was started with, to be typed again."""
+    name = Path(sys.argv[0]).name
+    started = ["python", "-m", Path(sys.argv[0]).parent.name] if name == "__main__.py" else [name]
+    return shlex.join([*started, *sys.argv[1:]])
 
 
 def _version(name: str) -> str:

@@ -6,11 +6,18 @@ Floor 5.
 from typing import Any
 
 from finetune.config import RunConfig
+from finetune.errors import UserError
+from finetune.optim import optimizer_info
 
 
 def optimizer_options(config: RunConfig) -> dict[str, Any]:
-    """What `build_optimizer` takes beside the name."""
+    """What `build_optimizer` takes beside the name. Raises UserError for one that cannot train a language model."""
     section = config.optimizer
+    if not optimizer_info(section.name).takes_dense:
+        raise UserError(
+            f"optimizer {section.name!r} takes row-sparse gradients alone, and most of a language model has dense ones: "
+            "choose lazy_adamw, which takes both"
+        )
     groups = {"no_decay": section.no_decay, "overrides": section.overrides, "layer_decay": section.layer_decay}
     decay = {} if section.weight_decay is None else {"weight_decay": section.weight_decay}
     return {"lr": section.lr, **decay, **groups, **section.options}

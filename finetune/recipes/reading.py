@@ -85,14 +85,23 @@ def evaluate_target(
     if raw.validation is None:
         raise UserError("the config names no held-out data: set data.test, data.validation or data.validation_fraction")
     format = make_format(data, opened.tokenizer, raw.first_row)
-    results = _loss_on(opened, raw.validation, format, settings, display) | _scores_on(
-        opened, raw.validation, format, settings, display
-    )
+    results = {"data": _said_data(settings), "num_rows": len(raw.validation)}
+    results |= _loss_on(opened, raw.validation, format, settings, display)
+    results |= _scores_on(opened, raw.validation, format, settings, display)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
         summary = json.loads(opened.run.evaluation.read_text(encoding="utf-8")) if opened.run.evaluation.is_file() else {}
         opened.run.evaluation.write_text(json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8")
     return results
+
+
+def _said_data(config: RunConfig) -> str:
+    """Which rows of the config those are."""
+    data = config.data
+    sources = data.validation if data.test is None else data.test
+    if sources is None:
+        return f"{data.validation_fraction:g} of data.train, held out"
+    return f"data.{'validation' if data.test is None else 'test'}: {', '.join(source.path for source in sources)}"
 
 
 def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:
@@ -136,8 +145,8 @@ def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, di
 
 def generate_answers(
     target: str, prompts: Sequence[str], *, raw: bool, seed: int, settings: Mapping[str, Any], display: Display | None = None
-) -> Iterator[str]:
-    """The answer to each prompt (without any: to each line of stdin), in order. `raw` continues the text."""
+) -> Iterator[tuple[str, str]]:
+    """Each prompt (without any: each line of stdin) and its answer, in order. `raw` continues the text."""
     opened, display = open_target(target), display or Display()
     section = opened.settings(settings)
     encode = _raw_prompt(opened.tokenizer) if raw or not opened.tokenizer.chat_template else _chat_prompt(opened.tokenizer)
@@ -150,7 +159,7 @@ def generate_answers(
                 on_progress=_differences(advance),
                 **sampling(section, opened.model, seed=seed),
             )
-        yield from (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
+        yield from zip(texts, (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers), strict=True)
 
 
 def chat_in_terminal(target: str, *, system_prompt: str | None, seed: int, settings: Mapping[str, Any]) -> None:
@@ -193,6 +202,9 @@ def translate_text(
         raise UserError(f"the input {input} is no file (looked in {Path.cwd()})")
     opened, display = open_target(target), display or Display()
     format, section = _translation_format(opened, source, to), opened.settings(settings)
+    trained = _trained_languages(opened.run) if opened.run is not None else ()
+    if None not in trained and trained and not set(format.languages) <= set(trained):
+        display.say(f"note: this run was trained on {' and '.join(map(str, trained))}, not on {' and '.join(format.languages)}")
     options = {
         "model": opened.model,
         "tokenizer": opened.tokenizer,

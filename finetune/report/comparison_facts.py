@@ -22,8 +22,12 @@ def rules(comparison: Record) -> list[str]:
         f"{protocol['batch_size']} rows in the same order, for {protocol['steps']:,} steps, in {protocol['precision']}, with the "
         f"{protocol['schedule']} schedule and {f'gradients clipped to a norm of {norm:g}' if norm else 'no clipping'}.",
         f"The learning rate of each optimizer is the best of {protocol['trials']} on a grid of its own, half a decade apart, "
-        f"all run with seed {protocol['tuning_seed']}. Where the best lies at an end the grid is widened by one, at most "
-        f"{protocol['max_widenings']} times.",
+        f"all run with seed {protocol['tuning_seed']}."
+        + (
+            f" Where the best lies at an end the grid is widened by one, at most {protocol['max_widenings']} times."
+            if protocol["trials"] >= 3
+            else ""
+        ),
         f"What is reported comes from fresh runs, with seed{'s' * (len(seeds) > 1)} "
         f"{seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'}: the weights after the last step.",
         f"Chosen on the held-out rows, reported on the test rows: {protocol['data_rule']}.",

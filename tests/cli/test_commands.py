@@ -195,6 +195,8 @@ def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
     assert found["loss"] == pytest.approx(kept["after"]["loss"], abs=1e-5)
     before = snapshot(chat_run)
     other = json.loads(finetune("evaluate", "run", "data.validation=chat.jsonl").out)
+    assert other["data"] == "data.validation: chat.jsonl"
+    assert other["num_rows"] == 48
     assert other["num_target_tokens"] > found["num_target_tokens"]
     plain = json.loads(finetune("evaluate", "run/model", "--config", "c.yaml").out)
     assert plain["loss"] == pytest.approx(found["loss"])
@@ -210,9 +212,11 @@ def test_evaluate_a_translator(translation_run):
 def test_generate_answers_prompts_and_stdin(chat_run):
     given = finetune("generate", "run", "--prompt", "What is 1 plus 1?", "--prompt", "What is 2 plus 2?", "--max-new-tokens", "3")
     assert given.code == 0, given.err
-    piped = finetune("generate", "run", "--max-new-tokens", "3", stdin="What is 1 plus 1?\nWhat is 2 plus 2?\n")
-    assert piped.out == given.out
-    assert given.out.count("\n") >= 2
+    asked = ["What is 1 plus 1?", "What is 2 plus 2?"]
+    lines = finetune("generate", "run", "--max-new-tokens", "3", "--json", stdin="\n".join(asked)).out.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["prompt"] for answer in answers] == asked
+    assert given.out == "".join(f"> {answer['prompt']}\n{answer['answer']}\n\n" for answer in answers)
     sampled = [
         finetune("generate", "run", "--prompt", "Hm?", "--temperature", "2", "--top-k", "50", "--top-p", "0.99", "--seed", seed).out
         for seed in ("1", "1", "2")

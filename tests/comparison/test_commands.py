@@ -186,11 +186,18 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         (("optimizer.name=[adamw,AdamW]",), "names adamw twice"),
         (("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"), "none of sgd and adam takes 'beta'; did you mean 'betas'?"),
         (("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"), "optimizer 'adam' cannot be built"),
+        (("optimizer.name=[adamw,sparse_adam]",), "optimizer 'sparse_adam' takes row-sparse gradients alone"),
         (("optimizer.name=[sgd,adam]", "optimizer.overrides=[{pattern: '*', lr: 1}]"), "optimizer.overrides sets an lr"),
         (("optimizer.name=[sgd,adam]", "data.validation_fraction=0"), "a comparison needs held-out data"),
         (("optimizer.name=[sgd,adam]", "training.max_steps=null"), "give --budget STEPS"),
-        (("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"), "holds a comparison with another trials"),
-        (("optimizer.name=[sgd,adam]", "output_dir=out", "training.batch_size=8"), "holds a comparison with another training"),
+        (
+            ("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"),
+            "holds a comparison with other settings (trials 2, now 3;",
+        ),
+        (
+            ("optimizer.name=[sgd,adam]", "output_dir=out", "training.batch_size=8"),
+            "holds a comparison with other settings (in training;",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(compared, monkeypatch, arguments, message):

@@ -125,6 +125,17 @@ def test_shapes_of_the_same_conversation_give_the_same_example(shape: str, make_
     assert detected(tokenizer, SHAPES[shape]).examples(SHAPES[shape]) == expected
 
 
+def test_rows_may_differ_in_their_shape(make_tokenizer: MakeTokenizer) -> None:
+    """Sources of a mixture, or rows of one JSON file, where the columns of the others are None."""
+    tokenizer = make_tokenizer()
+    format, expected = detected(tokenizer, SHAPES["messages"]), chat(tokenizer).examples({"messages": MESSAGES})
+    nothing = {name: None for row in SHAPES.values() for name in row}
+    for row in SHAPES.values():
+        assert format.examples(row) == format.examples({**nothing, **row}) == expected
+    with pytest.raises(UserError, match="column 'messages' is missing; the columns are text"):
+        format.examples({"text": "Hello"})
+
+
 def test_questions_and_answers_in_columns(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     conversation = {"messages": [{"role": "user", "content": "a question\n\nHello"}, {"role": "assistant", "content": "fine"}]}

@@ -4,6 +4,7 @@ import gc
 import json
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,25 @@ def test_aligned_text_files(tmp_path: Path) -> None:
     for open_ in (load_rows, stream_rows):
         with pytest.raises(UserError, match=r"has 2 lines and .* has 1; aligned files must have as many lines"):
             open_([source])
+
+
+def test_aligned_text_files_are_named_by_their_languages(tmp_path: Path) -> None:
+    (tmp_path / "a.en").write_text("one\ntwo\n", encoding="utf-8")
+    (tmp_path / "a.fr").write_text("un\ndeux", encoding="utf-8")
+    assert read(Source(str(tmp_path / "a.en"), target_path=str(tmp_path / "a.fr"))) == [
+        {"en": "one", "fr": "un"},
+        {"en": "two", "fr": "deux"},
+    ]
+    (tmp_path / "b.csv").write_text("un\ndeux", encoding="utf-8")
+    with pytest.raises(UserError, match="must be two text files"):
+        load_rows([Source(str(tmp_path / "a.en"), target_path=str(tmp_path / "b.csv"))])
+
+
+def test_a_stream_can_be_read_in_another_thread() -> None:
+    """As a new tokenizer reads it."""
+    rows = iter(stream_rows([Source("package:translation.en-fr.test")]))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: sum(1 for _ in rows)).result() == 100
 
 
 def test_the_demo_data_of_the_package() -> None:

@@ -88,7 +88,7 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
         ("sgd", {"momentum": 0.9}, "optimizer 'sgd' does not take 'momentum'; it takes lr, weight_decay"),
         ("sparse_adam", {"weight_decay": 0.1}, "optimizer 'sparse_adam' does not take 'weight_decay'; it takes lr, betas"),
         ("adamw", {"lr": -1.0}, "optimizer 'adamw' cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0"),
-        ("adamw", {"lr": "2e-5"}, "optimizer 'adamw' cannot be built with {'lr': '2e-5'}"),
+        ("adamw", {"lr": "2e-5"}, "optimizer 'adamw': lr is '2e-5'; give a number"),
         ("adamw", {"lr": float("nan")}, "optimizer 'adamw': lr is nan; give a finite number"),
         ("lion", {"betas": (0.9, 1.0)}, "optimizer 'lion' cannot be built with {'betas': (0.9, 1.0)}: betas are (0.9, 1.0)"),
         ("muon", {"adjust_lr_fn": "x"}, "optimizer 'muon' cannot be built with {'adjust_lr_fn': 'x'}"),

@@ -15,7 +15,8 @@ import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from finetune.data.files import check_json, kind_of, local_files, read_lines, table_options
+from finetune.data.files import KINDS, check_json, kind_of, local_files, read_lines, table_options
+from finetune.data.languages import is_language
 from finetune.errors import UserError
 
 _HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
@@ -33,17 +34,21 @@ class Source:
     weight: float | None = None
     max_rows: int | None = None
 
+    def files(self) -> list[Path]:
+        """Those of `path` on this machine; see `finetune.data.files.local_files`."""
+        return local_files(self.path, is_text=self.target_path is not None)
+
     def __str__(self) -> str:
         return " ".join([self.path, *([self.name] if self.name else []), *([f"({self.split})"] if self.split != "train" else [])])
 
 
 def open_source(source: Source, *, streaming: bool) -> Any:
     """A `datasets.Dataset`, or an `IterableDataset` where `streaming`."""
-    files = local_files(source.path)
+    files = source.files()
     folder = Path(source.path).expanduser()
     with explained(str(source), files):
         if source.target_path is not None:
-            return _open_aligned(source, files, local_files(source.target_path), streaming=streaming)
+            return _open_aligned(source, files, local_files(source.target_path, is_text=True), streaming=streaming)
         if files:
             return _open_files(files, source.split, streaming=streaming)
         if not folder.is_dir():
@@ -68,16 +73,19 @@ def _open_files(files: list[Path], split: str, *, streaming: bool) -> Any:
 
 
 def _open_aligned(source: Source, sources: list[Path], targets: list[Path], *, streaming: bool) -> Any:
-    """Two text files, line n of one beside line n of the other, as columns `source` and `target`."""
-    if not sources or not targets or {kind_of(file) for file in sources + targets} != {"text"}:
-        raise UserError(f"path and target_path must be two text files (.txt), not {source.path!r} and {source.target_path!r}")
+    """Two text files, line n of one beside line n of the other, as columns `source` and `target`, or named by their languages where
+    these are their endings (corpus.en and corpus.fr)."""
+    if not sources or not targets or {KINDS.get(file.suffix, "text") for file in sources + targets} != {"text"}:
+        raise UserError(f"path and target_path must be two text files, not {source.path!r} and {source.target_path!r}")
     counts = [sum(1 for file in side for _ in read_lines(file)) for side in (sources, targets)]
     if counts[0] != counts[1]:
         raise UserError(
             f"{source.path!r} has {counts[0]} lines and {source.target_path!r} has {counts[1]}; aligned files must "
             "have as many lines"
         )
-    return _from_lines({"source": sources, "target": targets}, source.split, streaming=streaming)
+    endings = sources[0].suffix[1:], targets[0].suffix[1:]
+    names = endings if endings[0] != endings[1] and all(map(is_language, endings)) else ("source", "target")
+    return _from_lines(dict(zip(names, (sources, targets), strict=True)), source.split, streaming=streaming)
 
 
 def _from_lines(sides: dict[str, list[Path]], split: str, *, streaming: bool) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from finetune.data.files import local_files
 from finetune.data.sources.opening import Source, explained, open_source
 from finetune.data.types import Row
 from finetune.errors import UserError
@@ -76,6 +75,8 @@ class RowStream:
         self._resume: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
+        # Copied here and not when the first row is asked for: that may happen in another thread, where fsspec fills the cache of
+        # file systems that is being copied.
         state, self._resume = self._resume, None
         live = [copy.deepcopy(stream) for stream in self._streams]
         self._counts = [0] * len(live)
@@ -85,6 +86,9 @@ class RowStream:
             for k, place in enumerate(state["places"]):
                 live[k].load_state_dict(place)
                 self._places[k] = partial(copy.deepcopy, place)  # a stream that is not read yet forgets what it was told to load
+        return self._read(live)
+
+    def _read(self, live: Sequence[Any]) -> Iterator[tuple[str, Row]]:
         iterators = [iter(stream) for stream in live]
         active = list(range(len(iterators)))
         shares = self._weights or [1.0] * len(iterators)
@@ -128,7 +132,7 @@ def stream_rows(sources: Sequence[Source]) -> RowStream:
     weights = _weights(sources)
     opened = [open_source(source, streaming=True) for source in sources]
     streams = [stream if source.max_rows is None else stream.take(source.max_rows) for source, stream in zip(sources, opened)]
-    return RowStream(streams, [str(source) for source in sources], weights, [local_files(source.path) for source in sources])
+    return RowStream(streams, [str(source) for source in sources], weights, [source.files() for source in sources])
 
 
 def split_held_out(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
