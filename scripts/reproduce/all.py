@@ -24,8 +24,9 @@ Each section states what a source claims, how it was tried here, what came out, 
 to run on a laptop's CPU: they carry the order of the methods, not the papers' numbers. Optimizers are built by
 `finetune.optim.build_optimizer` with its defaults except where said; learning rates are chosen as each section says.
 
-Measured on a 2-core AMD EPYC (AVX2), torch 2.13 CPU, fp32, one thread. This file is written by `python scripts/reproduce/all.py`
-from `docs/claims.jsonl`; `--quick` runs the first five at smaller settings.
+Measured on 2-core AMD EPYCs, torch 2.13 CPU, one thread: fp32 on a chip with AVX2, but SmolLM2 with bf16 products on one with
+AVX512-BF16. This file is written by `python scripts/reproduce/all.py` from `docs/claims.jsonl`; `--quick` runs the first five at
+smaller settings.
 """
 
 
