@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from finetune.checkpoint import is_complete
 from finetune.config import RunConfig
@@ -114,3 +115,13 @@ def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Pa
 
 def _asked_for(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def let_go(module: nn.Module) -> None:
+    """Free what DDP keeps to average gradients, while others hold the process group too; `module` cannot be trained any more.
+
+    Once the group is destroyed, that is its last holder, and frees it without giving up Python's lock: it waits for gloo's thread,
+    and gloo's thread, where it has a last result to free, for the lock (torch 2.13).
+    """
+    if isinstance(module, DistributedDataParallel):
+        del module.logger, module.reducer

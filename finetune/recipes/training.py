@@ -25,7 +25,7 @@ from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.data import generation_metrics
-from finetune.recipes.engines import agree_on_checkpoint, prepare, reading
+from finetune.recipes.engines import agree_on_checkpoint, let_go, prepare, reading
 from finetune.recipes.environment import environment
 from finetune.recipes.evaluating import Evaluator, check_best
 from finetune.recipes.finishing import finish_run
@@ -136,6 +136,7 @@ def _train(
         observer.finish(parts, raw_optimizer)
     else:
         finish_run(parts, run, trainer, evaluator, stopped)
+    let_go(module)
     accelerator.end_training()
     return stopped
 

@@ -82,7 +82,7 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
     assert "Traceback" not in done.stdout  # of the process that lost the other
     record = json.loads((folder / "run" / "environment.json").read_text())
     assert record["processes"] == 2
-    assert record["command"] == "__main__.py train c.yaml output_dir=run --processes 2 --restarts 1"
+    assert record["command"] == "python -m finetune train c.yaml output_dir=run --processes 2 --restarts 1"
     config = load_config(Path("c.yaml"), ["output_dir=run"])
     assert run_training(config, resume="auto", display=Display(enabled=False)) == "finished"
     assert losses(folder / "run") == pytest.approx(losses(folder / "whole"), abs=1e-5)
