@@ -121,10 +121,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     plan_run(load_config(config, overrides or ()))
 
 
-Trials = Annotated[
-    int,
-    typer.Option(min=1, help="Learning rates to try, half a decade apart; of 3 or more, others too where the best is at an end."),
-]
+Trials = Annotated[int, typer.Option(min=1, help="Learning rates, half a decade apart; of 3 or more, others if an end is best.")]
 Budget = Annotated[
     int | None, typer.Option(min=1, help="Optimizer steps of each run.  [default: training.max_steps]", show_default=False)
 ]
@@ -198,10 +195,8 @@ def generate(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
     )
     for asked, answer in generate_answers(target, prompt or [], raw=raw, seed=seed, settings=settings):
-        if as_json:
-            typer.echo(json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=False))
-        else:
-            typer.echo(f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer)
+        plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
+        typer.echo(json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=False) if as_json else plain)
 
 
 @app.command()
