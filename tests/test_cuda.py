@@ -68,6 +68,12 @@ def test_a_lazy_step_never_waits_for_the_gpu():
         finally:
             torch.cuda.set_sync_debug_mode("default")
         optimizer.zero_grad()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):  # so it is, where something waits
+            table.weight.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
