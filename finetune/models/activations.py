@@ -24,6 +24,7 @@ from finetune.losses import FrozenRows, linear_cross_entropy
 from finetune.memory import StepMemory
 from finetune.models.attention import BY_EXAMPLE, attend_by_example
 from finetune.models.describe import inner_model
+from finetune.models.gates import fuse_gates
 from finetune.models.norms import fuse_norms
 from finetune.models.vocabulary import ActiveHead
 
@@ -76,6 +77,7 @@ class Rehearsal:
         self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
         attend_by_example(inner_model(skeleton))  # as `LanguageModel` does, and so the next
         fuse_norms(inner_model(skeleton))
+        fuse_gates(inner_model(skeleton))
         self.mode = FakeTensorMode()
         with self.mode:
             _without_data(skeleton, device)

@@ -24,6 +24,7 @@ from finetune.errors import UserError
 from finetune.losses import FrozenRows, causal_lm_loss, causal_lm_loss_of_logits, frozen_square_probabilities
 from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
+from finetune.models.gates import fuse_gates
 from finetune.models.norms import fuse_norms
 from finetune.models.vocabulary import ActiveHead
 
@@ -43,6 +44,7 @@ class LanguageModel(nn.Module):
         self.model = model
         attend_by_example(self.causal_lm)
         fuse_norms(self.causal_lm)
+        fuse_gates(self.causal_lm)
         config = self.causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -43,6 +44,7 @@ class ActiveVocabulary(nn.Module):
     is_whole: bool  # no row stands for no token
     padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
     shift: nn.Parameter | None  # [d]: the row of an active token is that of the compact weight plus this
+    _narrow: Tensor | None = None  # the frozen rows in the dtype of the products, where that is another
 
     def __init__(
         self,
@@ -93,7 +95,19 @@ class ActiveVocabulary(nn.Module):
 
     def frozen_rows(self) -> FrozenRows:
         """What the loss needs beside the compact weight: all frozen rows."""
-        return FrozenRows(self.frozen.detach(), None if self.is_whole else self.offset)
+        return FrozenRows(self.frozen_in_products(), None if self.is_whole else self.offset)
+
+    def frozen_in_products(self) -> Tensor:
+        """The frozen rows [F, d] in the dtype of matrix products: autocast's, where it is on. They do not change, so a narrower copy
+        is made once and kept: otherwise each step and each generated token would make one."""
+        frozen, device = self.frozen.detach(), self.frozen.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frozen.dtype
+        if dtype == frozen.dtype or isinstance(frozen, FakeTensor):
+            return frozen
+        if self._narrow is None or (self._narrow.dtype, self._narrow.device) != (dtype, frozen.device):
+            with torch.inference_mode(False):
+                self._narrow = frozen.to(dtype)
+        return self._narrow
 
     @torch.no_grad()
     def grow(self, weight: Tensor, ids: Tensor) -> Tensor:
@@ -117,6 +131,7 @@ class ActiveVocabulary(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._narrow = None
         self.number()
 
 
@@ -150,7 +165,7 @@ class ActiveHead(nn.Linear):
         return self.vocabulary.active_rows(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        frozen: Tensor = self.vocabulary.frozen
+        frozen = self.vocabulary.frozen_in_products()
         if not torch.is_autocast_enabled(input.device.type):
             frozen = frozen.to(self.weight.dtype)
         logits = torch.cat([F.linear(input, self.rows), F.linear(input, frozen)], -1)

@@ -156,6 +156,20 @@ def test_frozen_rows_of_a_bfloat16_file_stay_so_under_autocast(family):
     assert precise.get_output_embeddings().vocabulary.frozen.dtype == torch.float32
 
 
+def test_products_in_bfloat16_follow_rows_that_are_loaded():
+    model, other, ids = make("llama"), make("llama"), batch(range(V))
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    for each in (model, other):
+        activate_vocabulary(each, ACTIVE)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, wanted = LanguageModel(model)(*ids), LanguageModel(other)(*ids)
+        assert not torch.equal(first, wanted)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(LanguageModel(model)(*ids), wanted)
+        assert torch.equal(model(input_ids=ids[0]).logits, other(input_ids=ids[0]).logits)
+
+
 def test_without_a_shift():
     model = make("llama")
     activate_vocabulary(model, ACTIVE, shift=False)

@@ -1,0 +1,117 @@
+"""Gated MLPs (SwiGLU, GeGLU: https://arxiv.org/abs/2002.05202) on a CPU, keeping half as much for the backward.
+
+Floor 2. `down(act(gate(x)) * up(x))` keeps four tensors of the inner width: what gate and up give, the activation, and the product
+that goes into down. Here the first two are kept, and the backward computes the others once more, so that results are the same to
+the bit.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
+    "silu": (aten.silu, aten.silu_backward, {}),
+    "gelu": (aten.gelu, aten.gelu_backward, {"approximate": "none"}),
+    "gelu_tanh": (aten.gelu, aten.gelu_backward, {"approximate": "tanh"}),
+}
+
+
+def fuse_gates(model: nn.Module) -> None:
+    """Let the gated MLPs of `model` compute as said above on a CPU, in place; results stay the same up to rounding.
+
+    A module is taken for one by its class's name and its layers, and is tried on random numbers first; where it does anything else,
+    it stays. So does one whose layers are wrapped (LoRA), from then on.
+    """
+    tried: dict[type, str | None] = {}
+    for module in model.modules():
+        cls: Any = type(module)
+        if cls.__name__.endswith("MLP") and not isinstance(module, FusedMLP) and _is_plain(module):
+            if cls not in tried:
+                tried[cls] = _activation(module)
+            if (activation := tried[cls]) is not None:
+                module.__class__ = _fused_class(cls, activation)
+
+
+class FusedMLP(nn.Module):
+    """What sits before a gated MLP's own class."""
+
+    activation: str
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] to the same shape."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(self):
+            return super().forward(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        weight = self.down_proj.weight.to(gate.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return _GatedDown.apply(gate, up, weight, self.activation)
+
+
+class _GatedDown(torch.autograd.Function):
+    """gate and up [..., inner], weight [d, inner] to [..., d]."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        ctx.activation = activation
+        activate, _, options = ACTIVATIONS[activation]
+        return F.linear(activate(gate, **options).mul_(up), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        activate, of_activation, options = ACTIVATIONS[ctx.activation]
+        activated, of_product = activate(gate, **options), grad @ weight
+        of_gate = of_activation(of_product * up, gate, **options)
+        of_up = of_product.mul_(activated)
+        of_weight = None
+        if ctx.needs_input_grad[2]:
+            of_weight = grad.flatten(0, -2).t() @ activated.mul_(up).flatten(0, -2)
+        return of_gate, of_up, of_weight, None
+
+
+def _is_plain(module: Any) -> bool:
+    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(type(layer) is nn.Linear for layer in layers) and layers[2].bias is None  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _activation(module: Any) -> str | None:
+    """The activation between the layers of `module`, which may be without data; None: one not known, or there is more to it."""
+    probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in probe.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    x = 3 * torch.randn(4, probe.gate_proj.in_features, generator=generator)
+    theirs = probe(x)
+    for name in ACTIVATIONS:
+        ours = _GatedDown.apply(probe.gate_proj(x), probe.up_proj(x), probe.down_proj.weight, name)
+        if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5):
+            return name
+    return None
+
+
+@functools.cache
+def _fused_class(cls: type, activation: str) -> Any:
+    return type(f"Fused{cls.__name__}", (FusedMLP, cls), {"activation": activation, "__reduce_ex__": _reduce})
+
+
+def _reduce(mlp: Any, protocol: Any) -> tuple:
+    # The class is made on the fly, so it is named by what it was made from.
+    return _instance, (type(mlp).__mro__[2], mlp.activation), mlp.__dict__
+
+
+def _instance(cls: type, activation: str) -> Any:
+    fused = _fused_class(cls, activation)
+    return fused.__new__(fused)
