@@ -98,8 +98,10 @@ class ActiveVocabulary(nn.Module):
         return FrozenRows(self.frozen_in_products(), None if self.is_whole else self.offset)
 
     def frozen_in_products(self) -> Tensor:
-        """The frozen rows [F, d] in the dtype of matrix products: autocast's, where it is on. They do not change, so a narrower copy
-        is made once and kept: otherwise each step and each generated token would make one."""
+        """The frozen rows [F, d] in the dtype of matrix products: autocast's, where it is on.
+
+        They do not change, so a narrower copy is made once and kept: otherwise each step and each generated token would make one.
+        """
         frozen, device = self.frozen.detach(), self.frozen.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frozen.dtype
         if dtype == frozen.dtype or isinstance(frozen, FakeTensor):
