@@ -38,8 +38,8 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
     model = load_model(name=str(run.model)) if checkpoint is None else model_of_checkpoint(run, checkpoint, tokenizer)
     card = (run.model / "README.md").read_text(encoding="utf-8")
     export_model(model, tokenizer, dest, card=card, dtype=DTYPES[dtype])
-    verify_export(dest, model, tokenizer("The quick brown fox jumps over the lazy dog.").input_ids)
-    display.say(f"{dest}: written in {dtype}, reloaded, and its logits compared with the run's model")
+    difference = verify_export(dest, model, tokenizer("The quick brown fox jumps over the lazy dog.").input_ids)
+    display.say(f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest")
 
 
 def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:

@@ -225,6 +225,21 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name: str, tmp_path
         assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_different_columns_are_to_be_several_sources(streaming: bool, tmp_path: Path) -> None:
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    completion = [{"prompt": "a", "completion": "b"}]
+    write(tmp_path, "a.jsonl", chat)
+    write(tmp_path, "b.jsonl", completion)
+    read = (lambda sources: list(stream_rows(sources))) if streaming else load_rows
+    with pytest.raises(UserError) as caught:
+        read([Source(str(tmp_path))])
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: its rows do not have the same columns (messages; further on ")
+    assert message.endswith("put each kind into files of its own, and list these as several sources")
+    assert len(list(stream_rows([Source(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]))) == 2
+
+
 MISSING = {
     "nowhere.jsonl": "there is no file or folder 'nowhere.jsonl' (looked in ",
     "./nowhere": "there is no file or folder './nowhere'",

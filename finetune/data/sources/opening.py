@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.table import CastError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -158,9 +159,16 @@ def explained(label: str, files: Sequence[Path]) -> Iterator[None]:
         for file in files:
             if kind_of(file) == "json":
                 check_json(file)
-        message = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ or error
+        message = " ".join(str(cause).split())
         if message.startswith("Unknown split"):
             raise UserError(f"{label}: {message[0].lower()}{message[1:].replace('. Should', '; it should').rstrip('.')}") from error
+        if isinstance(cause, CastError):
+            first, other = (", ".join(names) for names in (cause.requested_column_names, cause.table_column_names))
+            raise UserError(
+                f"{label}: its rows do not have the same columns ({first}; further on {other}); "
+                f"put each kind into files of its own, and list these as several sources"
+            ) from error
         if "corresponds to no data" in message:
             raise UserError(f"{label} is empty: there are no rows in it") from error
         raise UserError(f"{label} cannot be read: {message[:1].lower()}{message[1:].rstrip('.')}") from error
