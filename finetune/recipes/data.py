@@ -3,7 +3,7 @@
 Floor 5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.detect import build_format
 from finetune.data.encode import EncodedDataset, encode
+from finetune.data.processes import PART
 from finetune.data.sources import Rows, RowStream, Source, load_rows, split_held_out, stream_rows
 from finetune.data.text import TextFormat
 from finetune.data.types import Format, Prompt, Row
+from finetune.display import Display
 from finetune.errors import UserError
 
 STREAM_SAMPLE = 1000  # rows that are read of a stream to look at it
+ADVANCE = 1000  # rows that the bar moves by
 TOKENIZER_ROWS = 20_000  # rows that a new tokenizer is trained on, at most
 
 
@@ -76,8 +79,29 @@ def make_format(config: DataSection, tokenizer: Any, first_row: Row) -> Format:
     )
 
 
-def encode_rows(rows: Rows, format: Format, config: DataSection, *, vocab_size: int) -> EncodedDataset:
-    return encode(rows, format, max_length=config.max_length, overlong=config.overlong, vocab_size=vocab_size)
+def encode_rows(
+    rows: Rows | RowStream, format: Format, config: DataSection, *, vocab_size: int, display: Display | None = None
+) -> EncodedDataset:
+    """All rows, or the first STREAM_SAMPLE of a stream; `display` shows how far it is."""
+    count = STREAM_SAMPLE if isinstance(rows, RowStream) else len(rows)
+    num_proc = 1 if isinstance(rows, RowStream) else min(config.num_proc, -(-count // PART))
+    with (display or Display(enabled=False)).bar("encoding", count, unit="rows") as advance:
+        return encode(
+            _watched(islice(rows, count), advance),
+            format,
+            max_length=config.max_length,
+            overlong=config.overlong,
+            vocab_size=vocab_size,
+            num_proc=num_proc,
+        )
+
+
+def _watched(rows: Iterable[tuple[str, Row]], advance: Callable[[int], None]) -> Iterator[tuple[str, Row]]:
+    """The rows, telling `advance` whenever ADVANCE of them have been read."""
+    for number, row in enumerate(rows):
+        if number and number % ADVANCE == 0:
+            advance(ADVANCE)
+        yield row
 
 
 def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> EncodedDataset | None:

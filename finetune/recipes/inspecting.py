@@ -3,8 +3,7 @@
 Floor 5.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,9 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.config import RunConfig
-from finetune.data.encode import EncodedDataset, encode
 from finetune.data.statistics import DataReport, pieces, report_on
-from finetune.data.types import Format, Row
 from finetune.display import Display
 from finetune.models.describe import token_tables
 from finetune.models.skeleton import load_skeleton
@@ -35,8 +32,11 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     skeleton = _skeleton(config, tokenizer)
     rows = max(token_tables(skeleton)[0].shape[0], 1 + max(added, default=0))
     display.say(f"encoding the data as {format.name}")
-    train = _encode(raw.train, format, config, rows)
-    held_out = encode_rows(raw.validation, format, config.data, vocab_size=rows) if raw.validation is not None else None
+    train, held_out = (
+        None if part is None else encode_rows(part, format, config.data, vocab_size=rows, display=display)
+        for part in (raw.train, raw.validation)
+    )
+    assert train is not None
     report = report_on(train, held_out, tokenizer=tokenizer, vocab_size=rows)
     for number in range(min(examples, len(train))):
         console.rule(f"example {number + 1}: {len(train[number])} tokens, {train[number].num_target_tokens} targets", align="left")
@@ -49,11 +49,6 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     corpora = [train, *([held_out] if held_out is not None else [])]
     console.print(plan_vocabulary(config, skeleton, tokenizer, corpora, added).line())
     return report
-
-
-def _encode(rows: Iterable[tuple[str, Row]], format: Format, config: RunConfig, vocab_size: int) -> EncodedDataset:
-    sample = islice(rows, STREAM_SAMPLE) if config.data.streaming else rows
-    return encode(sample, format, max_length=config.data.max_length, overlong=config.data.overlong, vocab_size=vocab_size)
 
 
 def _skeleton(config: RunConfig, tokenizer: Any) -> Any:

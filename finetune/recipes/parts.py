@@ -6,7 +6,6 @@ Floor 5.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
-from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder, encode
+from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
 from finetune.data.loader import EvaluationBatches, TrainingBatches
 from finetune.data.sources import Rows
 from finetune.data.stream import StreamingBatches
@@ -26,7 +25,7 @@ from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
-from finetune.recipes.data import STREAM_SAMPLE, RawData, encode_rows, load_raw_data, make_format, unrelated_text
+from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time
 from finetune.recipes.model import adapt_model, make_model, make_tokenizer, model_fingerprint
 from finetune.recipes.vocabulary import VocabularyKeeper, apply_vocabulary, plan_vocabulary, sample_batches
@@ -116,8 +115,10 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     start = model_fingerprint(model)  # before the optimizer's name has a say in which rows are kept apart
     format = make_format(config.data, tokenizer, raw.first_row)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    batches, statistics, sample = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator)
-    validation = encode_rows(raw.validation, format, config.data, vocab_size=vocab_size) if raw.validation is not None else None
+    batches, statistics, sample = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator, display)
+    validation = None
+    if raw.validation is not None:
+        validation = encode_rows(raw.validation, format, config.data, vocab_size=vocab_size, display=display)
     for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
         if counts is not None:
             _say_counts(display, part, format, counts, config)
@@ -167,7 +168,13 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def _make_batches(
-    config: RunConfig, raw: RawData, format: Format, tokenizer: Any, vocab_size: int, accelerator: Accelerator
+    config: RunConfig,
+    raw: RawData,
+    format: Format,
+    tokenizer: Any,
+    vocab_size: int,
+    accelerator: Accelerator,
+    display: Display,
 ) -> tuple[TrainingBatches | StreamingBatches, DataStatistics, EncodedDataset]:
     """The batches, the counts that go with them, and the data itself, or the first rows of a stream."""
     data = config.data
@@ -181,15 +188,13 @@ def _make_batches(
         "num_processes": accelerator.num_processes,
     }
     if isinstance(raw.train, Rows):
-        train = encode_rows(raw.train, format, data, vocab_size=vocab_size)
+        train = encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display)
         return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics, train
     if config.training.max_steps is None:
         raise UserError("a stream has no known length: set training.max_steps")
     encoder = RowEncoder(format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size)
     stream = StreamingBatches(raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut)
-    first: Any = islice(raw.train, STREAM_SAMPLE)
-    sample = encode(first, format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size)
-    return stream, encoder.statistics, sample
+    return stream, encoder.statistics, encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display)
 
 
 def _say_counts(display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig) -> None:

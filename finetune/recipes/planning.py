@@ -13,9 +13,8 @@ import torch
 from rich.console import Console
 
 from finetune.config import RunConfig
-from finetune.data.encode import EncodedDataset, encode
+from finetune.data.encode import EncodedDataset
 from finetune.data.loader import TrainingBatches
-from finetune.data.sources import RowStream
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.errors import UserError
@@ -36,7 +35,7 @@ from finetune.models.skeleton import load_skeleton
 from finetune.models.tokenizers import prepare_chat
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
-from finetune.recipes.data import STREAM_SAMPLE, RawData, encode_rows, load_raw_data, make_format
+from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
 from finetune.recipes.model import adapt_model, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import build_parts, make_accelerator, pad_id
@@ -203,10 +202,11 @@ class Planner:
         return model
 
     def _work(self, config: RunConfig) -> Work:
-        train = self._encode(config)
+        options: dict[str, Any] = {"vocab_size": self.table_rows, "display": self.display}
+        train = encode_rows(self.raw.train, self.format, config.data, **options)
         held_out = None
         if self.raw.validation is not None:
-            held_out = encode_rows(self.raw.validation, self.format, config.data, vocab_size=self.table_rows)
+            held_out = encode_rows(self.raw.validation, self.format, config.data, **options)
         self.corpora = [train, *([held_out] if held_out is not None else [])]
         batches = TrainingBatches(
             train,
@@ -235,11 +235,6 @@ class Planner:
             used_rows=len(set(train.token_ids)),
             prompt_length=max(held_out.lengths) if held_out is not None else 0,
         )
-
-    def _encode(self, config: RunConfig) -> EncodedDataset:
-        rows: Any = islice(self.raw.train, STREAM_SAMPLE) if isinstance(self.raw.train, RowStream) else self.raw.train
-        data = config.data
-        return encode(rows, self.format, max_length=data.max_length, overlong=data.overlong, vocab_size=self.table_rows)
 
     def advice(self, peak: int) -> tuple[tuple[str, int], ...]:
         """What each change alone would save, worked out like the plan itself."""

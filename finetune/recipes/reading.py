@@ -105,7 +105,8 @@ def _said_data(config: RunConfig) -> str:
 
 
 def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:
-    dataset = encode_rows(rows, format, config.data, vocab_size=opened.model.get_input_embeddings().weight.shape[0])
+    vocab_size = opened.model.get_input_embeddings().weight.shape[0]
+    dataset = encode_rows(rows, format, config.data, vocab_size=vocab_size, display=display)
     batches = EvaluationBatches(
         dataset,
         max_length=config.data.max_length,
