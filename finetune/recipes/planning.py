@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from finetune.config import RunConfig
+from finetune.config.schema import DataSection
 from finetune.data.encode import EncodedDataset
 from finetune.data.loader import TrainingBatches
 from finetune.data.types import IGNORE_INDEX
@@ -114,6 +115,7 @@ class Planner:
         self.format = make_format(config.data, self.tokenizer, self.raw.first_row)
         self.table_rows = self._skeleton(config).get_input_embeddings().weight.shape[0]
         self.corpora: list[EncodedDataset] = []
+        self._encoded: dict[int, tuple[EncodedDataset, EncodedDataset | None]] = {}  # by data.max_length
         self.work = self._work(config)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
@@ -202,11 +204,7 @@ class Planner:
         return model
 
     def _work(self, config: RunConfig) -> Work:
-        options: dict[str, Any] = {"vocab_size": self.table_rows, "display": self.display}
-        train = encode_rows(self.raw.train, self.format, config.data, **options)
-        held_out = None
-        if self.raw.validation is not None:
-            held_out = encode_rows(self.raw.validation, self.format, config.data, **options)
+        train, held_out = self._encode(config.data)
         self.corpora = [train, *([held_out] if held_out is not None else [])]
         batches = TrainingBatches(
             train,
@@ -235,6 +233,17 @@ class Planner:
             used_rows=len(set(train.token_ids)),
             prompt_length=max(held_out.lengths) if held_out is not None else 0,
         )
+
+    def _encode(self, data: DataSection) -> tuple[EncodedDataset, EncodedDataset | None]:
+        """Training and held-out data; of all that is tried, `data.max_length` alone makes others of them."""
+        if data.max_length not in self._encoded:
+            train, held_out = (
+                None if rows is None else encode_rows(rows, self.format, data, vocab_size=self.table_rows, display=self.display)
+                for rows in (self.raw.train, self.raw.validation)
+            )
+            assert train is not None
+            self._encoded[data.max_length] = train, held_out
+        return self._encoded[data.max_length]
 
     def advice(self, peak: int) -> tuple[tuple[str, int], ...]:
         """What each change alone would save, worked out like the plan itself."""
