@@ -26,7 +26,7 @@ QUERIES = 256
 """Queries of an example in one product; they see the keys up to the last of them, so half of a long example is left out."""
 SCORES = 2**21
 """The most scores in one product: what stays in the caches between product and softmax."""
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256)
+LENGTHS = (64, 128, 256)
 """What the lengths of examples are padded to, above that to a multiple of 128. Few shapes: oneDNN makes and keeps 2 MB of code for
 each shape of a product that it meets."""
 ALIKE = 0.75
