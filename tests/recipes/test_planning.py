@@ -108,8 +108,8 @@ def as_trained(name):
 def test_activations_are_those_of_a_real_forward(name, packed):
     assert len(MODELS) == 5
     real = as_trained(name)
-    ids = torch.arange(4 * 48).reshape(4, 48) % 256
-    positions = torch.arange(24).repeat(4, 2) if packed else torch.arange(48).repeat(4, 1)
+    ids = torch.arange(4 * 64).reshape(4, 64) % 256
+    positions = torch.arange(32).repeat(4, 2) if packed else torch.arange(64).repeat(4, 1)
     saved = saved_bytes(real, lambda: real.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state)
     found = rehearse(MODELS[name], packed=packed)
     assert found.activations == pytest.approx(saved, rel=0.05)
@@ -118,7 +118,7 @@ def test_activations_are_those_of_a_real_forward(name, packed):
 
 def test_activations_under_autocast_are_those_of_a_real_forward():
     real = as_trained("llama")
-    ids = torch.arange(4 * 48).reshape(4, 48) % 256
+    ids = torch.arange(4 * 64).reshape(4, 64) % 256
 
     def forward():
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -144,7 +144,7 @@ def test_the_peak_is_that_of_a_real_step():
     buffers.release()  # what earlier tests left there would not be counted
     live = LiveBytes([*real.parameters(), *real.buffers()])
     with live:
-        hidden = real.base_model(input_ids=torch.zeros(4, 48, dtype=torch.int64), use_cache=False).last_hidden_state
+        hidden = real.base_model(input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False).last_hidden_state
         targets = torch.zeros(100, dtype=torch.int64)
         linear_cross_entropy(hidden.flatten(0, 1).index_select(0, targets), real.lm_head.weight, targets).backward()
     assert found.peak == pytest.approx(live.peak, rel=0.05)  # the real one keeps the buffers of its loss
@@ -155,7 +155,7 @@ def rehearse(config, *, packed=False, autocast=None, checkpointing=False, accumu
     if checkpointing:
         skeleton.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     rehearsal = Rehearsal(skeleton, device="cpu", autocast=autocast, sparse_tables=[])
-    return rehearsal.step(rows=4, length=48, num_targets=100, packed=packed, accumulates=accumulates)
+    return rehearsal.step(rows=4, length=64, num_targets=100, packed=packed, accumulates=accumulates)
 
 
 def saved_bytes(model, forward) -> int:

@@ -139,7 +139,7 @@ def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
 
 
 def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.recipes.parts.STREAM_SAMPLE", 5)
+    monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
     config = config_for(
         base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "checkpoint.every=4", "checkpoint.keep=9",
         "data.shuffle_buffer=16",
