@@ -38,7 +38,6 @@ ALIASES = {
     "save_total_limit": "checkpoint.keep",
     "max_length": "data.max_length",
     "max_seq_length": "data.max_length",
-    "dataset_num_proc": "data.num_proc",
     "packing": "data.packing",
     "attn_implementation": "model.attn_implementation",
     "report_to": "tracking",

@@ -98,7 +98,6 @@ class DataSection(Section):
     max_length: PositiveInt = 512  # tokens
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     packing: bool = True  # several examples a row, isolated from each other; False: padding, rows of like length together
-    num_proc: PositiveInt = 1  # processes that encode the rows of each part; they pay from some ten thousand rows on
     streaming: bool = False  # read rows as training goes; needs training.max_steps
     shuffle_buffer: PositiveInt = 2048  # examples, streaming only
 

@@ -5,11 +5,9 @@ Floor 1. A dataset costs 8 bytes a token (32-bit ids and labels) beside 12 bytes
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
-from finetune.data.processes import map_in_processes
 from finetune.data.types import IGNORE_INDEX, Example, Format, Row
 from finetune.errors import UserError
 
@@ -27,13 +25,6 @@ class DataStatistics:
     without_target: int = 0  # examples of which no target was left by the cut; dropped
     dropped: int = 0  # examples over max_length that were dropped because overlong is "drop"
     longest: int = 0  # tokens of the longest example before any cut
-
-    def __iadd__(self, other: "DataStatistics") -> "DataStatistics":
-        longest = max(self.longest, other.longest)
-        for name, count in other.as_dict().items():
-            setattr(self, name, getattr(self, name) + count)
-        self.longest = longest
-        return self
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -113,16 +104,6 @@ class EncodedDataset(Sequence[Example]):
         self._targets.append(example.num_target_tokens)
         self._rows.append(row)
 
-    def extend(self, other: "EncodedDataset") -> None:
-        """Put the examples of `other` behind these, and its counts to theirs."""
-        end = self._starts[-1]
-        self._ids.extend(other._ids)
-        self._labels.extend(other._labels)
-        self._starts.extend(end + start for start in other._starts[1:])
-        self._targets.extend(other._targets)
-        self._rows.extend(other._rows)
-        self.statistics += other.statistics
-
     def __len__(self) -> int:
         return len(self._targets)
 
@@ -168,30 +149,15 @@ class EncodedDataset(Sequence[Example]):
         return digest.hexdigest()
 
 
-def encode(
-    rows: Iterable[tuple[str, Row]], format: Format, *, max_length: int, overlong: str, vocab_size: int, num_proc: int = 1
-) -> EncodedDataset:
-    """Encode all rows, given as (where it stands, row), on `num_proc` processes.
-
-    Raises UserError for a bad row, or where nothing is left to learn.
-    """
-    make_encoder = partial(RowEncoder, format, max_length=max_length, overlong=overlong, vocab_size=vocab_size)
-    if num_proc == 1:
-        dataset = _encode_part(make_encoder, enumerate(rows))
-    else:
-        dataset = EncodedDataset()
-        for part in map_in_processes(partial(_encode_part, make_encoder), enumerate(rows), num_proc):
-            dataset.extend(part)
-    require_targets(dataset.statistics, max_length=max_length)
-    return dataset
-
-
-def _encode_part(make_encoder: Callable[[], RowEncoder], numbered: Iterable[tuple[int, tuple[str, Row]]]) -> EncodedDataset:
-    encoder, dataset = make_encoder(), EncodedDataset()
-    for number, (where, row) in numbered:
+def encode(rows: Iterable[tuple[str, Row]], format: Format, *, max_length: int, overlong: str, vocab_size: int) -> EncodedDataset:
+    """Encode all rows, given as (where it stands, row). Raises UserError for a bad row, or where nothing is left to learn."""
+    encoder = RowEncoder(format, max_length=max_length, overlong=overlong, vocab_size=vocab_size)
+    dataset = EncodedDataset()
+    for number, (where, row) in enumerate(rows):
         for example in encoder(where, row):
             dataset.append(example, row=number)
     dataset.statistics = encoder.statistics
+    require_targets(encoder.statistics, max_length=max_length)
     return dataset
 
 

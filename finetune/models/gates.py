@@ -6,7 +6,6 @@ the bit.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from finetune.models.subclass import put_before
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
@@ -36,7 +37,7 @@ def fuse_gates(model: nn.Module) -> None:
             if cls not in tried:
                 tried[cls] = _activation(module)
             if (activation := tried[cls]) is not None:
-                module.__class__ = _fused_class(cls, activation)
+                put_before(module, FusedMLP, activation=activation)
 
 
 class FusedMLP(nn.Module):
@@ -100,18 +101,3 @@ def _activation(module: Any) -> str | None:
         if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5):
             return name
     return None
-
-
-@functools.cache
-def _fused_class(cls: type, activation: str) -> Any:
-    return type(f"Fused{cls.__name__}", (FusedMLP, cls), {"activation": activation, "__reduce_ex__": _reduce})
-
-
-def _reduce(mlp: Any, protocol: Any) -> tuple:
-    # The class is made on the fly, so it is named by what it was made from.
-    return _instance, (type(mlp).__mro__[2], mlp.activation), mlp.__dict__
-
-
-def _instance(cls: type, activation: str) -> Any:
-    fused = _fused_class(cls, activation)
-    return fused.__new__(fused)

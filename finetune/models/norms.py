@@ -6,12 +6,13 @@ under autocast the output comes in its dtype, so that those layers share it: 6 b
 """
 
 import copy
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from finetune.models.subclass import put_before
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -26,7 +27,7 @@ def fuse_norms(model: nn.Module) -> None:
             if cls not in tried:
                 tried[cls] = _one_is_added(module)
             if (added := tried[cls]) is not None:
-                module.__class__ = _fused_class(cls, added)
+                put_before(module, FusedRMSNorm, one_is_added=added)
 
 
 class FusedRMSNorm(nn.Module):
@@ -90,18 +91,3 @@ def _one_is_added(module: Any) -> bool | None:
         if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5):
             return added
     return None
-
-
-@functools.cache
-def _fused_class(cls: type, one_is_added: bool) -> Any:
-    return type(f"Fused{cls.__name__}", (FusedRMSNorm, cls), {"one_is_added": one_is_added, "__reduce_ex__": _reduce})
-
-
-def _reduce(norm: Any, protocol: Any) -> tuple:
-    # The class is made on the fly, so it is named by what it was made from.
-    return _instance, (type(norm).__mro__[2], norm.one_is_added), norm.__dict__
-
-
-def _instance(cls: type, one_is_added: bool) -> Any:
-    fused = _fused_class(cls, one_is_added)
-    return fused.__new__(fused)

@@ -11,7 +11,6 @@ from typing import Any
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.detect import build_format
 from finetune.data.encode import EncodedDataset, encode
-from finetune.data.processes import PART
 from finetune.data.sources import Rows, RowStream, Source, load_rows, split_held_out, stream_rows
 from finetune.data.text import TextFormat
 from finetune.data.types import Format, Prompt, Row
@@ -84,7 +83,6 @@ def encode_rows(
 ) -> EncodedDataset:
     """All rows, or the first STREAM_SAMPLE of a stream; `display` shows how far it is."""
     count = STREAM_SAMPLE if isinstance(rows, RowStream) else len(rows)
-    num_proc = 1 if isinstance(rows, RowStream) else min(config.num_proc, -(-count // PART))
     with (display or Display(enabled=False)).bar("encoding", count, unit="rows") as advance:
         return encode(
             _watched(islice(rows, count), advance),
@@ -92,7 +90,6 @@ def encode_rows(
             max_length=config.max_length,
             overlong=config.overlong,
             vocab_size=vocab_size,
-            num_proc=num_proc,
         )
 
 
