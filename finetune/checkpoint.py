@@ -46,7 +46,8 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`, then remove those no longer kept.
 
-        Raises UserError, on every process, where a disk refuses; the earlier checkpoints are untouched then.
+        Later ones go too: they are from before the run went back to an earlier one. Raises UserError, on every process, where a
+        disk refuses; the earlier checkpoints are untouched then.
         """
         temporary = self.root / f".step-{step:08d}"
         plain, shards = take_out_shards(files)
@@ -62,7 +63,7 @@ class CheckpointStore:
             if self.is_main:
                 self._finish(step, temporary, plain)
         if self.is_main:
-            self._prune(best_step)
+            self._prune(step, best_step)
         return self.path(step)
 
     def steps(self) -> list[int]:
@@ -108,10 +109,11 @@ class CheckpointStore:
         kept = f"the previous checkpoint {previous} is untouched" if previous else "there is no earlier checkpoint"
         raise UserError(f"the checkpoint of step {step} could not be written to {self.root}: {refusals[0]}; {kept}") from refusal
 
-    def _prune(self, best_step: int | None) -> None:
+    def _prune(self, newest: int, best_step: int | None) -> None:
         steps = self.steps()
-        for step in steps[: -self.keep]:
-            if step != best_step:
+        kept = {*[step for step in steps if step <= newest][-self.keep :], best_step}
+        for step in steps:
+            if step not in kept:
                 shutil.rmtree(self.path(step))
 
 
@@ -128,6 +130,11 @@ def is_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step after which a complete checkpoint was taken, whatever its folder is called now."""
+    return json.loads((folder / MARK).read_text())["step"]
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:

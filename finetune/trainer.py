@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from finetune.checkpoint import CheckpointStore, load
+from finetune.checkpoint import CheckpointStore, is_complete, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
-from finetune.optim import LazyAdamW, clip_grad_norm_
+from finetune.optim import LazyAdamW, clip_grad_norm_, options_of
 from finetune.stopping import StopSignal
 from finetune.tracking import MetricLogger
 
@@ -68,7 +68,7 @@ class Trainer:
         accelerator: Accelerator,
         model: torch.nn.Module,
         optimizer: AcceleratedOptimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
         batches: TrainingBatches | StreamingBatches,
         evaluate: Callable[[int], Mapping[str, float]],
         cadence: Cadence,
@@ -216,16 +216,29 @@ class Trainer:
         }
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint of the same run (see `check_identity`)."""
-        state = load(checkpoint, "training.pt")
+    def resume(self, checkpoint: Path) -> int | None:
+        """Go on from a checkpoint of the same run (see `check_identity`), with this run's options of optimizer and schedule.
+
+        Where the checkpoint of the best evaluation so far is not in the store, that evaluation is forgotten; returns its step.
+        """
+        state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
         self.restore(checkpoint)
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": self.scheduler.base_lrs})
+        for group, own, lr, factor in zip(
+            self.optimizer.param_groups, options, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group.update({**own, "initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch)})
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.batches.load_state_dict(state["data"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.guard.load_state_dict(self.progress.guard)
+        best = self.progress.best_step
+        if best is not None and not is_complete(self.checkpoints.path(best)):
+            self.progress.best_step, self.progress.best_value, self.progress.evaluations_since_best = None, None, 0
+            return best
+        return None
 
     def restore(self, checkpoint: Path) -> None:
         """Put the weights and the optimizer's state back to those of a checkpoint; together, since rows may be deferred."""

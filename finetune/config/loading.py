@@ -25,7 +25,6 @@ ALIASES = {
     "optim": "optimizer.name",
     "num_train_epochs": "training.epochs",
     "max_steps": "training.max_steps",
-    "per_device_train_batch_size": "training.micro_batch_size",
     "per_device_eval_batch_size": "evaluation.batch_size",
     "max_grad_norm": "training.max_grad_norm",
     "gradient_checkpointing": "training.activation_checkpointing",
@@ -46,6 +45,8 @@ ALIASES = {
 
 NOT_ALIASES = {
     "gradient_accumulation_steps": "it follows from training.batch_size (rows a step, all processes) and training.micro_batch_size",
+    "per_device_train_batch_size": "write training.batch_size for the rows of an optimizer step, over all processes (there: this "
+    "times the processes times gradient_accumulation_steps); training.micro_batch_size is how many of them go through at once",
     "bf16": "write training.precision: bf16",
     "fp16": "write training.precision: fp16",
     "dataset_name": "write data.train: NAME",

@@ -89,7 +89,7 @@ class DataSection(Section):
     test: Sources | None = None  # for `finetune evaluate`; None: the validation rows
     unrelated: Sources | None = None  # plain text of another kind: its loss, before and after, tells what is forgotten
     validation_fraction: Fraction = 0.05
-    max_validation_rows: PositiveInt | None = 500
+    max_validation_rows: PositiveInt | None = 500  # the first so many, of held-out and of unrelated text; test is read whole
     format: Literal["auto", "chat", "translation", "text"] = "auto"
     columns: dict[str, str] = {}  # what the format calls a column -> what the data calls it, e.g. {prompt: question}
     system_prompt: str | None = None  # put before conversations that have none

@@ -7,6 +7,7 @@ from finetune.optim import catalogue as catalogue  # fills the registry
 from finetune.optim.clip import clip_grad_norm_
 from finetune.optim.factory import build_optimizer, check_optimizer
 from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim.options import options_of
 from finetune.optim.registry import (
     OptimizerInfo,
     list_optimizers,
@@ -27,5 +28,6 @@ __all__ = [
     "list_optimizers",
     "optimizer_info",
     "optimizer_table",
+    "options_of",
     "register_optimizer",
 ]

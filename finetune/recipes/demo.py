@@ -12,6 +12,7 @@ from rich.table import Table
 
 from finetune.config import load_config
 from finetune.display import Display
+from finetune.errors import UserError
 from finetune.recipes.training import run_training
 from finetune.run_dir import RunDir
 from finetune.trainer import Stopped
@@ -26,7 +27,12 @@ SHORT = (
 
 
 def run_demo(task: str, *, short: bool, output_dir: Path | None) -> Stopped:
-    """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml says and print what changed."""
+    """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml says and print what changed.
+
+    Its own folder is written anew each time; one that is named must hold no run: UserError.
+    """
+    if output_dir is not None and RunDir(output_dir).is_run():
+        raise UserError(f"{output_dir} holds another run; name another --output-dir, or delete it")
     overrides = [*(SHORT if short else ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else [])]
     with as_file(files("finetune.resources") / f"demo_{task}.yaml") as path:
         config = load_config(path, overrides)

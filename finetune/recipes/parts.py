@@ -121,7 +121,7 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         validation = encode_rows(raw.validation, format, config.data, vocab_size=vocab_size, display=display)
     for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
         if counts is not None:
-            _say_counts(display, part, format, counts, config)
+            say_counts(display, part, format, counts, config)
     vocabulary = plan_vocabulary(config, model, tokenizer, [sample, *([validation] if validation else [])], new_tokens)
     display.note(vocabulary.line())
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
@@ -197,7 +197,8 @@ def _make_batches(
     return stream, encoder.statistics, encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display)
 
 
-def _say_counts(display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig) -> None:
+def say_counts(display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig) -> None:
+    """How much data there is, and what was cut or left out."""
     if counts.rows:
         share = counts.target_tokens / max(1, counts.tokens)
         display.say(f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets")

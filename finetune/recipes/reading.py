@@ -80,7 +80,9 @@ def evaluate_target(
     if config is None and opened.run is None:
         raise UserError(f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE")
     settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
-    data = settings.data if settings.data.test is None else settings.data.model_copy(update={"validation": settings.data.test})
+    data = settings.data
+    if data.test is not None:
+        data = data.model_copy(update={"validation": data.test, "max_validation_rows": None})
     raw = load_raw_data(data, seed=settings.seed)
     if raw.validation is None:
         raise UserError("the config names no held-out data: set data.test, data.validation or data.validation_fraction")

@@ -6,6 +6,7 @@ Floor 5.
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from finetune.checkpoint import CheckpointStore, find_checkpoint
+from finetune.checkpoint import CheckpointStore, find_checkpoint, step_of
 from finetune.config import RunConfig, dump_config
+from finetune.data.stream import StreamingBatches
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display
 from finetune.distributed import RowGradients, keep_tables_out_of_ddp
@@ -30,7 +32,7 @@ from finetune.recipes.environment import environment
 from finetune.recipes.evaluating import Evaluator, check_best
 from finetune.recipes.finishing import finish_run
 from finetune.recipes.optimizer import optimizer_options
-from finetune.recipes.parts import Parts, build_parts, make_accelerator
+from finetune.recipes.parts import Parts, build_parts, make_accelerator, say_counts
 from finetune.run_dir import RunDir
 from finetune.tracking import MetricLogger, forget_after, tracker_values
 from finetune.trainer import Cadence, Stopped, Trainer, check_identity
@@ -64,8 +66,9 @@ def run_training(
     checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
     accelerator = make_accelerator(config, display)
     checkpoint = agree_on_checkpoint(checkpoint, accelerator)
+    resuming = resume is not None and (checkpoint is None or checkpoint.parent.resolve() == run.checkpoints.resolve())
     if not dry_run:
-        _refuse_occupied(run, config, accelerator, resuming=resume is not None)
+        _refuse_occupied(run, config, accelerator, resuming=resuming)
     with display.warnings():
         parts = build_parts(config, accelerator=accelerator, display=display)
         optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
@@ -79,7 +82,7 @@ def run_training(
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
         if checkpoint is not None:
             check_identity(checkpoint, parts.identity)
-        _claim(run, config, accelerator, resuming=resume is not None, display=display)
+        _claim(run, accelerator, resuming=resuming)
         return _train(parts, optimizer, run, checkpoint, observer)
 
 
@@ -90,9 +93,7 @@ def _train(
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
     keep_tables_out_of_ddp(parts.language_model, raw_optimizer)
     module, optimizer = prepare(accelerator, parts.language_model, raw_optimizer, parts.display)
-    if accelerator.is_main_process:
-        _write_records(parts, run)
-    with parts.display.steps(parts.num_steps, _step_of(checkpoint)) as show:
+    with parts.display.steps(parts.num_steps, 0 if checkpoint is None else step_of(checkpoint)) as show:
         logger = MetricLogger(run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else [])))
         evaluator = Evaluator(parts, run, logger)
         evaluate = reading(accelerator, module, evaluator)
@@ -120,9 +121,12 @@ def _train(
             before_step=parts.vocabulary.before_step,
         )
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            forgotten = trainer.resume(checkpoint)
             parts.display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
+            if forgotten is not None:
+                parts.display.note(f"the checkpoint of step {forgotten}, the best so far, is not in {run.checkpoints}: not counted")
         if accelerator.is_main_process:
+            _write_records(parts, run)
             forget_after(run.metrics, trainer.progress.step if checkpoint is not None else -1)
             forget_after(run.samples, trainer.progress.step if checkpoint is not None else -1)
         if observer is not None:
@@ -130,6 +134,9 @@ def _train(
         if config.evaluation.before and checkpoint is None:
             evaluate(0)
         stopped = trainer.train()
+    if isinstance(parts.batches, StreamingBatches) and accelerator.is_main_process:
+        say_counts(parts.display, "training", parts.format, parts.statistics, config)
+        _write_counts(parts, run)
     if stopped == "signal":
         parts.display.say(f"stopped by a signal after step {trainer.progress.step}, which is saved; go on with --resume auto")
     elif observer is not None:
@@ -173,12 +180,10 @@ def _refuse_occupied(run: RunDir, config: RunConfig, accelerator: Accelerator, *
     accelerator.wait_for_everyone()
 
 
-def _claim(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool, display: Display) -> None:
+def _claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
     """Make the folder ours, once everything else is known to be in order. Process 0 acts, the others wait."""
     if accelerator.is_main_process:
-        if run.is_run() and resuming:
-            _say_changes(run, config, display)
-        elif run.is_run():
+        if run.is_run() and not resuming:
             for path in (run.checkpoints, run.model):
                 shutil.rmtree(path, ignore_errors=True)
             for path in (
@@ -194,7 +199,8 @@ def _claim(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming
                 path.unlink(missing_ok=True)
         try:
             run.root.mkdir(parents=True, exist_ok=True)
-            run.config.write_text(dump_config(config), encoding="utf-8")
+            with tempfile.TemporaryFile(dir=run.root):
+                pass
         except OSError as error:
             raise UserError(f"the run's folder {run.root} cannot be written: {error.strerror}") from error
     accelerator.wait_for_everyone()
@@ -215,14 +221,25 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _write_records(parts: Parts, run: RunDir) -> None:
+    """What the run is made of. A resumed run keeps the command that it was started with."""
     accelerator = parts.accelerator
+    if run.is_run():
+        _say_changes(run, parts.config, parts.display)
+    run.config.write_text(dump_config(parts.config), encoding="utf-8")
     record = environment(
         processes=accelerator.num_processes,
         device=str(accelerator.device),
         precision=accelerator.mixed_precision.replace("no", "fp32"),
     )
     record |= {"model": describe_model(parts.model), "notes": parts.display.notes}
+    if run.environment.is_file():
+        record["command"] = json.loads(run.environment.read_text(encoding="utf-8"))["command"]
     run.environment.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    _write_counts(parts, run)
+
+
+def _write_counts(parts: Parts, run: RunDir) -> None:
+    """What was read and what became of it; of a stream so far."""
     counts: dict[str, Any] = {"format": parts.format.name, "train": parts.statistics.as_dict()}
     if isinstance(parts.format, TranslationFormat):
         counts["languages"] = parts.format.languages
@@ -237,7 +254,3 @@ def _trackers(parts: Parts, run: RunDir) -> tuple[Callable[[Mapping[str, Any]], 
     settings = {key: str(value) for key, value in _flat(parts.config.model_dump(mode="json")).items()}
     parts.accelerator.init_trackers(run.root.name, config=settings)
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record["step"]),)
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0

@@ -203,6 +203,20 @@ def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
     assert snapshot(chat_run) == before  # on other data, or another model, nothing is kept
 
 
+def test_evaluate_reads_all_rows_of_the_test_data(chat_run):
+    held_out = json.loads(finetune("evaluate", "run", "data.max_validation_rows=2").out)
+    tested = json.loads(finetune("evaluate", "run", "data.max_validation_rows=2", "data.test=chat.jsonl").out)
+    assert (held_out["num_rows"], tested["num_rows"]) == (2, 48)
+
+
+def test_a_demo_is_not_written_over_a_run_that_was_named(chat_run):
+    before = snapshot(chat_run)
+    result = finetune("demo", "chat", "--short", "--output-dir", "run")
+    assert (result.code, result.out) == (2, "")
+    assert "run holds another run; name another --output-dir, or delete it" in result.err
+    assert snapshot(chat_run) == before
+
+
 def test_evaluate_a_translator(translation_run):
     found = json.loads(finetune("evaluate", "run").out)
     assert {"loss", "perplexity", "bits_per_byte", "chrf", "bleu", "chrf_signature"} <= found.keys()

@@ -5,7 +5,7 @@ import resource
 import pytest
 import torch
 
-from finetune.checkpoint import CheckpointStore, find_checkpoint, is_complete, load
+from finetune.checkpoint import CheckpointStore, find_checkpoint, is_complete, load, step_of
 from finetune.errors import UserError
 
 
@@ -27,6 +27,17 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
         save(store, step, best)
     assert store.steps() == [2, 4, 5]
+
+
+def test_later_checkpoints_go_with_the_first_save_after_going_back(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (700, 800, 900):
+        save(store, step, best=700)
+    assert store.steps() == [700, 800, 900]
+    save(store, 720, best=700)
+    assert store.steps() == [700, 720]
+    save(store, 740, best=700)
+    assert store.steps() == [700, 720, 740]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -72,6 +83,10 @@ def test_what_resume_may_name(tmp_path):
     assert find_checkpoint("auto", store.root) == folder
     assert find_checkpoint(str(folder), store.root) == folder
     assert find_checkpoint(str(tmp_path / "run"), store.root) == folder
+    renamed = folder.rename(folder.with_name("mine"))
+    assert find_checkpoint(str(renamed), store.root) == renamed
+    assert step_of(renamed) == 7
+    renamed.rename(folder)
     (folder / "complete.json").unlink()
     with pytest.raises(UserError, match="is not a complete checkpoint"):
         find_checkpoint(str(folder), store.root)

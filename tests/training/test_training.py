@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def test_a_diverging_loss_stops_the_run(tiny):
         train(tree)
 
 
-def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatch, number):
     tree = tiny(training={"max_steps": 5})
     train({**tree, "output_dir": str(tmp_path / "whole")})
     from finetune.tracking import MetricLogger
@@ -134,7 +136,7 @@ def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatc
     def log_and_terminate(self, record):
         log(self, record)
         if record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricLogger, "log", log_and_terminate)
     assert train(tree) == "signal"
@@ -168,6 +170,88 @@ def test_resuming_with_changed_model_or_data_is_refused(tiny, tmp_path, chat_fil
         file.write(chat_file.read_text().splitlines()[3] + "\n")
     with pytest.raises(UserError, match=r"the training data changed|the model changed"):
         train(tiny(), resume="auto")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lazy_adamw", "sgd"])
+def test_a_resumed_run_takes_the_options_it_is_given_now(tiny, tmp_path, name):
+    """lr, decay and the schedule are this run's; where nothing changed, nothing does."""
+    model = {"config": PYTHIA} if name == "lazy_adamw" else {}
+    old = {"name": name, "lr": 1e-3, "weight_decay": 0.0}
+    tree = tiny(model=model, optimizer=old, training={"max_steps": 4}, scheduler={"name": "linear", "warmup_steps": 0})
+    train(tree)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    changed = {**tree, "training": {**tree["training"], "max_steps": 8}, "optimizer": {**old, "lr": 4e-4, "weight_decay": 0.5}}
+    train(changed, resume="auto")
+    steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert [step["lr"] for step in steps[4:]] == pytest.approx([4e-4 * (8 - n) / 8 for n in range(4, 8)])
+    groups = load(CheckpointStore(checkpoint.parent, keep=1).newest(), "optimizer.pt")["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+
+
+def test_a_resume_that_is_refused_leaves_the_records_alone(tiny, tmp_path):
+    train(tiny(training={"max_steps": 1}))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(UserError, match="parameter groups of"):
+        train(tiny(optimizer={"no_decay": []}), resume="auto")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_ends_with_its_own(tiny, tmp_path):
+    tree = tiny(training={"max_steps": 6}, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 2})
+    train(tree)
+    whole, run = losses(tmp_path / "run"), tmp_path / "run"
+    early = run / "checkpoints" / "step-00000003"
+    shutil.rmtree(run / "checkpoints" / "step-00000002")  # the best evaluation of that time
+    assert train(tree, resume=str(early)) == "finished"
+    assert losses(run) == whole
+    assert CheckpointStore(run / "checkpoints", keep=1).steps() == [1, 3, 4, 5, 6]
+
+
+def test_a_run_may_begin_from_a_checkpoint_of_another_folder_but_not_over_another_run(tiny, tmp_path):
+    tree = tiny(training={"max_steps": 4}, checkpoint={"every": 1, "keep": 4}, evaluation={"every": 2})
+    train(tree)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert train({**tree, "output_dir": str(tmp_path / "fork")}, resume=str(checkpoint)) == "finished"
+    assert losses(tmp_path / "fork") == losses(tmp_path / "run")[2:]
+    train({**tree, "output_dir": str(tmp_path / "third"), "seed": 1})
+    kept = (tmp_path / "third" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="holds another run"):
+        train({**tree, "output_dir": str(tmp_path / "third")}, resume=str(checkpoint))
+    assert (tmp_path / "third" / "metrics.jsonl").read_text() == kept
+
+
+def test_a_resumed_run_keeps_the_command_it_was_started_with(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["finetune", "train", "c.yaml"])
+    train(tiny(training={"max_steps": 1}))
+    monkeypatch.setattr("sys.argv", ["finetune", "train", "c.yaml", "--resume", "auto"])
+    train(tiny(training={"max_steps": 2}), resume="auto")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"] == "finetune train c.yaml"
+
+
+def test_a_stream_is_counted_as_it_was_read(tiny, tmp_path, chat_file):
+    with chat_file.open("a") as file:
+        long = {"role": "user", "content": " ".join(map(str, range(100)))}
+        file.write(json.dumps({"messages": [long, {"role": "assistant", "content": "So many."}]}) + "\n")
+    train(tiny(data={"streaming": True, "validation_fraction": 0.0, "overlong": "drop"}))
+    counts = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
+    assert counts["rows"] == counts["examples"] + counts["dropped"] >= 49
+    assert counts["dropped"] > 0
+    notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
+    assert any(f"and {counts['dropped']} dropped" in note for note in notes)
+
+
+@pytest.mark.parametrize(("best", "step"), [("chrf", 2), ("loss", 1)])
+def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(tiny, tmp_path, monkeypatch, best, step):
+    """Whatever the model does: the evaluations' values are given."""
+    from finetune.recipes.evaluating import Evaluator
+
+    evaluate = Evaluator.__call__
+    values = {1: {"chrf": 10.0, "loss": 1.0}, 2: {"chrf": 30.0, "loss": 3.0}, 3: {"chrf": 20.0, "loss": 2.0}}
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, at: {**evaluate(self, at), **values[at]})
+    metrics = {"metrics": ["chrf"], "generate": 2}
+    tree = tiny(training={"max_steps": 3}, evaluation={"every": 1, "best": best, **metrics}, generation={"max_new_tokens": 2})
+    train(tree)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["best"]["step"] == step
 
 
 def test_trackers_get_the_numbers(tiny, tmp_path):
