@@ -87,6 +87,7 @@ def train(
 @app.command()
 def demo(
     task: Annotated[Literal["chat", "translation"], typer.Argument(metavar="chat|translation", help="What to learn.")],
+    overrides: Overrides = None,
     short: Annotated[bool, typer.Option("--short", help="A few steps only, to see that everything works.")] = False,
     output_dir: Annotated[
         Path | None, typer.Option(help="The run's folder.  [default: runs/demo-TASK]", show_default=False)
@@ -95,7 +96,7 @@ def demo(
     """Fine-tune SmolLM2-135M on the data that comes with the package, on a laptop's CPU."""
     from finetune.recipes.demo import run_demo
 
-    if run_demo(task, short=short, output_dir=output_dir) == "signal":
+    if run_demo(task, overrides or (), short=short, output_dir=output_dir) == "signal":
         raise typer.Exit(130)
 
 

@@ -4,6 +4,7 @@ Floor 5.
 """
 
 import json
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -26,16 +27,16 @@ SHORT = (
 )
 
 
-def run_demo(task: str, *, short: bool, output_dir: Path | None) -> Stopped:
-    """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml says and print what changed.
+def run_demo(task: str, overrides: Sequence[str] = (), *, short: bool, output_dir: Path | None) -> Stopped:
+    """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml and `overrides` (key=value) say, and print what changed.
 
     Its own folder is written anew each time; one that is named must hold no run: UserError.
     """
-    if output_dir is not None and RunDir(output_dir).is_run():
-        raise UserError(f"{output_dir} holds another run; name another --output-dir, or delete it")
-    overrides = [*(SHORT if short else ()), *([f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else [])]
+    folder = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else []
     with as_file(files("finetune.resources") / f"demo_{task}.yaml") as path:
-        config = load_config(path, overrides)
+        own, config = load_config(path), load_config(path, [*(SHORT if short else ()), *overrides, *folder])
+    if config.output_dir != own.output_dir and RunDir(config.output_dir).is_run():
+        raise UserError(f"{config.output_dir} holds another run; name another --output-dir, or delete it")
     stopped = run_training(config, display=Display())
     if stopped != "signal":
         _print_result(RunDir(config.output_dir))
