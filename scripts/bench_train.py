@@ -7,8 +7,8 @@
 See contestants.py for who is compared and how; ratios are taken within a round, and the spread is over rounds.
 
 Share of the matmul peak: 6 x (parameters that are multiplied, so the head but not the look-up) x tokens / seconds, attention left
-out, over the measured rate of the model's MLP product. A contestant that leaves out the head where there is no target is credited
-with that work. Prints a table for each shape, then one JSON line.
+out, over the measured rate of the model's MLP product; of ours without what it leaves out (the head where there is no target, and
+the gradient of rows that do not train). Prints a table for each shape, then one JSON line.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import os
 import statistics
 from typing import Any
 
-from harness import TRL_MODES, add_arguments, check_arguments, in_process, median_rate, spread
+from harness import TRL_MODES, add_arguments, check_arguments, in_process, median_rate, share_of_peak, spread
 
 SHAPES = ((4, 256), (4, 512))
 
@@ -56,7 +56,7 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
             "tokens_per_second": spread(speed[name]),
             "targets_per_second": spread([r["targets_per_second"] for r in results]),
             "peak_memory_gb": spread([r["peak_memory_bytes"] / 1e9 for r in results]),
-            "share_of_matmul_peak": spread([6 * peak["multiplied_parameters"] * s / peak["flops"] for s in speed[name]]),
+            "share_of_matmul_peak": spread([share_of_peak(r, peak) for r in results]),
             "held_out_loss": results[-1]["held_out_loss"],
             "tokens_trained": results[-1]["tokens_trained"],
         }

@@ -6,11 +6,12 @@
 `from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(...)` of a converted GGUF); --trl is where `pip install --no-deps
 --target DIR trl==1.16.0` put TRL. See contestants.py for who is compared and how. All contestants take their turn for one seed and
 learning rate, then for the next; each trains on the same number of tokens, and its model is then read over the full vocabulary:
-held-out loss, inside and outside the active tokens, probability that goes to inactive ones, loss on unrelated text, largest
-movement of an inactive row.
+held-out loss, inside and outside of the tokens that the training data has, probability that goes to inactive tokens, loss on
+unrelated text, largest movement of an inactive row.
 
 Speed is the median over all steps but the first two; the spread is over rounds. "head" and "optimizer" are their shares of our
-steps. Prints a table for each learning rate, then one JSON line.
+steps; "of peak" is as in bench_train.py, "state" the GB of weights, gradients and optimizer state. Prints a table for each learning
+rate, then one JSON line.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import statistics
 from typing import Any
 
-from harness import MODES, TRL_MODES, add_arguments, check_arguments, in_process, median_rate, spread
+from harness import MODES, TRL_MODES, add_arguments, check_arguments, in_process, median_rate, share_of_peak, spread
 
 WARMUP = 2
 READ = ("held_out_loss", "loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss", "inactive_rows_moved")
@@ -28,12 +29,14 @@ READ = ("held_out_loss", "loss_inside", "loss_outside", "share_outside", "inacti
 def measure(args: argparse.Namespace, lr: float) -> dict[str, list[dict[str, Any]]]:
     """For every contestant one result a seed."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.contestants}
+    peak = in_process(args, "peak", args.rows, args.length)
     for seed in args.seeds:
         for name in args.contestants:
             raw = in_process(args, name, args.rows, args.length, seed=seed, lr=lr)
             if "seconds" in raw:
                 for what in ("tokens", "targets"):
                     raw[f"{what}_per_second"] = median_rate(raw, what, WARMUP)
+                raw["share_of_matmul_peak"] = share_of_peak(raw, peak)
                 speed = f"{raw['tokens_per_second']:.1f} tokens/s, {raw['peak_memory_bytes'] / 1e9:.2f} GB, "
             else:
                 speed = ""
@@ -51,6 +54,8 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         if "tokens_per_second" in results[0]:
             for key in ("tokens_per_second", "targets_per_second"):
                 rows[name][key] = spread([result[key] for result in results])
+            rows[name]["share_of_matmul_peak"] = spread([result["share_of_matmul_peak"] for result in results])
+            rows[name]["training_state_gb"] = spread([result["training_state_bytes"] / 1e9 for result in results])
             rows[name]["peak_memory_gb"] = spread([result["peak_memory_bytes"] / 1e9 for result in results])
             rows[name]["tokens_trained"] = results[0]["tokens_trained"]
             rows[name]["phases"] = {
@@ -82,14 +87,20 @@ def print_table(args: argparse.Namespace, lr: float, summary: dict[str, Any]) ->
     print(
         f"\n{args.model.name}: {args.rows} x {args.length}, {args.steps} steps, lr {lr:g}, seeds {args.seeds}; median [least, most]"
     )
-    columns = ("tokens/s", "targets/s", "GB", "head", "optim", "held-out loss", "outside", "inactive mass", "unrelated", "moved")
+    speed, read = (
+        ("tokens/s", "targets/s", "of peak", "GB", "state", "head", "optim"),
+        ("held-out loss", "outside", "inactive mass"),
+    )
+    columns = (*speed, *read, "unrelated", "moved")
     print(f"{'':17}" + "".join(f"{column:>{width}}" for column, width in zip(columns, WIDTHS, strict=True)))
     for name, row in summary["contestants"].items():
         phases = row.get("phases", {})
         cells = (
             _cell(row.get("tokens_per_second"), ".0f"),
             _cell(row.get("targets_per_second"), ".0f"),
+            _middle(row.get("share_of_matmul_peak"), ".0%"),
             _middle(row.get("peak_memory_gb"), ".2f"),
+            _middle(row.get("training_state_gb"), ".2f"),
             _middle(phases.get("head"), ".0%"),
             _middle(phases.get("optimizer"), ".0%"),
             _cell(row["held_out_loss"], ".3f"),
@@ -103,7 +114,7 @@ def print_table(args: argparse.Namespace, lr: float, summary: dict[str, Any]) ->
         print(f"{name}: " + ", ".join(f"{what} x {_cell(values, '.3f')}" for what, values in ratio.items()))
 
 
-WIDTHS = (16, 16, 7, 6, 7, 22, 9, 15, 11, 9)
+WIDTHS = (16, 16, 9, 7, 7, 6, 7, 22, 9, 15, 11, 9)
 
 
 def _cell(values: list[float] | None, form: str) -> str:
@@ -121,10 +132,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
     parser.add_argument("--seeds", default="0", help="one round for each")
     parser.add_argument("--lrs", default="1e-4")
-    parser.add_argument("--contestants", help="default: untrained, finetune:MODE, bare, and with --trl the first two of TRL's")
+    parser.add_argument("--contestants", help="default: all; TRL's with --trl")
     args = parser.parse_args()
     ours = ["untrained", *(f"finetune:{mode}" for mode in MODES if mode != "auto"), "bare"]
-    args.contestants = args.contestants.split(",") if args.contestants else [*ours, *(TRL_MODES[:2] if args.trl else ())]
+    args.contestants = args.contestants.split(",") if args.contestants else [*ours, *(TRL_MODES if args.trl else ())]
     check_arguments(parser, args)
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     summaries = {}

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ground import CLIP, device, load_plain, our_trainer, peak_memory, read_data, read_model, shuffled
+from ground import CLIP, device, load_plain, our_flops, our_trainer, peak_memory, read_data, read_model, shuffled, training_state
 from harness import CLOCKS, Stopwatch, add_arguments
 
 
@@ -47,8 +47,10 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     with our_trainer(args, on_record) as (trainer, parts):
         trainer.optimizer.step = watch.timed("optimizer", trainer.optimizer.step)
         trainer.train()
+        state = training_state(parts.language_model, trainer.optimizer)
+        flops = our_flops(parts.model, parts.language_model.sample)
         deactivate_vocabulary(parts.language_model)
-        return watch.result(read_model(args, parts.model))
+        return watch.result({**read_model(args, parts.model), "training_state_bytes": state, "flops": flops})
 
 
 def run_bare(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
         watch.tokens.append(batch.numel())
         watch.targets.append(args.rows * (args.length - 1))
         watch.step(loss.item())
-    return watch.result(read_model(args, model))
+    return watch.result({"training_state_bytes": training_state(model, optimizer), **read_model(args, model)})
 
 
 def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -137,9 +139,10 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()])
     trainer.data_collator = counting(trainer.data_collator)
     trainer.train()
+    state = training_state(model, trainer.optimizer)
     plain = load_plain(args)  # TRL patches its model's forward
     plain.load_state_dict(model.state_dict())
-    return watch.result(read_model(args, plain))
+    return watch.result({"training_state_bytes": state, **read_model(args, plain)})
 
 
 def run_peak(args: argparse.Namespace) -> dict[str, Any]:

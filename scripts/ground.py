@@ -26,6 +26,32 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def training_state(model: Any, optimizer: Any) -> int:
+    """Bytes of weights, gradients and optimizer state: what is there whatever the batch."""
+    import torch
+
+    weights = {id(p): p for p in model.parameters()}.values()
+    moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    return sum(p.nbytes * (2 if p.requires_grad else 1) for p in weights) + sum(value.nbytes for value in moments)
+
+
+def our_flops(model: Any, sample: Any) -> dict[str, int]:
+    """Operations of the matrix products of one step of ours, a token and a target token; attention is left out.
+
+    model: the causal language model while it trains; sample: of frozen rows, or None.
+    """
+    from finetune.models.vocabulary import ActiveHead
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    apart = {id(p) for part in (embedding, head) for p in part.parameters()}
+    body = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in apart)
+    frozen = 0
+    if isinstance(head, ActiveHead):
+        frozen = len(head.vocabulary.frozen if sample is None else sample[0].weight)
+    rows, width = head.weight.shape
+    return {"token": 6 * body, "target": (6 * rows + 4 * frozen) * width}
+
+
 def has_template(model: Path) -> bool:
     return (model / "chat_template.jinja").is_file() or "chat_template" in (model / "tokenizer_config.json").read_text()
 
@@ -133,8 +159,8 @@ def load_plain(args: argparse.Namespace) -> Any:
 
 
 def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
-    """What a trained plain model has become: held-out loss over the full vocabulary, inside and outside the active tokens, the
-    probability that goes to inactive ones, the loss on unrelated text, and how far the rows of inactive tokens have moved."""
+    """What a trained plain model has become: held-out loss over the full vocabulary, inside and outside of the training data's
+    tokens, the probability that goes to inactive ones, the loss on unrelated text, and how far the rows of inactive ones moved."""
     import torch
 
     from finetune.data.encode import encode
@@ -163,7 +189,9 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
         )  # fmt: skip
         return evaluate_loss(wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())).as_dict()
 
-    found = loss_on(validation, inactive)
+    unseen = torch.ones_like(inactive)
+    unseen[[i for i in active_ids(tokenizer, [train], ()) if i < len(unseen)]] = False
+    found = loss_on(validation, unseen)
     found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)
     if args.unrelated:
         rows = load_rows([Source(path=str(args.unrelated))]).take(100)

@@ -34,7 +34,7 @@ class Stopwatch:
         if loss is not None:
             self.losses.append(loss)
 
-    def result(self, found: dict[str, float]) -> dict[str, Any]:
+    def result(self, found: dict[str, Any]) -> dict[str, Any]:
         steps = len(self.ends)
         return {
             "seconds": [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)],
@@ -114,6 +114,13 @@ def median_rate(raw: dict[str, Any], what: str, warmup: int) -> float:
     """`what` (tokens or targets) a second: the median over the steps after the warm-up."""
     rates = [count / seconds for count, seconds in zip(raw[what], raw["seconds"], strict=True)]
     return statistics.median(rates[max(0, warmup - 1) :])  # the clock starts after the first step
+
+
+def share_of_peak(raw: dict[str, Any], peak: dict[str, Any]) -> float:
+    """What a contestant multiplies a second, attention left out, over the machine's best rate. Of ours the head is counted where it
+    is multiplied; the others multiply all of it for each token."""
+    flops = raw.get("flops", {"token": 6 * peak["multiplied_parameters"], "target": 0})
+    return (flops["token"] * raw["tokens_per_second"] + flops["target"] * raw["targets_per_second"]) / peak["flops"]
 
 
 def spread(values: list[float]) -> list[float]:

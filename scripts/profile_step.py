@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import run_peak
-from ground import our_trainer
+from ground import our_flops, our_trainer
 from harness import CLOCKS, MODES, add_arguments
 
 
@@ -60,7 +60,7 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
         if len(ends) == args.steps - 1:
             profiler.__enter__()
 
-    with our_trainer(args, on_record) as (trainer, _):
+    with our_trainer(args, on_record) as (trainer, built):
         trainer.model.forward = timed("forward (with the loss's gradient)", trainer.model.forward)
         trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
         trainer_module.clip_grad_norm_ = timed("clip", trainer_module.clip_grad_norm_)
@@ -70,10 +70,11 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
         trainer.batches = _Timed(source, timed)
         trainer.train()
         profiler.__exit__(None, None, None)
+        flops = our_flops(built.model, built.language_model.sample)
     peak = run_peak(args)
     plain = steps[: args.steps - 2]
     medians = {key: statistics.median(step[key] for step in plain) for key in plain[0]}
-    return {"parts": medians, "operators": _operators(profiler), "peak": peak}
+    return {"parts": medians, "operators": _operators(profiler), "peak": peak, "flops": flops}
 
 
 class _Timed:
@@ -105,7 +106,7 @@ def _operators(profiler: Any, count: int = 22) -> list[dict[str, Any]]:
 def print_profile(args: argparse.Namespace, profile: dict[str, Any]) -> None:
     parts, peak = profile["parts"], profile["peak"]
     total = parts["step"]
-    rate = 6 * peak["multiplied_parameters"] * parts["tokens"] / total
+    rate = (profile["flops"]["token"] * parts["tokens"] + profile["flops"]["target"] * parts["targets"]) / total
     counts = f"{parts['tokens']:.0f} tokens, {parts['targets']:.0f} targets"
     print(f"\none step of ours at {args.rows} x {args.length}: {total:.2f} s, {counts}")
     print(f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), {rate / peak['flops']:.0%} of the peak\n")

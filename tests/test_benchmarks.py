@@ -1,0 +1,48 @@
+"""The benchmarks run: on a tiny model, whose figures mean nothing but for what must hold on any."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.config.loading import make_config
+from finetune.display import Display
+from finetune.recipes.training import run_training
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def bench(name: str, *arguments: str) -> dict:
+    """The JSON line at the end of what a benchmark prints."""
+    command = [sys.executable, str(SCRIPTS / name), *arguments, "--threads", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def model(tiny, tmp_path) -> Path:
+    run_training(make_config(tiny(training={"max_steps": 1})), display=Display(enabled=False))
+    return tmp_path / "run" / "model"
+
+
+@pytest.mark.slow
+def test_modes_of_the_vocabulary(model):
+    options = ("--steps", "3", "--rows", "2", "--length", "64", "--held-out", "4")
+    found = bench("bench_vocabulary.py", "--model", str(model), *options, "--contestants", "finetune:active,bare")
+    ours, bare = (found["lrs"]["0.0001"]["contestants"][name] for name in ("finetune:active", "bare"))
+    assert ours["inactive_rows_moved"][0] == 0.0
+    assert 0 < ours["training_state_gb"][0] <= bare["training_state_gb"][0]
+    assert all(row["tokens_per_second"][0] > 0 and row["share_of_matmul_peak"][0] > 0 for row in (ours, bare))
+    ratio = found["lrs"]["0.0001"]["ratios"]["finetune:active over bare"]["held_out_loss"][0]
+    assert ratio == pytest.approx(ours["held_out_loss"][0] / bare["held_out_loss"][0], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_training_step(model):
+    found = bench("bench_train.py", "--model", str(model), "--quick", "--contestants", "finetune")
+    (shape,) = found["shapes"]
+    assert (shape["rows"], shape["length"]) == (4, 256)
+    assert shape["contestants"]["finetune"]["tokens_trained"] > 1000
