@@ -140,7 +140,7 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),
         "optimizer.name": config.optimizer.name,
-        "the vocabulary": f"{vocabulary.mode}, {len(vocabulary.ids)} rows",
+        "the vocabulary": vocabulary.identity(),
     }
     keeper = VocabularyKeeper(
         config, vocabulary, language_model, lambda: sample_batches(sample, pad_id=pad_id(tokenizer)), accelerator, display.note

@@ -3,6 +3,7 @@
 Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `finetune.models.frozen_sample` for the sampled loss.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,11 @@ class VocabularyPlan:
         trained = f"{len(self.ids):,} of {self.rows:,} rows ({len(self.ids) / self.rows:.1%}) train"
         saved = f"{self.saved_bytes / 1e6:,.0f} MB of gradients and optimizer state saved"
         return f"vocabulary: {self.mode}{why}: {trained}, the others stay bit for bit what they are; {saved}"
+
+    def identity(self) -> str:
+        """What a resumed run must have in common with the one it goes on with: the mode, and which rows train."""
+        rows = f"{self.mode}, {len(self.ids)} rows"
+        return f"{rows}, their ids hashed {hashlib.sha256(repr(self.ids).encode()).hexdigest()[:8]}" if self.ids else rows
 
 
 def plan_vocabulary(

@@ -225,3 +225,14 @@ def test_a_changed_mode_is_refused_on_resume(base, tmp_path):
     again = subprocess.run([*command, "--resume", "auto", "vocabulary.mode=full"], capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "cannot be resumed" in again.stderr
+
+
+def test_other_tokens_of_the_same_number_are_refused_on_resume(base, tmp_path):
+    """The rows in the checkpoint belong to the tokens that were active then."""
+    options = ["vocabulary.mode=active", "training.max_steps=2"]
+    run_training(config_for(base, tmp_path, *options, "vocabulary.keep=[300]"))
+    said = r"the vocabulary changed \(then active, (\d+) rows, their ids hashed (\w+), now active, \1 rows, their ids hashed (?!\2)"
+    with pytest.raises(UserError, match=said):
+        run_training(config_for(base, tmp_path, *options, "vocabulary.keep=[301]"), resume="auto")
+    longer = config_for(base, tmp_path, *options, "vocabulary.keep=[300]", "training.max_steps=3")
+    assert run_training(longer, resume="auto") == "finished"
