@@ -47,10 +47,10 @@ def adapt_model(model: Any, config: ModelSection, new_tokens: Sequence[int], *, 
     if config.lora is None:
         return model
     torch.manual_seed(seed)
-    compact = {module.weight for module in active_modules(model)}
-    wrapped = add_lora(model, **config.lora.model_dump(), new_token_ids=() if compact else new_tokens)
-    for weight in compact:
-        weight.requires_grad_(True)
+    trained = {parameter for module in active_modules(model) for parameter in module.parameters() if parameter.requires_grad}
+    wrapped = add_lora(model, **config.lora.model_dump(), new_token_ids=() if trained else new_tokens)
+    for parameter in trained:  # the compact rows, and the shift that they share
+        parameter.requires_grad_(True)
     return wrapped
 
 

@@ -171,6 +171,8 @@ def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
     moved = (after != before).any(1)
     assert moved[markers].all()
     assert 0.2 < moved.float().mean() < 0.9
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.pt")
+    assert saved["model.base_model.model.model.embed_tokens.vocabulary.shift"].any()  # it trains as well
     ids = torch.tensor([markers])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(input_ids=ids).logits.isfinite().all()
 
