@@ -95,7 +95,8 @@ def _automatic(config: RunConfig, model: Any, num_active: int) -> tuple[str, str
 
 
 def _input_is_lazy(config: RunConfig) -> bool:
-    return optimizer_info(config.optimizer.name).must_know == "embeddings"
+    """Whether an untied input table stays whole and trains row by row; LoRA would freeze it, new tokens' rows included."""
+    return config.model.lora is None and optimizer_info(config.optimizer.name).must_know == "embeddings"
 
 
 def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]) -> set[int]:

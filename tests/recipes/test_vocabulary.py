@@ -177,6 +177,22 @@ def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(input_ids=ids).logits.isfinite().all()
 
 
+def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_tied(tmp_path):
+    """With lazy_adamw too, which leaves an input table whole where there is no LoRA."""
+    neox = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    texts, file = write_texts(tmp_path / "texts.jsonl", sentences(40)), tmp_path / "run.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path / 'run'}\nmodel: {{config: {json.dumps(neox)}, tokenizer: {{vocab_size: 300}}}}\n"
+        f"data: {{train: {texts}, max_length: 64}}\noptimizer: {{name: lazy_adamw, lr: 1e-2}}\nvocabulary: {{mode: active}}\n"
+        "training: {max_steps: 3, batch_size: 4}\ncheckpoint: {every: 1, keep: 9}\nevaluation: {samples: 0}\n"
+    )
+    run_training(load_config(file, ["model.lora.rank=2"]))
+    first, last = (torch.load(tmp_path / "run" / "checkpoints" / f"step-0000000{step}" / "model.pt") for step in (1, 3))
+    trained = [name for name in first if name.endswith(("embed_in.weight", "lm_head.weight"))]
+    assert len(trained) == 2
+    assert all((first[name] != last[name]).any() for name in trained)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
