@@ -15,10 +15,10 @@ from finetune.errors import UserError
 from finetune.models.export import export_model, verify_export
 from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer
-from finetune.models.vocabulary import activate_as_saved
 from finetune.optim import build_optimizer
 from finetune.recipes.model import adapt_model, make_model
 from finetune.recipes.optimizer import optimizer_options
+from finetune.recipes.vocabulary import apply_saved_vocabulary
 from finetune.run_dir import RunDir
 from finetune.trainer import restore
 
@@ -48,7 +48,7 @@ def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
     assert folder is not None
     config = load_config(run.config)
     model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
-    activate_as_saved(model, load(folder, "model.pt"))
+    apply_saved_vocabulary(model, config, load(folder, "model.pt"))
     model = adapt_model(model, config.model, new_tokens, seed=config.seed)
     optimizer = build_optimizer(model, config.optimizer.name, **optimizer_options(config))
     wrapper = torch.nn.Module()

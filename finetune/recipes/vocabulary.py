@@ -4,7 +4,7 @@ Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `fin
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from finetune.models.describe import inner_model, token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens
-from finetune.models.vocabulary import activate_vocabulary, active_modules, why_not_active
+from finetune.models.vocabulary import activate_as_saved, activate_vocabulary, active_modules, why_not_active
 from finetune.optim import optimizer_info
 from finetune.trainer import step_seed
 
@@ -115,9 +115,7 @@ def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable
 def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf16: bool) -> None:
     """Make the tables of `model` what the plan says, in place. `bf16`: the run's matrix products are in it."""
     if plan.mode == "frozen":
-        for table in token_tables(model):
-            if table is not None:
-                table.requires_grad_(False)
+        _freeze_tables(model)
     if plan.ids:
         spare = SPARE_ROWS if config.data.streaming else 0
         activate_vocabulary(
@@ -128,6 +126,19 @@ def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf1
             shift=plan.mode != "frozen" and optimizer_info(config.optimizer.name).scale_free,
             frozen_dtype=torch.bfloat16 if bf16 else None,
         )
+
+
+def apply_saved_vocabulary(model: Any, config: RunConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Make the tables of `model` what they were when the state dict `state` of a run with this config was taken, in place."""
+    if config.vocabulary.mode == "frozen":
+        _freeze_tables(model)
+    activate_as_saved(model, state)
+
+
+def _freeze_tables(model: Any) -> None:
+    for table in token_tables(model):
+        if table is not None:
+            table.requires_grad_(False)
 
 
 def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> Iterator[Batch]:

@@ -125,6 +125,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode):
     assert torch.equal(table(tmp_path / "cut" / "run" / "model"), table(tmp_path / "whole" / "run" / "model"))
     if mode == "frozen":
         assert torch.equal(table(tmp_path / "whole" / "run" / "model"), table(base))
+    export_run(
+        tmp_path / "cut" / "run", tmp_path / "out", dtype="float32", checkpoint=config.output_dir / "checkpoints/step-00000008"
+    )
+    assert torch.equal(table(tmp_path / "out"), table(tmp_path / "cut" / "run" / "model"))
 
 
 def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
