@@ -75,12 +75,15 @@ def causal_lm_loss(
 
 
 def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
-    """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own."""
+    """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own.
+
+    Nothing tells frozen rows from the others here, so with "none" the probability that goes to them is NaN.
+    """
     assert reduction in ("sum", "none"), reduction
     predicting, targets = _predictions(labels)
     chosen = logits.flatten(0, 1).index_select(0, predicting)
     losses = F.cross_entropy(chosen.to(_softmax_dtype(chosen.dtype)), targets, reduction=reduction)
-    return losses if reduction == "sum" else torch.stack([losses, torch.zeros_like(losses)], 1)
+    return losses if reduction == "sum" else torch.stack([losses, torch.full_like(losses, torch.nan)], 1)
 
 
 @torch.no_grad()

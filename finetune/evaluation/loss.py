@@ -4,6 +4,7 @@ Floor 3. Sum over sum: the nats of all target tokens divided by their number, so
 cut into batches nor on the number of processes (up to the rounding of the forward pass).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import cast
@@ -46,7 +47,7 @@ class VocabularyLoss:
     loss_inside: float | None  # nats per target token; None where there is no such target
     loss_outside: float | None
     share_outside: float  # of the target tokens
-    inactive_mass: float  # the probability that goes to tokens outside, mean over target positions
+    inactive_mass: float | None  # the probability that goes to tokens outside, mean over target positions; None: not known
 
 
 def evaluate_loss(
@@ -93,7 +94,7 @@ def evaluate_loss(
             loss_inside=(total_nats - nats_outside) / num_inside if num_inside else None,
             loss_outside=nats_outside / num_outside if num_outside else None,
             share_outside=num_outside / num_tokens,
-            inactive_mass=mass / num_tokens,
+            inactive_mass=None if math.isnan(mass) else mass / num_tokens,
         )
     return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes), apart)
 

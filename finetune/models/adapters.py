@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import UserError
 from finetune.models.describe import token_tables
+from finetune.models.vocabulary import ActiveHead
 
 
 def add_lora(
@@ -30,13 +31,20 @@ def add_lora(
     """Freeze the model and put trainable low-rank adapters beside `target_modules`; changes `model` in place and wraps it.
 
     `target_modules`: "all-linear" (every linear layer but the head) or ends of module names. `new_token_ids`: rows of the token
-    table (and of an untied head) that are trained too. Raises UserError where no module has such a name.
+    table (and of an untied head) that are trained too. Raises UserError where no module has such a name, or where it is an output
+    head with active rows.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     every = targets == ["all-linear"]
     for target in [] if every else targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+        chosen = [module for name, module in linear.items() if name == target or name.endswith("." + target)]
+        if any(isinstance(module, ActiveHead) for module in chosen):
+            raise UserError(
+                f"model.lora.target_modules: {target!r} is the output head, of which an active vocabulary trains rows; leave it "
+                "out, or set vocabulary.mode to full"
+            )
+        if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
                 f'model.lora.target_modules: {target!r} is no linear layer of this model; give "all-linear", or some of {ends}'

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.types import Batch
+from finetune.errors import UserError
 from finetune.losses import FrozenRows
 from finetune.models.language_model import LanguageModel, evaluating
 from finetune.models.vocabulary import ActiveHead
@@ -50,7 +51,11 @@ def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch]) -> Tensor:
-    """The root mean square over the target positions of `batches` of each frozen row's probability: [F] float64 on the CPU."""
+    """The root mean square over the target positions of `batches` of each frozen row's probability: [F] float64 on the CPU.
+
+    Raises UserError as FrozenSampler does.
+    """
+    _require_known_logits(language_model)
     device = language_model.causal_lm.device
     total, count = torch.zeros((), dtype=torch.float64), 0
     with evaluating(language_model):
@@ -62,9 +67,10 @@ def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch])
 
 
 class FrozenSampler:
-    """Puts a fresh sample into a LanguageModel before each step."""
+    """Puts a fresh sample into a LanguageModel before each step. Raises UserError where the model makes its logits by itself."""
 
     def __init__(self, language_model: LanguageModel, chances: Tensor) -> None:
+        _require_known_logits(language_model)
         self.language_model, self.chances = language_model, chances
 
     @torch.no_grad()
@@ -88,3 +94,11 @@ class FrozenSampler:
         still = vocabulary.row_of_id[frozen] >= compact  # a token that has become active keeps its compact row
         row_of_id[frozen[still]] = compact + torch.arange(len(rows), device=device)[still]
         self.language_model.sample = (FrozenRows(vocabulary.frozen[rows].to(head.weight.dtype), offset), row_of_id)
+
+
+def _require_known_logits(language_model: LanguageModel) -> None:
+    if not language_model.fused:
+        raise UserError(
+            f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, all of them at once, so a sample "
+            "of the frozen rows cannot stand for the rest (vocabulary.mode=sampled); set vocabulary.mode to active, or to full"
+        )

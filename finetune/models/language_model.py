@@ -60,7 +60,8 @@ class LanguageModel(nn.Module):
         """input_ids, labels, position_ids [rows, length], as in `finetune.data.types.Batch`.
 
         Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or without gradients the scores of each of
-        them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to inactive tokens.
+        them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to inactive tokens
+        (NaN where not `fused`).
         """
         if not self.fused:
             logits = self._run(self.causal_lm, input_ids, position_ids).logits

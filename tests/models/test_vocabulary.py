@@ -316,6 +316,33 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(fami
     torch.testing.assert_close(language_model(*ids), exact)  # evaluation is exact
 
 
+def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
+    """Falcon-H1 scales hidden states and logits by numbers of its own; its loss is exact all the same."""
+    multiplied = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.5}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon_h1", vocab_size=V, **SHAPE, **multiplied))
+    activate_vocabulary(model.eval(), ACTIVE)
+    language_model, ids = LanguageModel(model), batch()
+    for sample in (
+        lambda: measure_frozen_rows(language_model, [{"input_ids": ids[0], "labels": ids[1]}]),
+        lambda: FrozenSampler(language_model, torch.ones(V - len(ACTIVE))),
+    ):
+        with pytest.raises(UserError, match=r"Falcon.* computes its logits in a way of its own.*set vocabulary.mode to active, or"):
+            sample()
+    logits = model(input_ids=ids[0], use_cache=False).logits[:, :-1].flatten(0, 1)
+    scores = language_model(*ids, reduction="none")
+    torch.testing.assert_close(scores[:, 0], torch.nn.functional.cross_entropy(logits, ids[1][:, 1:].flatten(), reduction="none"))
+    assert scores[:, 1].isnan().all()  # not 0: what goes to inactive tokens is not known
+
+
+def test_lora_on_a_head_with_active_rows_is_refused():
+    model = make("llama")
+    activate_vocabulary(model, ACTIVE)
+    with pytest.raises(
+        UserError, match=r"target_modules: 'lm_head' is the output head.*leave it out, or set vocabulary.mode to full"
+    ):
+        add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "lm_head"])
+
+
 def test_frozen_targets_are_put_into_the_sample():
     model = make("llama")
     activate_vocabulary(model, ACTIVE)

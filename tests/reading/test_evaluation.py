@@ -14,7 +14,9 @@ from finetune.evaluation import evaluate_generation, evaluate_loss
 from finetune.evaluation.loss import count_target_bytes
 from finetune.generation import generate
 from finetune.metrics import bits_per_byte, perplexity, text_metrics
+from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
+from tests.reading.conftest import tiny_model
 
 CPU = torch.device("cpu")
 SENTENCES = [
@@ -49,6 +51,16 @@ def by_hand(model, examples):
         total += float(F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORE_INDEX, reduction="sum"))
         count += example.num_target_tokens
     return total / count
+
+
+def test_the_mass_on_inactive_tokens_is_left_out_where_the_model_makes_its_logits_by_itself(tokenizer, examples):
+    model = tiny_model("llama")
+    module = LanguageModel(add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["lm_head"]))
+    assert not module.fused
+    inactive = torch.arange(len(model.get_input_embeddings().weight)) % 2 == 0
+    result = evaluate_loss(module, batches_of(examples, 3), inactive=inactive, tokenizer=tokenizer, device=CPU).as_dict()
+    assert "inactive_mass" not in result
+    assert 0 < result["share_outside"] < 1
 
 
 @pytest.mark.parametrize(("size", "packed"), [(1, False), (2, False), (6, False), (3, True)])
