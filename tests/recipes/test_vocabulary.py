@@ -1,6 +1,7 @@
 """Runs with an active vocabulary, from the config to the exported model."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from finetune.recipes.exporting import export_run
 from finetune.recipes.inspecting import inspect_data
 from finetune.recipes.planning import plan_run
 from finetune.recipes.training import run_training
+from finetune.recipes.vocabulary import spare_rows
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then", "it", "was"]
 LLAMA = {
@@ -152,12 +154,33 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
     assert str(config.data.train[0].path) == new
     run_training(config)
     run = tmp_path / "run"
-    notes = json.loads((run / "environment.json").read_text())["notes"]
-    assert any("tokens outside of the first rows of the stream turned up" in note for note in notes)
+    notes = [note for note in json.loads((run / "environment.json").read_text())["notes"] if note.startswith("vocabulary: ")]
+    chosen, begin, end = notes
+    active = int(re.search(r"(\d+) of \d+ rows", chosen)[1])
+    assert begin.startswith("vocabulary: tokens outside of the first rows of the stream turned up, which train from here on")
+    now, later = map(int, re.findall(r"\d+", end))
+    assert (now - later, end) == (active, f"vocabulary: {now} tokens train at the end, {later} of which turned up in the stream")
+    assert later > 2
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert (table(base) != table(run / "model")).any(1)[ids].all()
     export_run(run, tmp_path / "earlier", dtype="float32", checkpoint=run / "checkpoints" / "step-00000004")
     assert not torch.equal(table(tmp_path / "earlier"), table(run / "model"))
+
+
+def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
+    monkeypatch.setattr("finetune.recipes.vocabulary.spare_rows", lambda num_active, num_rows: 1)
+    config = config_for(base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "data.shuffle_buffer=16")
+    write_texts(tmp_path / "train.jsonl", [*sentences(5, words=["cat"]), *sentences(200, words=["ban", "dep", "gir"])])
+    run_training(config)
+    notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
+    assert sum("turned up, which train from here on; there is room for 1 of them" in note for note in notes) == 1
+    assert sum("all 1 spare rows are taken" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(("active", "rows", "spare"), [(11_526, 262_144, 11_526), (500, 49_152, 1024), (300, 400, 100)])
+def test_a_stream_has_room_for_as_many_tokens_as_are_active_at_its_start(active, rows, spare):
+    assert spare_rows(active, rows) == spare
 
 
 def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
