@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
@@ -122,7 +122,9 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
         if counts is not None:
             say_counts(display, part, format, counts, config)
-    vocabulary = plan_vocabulary(config, model, tokenizer, [sample, *([validation] if validation else [])], new_tokens)
+    corpora = [sample, *([validation] if validation else [])]
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    vocabulary = plan_vocabulary(config, model, tokenizer, corpora, new_tokens, sharded=sharded)
     display.note(vocabulary.line())
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
     model = adapt_model(model, config.model, new_tokens, seed=config.seed)

@@ -59,20 +59,32 @@ class VocabularyPlan:
 
 
 def plan_vocabulary(
-    config: RunConfig, model: Any, tokenizer: Any, corpora: Iterable[EncodedDataset], new_tokens: Sequence[int]
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    corpora: Iterable[EncodedDataset],
+    new_tokens: Sequence[int],
+    *,
+    sharded: bool = False,
 ) -> VocabularyPlan:
-    """Choose the mode and the active tokens. `model` may be without weights; LoRA is not yet on it. Raises UserError."""
+    """Choose the mode and the active tokens. `model` may be without weights; LoRA is not yet on it. `sharded`: no process will have
+    the whole of a parameter. Raises UserError."""
     table, head = token_tables(model)
     found = active_ids(tokenizer, corpora, config.vocabulary.keep)
     ids = tuple(sorted(i for i in found if i < len(table)))
     mode: str = config.vocabulary.mode
     reason = ""
     if mode == "auto":
-        mode, reason = _automatic(config, model, len(ids))
+        mode, reason = _automatic(config, model, len(ids), sharded)
     if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
         mode, reason = "active", "a sample would be the whole table"
-    if mode in ("active", "sampled") and (obstacle := why_not_active(model)) is not None:
+    if mode in ("active", "sampled") and (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
         raise UserError(f"vocabulary.mode is {mode}, but {obstacle}; set vocabulary.mode to full or frozen")
+    if mode == "sampled" and sharded:
+        raise UserError(
+            "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode to active or "
+            "full, or train with DDP"
+        )
     if mode == "frozen":
         ids = tuple(new_tokens)
     tables = 1 if head is table else 1 + (not _input_is_lazy(config))
@@ -92,18 +104,27 @@ def spare_rows(num_active: int, num_rows: int) -> int:
     return min(max(SPARE_ROWS, num_active), num_rows - num_active)
 
 
-def _automatic(config: RunConfig, model: Any, num_active: int) -> tuple[str, str]:
+def _automatic(config: RunConfig, model: Any, num_active: int, sharded: bool) -> tuple[str, str]:
     table, head = token_tables(model)
     if config.model.lora is not None:
         return "full", "LoRA leaves the token table as it is"
     if head is not table:
         lazy = "lazy_adamw updates only the input rows in use" if _input_is_lazy(config) else "active would make both compact"
         return "full", f"input and output tables are not tied; {lazy}"
-    if (obstacle := why_not_active(model)) is not None:
+    if (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
         return "full", obstacle
     if num_active > LITTLE_TO_SAVE * len(table):
         return "full", f"the data uses {num_active:,} of the {len(table):,} rows"
     return "active", "the table is tied, and most of it is not used"
+
+
+def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
+    """Why tokens that turn up in a stream cannot be given rows; None where they can, or where there is no stream."""
+    if not config.data.streaming:
+        return None
+    if sharded:
+        return "tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+    return None
 
 
 def _input_is_lazy(config: RunConfig) -> bool:

@@ -69,6 +69,8 @@ def begin() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     refusals.append(refused("output_dir=full"))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refusals.append(refused("output_dir=sampled", "vocabulary.mode=sampled", "vocabulary.num_sampled=1"))
+    refusals.append(refused("output_dir=stream", "vocabulary.mode=active", "data.streaming=true"))
     Path(f"refused{rank}.json").write_text(json.dumps(refusals))
     if rank == 1:
         checkpoint.write_shards = die_at_step_6

@@ -143,6 +143,20 @@ def test_what_one_process_could_not_write_no_process_takes_for_saved(folder):
 
 
 @pytest.mark.slow
+def test_what_would_change_a_sharded_table_between_steps_is_refused(folder):
+    for rank in (0, 1):
+        sampled, stream = json.loads((folder / f"refused{rank}.json").read_text())[2:]
+        assert sampled.startswith(
+            "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode"
+        )
+        assert stream.startswith(
+            "vocabulary.mode is active, but tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+        )
+    assert not (folder / "sampled").exists()
+    assert not (folder / "stream").exists()
+
+
+@pytest.mark.slow
 def test_a_run_killed_in_mid_save_goes_on_with_another_number_of_processes(folder):
     left = json.loads((folder / "left.json").read_text())
     assert left == [".step-00000006", "step-00000003", "step-00000004"]  # the best evaluation so far is saved besides
