@@ -133,4 +133,5 @@ register_optimizer(
     paper="https://arxiv.org/abs/2405.15682",
     state_bytes=8,
     aliases=("adamw_schedule_free",),
+    second_weights=True,
 )

@@ -44,6 +44,7 @@ class OptimizerInfo:
     must_know: ModelKnowledge = "nothing"
     takes_dense: bool = True  # gradients that are not row-sparse
     scale_free: bool = True  # a gradient ten times as large makes the same step, but for eps
+    second_weights: bool = False  # its state holds weights beside the parameters', which forget what others write into these
 
     @property
     def origin(self) -> str:
@@ -95,6 +96,7 @@ def register_optimizer(
     must_know: ModelKnowledge = "nothing",
     takes_dense: bool = True,
     scale_free: bool = True,
+    second_weights: bool = False,
 ) -> OptimizerInfo:
     """Add an optimizer to the factory, a class or "module:Class"; the fields are those of OptimizerInfo.
 
@@ -115,6 +117,7 @@ def register_optimizer(
         must_know=must_know,
         takes_dense=takes_dense,
         scale_free=scale_free,
+        second_weights=second_weights,
     )
     spellings = {_spelling(spelling): spelling for spelling in (name, *aliases)}
     for key, spelling in spellings.items():

@@ -124,6 +124,8 @@ def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
         return None
     if sharded:
         return "tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+    if optimizer_info(config.optimizer.name).second_weights:
+        return f"tokens that turn up in a stream get rows of the table, and {config.optimizer.name} trains a copy that lacks them"
     return None
 
 

@@ -17,7 +17,7 @@ from finetune.recipes.exporting import export_run
 from finetune.recipes.inspecting import inspect_data
 from finetune.recipes.planning import plan_run
 from finetune.recipes.training import run_training
-from finetune.recipes.vocabulary import spare_rows
+from finetune.recipes.vocabulary import plan_vocabulary, spare_rows
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then", "it", "was"]
 LLAMA = {
@@ -176,6 +176,28 @@ def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(base,
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
     assert sum("turned up, which train from here on; there is room for 1 of them" in note for note in notes) == 1
     assert sum("all 1 spare rows are taken" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sharded", "why"),
+    [
+        (["optimizer.name=schedule_free_adamw"], False, "schedule_free_adamw trains a copy that lacks them"),
+        ([], True, "FSDP2 shards"),
+    ],
+)
+def test_a_table_that_cannot_take_in_the_tokens_of_a_stream_trains_whole(base, tmp_path, options, sharded, why):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+
+    def plan(*more):
+        return plan_vocabulary(config_for(base, tmp_path, *options, *more), model, tokenizer, [], [], sharded=sharded)
+
+    chosen = plan("data.streaming=true")
+    assert chosen.mode == "full"
+    assert why in chosen.reason
+    for mode in ("active", "sampled"):
+        with pytest.raises(UserError, match=rf"vocabulary.mode is {mode}, but .*{why}; set vocabulary.mode to full or frozen"):
+            plan("data.streaming=true", f"vocabulary.mode={mode}", "vocabulary.num_sampled=9")
+    assert plan().mode == plan("vocabulary.mode=active").mode == "active"
 
 
 @pytest.mark.parametrize(("active", "rows", "spare"), [(11_526, 262_144, 11_526), (500, 49_152, 1024), (300, 400, 100)])
