@@ -41,7 +41,8 @@ class VocabularyPlan:
     ids: tuple[int, ...]  # tokens whose rows train; empty for full, and for frozen without new tokens
     spare: int  # rows kept for tokens that turn up later in a stream
     rows: int  # of the table
-    saved_bytes: int  # of gradients and optimizer state
+    saved_bytes: int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
+    whole_input: bool  # the input table is one of its own, and trains whole, row by row
 
     def line(self) -> str:
         """One line for the log and the report."""
@@ -49,8 +50,12 @@ class VocabularyPlan:
         if self.mode == "full":
             return f"vocabulary: full{why}"
         trained = f"{len(self.ids):,} of {self.rows:,} rows ({len(self.ids) / self.rows:.1%}) train"
-        saved = f"{self.saved_bytes / 1e6:,.0f} MB of gradients and optimizer state saved"
-        return f"vocabulary: {self.mode}{why}: {trained}, the others stay bit for bit what they are; {saved}"
+        room = f", with room for {self.spare:,} that turn up later" if self.spare else ""
+        table = "of the output table " if self.whole_input else ""
+        rest = "; the input table trains whole, row by row" if self.whole_input else ""
+        cost = "saved" if self.saved_bytes >= 0 else "for them, beside LoRA's"
+        size = f"{abs(self.saved_bytes) / 1e6:,.0f} MB of gradients and optimizer state {cost}"
+        return f"vocabulary: {self.mode}{why}: {trained}{room}, the others {table}stay bit for bit what they are{rest}; {size}"
 
     def identity(self) -> str:
         """What a resumed run must have in common with the one it goes on with: the mode, and which rows train."""
@@ -87,11 +92,14 @@ def plan_vocabulary(
         )
     if mode == "frozen":
         ids = tuple(new_tokens)
-    tables = 1 if head is table else 1 + (not _input_is_lazy(config))
+    trains = mode in ("active", "sampled")
+    lazy_input = head is not table and _input_is_lazy(config)
+    tables = 1 if head is table or lazy_input else 2
     bytes_per_row = table.shape[1] * (4 + optimizer_info(config.optimizer.name).state_bytes)
-    spare = spare_rows(len(ids), len(table)) if config.data.streaming and mode in ("active", "sampled") else 0
-    saved = 0 if mode == "full" else round(tables * (len(table) - len(ids) - spare) * bytes_per_row)
-    return VocabularyPlan(mode, reason, () if mode == "full" else ids, spare, len(table), saved)
+    spare = spare_rows(len(ids), len(table)) if config.data.streaming and trains else 0
+    otherwise = 0 if config.model.lora is not None else len(table)  # rows that would have gradients and state
+    saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
+    return VocabularyPlan(mode, reason, () if mode == "full" else ids, spare, len(table), saved, trains and lazy_input)
 
 
 def spare_rows(num_active: int, num_rows: int) -> int:

@@ -247,6 +247,8 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
     [
         (["model.lora.rank=2"], "full (LoRA leaves the token table as it is)"),
         (["vocabulary.mode=frozen"], "frozen: 0 of"),
+        (["vocabulary.mode=active", "model.lora.rank=2"], "0 MB of gradients and optimizer state for them, beside LoRA's"),
+        (["vocabulary.mode=active", "data.streaming=true"], "train, with room for 1"),
         (["vocabulary.mode=sampled", "vocabulary.num_sampled=1000"], "active (a sample would be the whole table)"),
         (["vocabulary.keep=[ban, 7]"], "active (the table is tied"),
     ],
@@ -266,6 +268,9 @@ def test_an_untied_model_stays_full_and_may_have_a_compact_head(tmp_path, capsys
     )
     inspect_data(load_config(file), examples=0)
     assert "not tied; lazy_adamw updates only the input rows in use" in " ".join(capsys.readouterr().out.split())
+    inspect_data(load_config(file, ["vocabulary.mode=active"]), examples=0)  # weight decay would move every input row
+    said = "train, the others of the output table stay bit for bit what they are; the input table trains whole, row by row;"
+    assert said in " ".join(capsys.readouterr().out.split())
     run_training(load_config(file, ["vocabulary.mode=active"]))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert len(model.get_output_embeddings().weight) == len(model.get_input_embeddings().weight) == model.config.vocab_size > 290
