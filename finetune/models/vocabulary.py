@@ -190,8 +190,10 @@ def activate_vocabulary(
     later. `shift`: see above; leave it out for an optimizer whose steps follow the gradient's scale (SGD, with or without
     momentum), for which the sum of all rows' gradients is far too long a step. `frozen_dtype`: that of the products under autocast;
     the frozen rows are kept in it if that loses no bit of them (weights from a bfloat16 file), else in their own. Raises UserError
-    where an id is not in the table, or the model has a head that this does not know.
+    where an id is not in the table, or the model has active rows already, or a head that this does not know.
     """
+    if active_modules(model):
+        raise UserError("the model has an active vocabulary already; deactivate_vocabulary gives it its full table back first")
     wanted = torch.tensor(sorted(set(ids)), dtype=torch.int64)
     if (reason := why_not_active(model)) is not None:
         raise UserError(f"no active vocabulary: {reason}; its table trains whole (vocabulary.mode=full)")

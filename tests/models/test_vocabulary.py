@@ -266,6 +266,19 @@ def test_bad_ids_and_unknown_heads_are_refused():
         activate_vocabulary(model, ACTIVE)
 
 
+def test_a_second_active_vocabulary_is_refused_until_the_first_is_given_up():
+    model, ids = make("llama"), torch.randint(0, V, (2, 9))
+    expected = model(input_ids=ids).logits
+    activate_vocabulary(model, ACTIVE)
+    with pytest.raises(UserError, match="has an active vocabulary already; deactivate_vocabulary"):
+        activate_vocabulary(model, [1, 2])
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    deactivate_vocabulary(model)
+    activate_vocabulary(model, [1, 2])
+    assert model.get_output_embeddings().weight.shape == (2, 16)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
 # Sampling
 
 
