@@ -107,7 +107,8 @@ def spare_rows(num_active: int, num_rows: int) -> int:
 
     Translation en-fr with Gemma's tokenizer: 1,000 rows have 4,702 tokens, which with special and byte tokens makes 11,526 active
     ones; over 22,112 rows (1.8 M tokens) it becomes 26,635. 1,024 spare rows last for 556 rows of the stream, half as many as are
-    active for 4,093, as many for 12,820. In Gemma-3-270M these are 118 MB with AdamW and 3 to 7 % of a step's operations.
+    active for 4,093, as many for 12,820. In Gemma-3-270M these are 118 MB with AdamW and, counted, 3 (active) to 7 % (sampled) of a
+    step's operations.
     """
     return min(max(SPARE_ROWS, num_active), num_rows - num_active)
 
