@@ -156,7 +156,7 @@ class EvaluationSection(Section):
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # rows per forward
     metrics: tuple[Literal["chrf", "bleu"], ...] | None = None  # beside the loss; None: both for translation, none else
-    generate: NonNegativeInt = 64  # held-out prompts to generate for the metrics
+    generate: NonNegativeInt = 64  # held-out prompts to generate for the metrics; 0: no such metrics
     samples: NonNegativeInt = 8  # of them written to samples.jsonl (also where there is no metric)
     best: Literal["loss", "chrf"] = "loss"  # what the best checkpoint and early stopping go by
     early_stopping_patience: PositiveInt | None = None  # evaluations without improvement

@@ -125,7 +125,9 @@ def first_prompts(rows: Rows | None, format: Format, count: int) -> list[Prompt]
 
 
 def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
-    """The metrics over generated text: those asked for, else both for translation and none for the rest."""
+    """The metrics over generated text: those asked for, else both for translation and none for the rest; none of no answers."""
+    if config.evaluation.generate == 0:
+        return ()
     if config.evaluation.metrics is not None:
         return config.evaluation.metrics
     return ("chrf", "bleu") if format.name == "translation" else ()

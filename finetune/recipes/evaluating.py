@@ -72,7 +72,7 @@ class Evaluator:
     def _generation(self, step: int) -> dict[str, Any]:
         parts, config = self.parts, self.parts.config
         total = len(self.prompts)
-        if config.evaluation.generate == 0 and config.evaluation.samples == 0:
+        if not self.metrics and config.evaluation.samples == 0:
             return {}
         with parts.display.bar("generating", total) as advance, parts.accelerator.autocast():
             seen = 0
@@ -129,10 +129,10 @@ def own_block(prompts: Sequence[Prompt], accelerator: Accelerator) -> list[Promp
 def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) -> None:
     """Raise UserError where the best checkpoint, or early stopping, goes by a number that will not be there."""
     best = config.evaluation.best
-    if best != "loss" and best not in metrics:
-        raise UserError(f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss")
     if best != "loss" and config.evaluation.generate == 0:
         raise UserError(f"evaluation.best is {best}, but evaluation.generate is 0: nothing would be generated to compute it from")
+    if best != "loss" and best not in metrics:
+        raise UserError(f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss")
     if config.evaluation.early_stopping_patience is not None and not has_validation:
         raise UserError("evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction")
 

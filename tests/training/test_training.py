@@ -56,6 +56,25 @@ def test_a_run_leaves_a_complete_folder(tiny, tmp_path):
     assert tokenizer.decode(model.generation_config.eos_token_id) == "<|im_end|>"
 
 
+PAIRS = {
+    "train": {"path": "package:translation.en-fr.train", "max_rows": 12},
+    "validation": {"path": "package:translation.en-fr.test", "max_rows": 3},
+    "max_length": 128,
+}
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_translation_run_without_metrics_of_generated_text(tiny, tmp_path, samples):
+    """`evaluation.generate: 0` leaves chrF and BLEU out, and the samples are another setting."""
+    evaluation = {"generate": 0, "samples": samples, "before": False}
+    assert train(tiny(data=PAIRS, evaluation=evaluation, training={"max_steps": 1})) == "finished"
+    after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
+    assert "loss" in after
+    assert not {"chrf", "bleu"} & after.keys()
+    written = tmp_path / "run" / "samples.jsonl"
+    assert len(lines(written) if written.is_file() else []) == samples
+
+
 def test_bf16_products_follow_fp32_ones_in_one_process(tiny, tmp_path):
     """Whatever precision an earlier run of the process had; weights, optimizer state and the exported model stay float32."""
     found = []
