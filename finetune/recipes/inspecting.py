@@ -17,7 +17,7 @@ from finetune.models.describe import token_tables
 from finetune.models.skeleton import load_skeleton
 from finetune.models.tokenizers import prepare_chat
 from finetune.recipes.data import STREAM_SAMPLE, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import make_tokenizer
+from finetune.recipes.model import check_length, make_tokenizer
 from finetune.recipes.vocabulary import plan_vocabulary
 
 
@@ -30,6 +30,7 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     added = prepare_chat(None, tokenizer, config.model.chat_template)
     format = make_format(config.data, tokenizer, raw.first_row)
     skeleton = _skeleton(config, tokenizer)
+    check_length(skeleton, config.data.max_length)
     rows = max(token_tables(skeleton)[0].shape[0], 1 + max(added, default=0))
     display.say(f"encoding the data as {format.name}")
     train, held_out = (

@@ -11,6 +11,7 @@ import torch
 
 from finetune.config.schema import ModelSection, NewTokenizerSection
 from finetune.errors import UserError
+from finetune.generation import context_length
 from finetune.models.adapters import add_lora
 from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer, prepare_chat, train_tokenizer
@@ -40,6 +41,16 @@ def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> tuple[Any,
         vocab_size=None if config.name is not None else len(tokenizer),
     )
     return model, prepare_chat(model, tokenizer, config.chat_template)
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Raise UserError where rows of `max_length` tokens would be longer than what the model reads."""
+    limit = context_length(model)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"data.max_length is {max_length}, and the model reads at most {limit} tokens (its max_position_embeddings): "
+            f"set data.max_length={limit}, or less"
+        )
 
 
 def adapt_model(model: Any, config: ModelSection, new_tokens: Sequence[int], *, seed: int) -> Any:

@@ -27,7 +27,7 @@ from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time
-from finetune.recipes.model import adapt_model, make_model, make_tokenizer, model_fingerprint
+from finetune.recipes.model import adapt_model, check_length, make_model, make_tokenizer, model_fingerprint
 from finetune.recipes.vocabulary import VocabularyKeeper, apply_vocabulary, plan_vocabulary, sample_batches
 
 
@@ -112,6 +112,7 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     display.say(f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}")
     tokenizer = make_tokenizer(config.model, raw.texts())
     model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
+    check_length(model, config.data.max_length)
     start = model_fingerprint(model)  # before the optimizer's name has a say in which rows are kept apart
     format = make_format(config.data, tokenizer, raw.first_row)
     vocab_size = model.get_input_embeddings().weight.shape[0]

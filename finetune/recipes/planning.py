@@ -37,7 +37,7 @@ from finetune.models.tokenizers import prepare_chat
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import adapt_model, make_tokenizer
+from finetune.recipes.model import adapt_model, check_length, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import build_parts, make_accelerator, pad_id
 from finetune.recipes.plan_text import make_console, print_plan
@@ -113,7 +113,9 @@ class Planner:
         self.tokenizer = make_tokenizer(config.model, self.raw.texts())
         self.new_tokens = prepare_chat(None, self.tokenizer, config.model.chat_template)
         self.format = make_format(config.data, self.tokenizer, self.raw.first_row)
-        self.table_rows = self._skeleton(config).get_input_embeddings().weight.shape[0]
+        skeleton = self._skeleton(config)
+        check_length(skeleton, config.data.max_length)
+        self.table_rows = skeleton.get_input_embeddings().weight.shape[0]
         self.corpora: list[EncodedDataset] = []
         self._encoded: dict[int, tuple[EncodedDataset, EncodedDataset | None]] = {}  # by data.max_length
         self.work = self._work(config)

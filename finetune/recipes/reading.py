@@ -33,6 +33,7 @@ from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer, prepare_chat
 from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format
 from finetune.recipes.evaluating import sampling
+from finetune.recipes.model import check_length
 from finetune.recipes.parts import pad_id
 from finetune.run_dir import RunDir
 from finetune.tracking import finite
@@ -81,6 +82,7 @@ def evaluate_target(
         raise UserError(f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE")
     settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
     data = settings.data
+    check_length(opened.model, data.max_length)
     if data.test is not None:
         data = data.model_copy(update={"validation": data.test, "max_validation_rows": None})
     raw = load_raw_data(data, seed=settings.seed)

@@ -149,6 +149,8 @@ CASES = {
     "empty cell": Case("pair with an empty side", ("row 2", "empty side", "'en'"), data("a.csv"), files={"a.csv": "en,fr\na,b\n,c\n"}),
     "unequal files": Case("pair with an empty side", ("a.txt", "2 lines", "b.txt", "3"), data([{"path": "a.txt", "target_path": "b.txt"}]), files={"a.txt": "x\ny\n", "b.txt": "x\ny\nz\n"}),
     "long row": Case("text over the limit", ("row 1", "tokens", "data.max_length 12", "truncate or drop"), {"data": {"max_length": 12, "overlong": "error"}}),
+    **{f"longer than the model reads, {command}": Case("text over the limit", ("data.max_length is 129", "at most 128", "set data.max_length=128"), {"data": {"max_length": 129}}, command=command_line) for command, command_line in {"train": ("train", "c.yaml"), "inspect": ("inspect", "c.yaml"), "plan": ("plan", "c.yaml"), "evaluate": ("evaluate", "model", "--config", "c.yaml")}.items()},
+    "longer than GPT-2 reads": Case("text over the limit", ("data.max_length is 65", "at most 64"), {"model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}}, "data": {"max_length": 65}}),
     "all cut": Case("zero target tokens", ("no target tokens in 48 rows", "48 without a target", "raise data.max_length"), {"data": {"max_length": 4, "validation_fraction": 0.0}}),
     "all dropped": Case("zero target tokens", ("no target tokens in 48 rows", "48 over data.max_length = 4 and dropped"), {"data": {"max_length": 4, "overlong": "drop", "validation_fraction": 0.0}}),
     "blank text": Case("zero target tokens", ("no target tokens in 1 row,", "1 blank"), data("a.jsonl"), files={"a.jsonl": '{"text": " "}\n'}),
