@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -106,7 +105,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}], tokenize=False
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of the user's: it may raise anything
         raise UserError(f"the chat template fails to render a question and its answer: {error}") from error
     _, found, after = str(text).rpartition(answer)
     special = [token for token in tokenizer.all_special_tokens if after.lstrip().startswith(token)]
