@@ -16,6 +16,7 @@ from finetune.data.text import TextFormat
 from finetune.data.types import Format, Prompt, Row
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.generation import context_length
 
 STREAM_SAMPLE = 1000  # rows that are read of a stream to look at it
 ADVANCE = 1000  # rows that the bar moves by
@@ -111,16 +112,28 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
     return encode(rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size)
 
 
-def first_prompts(rows: Rows | None, format: Format, count: int) -> list[Prompt]:
-    """What to generate from: the prompts of the first held-out rows."""
+def first_prompts(
+    rows: Rows | None, format: Format, count: int, *, model: Any, max_new_tokens: int, note: Callable[[str], None]
+) -> list[Prompt]:
+    """What to generate from: the prompts of the first held-out rows that leave the model room for an answer."""
+    limit = context_length(model)
     prompts: list[Prompt] = []
+    passed_over = 0
     for where, row in rows or ():
         if len(prompts) >= count:
             break
         try:
-            prompts.extend(format.prompts(row))
+            found = format.prompts(row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
+        fitting = [prompt for prompt in found if limit is None or len(prompt.input_ids) + max_new_tokens <= limit]
+        passed_over += len(found) - len(fitting)
+        prompts.extend(fitting)
+    if passed_over:
+        note(
+            f"of the held-out prompts {passed_over} were passed over: they leave no room for an answer of "
+            f"generation.max_new_tokens = {max_new_tokens} in the {limit} tokens that the model reads"
+        )
     return prompts[:count]
 
 

@@ -32,7 +32,19 @@ class Evaluator:
         self.parts, self.run, self.logger = parts, run, logger
         self.metrics = generation_metrics(config, parts.format)
         count = config.evaluation.generate if self.metrics else config.evaluation.samples
-        prompts = first_prompts(parts.raw.validation, parts.format, count)
+        prompts = first_prompts(
+            parts.raw.validation,
+            parts.format,
+            count,
+            model=parts.model,
+            max_new_tokens=config.generation.max_new_tokens,
+            note=parts.display.note,
+        )
+        if self.metrics and parts.validation is not None and not prompts:
+            raise UserError(
+                f"no held-out row gives a prompt to compute {' and '.join(self.metrics)} from: give other held-out data, lower "
+                f"generation.max_new_tokens, which is {config.generation.max_new_tokens}, or set evaluation.generate=0"
+            )
         self.prompts = own_block(prompts, parts.accelerator)
         self.records: dict[int, dict[str, Any]] = {}
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.cli import app
 from finetune.optim import list_optimizers
 from tests.cli.conftest import finetune, snapshot
+from tests.conftest import conversation
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -221,6 +222,23 @@ def test_evaluate_a_translator(translation_run):
     found = json.loads(finetune("evaluate", "run").out)
     assert {"loss", "perplexity", "bits_per_byte", "chrf", "bleu", "chrf_signature"} <= found.keys()
     assert found["num_generated"] == 4
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_passed_over(folder, write_config):
+    """The model reads 128 tokens: the longest of the held-out questions would fill them."""
+    long = {"messages": [{"role": "user", "content": "why " * 200}, {"role": "assistant", "content": "So."}]}
+    (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (long, conversation(3), conversation(4))))
+    write_config(data={"validation": "held.jsonl"}, training={"max_steps": 1}, evaluation={"metrics": ["chrf"], "generate": 1})
+    trained, evaluated = finetune("train", "c.yaml"), finetune("evaluate", "run")
+    for result in (trained, evaluated):
+        assert result.code == 0, result.err
+        assert "of the held-out prompts 1 were passed over" in result.err
+    assert json.loads((folder / "run" / "samples.jsonl").read_text())["prompt"] == "What is 3 plus 3?"
+    assert json.loads(evaluated.out)["num_generated"] == 1
+    none_left = finetune("train", "c.yaml", "generation.max_new_tokens=120", "output_dir=other")
+    assert none_left.code == 2
+    assert "lower generation.max_new_tokens, which is 120" in none_left.err.splitlines()[-1]
+    assert "training 1/1" not in none_left.err
 
 
 def test_generate_answers_prompts_and_stdin(chat_run):
