@@ -6,7 +6,7 @@ Floor 4, so that no room below can know it. `finetune.recipes` is the only reade
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -65,9 +65,11 @@ class SourceSection(Section):
     max_rows: PositiveInt | None = None  # take only the first so many rows
 
 
-def _as_sources(value: Any) -> Any:
+def _as_sources(value: Any, info: ValidationInfo) -> Any:
     """Let `train: file.jsonl` and `train: {path: ...}` stand for a list of one."""
     items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise ValueError(f"data.{info.field_name} is an empty list: name a file or a dataset, or leave the key out")
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 

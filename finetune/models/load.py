@@ -7,13 +7,14 @@ than 1/256 of a weight would be lost.
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune.errors import UserError, did_you_mean
 from finetune.models.locate import resolve_name
+
+AT_LEAST_ONE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
 def load_model(
@@ -53,7 +54,10 @@ def _random_model(config: dict[str, Any], attn_implementation: str, vocab_size: 
     model_config = _make_config(config if vocab_size is None else config | {"vocab_size": vocab_size})
     try:
         model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attn_implementation, dtype=torch.float32)
-    except (ValueError, ImportError, AssertionError) as error:
+    except KeyError as error:  # a name that stands in none of transformers' tables
+        wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
+        raise UserError(f"{error} is not known to transformers: change {' or '.join(wrong or ['model.config'])}") from error
+    except Exception as error:  # transformers checks few of the values, so a wrong one may end anywhere
         raise UserError(f"no {config['model_type']} model can be made from model.config: {_first_line(error)}") from error
     return model.eval()
 
@@ -62,7 +66,7 @@ def _make_config(given: dict[str, Any]) -> PretrainedConfig:
     """transformers takes any key without a word; here an unknown one is an error."""
     options = dict(given)
     model_type = options.pop("model_type", None)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise UserError(
             f"model.config.model_type {model_type!r} is not a causal language model of transformers (e.g. llama, gpt2){near}"
@@ -73,12 +77,20 @@ def _make_config(given: dict[str, Any]) -> PretrainedConfig:
     for key in options:
         if key not in known:
             raise UserError(f"model.config has no key {key!r} for {model_type}{did_you_mean(key, known)}")
+    for key in AT_LEAST_ONE:
+        key = key if key in options else config_class.attribute_map.get(key, key)
+        if isinstance(value := options.get(key), int) and value < 1:
+            raise UserError(f"model.config.{key} is {value}: give 1 or more")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options.setdefault(token, None)  # the default is the full-size model's, and any token in another vocabulary
     try:
-        return config_class(**options)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+        made = config_class(**options)
+    except Exception as error:  # as in _random_model
         raise UserError(f"model.config is not a {model_type} configuration: {' '.join(str(error).split())}") from error
+    heads, groups = (getattr(made.get_text_config(), key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise UserError(f"model.config: num_attention_heads is {heads}, which num_key_value_heads = {groups} does not divide")
+    return made
 
 
 def _first_line(error: Exception) -> str:
