@@ -1,6 +1,6 @@
 """The command line. Every command imports what it needs when it runs, so that `finetune --help` answers at once.
 
-Floor 6. A user's mistake is one sentence on stderr and exit code 2; a run stopped by a signal exits with 130.
+Floor 6. A user's mistake, or a full disk, is one sentence on stderr and exit code 2; a run stopped by a signal exits with 130.
 """
 
 import sys
@@ -12,11 +12,7 @@ import typer
 import finetune
 from finetune.errors import UserError
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; configs/ has examples.", show_default=False)]
 Overrides = Annotated[
@@ -298,8 +294,14 @@ def _given(**settings: float | int | None) -> dict[str, float | int]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _usage(error: typer.TyperException) -> str:
-    """A mistake in the arguments as one sentence, with where to look."""
+def _sentence(error: Exception) -> str | None:
+    """A mistake, or a full disk, as one sentence; None where it is a bug."""
+    if isinstance(error, OSError):
+        from finetune.recipes.disk import refusal
+
+        return refusal(error)
+    if not isinstance(error, typer.TyperException):
+        return str(error) if isinstance(error, UserError) else None
     message = " ".join(error.format_message().split()).removesuffix(".").replace(". Did", "; did").replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     return f"{message[:1].lower()}{message[1:]} (see `{context.command_path if context else 'finetune'} --help`)"
@@ -309,9 +311,8 @@ def main() -> None:
     """Run the command line; the entry point of `finetune` and `python -m finetune`."""
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False))
-    except UserError as error:
-        typer.echo(f"finetune: {error}", err=True)
-        sys.exit(2)
-    except typer.TyperException as error:
-        typer.echo(f"finetune: {_usage(error)}", err=True)
+    except Exception as error:
+        if (said := _sentence(error)) is None:
+            raise
+        typer.echo(f"finetune: {said}", err=True)
         sys.exit(2)

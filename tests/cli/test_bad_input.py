@@ -258,7 +258,7 @@ def test_a_mistake_is_one_sentence_and_leaves_everything_as_it_was(name, folder,
     assert snapshot(folder) == before
 
 
-OTHER_TESTS = {"label outside the vocabulary": 2, "out of disk": 1, "another run in the folder": 1, "changed model or data": 4}
+OTHER_TESTS = {"label outside the vocabulary": 2, "out of disk": 7, "another run in the folder": 1, "changed model or data": 4}
 
 
 def test_every_line_of_the_list_has_its_cases():
@@ -351,6 +351,26 @@ def test_out_of_disk_leaves_the_previous_checkpoint_and_a_run_that_resumes(copy)
     assert "resuming after step 2" in again.err
     steps = [json.loads(line) for line in (copy / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "environment.json", "data.json", "evaluation.json"])
+def test_out_of_disk_in_any_file_of_a_run(copy, name):
+    """The file is a link to a device that is always full."""
+    (copy / "run" / name).unlink()
+    (copy / "run" / name).symlink_to("/dev/full")
+    checkpoint = snapshot(copy / "run" / "checkpoints" / "step-00000002")
+    result = finetune("train", "c.yaml", "training.max_steps=3", "checkpoint.every=3", "evaluation.every=3", "--resume", "auto")
+    step = "step-00000003" if name == "evaluation.json" else "step-00000002"
+    assert_one_sentence(result, f"run/{name} could not be written: No space left on device", f"{step} is untouched")
+    assert snapshot(copy / "run" / "checkpoints" / "step-00000002") == checkpoint
+
+
+def test_out_of_disk_outside_of_a_run(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "beale.svg").symlink_to("/dev/full")
+    result = finetune("landscape", "--functions", "beale", "--optimizers", "sgd", "--steps", "3", "--output", "out")
+    assert result.code == 2
+    assert result.err == "finetune: out/beale.svg could not be written: No space left on device\n"
 
 
 @pytest.mark.slow

@@ -98,6 +98,18 @@ def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     assert message(failure).startswith("whole holds another run; go on with it by --resume auto")
 
 
+def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    (folder / "run").mkdir()
+    (folder / "run" / "environment.json").symlink_to("/dev/full")
+    task = {"config": "c.yaml", "overrides": ["output_dir=run"], "resume": None, "dry_run": False, "command": ["finetune"]}
+    assert work(task) == USER_ERROR
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json"))
+    said = "run/environment.json could not be written: No space left on device; there is no checkpoint yet"
+    assert message(failure) == said
+
+
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", ""])
 def test_what_the_number_of_processes_may_be(given):
     with pytest.raises(UserError, match=r"--processes is .*; give auto, or a number of processes from 1"):
