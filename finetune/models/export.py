@@ -58,15 +58,18 @@ def export_model(
 
 
 @torch.no_grad()
-def verify_export(dest: Path, model: PreTrainedModel | PeftModel, sample_ids: Sequence[int]) -> float:
+def verify_export(
+    dest: Path, model: PreTrainedModel | PeftModel, sample_ids: Sequence[int], *, trust_remote_code: bool = False
+) -> float:
     """Reload the folder and compare: the largest difference of a logit on `sample_ids`, as a share of the largest logit.
 
     Raises UserError where the model does not load, the logits differ by more than rounding (1e-4; 0.05 for 16-bit weights), or a
     tie is lost or made up.
     """
     try:
-        reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", local_files_only=True)
-        AutoTokenizer.from_pretrained(dest, local_files_only=True)
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", **options)
+        AutoTokenizer.from_pretrained(dest, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the export {dest} does not load: {error}") from error
     bound = 1e-4 if reloaded.dtype == torch.float32 else 0.05

@@ -23,14 +23,15 @@ def load_model(
     config: dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     vocab_size: int | None = None,
 ) -> PreTrainedModel:
     """A causal language model with float32 weights, in evaluation mode.
 
     Exactly one of `name` (see `locate.resolve_name`) and `config` (`{"model_type": "llama", ...}`: random weights, from torch's
-    global random state). `vocab_size`: the rows of a random model's token table. Raises UserError where there is no such model, or
-    the config is wrong, or the model has no such attention.
+    global random state). `attn_implementation`: None for sdpa where the architecture has it, else eager. `vocab_size`: the rows of
+    a random model's token table. Raises UserError where there is no such model, or the config is wrong, or the model has no such
+    attention.
     """
     assert (name is None) != (config is None), (name, config)
     if config is not None:
@@ -47,10 +48,10 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model {name!r} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"model {name!r} could not be loaded: {first_line(error)}") from error
 
 
-def _random_model(config: dict[str, Any], attn_implementation: str, vocab_size: int | None) -> PreTrainedModel:
+def _random_model(config: dict[str, Any], attn_implementation: str | None, vocab_size: int | None) -> PreTrainedModel:
     model_config = _make_config(config if vocab_size is None else config | {"vocab_size": vocab_size})
     try:
         model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attn_implementation, dtype=torch.float32)
@@ -58,7 +59,7 @@ def _random_model(config: dict[str, Any], attn_implementation: str, vocab_size: 
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
         raise UserError(f"{error} is not known to transformers: change {' or '.join(wrong or ['model.config'])}") from error
     except Exception as error:  # transformers checks few of the values, so a wrong one may end anywhere
-        raise UserError(f"no {config['model_type']} model can be made from model.config: {_first_line(error)}") from error
+        raise UserError(f"no {config['model_type']} model can be made from model.config: {first_line(error)}") from error
     return model.eval()
 
 
@@ -93,7 +94,7 @@ def _make_config(given: dict[str, Any]) -> PretrainedConfig:
     return made
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     if "scaled_dot_product_attention" in str(error):  # transformers' own sentence asks to open an issue
         return "its architecture has no sdpa attention; set model.attn_implementation: eager"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

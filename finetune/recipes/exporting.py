@@ -13,10 +13,8 @@ from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.export import export_model, verify_export
-from finetune.models.load import load_model
-from finetune.models.tokenizers import load_tokenizer
 from finetune.optim import build_optimizer
-from finetune.recipes.model import adapt_model, make_model
+from finetune.recipes.model import adapt_model, load_trained, make_model
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.vocabulary import apply_saved_vocabulary
 from finetune.run_dir import RunDir
@@ -34,11 +32,14 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
         raise UserError(f"{dest} is already there; name a folder that does not exist yet")
     if not (run.model / "config.json").is_file():
         raise UserError(f"the run {run_root} has no model/ yet; finish it with `finetune train {run.config} --resume auto`")
-    tokenizer = load_tokenizer(name=str(run.model))
-    model = load_model(name=str(run.model)) if checkpoint is None else model_of_checkpoint(run, checkpoint, tokenizer)
+    config = load_config(run.config).model
+    model, tokenizer = load_trained(run.model, config)
+    if checkpoint is not None:
+        model = model_of_checkpoint(run, checkpoint, tokenizer)
     card = (run.model / "README.md").read_text(encoding="utf-8")
     export_model(model, tokenizer, dest, card=card, dtype=DTYPES[dtype])
-    difference = verify_export(dest, model, tokenizer("The quick brown fox jumps over the lazy dog.").input_ids)
+    ids = tokenizer("The quick brown fox jumps over the lazy dog.").input_ids
+    difference = verify_export(dest, model, ids, trust_remote_code=config.trust_remote_code)
     display.say(f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest")
 
 

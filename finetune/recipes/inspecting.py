@@ -60,6 +60,7 @@ def _skeleton(config: RunConfig, tokenizer: Any) -> Any:
         config=model.config,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
         vocab_size=len(tokenizer),
     )
 

@@ -5,6 +5,7 @@ Floor 5.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,14 @@ def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> tuple[Any,
         vocab_size=None if config.name is not None else len(tokenizer),
     )
     return model, prepare_chat(model, tokenizer, config.chat_template)
+
+
+def load_trained(folder: Path, config: ModelSection) -> tuple[Any, Any]:
+    """The model and the tokenizer that a run has exported to `folder`. Flash attention takes 16 bits, as in training: not here."""
+    tokenizer = load_tokenizer(name=str(folder), trust_remote_code=config.trust_remote_code)
+    attention = "eager" if config.attn_implementation == "eager" else None
+    model = load_model(name=str(folder), trust_remote_code=config.trust_remote_code, attn_implementation=attention)
+    return model, tokenizer
 
 
 def check_length(model: Any, max_length: int) -> None:

@@ -194,11 +194,11 @@ class Planner:
             config=section.config,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
+            attn_implementation=section.attn_implementation,
             vocab_size=len(self.tokenizer),
         )
         needed = max(self.tokenizer.get_vocab().values()) + 1
         with torch.device("meta"):
-            model.set_attn_implementation(section.attn_implementation)
             if needed > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(needed, mean_resizing=False)
             if config.training.activation_checkpointing:

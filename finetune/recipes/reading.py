@@ -33,7 +33,7 @@ from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer, prepare_chat
 from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format
 from finetune.recipes.evaluating import sampling
-from finetune.recipes.model import check_length
+from finetune.recipes.model import check_length, load_trained
 from finetune.recipes.parts import pad_id
 from finetune.run_dir import RunDir
 from finetune.tracking import finite
@@ -61,12 +61,15 @@ def open_target(target: str) -> Opened:
     is_run = run.is_run()
     if is_run and not (run.model / "config.json").is_file():
         raise UserError(f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`")
-    name = str(run.model) if is_run else target
-    tokenizer = load_tokenizer(name=name)
-    model: Any = load_model(name=name)
+    config = load_config(run.config) if is_run else None
+    model: Any
+    if config is not None:
+        model, tokenizer = load_trained(run.model, config.model)
+    else:
+        model, tokenizer = load_model(name=target), load_tokenizer(name=target)
     prepare_chat(model, tokenizer)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(model, tokenizer, run if is_run else None, load_config(run.config) if is_run else None)
+    return Opened(model, tokenizer, run if is_run else None, config)
 
 
 def evaluate_target(

@@ -349,6 +349,59 @@ def test_export_writes_a_plain_model(chat_run):
     assert (again.code, again.err) == (2, "finetune: out is already there; name a folder that does not exist yet\n")
 
 
+NEO = {"model_type": "gpt_neo", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+
+
+def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
+    """GPT-Neo has eager attention alone."""
+    neo = {"config": {**NEO, "max_position_embeddings": 128}, "attn_implementation": "eager"}
+    write_config(model=neo, data={"packing": False}, training={"max_steps": 1})
+    for command in (
+        ["inspect", "c.yaml"],
+        ["plan", "c.yaml"],
+        ["train", "c.yaml"],
+        ["evaluate", "run"],
+        ["generate", "run", "--prompt", "Hm?"],
+        ["generate", "run/model", "--prompt", "Hm?"],
+        ["export", "run", "out"],
+        ["export", "run", "first", "--checkpoint", "run/checkpoints/step-00000001"],
+        ["train", "c.yaml", "model={name: out, attn_implementation: eager}", "output_dir=again", "--dry-run"],
+        ["plan", "c.yaml", "model={name: out, attn_implementation: eager}"],
+    ):
+        result = finetune(*command)
+        assert result.code == 0, (command, result.err)
+    for command in ("train", "inspect", "plan"):
+        result = finetune(command, "c.yaml", "model={name: out}", "output_dir=again")
+        assert result.code == 2, result.err
+        assert "its architecture has no sdpa attention; set model.attn_implementation: eager" in result.err
+
+
+def test_a_model_with_code_of_its_own_is_trusted_as_in_training(chat_run, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(chat_run / "modules"))
+    own, config = chat_run / "own", chat_run / "own" / "config.json"
+    shutil.copytree(chat_run / "run" / "model", own)
+    (own / "code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    classes = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
+    named = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    changes = ["model={name: own, trust_remote_code: true}", "output_dir=other", "training.max_steps=1"]
+    for command in (
+        ["plan", "c.yaml", *changes],
+        ["train", "c.yaml", *changes],
+        ["evaluate", "other"],
+        ["generate", "other", "--prompt", "Hm?"],
+        ["export", "other", "out"],
+        ["export", "other", "first", "--checkpoint", "other/checkpoints/step-00000001"],
+    ):
+        result = finetune(*command)
+        assert result.code == 0, (command, result.err)
+    assert (chat_run / "out" / "code.py").is_file()
+
+
 def test_optimizers_lists_them_all():
     result = finetune("optimizers")
     names = list_optimizers()
