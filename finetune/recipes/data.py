@@ -113,9 +113,9 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
 
 
 def first_prompts(
-    rows: Rows | None, format: Format, count: int, *, model: Any, max_new_tokens: int, note: Callable[[str], None]
+    rows: Rows | None, format: Format, count: int, *, model: Any, room: int, note: Callable[[str], None]
 ) -> list[Prompt]:
-    """What to generate from: the prompts of the first held-out rows that leave the model room for an answer."""
+    """What to generate from: the prompts of the first held-out rows that leave the model room for an answer of `room` tokens."""
     limit = context_length(model)
     prompts: list[Prompt] = []
     passed_over = 0
@@ -126,13 +126,13 @@ def first_prompts(
             found = format.prompts(row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        fitting = [prompt for prompt in found if limit is None or len(prompt.input_ids) + max_new_tokens <= limit]
+        fitting = [prompt for prompt in found if limit is None or len(prompt.input_ids) + room <= limit]
         passed_over += len(found) - len(fitting)
         prompts.extend(fitting)
     if passed_over:
         note(
             f"of the held-out prompts {passed_over} were passed over: they leave no room for an answer of "
-            f"generation.max_new_tokens = {max_new_tokens} in the {limit} tokens that the model reads"
+            f"generation.max_new_tokens = {room} in the {limit} tokens that the model reads"
         )
     return prompts[:count]
 

@@ -32,18 +32,12 @@ class Evaluator:
         self.parts, self.run, self.logger = parts, run, logger
         self.metrics = generation_metrics(config, parts.format)
         count = config.evaluation.generate if self.metrics else config.evaluation.samples
-        prompts = first_prompts(
-            parts.raw.validation,
-            parts.format,
-            count,
-            model=parts.model,
-            max_new_tokens=config.generation.max_new_tokens,
-            note=parts.display.note,
-        )
+        room = config.generation.max_new_tokens
+        prompts = first_prompts(parts.raw.validation, parts.format, count, model=parts.model, room=room, note=parts.display.note)
         if self.metrics and parts.validation is not None and not prompts:
             raise UserError(
                 f"no held-out row gives a prompt to compute {' and '.join(self.metrics)} from: give other held-out data, lower "
-                f"generation.max_new_tokens, which is {config.generation.max_new_tokens}, or set evaluation.generate=0"
+                f"generation.max_new_tokens, which is {room}, or set evaluation.generate=0"
             )
         self.prompts = own_block(prompts, parts.accelerator)
         self.records: dict[int, dict[str, Any]] = {}
@@ -110,7 +104,7 @@ class Evaluator:
 
     def write_summary(self, *, best_step: int | None, last_step: int) -> None:
         """evaluation.json: before, after and best, from the evaluations logged so far (also those of the run before a resume)."""
-        records = {**_logged(self.run), **self.records}
+        records = {**logged_evaluations(self.run), **self.records}
         summary = {}
         for name, step in (("before", 0), ("after", last_step), ("best", best_step)):
             if step in records:
@@ -155,7 +149,8 @@ def write_samples(run: RunDir, step: int, samples: Sequence[Sample]) -> None:
             file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
 
 
-def _logged(run: RunDir) -> dict[int, dict[str, Any]]:
+def logged_evaluations(run: RunDir) -> dict[int, dict[str, Any]]:
+    """Step -> what was measured after it, from metrics.jsonl."""
     if not run.metrics.is_file():
         return {}
     records = (json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines())

@@ -6,19 +6,14 @@ Floor 5.
 import json
 
 from finetune.checkpoint import is_complete
-from finetune.config import dump_config
 from finetune.distributed.sharding import is_sharded
-from finetune.models.card import license_of, model_card
 from finetune.models.export import export_model
-from finetune.models.locate import resolve_name
 from finetune.recipes.evaluating import Evaluator
-from finetune.recipes.exporting import model_of_checkpoint
+from finetune.recipes.exporting import model_of_checkpoint, run_card
 from finetune.recipes.parts import Parts
 from finetune.report import write_report
 from finetune.run_dir import RunDir
 from finetune.trainer import Stopped, Trainer
-
-METRICS = ("loss", "perplexity", "bits_per_byte", "chrf", "bleu")
 
 
 def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator, stopped: Stopped) -> None:
@@ -42,27 +37,13 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
             model_of_checkpoint(run, checkpoint, parts.tokenizer) if sharded else parts.language_model.model,
             parts.tokenizer,
             run.model,
-            card=_card(parts, run),
+            card=run_card(run, parts.config, json.loads(run.evaluation.read_text(encoding="utf-8"))),
         )
         _add_notes(run, display.notes)
         write_report(run.root)
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")
     accelerator.wait_for_everyone()
-
-
-def _card(parts: Parts, run: RunDir) -> str:
-    name = parts.config.model.name
-    summary = json.loads(run.evaluation.read_text(encoding="utf-8"))
-    return model_card(
-        title=run.root.name,
-        base_model=name,
-        license=license_of(resolve_name(name, revision=parts.config.model.revision)) if name is not None else None,
-        data=[f"{source.path} ({parts.format.name})" for source in parts.config.data.train],
-        metrics={when: {key: record[key] for key in METRICS if key in record} for when, record in summary.items()},
-        config=dump_config(parts.config),
-        command=json.loads(run.environment.read_text(encoding="utf-8"))["command"],
-    )
 
 
 def _add_notes(run: RunDir, notes: list[str]) -> None:

@@ -135,14 +135,8 @@ def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, disp
 
 def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:
     metrics = generation_metrics(config, format)
-    prompts = first_prompts(
-        rows,
-        format,
-        config.evaluation.generate if metrics else 0,
-        model=opened.model,
-        max_new_tokens=config.generation.max_new_tokens,
-        note=display.note,
-    )
+    count, room = config.evaluation.generate if metrics else 0, config.generation.max_new_tokens
+    prompts = first_prompts(rows, format, count, model=opened.model, room=room, note=display.note)
     if not prompts:
         return {}
     with display.bar("generating", len(prompts)) as advance:

@@ -83,14 +83,8 @@ def _time_evaluation(parts: Parts) -> float:
 def _time_generation(parts: Parts) -> float:
     config = parts.config
     count = config.evaluation.generate if generation_metrics(config, parts.format) else config.evaluation.samples
-    prompts = first_prompts(
-        parts.raw.validation,
-        parts.format,
-        count,
-        model=parts.model,
-        max_new_tokens=config.generation.max_new_tokens,
-        note=parts.display.note,
-    )
+    room = config.generation.max_new_tokens
+    prompts = first_prompts(parts.raw.validation, parts.format, count, model=parts.model, room=room, note=parts.display.note)
     if not prompts or not (config.evaluation.generate or config.evaluation.samples):
         return 0.0
     first = prompts[: config.generation.batch_size]

@@ -206,6 +206,7 @@ CASES = {
     "translate with no model": Case("no run and no model", ("no model", "config.json"), command=("translate", "here", "Hello."), files={"here/a": ""}),
     "translate without languages": Case("no run and no model", ("--from", "--to"), command=("translate", "model", "Hello.")),
     "resume from nothing": Case("no run and no model", ("no checkpoint at none",), command=("train", "c.yaml", "--resume", "none")),
+    "export of an unfinished run": Case("no run and no model", ("no model/ yet", "--resume auto", "--checkpoint"), command=("export", "half", "out"), files={"half/config.yaml": "a: 1"}),
     "unfinished run": Case("no run and no model", ("no model/ yet", "--resume auto"), command=("generate", "half", "--prompt", "a"), files={"half/config.yaml": "a: 1"}),
     # --- usage
     "two inputs": Case("usage", ("not both",), command=("translate", "model", "Hello.", "--input", "a.txt"), files={"a.txt": "a"}),

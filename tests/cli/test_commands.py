@@ -349,6 +349,40 @@ def test_export_writes_a_plain_model(chat_run):
     assert (again.code, again.err) == (2, "finetune: out is already there; name a folder that does not exist yet\n")
 
 
+@pytest.mark.parametrize("kind", ["random", "pretrained"])
+def test_export_a_checkpoint_of_a_stopped_run(chat_run, kind):
+    """As of the finished one, tokenizer included; a pretrained model without a chat template had tokens added."""
+    run, options = "run", ("--checkpoint", "run/checkpoints/step-00000002")
+    if kind == "pretrained":
+        run, options = "tuned", ("--checkpoint", "tuned/checkpoints/step-00000002")
+        base = chat_run / "run" / "model"
+        (base / "chat_template.jinja").unlink()
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (base / name).write_text((base / name).read_text().replace("<|im_", "<|no_"))
+        base.rename(chat_run / "base")
+        changes = ("model={name: base, chat_template: chatml}", "output_dir=tuned", "evaluation.before=true")
+        assert finetune("train", "c.yaml", *changes).code == 0
+    assert finetune("export", run, "finished", *options).code == 0
+    shutil.rmtree(chat_run / run / "model")
+    (chat_run / run / "evaluation.json").unlink()
+    result = finetune("export", run, "stopped", *options)
+    assert result.code == 0, result.err
+    finished, stopped = snapshot(chat_run / "finished"), snapshot(chat_run / "stopped")
+    read, made = (json.loads(files.pop("tokenizer_config.json")) for files in (finished, stopped))
+    assert {key for key, value in read.items() if made.get(key) != value} <= {"is_local", "local_files_only"}
+    assert stopped == finished
+    card = stopped["README.md"].decode()
+    assert "| step 2 | " in card
+    assert ("| step 0 | " in card) == (kind == "pretrained")
+    assert "chat.jsonl (chat)" in card
+    assert AutoTokenizer.from_pretrained("stopped").eos_token == "<|im_end|>"
+    if kind == "random":
+        (chat_run / "chat.jsonl").write_text((chat_run / "chat.jsonl").read_text().replace("plus", "and"))
+        again = finetune("export", "run", "other", *options)
+        assert again.code == 2
+        assert again.err.splitlines()[-1].startswith("finetune: the training data of run changed, so its tokenizer cannot be made")
+
+
 NEO = {"model_type": "gpt_neo", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
 
 
