@@ -123,8 +123,15 @@ class _NoteHandler(logging.Handler):
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """loss, perplexity, chrF and BLEU as one line."""
-    shown = [("loss", "loss", ".3f"), ("perplexity", "perplexity", ".2f"), ("chrf", "chrF", ".1f"), ("bleu", "BLEU", ".1f")]
+    """As one line the metrics that a person at a terminal goes by, as far as they were measured."""
+    shown = [
+        ("loss", "loss", ".3f"),
+        ("perplexity", "perplexity", ".2f"),
+        ("chrf", "chrF", ".1f"),
+        ("bleu", "BLEU", ".1f"),
+        ("inactive_mass", "inactive mass", ".2%"),
+        ("unrelated_loss", "unrelated loss", ".3f"),
+    ]
     return "  ".join(f"{label} {metrics[key]:{form}}" for key, label, form in shown if key in metrics)
 
 

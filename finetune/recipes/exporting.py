@@ -31,7 +31,10 @@ from finetune.trainer import restore
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-METRICS = ("loss", "perplexity", "bits_per_byte", "chrf", "bleu")
+METRICS = (
+    *("loss", "perplexity", "bits_per_byte", "chrf", "bleu"),
+    *("loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss"),
+)
 
 
 def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | None, display: Display | None = None) -> None:

@@ -19,10 +19,17 @@ class Metric:
     unit: str
     decimals: int
     higher_is_better: bool = False
+    is_share: bool = False  # shown in percent
+    has_tile: bool = True  # at the top of the page, beside its row in the table of evaluations
+
+    def value(self, record: Record | None) -> float | None:
+        """The value in `record`, in the unit that is shown."""
+        value = number(record, self.key)
+        return 100 * value if value is not None and self.is_share else value
 
     def show(self, record: Record | None) -> str:
         """The value in `record`, rounded; a dash where there is none."""
-        value = number(record, self.key)
+        value = self.value(record)
         return MISSING if value is None else f"{value:,.{self.decimals}f}"
 
 
@@ -32,6 +39,11 @@ METRICS = (
     Metric("bits_per_byte", "Bits per byte", "of the target text", 3),
     Metric("chrf", "chrF", "0 to 100", 1, higher_is_better=True),
     Metric("bleu", "BLEU", "0 to 100", 1, higher_is_better=True),
+    Metric("loss_inside", "Active loss", "nats per target token that is active", 3, has_tile=False),
+    Metric("loss_outside", "Inactive loss", "nats per target token that is not", 3, has_tile=False),
+    Metric("share_outside", "Inactive targets, %", "of the target tokens", 2, is_share=True, has_tile=False),
+    Metric("inactive_mass", "Inactive mass, %", "of the probability", 2, is_share=True),
+    Metric("unrelated_loss", "Unrelated loss", "nats per token of other text", 3),
 )
 
 
@@ -53,16 +65,16 @@ def number(record: Record | None, key: str) -> float | None:
 
 
 def changes(run: RunRecords) -> list[Change]:
-    """How each metric that was measured has changed."""
+    """How each metric that was measured and has a tile has changed."""
     return [
         _change(metric, run.before, run.after)
         for metric in METRICS
-        if number(run.before, metric.key) is not None or number(run.after, metric.key) is not None
+        if metric.has_tile and (number(run.before, metric.key) is not None or number(run.after, metric.key) is not None)
     ]
 
 
 def _change(metric: Metric, before: Record | None, after: Record | None) -> Change:
-    old, new = number(before, metric.key), number(after, metric.key)
+    old, new = metric.value(before), metric.value(after)
     shown = metric.show(before), metric.show(after)
     if old is None or new is None or not math.isfinite(new - old):
         return Change(metric, *shown, "", "")

@@ -84,7 +84,8 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     run = tmp_path / "run"
     line = next(note for note in json.loads((run / "environment.json").read_text())["notes"] if note.startswith("vocabulary"))
     assert line.startswith("vocabulary: active (the table is tied")
-    assert line in " ".join(capsys.readouterr().err.split())
+    shown = capsys.readouterr().err
+    assert line in " ".join(shown.split())
     assert line in (run / "report.html").read_text()
     before, after = table(base), table(run / "model")
     moved = (before != after).any(1)
@@ -100,6 +101,11 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     assert last["share_outside"] == 0
     assert 0 < last["inactive_mass"] < first["inactive_mass"] < 1
     assert last["unrelated_loss"] != first["unrelated_loss"]
+    told = f"inactive mass {last['inactive_mass']:.2%}  unrelated loss {last['unrelated_loss']:.3f}"
+    assert [told in text for text in shown.splitlines() if "held-out after:" in text] == [True]
+    page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
+    assert f"<td>{last['loss_inside']:.3f}</td><td>0.00</td><td>{100 * last['inactive_mass']:.2f}</td>" in page
+    assert "| share_outside | inactive_mass | unrelated_loss |" in card
 
 
 def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):

@@ -136,6 +136,35 @@ def test_an_evaluation_on_test_data_has_a_row_and_does_not_finish_a_run(run_fold
     assert "not finished" in page_of(run_folder).text
 
 
+def test_figures_on_the_vocabulary_stand_beside_the_others_where_there_are_any(run_folder):
+    assert "nactive" not in page_of(run_folder).text
+    assert "Unrelated" not in page_of(run_folder).text
+    found = {
+        "before": {
+            "loss_inside": 2.5,
+            "loss_outside": 7.25,
+            "share_outside": 0.0125,
+            "inactive_mass": 0.0902,
+            "unrelated_loss": 3.9,
+        },
+        "after": {"loss_inside": 1.5, "loss_outside": 7.5, "share_outside": 0.0125, "inactive_mass": 0.0312, "unrelated_loss": 4.1},
+    }
+    summary = json.loads((run_folder / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    for when, more in found.items():
+        summary[when] |= more
+        next(line for line in lines if "evaluation" in line and line["step"] == summary[when]["step"])["evaluation"] |= more
+    (run_folder / "evaluation.json").write_text(json.dumps(summary))
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page_of(run_folder).text
+    assert "Inactive mass, % before: 9.02 → after: 3.12 ✓ −5.90 better of the probability" in text
+    assert "Unrelated loss before: 3.900 → after: 4.100 ✗ +0.200 worse nats per token of other text" in text
+    columns = "Step Held-out loss Perplexity Bits per byte chrF BLEU Active loss Inactive loss Inactive targets, % Inactive mass, %"
+    assert f"{columns} Unrelated loss".replace(" ", "") in text.replace(" ", "")
+    assert "2.5007.2501.259.023.900" in text.replace(" ", "")
+    assert "1.5007.5001.253.124.100" in text.replace(" ", "")
+
+
 @pytest.mark.parametrize("missing", ["environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluation.json"])
 def test_any_file_but_the_config_may_be_missing(run_folder, missing):
     (run_folder / missing).unlink()
