@@ -53,6 +53,7 @@ def causal_lm_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "sum",
+    inactive: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Cross-entropy of the prediction made at each position with the label of the next.
@@ -61,7 +62,7 @@ def causal_lm_loss(
     The logits are `softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None.
     With `frozen`, labels below A are rows of `weight` [A, d] and the others are A + a row of `frozen.weight`.
     Returns, in nats, the sum over target tokens ("sum": a scalar with gradients), or what `token_scores` does ("none": [N, 2], no
-    gradients, in the order of the rows).
+    gradients, in the order of the rows; `inactive` as there).
     """
     predicting, targets = _predictions(labels)
     hidden = hidden.flatten(0, 1).index_select(0, predicting)
@@ -69,21 +70,23 @@ def causal_lm_loss(
         hidden = hidden * logit_scale
         bias = None if bias is None else bias * logit_scale
     if reduction == "none":
-        return token_scores(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
+        options: dict[str, Any] = {"bias": bias, "frozen": frozen, "softcap": softcap, "chunk_size": chunk_size}
+        return token_scores(hidden, weight, targets, inactive=inactive, **options)
     assert reduction == "sum", reduction
     return linear_cross_entropy(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
 
 
-def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str = "sum") -> Tensor:
-    """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own.
-
-    Nothing tells frozen rows from the others here, so with "none" the probability that goes to them is NaN.
-    """
+def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str = "sum", inactive: Tensor | None = None) -> Tensor:
+    """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own."""
     assert reduction in ("sum", "none"), reduction
     predicting, targets = _predictions(labels)
     chosen = logits.flatten(0, 1).index_select(0, predicting)
-    losses = F.cross_entropy(chosen.to(_softmax_dtype(chosen.dtype)), targets, reduction=reduction)
-    return losses if reduction == "sum" else torch.stack([losses, torch.full_like(losses, torch.nan)], 1)
+    chosen = chosen.to(_softmax_dtype(chosen.dtype))
+    losses = F.cross_entropy(chosen, targets, reduction=reduction)
+    if reduction == "sum":
+        return losses
+    masses = torch.zeros_like(losses) if inactive is None else torch.softmax(chosen, 1) @ inactive.to(chosen.dtype)
+    return torch.stack([losses, masses], 1)
 
 
 @torch.no_grad()
@@ -142,11 +145,13 @@ def token_scores(
     bias: Tensor | None = None,
     frozen: FrozenRows | None = None,
     softcap: float | None = None,
+    inactive: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Of each of N tokens the cross-entropy, and the probability that goes to `frozen` rows: [N, 2] float32, without gradients.
+    """Of each of N tokens the cross-entropy, and the probability that goes to `inactive` rows: [N, 2] float32, without gradients.
 
-    Arguments as for `linear_cross_entropy`.
+    `inactive`: bool, of all rows, those of `frozen` behind those of `weight`; without it the second figure is 0. The other
+    arguments are those of `linear_cross_entropy`.
     """
     dtype = _matmul_dtype(hidden, weight)
     scores = hidden.new_zeros(len(targets), 2, dtype=_softmax_dtype(dtype))
@@ -155,8 +160,8 @@ def token_scores(
         for chunk in _chunks(len(targets), chunk_size, head):
             logits = _logits(_padded(hidden[chunk].to(dtype)), head)[: len(targets[chunk])]
             scores[chunk, 0] = F.cross_entropy(logits, targets[chunk], reduction="none")
-            if head.frozen is not None:
-                scores[chunk, 1] = torch.exp(logits[:, len(weight) :].logsumexp(1) - logits.logsumexp(1))
+            if inactive is not None:
+                scores[chunk, 1] = torch.softmax(logits, 1, out=logits) @ inactive.to(logits.dtype)
     return scores
 
 

@@ -45,7 +45,13 @@ def test_equals_plain_cross_entropy_in_value_and_gradients(softcap, with_bias, c
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     each = token_scores(hidden, weight, targets, bias=bias, softcap=softcap, chunk_size=chunk_size)
     torch.testing.assert_close(each[:, 0], plain(hidden, weight, targets, bias, softcap, "none").detach(), rtol=1e-6, atol=1e-6)
-    assert not each[:, 1].any()  # nothing is frozen
+    assert not each[:, 1].any()  # not asked for
+    inactive = torch.arange(len(weight)) % 3 == 1
+    scores = token_scores(hidden, weight, targets, bias=bias, softcap=softcap, inactive=inactive, chunk_size=chunk_size)
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, inactive].sum(1).detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(scores[:, 0], each[:, 0])
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -59,7 +65,8 @@ def test_frozen_rows_take_part_in_the_softmax_and_get_no_gradient(softcap, chunk
     (to_hidden, to_trained), (hidden_grad, weight_grad) = gradients(loss, hidden, trained), gradients(expected, hidden, weight)
     torch.testing.assert_close(to_hidden, hidden_grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(to_trained, weight_grad[:9], rtol=1e-5, atol=1e-6)
-    scores = token_scores(hidden, trained, targets, frozen=FrozenRows(frozen), softcap=softcap, chunk_size=chunk_size)
+    options = {"frozen": FrozenRows(frozen), "softcap": softcap, "chunk_size": chunk_size}
+    scores = token_scores(hidden, trained, targets, inactive=torch.arange(len(weight)) >= 9, **options)
     logits = F.linear(hidden, weight) if softcap is None else softcap * torch.tanh(F.linear(hidden, weight) / softcap)
     torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, 9:].sum(1).detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scores[:, 0].sum(), expected.detach(), rtol=1e-5, atol=1e-6)

@@ -4,10 +4,9 @@ Floor 3. Sum over sum: the nats of all target tokens divided by their number, so
 cut into batches nor on the number of processes (up to the rounding of the forward pass).
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -42,12 +41,12 @@ class LossResult:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyLoss:
-    """The loss apart for tokens whose row of the output table trains (inside the active vocabulary) and for the others."""
+    """The loss apart for tokens that a run uses (inside its vocabulary) and for the others (whose rows are frozen, if any are)."""
 
     loss_inside: float | None  # nats per target token; None where there is no such target
     loss_outside: float | None
     share_outside: float  # of the target tokens
-    inactive_mass: float | None  # the probability that goes to tokens outside, mean over target positions; None: not known
+    inactive_mass: float  # the probability that goes to tokens outside, mean over target positions
 
 
 def evaluate_loss(
@@ -62,18 +61,19 @@ def evaluate_loss(
 ) -> LossResult:
     """Return the loss over all target tokens of `batches`.
 
-    `loss_module(input_ids=, labels=[, position_ids=], reduction="none")` returns the scores of each target token of a batch, as
-    `LanguageModel` does. It is put in evaluation mode and back. `batches` are this process's share; `reduce` adds a float64 tensor
-    of sums up over the processes. `inactive`: [V] bool, tokens outside the active vocabulary, where there is one. `on_progress(n)`
-    is called after the n-th batch. Raises UserError if there is no target token.
+    `loss_module(input_ids=, labels=[, position_ids=], reduction="none"[, inactive=])` returns the scores of each target token of a
+    batch, as `LanguageModel` does. It is put in evaluation mode and back. `batches` are this process's share; `reduce` adds a
+    float64 tensor of sums up over the processes. `inactive`: [V] bool, the tokens outside, where the loss is wanted apart.
+    `on_progress(n)` is called after the n-th batch. Raises UserError if there is no target token.
     """
     sums = torch.zeros(6, dtype=torch.float64)
     inactive = None if inactive is None else inactive.to(device)
+    options: dict[str, Any] = {"reduction": "none"} | ({} if inactive is None else {"inactive": inactive})
     with evaluating(loss_module), torch.inference_mode():
         for number, batch in enumerate(batches, start=1):
             tensors = cast(dict[str, torch.Tensor], batch)
             on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-            losses, masses = loss_module(**on_device, reduction="none").double().unbind(1)
+            losses, masses = loss_module(**on_device, **options).double().unbind(1)
             sums[0] += losses.sum().cpu()
             sums[1] += len(losses)
             sums[2] += count_target_bytes(batch["labels"], tokenizer)
@@ -94,7 +94,7 @@ def evaluate_loss(
             loss_inside=(total_nats - nats_outside) / num_inside if num_inside else None,
             loss_outside=nats_outside / num_outside if num_outside else None,
             share_outside=num_outside / num_tokens,
-            inactive_mass=None if math.isnan(mass) else mass / num_tokens,
+            inactive_mass=mass / num_tokens,
         )
     return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes), apart)
 

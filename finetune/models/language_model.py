@@ -56,16 +56,23 @@ class LanguageModel(nn.Module):
                 type(self.causal_lm).__name__,
             )
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        reduction: str = "sum",
+        inactive: Tensor | None = None,
+    ) -> Tensor:
         """input_ids, labels, position_ids [rows, length], as in `finetune.data.types.Batch`.
 
         Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or without gradients the scores of each of
-        them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to inactive tokens
-        (NaN where not `fused`).
+        them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to the tokens `inactive`
+        ([V] bool; 0 without them).
         """
         if not self.fused:
             logits = self._run(self.causal_lm, input_ids, position_ids).logits
-            return causal_lm_loss_of_logits(logits, labels, reduction=reduction)
+            return causal_lm_loss_of_logits(logits, labels, reduction=reduction, inactive=inactive)
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         head: Any = self.causal_lm.get_output_embeddings()
         weight, frozen = head.weight, None
@@ -75,6 +82,8 @@ class LanguageModel(nn.Module):
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
             labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)])
+            if inactive is not None:
+                inactive = inactive[torch.cat([head.vocabulary.active_ids.clamp(min=0), head.vocabulary.frozen_ids])]
         return causal_lm_loss(
             hidden,
             labels,
@@ -84,6 +93,7 @@ class LanguageModel(nn.Module):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             reduction=reduction,
+            inactive=inactive,
         )
 
     @torch.no_grad()

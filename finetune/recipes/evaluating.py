@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -43,7 +44,7 @@ class Evaluator:
         self.records: dict[int, dict[str, Any]] = {}
 
     def __call__(self, step: int) -> dict[str, Any]:
-        if self.parts.validation is None:
+        if self.parts.validation is None and self.parts.unrelated is None:
             return {}
         started = time.perf_counter()
         results = self._losses() | self._generation(step)
@@ -55,13 +56,12 @@ class Evaluator:
 
     def _losses(self) -> dict[str, Any]:
         parts = self.parts
-        assert parts.validation is not None
-        results = self._loss(parts.validation).as_dict()
+        results = {} if parts.validation is None else self._loss(parts.validation, parts.vocabulary.inactive_tokens()).as_dict()
         if parts.unrelated is not None:
             results["unrelated_loss"] = self._loss(parts.unrelated).loss
         return results
 
-    def _loss(self, dataset: EncodedDataset) -> LossResult:
+    def _loss(self, dataset: EncodedDataset, inactive: torch.Tensor | None = None) -> LossResult:
         parts, batches = self.parts, self.parts.evaluation_batches(dataset)
         accelerator = parts.accelerator
         with parts.display.bar("evaluating the loss", len(batches)) as advance, accelerator.autocast():
@@ -71,14 +71,14 @@ class Evaluator:
                 tokenizer=parts.tokenizer,
                 device=accelerator.device,
                 reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu(),
-                inactive=parts.vocabulary.inactive_tokens(),
+                inactive=inactive,
                 on_progress=lambda done: advance(1),
             )
 
     def _generation(self, step: int) -> dict[str, Any]:
         parts, config = self.parts, self.parts.config
         total = len(self.prompts)
-        if not self.metrics and config.evaluation.samples == 0:
+        if parts.validation is None or (not self.metrics and config.evaluation.samples == 0):
             return {}
         with parts.display.bar("generating", total) as advance, parts.accelerator.autocast():
             seen = 0

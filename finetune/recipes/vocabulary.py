@@ -19,11 +19,11 @@ from finetune.data.encode import EncodedDataset
 from finetune.data.steps import StepBatch
 from finetune.data.types import Batch
 from finetune.errors import UserError
-from finetune.models.describe import inner_model, token_tables
+from finetune.models.describe import token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens
-from finetune.models.vocabulary import activate_as_saved, activate_vocabulary, active_modules, why_not_active
+from finetune.models.vocabulary import NO_TOKEN, activate_as_saved, activate_vocabulary, active_modules, why_not_active
 from finetune.optim import optimizer_info
 from finetune.trainer import step_seed
 
@@ -39,6 +39,7 @@ class VocabularyPlan:
     mode: str  # full, active, sampled or frozen
     reason: str  # why, where `auto` chose
     ids: tuple[int, ...]  # tokens whose rows train; empty for full, and for frozen without new tokens
+    used: tuple[int, ...]  # tokens of the data and those beside them (see `active_ids`), whichever rows train
     spare: int  # rows kept for tokens that turn up later in a stream
     rows: int  # of the table
     saved_bytes: int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
@@ -90,6 +91,7 @@ def plan_vocabulary(
             "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode to active or "
             "full, or train with DDP"
         )
+    used = ids
     if mode == "frozen":
         ids = tuple(new_tokens)
     trains = mode in ("active", "sampled")
@@ -99,7 +101,8 @@ def plan_vocabulary(
     spare = spare_rows(len(ids), len(table)) if config.data.streaming and trains else 0
     otherwise = 0 if config.model.lora is not None else len(table)  # rows that would have gradients and state
     saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
-    return VocabularyPlan(mode, reason, () if mode == "full" else ids, spare, len(table), saved, trains and lazy_input)
+    ids = () if mode == "full" else ids
+    return VocabularyPlan(mode, reason, ids, used, spare, len(table), saved, trains and lazy_input)
 
 
 def spare_rows(num_active: int, num_rows: int) -> int:
@@ -228,11 +231,13 @@ class VocabularyKeeper:
             self.sampler.before_step(step_seed(self.seed, step, -1), frozen)
 
     def inactive_tokens(self) -> torch.Tensor | None:
-        """[V] bool, true for tokens whose row of the output table does not train; None where all of them do."""
-        head: Any = inner_model(self.language_model.model).get_output_embeddings()
-        if head not in self.modules:
-            return None
-        return head.vocabulary.row_of_id >= len(head.weight)
+        """[V] bool, true for tokens that the run does not use (inactive, unless all rows train); None where it uses all."""
+        inactive = torch.ones(self.plan.rows, dtype=torch.bool)
+        inactive[list(self.plan.used)] = False
+        for module in self.modules:  # a stream's may have grown
+            ids = module.vocabulary.active_ids.cpu()
+            inactive[ids[ids != NO_TOKEN]] = False
+        return inactive if inactive.any() else None
 
     def _grow(self, batch: StepBatch) -> torch.Tensor | None:
         """Give new tokens of the step, of all processes, rows as far as there are any; returns those that stay frozen."""

@@ -86,7 +86,7 @@ def _change(metric: Metric, before: Record | None, after: Record | None) -> Chan
 
 def verdict(run: RunRecords) -> str:
     """One sentence: what the run has done to the model."""
-    told = [change for change in changes(run) if change.metric.key in ("loss", "chrf", "bleu")]
+    told = [change for change in changes(run) if change.metric.key in ("loss", "chrf", "bleu", "unrelated_loss")]
     if not told:
         return "No evaluation was recorded, so there is nothing to say about the model yet."
     if run.before is None or run.after is None:
@@ -96,7 +96,7 @@ def verdict(run: RunRecords) -> str:
 
 
 def _told(change: Change) -> str:
-    name = "the held-out loss" if change.metric.key == "loss" else change.metric.name
+    name = {"loss": "the held-out loss", "unrelated_loss": "the loss on unrelated text"}.get(change.metric.key, change.metric.name)
     if change.verdict == "same":
         return f"{name} stayed at {change.after}"
     verb = "went from"

@@ -342,9 +342,10 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
         with pytest.raises(UserError, match=r"Falcon.* computes its logits in a way of its own.*set vocabulary.mode to active, or"):
             sample()
     logits = model(input_ids=ids[0], use_cache=False).logits[:, :-1].flatten(0, 1)
-    scores = language_model(*ids, reduction="none")
+    inactive = torch.ones(V, dtype=torch.bool).index_fill(0, torch.tensor(ACTIVE), False)
+    scores = language_model(*ids, reduction="none", inactive=inactive)
     torch.testing.assert_close(scores[:, 0], torch.nn.functional.cross_entropy(logits, ids[1][:, 1:].flatten(), reduction="none"))
-    assert scores[:, 1].isnan().all()  # not 0: what goes to inactive tokens is not known
+    torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, inactive].sum(1))
 
 
 def test_lora_on_a_head_with_active_rows_is_refused():

@@ -1,5 +1,6 @@
 """Loss and text metrics: token-exact, the same however the data is cut, the same as by hand."""
 
+import copy
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from finetune.generation import generate
 from finetune.metrics import bits_per_byte, perplexity, text_metrics
 from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
+from finetune.models.vocabulary import activate_vocabulary
 from tests.reading.conftest import tiny_model
 
 CPU = torch.device("cpu")
@@ -53,13 +55,13 @@ def by_hand(model, examples):
     return total / count
 
 
-def test_the_mass_on_inactive_tokens_is_left_out_where_the_model_makes_its_logits_by_itself(tokenizer, examples):
+def test_the_mass_on_inactive_tokens_is_known_where_the_model_makes_its_logits_by_itself(tokenizer, examples):
     model = tiny_model("llama")
     module = LanguageModel(add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["lm_head"]))
     assert not module.fused
     inactive = torch.arange(len(model.get_input_embeddings().weight)) % 2 == 0
     result = evaluate_loss(module, batches_of(examples, 3), inactive=inactive, tokenizer=tokenizer, device=CPU).as_dict()
-    assert "inactive_mass" not in result
+    assert 0.1 < result["inactive_mass"] < 0.9
     assert 0 < result["share_outside"] < 1
 
 
@@ -69,6 +71,34 @@ def test_loss_is_the_mean_over_tokens_whatever_the_batches(any_model, tokenizer,
     assert result.loss == pytest.approx(by_hand(any_model, examples), rel=1e-5)
     assert result.num_target_tokens == sum(example.num_target_tokens for example in examples)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("compact", [True, False])
+def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, fused, compact):
+    inactive = torch.zeros(len(llama.get_input_embeddings().weight), dtype=torch.bool)
+    inactive[examples[0].input_ids[3:5]] = inactive[250:] = True
+    nats, masses = [], []
+    for example in examples:
+        with torch.no_grad():
+            logs = torch.log_softmax(llama(input_ids=torch.tensor([example.input_ids])).logits[0, :-1], 1)
+        targets = [(i, label) for i, label in enumerate(example.labels[1:]) if label != IGNORE_INDEX]
+        nats += [(-float(logs[i, label]), bool(inactive[label])) for i, label in targets]
+        masses += [float(logs[i].exp()[inactive].sum()) for i, _ in targets]
+    model = copy.deepcopy(llama)
+    if compact:
+        activate_vocabulary(model, (~inactive).nonzero()[:, 0].tolist(), spare=2)
+    module = LanguageModel(model)
+    module.fused = fused
+    result = evaluate_loss(module, batches_of(examples, 2), inactive=inactive, tokenizer=tokenizer, device=CPU)
+    apart = result.vocabulary
+    outside = [loss for loss, is_outside in nats if is_outside]
+    assert 0 < len(outside) < len(nats)
+    assert apart.loss_outside == pytest.approx(sum(outside) / len(outside), rel=1e-4)
+    assert apart.share_outside == pytest.approx(len(outside) / len(nats))
+    assert apart.inactive_mass == pytest.approx(sum(masses) / len(masses), rel=1e-4)
+    both = apart.share_outside * apart.loss_outside + (1 - apart.share_outside) * apart.loss_inside
+    assert result.loss == pytest.approx(both) == pytest.approx(by_hand(llama, examples), rel=1e-5)
 
 
 def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenizer, examples):

@@ -120,6 +120,29 @@ def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):
     assert found["full"][8] != found["active"][8]
 
 
+def test_every_mode_reports_the_mass_on_the_same_tokens(base, tmp_path):
+    first = {}
+    for mode in ("full", "active", "frozen"):
+        (tmp_path / mode).mkdir()
+        run_training(config_for(base, tmp_path / mode, f"vocabulary.mode={mode}", "training.max_steps=2"))
+        before, after = evaluations(tmp_path / mode / "run")
+        assert after["inactive_mass"] != before["inactive_mass"]
+        first[mode] = before["inactive_mass"]
+    assert 0.01 < first["full"] < 1
+    assert first["full"] == pytest.approx(first["active"], rel=1e-4) == pytest.approx(first["frozen"], rel=1e-4)
+
+
+def test_unrelated_text_is_read_without_held_out_data_too(base, tmp_path, capsys):
+    unrelated = write_texts(tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir"]))
+    options = [f"data.unrelated={unrelated}", "data.validation=null", "data.validation_fraction=0", "training.max_steps=2"]
+    run_training(config_for(base, tmp_path, *options))
+    first, last = evaluations(tmp_path / "run")
+    assert set(last) == {"unrelated_loss", "seconds"}
+    assert f"held-out after:  unrelated loss {last['unrelated_loss']:.3f}" in capsys.readouterr().err
+    told = rf"In 2 steps the loss on unrelated text (fell|rose) from {first['unrelated_loss']:.3f} to {last['unrelated_loss']:.3f}"
+    assert re.search(told, (tmp_path / "run" / "report.html").read_text())
+
+
 @pytest.mark.parametrize("mode", ["active", "sampled", "frozen"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode):
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", "checkpoint.every=4"]
