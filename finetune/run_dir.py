@@ -47,6 +47,11 @@ class RunDir:
         return self.root / "evaluation.json"
 
     @property
+    def vocabulary(self) -> Path:
+        """The ids of the tokens that the run uses: {"used": [...]}. Not there where it uses the whole vocabulary."""
+        return self.root / "vocabulary.json"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

@@ -31,6 +31,7 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
     if chosen != progress.step and not sharded:
         trainer.restore(checkpoint)
     if accelerator.is_main_process:
+        _write_vocabulary(parts, run)
         evaluator.write_summary(best_step=progress.best_step, last_step=progress.step)
         export_model(
             # of a sharded model no process has the whole, but a checkpoint has
@@ -44,6 +45,12 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")
     accelerator.wait_for_everyone()
+
+
+def _write_vocabulary(parts: Parts, run: RunDir) -> None:
+    inactive = parts.vocabulary.inactive_tokens()
+    if inactive is not None:
+        run.vocabulary.write_text(json.dumps({"used": (~inactive).nonzero()[:, 0].tolist()}), encoding="utf-8")
 
 
 def _add_notes(run: RunDir, notes: list[str]) -> None:

@@ -18,6 +18,7 @@ from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
 from finetune.conversation import Conversation
 from finetune.data.detect import build_format
+from finetune.data.encode import EncodedDataset
 from finetune.data.files import read_lines
 from finetune.data.loader import EvaluationBatches
 from finetune.data.rendering import ChatTemplate
@@ -26,15 +27,16 @@ from finetune.data.translation import TranslationFormat
 from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.evaluation import evaluate_generation, evaluate_loss
+from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.generation import generate
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import load_model
 from finetune.models.tokenizers import load_tokenizer, prepare_chat
-from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format
+from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format, unrelated_text
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.model import check_length, load_trained
 from finetune.recipes.parts import pad_id
+from finetune.recipes.vocabulary import unused_tokens
 from finetune.run_dir import RunDir
 from finetune.tracking import finite
 from finetune.translate import translate_file, translate_lines
@@ -75,10 +77,8 @@ def open_target(target: str) -> Opened:
 def evaluate_target(
     target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
 ) -> dict[str, Any]:
-    """Metrics on data.test, or on the held-out rows where the config names no test data; printed as JSON.
-
-    For a run evaluated on its own config they are added to its evaluation.json as "test".
-    """
+    """Metrics on data.test, or on the held-out rows where the config names no test data; printed as JSON. For a run evaluated on its
+    own config they are added to its evaluation.json as "test"."""
     display = display or Display()
     opened = open_target(target)
     if config is None and opened.run is None:
@@ -93,7 +93,11 @@ def evaluate_target(
         raise UserError("the config names no held-out data: set data.test, data.validation or data.validation_fraction")
     format = make_format(data, opened.tokenizer, raw.first_row)
     results = {"data": _said_data(settings), "num_rows": len(raw.validation)}
-    results |= _loss_on(opened, raw.validation, format, settings, display)
+    vocab_size = opened.model.get_input_embeddings().weight.shape[0]
+    dataset = encode_rows(raw.validation, format, data, vocab_size=vocab_size, display=display)
+    results |= _loss_on(opened, dataset, settings, display, unused_tokens(opened.run, vocab_size)).as_dict()
+    if (unrelated := unrelated_text(settings, opened.tokenizer, vocab_size)) is not None:
+        results["unrelated_loss"] = _loss_on(opened, unrelated, settings, display).loss
     results |= _scores_on(opened, raw.validation, format, settings, display)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
@@ -111,9 +115,7 @@ def _said_data(config: RunConfig) -> str:
     return f"data.{'validation' if data.test is None else 'test'}: {', '.join(source.path for source in sources)}"
 
 
-def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:
-    vocab_size = opened.model.get_input_embeddings().weight.shape[0]
-    dataset = encode_rows(rows, format, config.data, vocab_size=vocab_size, display=display)
+def _loss_on(opened: Opened, dataset: EncodedDataset, config: RunConfig, display: Display, inactive: Any = None) -> LossResult:
     batches = EvaluationBatches(
         dataset,
         max_length=config.data.max_length,
@@ -129,8 +131,9 @@ def _loss_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, disp
             batches,
             tokenizer=opened.tokenizer,
             device=opened.model.device,
+            inactive=inactive,
             on_progress=lambda done: advance(1),
-        ).as_dict()
+        )
 
 
 def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display) -> dict[str, Any]:

@@ -191,6 +191,7 @@ def _claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
                 run.metrics,
                 run.samples,
                 run.evaluation,
+                run.vocabulary,
                 run.report,
                 run.environment,
                 run.data,

@@ -4,6 +4,7 @@ Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `fin
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens
 from finetune.models.vocabulary import NO_TOKEN, activate_as_saved, activate_vocabulary, active_modules, why_not_active
 from finetune.optim import optimizer_info
+from finetune.run_dir import RunDir
 from finetune.trainer import step_seed
 
 SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream, see `spare_rows`
@@ -196,6 +198,15 @@ def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> It
         chosen = order[start : start + rows]
         count += sum(dataset.target_counts[i] for i in chosen)
         yield collate([[dataset[i]] for i in chosen], pad_id=pad_id, packed=False, pad_to_multiple_of=1)
+
+
+def unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
+    """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
+    if run is None or not run.vocabulary.is_file():
+        return None
+    unused = torch.ones(vocab_size, dtype=torch.bool)
+    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
+    return unused
 
 
 class VocabularyKeeper:

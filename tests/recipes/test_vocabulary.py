@@ -16,6 +16,7 @@ from finetune.errors import UserError
 from finetune.recipes.exporting import export_run
 from finetune.recipes.inspecting import inspect_data
 from finetune.recipes.planning import plan_run
+from finetune.recipes.reading import evaluate_target
 from finetune.recipes.training import run_training
 from finetune.recipes.vocabulary import plan_vocabulary, spare_rows
 
@@ -130,6 +131,35 @@ def test_every_mode_reports_the_mass_on_the_same_tokens(base, tmp_path):
         first[mode] = before["inactive_mass"]
     assert 0.01 < first["full"] < 1
     assert first["full"] == pytest.approx(first["active"], rel=1e-4) == pytest.approx(first["frozen"], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["active", "full"])
+def test_test_data_is_told_apart_by_the_tokens_of_the_run(base, tmp_path, mode):
+    new = [f"{a} {b}" for a, b in zip(sentences(20, 5), sentences(20, 6, words=["ban", "dep", "gir", "kos"]), strict=True)]
+    test, unrelated = write_texts(tmp_path / "test.jsonl", new), write_texts(tmp_path / "other.jsonl", new[:3])
+    run_training(config_for(base, tmp_path, f"vocabulary.mode={mode}", f"data.test={test}", f"data.unrelated={unrelated}"))
+    run = tmp_path / "run"
+    found = evaluate_target(str(run), config=None, overrides=[])
+    model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    used = set(json.loads((run / "vocabulary.json").read_text())["used"])
+    assert set(tokenizer(" ".join(sentences(200, seed=1))).input_ids) <= used
+    inside, outside, masses = [], [], []
+    for text in new:
+        ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0], 1)
+        for row, token in zip(logs, ids[1:], strict=False):
+            (inside if token in used else outside).append(-float(row[token]))
+            masses.append(1 - float(row.exp()[sorted(used)].sum()))
+    assert 0 < len(outside) < len(inside)
+    assert found["loss_inside"] == pytest.approx(sum(inside) / len(inside), rel=1e-4)
+    assert found["loss_outside"] == pytest.approx(sum(outside) / len(outside), rel=1e-4)
+    assert found["share_outside"] == pytest.approx(len(outside) / (len(inside) + len(outside)))
+    assert found["inactive_mass"] == pytest.approx(sum(masses) / len(masses), rel=1e-3)
+    share = found["share_outside"]
+    assert found["loss"] == pytest.approx(share * found["loss_outside"] + (1 - share) * found["loss_inside"])
+    assert found["unrelated_loss"] == pytest.approx(evaluations(run)[-1]["unrelated_loss"], rel=1e-4)
+    assert json.loads((run / "evaluation.json").read_text())["test"]["loss_outside"] == found["loss_outside"]
 
 
 def test_unrelated_text_is_read_without_held_out_data_too(base, tmp_path, capsys):
