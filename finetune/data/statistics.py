@@ -38,15 +38,21 @@ class DataReport:
         return asdict(self)
 
 
+def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | None:
+    """The share of the held-out tokens that stand in the training data too; None without held-out data."""
+    if held_out is None:
+        return None
+    used = set(train.token_ids)
+    return sum(token in used for token in held_out.token_ids) / len(held_out.token_ids)
+
+
 def report_on(train: EncodedDataset, held_out: EncodedDataset | None, *, tokenizer: Tokenizer, vocab_size: int) -> DataReport:
     """Go through the encoded data once."""
     lengths = sorted(train.lengths)
     known = Counter(train.key(i) for i in range(len(train)))
-    used = set(train.token_ids)
-    leaked = coverage = None
+    leaked = None
     if held_out is not None:
         leaked = sum(held_out.key(i) in known for i in range(len(held_out)))
-        coverage = sum(token in used for token in held_out.token_ids) / len(held_out.token_ids)
     return DataReport(
         train=train.statistics.as_dict(),
         held_out=None if held_out is None else held_out.statistics.as_dict(),
@@ -59,8 +65,8 @@ def report_on(train: EncodedDataset, held_out: EncodedDataset | None, *, tokeniz
         duplicates=len(train) - len(known),
         leaked=leaked,
         vocabulary_rows=vocab_size,
-        vocabulary_rows_used=len(used),
-        held_out_coverage=coverage,
+        vocabulary_rows_used=len(set(train.token_ids)),
+        held_out_coverage=coverage(train, held_out),
     )
 
 

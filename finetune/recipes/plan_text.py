@@ -48,6 +48,9 @@ def _model(plan: "Plan") -> Table:
     table.add_row("trainable", f"{model['trainable_parameters']:,} ({model['trainable_parameters'] / model['parameters']:.1%})")
     ties = "input and output tied" if model["tied"] else "input and output apart"
     table.add_row("token tables", f"{model['token_table_parameters']:,} ({model['token_table_share']:.1%}), {ties}")
+    rows, used = model["vocab_size"], plan.work.used_rows
+    covered = "" if plan.work.coverage is None else f"; {plan.work.coverage:.2%} of the held-out tokens covered"
+    table.add_row("rows that the training data uses", f"{used:,} of {rows:,} ({used / rows:.1%}){covered}")
     table.add_row("vocabulary", model["vocabulary"].removeprefix("vocabulary: "))
     return table
 

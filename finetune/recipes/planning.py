@@ -16,6 +16,7 @@ from finetune.config import RunConfig
 from finetune.config.schema import DataSection
 from finetune.data.encode import EncodedDataset
 from finetune.data.loader import TrainingBatches
+from finetune.data.statistics import coverage
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.errors import UserError
@@ -60,6 +61,7 @@ class Work:
     tokens_per_step: float  # mean, without padding
     num_evaluations: int
     used_rows: int  # of the token table, met in the training data
+    coverage: float | None  # share of the held-out tokens that stand in the training data too
     prompt_length: int  # tokens of the longest held-out example
 
 
@@ -233,6 +235,7 @@ class Planner:
             tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
             num_evaluations=0 if held_out is None else config.evaluation.before + math.ceil(num_steps / every),
             used_rows=len(set(train.token_ids)),
+            coverage=coverage(train, held_out),
             prompt_length=max(held_out.lengths) if held_out is not None else 0,
         )
 

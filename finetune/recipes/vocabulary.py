@@ -51,7 +51,8 @@ class VocabularyPlan:
         """One line for the log and the report."""
         why = f" ({self.reason})" if self.reason else ""
         if self.mode == "full":
-            return f"vocabulary: full{why}"
+            used = f"the run uses {len(self.used):,} of {self.rows:,} rows ({len(self.used) / self.rows:.1%})"
+            return f"vocabulary: full{why}; {used}"
         trained = f"{len(self.ids):,} of {self.rows:,} rows ({len(self.ids) / self.rows:.1%}) train"
         room = f", with room for {self.spare:,} that turn up later" if self.spare else ""
         table = "of the output table " if self.whole_input else ""

@@ -12,10 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config import load_config
+from finetune.display import Display
 from finetune.errors import UserError
+from finetune.models.tokenizers import byte_tokens
 from finetune.recipes.exporting import export_run
 from finetune.recipes.inspecting import inspect_data
-from finetune.recipes.planning import plan_run
+from finetune.recipes.plan_text import make_console, print_plan
+from finetune.recipes.planning import Planner, plan_run
 from finetune.recipes.reading import evaluate_target
 from finetune.recipes.training import run_training
 from finetune.recipes.vocabulary import plan_vocabulary, spare_rows
@@ -342,6 +345,27 @@ def test_plan_counts_the_rows_that_train(base, tmp_path):
     assert active.memory.gradients < full.memory.gradients
     assert active.model["parameters"] == full.model["parameters"] + full.model["hidden_size"]  # the shift of the active rows
     assert active.model["vocabulary"].startswith("vocabulary: active")
+
+
+@pytest.mark.parametrize("mode", ["full", "active"])
+def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, mode):
+    config = config_for(base, tmp_path, f"vocabulary.mode={mode}")
+    held_out = [*sentences(20, seed=2), *sentences(5, words=["ban", "dep"])]
+    write_texts(tmp_path / "held_out.jsonl", held_out)
+    plan = Planner(config, Display(enabled=False)).plan()
+    print_plan(plan, make_console())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train, tokens = ([i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+                     for texts in (sentences(200, seed=1), held_out))  # fmt: skip
+    share = sum(token in train for token in tokens) / len(tokens)
+    assert 0.5 < share < 1
+    rows = len(table(base))
+    shown = " ".join(capsys.readouterr().out.split())
+    used = f"rows that the training data uses {len(set(train))} of {rows} ({len(set(train)) / rows:.1%})"
+    assert f"{used}; {share:.2%} of the held-out tokens covered" in shown
+    active = len(set(train) | set(tokens) | byte_tokens(tokenizer) | {*tokenizer.get_added_vocab().values()})
+    assert f"{active} of {rows} rows ({active / rows:.1%})" in shown
+    assert ("saved" in shown) == (mode == "active")
 
 
 def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path):
