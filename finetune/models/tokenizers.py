@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from finetune.data.rendering import ChatTemplate, encode_text
 from finetune.errors import UserError
 from finetune.models.describe import token_tables
 from finetune.models.locate import resolve_name
@@ -147,3 +148,13 @@ def byte_tokens(tokenizer: Any) -> set[int]:
     """The tokens that stand for single bytes, from which any text can be spelt: of byte-level BPE, or sentencepiece's <0xNN>."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     return {i for token, i in tokenizer.get_vocab().items() if token in alphabet or re.fullmatch("<0x[0-9A-F]{2}>", token)}
+
+
+def template_tokens(tokenizer: Any) -> set[int]:
+    """The tokens that the chat template writes around turns of all roles, such as their names; none without a template."""
+    if not tokenizer.chat_template:
+        return set()
+    template = ChatTemplate(tokenizer)
+    turns = [{"role": role, "content": "Yes."} for role in ("system", "user", "assistant")]
+    turns = turns if template.writes_system_messages() else turns[1:]
+    return {*encode_text(tokenizer, template.render(turns), []).input_ids, *template.prompt(turns[:-1])}

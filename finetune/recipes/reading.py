@@ -77,8 +77,8 @@ def open_target(target: str) -> Opened:
 def evaluate_target(
     target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
 ) -> dict[str, Any]:
-    """Metrics on data.test, or on the held-out rows where the config names no test data; printed as JSON. For a run evaluated on its
-    own config they are added to its evaluation.json as "test"."""
+    """Metrics on data.test, or on the held-out rows where the config names no test data; printed as JSON. For a run evaluated on
+    its own config they are added to its evaluation.json as "test"."""
     display = display or Display()
     opened = open_target(target)
     if config is None and opened.run is None:

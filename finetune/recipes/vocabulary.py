@@ -23,7 +23,7 @@ from finetune.errors import UserError
 from finetune.models.describe import token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
-from finetune.models.tokenizers import byte_tokens
+from finetune.models.tokenizers import byte_tokens, template_tokens
 from finetune.models.vocabulary import NO_TOKEN, activate_as_saved, activate_vocabulary, active_modules, why_not_active
 from finetune.optim import optimizer_info
 from finetune.run_dir import RunDir
@@ -150,10 +150,10 @@ def _input_is_lazy(config: RunConfig) -> bool:
 
 
 def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]) -> set[int]:
-    """The tokens of the data, special, added and byte tokens, and those to keep: ids, or texts whose tokens are meant."""
+    """The tokens of the data, special, added, byte and chat template tokens, and those to keep: ids, or texts that have them."""
     ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    ids |= byte_tokens(tokenizer)
+    ids |= byte_tokens(tokenizer) | template_tokens(tokenizer)
     size = max(tokenizer.get_vocab().values()) + 1
     for item in keep:
         if isinstance(item, int) and not 0 <= item < size:

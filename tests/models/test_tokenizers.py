@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import UserError
 from finetune.models.tokenizers import CHATML, end_of_turn, load_tokenizer, prepare_chat, train_tokenizer
+from finetune.recipes.vocabulary import active_ids
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
 
@@ -142,3 +143,24 @@ def test_a_model_without_a_tokenizer_is_explained(tmp_path, make_model):
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer of .* could not be loaded"):
         load_tokenizer(name=str(tmp_path))
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>bot{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles"),
+    [(CHATML, ["system", "user", "assistant"]), (NO_SYSTEM, ["user", "assistant", "bot"]), (None, [])],
+    ids=["chatml", "no system turns", "no template"],
+)
+def test_the_words_of_the_template_are_active_whatever_the_data(template, roles):
+    words = ["system", "user", "assistant", "bot"]
+    tokenizer = train_tokenizer([f"{word}\nsome text" for word in words] * 9, 340)
+    tokenizer.chat_template = template
+    ids = {word: tokenizer(word).input_ids for word in words}
+    assert all(len(found) == 1 for found in ids.values())
+    active = active_ids(tokenizer, [], ())
+    assert [word for word in words if ids[word][0] in active] == roles

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.models.tokenizers import byte_tokens
+from finetune.models.tokenizers import byte_tokens, template_tokens
 from finetune.recipes.exporting import export_run
 from finetune.recipes.inspecting import inspect_data
 from finetune.recipes.plan_text import make_console, print_plan
@@ -363,7 +363,8 @@ def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, 
     shown = " ".join(capsys.readouterr().out.split())
     used = f"rows that the training data uses {len(set(train))} of {rows} ({len(set(train)) / rows:.1%})"
     assert f"{used}; {share:.2%} of the held-out tokens covered" in shown
-    active = len(set(train) | set(tokens) | byte_tokens(tokenizer) | {*tokenizer.get_added_vocab().values()})
+    beside = byte_tokens(tokenizer) | template_tokens(tokenizer) | {*tokenizer.get_added_vocab().values()}
+    active = len(set(train) | set(tokens) | beside)
     assert f"{active} of {rows} rows ({active / rows:.1%})" in shown
     assert ("saved" in shown) == (mode == "active")
 
