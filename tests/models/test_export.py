@@ -9,9 +9,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import UserError
+from finetune.models.adapters import add_lora
 from finetune.models.describe import token_tables
 from finetune.models.export import export_model, verify_export
+from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import prepare_chat
+from finetune.models.vocabulary import activate_vocabulary, active_modules
 
 IDS = [5, 9, 3, 7, 11]
 
@@ -37,6 +40,38 @@ def test_an_export_reloads_with_its_logits_tie_and_stops(kind, dtype, make_model
     assert (dest / "README.md").read_text() == "# A card\n"
     assert [path.name for path in dest.parent.iterdir()] == ["model"]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox"])
+def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(kind, lora, make_model, chat_tokenizer, tmp_path):
+    model = make_model(kind, vocab_size=len(chat_tokenizer))
+    before = [table.detach().clone() for table in token_tables(model)]
+    active = torch.arange(0, len(before[0]), 3)
+    activate_vocabulary(model, active.tolist(), spare=2)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    compact = {id(module.weight): module.weight for module in active_modules(model)}.values()
+    if lora:
+        model = add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    for weight in compact:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = active[torch.randint(0, len(active), (4, 9))]
+    for _ in range(3):
+        LanguageModel(model)(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    export_model(model, chat_tokenizer, tmp_path / "model", card="")
+    ids = torch.randint(0, len(before[0]), (2, 9))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(reloaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    after = token_tables(reloaded)
+    assert (after[0] is after[1]) == tied == (kind == "qwen2")
+    for old, new in zip(before, after, strict=True):
+        moved = (old != new).any(1)
+        assert moved[active].any()
+        moved[active] = False
+        assert not moved.any()  # bit for bit
 
 
 def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path):
