@@ -1,7 +1,8 @@
 """Borders to transformers and peft: loading, tokenizers, adapters, the active vocabulary, export.
 
 For library users, loaded when first used: `activate_vocabulary(model, ids)`, `deactivate_vocabulary(model)` and `with
-full_vocabulary(model):` (vocabulary.py), `LanguageModel` (language_model.py).
+full_vocabulary(model):` (vocabulary.py), `LanguageModel` (language_model.py), and for the sampled loss `measure_frozen_rows`,
+`inclusion_chances` and `FrozenSampler` (frozen_sample.py). `examples/sampled_vocabulary.py` has them in a loop.
 
 transformers' own progress bars (per tensor, per shard) are off: the command line shows progress of its own. Downloads keep theirs.
 """
@@ -12,15 +13,31 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 if TYPE_CHECKING:
+    from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.models.language_model import LanguageModel
     from finetune.models.vocabulary import activate_vocabulary, deactivate_vocabulary, full_vocabulary
 
-__all__ = ["LanguageModel", "activate_vocabulary", "deactivate_vocabulary", "full_vocabulary"]
+_MODULES = {
+    "frozen_sample": ("FrozenSampler", "inclusion_chances", "measure_frozen_rows"),
+    "language_model": ("LanguageModel",),
+    "vocabulary": ("activate_vocabulary", "deactivate_vocabulary", "full_vocabulary"),
+}
+
+__all__ = [
+    "FrozenSampler",
+    "LanguageModel",
+    "activate_vocabulary",
+    "deactivate_vocabulary",
+    "full_vocabulary",
+    "inclusion_chances",
+    "measure_frozen_rows",
+]
 
 logging.disable_progress_bar()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'finetune.models' has no attribute {name!r}")
-    return getattr(import_module("finetune.models." + ("language_model" if name == "LanguageModel" else "vocabulary")), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"finetune.models.{module}"), name)
+    raise AttributeError(f"module 'finetune.models' has no attribute {name!r}")

@@ -67,7 +67,12 @@ def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch])
 
 
 class FrozenSampler:
-    """Puts a fresh sample into a LanguageModel before each step. Raises UserError where the model makes its logits by itself."""
+    """Puts a fresh sample into a LanguageModel before each step.
+
+    The model has an active vocabulary (`activate_vocabulary`), and `chances` [F] come from `inclusion_chances`. The sample counts
+    in training mode alone: in evaluation mode the loss is the exact one. Raises UserError where the model makes its logits by
+    itself.
+    """
 
     def __init__(self, language_model: LanguageModel, chances: Tensor) -> None:
         _require_known_logits(language_model)

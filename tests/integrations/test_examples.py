@@ -32,7 +32,8 @@ def outcomes(tmp_path_factory) -> dict[str, dict[str, dict]]:
 
 
 def test_there_is_an_example_for_each_trainer():
-    assert EXAMPLES == ["accelerate_loop.py", "hugging_face_trainer.py", "lightning_module.py", "plain_torch.py", "trl_sft.py"]
+    trainers = ["accelerate_loop.py", "hugging_face_trainer.py", "lightning_module.py", "plain_torch.py", "trl_sft.py"]
+    assert set(EXAMPLES) == {*trainers, "sampled_vocabulary.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, *ELSEWHERE}
 
 
@@ -53,6 +54,12 @@ def test_lazy_adamw_takes_the_path_of_adamw(outcomes, example):
     lazy, dense, other = (outcomes[example][name]["losses"] for name in CLASSES)
     assert lazy == pytest.approx(dense, abs=1e-5)
     assert other != pytest.approx(dense, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_sampled_loss_stands_for_the_whole_one(outcomes):
+    for outcome in outcomes["sampled_vocabulary.py"].values():  # after the last step, of the plain model
+        assert outcome["losses"][-1] - 0.3 < outcome["whole"] < outcome["losses"][-1]
 
 
 @pytest.mark.parametrize("example", [*EXAMPLES, *sorted(ELSEWHERE)])
