@@ -14,6 +14,7 @@ from finetune.models.describe import describe_model
 from finetune.models.language_model import LanguageModel
 from finetune.models.precision import has_native_bf16, resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
+from finetune.models.vocabulary import activate_vocabulary, active_modules
 
 BF16_CPU, PLAIN_CPU = {"avx512_bf16": True, "avx2": True}, {"avx512_bf16": False, "amx_bf16": False, "avx2": True}
 
@@ -151,3 +152,39 @@ def test_compiling_changes_no_name_and_compiles_the_decoder_only(make_model, mon
     torch.testing.assert_close(language_model(*batch()), expected)
     assert seen
     assert list(language_model.state_dict()) == names
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt_neox"])
+def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(kind, fused, make_model, monkeypatch):
+    compile_here, graphs = torch.nn.Module.compile, []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_here(module, backend=backend))
+    ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = []
+    for compiled in (False, True):
+        model = make_model(kind)
+        activate_vocabulary(model, range(0, 97, 2), spare=4)
+        language_model = LanguageModel(model)
+        language_model.fused = fused
+        if compiled:
+            compile_decoder(language_model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for step in range(4):
+            if step == 2:
+                for module in {id(module.vocabulary): module for module in active_modules(model)}.values():
+                    assert not len(module.vocabulary.grow(module.weight, torch.tensor([1, 5, 33])))
+            loss = language_model(ids, ids)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(losses)
+    assert graphs
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0][-1] < 0.95 * found[0][0]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config import load_config
 from finetune.display import Display
@@ -193,6 +194,67 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode):
         tmp_path / "cut" / "run", tmp_path / "out", dtype="float32", checkpoint=config.output_dir / "checkpoints/step-00000008"
     )
     assert torch.equal(table(tmp_path / "out"), table(tmp_path / "cut" / "run" / "model"))
+
+
+def cut_and_whole(base, folder, *options, prepare=lambda folder: None):
+    """One run of 8 steps, and one that stopped after 4 and was resumed; then the model of step 4, and that of step 4 exported."""
+    for name in ("whole", "cut"):
+        (folder / name).mkdir()
+        config = config_for(base, folder / name, "checkpoint.every=4", "checkpoint.keep=9", *options)
+        prepare(folder / name)
+        if name == "cut":
+            run_training(config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 4})}))
+            shutil.copytree(folder / "cut" / "run" / "model", folder / "halfway")
+        run_training(config, resume="auto" if name == "cut" else None)
+    whole, cut = folder / "whole" / "run", folder / "cut" / "run"
+    export_run(whole, folder / "exported", dtype="float32", checkpoint=whole / "checkpoints" / "step-00000004")
+    assert losses(cut) == losses(whole)
+    weights = [load_file(path / "model.safetensors") for path in (cut / "model", whole / "model")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0].keys() | weights[1].keys())
+    halfway, exported = (load_file(folder / name / "model.safetensors") for name in ("halfway", "exported"))
+    for name in halfway.keys() | exported.keys():
+        torch.testing.assert_close(exported[name], halfway[name], rtol=1e-6, atol=1e-7)
+    return whole
+
+
+def test_lora_with_active_rows_resumes_and_exports_a_checkpoint(base, tmp_path):
+    whole = cut_and_whole(base, tmp_path, "vocabulary.mode=active", "model.lora.rank=2")
+    moved = (table(whole / "model") != table(base)).any(1)
+    assert 0.4 < moved.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw"])
+def test_an_untied_model_with_a_compact_head_resumes_and_exports_a_checkpoint(base, tmp_path, optimizer):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AutoConfig.for_model("gpt_neox", vocab_size=400, tie_word_embeddings=False, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "untied")
+    whole = cut_and_whole(tmp_path / "untied", tmp_path, "vocabulary.mode=active", f"optimizer.name={optimizer}")
+    used = json.loads((whole / "vocabulary.json").read_text())["used"]
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "untied", whole / "model"))
+    for read in ("get_input_embeddings", "get_output_embeddings"):
+        moved = (getattr(before, read)().weight != getattr(after, read)().weight).any(1).nonzero()[:, 0].tolist()
+        assert moved
+        assert set(moved) <= set(used)
+
+
+@pytest.mark.parametrize("mode", ["active", "sampled"])
+def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(base, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
+
+    def prepare(folder):
+        write_texts(folder / "train.jsonl", [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])])
+
+    stream = ["data.streaming=true", "data.shuffle_buffer=16"]
+    options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", *stream]
+    whole = cut_and_whole(base, tmp_path, *options, prepare=prepare)
+    notes = json.loads((whole / "environment.json").read_text())["notes"]
+    assert any("tokens outside of the first rows of the stream turned up" in note for note in notes)
+    assert notes[0].startswith(f"vocabulary: {mode}")
+    ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
+    assert set(ids) <= set(json.loads((whole / "vocabulary.json").read_text())["used"])
+    assert (table(base) != table(tmp_path / "halfway")).any(1)[ids].all()  # it had grown before it stopped
 
 
 def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
