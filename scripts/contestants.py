@@ -1,7 +1,8 @@
 """What the speed benchmarks compare: this project, a bare PyTorch loop, and TRL's SFTTrainer, each the main function of a process.
 
-All of them get the same weights, the same examples (the shipped conversations, where no others are given), AdamW (fused, no decay),
-clipping at 1.0, and bf16 only where `finetune.models.precision` says that the chip multiplies it:
+All of them get the same weights, the same examples (the shipped conversations, where no others are given), AdamW (fused, no weight
+decay, the learning rate falling linearly to 0), clipping at 1.0, and bf16 only where `finetune.models.precision` says that the chip
+multiplies it:
 
 - finetune      the recipes' own parts and Trainer, packed rows, examples isolated from each other, loss on the assistant's turns;
                 `finetune:MODE` with that vocabulary.mode, `finetune` alone with the default
@@ -66,6 +67,8 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     watch = Stopwatch(args.clock, peak_memory)
     for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / args.steps)
         batch = rows[[(step * args.rows + row) % len(rows) for row in range(args.rows)]]
         with torch.autocast(device(), torch.bfloat16, enabled=bf16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -103,7 +106,7 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         max_steps=args.steps,
         seed=args.seed,
         learning_rate=args.lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear",
         weight_decay=0.0,
         max_grad_norm=CLIP,
         optim="adamw_torch_fused",

@@ -72,7 +72,7 @@ def our_config(args: argparse.Namespace) -> Any:
                 "max_validation_rows": args.held_out,
             },
             "optimizer": {"name": "adamw", "lr": args.lr, "weight_decay": 0.0},
-            "scheduler": {"name": "constant", "warmup_steps": 0},
+            "scheduler": {"name": "linear", "warmup_steps": 0},
             "training": {
                 "max_steps": args.steps,
                 "batch_size": args.rows,
@@ -104,7 +104,7 @@ def our_trainer(args: argparse.Namespace, on_record: Callable[[Any], None]) -> I
     accelerator = make_accelerator(config, display)
     parts = build_parts(config, accelerator=accelerator, display=display)
     optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
-    scheduler = build_lr_scheduler(optimizer, "constant", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0)
+    scheduler = build_lr_scheduler(optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0)
     module, optimizer = accelerator.prepare(parts.language_model, optimizer)
     run = RunDir(args.folder)
     yield (
