@@ -1,5 +1,6 @@
 """Every command does what its help says: results alone on stdout, plain lines in a pipe, a live display on a terminal."""
 
+import io
 import json
 import os
 import pty
@@ -14,10 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.cli import app
+from finetune.config import load_config
 from finetune.optim import list_optimizers
+from finetune.recipes.inspecting import inspect_data
 from tests.cli.conftest import finetune, snapshot
 from tests.conftest import conversation
 
@@ -318,6 +322,16 @@ def test_inspect_shows_examples_targets_and_figures(chat_run):
         assert text in result.out, text
     assert "example 3" not in result.out
     assert snapshot(chat_run) == before
+
+
+def test_inspect_colours_the_targets_on_a_terminal(chat_run):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, color_system="standard", width=200)
+    inspect_data(load_config(Path("c.yaml")), examples=1, console=console)
+    green, dim = (re.findall(rf"\x1b\[{code}m([^\x1b]*)", shown.getvalue()) for code in ("1;32", "2"))
+    assert any(text.startswith("It is ") for text in green)
+    assert any("What is " in text for text in dim)
+    assert not any("What is " in text for text in green)
 
 
 def test_plan_prints_figures_and_leaves_nothing(chat_run):
