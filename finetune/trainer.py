@@ -223,12 +223,11 @@ class Trainer:
         """
         state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
         self.restore(checkpoint)
-        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": self.scheduler.base_lrs})
-        for group, own, lr, factor in zip(
-            self.optimizer.param_groups, options, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
-        ):
-            group.update({**own, "initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch)})
-        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        schedule, base = state["scheduler"], self.scheduler.base_lrs
+        lrs = [lr * factor(schedule["last_epoch"]) for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)]
+        self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
+        for group, own, initial, lr in zip(self.optimizer.param_groups, options, base, lrs, strict=True):
+            group.update({**own, "initial_lr": initial, "lr": lr})
         self.batches.load_state_dict(state["data"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

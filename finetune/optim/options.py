@@ -12,7 +12,7 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The options of each group of an optimizer that `build_optimizer` made: lr, weight_decay, betas ...
 
     `load_state_dict` puts those of the saved state in their place, as torch does, together with what some optimizers count in their
-    groups (the averages of schedule-free, the distance of Prodigy); `group.update` with these gives the groups their own ones back.
+    groups (schedule-free its weights' sum); `group.update` with these gives the groups their own options back, and no more.
     """
     names = optimizer_info(optimizer.defaults[KEY]).options
     return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]

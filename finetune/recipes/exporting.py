@@ -29,12 +29,8 @@ from finetune.run_dir import RunDir
 from finetune.trainer import restore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-METRICS = (
-    *("loss", "perplexity", "bits_per_byte", "chrf", "bleu"),
-    *("loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss"),
-)
+QUALITY = ("loss", "perplexity", "bits_per_byte", "chrf", "bleu")
+VOCABULARY = ("loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss")
 
 
 def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | None, display: Display | None = None) -> None:
@@ -69,7 +65,7 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
 def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
     """The model card of a run, from what lies in its folder. `evaluations`: when -> what was measured then."""
     name = config.model.name
-    shown = [key for key in METRICS if evaluations and all(key in record for record in evaluations.values())]
+    shown = [key for key in (*QUALITY, *VOCABULARY) if evaluations and all(key in record for record in evaluations.values())]
     counts, environment = (json.loads(path.read_text(encoding="utf-8")) for path in (run.data, run.environment))
     return model_card(
         title=run.root.resolve().name,
@@ -86,14 +82,10 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
     """The tokenizer that a run trains with: that of its model/, or while there is none, made once more."""
     if (run.model / "config.json").is_file():
         return load_tokenizer(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
-    if config.model.name is not None:
-        tokenizer = make_tokenizer(config.model, ())
-        prepare_chat(None, tokenizer, config.model.chat_template)
-        return tokenizer
-    raw = load_raw_data(config.data, seed=config.seed)
-    tokenizer = make_tokenizer(config.model, raw.texts())
+    raw = load_raw_data(config.data, seed=config.seed) if config.model.name is None else None
+    tokenizer = make_tokenizer(config.model, () if raw is None else raw.texts())
     prepare_chat(None, tokenizer, config.model.chat_template)
-    if isinstance(raw.train, Rows):  # from other data comes another tokenizer
+    if raw is not None and isinstance(raw.train, Rows):  # from other data comes another tokenizer
         encoded = encode_rows(raw.train, make_format(config.data, tokenizer, raw.first_row), config.data, vocab_size=len(tokenizer))
         if encoded.fingerprint != load(checkpoint, "training.pt")["identity"]["the training data"]:
             raise UserError(f"the training data of {run.root} changed, so its tokenizer cannot be made again: restore the data")
