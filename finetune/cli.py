@@ -186,7 +186,7 @@ def generate(
     """Answer prompts, in batches; where several are given, each answer under its prompt."""
     import json
 
-    from finetune.recipes.reading import generate_answers
+    from finetune.recipes.answering import generate_answers
 
     settings = _given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
@@ -208,7 +208,7 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a model in the terminal: /reset forgets the conversation, /exit ends it."""
-    from finetune.recipes.reading import chat_in_terminal
+    from finetune.recipes.answering import chat_in_terminal
 
     settings = _given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty
@@ -237,7 +237,7 @@ def translate(
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
     """Translate sentences, stdin, or a file to a file, in batches."""
-    from finetune.recipes.reading import translate_text
+    from finetune.recipes.translating import translate_text
 
     translate_text(
         target, text or [], input=input, output=output, source=source, to=to, settings=_given(max_new_tokens=max_new_tokens)

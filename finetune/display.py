@@ -135,6 +135,18 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
     return "  ".join(f"{label} {metrics[key]:{form}}" for key, label, form in shown if key in metrics)
 
 
+def differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """From "so many are done" to "so many more are"."""
+    seen = 0
+
+    def progress(done: int, _: int) -> None:
+        nonlocal seen
+        advance(done - seen)
+        seen = done
+
+    return progress
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

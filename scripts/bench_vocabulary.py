@@ -6,8 +6,8 @@
 `from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(...)` of a converted GGUF); --trl is where `pip install --no-deps
 --target DIR trl==1.16.0` put TRL. See contestants.py for who is compared and how. All contestants take their turn for one seed and
 learning rate, then for the next; each trains on the same number of tokens, and its model is then read over the full vocabulary:
-held-out loss, inside and outside of the tokens that the training data has, probability that goes to inactive tokens, loss on
-unrelated text, largest movement of an inactive row.
+held-out loss, inside and outside of the tokens that the training data has, probability that goes to inactive tokens (mean and 99th
+percentile) and their share in answers, loss on unrelated text, largest movement of an inactive row.
 
 Speed is the median over all steps but the first two; the spread is over rounds. "head" and "optimizer" are their shares of our
 steps; "of peak" is as in bench_train.py, "state" the GB of weights, gradients and optimizer state. Prints a table for each learning
@@ -23,7 +23,10 @@ from typing import Any
 from harness import MODES, TRL_MODES, add_arguments, check_arguments, in_process, median_rate, share_of_peak, spread
 
 WARMUP = 2
-READ = ("held_out_loss", "loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss", "inactive_rows_moved")
+READ = (
+    "held_out_loss", "loss_inside", "loss_outside", "share_outside", "inactive_mass", "inactive_mass_p99", "generated_outside",
+    "unrelated_loss", "inactive_rows_moved",
+)  # fmt: skip
 
 
 def measure(args: argparse.Namespace, lr: float) -> dict[str, list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CLIP = 1.0
+ANSWERS = 16  # to the first held-out prompts, for the share of inactive tokens in what a model writes
 
 
 def device() -> str:
@@ -160,7 +161,8 @@ def load_plain(args: argparse.Namespace) -> Any:
 
 def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     """What a trained plain model has become: held-out loss over the full vocabulary, inside and outside of the training data's
-    tokens, the probability that goes to inactive ones, the loss on unrelated text, and how far the rows of inactive ones moved."""
+    tokens, the probability that goes to inactive ones and their share in answers, the loss on unrelated text, and how far the
+    rows of inactive ones moved."""
     import torch
 
     from finetune.data.encode import encode
@@ -168,6 +170,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.data.sources import Source, load_rows
     from finetune.data.text import TextFormat
     from finetune.evaluation import evaluate_loss
+    from finetune.generation import generate
     from finetune.models.language_model import LanguageModel
     from finetune.models.vocabulary import activate_vocabulary
     from finetune.recipes.parts import pad_id
@@ -193,6 +196,13 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     unseen[[i for i in active_ids(tokenizer, [train], ()) if i < len(unseen)]] = False
     found = loss_on(validation, unseen)
     found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)
+    prompts = [example.input_ids[: next(i for i, label in enumerate(example.labels) if label >= 0)] for example in validation]
+    answers = generate(
+        model, prompts[:ANSWERS], batch_size=ANSWERS, max_new_tokens=32, temperature=0.0, top_p=1.0, top_k=0,
+        repetition_penalty=1.0, stop_ids=[tokenizer.eos_token_id],
+    )  # fmt: skip
+    written = unseen[torch.tensor([token for answer in answers for token in answer])]
+    found["generated_outside"] = float(written.float().mean())
     if args.unrelated:
         rows = load_rows([Source(path=str(args.unrelated))]).take(100)
         text = encode(

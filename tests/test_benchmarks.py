@@ -34,6 +34,8 @@ def test_modes_of_the_vocabulary(model):
     found = bench("bench_vocabulary.py", "--model", str(model), *options, "--contestants", "finetune:active,bare")
     ours, bare = (found["lrs"]["0.0001"]["contestants"][name] for name in ("finetune:active", "bare"))
     assert ours["inactive_rows_moved"][0] == 0.0
+    assert 0 < ours["inactive_mass"][0] < ours["inactive_mass_p99"][0] <= 1
+    assert 0 <= ours["generated_outside"][0] <= 1
     assert 0 < ours["training_state_gb"][0] <= bare["training_state_gb"][0]
     assert all(row["tokens_per_second"][0] > 0 and row["share_of_matmul_peak"][0] > 0 for row in (ours, bare))
     ratio = found["lrs"]["0.0001"]["ratios"]["finetune:active over bare"]["held_out_loss"][0]

@@ -16,6 +16,9 @@ from finetune.errors import UserError
 from finetune.metrics import bits_per_byte, perplexity
 from finetune.models.language_model import evaluating
 
+MASS_BINS = 1000
+"""Positions are counted by how much probability goes to tokens outside, which adds up over processes as a quantile does not."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
@@ -47,6 +50,7 @@ class VocabularyLoss:
     loss_outside: float | None
     share_outside: float  # of the target tokens
     inactive_mass: float  # the probability that goes to tokens outside, mean over target positions
+    inactive_mass_p99: float  # at 99 % of the target positions it is at most that; up to 1 / MASS_BINS too high
 
 
 def evaluate_loss(
@@ -66,7 +70,7 @@ def evaluate_loss(
     float64 tensor of sums up over the processes. `inactive`: [V] bool, the tokens outside, where the loss is wanted apart.
     `on_progress(n)` is called after the n-th batch. Raises UserError if there is no target token.
     """
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(6 + MASS_BINS, dtype=torch.float64)
     inactive = None if inactive is None else inactive.to(device)
     options: dict[str, Any] = {"reduction": "none"} | ({} if inactive is None else {"inactive": inactive})
     with evaluating(loss_module), torch.inference_mode():
@@ -80,10 +84,12 @@ def evaluate_loss(
             if inactive is not None:
                 labels = on_device["labels"][:, 1:]
                 outside = inactive[labels[labels != IGNORE_INDEX]]
-                sums[3:] += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()]).cpu()
+                sums[3:6] += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()]).cpu()
+                sums[6:] += (masses * MASS_BINS).long().clamp(max=MASS_BINS - 1).bincount(minlength=MASS_BINS).cpu()
             if on_progress is not None:
                 on_progress(number)
-    total_nats, num_tokens, num_bytes, nats_outside, num_outside, mass = reduce(sums).tolist()
+    sums = reduce(sums)
+    total_nats, num_tokens, num_bytes, nats_outside, num_outside, mass = sums[:6].tolist()
     if not num_tokens:
         raise UserError("the held-out data has no target token, so there is no loss to compute: give other data, or more of it")
     loss = total_nats / num_tokens
@@ -95,6 +101,7 @@ def evaluate_loss(
             loss_outside=nats_outside / num_outside if num_outside else None,
             share_outside=num_outside / num_tokens,
             inactive_mass=mass / num_tokens,
+            inactive_mass_p99=(int((sums[6:].cumsum(0) < 0.99 * num_tokens).sum()) + 1) / MASS_BINS,
         )
     return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes), apart)
 

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from finetune.config.schema import GenerationSection, RunConfig
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import Prompt
-from finetune.display import format_metrics
+from finetune.display import differences, format_metrics
 from finetune.errors import UserError
 from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
 from finetune.generation import SamplingSettings
@@ -81,21 +81,15 @@ class Evaluator:
         if parts.validation is None or (not self.metrics and config.evaluation.samples == 0):
             return {}
         with parts.display.bar("generating", total) as advance, parts.accelerator.autocast():
-            seen = 0
-
-            def progress(done: int, _: int) -> None:
-                nonlocal seen
-                advance(done - seen)
-                seen = done
-
             scores, samples = evaluate_generation(
                 parts.language_model.model,
                 parts.tokenizer,
                 self.prompts,
                 metrics=self.metrics,
                 batch_size=config.generation.batch_size,
+                inactive=parts.vocabulary.inactive_tokens(),
                 gather=(lambda own: gather_object(own)) if parts.accelerator.num_processes > 1 else (lambda own: own),
-                on_progress=progress,
+                on_progress=differences(advance),
                 **sampling(config.generation, parts.language_model.model, seed=config.seed),
             )
         if parts.accelerator.is_main_process:

@@ -30,7 +30,9 @@ from finetune.trainer import restore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUALITY = ("loss", "perplexity", "bits_per_byte", "chrf", "bleu")
-VOCABULARY = ("loss_inside", "loss_outside", "share_outside", "inactive_mass", "unrelated_loss")
+VOCABULARY = (
+    "loss_inside", "loss_outside", "share_outside", "inactive_mass", "inactive_mass_p99", "generated_outside", "unrelated_loss",
+)  # fmt: skip
 
 
 def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | None, display: Display | None = None) -> None:

@@ -43,6 +43,8 @@ METRICS = (
     Metric("loss_outside", "Inactive loss", "nats per target token that is not", 3, has_tile=False),
     Metric("share_outside", "Inactive targets, %", "of the target tokens", 2, is_share=True, has_tile=False),
     Metric("inactive_mass", "Inactive mass, %", "of the probability", 2, is_share=True),
+    Metric("inactive_mass_p99", "Inactive mass, %, p99", "of the probability", 1, is_share=True, has_tile=False),
+    Metric("generated_outside", "Inactive answers, %", "of the tokens generated", 2, is_share=True, has_tile=False),
     Metric("unrelated_loss", "Unrelated loss", "nats per token of other text", 3),
 )
 

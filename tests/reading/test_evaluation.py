@@ -97,6 +97,8 @@ def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, f
     assert apart.loss_outside == pytest.approx(sum(outside) / len(outside), rel=1e-4)
     assert apart.share_outside == pytest.approx(len(outside) / len(nats))
     assert apart.inactive_mass == pytest.approx(sum(masses) / len(masses), rel=1e-4)
+    assert max(masses) <= apart.inactive_mass_p99 <= max(masses) + 1.01e-3  # of less than 100 positions the largest
+    assert len(masses) < 100
     both = apart.share_outside * apart.loss_outside + (1 - apart.share_outside) * apart.loss_inside
     assert result.loss == pytest.approx(both) == pytest.approx(by_hand(llama, examples), rel=1e-5)
 
@@ -116,6 +118,32 @@ def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenize
     both = evaluate_loss(module, [empty], tokenizer=tokenizer, device=CPU, reduce=lambda own: own + shares[0] + shares[1])
     assert both == one
     assert shares[0].dtype == torch.float64
+
+
+def test_of_two_hundred_positions_the_third_largest_mass_is_the_99th_percentile(tokenizer):
+    masses = [*torch.linspace(0.2, 0.4, 198).tolist(), 0.8, 0.9]
+
+    class Known(torch.nn.Module):
+        def forward(self, input_ids, labels, reduction, inactive):
+            return torch.stack([torch.ones(200), torch.tensor(masses)], 1)
+
+    labels = torch.full((1, 201), 3)
+    inactive = torch.zeros(10, dtype=torch.bool)
+    batch = {"input_ids": labels, "labels": labels}
+    result = evaluate_loss(Known(), [batch], inactive=inactive, tokenizer=tokenizer, device=CPU)
+    assert 0.4 <= result.vocabulary.inactive_mass_p99 <= 0.401
+
+
+def test_the_share_of_generated_tokens_outside(llama, tokenizer, examples):
+    prompts = [Prompt(input_ids=tuple(e.input_ids[:4]), text="", reference="a") for e in examples]
+    answers = generate(llama, [p.input_ids for p in prompts], batch_size=4, **GREEDY)
+    tokens = [token for answer in answers for token in answer]
+    inactive = torch.zeros(len(llama.get_input_embeddings().weight), dtype=torch.bool)
+    inactive[tokens[0]] = True
+    scores, _ = evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, **GREEDY)
+    assert scores == {"generated_outside": tokens.count(tokens[0]) / len(tokens)}
+    assert 0 < scores["generated_outside"] <= 1
+    assert evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, **GREEDY)[0] == {}
 
 
 def test_bytes_are_those_of_the_target_text_without_marks(tokenizer):

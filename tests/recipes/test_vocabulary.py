@@ -110,7 +110,7 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     assert [told in text for text in shown.splitlines() if "held-out after:" in text] == [True]
     page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
     assert f"<td>{last['loss_inside']:.3f}</td><td>0.00</td><td>{100 * last['inactive_mass']:.2f}</td>" in page
-    assert "| share_outside | inactive_mass | unrelated_loss |" in card
+    assert "| share_outside | inactive_mass | inactive_mass_p99 | unrelated_loss |" in card
 
 
 def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):

@@ -1,0 +1,89 @@
+"""`finetune translate`: sentences, a file, or the lines of stdin, by a run or a model.
+
+Floor 5.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.data.detect import build_format
+from finetune.data.files import read_lines
+from finetune.data.translation import TranslationFormat
+from finetune.display import Display, differences
+from finetune.errors import UserError
+from finetune.recipes.answering import stdin_lines
+from finetune.recipes.evaluating import sampling
+from finetune.recipes.reading import Opened, open_target
+from finetune.run_dir import RunDir
+from finetune.translate import translate_file, translate_lines
+
+
+def translate_text(
+    target: str,
+    texts: Sequence[str],
+    *,
+    input: Path | None,
+    output: Path | None,
+    source: str | None,
+    to: str | None,
+    settings: Mapping[str, Any],
+    display: Display | None = None,
+) -> None:
+    """Translate `texts`, the file `input`, or the lines of stdin; to the file `output` or stdout. Empty lines stay empty."""
+    if texts and input is not None:
+        raise UserError("give sentences or --input, not both")
+    if output is not None and input is None:
+        raise UserError("--output goes with --input; without a file, redirect the output")
+    if input is not None and not input.is_file():
+        raise UserError(f"the input {input} is no file (looked in {Path.cwd()})")
+    opened, display = open_target(target), display or Display()
+    format, section = _translation_format(opened, source, to), opened.settings(settings)
+    trained = _trained_languages(opened.run) if opened.run is not None else ()
+    if None not in trained and trained and not set(format.languages) <= set(trained):
+        display.say(f"note: this run was trained on {' and '.join(map(str, trained))}, not on {' and '.join(format.languages)}")
+    options = {
+        "model": opened.model,
+        "tokenizer": opened.tokenizer,
+        "prompt_of": lambda text: format.prompt(text, reverse=False).input_ids,
+        "batch_size": section.batch_size,
+        **sampling(section, opened.model, seed=0),
+    }
+    if input is not None and output is not None:
+        with display.bar("translating", None) as advance:
+            translate_file(input, output, on_progress=differences(advance), **options)
+        return
+    lines = read_lines(input) if input is not None else texts or stdin_lines(display, "a sentence a line")
+    for line in translate_lines(lines, **options):
+        print(line, flush=True)
+
+
+def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
+    """The prompt of the run's own training, or for a plain model that of the two languages given."""
+    pair = opened.config.data.translation if opened.config is not None else None
+    trained: list[str | None] = list(_trained_languages(opened.run)) if opened.run is not None else [None, None]
+    if pair is not None and pair.direction == "backward":
+        trained.reverse()
+    source, to = source or trained[0], to or trained[1]
+    if source is None or to is None:
+        raise UserError("which languages? give --from and --to, e.g. --from en --to fr")
+    format = build_format(
+        "translation",
+        tokenizer=opened.tokenizer,
+        first_row={"translation": {source: "", to: ""}},
+        columns={},
+        targets="assistant",
+        system_prompt=opened.config.data.system_prompt if opened.config is not None else None,
+        source_language=source,
+        target_language=to,
+        direction="forward",
+        template=pair.template if pair is not None else None,
+    )
+    assert isinstance(format, TranslationFormat)
+    return format
+
+
+def _trained_languages(run: RunDir) -> Sequence[str | None]:
+    counts = json.loads(run.data.read_text(encoding="utf-8")) if run.data.is_file() else {}
+    return counts.get("languages", (None, None))
