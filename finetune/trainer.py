@@ -12,6 +12,7 @@ generation, saving) can change the run, and a resumed run needs no saved generat
 
 import contextlib
 import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -162,11 +163,17 @@ class Trainer:
         problem = self.guard.problem(loss, 0.0 if scaled else grad_norm)  # the fp16 scaler itself skips overflowing steps
         if problem is None:
             return
+        kept = f"is in {self.bad_batch_path}"
         if self.accelerator.is_main_process:
-            self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, self.bad_batch_path)
+            data = io.BytesIO()
+            torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, data)
+            try:
+                self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
+                self.bad_batch_path.write_bytes(data.getvalue())
+            except OSError as error:
+                kept = f"could not be written to {self.bad_batch_path} ({error.strerror})"
         raise Diverged(
-            f"training stopped at step {self.progress.step + 1}: {problem}; the batch is in {self.bad_batch_path}, the "
+            f"training stopped at step {self.progress.step + 1}: {problem}; the batch {kept}, the "
             f"checkpoints are untouched; lower optimizer.lr, or look at that batch"
         )
 
