@@ -11,13 +11,14 @@ from torch import nn
 
 def put_before(module: Any, first: type[nn.Module], **attributes: Any) -> None:
     """Let `module` look for methods in `first` before its own class; `attributes` (hashable) belong to the new class."""
-    module.__class__ = _subclass(first, type(module), tuple(attributes.items()))  # type: ignore[arg-type]
+    module.__class__ = derived_class(f"Fused{type(module).__name__}", (first, type(module)), **attributes)
 
 
 @functools.cache
-def _subclass(first: type, cls: type, attributes: tuple[tuple[str, Any], ...]) -> Any:
-    made = type(f"Fused{cls.__name__}", (first, cls), {**dict(attributes), "__reduce_ex__": _reduce})
-    made._made_of = (first, cls, attributes)  # type: ignore[attr-defined]
+def derived_class(name: str, bases: tuple[type, ...], **attributes: Any) -> Any:
+    """The subclass of `bases` (one of them an nn.Module) with `attributes` (hashable): one class for the same arguments."""
+    made = type(name, bases, {**attributes, "__reduce_ex__": _reduce})
+    made._made_of = (name, bases, attributes)  # type: ignore[attr-defined]
     return made
 
 
@@ -25,6 +26,6 @@ def _reduce(module: Any, protocol: Any) -> tuple:
     return _instance, module._made_of, module.__dict__
 
 
-def _instance(first: type, cls: type, attributes: tuple[tuple[str, Any], ...]) -> Any:
-    made = _subclass(first, cls, attributes)
+def _instance(name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> Any:
+    made = derived_class(name, bases, **attributes)
     return made.__new__(made)

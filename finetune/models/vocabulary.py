@@ -16,7 +16,6 @@ at 2e-4: held-out loss 1.765 with the whole table, 1.770 with the shift, 1.815 w
 A table may have room for `spare` rows that belong to no token yet: `ActiveVocabulary.grow` gives them to tokens that turn up later.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from finetune.errors import UserError
 from finetune.losses import FrozenRows
 from finetune.models.describe import token_tables
+from finetune.models.subclass import derived_class
 
 NO_TOKEN = -1
 
@@ -290,7 +290,9 @@ def _compact(table: Tensor, vocabulary: ActiveVocabulary) -> nn.Parameter:
 
 
 def _make_active(module: Any, cls: Any, vocabulary: ActiveVocabulary, weight: nn.Parameter) -> None:
-    module.__class__ = _active_class(type(module), cls)  # type: ignore[arg-type]
+    plain: Any = type(module)
+    bases = (cls,) if plain in (nn.Embedding, nn.Linear) else (plain, cls)
+    module.__class__ = derived_class(f"Active{plain.__name__}", bases, plain_class=plain)
     module.weight, module.vocabulary = weight, vocabulary
     _count(module, len(weight))
 
@@ -301,19 +303,3 @@ def _count(module: Any, rows: int) -> None:
         module.num_embeddings = rows
     else:
         module.out_features = rows
-
-
-@functools.cache
-def _active_class(plain: type, active: type) -> Any:
-    bases = (active,) if plain in (nn.Embedding, nn.Linear) else (plain, active)
-    return type(f"Active{plain.__name__}", bases, {"plain_class": plain, "__reduce_ex__": _reduce})
-
-
-def _reduce(module: Any, protocol: Any) -> tuple:
-    # The class is made on the fly, so it is named by what it was made from.
-    return _instance, (module.plain_class, ActiveEmbedding if isinstance(module, ActiveEmbedding) else ActiveHead), module.__dict__
-
-
-def _instance(plain: Any, active: Any) -> nn.Module:
-    cls = _active_class(plain, active)
-    return cls.__new__(cls)
