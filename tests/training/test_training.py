@@ -140,9 +140,7 @@ def test_a_nan_is_told_where_the_disk_has_no_room_for_the_batch(tiny, tmp_path):
     tree = tiny(optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_batch.pt").symlink_to("/dev/full")
-    with pytest.raises(
-        UserError, match=r"is (nan|inf).*; the batch could not be written to .*No space left on device"
-    ):
+    with pytest.raises(UserError, match=r"is (nan|inf).*; the batch could not be written to .*No space left on device"):
         train(tree)
 
 
