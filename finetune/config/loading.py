@@ -204,6 +204,8 @@ def _sentence(problem: Any) -> str:
     if problem["type"] == "model_type":
         return f"{dotted} = {given!r:.60} is not allowed: it must be a mapping of keys to values"
     shown = repr(given) if isinstance(given, str | int | float | bool) or given is None else _kind(given)
+    if problem["type"] == "tuple_type":
+        return f"{dotted} = {shown} is not allowed: give a list, such as [{given if given is not None else ''}]"
     return f"{dotted} = {shown} is not allowed: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

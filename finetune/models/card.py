@@ -69,14 +69,14 @@ def model_card(
     base_model: str | None,
     license: str | None,
     data: Sequence[str],
-    metrics: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float | None]],
     config: str,
     command: str,
 ) -> str:
     """The card as Markdown.
 
-    `base_model`: None for random initial weights. `data`: one line for each source. `metrics`: {"before": {"loss": 2.6, ...},
-    "after": {...}}, the same metrics in each. `config`: the run's YAML. `command`: what reproduces the run.
+    `base_model`: None for random initial weights. `data`: one line for each source. `metrics`: {"step 0": {"Held-out loss":
+    2.6, ...}, "step 40": {...}}, the same metrics in each. `config`: the run's YAML. `command`: what reproduces the run.
     """
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     environment.filters["quoted"] = json.dumps  # a JSON string is a YAML string

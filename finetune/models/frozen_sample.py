@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.data.types import Batch
 from finetune.errors import UserError
 from finetune.losses import FrozenRows
-from finetune.models.language_model import LanguageModel, evaluating
+from finetune.models.language_model import NOT_SAMPLED, LanguageModel, evaluating
 from finetune.models.vocabulary import ActiveHead
 
 SPREAD = 0.25
@@ -25,8 +25,13 @@ SPREAD = 0.25
 
 
 def inclusion_chances(weights: Tensor, count: int) -> Tensor:
-    """Chances [F] in (0, 1], float64, that add up to `count` (at most F) and follow `weights` [F] >= 0, save for the even share."""
+    """Chances [F] in (0, 1], float64, that add up to `count` (at most F) and follow `weights` [F] >= 0, save for the even share.
+
+    Raises UserError for a `count` below 1.
+    """
     weights, rows = weights.double(), len(weights)
+    if count < 1:
+        raise UserError(f"a sample of {count} frozen rows stands for nothing: draw at least one")
     if count >= rows:
         return torch.ones_like(weights)
     even = torch.full_like(weights, 1 / rows)
@@ -53,7 +58,7 @@ def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
 def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch]) -> Tensor:
     """The root mean square over the target positions of `batches` of each frozen row's probability: [F] float64 on the CPU.
 
-    Raises UserError as FrozenSampler does.
+    Raises UserError as FrozenSampler does, and where there is no target.
     """
     _require_known_logits(language_model)
     device = language_model.causal_lm.device
@@ -63,7 +68,9 @@ def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch])
             tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
             squares, positions = language_model.frozen_square_probabilities(**tensors)
             total, count = total + squares.double().cpu(), count + positions
-    return (total / max(1, count)).sqrt()
+    if not count:
+        raise UserError("no chances without data: measure_frozen_rows needs batches with target tokens")
+    return (total / count).sqrt()
 
 
 class FrozenSampler:
@@ -80,7 +87,10 @@ class FrozenSampler:
 
     @torch.no_grad()
     def before_step(self, seed: int, targets: Tensor | None = None) -> None:
-        """Draw the sample of one step from `seed`; the tokens `targets` [n] are in it (they may be frozen)."""
+        """Draw the sample of one step from `seed`; the tokens `targets` [n] are in it.
+
+        Without them, the targets of the step must all be active: the LanguageModel refuses one that is neither that nor drawn.
+        """
         head = self.language_model.causal_lm.get_output_embeddings()
         assert isinstance(head, ActiveHead)
         vocabulary, compact = head.vocabulary, len(head.weight)
@@ -94,7 +104,7 @@ class FrozenSampler:
         log_chances = chances[rows].log().float().to(device)
         rows = rows.to(device)
         offset = torch.cat([vocabulary.offset[:compact], vocabulary.offset[compact:][rows] - log_chances])
-        row_of_id = vocabulary.row_of_id.clone()
+        row_of_id = vocabulary.row_of_id.masked_fill(vocabulary.row_of_id >= compact, NOT_SAMPLED)
         frozen = vocabulary.frozen_ids[rows]
         still = vocabulary.row_of_id[frozen] >= compact  # a token that has become active keeps its compact row
         row_of_id[frozen[still]] = compact + torch.arange(len(rows), device=device)[still]
@@ -102,6 +112,8 @@ class FrozenSampler:
 
 
 def _require_known_logits(language_model: LanguageModel) -> None:
+    if not isinstance(language_model.causal_lm.get_output_embeddings(), ActiveHead):
+        raise UserError("there are no frozen rows to sample: call activate_vocabulary on the model first")
     if not language_model.fused:
         raise UserError(
             f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, all of them at once, so a sample "

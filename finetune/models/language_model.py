@@ -30,6 +30,9 @@ from finetune.models.vocabulary import ActiveHead
 
 logger = logging.getLogger(__name__)
 
+NOT_SAMPLED = -1
+"""In the place of a row's number: that row is frozen and not in the sample."""
+
 
 class LanguageModel(nn.Module):
     """Wraps a causal language model of transformers, with or without LoRA, which stays reachable as `.model`.
@@ -68,7 +71,7 @@ class LanguageModel(nn.Module):
 
         Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or without gradients the scores of each of
         them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to the tokens `inactive`
-        ([V] bool; 0 without them).
+        ([V] bool; 0 without them). Raises UserError for a target that training with a sample of the frozen rows has left out.
         """
         if not self.fused:
             logits = self._run(self.causal_lm, input_ids, position_ids).logits
@@ -81,6 +84,7 @@ class LanguageModel(nn.Module):
             frozen, row_of_id = head.vocabulary.frozen_rows(), head.vocabulary.row_of_id
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
+                _check_sample(labels[:, 1:], row_of_id)
             labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)])
             if inactive is not None:
                 inactive = inactive[torch.cat([head.vocabulary.active_ids.clamp(min=0), head.vocabulary.frozen_ids])]
@@ -137,6 +141,15 @@ class LanguageModel(nn.Module):
             ours = head(hidden).float() * self.logit_scale
             ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
         return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max())
+
+
+def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
+    missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
+    if len(missing):
+        raise UserError(
+            f"the target token {int(missing[0])} does not train and is not in the sample of this step: make it active, or give the "
+            "step's targets to FrozenSampler.before_step"
+        )
 
 
 def check_packing(language_model: LanguageModel) -> None:

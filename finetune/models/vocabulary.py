@@ -4,8 +4,8 @@ Floor 2. `activate_vocabulary` makes the weight of the input embedding (and, tie
 [A, d], whose row i belongs to token `active_ids[i]`; the other rows are kept beside it, frozen, so that the model still reads and
 predicts every token. Token ids, tokenizer, config and the names of the parameters stay as they were. The classes of the two modules
 are changed in place to ones whose lookup and product know where a token's row is; a subclass with a forward of its own (Gemma's
-scaled embedding) keeps it. `full_vocabulary` shows the model with its full table for a while, for saving and exporting;
-`deactivate_vocabulary` gives it back for good.
+scaled embedding) keeps it. `full_vocabulary` shows the model with its full table for a while (`save_pretrained` does so by
+itself); `deactivate_vocabulary` gives it back for good.
 
 The shift. An optimizer whose steps do not follow the gradient's scale (AdamW) moves even the rows that get next to no gradient,
 all of them by about lr a step and against the hidden states: so training the whole table takes probability from unused tokens.
@@ -16,6 +16,7 @@ gradient is minus the sum of the unused rows', which are never looked up.
 A table may have room for `spare` rows that belong to no token yet: `ActiveVocabulary.grow` gives them to tokens that turn up later.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ class ActiveVocabulary(nn.Module):
     offset: Tensor  # [A + spare + F] float32: -inf where a row stands for no token, else 0
     is_whole: bool  # no row stands for no token
     padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
+    is_part_of_weight = True  # for finetune.optim: what is set for the table's weight holds for the shift
     shift: nn.Parameter | None  # [d]: the row of an active token is that of the compact weight plus this
     _narrow: Tensor | None = None  # the frozen rows in the dtype of the products, where that is another
 
@@ -194,7 +196,10 @@ def activate_vocabulary(
     """
     if active_modules(model):
         raise UserError("the model has an active vocabulary already; deactivate_vocabulary gives it its full table back first")
-    wanted = torch.tensor(sorted(set(ids)), dtype=torch.int64)
+    given = set(ids)
+    if not all(isinstance(i, int) for i in given):
+        raise UserError(f"the active vocabulary takes token ids as a list of Python ints, and was given {given!r:.60}")
+    wanted = torch.tensor(sorted(given), dtype=torch.int64)
     if (reason := why_not_active(model)) is not None:
         raise UserError(f"no active vocabulary: {reason}; its table trains whole (vocabulary.mode=full)")
     table, head = token_tables(model)
@@ -204,6 +209,7 @@ def activate_vocabulary(
     output = model.get_output_embeddings()
     padding = embedding.padding_idx
     kept: dict[str, Any] = {"spare": spare, "frozen_dtype": frozen_dtype}
+    model.save_pretrained = functools.partial(_save_whole, model)  # type: ignore[method-assign]
     if head is table:
         vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, shift=shift, **kept)
         weight = _compact(table, vocabulary)
@@ -263,6 +269,14 @@ def full_vocabulary(model: nn.Module) -> Iterator[None]:
 def deactivate_vocabulary(model: nn.Module) -> None:
     """Give `model` its full table back, in place, tied as it was; the rows of frozen tokens are bit for bit what they were."""
     _make_plain(active_modules(model))
+    for part in model.modules():
+        part.__dict__.pop("save_pretrained", None)
+
+
+def _save_whole(model: PreTrainedModel, *args: Any, state_dict: object = None, **kwargs: Any) -> None:
+    """save_pretrained of a model with active rows: the plain model; a state dict that is given has the compact weights."""
+    with full_vocabulary(model):
+        type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _make_plain(modules: Iterable[Any]) -> None:

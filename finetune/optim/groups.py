@@ -34,6 +34,7 @@ class _Member:
     layer: int | None = None  # 0 for what comes before the blocks, then one per block, then what follows them
     given: Mapping[str, Any] = field(default_factory=dict)  # the settings of the user's own group
     number: int = 0  # of the user's own group
+    table: str = ""  # the name of the weight that this is a part of, for overrides: the shift of an active vocabulary
 
 
 def build_groups(
@@ -69,7 +70,7 @@ def build_groups(
         no_decay, scales, members = (), None, _bare_members(source)
     if not members:
         raise UserError("there is nothing to train: every parameter is frozen (requires_grad=False), or none was given")
-    matching = _match([member.name or "" for member in members], overrides)
+    matching = _match([(member.name or "", member.table) for member in members], overrides)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for member, matched in zip(members, matching):
         label, settings = _settings(member, lr, weight_decay, no_decay, scales, split_matrices)
@@ -139,6 +140,12 @@ def _model_members(model: nn.Module, stack: tuple[str, nn.ModuleList] | None) ->
             kinds[parameter] = min(kind, kinds.get(parameter, kind), key=KINDS.index)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
+    parts = {
+        parameter: f"{name.rpartition('.')[0]}.weight"
+        for name, module in model.named_modules()
+        if getattr(module, "is_part_of_weight", False)
+        for parameter in module.parameters(recurse=False)
+    }
     head_parameters = set(head.parameters()) if isinstance(head, nn.Module) else set()
     members: list[_Member] = []
     layer = 0
@@ -149,7 +156,7 @@ def _model_members(model: nn.Module, stack: tuple[str, nn.ModuleList] | None) ->
         if parameter.requires_grad:
             kind = kinds[parameter]
             hidden = kind == "weight" and parameter.ndim == 2 and parameter not in head_parameters
-            members.append(_Member(name, parameter, kind, hidden, layer if stack else None))
+            members.append(_Member(name, parameter, kind, hidden, layer if stack else None, table=parts.get(parameter, "")))
     return members
 
 
@@ -215,13 +222,14 @@ def _kind(module: nn.Module, parameter: Tensor) -> str:
     return "bias" if parameter.ndim <= 1 else "weight"
 
 
-def _match(names: Sequence[str], overrides: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """For each name the overrides that match it. Raises UserError for one that matches nothing."""
-    matching: list[list[Mapping[str, Any]]] = [[] for _ in names]
+def _match(members: Sequence[tuple[str, str]], overrides: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """For each member, by one of its names, the overrides that match it. Raises UserError for one that matches nothing."""
+    matching: list[list[Mapping[str, Any]]] = [[] for _ in members]
     for override in overrides:
         pattern = override["pattern"]
-        hits = [index for index, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
+        hits = [index for index, names in enumerate(members) if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
         if not hits:
+            names = [name for name, _ in members]
             near = did_you_mean(pattern, names) or (f"; one of them is {names[0]!r}" if names[0] else "; these have no names")
             raise UserError(f"the override pattern {pattern!r} matches no trainable parameter{near}")
         for index in hits:

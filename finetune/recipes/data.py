@@ -107,9 +107,12 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
     data = config.data
     if data.unrelated is None:
         return None
-    rows = load_rows(as_sources(data.unrelated)).take(data.max_validation_rows)
-    format = TextFormat(tokenizer=tokenizer, columns={})
-    return encode(rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size)
+    try:
+        rows = load_rows(as_sources(data.unrelated)).take(data.max_validation_rows)
+        format = TextFormat(tokenizer=tokenizer, columns={})
+        return encode(rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size)
+    except UserError as error:
+        raise UserError(f"data.unrelated, which is plain text: {error}") from error
 
 
 def first_prompts(

@@ -56,7 +56,12 @@ class Evaluator:
 
     def _losses(self) -> dict[str, Any]:
         parts = self.parts
-        results = {} if parts.validation is None else self._loss(parts.validation, parts.vocabulary.inactive_tokens()).as_dict()
+        results: dict[str, Any] = {}
+        if parts.validation is not None:
+            inactive = parts.vocabulary.inactive_tokens()
+            results = self._loss(parts.validation, inactive).as_dict()
+            if inactive is not None and parts.config.data.streaming:  # in which tokens turn up that were inactive before
+                results["active_tokens"] = int((~inactive).sum())
         if parts.unrelated is not None:
             results["unrelated_loss"] = self._loss(parts.unrelated).loss
         return results
@@ -105,8 +110,14 @@ class Evaluator:
                 summary[name] = {"step": step, **records[step]}
         self.run.evaluation.write_text(json.dumps(finite(summary), indent=2), encoding="utf-8")
         if {"before", "after"} <= summary.keys():
-            self.parts.display.say("held-out before: " + format_metrics(summary["before"]))
-            self.parts.display.say("held-out after:  " + format_metrics(summary["after"]))
+            before, after, best = summary["before"], summary["after"], summary.get("best", summary["after"])
+            self.parts.display.say("held-out before: " + format_metrics(before))
+            self.parts.display.say("held-out after:  " + format_metrics(after))
+            if best["step"] != after["step"]:
+                self.parts.display.say(f"held-out best:   {format_metrics(best)}  (step {best['step']})")
+            if before.get("active_tokens") != after.get("active_tokens"):
+                counts = f"{before['active_tokens']:,} before, {after['active_tokens']:,} after"
+                self.parts.display.note(f"the inactive mass is over fewer tokens after, and does not compare: active were {counts}")
 
 
 def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:

@@ -25,14 +25,11 @@ from finetune.recipes.evaluating import logged_evaluations
 from finetune.recipes.model import adapt_model, load_trained, make_model, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.vocabulary import apply_saved_vocabulary
+from finetune.report.facts import METRICS
 from finetune.run_dir import RunDir
 from finetune.trainer import restore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUALITY = ("loss", "perplexity", "bits_per_byte", "chrf", "bleu")
-VOCABULARY = (
-    "loss_inside", "loss_outside", "share_outside", "inactive_mass", "inactive_mass_p99", "generated_outside", "unrelated_loss",
-)  # fmt: skip
 
 
 def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | None, display: Display | None = None) -> None:
@@ -64,17 +61,18 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
     display.say(f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest")
 
 
-def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str, Any]]) -> str:
     """The model card of a run, from what lies in its folder. `evaluations`: when -> what was measured then."""
     name = config.model.name
-    shown = [key for key in (*QUALITY, *VOCABULARY) if evaluations and all(key in record for record in evaluations.values())]
+    shown = [metric for metric in METRICS if all(metric.key in record for record in evaluations.values())]
+    rows = [json.loads(run.vocabulary.read_text(encoding="utf-8"))["chosen"]] if run.vocabulary.is_file() else []
     counts, environment = (json.loads(path.read_text(encoding="utf-8")) for path in (run.data, run.environment))
     return model_card(
         title=run.root.resolve().name,
         base_model=name,
         license=license_of(resolve_name(name, revision=config.model.revision)) if name is not None else None,
-        data=[f"{source.path} ({counts['format']})" for source in config.data.train],
-        metrics={when: {key: record[key] for key in shown} for when, record in evaluations.items()},
+        data=[*(f"{source.path} ({counts['format']})" for source in config.data.train), *rows],
+        metrics={when: {metric.name: metric.value(record) for metric in shown} for when, record in evaluations.items()},
         config=dump_config(config),
         command=environment["command"],
     )

@@ -4,6 +4,7 @@ Floor 5.
 """
 
 import json
+from typing import Any
 
 from finetune.checkpoint import is_complete
 from finetune.distributed.sharding import is_sharded
@@ -38,7 +39,7 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
             model_of_checkpoint(run, checkpoint, parts.tokenizer) if sharded else parts.language_model.model,
             parts.tokenizer,
             run.model,
-            card=run_card(run, parts.config, json.loads(run.evaluation.read_text(encoding="utf-8"))),
+            card=run_card(run, parts.config, _named(json.loads(run.evaluation.read_text(encoding="utf-8")), chosen)),
         )
         _add_notes(run, display.notes)
         write_report(run.root)
@@ -47,10 +48,16 @@ def finish_run(parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator
     accelerator.wait_for_everyone()
 
 
+def _named(evaluations: dict[str, dict[str, Any]], chosen: int) -> dict[str, dict[str, Any]]:
+    """With the step for a name, and which one the model is of."""
+    steps = {record["step"]: record for record in evaluations.values()}
+    return {f"step {step}{', this model' if step == chosen else ''}": record for step, record in steps.items()}
+
+
 def _write_vocabulary(parts: Parts, run: RunDir) -> None:
-    inactive = parts.vocabulary.inactive_tokens()
-    if inactive is not None:
-        run.vocabulary.write_text(json.dumps({"used": (~inactive).nonzero()[:, 0].tolist()}), encoding="utf-8")
+    inactive, plan = parts.vocabulary.inactive_tokens(), parts.vocabulary.plan
+    used = list(range(plan.rows)) if inactive is None else (~inactive).nonzero()[:, 0].tolist()
+    run.vocabulary.write_text(json.dumps({"chosen": plan.line(), "used": used}), encoding="utf-8")
 
 
 def _add_notes(run: RunDir, notes: list[str]) -> None:

@@ -40,7 +40,7 @@ class VocabularyPlan:
 
     mode: str  # full, active, sampled or frozen
     reason: str  # why, where `auto` chose
-    ids: tuple[int, ...]  # tokens whose rows train; empty for full, and for frozen without new tokens
+    ids: tuple[int, ...]  # tokens whose rows train; empty for full, and for frozen without new tokens and any to keep
     used: tuple[int, ...]  # tokens of the data and those beside them (see `active_ids`), whichever rows train
     spare: int  # rows kept for tokens that turn up later in a stream
     rows: int  # of the table
@@ -96,7 +96,7 @@ def plan_vocabulary(
         )
     used = ids
     if mode == "frozen":
-        ids = tuple(new_tokens)
+        ids = tuple(sorted({*new_tokens, *kept_ids(tokenizer, config.vocabulary.keep)}))
     trains = mode in ("active", "sampled")
     lazy_input = head is not table and _input_is_lazy(config)
     tables = 1 if head is table or lazy_input else 2
@@ -154,11 +154,20 @@ def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable
     ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= byte_tokens(tokenizer) | template_tokens(tokenizer)
+    return ids | kept_ids(tokenizer, keep)
+
+
+def kept_ids(tokenizer: Any, keep: Iterable[int | str]) -> set[int]:
+    """The ids that `vocabulary.keep` names, itself or by texts. Raises UserError."""
+    ids: set[int] = set()
     size = max(tokenizer.get_vocab().values()) + 1
     for item in keep:
         if isinstance(item, int) and not 0 <= item < size:
             raise UserError(f"vocabulary.keep: {item} is no token id; ids go from 0 to {size - 1}")
-        ids |= {item} if isinstance(item, int) else set(tokenizer(item, add_special_tokens=False).input_ids)
+        found = {item} if isinstance(item, int) else set(tokenizer(item, add_special_tokens=False).input_ids)
+        if not found:
+            raise UserError(f"vocabulary.keep: the text {item!r} has no tokens; give a text that has some, or an id")
+        ids |= found
     return ids
 
 
@@ -207,7 +216,7 @@ def unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
         return None
     unused = torch.ones(vocab_size, dtype=torch.bool)
     unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
-    return unused
+    return unused if unused.any() else None
 
 
 class VocabularyKeeper:

@@ -39,6 +39,7 @@ METRICS = (
     Metric("bits_per_byte", "Bits per byte", "of the target text", 3),
     Metric("chrf", "chrF", "0 to 100", 1, higher_is_better=True),
     Metric("bleu", "BLEU", "0 to 100", 1, higher_is_better=True),
+    Metric("active_tokens", "Active tokens", "tokens that the run uses", 0, has_tile=False),
     Metric("loss_inside", "Active loss", "nats per target token that is active", 3, has_tile=False),
     Metric("loss_outside", "Inactive loss", "nats per target token that is not", 3, has_tile=False),
     Metric("share_outside", "Inactive targets, %", "of the target tokens", 2, is_share=True, has_tile=False),
@@ -79,6 +80,8 @@ def _change(metric: Metric, before: Record | None, after: Record | None) -> Chan
     old, new = metric.value(before), metric.value(after)
     shown = metric.show(before), metric.show(after)
     if old is None or new is None or not math.isfinite(new - old):
+        return Change(metric, *shown, "", "")
+    if metric.key == "inactive_mass" and number(before, "active_tokens") != number(after, "active_tokens"):
         return Change(metric, *shown, "", "")
     if shown[0] == shown[1]:
         return Change(metric, *shown, "no change", "same")

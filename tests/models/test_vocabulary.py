@@ -13,6 +13,7 @@ from finetune.models.frozen_sample import FrozenSampler, draw, inclusion_chances
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import enable_activation_checkpointing
 from finetune.models.vocabulary import activate_vocabulary, active_modules, deactivate_vocabulary, full_vocabulary
+from finetune.optim.groups import build_groups
 
 V = 97
 ACTIVE = [0, 1, 2, 5, 8, 13, 21, 34, 55, 89]
@@ -347,6 +348,54 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
     scores = language_model(*ids, reduction="none", inactive=inactive)
     torch.testing.assert_close(scores[:, 0], torch.nn.functional.cross_entropy(logits, ids[1][:, 1:].flatten(), reduction="none"))
     torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, inactive].sum(1))
+
+
+def test_bad_input_for_a_sample_is_refused():
+    language_model, ids = LanguageModel(make("llama")), batch()
+    with pytest.raises(UserError, match="no frozen rows to sample: call activate_vocabulary"):
+        FrozenSampler(language_model, torch.ones(V))
+    activate_vocabulary(language_model.model, ACTIVE)
+    with pytest.raises(UserError, match="needs batches with target tokens"):
+        measure_frozen_rows(language_model, [])
+    with pytest.raises(UserError, match="a sample of 0 frozen rows"):
+        inclusion_chances(torch.ones(V - len(ACTIVE)), 0)
+    sampler = FrozenSampler(language_model, inclusion_chances(torch.ones(V - len(ACTIVE)), 5))
+    labels = ids[1].index_fill(1, torch.tensor([4]), 3)
+    language_model.train()
+    sampler.before_step(0, labels)
+    assert language_model(ids[0], labels) > 0
+    chances = torch.tensor([0.5] * 10 + [0.0] * (V - len(ACTIVE) - 10)).double()
+    chances[0] = 0  # token 3's: never drawn
+    FrozenSampler(language_model, chances).before_step(0)
+    with pytest.raises(UserError, match=r"the target token 3 does not train and is not in the sample.*FrozenSampler.before_step"):
+        language_model(ids[0], labels)
+    assert language_model(*ids) > 0
+    language_model.eval()
+    assert language_model(ids[0], labels) > 0  # evaluation samples nothing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_writes_the_plain_model(family, tmp_path):
+    model, ids = make(family), torch.randint(0, V, (2, 9))
+    activate_vocabulary(model, ACTIVE, spare=2)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:3] += 1
+    for saved, given in (("plain", {}), ("with_state", {"state_dict": model.state_dict()})):  # as transformers' Trainer does
+        copy.deepcopy(model).save_pretrained(tmp_path / saved, **given)
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / saved).eval()
+        assert len(read.get_output_embeddings().weight) == V
+        torch.testing.assert_close(read(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert active_modules(model)
+    deactivate_vocabulary(model)
+    assert "save_pretrained" not in vars(model)
+
+
+def test_what_is_set_for_the_table_by_name_holds_for_the_shift():
+    model = make("llama")
+    activate_vocabulary(model, ACTIVE)
+    groups = build_groups(model, lr=1.0, weight_decay=0.0, overrides=[{"pattern": "model.embed_tokens.weight", "lr": 0.5}])
+    names = [name for name, _ in next(group["params"] for group in groups if group["lr"] == 0.5)]
+    assert names == ["model.embed_tokens.weight", "model.embed_tokens.vocabulary.shift"]
 
 
 def test_lora_on_a_head_with_active_rows_is_refused():

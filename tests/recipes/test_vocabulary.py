@@ -110,7 +110,9 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     assert [told in text for text in shown.splitlines() if "held-out after:" in text] == [True]
     page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
     assert f"<td>{last['loss_inside']:.3f}</td><td>0.00</td><td>{100 * last['inactive_mass']:.2f}</td>" in page
-    assert "| share_outside | inactive_mass | inactive_mass_p99 | unrelated_loss |" in card
+    assert "| Inactive targets, % | Inactive mass, % | Inactive mass, %, p99 | Unrelated loss |" in card
+    assert "| step 40, this model |" in card
+    assert f"- {line}\n" in card
 
 
 def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):
@@ -255,6 +257,13 @@ def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(base, tmp_path
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert set(ids) <= set(json.loads((whole / "vocabulary.json").read_text())["used"])
     assert (table(base) != table(tmp_path / "halfway")).any(1)[ids].all()  # it had grown before it stopped
+    summary = json.loads((whole / "evaluation.json").read_text())
+    counts = [summary[when]["active_tokens"] for when in ("before", "after")]
+    assert counts[0] < counts[1]
+    assert notes[-1].endswith(f"does not compare: active were {counts[0]} before, {counts[1]} after")
+    tile = re.search(r"<h2>Inactive mass, %</h2>(.*?)</div>", (whole / "report.html").read_text(), re.DOTALL)[1]
+    assert "after training" in tile
+    assert not re.search("better|worse", tile)
 
 
 def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
@@ -431,9 +440,30 @@ def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, 
     assert ("saved" in shown) == (mode == "active")
 
 
-def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path):
-    with pytest.raises(UserError, match=r"vocabulary.keep: 100000 is no token id"):
-        inspect_data(config_for(base, tmp_path, "vocabulary.keep=[100000]"), examples=0)
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        ("[100000]", "vocabulary.keep: 100000 is no token id"),
+        ('[""]', "vocabulary.keep: the text '' has no tokens; give a text that has some, or an id"),
+        ("[true]", "vocabulary.keep.0.int = True is not allowed"),
+        ("5", r"vocabulary.keep = 5 is not allowed: give a list, such as \[5\]"),
+    ],
+)
+def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path, keep, why):
+    with pytest.raises(UserError, match=why):
+        inspect_data(config_for(base, tmp_path, f"vocabulary.keep={keep}"), examples=0)
+
+
+def test_frozen_trains_the_tokens_to_keep(base, tmp_path):
+    run_training(config_for(base, tmp_path, "vocabulary.mode=frozen", "vocabulary.keep=[300, 301]"))
+    moved = (table(base) != table(tmp_path / "run" / "model")).any(1)
+    assert moved.nonzero()[:, 0].tolist() == [300, 301]
+
+
+def test_unrelated_text_that_is_none_is_named(base, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"question": "what?"}\n')
+    with pytest.raises(UserError, match=r"^data.unrelated, which is plain text: .*other.jsonl"):
+        run_training(config_for(base, tmp_path, f"data.unrelated={tmp_path / 'other.jsonl'}"))
 
 
 def test_a_changed_mode_is_refused_on_resume(base, tmp_path):
