@@ -23,6 +23,7 @@ from finetune.errors import UserError
 from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import load_model
+from finetune.models.precision import resolve_precision
 from finetune.models.tokenizers import load_tokenizer, prepare_chat
 from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format, unrelated_text
 from finetune.recipes.evaluating import sampling
@@ -83,19 +84,29 @@ def evaluate_target(
     if raw.validation is None:
         raise UserError("the config names no held-out data: set data.test, data.validation or data.validation_fraction")
     format = make_format(data, opened.tokenizer, raw.first_row)
-    results = {"data": _said_data(settings), "num_rows": len(raw.validation)}
+    precision, autocast = _precision(settings, opened.model.device)
+    results = {"data": _said_data(settings), "num_rows": len(raw.validation), "precision": precision}
     vocab_size = opened.model.get_input_embeddings().weight.shape[0]
     dataset = encode_rows(raw.validation, format, data, vocab_size=vocab_size, display=display)
-    inactive = unused_tokens(opened.run, vocab_size)
-    results |= _loss_on(opened, dataset, settings, display, inactive).as_dict()
-    if (unrelated := unrelated_text(settings, opened.tokenizer, vocab_size)) is not None:
-        results["unrelated_loss"] = _loss_on(opened, unrelated, settings, display).loss
-    results |= _scores_on(opened, raw.validation, format, settings, display, inactive)
+    unrelated, inactive = unrelated_text(settings, opened.tokenizer, vocab_size), unused_tokens(opened.run, vocab_size)
+    with autocast:
+        results |= _loss_on(opened, dataset, settings, display, inactive).as_dict()
+        if unrelated is not None:
+            results["unrelated_loss"] = _loss_on(opened, unrelated, settings, display).loss
+        results |= _scores_on(opened, raw.validation, format, settings, display, inactive)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
         summary = json.loads(opened.run.evaluation.read_text(encoding="utf-8")) if opened.run.evaluation.is_file() else {}
         opened.run.evaluation.write_text(json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8")
     return results
+
+
+def _precision(config: RunConfig, device: torch.device) -> tuple[str, torch.autocast]:
+    """That of the run's own evaluations; float32 for fp16 off CUDA."""
+    wanted = config.training.precision
+    precision = "fp32" if wanted == "fp16" and device.type != "cuda" else resolve_precision(wanted, device)[0]
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return precision, torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def _said_data(config: RunConfig) -> str:

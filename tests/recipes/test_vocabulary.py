@@ -115,6 +115,16 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     assert f"- {line}\n" in card
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_finished_run_reads_as_it_read_itself(base, tmp_path, precision):
+    unrelated = write_texts(tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir"]))
+    run_training(config_for(base, tmp_path, f"training.precision={precision}", f"data.unrelated={unrelated}"))
+    found, after = evaluate_target(str(tmp_path / "run"), config=None, overrides=()), evaluations(tmp_path / "run")[-1]
+    assert found["precision"] == precision
+    for key in ("loss", "inactive_mass", "inactive_mass_p99", "unrelated_loss"):
+        assert found[key] == pytest.approx(after[key], rel=1e-6), key
+
+
 def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):
     found = {}
     for mode in ("full", "active"):
