@@ -85,7 +85,8 @@ def evaluate_loss(
                 labels = on_device["labels"][:, 1:]
                 outside = inactive[labels[labels != IGNORE_INDEX]]
                 sums[3:6] += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()]).cpu()
-                sums[6:] += (masses * MASS_BINS).long().clamp(max=MASS_BINS - 1).bincount(minlength=MASS_BINS).cpu()
+                bins = (masses.nan_to_num(1.0) * MASS_BINS).long().clamp(0, MASS_BINS - 1)
+                sums[6:] += bins.bincount(minlength=MASS_BINS).cpu()
             if on_progress is not None:
                 on_progress(number)
     sums = reduce(sums)

@@ -115,9 +115,11 @@ class Evaluator:
             self.parts.display.say("held-out after:  " + format_metrics(after))
             if best["step"] != after["step"]:
                 self.parts.display.say(f"held-out best:   {format_metrics(best)}  (step {best['step']})")
-            if before.get("active_tokens") != after.get("active_tokens"):
-                counts = f"{before['active_tokens']:,} before, {after['active_tokens']:,} after"
-                self.parts.display.note(f"the inactive mass is over fewer tokens after, and does not compare: active were {counts}")
+            first, last = (record.get("active_tokens", 0) for record in (before, after))
+            if first != last:
+                self.parts.display.note(
+                    f"the inactive mass is over fewer tokens after, and does not compare: active were {first:,} before, {last:,} after"
+                )
 
 
 def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:

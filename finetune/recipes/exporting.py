@@ -65,13 +65,13 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str,
     """The model card of a run, from what lies in its folder. `evaluations`: when -> what was measured then."""
     name = config.model.name
     shown = [metric for metric in METRICS if all(metric.key in record for record in evaluations.values())]
-    rows = [json.loads(run.vocabulary.read_text(encoding="utf-8"))["chosen"]] if run.vocabulary.is_file() else []
+    chosen = json.loads(run.vocabulary.read_text(encoding="utf-8")).get("chosen") if run.vocabulary.is_file() else None
     counts, environment = (json.loads(path.read_text(encoding="utf-8")) for path in (run.data, run.environment))
     return model_card(
         title=run.root.resolve().name,
         base_model=name,
         license=license_of(resolve_name(name, revision=config.model.revision)) if name is not None else None,
-        data=[*(f"{source.path} ({counts['format']})" for source in config.data.train), *rows],
+        data=[*(f"{source.path} ({counts['format']})" for source in config.data.train), *filter(None, [chosen])],
         metrics={when: {metric.name: metric.value(record) for metric in shown} for when, record in evaluations.items()},
         config=dump_config(config),
         command=environment["command"],

@@ -132,6 +132,9 @@ def test_of_two_hundred_positions_the_third_largest_mass_is_the_99th_percentile(
     batch = {"input_ids": labels, "labels": labels}
     result = evaluate_loss(Known(), [batch], inactive=inactive, tokenizer=tokenizer, device=CPU)
     assert 0.4 <= result.vocabulary.inactive_mass_p99 <= 0.401
+    masses[:] = [math.nan] * 200  # of a model that has diverged
+    result = evaluate_loss(Known(), [batch], inactive=inactive, tokenizer=tokenizer, device=CPU)
+    assert result.vocabulary.inactive_mass_p99 == 1
 
 
 def test_the_share_of_generated_tokens_outside(llama, tokenizer, examples):
