@@ -118,7 +118,7 @@ class Evaluator:
             first, last = (record.get("active_tokens", 0) for record in (before, after))
             if first != last:
                 self.parts.display.note(
-                    f"the inactive mass is over fewer tokens after, and does not compare: active were {first:,} before, {last:,} after"
+                    f"the inactive mass is over fewer tokens after, so it does not compare: {first:,} were active before, {last:,} after"
                 )
 
 
