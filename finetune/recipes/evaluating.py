@@ -118,7 +118,8 @@ class Evaluator:
             first, last = (record.get("active_tokens", 0) for record in (before, after))
             if first != last:
                 self.parts.display.note(
-                    f"the inactive mass is over fewer tokens after, so it does not compare: {first:,} were active before, {last:,} after"
+                    "the inactive mass after is over fewer tokens and does not compare: "
+                    f"{first:,} were active before, {last:,} then"
                 )
 
 

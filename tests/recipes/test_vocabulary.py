@@ -270,7 +270,7 @@ def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(base, tmp_path
     summary = json.loads((whole / "evaluation.json").read_text())
     counts = [summary[when]["active_tokens"] for when in ("before", "after")]
     assert counts[0] < counts[1]
-    assert notes[-1].endswith(f"does not compare: {counts[0]} were active before, {counts[1]} after")
+    assert notes[-1].endswith(f"does not compare: {counts[0]} were active before, {counts[1]} then")
     tile = re.search(r"<h2>Inactive mass, %</h2>(.*?)</div>", (whole / "report.html").read_text(), re.DOTALL)[1]
     assert "after training" in tile
     assert not re.search("better|worse", tile)
