@@ -169,8 +169,8 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.data.loader import EvaluationBatches
     from finetune.data.sources import Source, load_rows
     from finetune.data.text import TextFormat
-    from finetune.evaluation import evaluate_loss
-    from finetune.generation import generate
+    from finetune.data.types import Prompt
+    from finetune.evaluation import evaluate_generation, evaluate_loss
     from finetune.models.language_model import LanguageModel
     from finetune.models.vocabulary import activate_vocabulary
     from finetune.recipes.parts import pad_id
@@ -196,13 +196,14 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     unseen[[i for i in active_ids(tokenizer, [train], ()) if i < len(unseen)]] = False
     found = loss_on(validation, unseen)
     found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)
-    prompts = [example.input_ids[: next(i for i, label in enumerate(example.labels) if label >= 0)] for example in validation]
-    answers = generate(
-        model, prompts[:ANSWERS], batch_size=ANSWERS, max_new_tokens=32, temperature=0.0, top_p=1.0, top_k=0,
-        repetition_penalty=1.0, stop_ids=[tokenizer.eos_token_id],
+    examples = [validation[i] for i in range(min(ANSWERS, len(validation)))]
+    starts = [next(i for i, label in enumerate(example.labels) if label >= 0) for example in examples]
+    prompts = [Prompt(example.input_ids[:start], "", "") for example, start in zip(examples, starts, strict=True)]
+    scores, _ = evaluate_generation(
+        model, tokenizer, prompts, metrics=(), inactive=unseen, batch_size=ANSWERS, max_new_tokens=32, temperature=0.0, top_p=1.0,
+        top_k=0, repetition_penalty=1.0, stop_ids=[tokenizer.eos_token_id],
     )  # fmt: skip
-    written = unseen[torch.tensor([token for answer in answers for token in answer])]
-    found["generated_outside"] = float(written.float().mean())
+    found |= scores
     if args.unrelated:
         rows = load_rows([Source(path=str(args.unrelated))]).take(100)
         text = encode(
