@@ -26,11 +26,10 @@ from torch.autograd.function import once_differentiable
 from finetune.buffers import buffer, converted
 from finetune.data.types import IGNORE_INDEX
 
-CHUNK_SIZES = (128, 256)
-"""Tokens per chunk, at least and at most. Each chunk reads and writes the whole V x d weight gradient, so that smaller ones cost
-time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144."""
-CHUNK_LOGITS = 2**24
-"""Logits in a chunk, where its size allows the choice."""
+CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**26)}
+"""Tokens per chunk, at least and at most, and the logits aimed at in between. Each chunk reads and writes the whole V x d weight
+gradient, so that smaller ones cost time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144. On a GPU a chunk is
+some twenty kernels whatever its size, and to start one takes longer than to run it."""
 MULTIPLE = 64
 """bfloat16 chunks are padded to a multiple of this, since oneDNN keeps 2 MB of code for each shape of a product that it meets."""
 
@@ -292,7 +291,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:
     if size is None:
-        size = min(max(CHUNK_LOGITS // head.num_rows, CHUNK_SIZES[0]), CHUNK_SIZES[1])
+        least, most, logits = CHUNK_SIZES.get(head.weight.device.type, CHUNK_SIZES["cuda"])
+        size = min(max(logits // head.num_rows, least), most)
     assert size >= 1, size
     return [slice(start, start + size) for start in range(0, length, size)]
 

@@ -1,5 +1,6 @@
 """On a GPU: the optimizer, the loss and the packing against the same on a CPU, and whole runs of the command line."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.losses import FrozenRows, linear_cross_entropy
 from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.speed import compile_decoder
 from finetune.models.vocabulary import activate_vocabulary
 from finetune.optim import LazyAdamW, clip_grad_norm_
 from tests.conftest import LLAMA, PYTHIA, conversation
@@ -128,6 +130,54 @@ def test_packed_examples_do_not_see_each_other(family):
     together = wrapped(ids, ids.masked_fill(positions == 0, -100), positions)
     apart = sum(wrapped(part, part) for part in ids.split((5, 1, 14), dim=1))
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def loss_and_gradients(model, ids, *, precision=torch.float32):
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
+        loss = model(ids, ids)
+    loss.backward()
+    return loss.detach(), {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
+def test_layers_computed_another_way_train_as_those_of_transformers(family, precision):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=97, head_dim=16, **SMALL)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").cuda().train()
+    plain, ids = copy.deepcopy(model), torch.randint(0, 97, (2, 24), device="cuda")
+    wrapped = LanguageModel(model)
+    assert {type(part).__name__ for part in wrapped.modules()} >= {f"Fused{type(plain.model.norm).__name__}"}
+    loss, found = loss_and_gradients(wrapped, ids, precision=precision)
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
+        right = plain(input_ids=ids, labels=ids).loss * 46
+    right.backward()
+    rough = precision is torch.bfloat16
+    torch.testing.assert_close(loss, right.detach(), rtol=1e-2 if rough else 1e-5, atol=0.0)
+    for name, parameter in plain.named_parameters():
+        error = torch.linalg.vector_norm(found[name] - parameter.grad) / torch.linalg.vector_norm(parameter.grad)
+        assert error < (3e-2 if rough else 1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_decoder_trains_as_it_does_otherwise():
+    pytest.importorskip("triton", reason="torch.compile makes its kernels with triton")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=97, **SMALL)).cuda().train()
+    compiled, graphs = LanguageModel(copy.deepcopy(model)), torch._dynamo.utils.counters["stats"]
+    compile_decoder(compiled)
+    before, wrapped = graphs["unique_graphs"], LanguageModel(model)
+    for rows, length in ((2, 24), (3, 40), (4, 16)):
+        ids = torch.randint(0, 97, (rows, length), device="cuda")
+        (loss, found), (right, theirs) = loss_and_gradients(compiled, ids), loss_and_gradients(wrapped, ids)
+        torch.testing.assert_close(loss, right, rtol=1e-4, atol=0.0)
+        for name, gradient in theirs.items():
+            assert torch.linalg.vector_norm(found[name] - gradient) < 1e-3 * torch.linalg.vector_norm(gradient), name
+    assert graphs["unique_graphs"] == before + 1  # one layer's, for both layers and every shape
 
 
 def test_an_active_vocabulary_gives_the_loss_and_gradients_of_the_full_one():

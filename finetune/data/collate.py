@@ -5,9 +5,11 @@ where one ends; the padding is a segment of its own whose positions restart as w
 it, and each of its positions attends to something (no NaN).
 """
 
+from array import array
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 
@@ -32,20 +34,22 @@ def collate(
     longest = max([1, *(sum(map(len, row)) for row in rows)])
     rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
     shape = (max(1, len(rows)), rounded if max_length is None else max(longest, min(rounded, max_length)))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    position_ids = torch.arange(shape[1]).repeat(shape[0], 1)
-    for r, row in enumerate(rows):
-        start = 0
+    ids, labels, positions = array("i"), array("i"), array("i")  # end to end, row by row
+    steps = array("i", range(shape[1]))
+    for number, row in enumerate(rows or [()], start=1):
         for example in row:
-            end = start + len(example)
-            input_ids[r, start:end] = torch.as_tensor(example.input_ids)
-            labels[r, start:end] = torch.as_tensor(example.labels)
-            position_ids[r, start:] -= position_ids[r, start].item()
-            start = end
-        if start < shape[1]:
-            position_ids[r, start:] -= position_ids[r, start].item()
-    batch: Batch = {"input_ids": input_ids, "labels": labels}
+            ids.extend(example.input_ids)
+            labels.extend(example.labels)
+            positions.extend(steps[: len(example)])
+        missing = number * shape[1] - len(ids)
+        ids.extend([pad_id] * missing)
+        labels.extend([IGNORE_INDEX] * missing)
+        positions.extend(steps[:missing])
+    batch: Batch = {"input_ids": _tensor(ids, shape), "labels": _tensor(labels, shape)}
     if packed:
-        batch["position_ids"] = position_ids
+        batch["position_ids"] = _tensor(positions, shape)
     return batch
+
+
+def _tensor(flat: array, shape: tuple[int, int]) -> Tensor:
+    return torch.frombuffer(flat, dtype=torch.int32).view(shape).long()

@@ -108,7 +108,7 @@ class FrozenSampler:
         frozen = vocabulary.frozen_ids[rows]
         still = vocabulary.row_of_id[frozen] >= compact  # a token that has become active keeps its compact row
         row_of_id[frozen[still]] = compact + torch.arange(len(rows), device=device)[still]
-        self.language_model.sample = (FrozenRows(vocabulary.frozen[rows].to(head.weight.dtype), offset), row_of_id)
+        self.language_model.sample = (FrozenRows(vocabulary.frozen.index_select(0, rows), offset), row_of_id)
 
 
 def _require_known_logits(language_model: LanguageModel) -> None:

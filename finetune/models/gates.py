@@ -1,4 +1,4 @@
-"""Gated MLPs (SwiGLU, GeGLU: https://arxiv.org/abs/2002.05202) on a CPU, keeping half as much for the backward.
+"""Gated MLPs (SwiGLU, GeGLU: https://arxiv.org/abs/2002.05202) keeping half as much for the backward.
 
 Floor 2. `down(act(gate(x)) * up(x))` keeps four tensors of the inner width: what gate and up give, the activation, and the product
 that goes into down. Here the first two are kept, and the backward computes the others once more, so that results are the same to
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[
 
 
 def fuse_gates(model: nn.Module) -> None:
-    """Let the gated MLPs of `model` compute as said above on a CPU, in place; results stay the same up to rounding.
+    """Let the gated MLPs of `model` compute as said above, in place; results stay the same up to rounding.
 
     A module is taken for one by its class's name and its layers, and is tried on random numbers first; where it does anything else,
     it stays. So does one whose layers are wrapped (LoRA), from then on.
@@ -50,11 +50,12 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] to the same shape."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling() or not _is_plain(self):
+        device = x.device.type
+        if device not in ("cpu", "cuda") or torch.compiler.is_compiling() or not _is_plain(self):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         weight = self.down_proj.weight.to(gate.dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             return _GatedDown.apply(gate, up, weight, self.activation)
 
 

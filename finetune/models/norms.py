@@ -1,14 +1,15 @@
-"""RMS normalisation (https://arxiv.org/abs/1910.07467) on a CPU in fewer passes over memory, keeping less for the backward.
+"""RMS normalisation (https://arxiv.org/abs/1910.07467) in fewer passes over memory, keeping less for the backward.
 
 Floor 2. The modules of transformers are a handful of operators each, which keep the input, the normalised input and, under
 autocast, one narrow copy of the output for every linear layer that reads it: 14 bytes a number. Here the input alone is kept, and
-under autocast the output comes in its dtype, so that those layers share it: 6 bytes.
+under autocast the output comes in its dtype, so that those layers share it: 6 bytes. On CUDA torch has one kernel for it.
 """
 
 import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -16,7 +17,7 @@ from finetune.models.subclass import put_before
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the RMS norms of `model` compute as said above on a CPU, in place; results stay the same up to rounding.
+    """Let the RMS norms of `model` compute as said above, in place; results stay the same up to rounding.
 
     A module is taken for one by its class's name, and is tried on random numbers first; where it does anything else, it stays.
     """
@@ -38,12 +39,16 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] to the same shape; float32 inside, and out in the dtype of x or of autocast."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        device = x.device.type
+        if device not in ("cpu", "cuda") or torch.compiler.is_compiling():
             return super().forward(x)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        with torch.autocast("cpu", enabled=False):
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
             weight = 1 + self.weight if self.one_is_added else self.weight
-            return _RMSNorm.apply(x, weight, _epsilon(self), dtype)
+            if device == "cpu":
+                return _RMSNorm.apply(x, weight, _epsilon(self), dtype)
+            exact = _exact(x)
+            return F.rms_norm(x.to(exact), weight.shape, weight.to(exact), _epsilon(self)).to(dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -4,6 +4,8 @@ Floor 2.
 """
 
 import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
@@ -23,10 +25,15 @@ def enable_activation_checkpointing(language_model: LanguageModel) -> None:
 
 
 def compile_decoder(language_model: LanguageModel) -> None:
-    """Let torch.compile make kernels for the decoder, at its first forward; in place, and no parameter is renamed.
+    """Let torch.compile make kernels for the layers of the decoder, at its first forward; in place, and no parameter is renamed.
 
-    The loss stays as it is: its time is in large matrix products already.
+    Layers of one kind share them, so that one is waited for instead of all
+    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html). The loss stays as it is: its time is in large matrix
+    products already.
     """
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)  # padded batches come in many lengths
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
     model = language_model.causal_lm
-    (model.base_model if language_model.fused else model).compile()
+    decoder = model.base_model if language_model.fused else model
+    layers: list[nn.Module] = [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for part in layers or [decoder]:
+        part.compile(dynamic=True)  # batches come in many lengths

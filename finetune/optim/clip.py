@@ -25,24 +25,28 @@ def clip_grad_norm_(
     which raises RuntimeError where the norm is not finite.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    values = []
+    dense: list[Tensor] = []  # parameters with a plain gradient
+    plain: list[Tensor] = []  # those gradients, and the entries of row-sparse ones
+    rows: list[Tensor] = []
+    sharded: list[Tensor] = []
     for param in parameters:
         if param.grad is None:
             continue
         if param.grad.is_sparse:
             param.grad = coalesce(param.grad).to(param.dtype)
-            values.append(param.grad.values())
+            rows.append(param.grad.values())
+            plain.append(rows[-1])
+        elif hasattr(param.grad, "full_tensor"):
+            sharded.append(param.grad)
         else:
-            values.append(param.grad)
-    sharded: list[Tensor] = []
-    plain: list[Tensor] = []
-    for value in values:
-        (sharded if hasattr(value, "full_tensor") else plain).append(value)
+            dense.append(param)
+            plain.append(param.grad)
     norm = torch.nn.utils.get_total_norm(plain, norm_type, error_if_nonfinite=error_if_nonfinite)
     if sharded:
         norm_of_sharded: Any = torch.nn.utils.get_total_norm(sharded, norm_type, error_if_nonfinite=error_if_nonfinite)
         norm = torch.linalg.vector_norm(torch.stack([norm_of_sharded.full_tensor(), norm.to(norm_of_sharded.device)]), norm_type)
+    torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm)  # on CUDA in a few kernels for all of them
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for value in values:
+    for value in rows + sharded:
         value.mul_(scale.to(value.device))
     return norm

@@ -214,7 +214,7 @@ class RowTable:
             for values, table in zip(block[:3], (self.master, self.exp_avg, self.exp_avg_sq)):
                 if table is not None:
                     table.index_copy_(0, to, values)
-        self.last_step[slots] = step
+        self.last_step.index_fill_(0, slots, step)
         self.history.record(lr, weight_decay)
 
     def flush(self, weight: Tensor) -> None:

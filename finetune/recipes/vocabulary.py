@@ -235,6 +235,7 @@ class VocabularyKeeper:
         self.modules = active_modules(language_model)
         self.plan, self.num_steps = plan, config.training.max_steps
         self.said: set[str] = set()
+        self.left: set[int] = set()  # tokens of a stream for which there was no row
         self.sampler = None
         if plan.mode == "sampled":
             language_model.to(accelerator.device)
@@ -247,7 +248,8 @@ class VocabularyKeeper:
         frozen = self._grow(batch) if self.plan.spare else None
         if self.plan.spare and step + 1 == self.num_steps:
             active = self.modules[0].vocabulary.num_active
-            self._say(f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream")
+            late = f"; {len(self.left):,} more turned up when no row was left, and stay frozen" if self.left else ""
+            self._say(f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}")
         if self.sampler is not None:
             self.sampler.before_step(step_seed(self.seed, step, -1), frozen)
 
@@ -280,6 +282,7 @@ class VocabularyKeeper:
         )
         if not len(left):
             return None
+        self.left.update(left.tolist())
         self._say(
             f"all {self.plan.spare:,} spare rows are taken; tokens that turn up from here on are read and predicted with their "
             "frozen rows (vocabulary.keep, or vocabulary.mode=full, trains them too)"

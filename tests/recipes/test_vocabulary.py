@@ -319,6 +319,11 @@ def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(base,
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
     assert sum("turned up, which train from here on; there is room for 1 of them" in note for note in notes) == 1
     assert sum("all 1 spare rows are taken" in note for note in notes) == 1
+    used = json.loads((tmp_path / "run" / "vocabulary.json").read_text())["used"]
+    rows = AutoTokenizer.from_pretrained(base)(sentences(200, words=["ban", "dep", "gir"])).input_ids
+    late = {i for row in rows for i in row} - set(used)
+    told = f"1 of which turned up in the stream; {len(late)} more turned up when no row was left, and stay frozen"
+    assert len(late) > 2 and sum(told in note for note in notes) == 1
 
 
 @pytest.mark.parametrize(
