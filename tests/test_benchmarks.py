@@ -48,3 +48,14 @@ def test_a_training_step(model):
     (shape,) = found["shapes"]
     assert (shape["rows"], shape["length"]) == (2, 64)
     assert shape["contestants"]["finetune"]["tokens_trained"] > 200
+
+
+@pytest.mark.slow
+def test_a_sample_of_all_frozen_rows_is_exact(model):
+    options = ("--steps", "2", "--rows", "2", "--length", "64", "--held-out", "4", "--sizes", "4,9999", "--batches", "2")
+    found = bench("sampling_error.py", "--model", str(model), *options)
+    for way in ("by mass", "even"):
+        some, whole = (found["ways"][f"{way} {size}"] for size in (4, 9999))
+        for kind in ("shift", "table", "rest"):
+            assert whole[f"{kind} error"][2] < 1e-3 < some[f"{kind} error"][0], (way, kind)
+    assert all(value > 0.1 for value in found["batch"].values())

@@ -1,0 +1,130 @@
+"""How far the gradient of a step of `vocabulary.mode: sampled` is from the exact one.
+
+    python scripts/sampling_error.py --model DIR [--train FILE --validation FILE] [--steps 60] [--sizes 1024,4096,16384]
+
+Trains --steps steps in that mode. Then, for a few batches more, takes the loss and its gradients exactly, and with samples of the
+frozen rows: drawn by the base model's probabilities, as the mode does, and evenly. "error" is |sampled - exact| / |exact| over all
+parameters of a kind, the median over draws; "left" is the same of the mean gradient of a batch's draws, which falls with their
+number where the estimate has no bias; "batch" is how far the exact gradients of two batches are apart, for scale.
+Prints a table, then one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ground import our_trainer
+from harness import add_arguments, spread
+
+KINDS = ("shift", "table", "rest")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.set_defaults(steps=60)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--sizes", default="1024,4096,16384", help="rows in a sample")
+    parser.add_argument("--batches", type=int, default=3, help="at least 2")
+    parser.add_argument("--draws", type=int, default=4, help="samples a batch")
+    args = parser.parse_args()
+    args.sizes, args.worker = [int(size) for size in args.sizes.split(",")], "finetune:sampled"
+    if args.batches < 2 or args.draws < 1 or args.steps < 1:
+        parser.error("--batches takes 2 or more, --draws and --steps 1 or more")
+    return args
+
+
+def gradients(model: Any, batch: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Loss in nats per target token, and its gradient by parameter; what the parameters held is lost."""
+    model.zero_grad()
+    model.train()
+    loss = model(**batch) / int((batch["labels"][:, 1:] >= 0).sum())
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return float(loss.detach()), found
+
+
+def apart(found: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, float]:
+    """|found - right| / |right| of each kind of parameters."""
+    squares = {kind: [0.0, 0.0] for kind in KINDS}
+    for name, gradient in right.items():
+        kind = "shift" if name.endswith(".shift") else "table" if "embed" in name or "lm_head" in name else "rest"
+        squares[kind][0] += float((found[name] - gradient).square().sum())
+        squares[kind][1] += float(gradient.square().sum())
+    return {kind: (error / max(size, 1e-30)) ** 0.5 for kind, (error, size) in squares.items()}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Of each way to sample: the difference of the loss, and for each kind of parameters error and what is left of it."""
+    import torch
+
+    from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
+    from finetune.recipes.parts import pad_id
+    from finetune.recipes.vocabulary import sample_batches
+
+    with our_trainer(args, lambda record: None) as (trainer, parts):
+        model, language_model = trainer.model, parts.language_model
+        sample = sample_batches(parts.batches.dataset, pad_id=pad_id(parts.tokenizer))
+        weights = measure_frozen_rows(language_model, sample)  # of the base model, as the mode does
+        trainer.train()
+        ways = {f"by mass {size}": inclusion_chances(weights, size) for size in args.sizes}
+        ways |= {f"even {size}": inclusion_chances(torch.zeros_like(weights), size) for size in args.sizes}
+        steps, before = iter(parts.batches), None
+        found: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
+        batch_noise: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for number in range(args.batches):
+            batch = {key: value.to(trainer.accelerator.device) for key, value in next(steps).micro_batches[0].items()}
+            language_model.sample = None
+            loss, exact = gradients(model, batch)
+            if before is not None:
+                for kind, value in apart(before, exact).items():
+                    batch_noise[kind].append(value)
+            for way, chances in ways.items():
+                sampler, mean = FrozenSampler(language_model, chances), {name: torch.zeros_like(g) for name, g in exact.items()}
+                for draw in range(args.draws):
+                    sampler.before_step(number * args.draws + draw)
+                    estimate, estimated = gradients(model, batch)
+                    errors = {"loss": estimate - loss} | {f"{kind} error": e for kind, e in apart(estimated, exact).items()}
+                    for name, gradient in estimated.items():
+                        mean[name].add_(gradient, alpha=1 / args.draws)
+                    for key, value in errors.items():
+                        found[way].setdefault(key, []).append(value)
+                for kind, value in apart(mean, exact).items():
+                    found[way].setdefault(f"{kind} left", []).append(value)
+            before = exact
+    return {"ways": {way: {key: spread(values) for key, values in row.items()} for way, row in found.items()}} | {
+        "batch": {kind: round(statistics.mean(values), 4) for kind, values in batch_noise.items()}
+    }
+
+
+def print_table(args: argparse.Namespace, measured: dict[str, Any]) -> None:
+    print(f"\n{args.model.name}: {args.rows} x {args.length}, after {args.steps} steps at lr {args.lr:g}; medians [least, most]\n")
+    print(f"{'':16} {'loss - exact, nats':>28}" + "".join(f" {kind + ': error, left':>21}" for kind in KINDS))
+    for way, row in measured["ways"].items():
+        middle, least, most = row["loss"]
+        cells = "".join(f" {row[f'{kind} error'][0]:13.3f} {row[f'{kind} left'][0]:7.3f}" for kind in KINDS)
+        print(f"{way:16} {f'{middle:+.4f} [{least:+.4f}, {most:+.4f}]':>28}{cells}")
+    print(f"{'batch':16} {'':28}" + "".join(f" {measured['batch'][kind]:13.3f} {'':7}" for kind in KINDS))
+
+
+def main() -> None:
+    args = parse()
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = Path(folder)
+        measured = measure(args)
+    print_table(args, measured)
+    print(json.dumps({"model": args.model.name, "steps": args.steps, "lr": args.lr, **measured}))
+
+
+if __name__ == "__main__":
+    main()
