@@ -3,9 +3,10 @@
     python scripts/sampling_error.py --model DIR [--train FILE --validation FILE] [--steps 60] [--sizes 1024,4096,16384]
 
 Trains --steps steps in that mode. Then, for a few batches more, takes the loss and its gradients exactly, and with samples of the
-frozen rows: drawn by the base model's probabilities, as the mode does, and evenly. "error" is |sampled - exact| / |exact| over all
-parameters of a kind, the median over draws; "left" is the same of the mean gradient of a batch's draws, which falls with their
-number where the estimate has no bias; "batch" is how far the exact gradients of two batches are apart, for scale.
+frozen rows: drawn by the model's probabilities before training ("before"), by those of now ("now"), or evenly. "error" is the
+norm of sampled - exact over that of exact, over all parameters of a kind, the median over draws; "left" is the same of the mean
+gradient of a batch's draws, which falls with their number where rare draws do not carry the estimate; "batch" is how far the
+exact gradients of two batches are apart, for scale. The mode itself measures again before steps 16, 64, 256 and so on.
 Prints a table, then one JSON line.
 """
 
@@ -70,11 +71,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     with our_trainer(args, lambda record: None) as (trainer, parts):
         model, language_model = trainer.model, parts.language_model
-        sample = sample_batches(parts.batches.dataset, pad_id=pad_id(parts.tokenizer))
-        weights = measure_frozen_rows(language_model, sample)  # of the base model, as the mode does
-        trainer.train()
-        ways = {f"by mass {size}": inclusion_chances(weights, size) for size in args.sizes}
-        ways |= {f"even {size}": inclusion_chances(torch.zeros_like(weights), size) for size in args.sizes}
+        measured = []
+        for train in (lambda: None, trainer.train):
+            train()
+            with trainer.accelerator.autocast():
+                sample = sample_batches(parts.batches.dataset, pad_id=pad_id(parts.tokenizer))
+                measured.append(measure_frozen_rows(language_model, sample))
+        kinds = {"before": measured[0], "now": measured[1], "even": torch.zeros_like(measured[0])}
+        ways = {f"{kind} {size}": inclusion_chances(mass, size) for kind, mass in kinds.items() for size in args.sizes}
         steps, before = iter(parts.batches), None
         found: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
         batch_noise: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -54,7 +54,7 @@ def test_a_training_step(model):
 def test_a_sample_of_all_frozen_rows_is_exact(model):
     options = ("--steps", "2", "--rows", "2", "--length", "64", "--held-out", "4", "--sizes", "4,9999", "--batches", "2")
     found = bench("sampling_error.py", "--model", str(model), *options)
-    for way in ("by mass", "even"):
+    for way in ("before", "now", "even"):
         some, whole = (found["ways"][f"{way} {size}"] for size in (4, 9999))
         for kind in ("shift", "table", "rest"):
             assert whole[f"{kind} error"][2] < 1e-3 < some[f"{kind} error"][0], (way, kind)

@@ -1,12 +1,14 @@
 """A sample of the frozen rows that stands for all of them in the softmax of a step: the fast mode for large vocabularies.
 
 Floor 2. Row j is drawn with chance pi_j, and its logit raised by -log pi_j, so that the sum over the sample estimates the sum over
-all frozen rows without bias (Horvitz and Thompson, 1952). The chances follow the probability that the base model gives each token
+all frozen rows without bias (Horvitz and Thompson, 1952). The chances follow the probability that the model gives each token
 on some of the training data: proportional to its root mean square over positions, which makes the variance of the sum least, with a
 share spread evenly, since training moves probability to tokens that had none. Rows that matter most have chance 1.
 
-The chances are measured once, before training; each step draws anew (systematic sampling in random order, so that every sample has
-the same size), from a generator of its own: the same rows on every process and however a step is cut.
+The chances are measured before training, and best again now and then, since a token that has become likely and is hardly ever drawn
+makes a step rough when it is (`FrozenSampler.chances` may change between steps). Each step draws anew, systematically and in random
+order, so that every sample has the same size, from a generator of its own: the same rows on every process and however a step is
+cut.
 """
 
 from collections.abc import Iterable

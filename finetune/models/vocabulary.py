@@ -46,6 +46,7 @@ class ActiveVocabulary(nn.Module):
     padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
     is_part_of_weight = True  # for finetune.optim: what is set for the table's weight holds for the shift
     shift: nn.Parameter | None  # [d]: the row of an active token is that of the compact weight plus this
+    frozen_mass: Tensor | None  # [F] float32: what the chances of a sample of the frozen rows follow, kept here to be saved
     _narrow: Tensor | None = None  # the frozen rows in the dtype of the products, where that is another
 
     def __init__(
@@ -65,6 +66,7 @@ class ActiveVocabulary(nn.Module):
         padded = F.pad(active.nonzero()[:, 0], (0, min(spare, len(frozen_ids))), value=NO_TOKEN)
         self.register_buffer("active_ids", padded)
         self.register_buffer("frozen_ids", frozen_ids, persistent=False)
+        self.register_buffer("frozen_mass", None)
         self.register_buffer("row_of_id", torch.empty(len(table), dtype=torch.int64), persistent=False)
         self.register_buffer("offset", torch.empty(len(padded) + len(frozen_ids)), persistent=False)
         self.number()
@@ -130,11 +132,12 @@ class ActiveVocabulary(nn.Module):
         full = weight.new_empty(len(self.row_of_id), weight.shape[1])
         full[self.frozen_ids] = self.frozen.to(weight.dtype)
         used = self.active_ids != NO_TOKEN
-        full[self.active_ids[used]] = self.active_rows(weight).detach()[used]
-        return full
+        return full.index_copy_(0, self.active_ids[used], self.active_rows(weight).detach()[used])
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        mass = state_dict.get(prefix + "frozen_mass")
+        self.frozen_mass = None if mass is None else torch.empty_like(mass, device=self.frozen_ids.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._narrow = None
         self.number()
 
@@ -207,11 +210,10 @@ def activate_vocabulary(
         raise UserError(f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one of them")
     embedding: Any = model.get_input_embeddings()
     output = model.get_output_embeddings()
-    padding = embedding.padding_idx
     kept: dict[str, Any] = {"spare": spare, "frozen_dtype": frozen_dtype}
     model.save_pretrained = functools.partial(_save_whole, model)  # type: ignore[method-assign]
     if head is table:
-        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, shift=shift, **kept)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=embedding.padding_idx, shift=shift, **kept)
         weight = _compact(table, vocabulary)
         _make_active(embedding, ActiveEmbedding, vocabulary, weight)
         _make_active(output, ActiveHead, vocabulary, weight)
@@ -220,7 +222,7 @@ def activate_vocabulary(
     vocabulary = ActiveVocabulary(head, wanted, padding_idx=None, shift=shift, **kept)
     _make_active(output, ActiveHead, vocabulary, _compact(head, vocabulary))
     if compact_input:
-        vocabulary = ActiveVocabulary(table, wanted, padding_idx=padding, **kept)
+        vocabulary = ActiveVocabulary(table, wanted, padding_idx=embedding.padding_idx, **kept)
         _make_active(embedding, ActiveEmbedding, vocabulary, _compact(table, vocabulary))
 
 
@@ -232,8 +234,8 @@ def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> No
         embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
         compact_input = any(name.endswith(embedding + ".vocabulary.active_ids") for name in saved)
         shift = any(name.endswith(".vocabulary.shift") for name in state)
-        spare = int((ids == NO_TOKEN).sum())
-        activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), spare=spare, compact_input=compact_input, shift=shift)
+        options: dict[str, Any] = {"spare": int((ids == NO_TOKEN).sum()), "compact_input": compact_input, "shift": shift}
+        activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), **options)
 
 
 def why_not_active(model: PreTrainedModel) -> str | None:
@@ -299,8 +301,7 @@ def _in_dtype(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _compact(table: Tensor, vocabulary: ActiveVocabulary) -> nn.Parameter:
     ids = vocabulary.active_ids
-    rows = table.detach().index_select(0, ids.clamp(min=0))
-    return nn.Parameter(rows.masked_fill_((ids == NO_TOKEN)[:, None], 0), requires_grad=True)
+    return nn.Parameter(table.detach().index_select(0, ids.clamp(min=0)).masked_fill_((ids == NO_TOKEN)[:, None], 0))
 
 
 def _make_active(module: Any, cls: Any, vocabulary: ActiveVocabulary, weight: nn.Parameter) -> None:

@@ -30,7 +30,9 @@ from finetune.run_dir import RunDir
 from finetune.trainer import step_seed
 
 SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream, see `spare_rows`
-MEASURED_TOKENS = 2048  # target tokens on which the base model's probabilities are measured, for `sampled`
+MEASURED_TOKENS = 2048  # target tokens on which the model's probabilities are measured, for `sampled`
+MEASURED_AT = frozenset(16 * 4**k for k in range(16))
+"""Steps before which they are measured again, beside the first: the mass moves most at the start."""
 LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole where the run uses more of it
 
 
@@ -236,12 +238,11 @@ class VocabularyKeeper:
         self.plan, self.num_steps = plan, config.training.max_steps
         self.said: set[str] = set()
         self.left: set[int] = set()  # tokens of a stream for which there was no row
-        self.sampler = None
+        self.sample, self.num_sampled = sample, config.vocabulary.num_sampled
+        self.sampler, self.follows = None, False
         if plan.mode == "sampled":
-            language_model.to(accelerator.device)
-            weights = measure_frozen_rows(language_model, sample())
-            release()  # logits over the whole vocabulary; those of a step are few
-            self.sampler = FrozenSampler(language_model, inclusion_chances(weights, config.vocabulary.num_sampled))
+            even = torch.zeros(len(self._head().frozen_ids))  # until the first step
+            self.sampler = FrozenSampler(language_model, inclusion_chances(even, self.num_sampled))
 
     def before_step(self, step: int, batch: StepBatch) -> None:
         """`step`: optimizer steps taken so far. Every process must call it, with its own share of the step."""
@@ -251,7 +252,22 @@ class VocabularyKeeper:
             late = f"; {len(self.left):,} more turned up when no row was left, and stay frozen" if self.left else ""
             self._say(f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}")
         if self.sampler is not None:
+            self._follow(step, self.sampler)
             self.sampler.before_step(step_seed(self.seed, step, -1), frozen)
+
+    def _follow(self, step: int, sampler: FrozenSampler) -> None:
+        """Give the sampler the chances that the model's probabilities call for, as they were when last measured."""
+        vocabulary = self._head()
+        if measure := vocabulary.frozen_mass is None or step in MEASURED_AT:
+            with self.accelerator.autocast():
+                mass = measure_frozen_rows(self.language_model, self.sample())
+            release()  # logits over the whole vocabulary; those of a step are few
+            vocabulary.frozen_mass = mass.float().to(vocabulary.frozen_ids.device)
+        if measure or not self.follows:  # the first step after a resumption has them from the checkpoint
+            sampler.chances, self.follows = inclusion_chances(vocabulary.frozen_mass.cpu(), self.num_sampled), True
+
+    def _head(self) -> Any:
+        return self.language_model.causal_lm.get_output_embeddings().vocabulary
 
     def inactive_tokens(self) -> torch.Tensor | None:
         """[V] bool, true for tokens that the run does not use (inactive, unless all rows train); None where it uses all."""
