@@ -123,7 +123,6 @@ class _Decoder:
         self.cache: Any = None
         self._read(list(prompts.values()), shared=_shared_length(prompts.values(), model.config))
 
-    @torch.compiler.set_stance("force_eager")  # a decoder compiled for training would be compiled anew for each length of the cache
     @torch.inference_mode()
     def _read(self, prompts: list[Sequence[int]], *, shared: int) -> None:
         """Read the first `shared` tokens, the same in all prompts, and lay out the rest, padded on the left, as the first input."""
@@ -150,7 +149,6 @@ class _Decoder:
         while self.active:
             yield from (token for _, token in self.step())
 
-    @torch.compiler.set_stance("force_eager")
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """Return (row, next token) for each row that does not stop here. Not to be called once all rows are finished."""

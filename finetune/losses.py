@@ -29,7 +29,7 @@ from finetune.data.types import IGNORE_INDEX
 CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**26)}
 """Tokens per chunk, at least and at most, and the logits aimed at in between. Each chunk reads and writes the whole V x d weight
 gradient, so that smaller ones cost time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144. On a GPU a chunk is
-some twenty kernels whatever its size, and to start one takes longer than to run it."""
+some twenty kernels whatever its size, and to start one takes longer than to run it; its logits are 268 MB there."""
 MULTIPLE = 64
 """bfloat16 chunks are padded to a multiple of this, since oneDNN keeps 2 MB of code for each shape of a product that it meets."""
 

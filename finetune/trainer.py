@@ -129,7 +129,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
-        loss_mean, signalled = self._agree(loss_sum, batch.num_target_tokens, stop)  # from here on the GPU is waited for
+        loss_mean, signalled = self._agree(loss_sum, batch.num_target_tokens, stop)  # waits for the GPU
         grad_norm = float(norm)
         self._stop_if_diverged(loss_mean, grad_norm, batch)
         lr = self.scheduler.get_last_lr()[0]

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ def parse() -> argparse.Namespace:
 
 def gradients(model: Any, batch: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """Loss in nats per target token, and its gradient by parameter; what the parameters held is lost."""
+    import torch
+
+    torch.manual_seed(0)  # the same dropout
     model.zero_grad()
     model.train()
     loss = model(**batch) / int((batch["labels"][:, 1:] >= 0).sum())
@@ -51,11 +54,11 @@ def gradients(model: Any, batch: Mapping[str, Any]) -> tuple[float, dict[str, An
     return float(loss.detach()), found
 
 
-def apart(found: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, float]:
-    """|found - right| / |right| of each kind of parameters."""
+def apart(found: Mapping[str, Any], right: Mapping[str, Any], tables: Collection[str]) -> dict[str, float]:
+    """|found - right| / |right| of each kind of parameters, those named in `tables` being one."""
     squares = {kind: [0.0, 0.0] for kind in KINDS}
     for name, gradient in right.items():
-        kind = "shift" if name.endswith(".shift") else "table" if "embed" in name or "lm_head" in name else "rest"
+        kind = "shift" if name.endswith(".shift") else "table" if name in tables else "rest"
         squares[kind][0] += float((found[name] - gradient).square().sum())
         squares[kind][1] += float(gradient.square().sum())
     return {kind: (error / max(size, 1e-30)) ** 0.5 for kind, (error, size) in squares.items()}
@@ -65,12 +68,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Of each way to sample: the difference of the loss, and for each kind of parameters error and what is left of it."""
     import torch
 
+    from finetune.models.describe import token_tables
     from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.recipes.parts import pad_id
     from finetune.recipes.vocabulary import sample_batches
 
     with our_trainer(args, lambda record: None) as (trainer, parts):
         model, language_model = trainer.model, parts.language_model
+        weights = {id(weight) for weight in token_tables(language_model.causal_lm)}
+        tables = {name for name, parameter in model.named_parameters() if id(parameter) in weights}
         measured = []
         for train in (lambda: None, trainer.train):
             train()
@@ -87,19 +93,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             language_model.sample = None
             loss, exact = gradients(model, batch)
             if before is not None:
-                for kind, value in apart(before, exact).items():
+                for kind, value in apart(before, exact, tables).items():
                     batch_noise[kind].append(value)
             for way, chances in ways.items():
                 sampler, mean = FrozenSampler(language_model, chances), {name: torch.zeros_like(g) for name, g in exact.items()}
                 for draw in range(args.draws):
                     sampler.before_step(number * args.draws + draw)
                     estimate, estimated = gradients(model, batch)
-                    errors = {"loss": estimate - loss} | {f"{kind} error": e for kind, e in apart(estimated, exact).items()}
+                    errors = {"loss": estimate - loss} | {f"{kind} error": e for kind, e in apart(estimated, exact, tables).items()}
                     for name, gradient in estimated.items():
                         mean[name].add_(gradient, alpha=1 / args.draws)
                     for key, value in errors.items():
                         found[way].setdefault(key, []).append(value)
-                for kind, value in apart(mean, exact).items():
+                for kind, value in apart(mean, exact, tables).items():
                     found[way].setdefault(f"{kind} left", []).append(value)
             before = exact
     return {"ways": {way: {key: spread(values) for key, values in row.items()} for way, row in found.items()}} | {

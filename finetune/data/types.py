@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids and labels of one training example, both of shape [length]."""
+    """Token ids and labels of one training example, both of shape [length]: lists of ints, or arrays of type "i"."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]

@@ -28,7 +28,7 @@ def fuse_gates(model: nn.Module) -> None:
     """Let the gated MLPs of `model` compute as said above, in place; results stay the same up to rounding.
 
     A module is taken for one by its class's name and its layers, and is tried on random numbers first; where it does anything else,
-    it stays. So does one whose layers are wrapped (LoRA), from then on.
+    it stays. So does one whose layers are wrapped (LoRA), from then on. `down_proj` is not called: a hook on it does not run.
     """
     tried: dict[type, str | None] = {}
     for module in model.modules():

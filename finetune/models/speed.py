@@ -3,6 +3,9 @@
 Floor 2.
 """
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -28,12 +31,17 @@ def compile_decoder(language_model: LanguageModel) -> None:
     """Let torch.compile make kernels for the layers of the decoder, at its first forward; in place, and no parameter is renamed.
 
     Layers of one kind share them, so that one is waited for instead of all
-    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html). The loss stays as it is: its time is in large matrix
-    products already.
+    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html), once for training and once for evaluation. The loss
+    stays as it is: its time is in large matrix products already.
     """
-    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-    model = language_model.causal_lm
-    decoder = model.base_model if language_model.fused else model
+    decoder = language_model.causal_lm.base_model
     layers: list[nn.Module] = [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]
+    limit = 8 * max(8, len(layers))  # torch counts kernels over all layers, and some models have others in each
+    torch._dynamo.config.cache_size_limit = max(limit, torch._dynamo.config.cache_size_limit)
     for part in layers or [decoder]:
         part.compile(dynamic=True)  # batches come in many lengths
+
+
+def uncompiled(compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """For generating from a model that is `compiled` in training: with a cache each layer would be compiled by itself."""
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

@@ -19,6 +19,7 @@ from finetune.display import differences, format_metrics
 from finetune.errors import UserError
 from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
 from finetune.generation import SamplingSettings
+from finetune.models.speed import uncompiled
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.parts import Parts
 from finetune.run_dir import RunDir
@@ -85,7 +86,8 @@ class Evaluator:
         total = len(self.prompts)
         if parts.validation is None or (not self.metrics and config.evaluation.samples == 0):
             return {}
-        with parts.display.bar("generating", total) as advance, parts.accelerator.autocast():
+        eager = uncompiled(parts.config.training.compile)
+        with parts.display.bar("generating", total) as advance, parts.accelerator.autocast(), eager:
             scores, samples = evaluate_generation(
                 parts.language_model.model,
                 parts.tokenizer,

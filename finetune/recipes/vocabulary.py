@@ -249,7 +249,7 @@ class VocabularyKeeper:
         frozen = self._grow(batch) if self.plan.spare else None
         if self.plan.spare and step + 1 == self.num_steps:
             active = self.modules[0].vocabulary.num_active
-            late = f"; {len(self.left):,} more turned up when no row was left, and stay frozen" if self.left else ""
+            late = f"; {len(self.left):,} more came (since the last start) when no row was left" if self.left else ""
             self._say(f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}")
         if self.sampler is not None:
             self._follow(step, self.sampler)

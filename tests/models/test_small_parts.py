@@ -8,12 +8,13 @@ import yaml
 
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
+from finetune.generation import generate
 from finetune.models.adapters import add_lora
 from finetune.models.card import license_of, model_card
 from finetune.models.describe import describe_model
 from finetune.models.language_model import LanguageModel
 from finetune.models.precision import has_native_bf16, resolve_precision
-from finetune.models.speed import compile_decoder, enable_activation_checkpointing
+from finetune.models.speed import compile_decoder, enable_activation_checkpointing, uncompiled
 from finetune.models.vocabulary import activate_vocabulary, active_modules
 
 BF16_CPU, PLAIN_CPU = {"avx512_bf16": True, "avx2": True}, {"avx512_bf16": False, "amx_bf16": False, "avx2": True}
@@ -138,27 +139,38 @@ def test_activation_checkpointing_keeps_the_gradients_and_runs_layers_twice(with
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it in its own way, which the suite's filter undoes
-def test_compiling_changes_no_name_and_compiles_the_decoder_only(make_model, monkeypatch):
-    language_model = LanguageModel(make_model("llama"))
-    expected, names = language_model(*batch()), list(language_model.state_dict())
-    seen = []
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(kind, make_model, monkeypatch):
+    depth = {"n_layer": 4} if kind == "gpt2" else {"num_hidden_layers": 4}
+    language_model, graphs = LanguageModel(make_model(kind, **depth)), []
+    language_model.eval()
+    batches = [torch.randint(0, 97, shape) for shape in ((2, 9), (3, 17), (4, 30))]
+    expected, names = [language_model(ids, ids) for ids in batches], list(language_model.state_dict())
 
     def backend(graph, _):
-        seen.append(graph)
+        graphs.append(graph)
         return graph.forward
 
     compile_here = torch.nn.Module.compile  # with a backend that needs no C++ compiler
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_here(module, backend=backend, **options))
     compile_decoder(language_model)
-    torch.testing.assert_close(language_model(*batch()), expected)
-    assert seen
+    for ids, loss in zip(batches, expected, strict=True):
+        torch.testing.assert_close(language_model(ids, ids), loss)
+    assert len(graphs) == 1
+    assert sum(part._compiled_call_impl is not None for part in language_model.modules()) == 4
     assert list(language_model.state_dict()) == names
+    settings = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "stop_ids": []}
+    with uncompiled(True):
+        generate(language_model.causal_lm, [[1, 2, 3]], batch_size=1, max_new_tokens=4, **settings)
+    assert len(graphs) == 1
+    with uncompiled(False):
+        generate(language_model.causal_lm, [[1, 2, 3]], batch_size=1, max_new_tokens=4, **settings)
+    assert len(graphs) > 1  # what it is there to avoid
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it in its own way, which the suite's filter undoes
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt_neox"])
-def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(kind, fused, make_model, monkeypatch):
+def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(kind, make_model, monkeypatch):
     compile_here, graphs = torch.nn.Module.compile, []
 
     def backend(graph, _):
@@ -172,7 +184,6 @@ def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(kin
         model = make_model(kind)
         activate_vocabulary(model, range(0, 97, 2), spare=4)
         language_model = LanguageModel(model)
-        language_model.fused = fused
         if compiled:
             compile_decoder(language_model)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
