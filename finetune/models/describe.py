@@ -8,7 +8,11 @@ from transformers import PreTrainedModel
 
 
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """Counts of parameters (shared ones once) and the shape of the model. Works on the meta device too."""
+    """Counts of parameters (shared ones once) and the shape of the model, which works on the meta device too.
+
+    `trainable_parameters` has the spare rows and the shift of an active vocabulary (`finetune.models.vocabulary`); `parameters`,
+    which are the model's, has not.
+    """
     inner = inner_model(model)
     config = inner.config.get_text_config()
     parameters = list(model.parameters())  # a shared one comes once
@@ -16,7 +20,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     tied = head is table
     rows = _rows(inner.get_input_embeddings())
     in_tables = rows * table.shape[1] + (0 if tied or head is None else _rows(inner.get_output_embeddings()) * head.shape[1])
-    total = sum(parameter.numel() for parameter in parameters)
+    total = sum(parameter.numel() for parameter in parameters) - _beside_rows(inner)
     return {
         "architecture": type(inner).__name__,
         "parameters": total,
@@ -42,6 +46,17 @@ def token_tables(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
     table = _weight(model.get_input_embeddings())
     assert table is not None
     return table, _weight(model.get_output_embeddings())
+
+
+def _beside_rows(model: PreTrainedModel) -> int:
+    """Parameters of active vocabularies that are no row of the full table: spare rows and the shift."""
+    modules: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    compact = {id(module.vocabulary): module for module in modules if hasattr(module, "vocabulary")}  # a tied one once
+    count = 0
+    for module in compact.values():
+        weight: Any = _weight(module)
+        count += weight.numel() + sum(part.numel() for part in module.vocabulary.parameters()) - _rows(module) * weight.shape[1]
+    return count
 
 
 def _rows(module: Any) -> int:

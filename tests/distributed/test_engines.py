@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
         alone("output_dir=lazy1")
         alone("output_dir=tied1", config="tied.yaml")
         alone("output_dir=half", "training.max_steps=4", "scheduler.name=constant")
-    assert under_fsdp2("begin", folder, 2)[1] == -signal.SIGKILL
+    assert under_fsdp2("begin", folder, 2)[1] == -signal.SIGKILL, (folder / "begin1.log").read_text()
     assert (folder / "refused0.json").exists(), (folder / "begin0.log").read_text()
     assert under_fsdp2("go_on", folder, 3) == [0, 0, 0], (folder / "go_on0.log").read_text()
     return folder

@@ -55,6 +55,16 @@ def test_a_description_counts_shared_parameters_once(make_model):
     assert (tied["architecture"], tied["lora"]) == ("Qwen2ForCausalLM", False)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_description_is_of_the_model_whichever_rows_train(kind, make_model):
+    model, plain = make_model(kind), describe_model(make_model(kind))
+    activate_vocabulary(model, range(20), spare=5)
+    described = describe_model(model)
+    tables = 1 if kind == "qwen2" else 2
+    trainable = plain["parameters"] + 32 * (tables * (20 + 5 - 97) + 1)  # and the shift of the head
+    assert described == {**plain, "trainable_parameters": trainable}
+
+
 @pytest.mark.parametrize("new_token_ids", [(), (96,)])
 def test_a_description_looks_behind_lora(new_token_ids, make_model):
     plain = make_model("qwen2")
