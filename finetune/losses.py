@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from finetune.buffers import buffer, converted
 from finetune.data.types import IGNORE_INDEX
+from finetune.products import add_product, widens, write_product
 
-CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**26)}
+CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**27)}
 """Tokens per chunk, at least and at most, and the logits aimed at in between. Each chunk reads and writes the whole V x d weight
 gradient, so that smaller ones cost time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144. On a GPU a chunk is
-some twenty kernels whatever its size, and to start one takes longer than to run it; its logits are 268 MB there."""
+some twenty kernels whatever its size, and to start one takes longer than to run it; its logits are 537 MB there."""
 MULTIPLE = 64
 """bfloat16 chunks are padded to a multiple of this, since oneDNN keeps 2 MB of code for each shape of a product that it meets."""
 
@@ -198,7 +199,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     product = product if head.frozen is None else product.addmm_(grad[:, len(weight) :], head.frozen)
                     grad_hidden[chunk] = product[: len(targets[chunk])]
                 if grad_weight is not None:
-                    _add_product(grad_weight, trained.t(), states)
+                    add_product(grad_weight, trained.t(), states)
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -260,33 +261,25 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Te
 def _slope(logits: Tensor, head: _Head) -> Tensor:
     """The derivative of the soft cap's tanh, from capped logits."""
     assert head.softcap is not None
-    if head.offset is None:
-        return 1 - (logits / head.softcap).square_()
-    capped = (logits - head.offset).nan_to_num_()  # a row taken out has -inf - -inf; its gradient is zero whatever the slope
-    return 1 - capped.div_(head.softcap).square_()
+    if head.offset is not None:  # a row taken out has -inf - -inf; its gradient is zero whatever the slope
+        logits = (logits - head.offset).nan_to_num_()
+    return torch.addcmul(logits.new_ones(()), logits, logits, value=-1 / head.softcap**2)
 
 
 def _logits(hidden: Tensor, head: _Head) -> Tensor:
     """The logits of one chunk, [n, V], in float32 (float64 for float64); the buffers of the next chunk's are the same."""
-    trained = len(head.weight)
-    products = buffer("products", (len(hidden), head.num_rows), hidden.dtype, hidden)
-    torch.mm(hidden, head.weight.t(), out=products[:, :trained])
+    trained, dtype = len(head.weight), _softmax_dtype(hidden.dtype)
+    name, own = ("logits", dtype) if widens(hidden) else ("products", hidden.dtype)
+    products = buffer(name, (len(hidden), head.num_rows), own, hidden)
+    write_product(hidden, head.weight.t(), products[:, :trained])
     if head.frozen is not None:
-        torch.mm(hidden, head.frozen.t(), out=products[:, trained:])
+        write_product(hidden, head.frozen.t(), products[:, trained:])
     if head.bias is not None:
         products += head.bias
-    logits = converted("logits", products, _softmax_dtype(hidden.dtype))
+    logits = converted("logits", products, dtype)
     if head.softcap is not None:
         logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits if head.offset is None else logits.add_(head.offset)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, with `total` in float32 whatever the dtype of the factors."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += torch.mm(left, right, out=buffer("update", total.shape, left.dtype, left))
 
 
 def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:

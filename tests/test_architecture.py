@@ -15,6 +15,7 @@ FLOORS = {  # the longest matching prefix counts
     "optim": 1,
     "losses": 1,
     "buffers": 1,
+    "products": 1,
     "memory": 1,
     "metrics": 1,
     "sampling": 1,

@@ -94,10 +94,26 @@ def test_the_loss_in_chunks_is_plain_cross_entropy(softcap):
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-3)
     torch.testing.assert_close(found_hidden, right_hidden, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found_weight, right_weight[:400], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logits_of_16_bit_factors_are_summed_and_kept_in_float32(softcap):
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, weight = (
+        torch.randn(n, 64, device="cuda", generator=generator).bfloat16().float().requires_grad_() for n in (300, 1000)
+    )
+    targets = torch.randint(0, 400, (300,), device="cuda", generator=generator)
+    logits = hidden.double() @ weight.double().t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    right = F.cross_entropy(logits, targets, reduction="sum")
+    right_hidden, right_weight = torch.autograd.grad(right, (hidden, weight))
+    trained, frozen = weight[:400].detach().requires_grad_(), FrozenRows(weight[400:].detach())
     with torch.autocast("cuda", torch.bfloat16):
-        rough = linear_cross_entropy(hidden, trained, targets, frozen=frozen, softcap=softcap)
-    assert rough.dtype == torch.float32
-    torch.testing.assert_close(rough, right, rtol=1e-2, atol=0.0)
+        found = linear_cross_entropy(hidden, trained, targets, frozen=frozen, softcap=softcap)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, right.float(), rtol=1e-5, atol=0.0)
+    for gradient, exact in zip(torch.autograd.grad(found, (hidden, trained)), (right_hidden, right_weight[:400]), strict=True):
+        assert (gradient - exact).norm() < 0.005 * exact.norm()  # that of the logits is rounded to bfloat16
 
 
 def test_the_loss_never_holds_all_logits():
