@@ -200,6 +200,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_hidden[chunk] = product[: len(targets[chunk])]
                 if grad_weight is not None:
                     add_product(grad_weight, trained.t(), states)
+                del grad, trained  # before the next chunk's logits
         ctx.gradients = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -6,6 +6,7 @@ there float32 costs no pass over the result, and its sums are not rounded to 16 
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune.buffers import buffer
 
@@ -19,7 +20,7 @@ def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right, in the dtype of the factors or, where they can be widened, in float32."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
-    else:
+    elif not isinstance(out, FakeTensor):  # which holds no numbers, and whose stand-ins do not know `out_dtype`
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
@@ -28,6 +29,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif widens(left):
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        if not isinstance(total, FakeTensor):
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(left, right, out=buffer("update", total.shape, left.dtype, left))
