@@ -59,3 +59,12 @@ def test_a_sample_of_all_frozen_rows_is_exact(model):
         for kind in ("shift", "table", "rest"):
             assert whole[f"{kind} error"][2] < 1e-3 < some[f"{kind} error"][0], (way, kind)
     assert all(value > 0.1 for value in found["batch"].values())
+
+
+@pytest.mark.slow
+def test_losses_of_a_head():
+    options = ("--heads", "300x32", "500x32", "--tokens", "40", "--active", "100", "--sampled", "50", "--rounds", "2")
+    found = bench("bench_loss.py", *options)
+    assert [head["rows"] for head in found["heads"]] == [300, 500]
+    assert {"full", "active", "sampled", "plain"} <= set(found["heads"][0]["ways"])
+    assert all(way["ms"][1] > 0 for head in found["heads"] for way in head["ways"].values())
