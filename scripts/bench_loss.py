@@ -110,6 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    if any(int(head.split("x")[0]) < args.active + args.sampled for head in args.heads):
+        parser.error(f"a head needs {args.active} + {args.sampled} rows at least; lower --active or --sampled")
     heads = [measure(args, *map(int, head.split("x"))) for head in args.heads]
     for head in heads:
         drawn = Table(title=f"{head['rows']:,} x {head['width']}, {args.tokens:,} tokens")

@@ -41,7 +41,7 @@ def our_flops(model: Any, sample: Any) -> dict[str, int]:
 
     model: the causal language model while it trains; sample: of frozen rows, or None.
     """
-    from finetune.models.vocabulary import ActiveHead
+    from finetune.models.active_rows import ActiveHead
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(p) for part in (embedding, head) for p in part.parameters()}

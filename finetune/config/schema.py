@@ -6,7 +6,7 @@ Floor 4, so that no room below can know it. `finetune.recipes` is the only reade
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationInfo, field_validator, model_validator
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -107,14 +107,23 @@ class DataSection(Section):
 class VocabularySection(Section):
     """Which rows of the token table train."""
 
-    # auto: active for a tied table of which most is not used, else full. active: only the rows of tokens in the data, special
-    # tokens and bytes; the same loss. sampled: as active, and the softmax is over them and a sample of the others: the fast mode
-    # for large vocabularies. frozen: no row, but for those of new tokens and of keep. Tokens of held-out data are in the data,
-    # those of data.test and data.unrelated are not. Of a stream the first rows are looked at; tokens that turn up later get
-    # rows that were set aside, as many as are active at the start and at least 1,024, and past those keep their frozen ones.
+    # auto: active for a tied table of which a tenth or more is not used, else full (with LoRA: full, or frozen where keep names
+    # tokens). active: only the rows of tokens in the data, special tokens and bytes; the same loss. sampled: as active, and the
+    # softmax is over them and a sample of the others: the fast mode for large vocabularies. frozen: no row, but for those of new
+    # tokens and of keep. Tokens of held-out data are in the data, those of data.test and data.unrelated are not. Of a stream the
+    # first rows are looked at; tokens that turn up later get rows that were set aside, as many as are active at the start and at
+    # least 1,024, and past those keep their frozen ones.
     mode: Literal["auto", "full", "active", "sampled", "frozen"] = "auto"
     keep: tuple[StrictInt | str, ...] = ()  # tokens that train besides: ids, or texts whose tokens are meant (" a" is not "a")
     num_sampled: PositiveInt = 4096  # frozen rows drawn for each step (sampled)
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _ids_or_texts(cls, keep: Any) -> Any:
+        for item in keep if isinstance(keep, list | tuple) else ():
+            if isinstance(item, bool) or not isinstance(item, int | str):
+                raise ValueError(f"vocabulary.keep takes token ids and texts, and was given {item!r}")
+        return keep
 
 
 class OptimizerSection(BaseModel):

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, masking_utils
 
 from finetune.losses import FrozenRows, linear_cross_entropy
 from finetune.memory import StepMemory
+from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import BY_EXAMPLE, attend_by_example
 from finetune.models.describe import inner_model
 from finetune.models.gates import fuse_gates
 from finetune.models.norms import fuse_norms
-from finetune.models.vocabulary import ActiveHead
 
 
 class LiveBytes(TorchDispatchMode):

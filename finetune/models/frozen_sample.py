@@ -12,6 +12,7 @@ cut.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from torch import Tensor
 from finetune.data.types import Batch
 from finetune.errors import UserError
 from finetune.losses import FrozenRows
+from finetune.models.active_rows import ActiveHead
 from finetune.models.language_model import NOT_SAMPLED, LanguageModel, evaluating
-from finetune.models.vocabulary import ActiveHead
 
 SPREAD = 0.25
 """Share of the sample that goes evenly over all frozen rows."""
@@ -29,9 +30,11 @@ SPREAD = 0.25
 def inclusion_chances(weights: Tensor, count: int) -> Tensor:
     """Chances [F] in (0, 1], float64, that add up to `count` (at most F) and follow `weights` [F] >= 0, save for the even share.
 
-    Raises UserError for a `count` below 1.
+    Raises UserError for a `count` below 1, and for weights that are negative or no numbers.
     """
     weights, rows = weights.double(), len(weights)
+    if not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise UserError("the chances of a sample follow weights from 0 up, and some of those given are negative, infinite or NaN")
     if count < 1:
         raise UserError(f"a sample of {count} frozen rows stands for nothing: draw at least one")
     if count >= rows:
@@ -80,12 +83,29 @@ class FrozenSampler:
 
     The model has an active vocabulary (`activate_vocabulary`), and `chances` [F] come from `inclusion_chances`. The sample counts
     in training mode alone: in evaluation mode the loss is the exact one. Raises UserError where the model makes its logits by
-    itself.
+    itself, and for chances that are not one for each frozen row, above 0 and at most 1.
     """
 
     def __init__(self, language_model: LanguageModel, chances: Tensor) -> None:
         _require_known_logits(language_model)
         self.language_model, self.chances = language_model, chances
+
+    @property
+    def chances(self) -> Tensor:
+        """[F], see `inclusion_chances`; may be given anew between steps."""
+        return self._chances
+
+    @chances.setter
+    def chances(self, chances: Tensor) -> None:
+        head: Any = self.language_model.causal_lm.get_output_embeddings()
+        rows = len(head.vocabulary.frozen_ids)
+        if chances.shape != (rows,) or not bool(((chances > 0) & (chances <= 1)).all()):
+            given = f"{len(chances)} chances" if chances.shape != (rows,) else "some that are not"
+            raise UserError(
+                f"a sample needs a chance above 0 and at most 1 for each of the {rows} frozen rows, and was given {given}; "
+                "inclusion_chances makes them"
+            )
+        self._chances = chances
 
     @torch.no_grad()
     def before_step(self, seed: int, targets: Tensor | None = None) -> None:

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.losses import FrozenRows, causal_lm_loss, causal_lm_loss_of_logits, frozen_square_probabilities
+from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
 from finetune.models.gates import fuse_gates
 from finetune.models.norms import fuse_norms
-from finetune.models.vocabulary import ActiveHead
 
 logger = logging.getLogger(__name__)
 

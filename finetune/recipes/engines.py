@@ -13,6 +13,7 @@ with what is in `docs/scaling.md`.
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -76,7 +77,9 @@ def prepare(accelerator: Accelerator, language_model: LanguageModel, optimizer: 
         language_model._no_split_modules = language_model.causal_lm._no_split_modules  # type: ignore[assignment]
         lazy = "; the lazily trained embedding stays whole on each, and its rows are exchanged" if tables else ""
         display.note(f"engine: FSDP2 shards the model over {accelerator.num_processes} processes{lazy}")
-    return accelerator.prepare(language_model, optimizer)
+    with warnings.catch_warnings():  # Accelerate has no other word for it yet
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return accelerator.prepare(language_model, optimizer)
 
 
 def lazy_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Module]:

@@ -57,7 +57,7 @@ def _named(evaluations: dict[str, dict[str, Any]], chosen: int) -> dict[str, dic
 def _write_vocabulary(parts: Parts, run: RunDir) -> None:
     inactive, plan = parts.vocabulary.inactive_tokens(), parts.vocabulary.plan
     used = list(range(plan.rows)) if inactive is None else (~inactive).nonzero()[:, 0].tolist()
-    run.vocabulary.write_text(json.dumps({"chosen": plan.line(), "used": used}), encoding="utf-8")
+    run.vocabulary.write_text(json.dumps({"chosen": parts.vocabulary.line(), "used": used}), encoding="utf-8")
 
 
 def _add_notes(run: RunDir, notes: list[str]) -> None:

@@ -29,7 +29,6 @@ from finetune.recipes.data import encode_rows, first_prompts, generation_metrics
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.model import check_length, load_trained
 from finetune.recipes.parts import pad_id
-from finetune.recipes.vocabulary import unused_tokens
 from finetune.run_dir import RunDir
 from finetune.tracking import finite
 
@@ -88,7 +87,7 @@ def evaluate_target(
     results = {"data": _said_data(settings), "num_rows": len(raw.validation), "precision": precision}
     vocab_size = opened.model.get_input_embeddings().weight.shape[0]
     dataset = encode_rows(raw.validation, format, data, vocab_size=vocab_size, display=display)
-    unrelated, inactive = unrelated_text(settings, opened.tokenizer, vocab_size), unused_tokens(opened.run, vocab_size)
+    unrelated, inactive = unrelated_text(settings, opened.tokenizer, vocab_size), _unused_tokens(opened.run, vocab_size)
     with autocast:
         results |= _loss_on(opened, dataset, settings, display, inactive).as_dict()
         if unrelated is not None:
@@ -99,6 +98,15 @@ def evaluate_target(
         summary = json.loads(opened.run.evaluation.read_text(encoding="utf-8")) if opened.run.evaluation.is_file() else {}
         opened.run.evaluation.write_text(json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8")
     return results
+
+
+def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
+    """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
+    if run is None or not run.vocabulary.is_file():
+        return None
+    unused = torch.ones(vocab_size, dtype=torch.bool)
+    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
+    return unused if unused.any() else None
 
 
 def _precision(config: RunConfig, device: torch.device) -> tuple[str, torch.autocast]:

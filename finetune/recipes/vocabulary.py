@@ -4,7 +4,6 @@ Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `fin
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +19,16 @@ from finetune.data.encode import EncodedDataset
 from finetune.data.steps import StepBatch
 from finetune.data.types import Batch
 from finetune.errors import UserError
+from finetune.models.active_rows import NO_TOKEN
 from finetune.models.describe import token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens, template_tokens
-from finetune.models.vocabulary import NO_TOKEN, activate_as_saved, activate_vocabulary, active_modules, why_not_active
+from finetune.models.vocabulary import activate_as_saved, activate_vocabulary, active_modules, why_not_active
 from finetune.optim import optimizer_info
-from finetune.run_dir import RunDir
 from finetune.trainer import step_seed
 
-SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream, see `spare_rows`
+SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream
 MEASURED_TOKENS = 2048  # target tokens on which the model's probabilities are measured, for `sampled`
 MEASURED_AT = frozenset(16 * 4**k for k in range(16))
 """Steps before which they are measured again, beside the first: the mass moves most at the start."""
@@ -48,20 +47,23 @@ class VocabularyPlan:
     rows: int  # of the table
     saved_bytes: int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
     whole_input: bool  # the input table is one of its own, and trains whole, row by row
+    num_sampled: int  # frozen rows drawn for a step, where the mode is sampled
 
     def line(self) -> str:
         """One line for the log and the report."""
         why = f" ({self.reason})" if self.reason else ""
+        count = len(self.used if self.mode == "full" else self.ids)
+        rows = f"{count:,} of {self.rows:,} rows ({count / self.rows:.1%})"
         if self.mode == "full":
-            used = f"the run uses {len(self.used):,} of {self.rows:,} rows ({len(self.used) / self.rows:.1%})"
-            return f"vocabulary: full{why}; {used}"
-        trained = f"{len(self.ids):,} of {self.rows:,} rows ({len(self.ids) / self.rows:.1%}) train"
+            return f"vocabulary: full{why}; the run uses {rows}"
         room = f", with room for {self.spare:,} that turn up later" if self.spare else ""
         table = "of the output table " if self.whole_input else ""
+        drawn = f", {self.num_sampled:,} of which take part in a step" if self.mode == "sampled" else ""
         rest = "; the input table trains whole, row by row" if self.whole_input else ""
         cost = "saved" if self.saved_bytes >= 0 else "for them, beside LoRA's"
         size = f"{abs(self.saved_bytes) / 1e6:,.0f} MB of gradients and optimizer state {cost}"
-        return f"vocabulary: {self.mode}{why}: {trained}{room}, the others {table}stay bit for bit what they are{rest}; {size}"
+        trained = f"{rows} train{room}, the others {table}stay" if count else "no row trains, all stay"
+        return f"vocabulary: {self.mode}{why}: {trained} bit for bit what they are{drawn}{rest}; {size}"
 
     def identity(self) -> str:
         """What a resumed run must have in common with the one it goes on with: the mode, and which rows train."""
@@ -86,7 +88,7 @@ def plan_vocabulary(
     mode: str = config.vocabulary.mode
     reason = ""
     if mode == "auto":
-        mode, reason = _automatic(config, model, len(ids), sharded)
+        mode, reason = _automatic(config, model, len(ids), len(new_tokens), sharded)
     if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
         mode, reason = "active", "a sample would be the whole table"
     if mode in ("active", "sampled") and (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
@@ -95,6 +97,10 @@ def plan_vocabulary(
         raise UserError(
             "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode to active or "
             "full, or train with DDP"
+        )
+    if mode == "full" and config.model.lora is not None and config.vocabulary.keep:
+        raise UserError(
+            "vocabulary.keep names rows to train, which LoRA leaves as they are: set vocabulary.mode to frozen or active"
         )
     used = ids
     if mode == "frozen":
@@ -107,7 +113,7 @@ def plan_vocabulary(
     otherwise = 0 if config.model.lora is not None else len(table)  # rows that would have gradients and state
     saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
     ids = () if mode == "full" else ids
-    return VocabularyPlan(mode, reason, ids, used, spare, len(table), saved, trains and lazy_input)
+    return VocabularyPlan(mode, reason, ids, used, spare, len(table), saved, trains and lazy_input, config.vocabulary.num_sampled)
 
 
 def spare_rows(num_active: int, num_rows: int) -> int:
@@ -121,18 +127,22 @@ def spare_rows(num_active: int, num_rows: int) -> int:
     return min(max(SPARE_ROWS, num_active), num_rows - num_active)
 
 
-def _automatic(config: RunConfig, model: Any, num_active: int, sharded: bool) -> tuple[str, str]:
+def _automatic(config: RunConfig, model: Any, num_active: int, num_new: int, sharded: bool) -> tuple[str, str]:
     table, head = token_tables(model)
+    if config.model.lora is not None and config.vocabulary.keep and why_not_active(model) is None:
+        return "frozen", "LoRA leaves the token table as it is, but for vocabulary.keep and new tokens"
     if config.model.lora is not None:
-        return "full", "LoRA leaves the token table as it is"
+        return "full", f"LoRA leaves the token table as it is{f', but for {num_new} new tokens' if num_new else ''}"
     if head is not table:
         lazy = "lazy_adamw updates only the input rows in use" if _input_is_lazy(config) else "active would make both compact"
         return "full", f"input and output tables are not tied; {lazy}"
     if (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
         return "full", obstacle
-    if num_active > LITTLE_TO_SAVE * len(table):
-        return "full", f"the data uses {num_active:,} of the {len(table):,} rows"
-    return "active", "the table is tied, and most of it is not used"
+    spare = spare_rows(num_active, len(table)) if config.data.streaming else 0
+    if num_active + spare > LITTLE_TO_SAVE * len(table):
+        kept = f", and {spare:,} would be kept for what turns up later" if spare else ""
+        return "full", f"the data uses {num_active:,} of the {len(table):,} rows{kept}"
+    return "active", f"the table is tied, and {1 - num_active / len(table):.0%} of it is not used"
 
 
 def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
@@ -212,15 +222,6 @@ def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> It
         yield collate([[dataset[i]] for i in chosen], pad_id=pad_id, packed=False, pad_to_multiple_of=1)
 
 
-def unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
-    """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
-    if run is None or not run.vocabulary.is_file():
-        return None
-    unused = torch.ones(vocab_size, dtype=torch.bool)
-    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
-    return unused if unused.any() else None
-
-
 class VocabularyKeeper:
     """What happens to the vocabulary before each step: tokens that turn up in a stream get rows, and frozen rows are sampled."""
 
@@ -248,12 +249,19 @@ class VocabularyKeeper:
         """`step`: optimizer steps taken so far. Every process must call it, with its own share of the step."""
         frozen = self._grow(batch) if self.plan.spare else None
         if self.plan.spare and step + 1 == self.num_steps:
-            active = self.modules[0].vocabulary.num_active
-            late = f"; {len(self.left):,} more came (since the last start) when no row was left" if self.left else ""
-            self._say(f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}")
+            self._say(self._turned_up())
         if self.sampler is not None:
             self._follow(step, self.sampler)
             self.sampler.before_step(step_seed(self.seed, step, -1), frozen)
+
+    def line(self) -> str:
+        """That of the plan, and what became of a stream."""
+        return f"{self.plan.line()}; {self._turned_up()}" if self.plan.spare else self.plan.line()
+
+    def _turned_up(self) -> str:
+        active = self.modules[0].vocabulary.num_active
+        late = f"; {len(self.left):,} more came (since the last start) when no row was left" if self.left else ""
+        return f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}"
 
     def _follow(self, step: int, sampler: FrozenSampler) -> None:
         """Give the sampler the chances that the model's probabilities call for, as they were when last measured."""

@@ -274,8 +274,12 @@ def test_a_second_active_vocabulary_is_refused_until_the_first_is_given_up():
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(UserError, match="has an active vocabulary already; deactivate_vocabulary"):
         activate_vocabulary(model, [1, 2])
+    with pytest.raises(UserError, match="resize its table before activate_vocabulary, or after deactivate_vocabulary"):
+        model.resize_token_embeddings(V + 3)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     deactivate_vocabulary(model)
+    assert model.resize_token_embeddings(V + 3, mean_resizing=False).weight.shape == (V + 3, 16)
+    model.resize_token_embeddings(V)
     activate_vocabulary(model, [1, 2])
     assert model.get_output_embeddings().weight.shape == (2, 16)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
@@ -364,9 +368,15 @@ def test_bad_input_for_a_sample_is_refused():
     language_model.train()
     sampler.before_step(0, labels)
     assert language_model(ids[0], labels) > 0
-    chances = torch.tensor([0.5] * 10 + [0.0] * (V - len(ACTIVE) - 10)).double()
-    chances[0] = 0  # token 3's: never drawn
-    FrozenSampler(language_model, chances).before_step(0)
+    rows = V - len(ACTIVE)
+    for wrong in (torch.full((rows - 1,), 0.5), torch.zeros(rows), torch.full((rows,), torch.nan), torch.full((rows,), 1.5)):
+        with pytest.raises(UserError, match=f"a chance above 0 and at most 1 for each of the {rows} frozen rows"):
+            sampler.chances = wrong
+    for wrong in (-torch.ones(rows), torch.full((rows,), torch.nan)):
+        with pytest.raises(UserError, match="weights from 0 up"):
+            inclusion_chances(wrong, 5)
+    sampler.chances = torch.tensor([0.5] * 10 + [1e-9] * (rows - 10)).double().index_fill(0, torch.tensor([0]), 1e-9)  # token 3's
+    sampler.before_step(0)
     with pytest.raises(UserError, match=r"the target token 3 does not train and is not in the sample.*FrozenSampler.before_step"):
         language_model(ids[0], labels)
     assert language_model(*ids) > 0

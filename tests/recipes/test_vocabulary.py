@@ -305,6 +305,9 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
     now, later = map(int, re.findall(r"\d+", end))
     assert (now - later, end) == (active, f"vocabulary: {now} tokens train at the end, {later} of which turned up in the stream")
     assert later > 2
+    recorded = json.loads((run / "vocabulary.json").read_text())["chosen"]
+    assert recorded == f"{chosen}; {end.removeprefix('vocabulary: ')}"
+    assert recorded in (run / "model" / "README.md").read_text()
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert (table(base) != table(run / "model")).any(1)[ids].all()
     export_run(run, tmp_path / "earlier", dtype="float32", checkpoint=run / "checkpoints" / "step-00000004")
@@ -396,7 +399,10 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
     ("overrides", "expected"),
     [
         (["model.lora.rank=2"], "full (LoRA leaves the token table as it is)"),
-        (["vocabulary.mode=frozen"], "frozen: 0 of"),
+        (["model.lora.rank=2", "vocabulary.keep=[7]"], "frozen (LoRA leaves the token table as it is, but for vocabulary.keep"),
+        (["vocabulary.mode=frozen"], "frozen: no row trains, all stay bit for bit"),
+        (["vocabulary.mode=sampled", "vocabulary.num_sampled=9"], "stay bit for bit what they are, 9 of which take part in a step"),
+        (["data.streaming=true"], "would be kept for what turns up later)"),
         (["vocabulary.mode=active", "model.lora.rank=2"], "0 MB of gradients and optimizer state for them, beside LoRA's"),
         (["vocabulary.mode=active", "data.streaming=true"], "train, with room for 1"),
         (["vocabulary.mode=sampled", "vocabulary.num_sampled=1000"], "active (a sample would be the whole table)"),
@@ -431,7 +437,7 @@ def test_plan_counts_the_rows_that_train(base, tmp_path):
     active = plan_run(config_for(base, tmp_path, "vocabulary.mode=active"))
     assert active.memory.optimizer_state < full.memory.optimizer_state
     assert active.memory.gradients < full.memory.gradients
-    assert active.model["parameters"] == full.model["parameters"] + full.model["hidden_size"]  # the shift of the active rows
+    assert active.model["parameters"] == full.model["parameters"]
     assert active.model["vocabulary"].startswith("vocabulary: active")
 
 
@@ -462,13 +468,25 @@ def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, 
     [
         ("[100000]", "vocabulary.keep: 100000 is no token id"),
         ('[""]', "vocabulary.keep: the text '' has no tokens; give a text that has some, or an id"),
-        ("[true]", "vocabulary.keep.0.int = True is not allowed"),
+        ("[true]", "vocabulary.keep takes token ids and texts, and was given True"),
+        ("[a, 1.5]", "vocabulary.keep takes token ids and texts, and was given 1.5"),
         ("5", r"vocabulary.keep = 5 is not allowed: give a list, such as \[5\]"),
     ],
 )
 def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path, keep, why):
     with pytest.raises(UserError, match=why):
         inspect_data(config_for(base, tmp_path, f"vocabulary.keep={keep}"), examples=0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "full"])
+def test_lora_trains_the_tokens_to_keep_or_says_that_it_does_not(base, tmp_path, mode):
+    config = config_for(base, tmp_path, "model.lora.rank=2", f"vocabulary.mode={mode}", "vocabulary.keep=[300, 301]")
+    if mode == "full":
+        with pytest.raises(UserError, match="keep names rows to train, which LoRA leaves as they are: set vocabulary"):
+            run_training(config)
+        return
+    run_training(config)
+    assert (table(base) != table(tmp_path / "run" / "model")).any(1).nonzero()[:, 0].tolist() == [300, 301]
 
 
 def test_frozen_trains_the_tokens_to_keep(base, tmp_path):
