@@ -11,8 +11,8 @@ Rows of the head that do not train (`FrozenRows`) take part in the softmax and g
 train. Where they are a sample of K, each with its logit raised by -log(the chance that it was sampled), the partition function is
 estimated without bias (Horvitz-Thompson; sampled softmax: Jean et al., https://arxiv.org/abs/1412.2007): 6NAd + 4NKd.
 
-Why not `torch.nn.functional.linear_cross_entropy`: it is no faster than the plain way on a CPU (`scripts/bench_loss.py`), and has neither
-frozen rows nor a soft cap.
+Why not `torch.nn.functional.linear_cross_entropy`: it is no faster than the plain way on a CPU (`scripts/bench_loss.py`), and has
+neither frozen rows nor a soft cap.
 """
 
 from dataclasses import dataclass
