@@ -9,7 +9,7 @@
 torch has it; it has no soft cap), `liger` Liger's fused loss (where liger-kernel is installed and there is a GPU), with the
 gradient summed in float32 as ours is. bf16 products under autocast, where the machine has them. Each round is every way in turn;
 milliseconds: median (least-most) over the rounds after two; GB: the most that was allocated in a round, on a GPU. The last line
-is JSON.
+is JSON, with the loss, which but for `sampled` is one and the same.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from finetune.models.precision import resolve_precision
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states [N, d], table [V, d] and targets [N]
 WARMUP = 2
+WAYS = ("full", "active", "sampled", "plain", "torch", "liger")
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -77,7 +78,7 @@ def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
     targets = torch.randint(args.active, (args.tokens,), device=device)
     contestants = {name: way for name, way in ways(args, table).items() if name in args.ways}
     milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks = dict.fromkeys(contestants, 0.0)
+    peaks, losses = dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0.0)
     for _ in range(args.rounds + WARMUP):
         for name, (weight, loss) in contestants.items():
             hidden.grad = weight.grad = None
@@ -93,7 +94,11 @@ def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
                 torch.cuda.synchronize()
                 peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e9
             milliseconds[name].append((time.perf_counter() - started) * 1e3)
-    measured = {name: {"ms": spread(times[WARMUP:]), "gb": round(peaks[name], 3)} for name, times in milliseconds.items()}
+            losses[name] = total.item() / args.tokens
+    measured = {
+        name: {"ms": spread(times[WARMUP:]), "gb": round(peaks[name], 3), "loss": losses[name]}
+        for name, times in milliseconds.items()
+    }
     return {"rows": rows, "width": width, "ways": measured}
 
 
@@ -106,7 +111,7 @@ def main() -> None:
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of torch, default: its own choice")
-    parser.add_argument("--ways", nargs="+", default=["full", "active", "sampled", "plain", "torch", "liger"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

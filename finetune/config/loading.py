@@ -18,6 +18,8 @@ from finetune.errors import UserError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
+NOT_ALLOWED = " is not allowed: "
+
 ALIASES = {
     "model_name_or_path": "model.name",
     "learning_rate": "optimizer.lr",
@@ -188,11 +190,21 @@ def _field(dotted: str) -> Any:
 
 
 def _sentences(error: ValidationError) -> list[str]:
-    return [_sentence(problem) for problem in error.errors(include_url=False)]
+    """One for each key: where several kinds of value are allowed, pydantic has a problem with each of them."""
+    reasons: dict[str, list[str]] = {}
+    for problem in error.errors(include_url=False):
+        what, _, why = _sentence(problem).partition(NOT_ALLOWED)
+        reasons.setdefault(what, []).append(why)
+    return [what + (NOT_ALLOWED + " or ".join(_after_the_first(whys)) if whys[0] else "") for what, whys in reasons.items()]
+
+
+def _after_the_first(whys: list[str]) -> list[str]:
+    return [whys[0], *(why.removeprefix("input should be ") for why in whys[1:])]
 
 
 def _sentence(problem: Any) -> str:
     path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    path = path[:-1] if path and path[-1] in ("int", "str") else path  # which of the kinds of value the problem is with
     dotted, given = ".".join(path) or "config", problem["input"]
     if problem["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
@@ -202,11 +214,11 @@ def _sentence(problem: Any) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] == "model_type":
-        return f"{dotted} = {given!r:.60} is not allowed: it must be a mapping of keys to values"
+        return f"{dotted} = {given!r:.60}{NOT_ALLOWED}it must be a mapping of keys to values"
     shown = repr(given) if isinstance(given, str | int | float | bool) or given is None else _kind(given)
     if problem["type"] == "tuple_type":
-        return f"{dotted} = {shown} is not allowed: give a list, such as [{given if given is not None else ''}]"
-    return f"{dotted} = {shown} is not allowed: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        return f"{dotted} = {shown}{NOT_ALLOWED}give a list, such as [{given if given is not None else ''}]"
+    return f"{dotted} = {shown}{NOT_ALLOWED}{problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ Floor 4, so that no room below can know it. `finetune.recipes` is the only reade
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationInfo, model_validator
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -116,14 +116,6 @@ class VocabularySection(Section):
     mode: Literal["auto", "full", "active", "sampled", "frozen"] = "auto"
     keep: tuple[StrictInt | str, ...] = ()  # tokens that train besides: ids, or texts whose tokens are meant (" a" is not "a")
     num_sampled: PositiveInt = 4096  # frozen rows drawn for each step (sampled)
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _ids_or_texts(cls, keep: Any) -> Any:
-        for item in keep if isinstance(keep, list | tuple) else ():
-            if isinstance(item, bool) or not isinstance(item, int | str):
-                raise ValueError(f"vocabulary.keep takes token ids and texts, and was given {item!r}")
-        return keep
 
 
 class OptimizerSection(BaseModel):

@@ -150,7 +150,7 @@ class Planner:
         gradients += min(work.used_rows, work.rows * work.length) * sum(table.embedding_dim for table in tables) * FP32
         description = {**describe_model(model), "vocabulary": vocabulary.line()}
         rehearsal = Rehearsal(model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables)
-        rehearsal.num_sampled = config.vocabulary.num_sampled if vocabulary.mode == "sampled" else None
+        rehearsal.num_sampled = vocabulary.num_sampled
         step = rehearsal.step(
             rows=work.rows,
             length=work.length,

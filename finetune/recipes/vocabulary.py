@@ -47,7 +47,7 @@ class VocabularyPlan:
     rows: int  # of the table
     saved_bytes: int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
     whole_input: bool  # the input table is one of its own, and trains whole, row by row
-    num_sampled: int  # frozen rows drawn for a step, where the mode is sampled
+    num_sampled: int | None  # frozen rows drawn for a step; None: all take part
 
     def line(self) -> str:
         """One line for the log and the report."""
@@ -58,7 +58,7 @@ class VocabularyPlan:
             return f"vocabulary: full{why}; the run uses {rows}"
         room = f", with room for {self.spare:,} that turn up later" if self.spare else ""
         table = "of the output table " if self.whole_input else ""
-        drawn = f", {self.num_sampled:,} of which take part in a step" if self.mode == "sampled" else ""
+        drawn = f", {self.num_sampled:,} of which take part in a step" if self.num_sampled else ""
         rest = "; the input table trains whole, row by row" if self.whole_input else ""
         cost = "saved" if self.saved_bytes >= 0 else "for them, beside LoRA's"
         size = f"{abs(self.saved_bytes) / 1e6:,.0f} MB of gradients and optimizer state {cost}"
@@ -113,7 +113,8 @@ def plan_vocabulary(
     otherwise = 0 if config.model.lora is not None else len(table)  # rows that would have gradients and state
     saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
     ids = () if mode == "full" else ids
-    return VocabularyPlan(mode, reason, ids, used, spare, len(table), saved, trains and lazy_input, config.vocabulary.num_sampled)
+    num_sampled = config.vocabulary.num_sampled if mode == "sampled" else None
+    return VocabularyPlan(mode, reason, ids, used, spare, len(table), saved, trains and lazy_input, num_sampled)
 
 
 def spare_rows(num_active: int, num_rows: int) -> int:
@@ -239,19 +240,18 @@ class VocabularyKeeper:
         self.plan, self.num_steps = plan, config.training.max_steps
         self.said: set[str] = set()
         self.left: set[int] = set()  # tokens of a stream for which there was no row
-        self.sample, self.num_sampled = sample, config.vocabulary.num_sampled
-        self.sampler, self.follows = None, False
-        if plan.mode == "sampled":
+        self.sample, self.sampler, self.follows = sample, None, False
+        if plan.num_sampled is not None:
             even = torch.zeros(len(self._head().frozen_ids))  # until the first step
-            self.sampler = FrozenSampler(language_model, inclusion_chances(even, self.num_sampled))
+            self.sampler = FrozenSampler(language_model, inclusion_chances(even, plan.num_sampled))
 
     def before_step(self, step: int, batch: StepBatch) -> None:
         """`step`: optimizer steps taken so far. Every process must call it, with its own share of the step."""
         frozen = self._grow(batch) if self.plan.spare else None
         if self.plan.spare and step + 1 == self.num_steps:
             self._say(self._turned_up())
-        if self.sampler is not None:
-            self._follow(step, self.sampler)
+        if self.sampler is not None and self.plan.num_sampled is not None:
+            self._follow(step, self.sampler, self.plan.num_sampled)
             self.sampler.before_step(step_seed(self.seed, step, -1), frozen)
 
     def line(self) -> str:
@@ -263,7 +263,7 @@ class VocabularyKeeper:
         late = f"; {len(self.left):,} more came (since the last start) when no row was left" if self.left else ""
         return f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}"
 
-    def _follow(self, step: int, sampler: FrozenSampler) -> None:
+    def _follow(self, step: int, sampler: FrozenSampler, count: int) -> None:
         """Give the sampler the chances that the model's probabilities call for, as they were when last measured."""
         vocabulary = self._head()
         if measure := vocabulary.frozen_mass is None or step in MEASURED_AT:
@@ -272,7 +272,7 @@ class VocabularyKeeper:
             release()  # logits over the whole vocabulary; those of a step are few
             vocabulary.frozen_mass = mass.float().to(vocabulary.frozen_ids.device)
         if measure or not self.follows:  # the first step after a resumption has them from the checkpoint
-            sampler.chances, self.follows = inclusion_chances(vocabulary.frozen_mass.cpu(), self.num_sampled), True
+            sampler.chances, self.follows = inclusion_chances(vocabulary.frozen_mass.cpu(), count), True
 
     def _head(self) -> Any:
         return self.language_model.causal_lm.get_output_embeddings().vocabulary

@@ -133,6 +133,11 @@ def test_names_without_an_equal_say_what_to_write(name):
         ("training: {epochs: many}", [], "training.epochs = 'many' is not allowed"),
         ("training: {precision: int3}", [], "'auto', 'fp32', 'bf16' or 'fp16'"),
         ("evaluation: {every: 0}", [], "evaluation.every = 0 is not allowed"),
+        (
+            "",
+            ["model.lora={target_modules: 5}"],
+            "lora.target_modules = 5 is not allowed: input should be a valid string or give a list",
+        ),
         ("optimizer: {lr: 1e-3, learning_rate: 1e-4}", [], "mean the same: give one of them"),
         ("", ["model.lora.rnk=3"], "'model.lora.rnk' is not a key; did you mean 'rank'?"),
         ("", ["data.train=[{path: a, weigth: 2}]"], "did you mean 'weight'?"),

@@ -468,8 +468,8 @@ def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, 
     [
         ("[100000]", "vocabulary.keep: 100000 is no token id"),
         ('[""]', "vocabulary.keep: the text '' has no tokens; give a text that has some, or an id"),
-        ("[true]", "vocabulary.keep takes token ids and texts, and was given True"),
-        ("[a, 1.5]", "vocabulary.keep takes token ids and texts, and was given 1.5"),
+        ("[true]", "vocabulary.keep.0 = True is not allowed: input should be a valid integer or a valid string$"),
+        ("[a, 1.5]", "vocabulary.keep.1 = 1.5 is not allowed: input should be a valid integer or a valid string$"),
         ("5", r"vocabulary.keep = 5 is not allowed: give a list, such as \[5\]"),
     ],
 )
@@ -487,6 +487,12 @@ def test_lora_trains_the_tokens_to_keep_or_says_that_it_does_not(base, tmp_path,
         return
     run_training(config)
     assert (table(base) != table(tmp_path / "run" / "model")).any(1).nonzero()[:, 0].tolist() == [300, 301]
+
+
+def test_new_tokens_beside_lora_are_told(base, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    plan = plan_vocabulary(config_for(base, tmp_path, "model.lora.rank=2"), model, tokenizer, [], [398, 399])
+    assert (plan.mode, plan.reason) == ("full", "LoRA leaves the token table as it is, but for 2 new tokens")
 
 
 def test_frozen_trains_the_tokens_to_keep(base, tmp_path):
