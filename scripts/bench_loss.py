@@ -14,6 +14,7 @@ is JSON, with the loss, which but for `sampled` is one and the same.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,12 +38,12 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def ways(args: argparse.Namespace, table: Tensor) -> dict[str, tuple[Tensor, Loss]]:
-    """Of each way the rows that train and its loss."""
+def ways(args: argparse.Namespace, table: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Loss]]:
+    """Of each way the rows that train and its loss. `dtype`: of the products, in which training keeps the frozen rows."""
     softcap = args.softcap
-    rest = table[args.active :].detach()
+    rest = table[args.active :].detach().to(dtype)
     offset = torch.zeros(args.active + args.sampled, device=table.device)
-    offset[args.active :] = float(torch.tensor(len(rest) / args.sampled).log())
+    offset[args.active :] = math.log(len(rest) / args.sampled)
     frozen, sample = FrozenRows(rest), FrozenRows(rest[: args.sampled].clone(), offset)
     active = table[: args.active].detach().clone().requires_grad_()
 
@@ -74,9 +75,10 @@ def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
     half = resolve_precision("auto", device)[0] == "bf16"
     torch.manual_seed(0)
     table = (torch.randn(rows, width, device=device) * 0.05).requires_grad_()
-    hidden = torch.randn(args.tokens, width, device=device, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
+    dtype = torch.bfloat16 if half else torch.float32
+    hidden = torch.randn(args.tokens, width, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(args.active, (args.tokens,), device=device)
-    contestants = {name: way for name, way in ways(args, table).items() if name in args.ways}
+    contestants = {name: way for name, way in ways(args, table, dtype).items() if name in args.ways}
     milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
     peaks, losses = dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0.0)
     for _ in range(args.rounds + WARMUP):

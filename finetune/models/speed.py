@@ -32,7 +32,7 @@ def compile_decoder(language_model: LanguageModel) -> None:
 
     Layers of one kind share them, so that one is waited for instead of all
     (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html), once for training and once for evaluation. The loss
-    stays as it is: its time is in large matrix products already.
+    stays as it is (LOG.md, "Liger's loss on a GPU", has what compiling it would bring).
     """
     decoder = language_model.causal_lm.base_model
     layers: list[nn.Module] = [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]
