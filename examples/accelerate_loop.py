@@ -14,18 +14,28 @@ from finetune.integrations.accelerate import clip_rows
 from finetune.optim import build_optimizer
 
 VOCABULARY, LENGTH, STEPS = 1000, 16, 12
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": False}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def train(name: str) -> tuple[torch.optim.Optimizer, list[float]]:
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **TINY))
-    words = torch.multinomial(1 / torch.arange(1.0, VOCABULARY + 1), 2 * STEPS * 4 * LENGTH, replacement=True)
+    words = torch.multinomial(
+        1 / torch.arange(1.0, VOCABULARY + 1), 2 * STEPS * 4 * LENGTH, replacement=True
+    )
     loader = torch.utils.data.DataLoader(words.view(-1, LENGTH), batch_size=4)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     clip_rows(accelerator)
-    model, optimizer, loader = accelerator.prepare(model, build_optimizer(model, name, lr=1e-2), loader)
+    model, optimizer, loader = accelerator.prepare(
+        model, build_optimizer(model, name, lr=1e-2), loader
+    )
     losses = []
     for batch in loader:
         with accelerator.accumulate(model):

@@ -13,12 +13,20 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Trainer, TrainingArg
 from finetune.integrations.hugging_face import use_optimizer
 
 VOCABULARY, LENGTH = 1000, 16
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": False}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
     set_seed(0)
-    words = torch.multinomial(1 / torch.arange(1.0, VOCABULARY + 1), 96 * LENGTH, replacement=True).view(-1, LENGTH)
+    words = torch.multinomial(
+        1 / torch.arange(1.0, VOCABULARY + 1), 96 * LENGTH, replacement=True
+    ).view(-1, LENGTH)
     args = TrainingArguments(
         output_dir=folder,
         learning_rate=1e-2,
@@ -40,7 +48,9 @@ def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
     )
     use_optimizer(trainer, name)
     trainer.train()
-    return trainer.optimizer.optimizer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.optimizer.optimizer, [
+        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
+    ]
 
 
 if __name__ == "__main__":

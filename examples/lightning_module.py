@@ -23,24 +23,40 @@ class NextWord(ClipsRows, LightningModule):
         super().__init__()
         self.optimizer, self.losses = optimizer, []
         self.embedding = nn.Embedding(VOCABULARY, 32)
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * CONTEXT, 64), nn.Tanh(), nn.Linear(64, VOCABULARY))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(32 * CONTEXT, 64), nn.Tanh(), nn.Linear(64, VOCABULARY)
+        )
 
     def training_step(self, batch: torch.Tensor) -> torch.Tensor:
-        loss = functional.cross_entropy(self.head(self.embedding(batch[:, :CONTEXT])), batch[:, CONTEXT])
+        loss = functional.cross_entropy(
+            self.head(self.embedding(batch[:, :CONTEXT])), batch[:, CONTEXT]
+        )
         self.losses.append(loss.item())
         return loss
 
     def configure_optimizers(self) -> dict:
         optimizer = build_optimizer(self, self.optimizer, lr=1e-2, weight_decay=0.1)
-        scheduler = build_lr_scheduler(optimizer, "linear", num_steps=STEPS, warmup_steps=3, min_lr_ratio=0.0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = build_lr_scheduler(
+            optimizer, "linear", num_steps=STEPS, warmup_steps=3, min_lr_ratio=0.0
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def train(name: str) -> tuple[torch.optim.Optimizer, list[float]]:
     seed_everything(0, verbose=False)
-    words = torch.multinomial(1 / torch.arange(1.0, VOCABULARY + 1), STEPS * 32 * (CONTEXT + 1), replacement=True)
+    words = torch.multinomial(
+        1 / torch.arange(1.0, VOCABULARY + 1), STEPS * 32 * (CONTEXT + 1), replacement=True
+    )
     module = NextWord(name)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(max_epochs=1, accelerator="cpu", devices=1, gradient_clip_val=1.0, **quiet)
     trainer.fit(module, torch.utils.data.DataLoader(words.view(-1, CONTEXT + 1), batch_size=32))
     return trainer.optimizers[0], module.losses

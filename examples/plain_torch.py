@@ -19,13 +19,21 @@ def train(name: str) -> tuple[torch.optim.Optimizer, list[float]]:
     """Predict the next word from the last four, with an embedding of which a batch uses a tenth."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Embedding(VOCABULARY, 32), nn.Flatten(), nn.Linear(32 * CONTEXT, 64), nn.Tanh(), nn.Linear(64, VOCABULARY)
+        nn.Embedding(VOCABULARY, 32),
+        nn.Flatten(),
+        nn.Linear(32 * CONTEXT, 64),
+        nn.Tanh(),
+        nn.Linear(64, VOCABULARY),
     )
-    words = torch.multinomial(1 / torch.arange(1.0, VOCABULARY + 1), STEPS * 32 * (CONTEXT + 1), replacement=True)
+    words = torch.multinomial(
+        1 / torch.arange(1.0, VOCABULARY + 1), STEPS * 32 * (CONTEXT + 1), replacement=True
+    )
     batches = words.view(STEPS, 32, CONTEXT + 1)
 
     optimizer = build_optimizer(model, name, lr=1e-2)
-    scheduler = build_lr_scheduler(optimizer, "cosine", num_steps=STEPS, warmup_steps=3, min_lr_ratio=0.1)
+    scheduler = build_lr_scheduler(
+        optimizer, "cosine", num_steps=STEPS, warmup_steps=3, min_lr_ratio=0.1
+    )
     losses = []
     for batch in batches:
         loss = functional.cross_entropy(model(batch[:, :CONTEXT]), batch[:, CONTEXT])

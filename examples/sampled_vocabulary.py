@@ -20,15 +20,24 @@ from finetune.models import (
 from finetune.optim import build_optimizer, clip_grad_norm_
 
 VOCABULARY, USED, STEPS, ROWS, LENGTH = 3000, 200, 20, 8, 16
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
     """Learn texts that use 200 of 3,000 tokens."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SHAPE))
-    ids = torch.multinomial(1 / torch.arange(1.0, USED + 1), STEPS * ROWS * LENGTH, replacement=True).view(STEPS, ROWS, LENGTH)
-    batches = [{"input_ids": step, "labels": step} for step in ids]  # not shifted: the loss does that
+    ids = torch.multinomial(
+        1 / torch.arange(1.0, USED + 1), STEPS * ROWS * LENGTH, replacement=True
+    ).view(STEPS, ROWS, LENGTH)
+    batches = [
+        {"input_ids": step, "labels": step} for step in ids
+    ]  # not shifted: the loss does that
 
     activate_vocabulary(model, ids.unique().tolist())
     language_model = LanguageModel(model)
@@ -45,7 +54,9 @@ def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    deactivate_vocabulary(model)  # the plain model again, which loses nothing when it is saved; the other rows are what they were
+    deactivate_vocabulary(
+        model
+    )  # the plain model again, which loses nothing when it is saved; the other rows are what they were
     with torch.no_grad():
         whole = model.eval()(**batches[-1]).loss.item()  # over all tokens
     return optimizer, losses, whole
@@ -54,4 +65,13 @@ def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["lazy_adamw"]:
         optimizer, losses, whole = train(name)
-        print(json.dumps({"asked": name, "trained_by": type(optimizer).__name__, "losses": losses, "whole": whole}))
+        print(
+            json.dumps(
+                {
+                    "asked": name,
+                    "trained_by": type(optimizer).__name__,
+                    "losses": losses,
+                    "whole": whole,
+                }
+            )
+        )

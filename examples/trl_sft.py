@@ -16,14 +16,27 @@ from trl import SFTConfig, SFTTrainer
 from finetune.integrations.hugging_face import use_optimizer
 from finetune.models.tokenizers import train_tokenizer
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": False}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "tie_word_embeddings": False,
+}
 
 
 def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
     set_seed(0)
-    lines = files("finetune").joinpath("resources/data/chat.en.train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        files("finetune")
+        .joinpath("resources/data/chat.en.train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     conversations = [{"messages": json.loads(line)["messages"]} for line in lines[:48]]
-    tokenizer = train_tokenizer((turn["content"] for row in conversations for turn in row["messages"]), vocab_size=600)
+    tokenizer = train_tokenizer(
+        (turn["content"] for row in conversations for turn in row["messages"]), vocab_size=600
+    )
     args = SFTConfig(
         output_dir=folder,
         learning_rate=1e-2,
@@ -39,10 +52,17 @@ def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
         disable_tqdm=True,
     )
     model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **TINY))
-    trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(conversations), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(conversations),
+        processing_class=tokenizer,
+    )
     use_optimizer(trainer, name)
     trainer.train()
-    return trainer.optimizer.optimizer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.optimizer.optimizer, [
+        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
+    ]
 
 
 if __name__ == "__main__":

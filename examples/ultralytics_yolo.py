@@ -27,22 +27,42 @@ def draw(folder: Path, number: int) -> Path:
         left, top = random.integers(0, PIXELS - SQUARE, 2)
         picture = random.integers(0, 60, (PIXELS, PIXELS, 3), dtype=numpy.uint8)
         picture[top : top + SQUARE, left : left + SQUARE] += 180
-        box = [(left + SQUARE / 2) / PIXELS, (top + SQUARE / 2) / PIXELS, SQUARE / PIXELS, SQUARE / PIXELS]
+        box = [
+            (left + SQUARE / 2) / PIXELS,
+            (top + SQUARE / 2) / PIXELS,
+            SQUARE / PIXELS,
+            SQUARE / PIXELS,
+        ]
         for kind in ("images", "labels"):
             (folder / kind).mkdir(exist_ok=True)
         Image.fromarray(picture).save(folder / "images" / f"{index}.png")
         (folder / "labels" / f"{index}.txt").write_text(" ".join(map(str, [0, *box])))
-    (folder / "data.yaml").write_text(f"path: {folder}\ntrain: images\nval: images\nnames: [square]\n")
+    (folder / "data.yaml").write_text(
+        f"path: {folder}\ntrain: images\nval: images\nnames: [square]\n"
+    )
     return folder / "data.yaml"
 
 
-def train(name: str, folder: Path, trainer: type, **changes: object) -> tuple[torch.optim.Optimizer, list[float]]:
+def train(
+    name: str, folder: Path, trainer: type, **changes: object
+) -> tuple[torch.optim.Optimizer, list[float]]:
     losses: list[float] = []
     model = YOLO("yolo26n.yaml")
     model.add_callback("on_train_batch_end", lambda trainer: losses.append(trainer.loss.item()))
-    settings = {"imgsz": PIXELS, "batch": 8, "nbs": 8, "epochs": 3, "lr0": 0.01, "device": "cpu", "workers": 0, "plots": False}
+    settings = {
+        "imgsz": PIXELS,
+        "batch": 8,
+        "nbs": 8,
+        "epochs": 3,
+        "lr0": 0.01,
+        "device": "cpu",
+        "workers": 0,
+        "plots": False,
+    }
     data, project = draw(folder, 16), str(folder / "runs")
-    model.train(trainer=trainer, optimizer=name, data=data, project=project, **{**settings, **changes})
+    model.train(
+        trainer=trainer, optimizer=name, data=data, project=project, **{**settings, **changes}
+    )
     return model.trainer.optimizer, losses
 
 

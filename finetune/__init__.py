@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.config import RunConfig, load_config
     from finetune.errors import UserError
-    from finetune.optim import LazyAdamW, build_lr_scheduler, build_optimizer, clip_grad_norm_, list_optimizers
+    from finetune.optim import (
+        LazyAdamW,
+        build_lr_scheduler,
+        build_optimizer,
+        clip_grad_norm_,
+        list_optimizers,
+    )
     from finetune.recipes.training import run_training
     from finetune.report import write_report
 

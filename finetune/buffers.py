@@ -24,7 +24,9 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype, like: Tensor) ->
     size = math.prod(shape) * dtype.itemsize
     memory = getattr(_kept, name, None)
     if memory is None or len(memory) < size:
-        with torch.inference_mode(False):  # an evaluation may be the first to ask, and its tensors could not be written to later
+        with torch.inference_mode(
+            False
+        ):  # an evaluation may be the first to ask, and its tensors could not be written to later
             memory = torch.empty(size, dtype=torch.uint8)
         setattr(_kept, name, memory)
     return memory[:size].view(dtype).view(shape)

@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 
-from finetune.distributed.shard_files import SHARDS, Own, put_in_shards, refusals_of_the_disk, take_out_shards, write_shards
+from finetune.distributed.shard_files import (
+    SHARDS,
+    Own,
+    put_in_shards,
+    refusals_of_the_disk,
+    take_out_shards,
+    write_shards,
+)
 from finetune.errors import UserError
 
 MARK = "complete.json"
@@ -70,7 +77,9 @@ class CheckpointStore:
         """The steps of all complete checkpoints, oldest first."""
         folders = self.root.glob("step-*") if self.root.is_dir() else ()
         found = (re.fullmatch(r"step-(\d{8,})", folder.name) for folder in folders)
-        return sorted(int(match[1]) for match in found if match and is_complete(self.root / match[0]))
+        return sorted(
+            int(match[1]) for match in found if match and is_complete(self.root / match[0])
+        )
 
     def newest(self) -> Path | None:
         steps = self.steps()
@@ -106,8 +115,14 @@ class CheckpointStore:
         if self.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         previous = self.newest()
-        kept = f"the previous checkpoint {previous} is untouched" if previous else "there is no earlier checkpoint"
-        raise UserError(f"the checkpoint of step {step} could not be written to {self.root}: {refusals[0]}; {kept}") from refusal
+        kept = (
+            f"the previous checkpoint {previous} is untouched"
+            if previous
+            else "there is no earlier checkpoint"
+        )
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {self.root}: {refusals[0]}; {kept}"
+        ) from refusal
 
     def _prune(self, newest: int, best_step: int | None) -> None:
         steps = self.steps()
@@ -146,14 +161,18 @@ def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
         return CheckpointStore(checkpoints, keep=1).newest()
     folder = Path(resume)
     if not folder.is_dir():
-        raise UserError(f"there is no checkpoint at {folder}; give a folder such as {checkpoints / 'step-00000100'}, or auto")
+        raise UserError(
+            f"there is no checkpoint at {folder}; give a folder such as {checkpoints / 'step-00000100'}, or auto"
+        )
     if (folder / "checkpoints").is_dir():
         newest = CheckpointStore(folder / "checkpoints", keep=1).newest()
         if newest is None:
             raise UserError(f"the run {folder} has no complete checkpoint to resume from")
         return newest
     if not is_complete(folder):
-        raise UserError(f"{folder} is not a complete checkpoint ({MARK} is missing or does not match the files); try --resume auto")
+        raise UserError(
+            f"{folder} is not a complete checkpoint ({MARK} is missing or does not match the files); try --resume auto"
+        )
     return folder
 
 
@@ -168,5 +187,6 @@ def _write_file(path: Path, content: Any) -> None:
 def _check_shared(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(
-            errno.ENOENT, f"{socket.gethostname()} does not see it; output_dir must lie on a disk that all hosts share"
+            errno.ENOENT,
+            f"{socket.gethostname()} does not see it; output_dir must lie on a disk that all hosts share",
         )

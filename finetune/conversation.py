@@ -36,7 +36,9 @@ class Conversation:
         self.template = ChatTemplate(tokenizer)
         if system_prompt is not None and not self.template.writes_system_messages():
             raise UserError("the chat template of this model takes no system prompt: leave it out")
-        self._system: list[Message] = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self._system: list[Message] = (
+            [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        )
         self.turns: list[Message] = []
 
     def reset(self) -> None:
@@ -57,7 +59,11 @@ class Conversation:
                 yield piece
         finally:
             if pieces:
-                self.turns = [*self.turns, question, {"role": "assistant", "content": "".join(pieces)}]
+                self.turns = [
+                    *self.turns,
+                    question,
+                    {"role": "assistant", "content": "".join(pieces)},
+                ]
 
     def _fit(self, question: Message) -> tuple[list[int], list[Message]]:
         """Return the prompt for `question`, and as many of the newest turns as fit with it and an answer."""
@@ -65,7 +71,10 @@ class Conversation:
         turns = self.turns
         while True:
             prompt = self.template.prompt([*self._system, *turns, question])
-            if limit is None or len(prompt) + min(self.settings["max_new_tokens"], limit // 2) <= limit:
+            if (
+                limit is None
+                or len(prompt) + min(self.settings["max_new_tokens"], limit // 2) <= limit
+            ):
                 break
             if not turns:
                 raise UserError(
@@ -74,9 +83,13 @@ class Conversation:
                 )
             turns = turns[2:]
         if dropped := (len(self.turns) - len(turns)) // 2:
-            self.notify(f"the conversation is longer than the model's {limit} tokens: the oldest {_pairs(dropped)} left out")
+            self.notify(
+                f"the conversation is longer than the model's {limit} tokens: the oldest {_pairs(dropped)} left out"
+            )
         return prompt, turns
 
 
 def _pairs(count: int) -> str:
-    return "question and its answer are" if count == 1 else f"{count} questions and their answers are"
+    return (
+        "question and its answer are" if count == 1 else f"{count} questions and their answers are"
+    )

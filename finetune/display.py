@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
 
@@ -21,7 +28,9 @@ class Display:
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.enabled = enabled
-        self.notes: list[str] = []  # what a reader of the run should know; the recipes write it into environment.json
+        self.notes: list[
+            str
+        ] = []  # what a reader of the run should know; the recipes write it into environment.json
 
     def say(self, text: str) -> None:
         """One line of what goes on."""
@@ -46,7 +55,9 @@ class Display:
             logger.propagate = propagate
 
     @contextmanager
-    def bar(self, label: str, total: int | None, *, unit: str = "") -> Iterator[Callable[[int], None]]:
+    def bar(
+        self, label: str, total: int | None, *, unit: str = ""
+    ) -> Iterator[Callable[[int], None]]:
         """A bar that the yielded function advances by so many units."""
         with self._progress(label, total) as update:
             done = 0
@@ -59,13 +70,17 @@ class Display:
             yield advance
 
     @contextmanager
-    def steps(self, num_steps: int, first_step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    def steps(
+        self, num_steps: int, first_step: int
+    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """A listener for the trainer's records: step, loss, lr, tokens/s and the time left."""
         with self._progress("training", num_steps, start=first_step) as update:
 
             def listen(record: Mapping[str, Any]) -> None:
                 if "evaluation" in record:
-                    self.say(f"step {record['step']}: held-out " + format_metrics(record["evaluation"]))
+                    self.say(
+                        f"step {record['step']}: held-out " + format_metrics(record["evaluation"])
+                    )
                 else:
                     facts = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['tokens_per_second']:.0f} tokens/s"
                     update(record["step"], facts)
@@ -73,7 +88,9 @@ class Display:
             yield listen
 
     @contextmanager
-    def _progress(self, label: str, total: int | None, *, start: int = 0) -> Iterator[Callable[[int, str], None]]:
+    def _progress(
+        self, label: str, total: int | None, *, start: int = 0
+    ) -> Iterator[Callable[[int, str], None]]:
         if not self.enabled:
             yield lambda done, facts: None
         elif self._console.is_terminal:
@@ -132,7 +149,9 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
         ("inactive_mass", "inactive mass", ".2%"),
         ("unrelated_loss", "unrelated loss", ".3f"),
     ]
-    return "  ".join(f"{label} {metrics[key]:{form}}" for key, label, form in shown if key in metrics)
+    return "  ".join(
+        f"{label} {metrics[key]:{form}}" for key, label, form in shown if key in metrics
+    )
 
 
 def differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:

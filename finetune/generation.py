@@ -27,7 +27,9 @@ class SamplingSettings(TypedDict):
     top_k: int  # 0: off
     repetition_penalty: float  # 1: off
     stop_ids: Sequence[int]  # the answer ends before the first of these tokens
-    seed: NotRequired[int | None]  # None: different answers each time (where the temperature is not 0)
+    seed: NotRequired[
+        int | None
+    ]  # None: different answers each time (where the temperature is not 0)
 
 
 def context_length(model: Any) -> int | None:
@@ -59,13 +61,17 @@ def generate(
             while decoder.active:
                 for i, token in decoder.step():
                     answers[i].append(token)
-                if on_progress is not None and done != (now := start + len(members) - len(decoder.active)):
+                if on_progress is not None and done != (
+                    now := start + len(members) - len(decoder.active)
+                ):
                     done = now
                     on_progress(done, len(prompts))
     return answers
 
 
-def stream(model: Any, tokenizer: Tokenizer, prompt: Sequence[int], **settings: Unpack[SamplingSettings]) -> Iterator[str]:
+def stream(
+    model: Any, tokenizer: Tokenizer, prompt: Sequence[int], **settings: Unpack[SamplingSettings]
+) -> Iterator[str]:
     """Yield the answer to one prompt in pieces of text that join to the whole answer; a character is never cut in two."""
     with evaluating(model):
         decoder = _Decoder(model, {0: prompt}, **settings)
@@ -112,12 +118,19 @@ class _Decoder:
         seed: int | None = None,
     ) -> None:
         self.model, self.device = model, model.device
-        self.temperature, self.top_p, self.top_k, self.repetition_penalty = temperature, top_p, top_k, repetition_penalty
+        self.temperature, self.top_p, self.top_k, self.repetition_penalty = (
+            temperature,
+            top_p,
+            top_k,
+            repetition_penalty,
+        )
         self.stop_ids = frozenset(stop_ids)
         self.active = list(prompts)
         limit = context_length(model)
         self.room = {i: _room(prompt, max_new_tokens, limit) for i, prompt in prompts.items()}
-        seed = secrets.randbits(32) if seed is None else seed  # not torch's own stream: a training run must not notice us
+        seed = (
+            secrets.randbits(32) if seed is None else seed
+        )  # not torch's own stream: a training run must not notice us
         self.generators = {i: torch.Generator().manual_seed(seed + i) for i in prompts}
         self.seen: torch.Tensor | None = None
         self.cache: Any = None
@@ -128,7 +141,9 @@ class _Decoder:
         """Read the first `shared` tokens, the same in all prompts, and lay out the rest, padded on the left, as the first input."""
         if shared:
             start = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            self.cache = self.model(input_ids=start, use_cache=True, logits_to_keep=1).past_key_values
+            self.cache = self.model(
+                input_ids=start, use_cache=True, logits_to_keep=1
+            ).past_key_values
             self.cache.batch_repeat_interleave(len(prompts))
         width = max(len(prompt) for prompt in prompts)
         padding = [width - len(prompt) for prompt in prompts]
@@ -139,7 +154,10 @@ class _Decoder:
         self.position_ids = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
         if self.repetition_penalty != 1.0:
             self.seen = torch.zeros(
-                len(prompts), self.model.config.get_text_config().vocab_size, dtype=torch.bool, device=self.device
+                len(prompts),
+                self.model.config.get_text_config().vocab_size,
+                dtype=torch.bool,
+                device=self.device,
             )
             for row, prompt in zip(self.seen, prompts):
                 row[torch.tensor(prompt, device=self.device)] = True
@@ -162,7 +180,11 @@ class _Decoder:
         )
         self.cache = output.past_key_values
         chosen = self._choose(output.logits[:, -1])
-        tokens = [(i, token) for i, token in zip(self.active, chosen.tolist()) if token not in self.stop_ids]
+        tokens = [
+            (i, token)
+            for i, token in zip(self.active, chosen.tolist())
+            if token not in self.stop_ids
+        ]
         for i, _ in tokens:
             self.room[i] -= 1
         going_on = {i for i, _ in tokens if self.room[i] > 0}
@@ -173,7 +195,13 @@ class _Decoder:
         if self.seen is not None:
             logits = penalise_repetition(logits, self.seen, self.repetition_penalty)
         generators = [self.generators[i] for i in self.active]
-        return next_tokens(logits, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, generators=generators)
+        return next_tokens(
+            logits,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            generators=generators,
+        )
 
     def _advance(self, chosen: torch.Tensor, kept: list[int]) -> None:
         """Make the chosen tokens the next input, without the rows that are finished."""
@@ -185,7 +213,11 @@ class _Decoder:
             self.active = self.active if kept else []
             return
         rows = torch.tensor(kept, device=self.device)
-        self.input_ids, self.position_ids, self.mask = self.input_ids[rows], self.position_ids[rows], self.mask[rows]
+        self.input_ids, self.position_ids, self.mask = (
+            self.input_ids[rows],
+            self.position_ids[rows],
+            self.mask[rows],
+        )
         self.seen = None if self.seen is None else self.seen[rows]
         self.cache.batch_select_indices(rows)
         self.active = [self.active[row] for row in kept]
@@ -194,11 +226,15 @@ class _Decoder:
 def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
     """Return how many tokens the answer may have."""
     if not prompt:
-        raise UserError("the prompt is empty, and a model continues at least one token: give a text")
+        raise UserError(
+            "the prompt is empty, and a model continues at least one token: give a text"
+        )
     if limit is None:
         return max_new_tokens
     if len(prompt) >= limit:
-        raise UserError(f"the prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the text")
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the text"
+        )
     # The newest token needs no position of its own until it is read again, but a limit that holds everywhere is easier to explain.
     return min(max_new_tokens, limit - len(prompt))
 
@@ -211,6 +247,9 @@ def _shared_length(prompts: Collection[Sequence[int]], config: Any) -> int:
     """
     if len(prompts) == 1 or getattr(config.get_text_config(), "sliding_window", None) is not None:
         return 0
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # in lexical order: what these two share, all share
+    first, last = (
+        min(map(list, prompts)),
+        max(map(list, prompts)),
+    )  # in lexical order: what these two share, all share
     limit = min(len(prompt) for prompt in prompts) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)

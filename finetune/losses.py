@@ -40,7 +40,9 @@ class FrozenRows:
     """Rows of the output head beside the A that train; together they are all of the vocabulary, or stand for it."""
 
     weight: Tensor  # [F, d], no gradients
-    offset: Tensor | None = None  # [A + F], float32: added to the logits after the soft cap; -inf takes a row out
+    offset: Tensor | None = (
+        None  # [A + F], float32: added to the logits after the soft cap; -inf takes a row out
+    )
 
 
 def causal_lm_loss(
@@ -70,13 +72,22 @@ def causal_lm_loss(
         hidden = hidden * logit_scale
         bias = None if bias is None else bias * logit_scale
     if reduction == "none":
-        options: dict[str, Any] = {"bias": bias, "frozen": frozen, "softcap": softcap, "chunk_size": chunk_size}
+        options: dict[str, Any] = {
+            "bias": bias,
+            "frozen": frozen,
+            "softcap": softcap,
+            "chunk_size": chunk_size,
+        }
         return token_scores(hidden, weight, targets, inactive=inactive, **options)
     assert reduction == "sum", reduction
-    return linear_cross_entropy(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
+    return linear_cross_entropy(
+        hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size
+    )
 
 
-def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str = "sum", inactive: Tensor | None = None) -> Tensor:
+def causal_lm_loss_of_logits(
+    logits: Tensor, labels: Tensor, *, reduction: str = "sum", inactive: Tensor | None = None
+) -> Tensor:
     """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own."""
     assert reduction in ("sum", "none"), reduction
     predicting, targets = _predictions(labels)
@@ -85,13 +96,23 @@ def causal_lm_loss_of_logits(logits: Tensor, labels: Tensor, *, reduction: str =
     losses = F.cross_entropy(chosen, targets, reduction=reduction)
     if reduction == "sum":
         return losses
-    masses = torch.zeros_like(losses) if inactive is None else torch.softmax(chosen, 1) @ inactive.to(chosen.dtype)
+    masses = (
+        torch.zeros_like(losses)
+        if inactive is None
+        else torch.softmax(chosen, 1) @ inactive.to(chosen.dtype)
+    )
     return torch.stack([losses, masses], 1)
 
 
 @torch.no_grad()
 def frozen_square_probabilities(
-    hidden: Tensor, labels: Tensor, weight: Tensor, frozen: FrozenRows, *, softcap: float | None, logit_scale: float
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    frozen: FrozenRows,
+    *,
+    softcap: float | None,
+    logit_scale: float,
 ) -> tuple[Tensor, int]:
     """The squared probability of each frozen row, summed over the N positions that predict a target, [F] float32; and N."""
     predicting, _ = _predictions(labels)
@@ -102,7 +123,11 @@ def frozen_square_probabilities(
         head = _head(weight, None, frozen, softcap, dtype)
         for chunk in _chunks(len(predicting), None, head):
             logits = _logits(_padded(hidden[chunk].to(dtype)), head)
-            total += torch.softmax(logits, 1, out=logits)[: len(hidden[chunk]), len(weight) :].square_().sum(0)
+            total += (
+                torch.softmax(logits, 1, out=logits)[: len(hidden[chunk]), len(weight) :]
+                .square_()
+                .sum(0)
+            )
     return total, len(predicting)
 
 
@@ -129,9 +154,19 @@ def linear_cross_entropy(
     the sum of the weight gradient over chunks are in float32.
     The gradients are handed out once: a second `backward` through the same loss raises an AssertionError.
     """
-    wanted = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    wanted = (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     if not (torch.is_grad_enabled() and wanted):
-        scores = token_scores(hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size)
+        scores = token_scores(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            frozen=frozen,
+            softcap=softcap,
+            chunk_size=chunk_size,
+        )
         return scores[:, 0].sum()
     return _LinearCrossEntropy.apply(hidden, weight, targets, bias, frozen, softcap, chunk_size)
 
@@ -182,7 +217,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and needs_bias else None
+        grad_bias = (
+            torch.zeros_like(bias, dtype=accumulate) if bias is not None and needs_bias else None
+        )
         total = hidden.new_zeros((), dtype=accumulate)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, bias, frozen, softcap, dtype)
@@ -196,7 +233,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 trained = grad[:, : len(weight)]
                 if grad_hidden is not None:
                     product = trained @ head.weight
-                    product = product if head.frozen is None else product.addmm_(grad[:, len(weight) :], head.frozen)
+                    product = (
+                        product
+                        if head.frozen is None
+                        else product.addmm_(grad[:, len(weight) :], head.frozen)
+                    )
                     grad_hidden[chunk] = product[: len(targets[chunk])]
                 if grad_weight is not None:
                     add_product(grad_weight, trained.t(), states)
@@ -215,10 +256,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.gradients is not None, "the gradients of linear_cross_entropy are handed out once: no second backward"
+        assert ctx.gradients is not None, (
+            "the gradients of linear_cross_entropy are handed out once: no second backward"
+        )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: the weight gradient is the largest tensor of the step.
-        return tuple(gradient if gradient is None else gradient.mul_(grad_output) for gradient in gradients)
+        return tuple(
+            gradient if gradient is None else gradient.mul_(grad_output) for gradient in gradients
+        )
 
 
 class _Head(NamedTuple):
@@ -235,7 +280,13 @@ class _Head(NamedTuple):
         return len(self.weight) + (0 if self.frozen is None else len(self.frozen))
 
 
-def _head(weight: Tensor, bias: Tensor | None, frozen: FrozenRows | None, softcap: float | None, dtype: torch.dtype) -> _Head:
+def _head(
+    weight: Tensor,
+    bias: Tensor | None,
+    frozen: FrozenRows | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> _Head:
     assert bias is None or frozen is None
     bias = None if bias is None else bias.to(dtype)
     rows, offset = (None, None) if frozen is None else (frozen.weight.to(dtype), frozen.offset)
@@ -262,7 +313,9 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Te
 def _slope(logits: Tensor, head: _Head) -> Tensor:
     """The derivative of the soft cap's tanh, from capped logits."""
     assert head.softcap is not None
-    if head.offset is not None:  # a row taken out has -inf - -inf; its gradient is zero whatever the slope
+    if (
+        head.offset is not None
+    ):  # a row taken out has -inf - -inf; its gradient is zero whatever the slope
         logits = (logits - head.offset).nan_to_num_()
     return torch.addcmul(logits.new_ones(()), logits, logits, value=-1 / head.softcap**2)
 
@@ -293,7 +346,11 @@ def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:
 
 def _padded(states: Tensor) -> Tensor:
     """States [n, d] of a chunk, in the dtype of the products, with rows of zeros at the end."""
-    missing = -len(states) % MULTIPLE if states.dtype == torch.bfloat16 and states.device.type == "cpu" else 0
+    missing = (
+        -len(states) % MULTIPLE
+        if states.dtype == torch.bfloat16 and states.device.type == "cpu"
+        else 0
+    )
     return F.pad(states, (0, 0, 0, missing)) if missing else states
 
 

@@ -62,16 +62,25 @@ def add_up(
     moments |= {name: standing + allocated for name, allocated in readings.items()}
     if export:
         moments["export"] = standing + export
-    return MemoryEstimate(baseline, weights, gradients, optimizer_state, step.activations, step.loss, moments)
+    return MemoryEstimate(
+        baseline, weights, gradients, optimizer_state, step.activations, step.loss, moments
+    )
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the distinct tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in {id(tensor): tensor for tensor in tensors}.values()
+    )
 
 
 def optimizer_state_bytes(
-    model: nn.Module, bytes_per_parameter: float, *, sparse_tables: Iterable[nn.Embedding], used_rows: int
+    model: nn.Module,
+    bytes_per_parameter: float,
+    *,
+    sparse_tables: Iterable[nn.Embedding],
+    used_rows: int,
 ) -> int:
     """State of every trainable parameter; of a row-sparse table, that of the rows in use alone."""
     tables = {id(table.weight) for table in sparse_tables}
@@ -99,7 +108,10 @@ def process_memory() -> int:
 
 
 def _container_limit() -> int | None:
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+    for path in (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
         if path.is_file() and (text := path.read_text().strip()).isdigit():
             return int(text)
     return None

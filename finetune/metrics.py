@@ -27,7 +27,9 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     return nats / math.log(2) / num_bytes if num_bytes else math.nan
 
 
-def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
+def text_metrics(
+    names: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+) -> dict[str, float | str]:
     """Score a corpus: `{"chrf": 34.4, "chrf_signature": "nrefs:1|...", ...}` for each of `names`, from 0 to 100.
 
     An empty output is a wrong one. Raises UserError for an unknown name, and where there is nothing to score.
@@ -36,9 +38,13 @@ def text_metrics(names: Sequence[str], outputs: Sequence[str], references: Seque
     scores: dict[str, float | str] = {}
     for name in names:
         if name not in TEXT_METRICS:
-            raise UserError(f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are {', '.join(TEXT_METRICS)}")
+            raise UserError(
+                f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are {', '.join(TEXT_METRICS)}"
+            )
         if not outputs:
-            raise UserError(f"there is no output to compute {name} from: the held-out data gave no prompt")
+            raise UserError(
+                f"there is no output to compute {name} from: the held-out data gave no prompt"
+            )
         metric = TEXT_METRICS[name]()
         scores[name] = metric.corpus_score(outputs, [references]).score
         scores[f"{name}_signature"] = str(metric.get_signature())

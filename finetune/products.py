@@ -20,7 +20,9 @@ def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left @ right, in the dtype of the factors or, where they can be widened, in float32."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
-    elif not isinstance(out, FakeTensor):  # which holds no numbers, and whose stand-ins do not know `out_dtype`
+    elif not isinstance(
+        out, FakeTensor
+    ):  # which holds no numbers, and whose stand-ins do not know `out_dtype`
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 

@@ -18,7 +18,12 @@ def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float
 
 
 def next_tokens(
-    logits: torch.Tensor, *, temperature: float, top_p: float, top_k: int, generators: Sequence[torch.Generator]
+    logits: torch.Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
     """Choose one token a row, [rows] int64, from `logits` [rows, vocabulary].
 
@@ -34,8 +39,12 @@ def next_tokens(
     # A token stays while those before it have not reached top_p: the likeliest one always does.
     probabilities = probabilities.masked_fill(cumulative - probabilities >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
-    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(logits.device)
+    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(
+        logits.device
+    )
     # Inverse transform sampling: the first place where the cumulative probability passes the uniform number.
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # guards against rounding at the very end
+    last_kept = (probabilities > 0).sum(
+        dim=-1, keepdim=True
+    ) - 1  # guards against rounding at the very end
     return tokens.gather(1, torch.minimum(place, last_kept)).squeeze(1)

@@ -46,8 +46,14 @@ def forget_after(path: Path, step: int) -> None:
 
 def tracker_values(record: Mapping[str, Any]) -> dict[str, float]:
     """A record as flat numbers for a tracker: {"train/loss": …} or {"evaluation/loss": …}."""
-    part, values = ("evaluation", record["evaluation"]) if "evaluation" in record else ("train", record)
-    return {f"{part}/{key}": value for key, value in values.items() if isinstance(value, int | float) and key != "step"}
+    part, values = (
+        ("evaluation", record["evaluation"]) if "evaluation" in record else ("train", record)
+    )
+    return {
+        f"{part}/{key}": value
+        for key, value in values.items()
+        if isinstance(value, int | float) and key != "step"
+    }
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:

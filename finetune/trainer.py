@@ -83,12 +83,23 @@ class Trainer:
         average_rows: Callable[[], None] = lambda: None,
         before_step: Callable[[int, StepBatch], None] = lambda step, batch: None,
     ) -> None:
-        self.accelerator, self.model, self.optimizer, self.scheduler = accelerator, model, optimizer, scheduler
+        self.accelerator, self.model, self.optimizer, self.scheduler = (
+            accelerator,
+            model,
+            optimizer,
+            scheduler,
+        )
         self.batches, self.evaluate, self.cadence = batches, evaluate, cadence
         self.checkpoints, self.logger, self.guard = checkpoints, logger, guard
         self.max_grad_norm, self.seed = max_grad_norm, seed
-        self.identity, self.bad_batch_path, self.before_step = dict(identity), bad_batch_path, before_step
-        self.average_rows = average_rows  # row-sparse gradients, over the processes: see finetune.distributed
+        self.identity, self.bad_batch_path, self.before_step = (
+            dict(identity),
+            bad_batch_path,
+            before_step,
+        )
+        self.average_rows = (
+            average_rows  # row-sparse gradients, over the processes: see finetune.distributed
+        )
         self.progress = Progress()
 
     def train(self) -> Stopped:
@@ -120,7 +131,10 @@ class Trainer:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         scale = self.accelerator.num_processes / batch.num_target_tokens
         for last, micro_batch in _mark_last(batch.micro_batches):
-            on_device = {key: value.to(self.accelerator.device, non_blocking=True) for key, value in micro_batch.items()}
+            on_device = {
+                key: value.to(self.accelerator.device, non_blocking=True)
+                for key, value in micro_batch.items()
+            }
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self.model(**on_device)
                 self.accelerator.backward(loss * scale)
@@ -129,7 +143,9 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
-        loss_mean, signalled = self._agree(loss_sum, batch.num_target_tokens, stop)  # waits for the GPU
+        loss_mean, signalled = self._agree(
+            loss_sum, batch.num_target_tokens, stop
+        )  # waits for the GPU
         grad_norm = float(norm)
         self._stop_if_diverged(loss_mean, grad_norm, batch)
         lr = self.scheduler.get_last_lr()[0]
@@ -153,15 +169,21 @@ class Trainer:
         }
         return record, signalled
 
-    def _agree(self, loss_sum: torch.Tensor, num_target_tokens: int, stop: bool) -> tuple[float, bool]:
+    def _agree(
+        self, loss_sum: torch.Tensor, num_target_tokens: int, stop: bool
+    ) -> tuple[float, bool]:
         """The step's mean loss, and whether any process was told to stop: the same answer on every process."""
-        shared = torch.stack([loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=loss_sum.device)])
+        shared = torch.stack(
+            [loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=loss_sum.device)]
+        )
         total, stops = self.accelerator.reduce(shared, reduction="sum").tolist()
         return total / num_target_tokens, stops > 0
 
     def _stop_if_diverged(self, loss: float, grad_norm: float, batch: StepBatch) -> None:
         scaled = self.accelerator.scaler is not None and math.isfinite(loss)
-        problem = self.guard.problem(loss, 0.0 if scaled else grad_norm)  # the fp16 scaler itself skips overflowing steps
+        problem = self.guard.problem(
+            loss, 0.0 if scaled else grad_norm
+        )  # the fp16 scaler itself skips overflowing steps
         if problem is None:
             return
         kept = f"is in {self.bad_batch_path}"
@@ -190,7 +212,11 @@ class Trainer:
         best, sign = self.progress.best_value, 1 if self.cadence.higher_is_better else -1
         improved = best is None or sign * value > sign * best
         if improved:
-            self.progress.best_value, self.progress.best_step, self.progress.evaluations_since_best = value, step, 0
+            (
+                self.progress.best_value,
+                self.progress.best_step,
+                self.progress.evaluations_since_best,
+            ) = value, step, 0
         else:
             self.progress.evaluations_since_best += 1
         return improved
@@ -203,7 +229,10 @@ class Trainer:
         return improved is not None if every is None else step % every == 0
 
     def _out_of_patience(self) -> bool:
-        return self.cadence.patience is not None and self.progress.evaluations_since_best >= self.cadence.patience
+        return (
+            self.cadence.patience is not None
+            and self.progress.evaluations_since_best >= self.cadence.patience
+        )
 
     def _save(self) -> None:
         self.optimizer.eval()
@@ -218,7 +247,9 @@ class Trainer:
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
                 "data": self.batches.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "scaler": self.accelerator.scaler.state_dict()
+                if self.accelerator.scaler is not None
+                else None,
                 "identity": self.identity,
             },
         }
@@ -232,9 +263,14 @@ class Trainer:
         state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
         self.restore(checkpoint)
         schedule, base = state["scheduler"], self.scheduler.base_lrs
-        lrs = [lr * factor(schedule["last_epoch"]) for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)]
+        lrs = [
+            lr * factor(schedule["last_epoch"])
+            for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)
+        ]
         self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
-        for group, own, initial, lr in zip(self.optimizer.param_groups, options, base, lrs, strict=True):
+        for group, own, initial, lr in zip(
+            self.optimizer.param_groups, options, base, lrs, strict=True
+        ):
             group.update({**own, "initial_lr": initial, "lr": lr})
         self.batches.load_state_dict(state["data"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -243,7 +279,11 @@ class Trainer:
         self.guard.load_state_dict(self.progress.guard)
         best = self.progress.best_step
         if best is not None and not is_complete(self.checkpoints.path(best)):
-            self.progress.best_step, self.progress.best_value, self.progress.evaluations_since_best = None, None, 0
+            (
+                self.progress.best_step,
+                self.progress.best_value,
+                self.progress.evaluations_since_best,
+            ) = None, None, 0
             return best
         return None
 
@@ -271,7 +311,11 @@ def step_seed(seed: int, step: int, process: int) -> int:
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state of the parameters that train, and of every buffer; frozen weights come back from the base model."""
-    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    frozen = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
@@ -286,7 +330,11 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint
         stored = load(checkpoint, "model.pt", own=lambda place: weights.get(place[0]))
         unexpected = model.load_state_dict(stored, strict=False).unexpected_keys
         assert not unexpected, unexpected
-        stored = load(checkpoint, "optimizer.pt", own=lambda place: parameters[place[1]] if place[0] == "state" else None)
+        stored = load(
+            checkpoint,
+            "optimizer.pt",
+            own=lambda place: parameters[place[1]] if place[0] == "state" else None,
+        )
         optimizer.load_state_dict(stored)
 
 

@@ -37,15 +37,25 @@ def translate_lines(
         try:
             answers = generate(model, prompts, batch_size=batch_size, **settings)
         except UserError as error:
-            raise UserError(f"lines {first} to {first + len(chunk) - 1} cannot be translated: {error}") from error
+            raise UserError(
+                f"lines {first} to {first + len(chunk) - 1} cannot be translated: {error}"
+            ) from error
         translations = dict(zip(numbers, answers))
         for number in range(len(chunk)):
             answer = tokenizer.decode(translations.get(number, []), skip_special_tokens=True)
-            yield " ".join(line.strip() for line in answer.splitlines()).strip()  # not split(): French has spaces of its own
+            yield " ".join(
+                line.strip() for line in answer.splitlines()
+            ).strip()  # not split(): French has spaces of its own
         first += len(chunk)
 
 
-def translate_file(source: Path, target: Path, *, on_progress: Callable[[int, int], None] | None = None, **options: Any) -> int:
+def translate_file(
+    source: Path,
+    target: Path,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> int:
     """Translate the UTF-8 file `source` line by line into `target` and return the number of lines.
 
     `options` are those of `translate_lines`. Lines are written as they come, so what is done is kept if the work is broken off.
@@ -66,5 +76,7 @@ def translate_file(source: Path, target: Path, *, on_progress: Callable[[int, in
     except OSError as error:
         raise UserError(f"{source} cannot be translated into {target}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 text (byte {error.start}): convert it first") from error
+        raise UserError(
+            f"{source} is not UTF-8 text (byte {error.start}): convert it first"
+        ) from error
     return total

@@ -29,7 +29,9 @@ from torch import Tensor
 from finetune.losses import FrozenRows, linear_cross_entropy
 from finetune.models.precision import resolve_precision
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states [N, d], table [V, d] and targets [N]
+Loss = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # of hidden states [N, d], table [V, d] and targets [N]
 WARMUP = 2
 WAYS = ("full", "active", "sampled", "plain", "torch", "liger")
 
@@ -38,7 +40,9 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def ways(args: argparse.Namespace, table: Tensor, dtype: torch.dtype) -> dict[str, tuple[Tensor, Loss]]:
+def ways(
+    args: argparse.Namespace, table: Tensor, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Loss]]:
     """Of each way the rows that train and its loss. `dtype`: of the products, in which training keeps the frozen rows."""
     softcap = args.softcap
     rest = table[args.active :].detach().to(dtype)
@@ -48,12 +52,20 @@ def ways(args: argparse.Namespace, table: Tensor, dtype: torch.dtype) -> dict[st
     active = table[: args.active].detach().clone().requires_grad_()
 
     def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(capped((hidden @ weight.t()).float(), softcap), targets, reduction="sum")
+        return F.cross_entropy(
+            capped((hidden @ weight.t()).float(), softcap), targets, reduction="sum"
+        )
 
     found: dict[str, tuple[Tensor, Loss]] = {
         "full": (table, lambda h, w, t: linear_cross_entropy(h, w, t, softcap=softcap)),
-        "active": (active, lambda h, w, t: linear_cross_entropy(h, w, t, frozen=frozen, softcap=softcap)),
-        "sampled": (active, lambda h, w, t: linear_cross_entropy(h, w, t, frozen=sample, softcap=softcap)),
+        "active": (
+            active,
+            lambda h, w, t: linear_cross_entropy(h, w, t, frozen=frozen, softcap=softcap),
+        ),
+        "sampled": (
+            active,
+            lambda h, w, t: linear_cross_entropy(h, w, t, frozen=sample, softcap=softcap),
+        ),
         "plain": (table, plain),
     }
     theirs = getattr(F, "linear_cross_entropy", None)
@@ -64,7 +76,9 @@ def ways(args: argparse.Namespace, table: Tensor, dtype: torch.dtype) -> dict[st
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
         except ImportError:
             return found
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=softcap, accum_dtype=torch.float32)
+        liger = LigerFusedLinearCrossEntropyLoss(
+            reduction="sum", softcap=softcap, accum_dtype=torch.float32
+        )
         found["liger"] = (table, lambda h, w, t: liger(w, h, t))
     return found
 
@@ -105,10 +119,16 @@ def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", nargs="+", default=["49152x576", "262144x640"], help="rows x width of the table")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--heads", nargs="+", default=["49152x576", "262144x640"], help="rows x width of the table"
+    )
     parser.add_argument("--tokens", type=int, default=512, help="tokens that are predicted")
-    parser.add_argument("--active", type=int, default=8192, help="rows that train, for active and sampled")
+    parser.add_argument(
+        "--active", type=int, default=8192, help="rows that train, for active and sampled"
+    )
     parser.add_argument("--sampled", type=int, default=4096, help="frozen rows in a sample")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--rounds", type=int, default=5)
@@ -118,7 +138,9 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if any(int(head.split("x")[0]) < args.active + args.sampled for head in args.heads):
-        parser.error(f"a head needs {args.active} + {args.sampled} rows at least; lower --active or --sampled")
+        parser.error(
+            f"a head needs {args.active} + {args.sampled} rows at least; lower --active or --sampled"
+        )
     heads = [measure(args, *map(int, head.split("x"))) for head in args.heads]
     for head in heads:
         drawn = Table(title=f"{head['rows']:,} x {head['width']}, {args.tokens:,} tokens")
@@ -126,9 +148,17 @@ def main() -> None:
             drawn.add_column(column, justify="right")
         for name, found in head["ways"].items():
             median, least, most = found["ms"]
-            drawn.add_row(name, f"{median:.1f} ({least:.1f}-{most:.1f})", f"{found['gb']:.2f}" if found["gb"] else "")
+            drawn.add_row(
+                name,
+                f"{median:.1f} ({least:.1f}-{most:.1f})",
+                f"{found['gb']:.2f}" if found["gb"] else "",
+            )
         Console().print(drawn)
-    print(json.dumps({"tokens": args.tokens, "active": args.active, "softcap": args.softcap, "heads": heads}))
+    print(
+        json.dumps(
+            {"tokens": args.tokens, "active": args.active, "softcap": args.softcap, "heads": heads}
+        )
+    )
 
 
 if __name__ == "__main__":

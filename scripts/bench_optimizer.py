@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from finetune.optim.lazy_adamw import LazyAdamW
 
 STEP = 3000  # of the steady state that is set up
-SHAPES = [(v << 10, d, k) for v in (32, 128, 256) for d in (512, 640, 1024) for k in (256, 2048, 16384)]
+SHAPES = [
+    (v << 10, d, k) for v in (32, 128, 256) for d in (512, 640, 1024) for k in (256, 2048, 16384)
+]
 QUICK = [(128 << 10, 640, 2048), (256 << 10, 640, 2048)]
 
 
@@ -54,7 +56,9 @@ class Shape:
     def __init__(self, vocabulary: int, width: int, touched: int, names: list[str]) -> None:
         self.touched = touched
         weight = torch.randn(vocabulary, width) * 0.02
-        self.dense_grad = torch.zeros_like(weight) if any("AdamW(" in name for name in names) else None
+        self.dense_grad = (
+            torch.zeros_like(weight) if any("AdamW(" in name for name in names) else None
+        )
         self.frequency = 1 / torch.arange(1, vocabulary + 1.0)
         self.optimizers, self.weights, self.module = {}, {}, None
         for name in names:
@@ -62,13 +66,19 @@ class Shape:
             options = {"lr": lr_at(STEP)}
             match name:
                 case "AdamW(fused)":
-                    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.1, fused=True, **options)
+                    optimizer = torch.optim.AdamW(
+                        module.parameters(), weight_decay=0.1, fused=True, **options
+                    )
                 case "AdamW(foreach)":
-                    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.1, foreach=True, **options)
+                    optimizer = torch.optim.AdamW(
+                        module.parameters(), weight_decay=0.1, foreach=True, **options
+                    )
                 case "SparseAdam":
                     optimizer = torch.optim.SparseAdam(module.parameters(), **options)
                 case _:
-                    optimizer = LazyAdamW(module.parameters(), weight_decay=0.1, embeddings=[module], **options)
+                    optimizer = LazyAdamW(
+                        module.parameters(), weight_decay=0.1, embeddings=[module], **options
+                    )
                     self.module = module
                     self._enter_steady_state(module)
             self.optimizers[name], self.weights[name] = optimizer, module.weight
@@ -117,17 +127,24 @@ class Shape:
                 weight.grad.index_copy_(0, rows, values)
                 optimizer.step()
         else:
-            weight.grad = torch.sparse_coo_tensor(rows[None], values, weight.shape, is_coalesced=True, check_invariants=False)
+            weight.grad = torch.sparse_coo_tensor(
+                rows[None], values, weight.shape, is_coalesced=True, check_invariants=False
+            )
             run = optimizer.step
         return timed(run)
 
     def state_bytes(self, name: str) -> int:
         if name == "LazyAdamW":
             state = self.module.row_table.stored_state()
-            kept = [state[key] for key in ("rows", "last_step", "exp_avg", "exp_avg_sq")] + [self.module.row_table.slot_of_row]
+            kept = [state[key] for key in ("rows", "last_step", "exp_avg", "exp_avg_sq")] + [
+                self.module.row_table.slot_of_row
+            ]
         else:
             kept = [
-                value for state in self.optimizers[name].state.values() for value in state.values() if isinstance(value, Tensor)
+                value
+                for state in self.optimizers[name].state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
             ]
         return sum(value.nbytes for value in kept)
 
@@ -160,17 +177,38 @@ def bench_steps(shapes: list[tuple[int, int, int]], names: list[str], repeats: i
             for name in names:
                 if name != "AdamW(foreach)" or turn <= 4:
                     seconds[name].append(shape.step(name, rows, values, lr))
-            if shape.module is not None:  # as in training: the forward looks the rows up, much else happens, the step comes
+            if (
+                shape.module is not None
+            ):  # as in training: the forward looks the rows up, much else happens, the step comes
                 table, weight = shape.module.row_table, shape.module.weight.detach()
                 rows, values = shape.batch()
-                lookups.append(timed(lambda table=table, weight=weight, rows=rows: table.read(weight, rows, step_follows=True)))
+                lookups.append(
+                    timed(
+                        lambda table=table, weight=weight, rows=rows: table.read(
+                            weight, rows, step_follows=True
+                        )
+                    )
+                )
                 shape.step(names[0], rows, values, lr)
                 seconds[after_lookup].append(shape.step("LazyAdamW", rows, values, lr))
-        entry = {"vocabulary": vocabulary, "width": width, "touched": touched, "floor_ms": 1e3 * floor, "optimizers": {}}
+        entry = {
+            "vocabulary": vocabulary,
+            "width": width,
+            "touched": touched,
+            "floor_ms": 1e3 * floor,
+            "optimizers": {},
+        }
         for name in seconds:
-            found = {**summary(seconds[name][2:]), "state_bytes": shape.state_bytes("LazyAdamW" if name == after_lookup else name)}
+            found = {
+                **summary(seconds[name][2:]),
+                "state_bytes": shape.state_bytes("LazyAdamW" if name == after_lookup else name),
+            }
             entry["optimizers"][name] = found
-            fused = summary(seconds["AdamW(fused)"][2:])["median_ms"] if "AdamW(fused)" in names else math.nan
+            fused = (
+                summary(seconds["AdamW(fused)"][2:])["median_ms"]
+                if "AdamW(fused)" in names
+                else math.nan
+            )
             ratio = fused / found["median_ms"]
             print(
                 f"{vocabulary >> 10:>8}k x {width:<4}{touched:>6}  {name:<22}{found['median_ms']:>9.1f} "
@@ -181,7 +219,11 @@ def bench_steps(shapes: list[tuple[int, int, int]], names: list[str], repeats: i
             entry["lookup"] = summary(lookups[2:])
             print(f"{'':>21}  {'its lookup':<22}{entry['lookup']['median_ms']:>9.1f}")
         results.append(entry)
-    return {"bandwidth_bytes_per_second": bandwidth, "threads": torch.get_num_threads(), "steps": results}
+    return {
+        "bandwidth_bytes_per_second": bandwidth,
+        "threads": torch.get_num_threads(),
+        "steps": results,
+    }
 
 
 def text_ids(path: Path, vocabulary: int) -> Tensor:
@@ -200,10 +242,18 @@ def training(kind: str, ids: Tensor, batch: tuple[int, int]):
 
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048)
+        GPTNeoXConfig(
+            vocab_size=50304,
+            hidden_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            intermediate_size=2048,
+        )
     )
     if kind == "LazyAdamW":
-        optimizer = LazyAdamW(model.parameters(), lr=1e-4, embeddings=[model.get_input_embeddings()])
+        optimizer = LazyAdamW(
+            model.parameters(), lr=1e-4, embeddings=[model.get_input_embeddings()]
+        )
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     size = batch[0] * batch[1]
@@ -244,7 +294,11 @@ def bench_training(path: Path, batch: tuple[int, int], steps: int) -> dict:
     results = {}
     for kind in kinds:
         whole, optimizer = ([step[i] for step in taken[kind][2:]] for i in (0, 1))
-        found = {"whole": summary(whole), "optimizer": summary(optimizer), "peak_bytes": peak_memory(kind, ids, batch, 4)}
+        found = {
+            "whole": summary(whole),
+            "optimizer": summary(optimizer),
+            "peak_bytes": peak_memory(kind, ids, batch, 4),
+        }
         found["losses"] = [step[2] for step in taken[kind]]
         results[kind] = found
         print(
@@ -257,18 +311,33 @@ def bench_training(path: Path, batch: tuple[int, int], steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two shapes, few repeats")
-    parser.add_argument("--end-to-end", type=Path, metavar="TEXT_FILE", help="time whole training steps on this text instead")
+    parser.add_argument(
+        "--end-to-end",
+        type=Path,
+        metavar="TEXT_FILE",
+        help="time whole training steps on this text instead",
+    )
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("ROWS", "TOKENS"))
-    parser.add_argument("--optimizers", nargs="+", default=["AdamW(fused)", "AdamW(foreach)", "SparseAdam", "LazyAdamW"])
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=["AdamW(fused)", "AdamW(foreach)", "SparseAdam", "LazyAdamW"],
+    )
     arguments = parser.parse_args()
     torch.manual_seed(0)
     if arguments.end_to_end:
-        results = bench_training(arguments.end_to_end, tuple(arguments.batch), arguments.repeats or 6)
+        results = bench_training(
+            arguments.end_to_end, tuple(arguments.batch), arguments.repeats or 6
+        )
     else:
-        results = bench_steps(QUICK if arguments.quick else SHAPES, arguments.optimizers, arguments.repeats or 15)
+        results = bench_steps(
+            QUICK if arguments.quick else SHAPES, arguments.optimizers, arguments.repeats or 15
+        )
     print(json.dumps(results))
 
 

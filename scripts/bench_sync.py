@@ -39,7 +39,11 @@ OWN_NAMESPACE = "FINETUNE_BENCH_NAMESPACE"
 
 def bytes_on_loopback() -> int:
     """Sent so far, by every process of the machine (of the namespace)."""
-    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    line = next(
+        line
+        for line in Path("/proc/net/dev").read_text().splitlines()
+        if line.strip().startswith("lo:")
+    )
     return int(line.split(":")[1].split()[8])
 
 
@@ -69,7 +73,9 @@ def zipf_rows(vocabulary: int, tokens: int) -> Tensor:
     """The rows that a batch of this process uses, ascending."""
     torch.manual_seed(dist.get_rank())
     ids = torch.multinomial(1 / torch.arange(1, vocabulary + 1.0), tokens, replacement=True)
-    scattered = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(7))  # frequent rows lie anywhere
+    scattered = torch.randperm(
+        vocabulary, generator=torch.Generator().manual_seed(7)
+    )  # frequent rows lie anywhere
     return scattered[ids].unique()
 
 
@@ -77,7 +83,9 @@ def bench(vocabulary: int, width: int, tokens: int, steps: int) -> dict[str, Any
     """Both ways for one table, on this process."""
     rows = zipf_rows(vocabulary, tokens)
     table = nn.Embedding.from_pretrained(torch.zeros(vocabulary, width), freeze=False)
-    averager = RowGradients(LazyAdamW(table.parameters(), embeddings=[table]), say=lambda text: None)
+    averager = RowGradients(
+        LazyAdamW(table.parameters(), embeddings=[table]), say=lambda text: None
+    )
     values = torch.randn(len(rows), width)
 
     def sparse() -> None:
@@ -111,9 +119,18 @@ def bench(vocabulary: int, width: int, tokens: int, steps: int) -> dict[str, Any
     }
 
 
-def worker(rank: int, processes: int, port: int, vocabularies: list[int], args: argparse.Namespace, results: Any) -> None:
+def worker(
+    rank: int,
+    processes: int,
+    port: int,
+    vocabularies: list[int],
+    args: argparse.Namespace,
+    results: Any,
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes
+    )
     for vocabulary in vocabularies:
         result = bench(vocabulary, args.width, args.tokens, args.steps)
         if rank == 0:
@@ -121,12 +138,16 @@ def worker(rank: int, processes: int, port: int, vocabularies: list[int], args: 
     dist.destroy_process_group()
 
 
-def launch(processes: int, vocabularies: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+def launch(
+    processes: int, vocabularies: list[int], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Start so many processes and return what process 0 measured for each vocabulary."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(worker, (processes, port, vocabularies, args, results), nprocs=processes)
+    torch.multiprocessing.spawn(
+        worker, (processes, port, vocabularies, args, results), nprocs=processes
+    )
     return [results.get() for _ in vocabularies]
 
 
@@ -134,7 +155,10 @@ def projection(processes: int, vocabulary: int, width: int, tokens: int) -> dict
     """The formula with the rows to be expected of Zipf ids."""
     chance = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
     chance /= chance.sum()
-    most, union = (float(-torch.expm1(count * torch.log1p(-chance)).sum()) for count in (tokens, tokens * processes))
+    most, union = (
+        float(-torch.expm1(count * torch.log1p(-chance)).sum())
+        for count in (tokens, tokens * processes)
+    )
     return {
         "processes": processes,
         "vocabulary": vocabulary,
@@ -148,7 +172,9 @@ def projection(processes: int, vocabulary: int, width: int, tokens: int) -> dict
     }
 
 
-def crossing(vocabulary: int, args: argparse.Namespace, passed: Callable[[dict[str, Any]], bool]) -> int | None:
+def crossing(
+    vocabulary: int, args: argparse.Namespace, passed: Callable[[dict[str, Any]], bool]
+) -> int | None:
     """The smallest number of processes, up to 2^20, for which the projection has `passed`; it stays so beyond."""
     at = lambda processes: passed(projection(processes, vocabulary, args.width, args.tokens))  # noqa: E731
     low, high = 1, 2
@@ -164,28 +190,51 @@ def crossing(vocabulary: int, args: argparse.Namespace, passed: Callable[[dict[s
 
 def crossings(vocabulary: int, args: argparse.Namespace) -> dict[str, int | None]:
     return {
-        "reduce_below_gather": crossing(vocabulary, args, lambda p: p["reduce_bytes"] < p["gather_bytes"]),
-        "gather_above_dense": crossing(vocabulary, args, lambda p: p["gather_bytes"] > p["dense_bytes"]),
-        "rows_above_half_dense": crossing(vocabulary, args, lambda p: p["row_bytes"] > p["dense_bytes"] / 2),
+        "reduce_below_gather": crossing(
+            vocabulary, args, lambda p: p["reduce_bytes"] < p["gather_bytes"]
+        ),
+        "gather_above_dense": crossing(
+            vocabulary, args, lambda p: p["gather_bytes"] > p["dense_bytes"]
+        ),
+        "rows_above_half_dense": crossing(
+            vocabulary, args, lambda p: p["row_bytes"] > p["dense_bytes"] / 2
+        ),
     }
 
 
 def print_measured(results: list[dict[str, Any]]) -> None:
-    print("\nprocesses  vocabulary   rows   union   dense MB (formula)   rows MB (formula)   share   dense ms  rows ms   share")
+    print(
+        "\nprocesses  vocabulary   rows   union   dense MB (formula)   rows MB (formula)   share   dense ms  rows ms   share"
+    )
     for r in results:
-        dense, rows = (f"{r[name + '_bytes'] / 1e6:8.2f} ({r[name + '_formula'] / 1e6:7.2f})" for name in ("dense", "row"))
-        shares = (f"1/{r['dense_' + what] / r['row_' + what]:<5.0f}" for what in ("bytes", "seconds"))
+        dense, rows = (
+            f"{r[name + '_bytes'] / 1e6:8.2f} ({r[name + '_formula'] / 1e6:7.2f})"
+            for name in ("dense", "row")
+        )
+        shares = (
+            f"1/{r['dense_' + what] / r['row_' + what]:<5.0f}" for what in ("bytes", "seconds")
+        )
         times = f"{r['dense_seconds'] * 1e3:8.1f} {r['row_seconds'] * 1e3:8.1f}"
-        counts = f"{r['processes']:9}  {r['vocabulary']:10,}  {r['most_rows']:5,}  {r['union_rows']:6,}"
+        counts = (
+            f"{r['processes']:9}  {r['vocabulary']:10,}  {r['most_rows']:5,}  {r['union_rows']:6,}"
+        )
         print(f"{counts}   {dense}  {rows}   {next(shares)} {times}   {next(shares)}")
 
 
-def print_projected(projected: list[dict[str, Any]], found: dict[int, dict[str, int | None]]) -> None:
-    print("\nprojected  vocabulary   rows    union    ids MB  gather MB  reduce MB   dense MB   taken   share of dense")
+def print_projected(
+    projected: list[dict[str, Any]], found: dict[int, dict[str, int | None]]
+) -> None:
+    print(
+        "\nprojected  vocabulary   rows    union    ids MB  gather MB  reduce MB   dense MB   taken   share of dense"
+    )
     for p in projected:
         taken = "gather" if p["gather_bytes"] <= p["reduce_bytes"] else "reduce"
-        counts = f"{p['processes']:9,}  {p['vocabulary']:10,}  {p['most_rows']:5,}  {p['union_rows']:7,}"
-        sizes = " ".join(f"{p[name + '_bytes'] / 1e6:10,.2f}" for name in ("index", "gather", "reduce", "dense"))
+        counts = (
+            f"{p['processes']:9,}  {p['vocabulary']:10,}  {p['most_rows']:5,}  {p['union_rows']:7,}"
+        )
+        sizes = " ".join(
+            f"{p[name + '_bytes'] / 1e6:10,.2f}" for name in ("index", "gather", "reduce", "dense")
+        )
         print(f"{counts} {sizes}   {taken}   {p['row_bytes'] / p['dense_bytes']:.3f}")
     for vocabulary, at in found.items():
         print(
@@ -194,7 +243,9 @@ def print_projected(projected: list[dict[str, Any]], found: dict[int, dict[str, 
         )
 
 
-def draw(path: Path, vocabulary: int, results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def draw(
+    path: Path, vocabulary: int, results: list[dict[str, Any]], args: argparse.Namespace
+) -> None:
     """Megabytes per process and step over the number of processes."""
     import matplotlib
 
@@ -210,12 +261,27 @@ def draw(path: Path, vocabulary: int, results: list[dict[str, Any]], args: argpa
         ("reduce", "all-reduce of the union", ":"),
     ):
         axes.plot(counts, [point[key + "_bytes"] / 1e6 for point in points], style, label=label)
-    axes.plot(counts, [point["row_bytes"] / 1e6 for point in points], color="black", alpha=0.25, linewidth=5, label="what is done")
+    axes.plot(
+        counts,
+        [point["row_bytes"] / 1e6 for point in points],
+        color="black",
+        alpha=0.25,
+        linewidth=5,
+        label="what is done",
+    )
     own = [result for result in results if result["vocabulary"] == vocabulary]
     for key, label in (("dense_bytes", "measured, dense"), ("row_bytes", "measured, rows")):
-        axes.plot([result["processes"] for result in own], [result[key] / 1e6 for result in own], "o", label=label)
+        axes.plot(
+            [result["processes"] for result in own],
+            [result[key] / 1e6 for result in own],
+            "o",
+            label=label,
+        )
     axes.set(xscale="log", yscale="log", xlabel="processes", ylabel="MB sent per process and step")
-    axes.set_title(f"{vocabulary:,} x {args.width} float32, {args.tokens:,} Zipf tokens per process", fontsize=10)
+    axes.set_title(
+        f"{vocabulary:,} x {args.width} float32, {args.tokens:,} Zipf tokens per process",
+        fontsize=10,
+    )
     axes.set_xticks([2, 8, 64, 1024], ["2", "8", "64", "1,024"])
     axes.legend(fontsize=8)
     figure.savefig(path, bbox_inches="tight")
@@ -226,33 +292,58 @@ def move_to_own_namespace() -> bool:
     if OWN_NAMESPACE in os.environ:
         return True
     enter = ["unshare", "--user", "--map-root-user", "--net"]
-    if shutil.which("ip") and shutil.which("unshare") and subprocess.run([*enter, "true"], capture_output=True).returncode == 0:
+    if (
+        shutil.which("ip")
+        and shutil.which("unshare")
+        and subprocess.run([*enter, "true"], capture_output=True).returncode == 0
+    ):
         command = 'ip link set lo up && exec "$@"'
-        os.environ |= {OWN_NAMESPACE: "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns that the namespace knows no host names
+        os.environ |= {
+            OWN_NAMESPACE: "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }  # torch warns that the namespace knows no host names
         os.execvp("unshare", [*enter, "sh", "-c", command, "sh", sys.executable, *sys.argv])
     return False
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--tokens", type=int, default=4096, help="per process and step")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--svg", type=Path, help="draw the projection for the largest vocabulary into this file")
+    parser.add_argument(
+        "--svg", type=Path, help="draw the projection for the largest vocabulary into this file"
+    )
     args = parser.parse_args()
     if not move_to_own_namespace():
-        print("no network namespace could be made: the bytes are those of everything on this machine's loopback device")
+        print(
+            "no network namespace could be made: the bytes are those of everything on this machine's loopback device"
+        )
     vocabularies, counts = QUICK if args.quick else (VOCABULARIES, PROCESSES)
-    print(f"{args.tokens:,} Zipf tokens per process, width {args.width}, float32, gloo over loopback, {os.cpu_count()} cores")
+    print(
+        f"{args.tokens:,} Zipf tokens per process, width {args.width}, float32, gloo over loopback, {os.cpu_count()} cores"
+    )
     results = [result for processes in counts for result in launch(processes, vocabularies, args)]
-    projected = [projection(processes, v, args.width, args.tokens) for v in vocabularies for processes in PROJECTED]
+    projected = [
+        projection(processes, v, args.width, args.tokens)
+        for v in vocabularies
+        for processes in PROJECTED
+    ]
     found = {vocabulary: crossings(vocabulary, args) for vocabulary in vocabularies}
     print_measured(results)
     print_projected(projected, found)
     if args.svg:
         draw(args.svg, vocabularies[-1], results, args)
-    record = {"width": args.width, "tokens": args.tokens, "measured": results, "projected": projected, "crossings": found}
+    record = {
+        "width": args.width,
+        "tokens": args.tokens,
+        "measured": results,
+        "projected": projected,
+        "crossings": found,
+    }
     print(json.dumps(record))
 
 

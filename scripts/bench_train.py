@@ -17,7 +17,15 @@ import os
 import statistics
 from typing import Any
 
-from harness import TRL_MODES, add_arguments, check_arguments, in_process, median_rate, share_of_peak, spread
+from harness import (
+    TRL_MODES,
+    add_arguments,
+    check_arguments,
+    in_process,
+    median_rate,
+    share_of_peak,
+    spread,
+)
 
 SHAPES = ((4, 256), (4, 512))
 
@@ -38,7 +46,12 @@ def measure(args: argparse.Namespace, rows: int, length: int) -> dict[str, Any]:
                 f"  round {number + 1}, {rows} x {length}: {name} {raw['tokens_per_second']:.1f} tokens/s (load {load:.1f})",
                 flush=True,
             )
-    return {"rows": rows, "length": length, "peak": max(peaks, key=lambda peak: peak["flops"]), "rounds": rounds}
+    return {
+        "rows": rows,
+        "length": length,
+        "peak": max(peaks, key=lambda peak: peak["flops"]),
+        "rounds": rounds,
+    }
 
 
 def summarise(measured: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +75,14 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
         }
     ratios = {}
     if "finetune" in speed:
-        ratios = {name: spread([a / b for a, b in zip(speed["finetune"], theirs, strict=True)]) for name, theirs in rivals.items()}
-    return {key: measured[key] for key in ("rows", "length", "peak")} | {"contestants": rows, "finetune_over": ratios}
+        ratios = {
+            name: spread([a / b for a, b in zip(speed["finetune"], theirs, strict=True)])
+            for name, theirs in rivals.items()
+        }
+    return {key: measured[key] for key in ("rows", "length", "peak")} | {
+        "contestants": rows,
+        "finetune_over": ratios,
+    }
 
 
 def print_table(summary: dict[str, Any], rounds: int) -> None:
@@ -72,7 +91,9 @@ def print_table(summary: dict[str, Any], rounds: int) -> None:
         f"\n{summary['rows']} x {summary['length']}, {rounds} rounds; median over rounds [least, most]; "
         f"matmul peak {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']})"
     )
-    print(f"{'':12} {'tokens/s':>20} {'targets/s':>20} {'memory GB':>10} {'of peak':>8} {'held-out loss':>14} {'tokens':>8}")
+    print(
+        f"{'':12} {'tokens/s':>20} {'targets/s':>20} {'memory GB':>10} {'of peak':>8} {'held-out loss':>14} {'tokens':>8}"
+    )
     for name, row in summary["contestants"].items():
         print(
             f"{name:12} {_cell(row['tokens_per_second']):>20} {_cell(row['targets_per_second']):>20} "
@@ -88,19 +109,39 @@ def _cell(spread: list[float]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
-    parser.add_argument("--shapes", default=",".join(f"{rows}x{length}" for rows, length in SHAPES), help="ROWSxLENGTH,...")
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not timed, at least 1")
+    parser.add_argument(
+        "--shapes",
+        default=",".join(f"{rows}x{length}" for rows, length in SHAPES),
+        help="ROWSxLENGTH,...",
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="steps that are not timed, at least 1"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contestants", help=f"of finetune, bare, {', '.join(TRL_MODES)}; default: all")
+    parser.add_argument(
+        "--contestants", help=f"of finetune, bare, {', '.join(TRL_MODES)}; default: all"
+    )
     parser.add_argument("--quick", action="store_true", help="4 x 256 only, 3 steps, 1 round")
     args = parser.parse_args()
-    args.contestants = args.contestants.split(",") if args.contestants else ["finetune", "bare", *(TRL_MODES if args.trl else ())]
+    args.contestants = (
+        args.contestants.split(",")
+        if args.contestants
+        else ["finetune", "bare", *(TRL_MODES if args.trl else ())]
+    )
     check_arguments(parser, args)
     args.shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
     if args.quick:
-        args.shapes, args.steps, args.rounds, args.held_out, args.warmup = args.shapes[:1], 3, 1, 8, 1
+        args.shapes, args.steps, args.rounds, args.held_out, args.warmup = (
+            args.shapes[:1],
+            3,
+            1,
+            8,
+            1,
+        )
     return args
 
 
@@ -110,7 +151,11 @@ def main() -> None:
     for rows, length in args.shapes:
         summaries.append(summarise(measure(args, rows, length)))
         print_table(summaries[-1], args.rounds)
-    print(json.dumps({"steps": args.steps, "warmup": args.warmup, "rounds": args.rounds, "shapes": summaries}))
+    print(
+        json.dumps(
+            {"steps": args.steps, "warmup": args.warmup, "rounds": args.rounds, "shapes": summaries}
+        )
+    )
 
 
 if __name__ == "__main__":

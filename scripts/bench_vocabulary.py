@@ -20,7 +20,16 @@ import os
 import statistics
 from typing import Any
 
-from harness import MODES, TRL_MODES, add_arguments, check_arguments, in_process, median_rate, share_of_peak, spread
+from harness import (
+    MODES,
+    TRL_MODES,
+    add_arguments,
+    check_arguments,
+    in_process,
+    median_rate,
+    share_of_peak,
+    spread,
+)
 
 WARMUP = 2
 READ = (
@@ -45,7 +54,10 @@ def measure(args: argparse.Namespace, lr: float) -> dict[str, list[dict[str, Any
                 speed = ""
             found[name].append(raw)
             read = f"held-out loss {raw['held_out_loss']:.4f}, inactive mass {raw['inactive_mass']:.2%}"
-            print(f"  lr {lr:g}, seed {seed}: {name} {speed}{read} (load {os.getloadavg()[0]:.1f})", flush=True)
+            print(
+                f"  lr {lr:g}, seed {seed}: {name} {speed}{read} (load {os.getloadavg()[0]:.1f})",
+                flush=True,
+            )
     return found
 
 
@@ -53,16 +65,28 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians [least, most] over seeds, of each contestant and of the ratios to the bare loop and to the best of TRL."""
     rows: dict[str, Any] = {}
     for name, results in found.items():
-        rows[name] = {key: spread([result[key] for result in results]) for key in READ if all(key in r for r in results)}
+        rows[name] = {
+            key: spread([result[key] for result in results])
+            for key in READ
+            if all(key in r for r in results)
+        }
         if "tokens_per_second" in results[0]:
             for key in ("tokens_per_second", "targets_per_second"):
                 rows[name][key] = spread([result[key] for result in results])
-            rows[name]["share_of_matmul_peak"] = spread([result["share_of_matmul_peak"] for result in results])
-            rows[name]["training_state_gb"] = spread([result["training_state_bytes"] / 1e9 for result in results])
-            rows[name]["peak_memory_gb"] = spread([result["peak_memory_bytes"] / 1e9 for result in results])
+            rows[name]["share_of_matmul_peak"] = spread(
+                [result["share_of_matmul_peak"] for result in results]
+            )
+            rows[name]["training_state_gb"] = spread(
+                [result["training_state_bytes"] / 1e9 for result in results]
+            )
+            rows[name]["peak_memory_gb"] = spread(
+                [result["peak_memory_bytes"] / 1e9 for result in results]
+            )
             rows[name]["tokens_trained"] = results[0]["tokens_trained"]
             rows[name]["phases"] = {
-                phase: spread([result["phases"][phase] / sum(result["seconds"]) for result in results])
+                phase: spread(
+                    [result["phases"][phase] / sum(result["seconds"]) for result in results]
+                )
                 for phase in results[0]["phases"]
             }
     return {"contestants": rows, "ratios": _ratios(found)}
@@ -72,16 +96,26 @@ def _ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[
     trl = [name for name in found if name in TRL_MODES]
     rivals = [name for name in ("bare", "finetune:full") if name in found]
     if trl:
-        rivals.append(max(trl, key=lambda name: statistics.median(r["tokens_per_second"] for r in found[name])))
+        rivals.append(
+            max(
+                trl, key=lambda name: statistics.median(r["tokens_per_second"] for r in found[name])
+            )
+        )
     ratios: dict[str, dict[str, list[float]]] = {}
     for name in found:
         for rival in rivals:
             if name.startswith("finetune") and name != rival:
                 pairs = list(zip(found[name], found[rival], strict=True))
                 ratios[f"{name} over {rival}"] = {
-                    "tokens_per_second": spread([a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]),
-                    "peak_memory": spread([a["peak_memory_bytes"] / b["peak_memory_bytes"] for a, b in pairs]),
-                    "held_out_loss": spread([a["held_out_loss"] / b["held_out_loss"] for a, b in pairs]),
+                    "tokens_per_second": spread(
+                        [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
+                    ),
+                    "peak_memory": spread(
+                        [a["peak_memory_bytes"] / b["peak_memory_bytes"] for a, b in pairs]
+                    ),
+                    "held_out_loss": spread(
+                        [a["held_out_loss"] / b["held_out_loss"] for a, b in pairs]
+                    ),
                 }
     return ratios
 
@@ -95,7 +129,10 @@ def print_table(args: argparse.Namespace, lr: float, summary: dict[str, Any]) ->
         ("held-out loss", "outside", "inactive mass"),
     )
     columns = (*speed, *read, "unrelated", "moved")
-    print(f"{'':17}" + "".join(f"{column:>{width}}" for column, width in zip(columns, WIDTHS, strict=True)))
+    print(
+        f"{'':17}"
+        + "".join(f"{column:>{width}}" for column, width in zip(columns, WIDTHS, strict=True))
+    )
     for name, row in summary["contestants"].items():
         phases = row.get("phases", {})
         cells = (
@@ -112,9 +149,15 @@ def print_table(args: argparse.Namespace, lr: float, summary: dict[str, Any]) ->
             _middle(row.get("unrelated_loss"), ".3f"),
             _middle(row["inactive_rows_moved"], ".1e"),
         )
-        print(f"{name:17}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
+        print(
+            f"{name:17}"
+            + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+        )
     for name, ratio in summary["ratios"].items():
-        print(f"{name}: " + ", ".join(f"{what} x {_cell(values, '.3f')}" for what, values in ratio.items()))
+        print(
+            f"{name}: "
+            + ", ".join(f"{what} x {_cell(values, '.3f')}" for what, values in ratio.items())
+        )
 
 
 WIDTHS = (16, 16, 9, 7, 7, 6, 7, 22, 9, 15, 11, 9)
@@ -129,7 +172,9 @@ def _middle(values: list[float] | None, form: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens a row")
@@ -138,14 +183,22 @@ def main() -> None:
     parser.add_argument("--contestants", help="default: all; TRL's with --trl")
     args = parser.parse_args()
     ours = ["untrained", *(f"finetune:{mode}" for mode in MODES if mode != "auto"), "bare"]
-    args.contestants = args.contestants.split(",") if args.contestants else [*ours, *(TRL_MODES if args.trl else ())]
+    args.contestants = (
+        args.contestants.split(",")
+        if args.contestants
+        else [*ours, *(TRL_MODES if args.trl else ())]
+    )
     check_arguments(parser, args)
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     summaries = {}
     for lr in map(float, args.lrs.split(",")):
         summaries[str(lr)] = summarise(measure(args, lr))
         print_table(args, lr, summaries[str(lr)])
-    print(json.dumps({"model": args.model.name, "steps": args.steps, "seeds": args.seeds, "lrs": summaries}))
+    print(
+        json.dumps(
+            {"model": args.model.name, "steps": args.steps, "seeds": args.seeds, "lrs": summaries}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ground import CLIP, device, load_plain, our_flops, our_trainer, peak_memory, read_data, read_model, shuffled, training_state
+from ground import (
+    CLIP,
+    device,
+    load_plain,
+    our_flops,
+    our_trainer,
+    peak_memory,
+    read_data,
+    read_model,
+    shuffled,
+    training_state,
+)
 from harness import CLOCKS, Stopwatch, add_arguments
 
 
@@ -51,7 +62,9 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
         state = training_state(parts.language_model, trainer.optimizer)
         flops = our_flops(parts.model, parts.language_model.sample)
         deactivate_vocabulary(parts.language_model)
-        return watch.result({**read_model(args, parts.model), "training_state_bytes": state, "flops": flops})
+        return watch.result(
+            {**read_model(args, parts.model), "training_state_bytes": state, "flops": flops}
+        )
 
 
 def run_bare(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +73,9 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     from finetune.models.precision import resolve_precision
 
     _, train = read_data(args)
-    ids = torch.tensor([token for i in shuffled(len(train), args.seed) for token in train[i].input_ids])
+    ids = torch.tensor(
+        [token for i in shuffled(len(train), args.seed) for token in train[i].input_ids]
+    )
     rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
     bf16 = resolve_precision("auto", device())[0] == "bf16"
     rows, model = rows.to(device()), load_plain(args).to(device()).train()
@@ -79,7 +94,9 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
         watch.tokens.append(batch.numel())
         watch.targets.append(args.rows * (args.length - 1))
         watch.step(loss.item())
-    return watch.result({"training_state_bytes": training_state(model, optimizer), **read_model(args, model)})
+    return watch.result(
+        {"training_state_bytes": training_state(model, optimizer), **read_model(args, model)}
+    )
 
 
 def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -92,7 +109,12 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
     tokenizer, train = read_data(args)
     examples = [train[i] for i in shuffled(len(train), args.seed)]
-    dataset = Dataset.from_dict({"input_ids": [list(e.input_ids) for e in examples], "labels": [list(e.labels) for e in examples]})
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [list(e.input_ids) for e in examples],
+            "labels": [list(e.labels) for e in examples],
+        }
+    )
     rows, options = args.rows, {"packing": mode != "trl-padded"}
     if mode == "trl-padded":
         rows = max(1, round(args.rows * args.length * len(examples) / sum(map(len, examples))))
@@ -139,7 +161,13 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         return collate_and_count
 
     model = load_plain(args)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
     trainer.data_collator = counting(trainer.data_collator)
     trainer.train()
     state = training_state(model, trainer.optimizer)
@@ -158,19 +186,28 @@ def run_peak(args: argparse.Namespace) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tables = {id(module.weight) for module in (model.get_input_embeddings(),)} - {id(model.get_output_embeddings().weight)}
+    tables = {id(module.weight) for module in (model.get_input_embeddings(),)} - {
+        id(model.get_output_embeddings().weight)
+    }
     multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
     dtype = torch.bfloat16 if resolve_precision("auto", device())[0] == "bf16" else torch.float32
     tokens, width = args.rows * args.length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    a, b, out = (torch.randn(*shape, dtype=dtype, device=device()) for shape in ((tokens, width), (inner, width), (tokens, inner)))
+    a, b, out = (
+        torch.randn(*shape, dtype=dtype, device=device())
+        for shape in ((tokens, width), (inner, width), (tokens, inner))
+    )
     best, clock = 0.0, CLOCKS[args.clock]
     for _ in range(40):
         started = clock()
         torch.mm(a, b.t(), out=out)
         peak_memory()  # waits
         best = max(best, 2 * tokens * width * inner / (clock() - started))
-    return {"flops": best, "dtype": str(dtype).removeprefix("torch."), "multiplied_parameters": multiplied}
+    return {
+        "flops": best,
+        "dtype": str(dtype).removeprefix("torch."),
+        "multiplied_parameters": multiplied,
+    }
 
 
 def run_untrained(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,16 +216,29 @@ def run_untrained(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One contestant of bench_train.py or bench_vocabulary.py, in this process.")
+    parser = argparse.ArgumentParser(
+        description="One contestant of bench_train.py or bench_vocabulary.py, in this process."
+    )
     add_arguments(parser)
-    for name, kind in (("worker", str), ("folder", Path), ("out", Path), ("rows", int), ("length", int)):
+    for name, kind in (
+        ("worker", str),
+        ("folder", Path),
+        ("out", Path),
+        ("rows", int),
+        ("length", int),
+    ):
         parser.add_argument(f"--{name}", type=kind, required=True)
     args = parser.parse_args()
     import torch
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    workers = {"finetune": run_finetune, "bare": run_bare, "peak": run_peak, "untrained": run_untrained}
+    workers = {
+        "finetune": run_finetune,
+        "bare": run_bare,
+        "peak": run_peak,
+        "untrained": run_untrained,
+    }
     run = workers.get(args.worker.partition(":")[0])
     args.out.write_text(json.dumps(run_trl(args, args.worker) if run is None else run(args)))
 

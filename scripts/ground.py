@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 CLIP = 1.0
-ANSWERS = 16  # to the first held-out prompts, for the share of inactive tokens in what a model writes
+ANSWERS = (
+    16  # to the first held-out prompts, for the share of inactive tokens in what a model writes
+)
 
 
 def device() -> str:
@@ -32,8 +34,15 @@ def training_state(model: Any, optimizer: Any) -> int:
     import torch
 
     weights = {id(p): p for p in model.parameters()}.values()
-    moments = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
-    return sum(p.nbytes * (2 if p.requires_grad else 1) for p in weights) + sum(value.nbytes for value in moments)
+    moments = (
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return sum(p.nbytes * (2 if p.requires_grad else 1) for p in weights) + sum(
+        value.nbytes for value in moments
+    )
 
 
 def our_flops(model: Any, sample: Any) -> dict[str, int]:
@@ -54,7 +63,9 @@ def our_flops(model: Any, sample: Any) -> dict[str, int]:
 
 
 def has_template(model: Path) -> bool:
-    return (model / "chat_template.jinja").is_file() or "chat_template" in (model / "tokenizer_config.json").read_text()
+    return (model / "chat_template.jinja").is_file() or "chat_template" in (
+        model / "tokenizer_config.json"
+    ).read_text()
 
 
 def our_config(args: argparse.Namespace) -> Any:
@@ -64,8 +75,14 @@ def our_config(args: argparse.Namespace) -> Any:
         {
             "output_dir": args.folder,
             "seed": args.seed,
-            "model": {"name": str(args.model), "chat_template": None if has_template(args.model) else "chatml"},
-            "vocabulary": {"mode": args.worker.partition(":")[2] or "auto", "num_sampled": args.num_sampled},
+            "model": {
+                "name": str(args.model),
+                "chat_template": None if has_template(args.model) else "chatml",
+            },
+            "vocabulary": {
+                "mode": args.worker.partition(":")[2] or "auto",
+                "num_sampled": args.num_sampled,
+            },
             "data": {
                 "train": str(args.train or "package:chat.en.train"),
                 "validation": str(args.validation or "package:chat.en.test"),
@@ -86,7 +103,9 @@ def our_config(args: argparse.Namespace) -> Any:
 
 
 @contextmanager
-def our_trainer(args: argparse.Namespace, on_record: Callable[[Any], None]) -> Iterator[tuple[Any, Any]]:
+def our_trainer(
+    args: argparse.Namespace, on_record: Callable[[Any], None]
+) -> Iterator[tuple[Any, Any]]:
     """The trainer as the recipe builds it, without evaluations, checkpoints and export."""
     from finetune.display import Display
     from finetune.divergence import DivergenceGuard
@@ -105,7 +124,9 @@ def our_trainer(args: argparse.Namespace, on_record: Callable[[Any], None]) -> I
     accelerator = make_accelerator(config, display)
     parts = build_parts(config, accelerator=accelerator, display=display)
     optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
-    scheduler = build_lr_scheduler(optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0)
+    scheduler = build_lr_scheduler(
+        optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0
+    )
     module, optimizer = accelerator.prepare(parts.language_model, optimizer)
     run = RunDir(args.folder)
     yield (
@@ -146,8 +167,13 @@ def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     prepare_chat(None, tokenizer, config.model.chat_template)
     raw = load_raw_data(config.data, seed=0)
     format = make_format(config.data, tokenizer, raw.first_row)
-    rows = max(load_skeleton(name=str(args.model)).get_input_embeddings().weight.shape[0], len(tokenizer))
-    train, validation = (encode_rows(part, format, config.data, vocab_size=rows) for part in (raw.train, raw.validation))
+    rows = max(
+        load_skeleton(name=str(args.model)).get_input_embeddings().weight.shape[0], len(tokenizer)
+    )
+    train, validation = (
+        encode_rows(part, format, config.data, vocab_size=rows)
+        for part in (raw.train, raw.validation)
+    )
     return tokenizer, train, validation
 
 
@@ -181,7 +207,9 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     ids = sorted(i for i in active_ids(tokenizer, [train, validation], ()) if i < len(base))
     inactive = torch.ones(len(base), dtype=torch.bool)
     inactive[ids] = False
-    moved = (model.get_input_embeddings().weight.detach().cpu() - base.detach())[inactive].abs().max()
+    moved = (
+        (model.get_input_embeddings().weight.detach().cpu() - base.detach())[inactive].abs().max()
+    )
     del base
     activate_vocabulary(model, ids)
     wrapped = LanguageModel(model.to(device()))
@@ -190,15 +218,22 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
         batches = EvaluationBatches(
             dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer), rank=0, num_processes=1
         )  # fmt: skip
-        return evaluate_loss(wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())).as_dict()
+        return evaluate_loss(
+            wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())
+        ).as_dict()
 
     unseen = torch.ones_like(inactive)
     unseen[[i for i in active_ids(tokenizer, [train], ()) if i < len(unseen)]] = False
     found = loss_on(validation, unseen)
     found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)
     examples = [validation[i] for i in range(min(ANSWERS, len(validation)))]
-    starts = [next(i for i, label in enumerate(example.labels) if label >= 0) for example in examples]
-    prompts = [Prompt(example.input_ids[:start], "", "") for example, start in zip(examples, starts, strict=True)]
+    starts = [
+        next(i for i, label in enumerate(example.labels) if label >= 0) for example in examples
+    ]
+    prompts = [
+        Prompt(example.input_ids[:start], "", "")
+        for example, start in zip(examples, starts, strict=True)
+    ]
     scores, _ = evaluate_generation(
         model, tokenizer, prompts, metrics=(), inactive=unseen, batch_size=ANSWERS, max_new_tokens=32, temperature=0.0, top_p=1.0,
         top_k=0, repetition_penalty=1.0, stop_ids=[tokenizer.eos_token_id],
@@ -207,7 +242,11 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     if args.unrelated:
         rows = load_rows([Source(path=str(args.unrelated))]).take(100)
         text = encode(
-            rows, TextFormat(tokenizer=tokenizer, columns={}), max_length=args.length, overlong="truncate", vocab_size=len(inactive)
+            rows,
+            TextFormat(tokenizer=tokenizer, columns={}),
+            max_length=args.length,
+            overlong="truncate",
+            vocab_size=len(inactive),
         )
         found["unrelated_loss"] = loss_on(text, None)["loss"]
     return found

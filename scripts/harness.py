@@ -37,7 +37,9 @@ class Stopwatch:
     def result(self, found: dict[str, Any]) -> dict[str, Any]:
         steps = len(self.ends)
         return {
-            "seconds": [after - before for before, after in zip(self.ends, self.ends[1:], strict=False)],
+            "seconds": [
+                after - before for before, after in zip(self.ends, self.ends[1:], strict=False)
+            ],
             "tokens": self.tokens[1:steps],  # the first step is only the start of the clock
             "targets": self.targets[1:steps],
             "tokens_trained": sum(self.tokens[:steps]),
@@ -58,7 +60,9 @@ class Stopwatch:
         return call
 
 
-def in_process(args: argparse.Namespace, name: str, rows: int, length: int, **changed: Any) -> dict[str, Any]:
+def in_process(
+    args: argparse.Namespace, name: str, rows: int, length: int, **changed: Any
+) -> dict[str, Any]:
     """Run one contestant in a process of its own and return what it measured; `changed` arguments are its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -70,7 +74,11 @@ def in_process(args: argparse.Namespace, name: str, rows: int, length: int, **ch
             "out": out,
         }
         given |= changed
-        options = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None]
+        options = [
+            f"--{key.replace('_', '-')}={value}"
+            for key, value in given.items()
+            if value is not None
+        ]
         command = [sys.executable, str(Path(__file__).with_name("contestants.py")), *options]
         ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if ran.returncode:
@@ -78,32 +86,65 @@ def in_process(args: argparse.Namespace, name: str, rows: int, length: int, **ch
         return json.loads(out.read_text())
 
 
-COMMON = ("model", "trl", "train", "validation", "unrelated", "steps", "seed", "lr", "held_out", "threads", "clock", "num_sampled")
+COMMON = (
+    "model",
+    "trl",
+    "train",
+    "validation",
+    "unrelated",
+    "steps",
+    "seed",
+    "lr",
+    "held_out",
+    "threads",
+    "clock",
+    "num_sampled",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What every benchmark of whole steps takes."""
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
-    parser.add_argument("--trl", type=Path, help="the folder that TRL was installed into; without it TRL is left out")
-    parser.add_argument("--train", type=Path, help="a file to train on, in a format that `finetune` reads; default: shipped chat")
+    parser.add_argument(
+        "--trl",
+        type=Path,
+        help="the folder that TRL was installed into; without it TRL is left out",
+    )
+    parser.add_argument(
+        "--train",
+        type=Path,
+        help="a file to train on, in a format that `finetune` reads; default: shipped chat",
+    )
     parser.add_argument("--validation", type=Path, help="the held-out file that goes with it")
-    parser.add_argument("--unrelated", type=Path, help="a .txt or .jsonl file of another kind, to see what is forgotten")
-    parser.add_argument("--steps", type=int, default=7, help="optimizer steps a contestant and round")
+    parser.add_argument(
+        "--unrelated",
+        type=Path,
+        help="a .txt or .jsonl file of another kind, to see what is forgotten",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=7, help="optimizer steps a contestant and round"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the data")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--held-out", type=int, default=40, help="held-out examples")
     parser.add_argument("--threads", type=int, help="of torch, default: its own choice")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, for a busy machine")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, for a busy machine"
+    )
     parser.add_argument("--num-sampled", type=int, default=4096, help="frozen rows in a sample")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Stop with a sentence where the arguments do not go together."""
     if args.clock == "cpu" and args.threads != 1:
-        parser.error("--clock cpu needs --threads 1: idle threads wait by spinning, and that would count")
+        parser.error(
+            "--clock cpu needs --threads 1: idle threads wait by spinning, and that would count"
+        )
     known = {"finetune", "bare", "untrained", *TRL_MODES, *(f"finetune:{mode}" for mode in MODES)}
     if unknown := set(args.contestants) - known:
-        parser.error(f"unknown contestants: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+        parser.error(
+            f"unknown contestants: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
+        )
     if (args.train is None) != (args.validation is None):
         parser.error("--train and --validation go together")
     if args.trl is None and set(args.contestants) & set(TRL_MODES):
@@ -120,7 +161,9 @@ def share_of_peak(raw: dict[str, Any], peak: dict[str, Any]) -> float:
     """What a contestant multiplies a second, attention left out, over the machine's best rate. Of ours the head is counted where it
     is multiplied; the others multiply all of it for each token."""
     flops = raw.get("flops", {"token": 6 * peak["multiplied_parameters"], "target": 0})
-    return (flops["token"] * raw["tokens_per_second"] + flops["target"] * raw["targets_per_second"]) / peak["flops"]
+    return (
+        flops["token"] * raw["tokens_per_second"] + flops["target"] * raw["targets_per_second"]
+    ) / peak["flops"]
 
 
 def spread(values: list[float]) -> list[float]:

@@ -29,7 +29,9 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
     clock = CLOCKS[args.clock]
     parts: dict[str, float] = {}
     steps: list[dict[str, float]] = []
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True)
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True
+    )
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*positional: Any, **named: Any) -> Any:
@@ -48,7 +50,10 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
         ends.append(clock())
         usage.append(resource.getrusage(resource.RUSAGE_SELF))
         if len(ends) > 1:
-            known = dict(parts) | {"tokens": record["num_tokens"], "targets": record["num_target_tokens"]}
+            known = dict(parts) | {
+                "tokens": record["num_tokens"],
+                "targets": record["num_target_tokens"],
+            }
             total = ends[-1] - ends[-2]
             known |= {"everything else": total - sum(parts.values()), "step": total}
             known |= {
@@ -106,21 +111,29 @@ def _operators(profiler: Any, count: int = 22) -> list[dict[str, Any]]:
 def print_profile(args: argparse.Namespace, profile: dict[str, Any]) -> None:
     parts, peak = profile["parts"], profile["peak"]
     total = parts["step"]
-    rate = (profile["flops"]["token"] * parts["tokens"] + profile["flops"]["target"] * parts["targets"]) / total
+    rate = (
+        profile["flops"]["token"] * parts["tokens"] + profile["flops"]["target"] * parts["targets"]
+    ) / total
     counts = f"{parts['tokens']:.0f} tokens, {parts['targets']:.0f} targets"
     print(f"\none step of ours at {args.rows} x {args.length}: {total:.2f} s, {counts}")
-    print(f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), {rate / peak['flops']:.0%} of the peak\n")
+    print(
+        f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), {rate / peak['flops']:.0%} of the peak\n"
+    )
     for name, value in parts.items():
         if name not in ("tokens", "targets", "step", "system time", "page faults"):
             print(f"{name:38} {value:8.3f} s {value / total:6.1%}")
-    print(f"{'of all that, in the kernel':38} {parts['system time']:8.3f} s, {parts['page faults']:,.0f} page faults\n")
+    print(
+        f"{'of all that, in the kernel':38} {parts['system time']:8.3f} s, {parts['page faults']:,.0f} page faults\n"
+    )
     print(f"{'operator (of one more step)':48} {'calls':>6} {'seconds':>8} {'GFLOP/s':>8}")
     for row in profile["operators"]:
         print(f"{row['name'][:48]:48} {row['calls']:6} {row['seconds']:8.3f} {row['gflops']:8.1f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens a row")

@@ -25,7 +25,9 @@ KINDS = ("shift", "table", "rest")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     parser.set_defaults(steps=60)
     parser.add_argument("--rows", type=int, default=4)
@@ -54,7 +56,9 @@ def gradients(model: Any, batch: Mapping[str, Any]) -> tuple[float, dict[str, An
     return float(loss.detach()), found
 
 
-def apart(found: Mapping[str, Any], right: Mapping[str, Any], tables: Collection[str]) -> dict[str, float]:
+def apart(
+    found: Mapping[str, Any], right: Mapping[str, Any], tables: Collection[str]
+) -> dict[str, float]:
     """|found - right| / |right| of each kind of parameters, those named in `tables` being one."""
     squares = {kind: [0.0, 0.0] for kind in KINDS}
     for name, gradient in right.items():
@@ -84,23 +88,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 sample = sample_batches(parts.batches.dataset, pad_id=pad_id(parts.tokenizer))
                 measured.append(measure_frozen_rows(language_model, sample))
         kinds = {"before": measured[0], "now": measured[1], "even": torch.zeros_like(measured[0])}
-        ways = {f"{kind} {size}": inclusion_chances(mass, size) for kind, mass in kinds.items() for size in args.sizes}
+        ways = {
+            f"{kind} {size}": inclusion_chances(mass, size)
+            for kind, mass in kinds.items()
+            for size in args.sizes
+        }
         steps, before = iter(parts.batches), None
         found: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
         batch_noise: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for number in range(args.batches):
-            batch = {key: value.to(trainer.accelerator.device) for key, value in next(steps).micro_batches[0].items()}
+            batch = {
+                key: value.to(trainer.accelerator.device)
+                for key, value in next(steps).micro_batches[0].items()
+            }
             language_model.sample = None
             loss, exact = gradients(model, batch)
             if before is not None:
                 for kind, value in apart(before, exact, tables).items():
                     batch_noise[kind].append(value)
             for way, chances in ways.items():
-                sampler, mean = FrozenSampler(language_model, chances), {name: torch.zeros_like(g) for name, g in exact.items()}
+                sampler, mean = (
+                    FrozenSampler(language_model, chances),
+                    {name: torch.zeros_like(g) for name, g in exact.items()},
+                )
                 for draw in range(args.draws):
                     sampler.before_step(number * args.draws + draw)
                     estimate, estimated = gradients(model, batch)
-                    errors = {"loss": estimate - loss} | {f"{kind} error": e for kind, e in apart(estimated, exact, tables).items()}
+                    errors = {"loss": estimate - loss} | {
+                        f"{kind} error": e for kind, e in apart(estimated, exact, tables).items()
+                    }
                     for name, gradient in estimated.items():
                         mean[name].add_(gradient, alpha=1 / args.draws)
                     for key, value in errors.items():
@@ -108,19 +124,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 for kind, value in apart(mean, exact, tables).items():
                     found[way].setdefault(f"{kind} left", []).append(value)
             before = exact
-    return {"ways": {way: {key: spread(values) for key, values in row.items()} for way, row in found.items()}} | {
-        "batch": {kind: round(statistics.mean(values), 4) for kind, values in batch_noise.items()}
-    }
+    return {
+        "ways": {
+            way: {key: spread(values) for key, values in row.items()} for way, row in found.items()
+        }
+    } | {"batch": {kind: round(statistics.mean(values), 4) for kind, values in batch_noise.items()}}
 
 
 def print_table(args: argparse.Namespace, measured: dict[str, Any]) -> None:
-    print(f"\n{args.model.name}: {args.rows} x {args.length}, after {args.steps} steps at lr {args.lr:g}; medians [least, most]\n")
-    print(f"{'':16} {'loss - exact, nats':>28}" + "".join(f" {kind + ': error, left':>21}" for kind in KINDS))
+    print(
+        f"\n{args.model.name}: {args.rows} x {args.length}, after {args.steps} steps at lr {args.lr:g}; medians [least, most]\n"
+    )
+    print(
+        f"{'':16} {'loss - exact, nats':>28}"
+        + "".join(f" {kind + ': error, left':>21}" for kind in KINDS)
+    )
     for way, row in measured["ways"].items():
         middle, least, most = row["loss"]
-        cells = "".join(f" {row[f'{kind} error'][0]:13.3f} {row[f'{kind} left'][0]:7.3f}" for kind in KINDS)
+        cells = "".join(
+            f" {row[f'{kind} error'][0]:13.3f} {row[f'{kind} left'][0]:7.3f}" for kind in KINDS
+        )
         print(f"{way:16} {f'{middle:+.4f} [{least:+.4f}, {most:+.4f}]':>28}{cells}")
-    print(f"{'batch':16} {'':28}" + "".join(f" {measured['batch'][kind]:13.3f} {'':7}" for kind in KINDS))
+    print(
+        f"{'batch':16} {'':28}"
+        + "".join(f" {measured['batch'][kind]:13.3f} {'':7}" for kind in KINDS)
+    )
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much where cores are busy
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models gain nothing from threads, and lose much where cores are busy
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import json
@@ -37,14 +39,21 @@ PYTHIA = {
 
 def conversation(number: int) -> dict[str, Any]:
     question = f"What is {number} plus {number % 7}?"
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {number + number % 7}."}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": f"It is {number + number % 7}."},
+        ]
+    }
 
 
 @pytest.fixture
 def chat_file(tmp_path: Path) -> Path:
     """48 conversations of one question each."""
     path = tmp_path / "chat.jsonl"
-    path.write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(48)), encoding="utf-8"
+    )
     return path
 
 
@@ -61,7 +70,12 @@ def tiny(tmp_path: Path, chat_file: Path) -> Callable[..., dict[str, Any]]:
             "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
             "data": {"train": str(chat_file), "validation_fraction": 0.1, "max_length": 96},
             "optimizer": {"lr": 3e-3},
-            "training": {"max_steps": 6, "batch_size": 4, "micro_batch_size": 4, "precision": "fp32"},
+            "training": {
+                "max_steps": 6,
+                "batch_size": 4,
+                "micro_batch_size": 4,
+                "precision": "fp32",
+            },
             "evaluation": {"samples": 1, "generate": 0, "before": False},
             "generation": {"max_new_tokens": 4},
         }

@@ -100,7 +100,10 @@ def internal(name: str, known: dict[str, Path]) -> str | None:
     if name != "finetune" and not name.startswith("finetune."):
         return None
     parts = name.split(".")[1:]
-    return next((".".join(parts[:n]) for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in known), None)
+    return next(
+        (".".join(parts[:n]) for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in known),
+        None,
+    )
 
 
 def test_there_is_something_to_check():
@@ -122,7 +125,9 @@ def test_imports_only_look_down():
                 continue
             edges += 1
             if FLOORS[place(target, FLOORS)] > floor:
-                upward.append(f"{name} (floor {floor}) imports {target} (floor {FLOORS[place(target, FLOORS)]})")
+                upward.append(
+                    f"{name} (floor {floor}) imports {target} (floor {FLOORS[place(target, FLOORS)]})"
+                )
     assert edges > 50
     assert upward == []
 
@@ -156,7 +161,11 @@ def test_files_and_functions_stay_small():
 
 
 def test_every_module_says_what_it_is():
-    assert [name for name, path in modules().items() if not ast.get_docstring(ast.parse(path.read_text()))] == []
+    assert [
+        name
+        for name, path in modules().items()
+        if not ast.get_docstring(ast.parse(path.read_text()))
+    ] == []
 
 
 def test_every_test_folder_holds_tests():

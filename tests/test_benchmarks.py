@@ -31,20 +31,41 @@ def model(tiny, tmp_path) -> Path:
 @pytest.mark.slow
 def test_modes_of_the_vocabulary(model):
     options = ("--steps", "3", "--rows", "2", "--length", "64", "--held-out", "4")
-    found = bench("bench_vocabulary.py", "--model", str(model), *options, "--contestants", "finetune:active,bare")
-    ours, bare = (found["lrs"]["0.0001"]["contestants"][name] for name in ("finetune:active", "bare"))
+    found = bench(
+        "bench_vocabulary.py",
+        "--model",
+        str(model),
+        *options,
+        "--contestants",
+        "finetune:active,bare",
+    )
+    ours, bare = (
+        found["lrs"]["0.0001"]["contestants"][name] for name in ("finetune:active", "bare")
+    )
     assert ours["inactive_rows_moved"][0] == 0.0
     assert 0 < ours["inactive_mass"][0] < ours["inactive_mass_p99"][0] <= 1
     assert 0 <= ours["generated_outside"][0] <= 1
     assert 0 < ours["training_state_gb"][0] <= bare["training_state_gb"][0]
-    assert all(row["tokens_per_second"][0] > 0 and row["share_of_matmul_peak"][0] > 0 for row in (ours, bare))
+    assert all(
+        row["tokens_per_second"][0] > 0 and row["share_of_matmul_peak"][0] > 0
+        for row in (ours, bare)
+    )
     ratio = found["lrs"]["0.0001"]["ratios"]["finetune:active over bare"]["held_out_loss"][0]
     assert ratio == pytest.approx(ours["held_out_loss"][0] / bare["held_out_loss"][0], abs=1e-3)
 
 
 @pytest.mark.slow
 def test_a_training_step(model):
-    found = bench("bench_train.py", "--model", str(model), "--quick", "--shapes", "2x64", "--contestants", "finetune")
+    found = bench(
+        "bench_train.py",
+        "--model",
+        str(model),
+        "--quick",
+        "--shapes",
+        "2x64",
+        "--contestants",
+        "finetune",
+    )
     (shape,) = found["shapes"]
     assert (shape["rows"], shape["length"]) == (2, 64)
     assert shape["contestants"]["finetune"]["tokens_trained"] > 200
@@ -52,7 +73,20 @@ def test_a_training_step(model):
 
 @pytest.mark.slow
 def test_a_sample_of_all_frozen_rows_is_exact(model):
-    options = ("--steps", "2", "--rows", "2", "--length", "64", "--held-out", "4", "--sizes", "4,9999", "--batches", "2")
+    options = (
+        "--steps",
+        "2",
+        "--rows",
+        "2",
+        "--length",
+        "64",
+        "--held-out",
+        "4",
+        "--sizes",
+        "4,9999",
+        "--batches",
+        "2",
+    )
     found = bench("sampling_error.py", "--model", str(model), *options)
     for way in ("before", "now", "even"):
         some, whole = (found["ways"][f"{way} {size}"] for size in (4, 9999))
@@ -63,7 +97,19 @@ def test_a_sample_of_all_frozen_rows_is_exact(model):
 
 @pytest.mark.slow
 def test_losses_of_a_head():
-    options = ("--heads", "300x32", "500x32", "--tokens", "40", "--active", "100", "--sampled", "50", "--rounds", "2")
+    options = (
+        "--heads",
+        "300x32",
+        "500x32",
+        "--tokens",
+        "40",
+        "--active",
+        "100",
+        "--sampled",
+        "50",
+        "--rounds",
+        "2",
+    )
     found = bench("bench_loss.py", *options)
     assert [head["rows"] for head in found["heads"]] == [300, 500]
     for head in found["heads"]:

@@ -34,7 +34,9 @@ def full_float32():
 def steps_of_a_table(make_optimizer, *, device, dtype, num_steps=200):
     """A table trained on Zipf ids with dense layers behind it, clipped, with a decaying rate; all of its rows at the end."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)).to(device, dtype)
+    model = nn.Sequential(
+        nn.Embedding(500, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)
+    ).to(device, dtype)
     optimizer = make_optimizer(model)
     ids = (500 ** torch.rand(num_steps, 32, generator=torch.Generator().manual_seed(1))).long() - 1
     for step, some in enumerate(ids.to(device)):
@@ -51,20 +53,34 @@ def lazy(model):
 
 
 def test_lazy_adamw_is_dense_adamw():
-    oracle = steps_of_a_table(lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1), device="cpu", dtype=torch.float64)
+    oracle = steps_of_a_table(
+        lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1),
+        device="cpu",
+        dtype=torch.float64,
+    )
     found = steps_of_a_table(lazy, device="cuda", dtype=torch.float32)
-    dense = steps_of_a_table(lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1), device="cuda", dtype=torch.float32)
+    dense = steps_of_a_table(
+        lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1),
+        device="cuda",
+        dtype=torch.float32,
+    )
     for name, right in oracle.items():
-        assert (found[name] - right).abs().max() <= 4 * (dense[name] - right).abs().max() + 1e-6, name
+        assert (found[name] - right).abs().max() <= 4 * (dense[name] - right).abs().max() + 1e-6, (
+            name
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_lazy_step_never_waits_for_the_gpu():
     table = nn.Embedding(1000, 32, device="cuda")
     optimizer = LazyAdamW(table.parameters(), embeddings=[table])
-    for step, ids in enumerate([torch.arange(1000, device="cuda"), *torch.randint(0, 1000, (20, 64), device="cuda")]):
+    for step, ids in enumerate(
+        [torch.arange(1000, device="cuda"), *torch.randint(0, 1000, (20, 64), device="cuda")]
+    ):
         table(ids).square().sum().backward()  # waits once, to learn how many rows there are
-        torch.cuda.set_sync_debug_mode("error" if step else "default")  # torch's own gradient of the first step is not yet added up
+        torch.cuda.set_sync_debug_mode(
+            "error" if step else "default"
+        )  # torch's own gradient of the first step is not yet added up
         try:
             optimizer.step()
         finally:
@@ -100,7 +116,8 @@ def test_the_loss_in_chunks_is_plain_cross_entropy(softcap):
 def test_logits_of_16_bit_factors_are_summed_and_kept_in_float32(softcap):
     generator = torch.Generator("cuda").manual_seed(0)
     hidden, weight = (
-        torch.randn(n, 64, device="cuda", generator=generator).bfloat16().float().requires_grad_() for n in (300, 1000)
+        torch.randn(n, 64, device="cuda", generator=generator).bfloat16().float().requires_grad_()
+        for n in (300, 1000)
     )
     targets = torch.randint(0, 400, (300,), device="cuda", generator=generator)
     logits = hidden.double() @ weight.double().t()
@@ -112,8 +129,14 @@ def test_logits_of_16_bit_factors_are_summed_and_kept_in_float32(softcap):
         found = linear_cross_entropy(hidden, trained, targets, frozen=frozen, softcap=softcap)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, right.float(), rtol=1e-5, atol=0.0)
-    for gradient, exact in zip(torch.autograd.grad(found, (hidden, trained)), (right_hidden, right_weight[:400]), strict=True):
-        assert (gradient - exact).norm() < 0.005 * exact.norm()  # that of the logits is rounded to bfloat16
+    for gradient, exact in zip(
+        torch.autograd.grad(found, (hidden, trained)),
+        (right_hidden, right_weight[:400]),
+        strict=True,
+    ):
+        assert (
+            gradient - exact
+        ).norm() < 0.005 * exact.norm()  # that of the logits is rounded to bfloat16
 
 
 def test_the_loss_never_holds_all_logits():
@@ -136,9 +159,15 @@ def test_packed_examples_do_not_see_each_other(family):
         "n_embd": 64,
         "n_head": 4,
     }
-    shape |= {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8} if family in ("llama", "gemma3_text") else {}
+    shape |= (
+        {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+        if family in ("llama", "gemma3_text")
+        else {}
+    )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=97, **shape), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=97, **shape), attn_implementation="sdpa"
+    )
     wrapped = LanguageModel(model.cuda().eval())
     check_packing(wrapped)
     ids = torch.randint(0, 97, (1, 20), device="cuda")
@@ -148,14 +177,22 @@ def test_packed_examples_do_not_see_each_other(family):
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
 
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def loss_and_gradients(model, ids, *, precision=torch.float32):
     with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
         loss = model(ids, ids)
     loss.backward()
-    return loss.detach(), {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
+    return loss.detach(), {
+        name.removeprefix("model."): p.grad for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -166,7 +203,9 @@ def test_layers_computed_another_way_train_as_those_of_transformers(family, prec
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").cuda().train()
     plain, ids = copy.deepcopy(model), torch.randint(0, 97, (2, 24), device="cuda")
     wrapped = LanguageModel(model)
-    assert {type(part).__name__ for part in wrapped.modules()} >= {f"Fused{type(plain.model.norm).__name__}"}
+    assert {type(part).__name__ for part in wrapped.modules()} >= {
+        f"Fused{type(plain.model.norm).__name__}"
+    }
     loss, found = loss_and_gradients(wrapped, ids, precision=precision)
     with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
         right = plain(input_ids=ids, labels=ids).loss * 46
@@ -174,7 +213,9 @@ def test_layers_computed_another_way_train_as_those_of_transformers(family, prec
     rough = precision is torch.bfloat16
     torch.testing.assert_close(loss, right.detach(), rtol=1e-2 if rough else 1e-5, atol=0.0)
     for name, parameter in plain.named_parameters():
-        error = torch.linalg.vector_norm(found[name] - parameter.grad) / torch.linalg.vector_norm(parameter.grad)
+        error = torch.linalg.vector_norm(found[name] - parameter.grad) / torch.linalg.vector_norm(
+            parameter.grad
+        )
         assert error < (3e-2 if rough else 1e-4), name
 
 
@@ -183,23 +224,34 @@ def test_layers_computed_another_way_train_as_those_of_transformers(family, prec
 def test_a_compiled_decoder_trains_as_it_does_otherwise():
     pytest.importorskip("triton", reason="torch.compile makes its kernels with triton")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=97, **SMALL)).cuda().train()
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=97, **SMALL))
+        .cuda()
+        .train()
+    )
     compiled, graphs = LanguageModel(copy.deepcopy(model)), torch._dynamo.utils.counters["stats"]
     compile_decoder(compiled)
     before, wrapped = graphs["unique_graphs"], LanguageModel(model)
     for rows, length in ((2, 24), (3, 40), (4, 16)):
         ids = torch.randint(0, 97, (rows, length), device="cuda")
-        (loss, found), (right, theirs) = loss_and_gradients(compiled, ids), loss_and_gradients(wrapped, ids)
+        (loss, found), (right, theirs) = (
+            loss_and_gradients(compiled, ids),
+            loss_and_gradients(wrapped, ids),
+        )
         torch.testing.assert_close(loss, right, rtol=1e-4, atol=0.0)
         for name, gradient in theirs.items():
-            assert torch.linalg.vector_norm(found[name] - gradient) < 1e-3 * torch.linalg.vector_norm(gradient), name
+            assert torch.linalg.vector_norm(
+                found[name] - gradient
+            ) < 1e-3 * torch.linalg.vector_norm(gradient), name
     assert graphs["unique_graphs"] == before + 1  # one layer's, for both layers and every shape
 
 
 def test_an_active_vocabulary_gives_the_loss_and_gradients_of_the_full_one():
     def loss_and_gradient(active):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=97)).cuda()
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**LLAMA, vocab_size=97)
+        ).cuda()
         if active:
             activate_vocabulary(model, active)
         ids = torch.tensor([[1, 5, 8, 1, 13, 2]], device="cuda")
@@ -215,7 +267,10 @@ def test_an_active_vocabulary_gives_the_loss_and_gradients_of_the_full_one():
 
 
 RUNS = {
-    "lazy": {"model": {"config": {**PYTHIA, "hidden_dropout": 0.0}}, "optimizer": {"name": "lazy_adamw", "lr": 3e-3}},
+    "lazy": {
+        "model": {"config": {**PYTHIA, "hidden_dropout": 0.0}},
+        "optimizer": {"name": "lazy_adamw", "lr": 3e-3},
+    },
     "active": {"vocabulary": {"mode": "active"}},
     "sampled": {"vocabulary": {"mode": "sampled", "num_sampled": 40}},
     "lora, padded": {"model": {"lora": {"rank": 4}}, "data": {"packing": False}},
@@ -225,13 +280,22 @@ RUNS = {
 
 def finetune(*arguments, cwd, **environment):
     command = [sys.executable, "-m", "finetune", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=240,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_is_that_of_a_cpu(kind, tmp_path):
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
+    )
     tree = {
         "model": {"config": LLAMA, "tokenizer": {"vocab_size": 400}},
         "data": {"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 96},
@@ -248,7 +312,10 @@ def test_a_run_is_that_of_a_cpu(kind, tmp_path):
     for name, options in {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {}}.items():
         ran = finetune("train", "c.yaml", f"output_dir={name}", cwd=tmp_path, **options)
         assert ran.returncode == 0, ran.stderr
-        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         losses[name] = [record["loss"] for record in records if "loss" in record]
     assert len(losses["cuda"]) == 8
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-3)

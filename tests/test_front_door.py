@@ -15,4 +15,9 @@ def test_every_public_name_is_there():
 
 def test_importing_does_not_load_torch():
     code = "import sys, finetune, finetune.cli; print(sorted({'torch', 'transformers', 'datasets', 'pydantic'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -21,7 +21,9 @@ SLOW = ["mri_unet", "smollm2"]
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "error", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def quick() -> dict[str, dict]:
     kept = [(ROOT / "docs" / name).read_bytes() for name in ("claims.md", "claims.jsonl")]
     done = run(str(FOLDER / "all.py"), "--quick")
     assert done.returncode == 0, done.stderr
-    assert [(ROOT / "docs" / name).read_bytes() for name in ("claims.md", "claims.jsonl")] == kept  # a quick run writes nothing
+    assert [
+        (ROOT / "docs" / name).read_bytes() for name in ("claims.md", "claims.jsonl")
+    ] == kept  # a quick run writes nothing
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.stdout.count("verdict: ") == len(records) == len(QUICK)
     return dict(zip(QUICK, records))
@@ -67,7 +71,9 @@ def test_the_first_step_without_bias_correction(quick):
     assert quick["bias_correction"]["checks"]["exact"] == 1
     for beta2 in (0.99, 0.999, 0.9999):
         assert rows[f"β2 = {beta2}, corrected"] == "1.00"
-        assert float(rows[f"β2 = {beta2}, uncorrected"]) == pytest.approx(0.1 / math.sqrt(1 - beta2), abs=0.005)
+        assert float(rows[f"β2 = {beta2}, uncorrected"]) == pytest.approx(
+            0.1 / math.sqrt(1 - beta2), abs=0.005
+        )
 
 
 @pytest.mark.slow
@@ -91,7 +97,10 @@ def test_the_document_is_what_the_figures_say():
     text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     assert done.stdout == text
     for name in (*QUICK, *SLOW):
-        assert f"python scripts/reproduce/{name}.py" in text or f"python scripts/reproduce/all.py {name}" in text
+        assert (
+            f"python scripts/reproduce/{name}.py" in text
+            or f"python scripts/reproduce/all.py {name}" in text
+        )
     for path in (ROOT / "docs" / "claims.jsonl").read_text(encoding="utf-8").splitlines():
         assert json.loads(path)["script"] in (*QUICK, *SLOW)
 

@@ -31,8 +31,20 @@ def wheel(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in NEEDED:
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "finetune", source / "finetune", ignore=shutil.ignore_patterns("__pycache__"))
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", ".", cwd=source)
+    shutil.copytree(
+        ROOT / "finetune", source / "finetune", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        "dist",
+        ".",
+        cwd=source,
+    )
     (found,) = (source / "dist").iterdir()
     return found
 
@@ -41,7 +53,9 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     files = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "finetune").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "finetune").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     endings = {Path(name).suffix for name in files}
     assert {".py", ".yaml", ".jsonl", ".jinja", ".css", ".typed"} <= endings
@@ -71,7 +85,9 @@ def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
         cwd=tmp_path,
     )
     (site,) = home.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # the libraries of the tests, but not its finetune
+    (site / "dependencies.pth").write_text(
+        sysconfig.get_path("purelib") + "\n"
+    )  # the libraries of the tests, but not its finetune
     where = run(python, "-c", "import finetune; print(finetune.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(home)
     assert "translate" in run(program, "--help", cwd=tmp_path)

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 BINS = ("head", "body", "tail")
-UP_TO = (0.5, 0.9)  # head: the most frequent tokens that make up half of all training targets; body: the next 40 %; tail: the rest
+UP_TO = (
+    0.5,
+    0.9,
+)  # head: the most frequent tokens that make up half of all training targets; body: the next 40 %; tail: the rest
 
 
 def bins_of(counts: Tensor) -> Tensor:
     """Which bin each token belongs to, [V] int64, from `counts` [V] of the training targets. What never occurs is tail."""
     order = torch.argsort(counts, descending=True, stable=True)
     ordered = counts[order].double()
-    before = (ordered.cumsum(0) - ordered) / ordered.sum()  # the share of all targets that more frequent tokens make up
+    before = (
+        ordered.cumsum(0) - ordered
+    ) / ordered.sum()  # the share of all targets that more frequent tokens make up
     bins = torch.empty_like(counts, dtype=torch.int64)
     bins[order] = torch.bucketize(before, torch.tensor(UP_TO, dtype=torch.float64), right=True)
     bins[counts == 0] = len(UP_TO)

@@ -50,7 +50,10 @@ def lr_grid(middle: float, count: int) -> list[float]:
 
     Of an even number one more lies below the middle than above.
     """
-    return [_rounded(middle * 10 ** (k // 2) * (3 if k % 2 else 1)) for k in range(-(count // 2), count - count // 2)]
+    return [
+        _rounded(middle * 10 ** (k // 2) * (3 if k % 2 else 1))
+        for k in range(-(count // 2), count - count // 2)
+    ]
 
 
 def wider(losses: Mapping[float, float]) -> float | None:

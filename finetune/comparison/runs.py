@@ -25,8 +25,12 @@ class Result:
     problem: str  # why the run diverged, "" where it did not
     start: dict[str, str]  # hashes of the weights and of the training data that it began with
     state_bytes: int = 0  # of the optimizer, after the last step
-    test: dict[str, float] | None = None  # nats per target token: "all", and by bin "head", "body", "tail"
-    bins: dict[str, dict[str, int]] | None = None  # by bin: "tokens" of the vocabulary, "targets" in the test data
+    test: dict[str, float] | None = (
+        None  # nats per target token: "all", and by bin "head", "body", "tail"
+    )
+    bins: dict[str, dict[str, int]] | None = (
+        None  # by bin: "tokens" of the vocabulary, "targets" in the test data
+    )
 
     @property
     def lr(self) -> float:
@@ -50,7 +54,9 @@ class Run:
     folder: str
     result: Result
     points: list[Point]
-    updates: list[tuple[int, float]] = field(default_factory=list)  # (step, norm of the update over norm of the weights)
+    updates: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (step, norm of the update over norm of the weights)
     steps: int = 0  # taken
 
     @property
@@ -95,10 +101,18 @@ def read_run(folder: Path) -> Run | None:
     points, steps, tokens, seconds = [], 0, 0, 0.0
     for record in _lines(RunDir(folder).metrics):
         if "evaluation" in record:
-            points.append(Point(record["step"], float(record["evaluation"]["loss"]), tokens, seconds))
+            points.append(
+                Point(record["step"], float(record["evaluation"]["loss"]), tokens, seconds)
+            )
         else:
-            steps, tokens, seconds = record["step"], tokens + record["num_tokens"], seconds + record["seconds"]
-    updates = {record["step"]: float(record["ratio"]) for record in _lines(updates_path(folder))}  # a resumed step stands twice
+            steps, tokens, seconds = (
+                record["step"],
+                tokens + record["num_tokens"],
+                seconds + record["seconds"],
+            )
+    updates = {
+        record["step"]: float(record["ratio"]) for record in _lines(updates_path(folder))
+    }  # a resumed step stands twice
     return Run(folder.name, result, points, sorted(updates.items()), steps)
 
 

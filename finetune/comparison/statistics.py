@@ -34,7 +34,9 @@ def interval(values: Sequence[float]) -> Interval:
     mean, freedom = fmean(values), len(values) - 1
     if not freedom:
         return Interval(mean, None, None)
-    from scipy.special import stdtrit  # here: of the extra `compare`, which is asked for by name when a search begins
+    from scipy.special import (
+        stdtrit,
+    )  # here: of the extra `compare`, which is asked for by name when a search begins
 
     half = float(stdtrit(freedom, 0.5 + LEVEL / 2)) * stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)

@@ -19,25 +19,44 @@ TARGET_SHARE = 0.9
 after it."""
 
 
-def summarise(tuning: Mapping[str, Sequence[Run]], reported: Mapping[str, Sequence[Run]], *, grid_size: int) -> dict[str, Any]:
+def summarise(
+    tuning: Mapping[str, Sequence[Run]], reported: Mapping[str, Sequence[Run]], *, grid_size: int
+) -> dict[str, Any]:
     """The whole comparison of the optimizers, in the order of `reported`; runs of one optimizer in the order of their seeds.
 
     `tuning`: the runs that chose each learning rate, of which the first `grid_size` were planned and the rest are widening.
     """
     target = target_loss(reported)
     tests = {name: _interval(runs) for name, runs in reported.items()}
-    verdict = judge(tests, {name: sum(run.diverged for run in runs) for name, runs in reported.items()})
+    verdict = judge(
+        tests, {name: sum(run.diverged for run in runs) for name, runs in reported.items()}
+    )
     best = verdict.ranking[0] if verdict.ranking else None
     rows = {
-        name: _row(tuning[name], runs, grid_size=grid_size, target=target, baseline=reported[best] if best else None)
+        name: _row(
+            tuning[name],
+            runs,
+            grid_size=grid_size,
+            target=target,
+            baseline=reported[best] if best else None,
+        )
         for name, runs in reported.items()
     }
     return {
-        "verdict": {"winner": verdict.winner, "ranking": verdict.ranking, "tied": verdict.tied, "sentences": verdict.sentences},
+        "verdict": {
+            "winner": verdict.winner,
+            "ranking": verdict.ranking,
+            "tied": verdict.tied,
+            "sentences": verdict.sentences,
+        },
         "target": {"loss": target, "share": TARGET_SHARE},
         "optimizers": rows,
-        "bins": next((run.result.bins for runs in reported.values() for run in runs if run.result.bins), None),
-        "starts": {str(run.result.seed): run.result.start for runs in reported.values() for run in runs},
+        "bins": next(
+            (run.result.bins for runs in reported.values() for run in runs if run.result.bins), None
+        ),
+        "starts": {
+            str(run.result.seed): run.result.start for runs in reported.values() for run in runs
+        },
         "runs": [
             _run(run, target, widening=phase == "tuning" and number >= grid_size)
             for phase, part in (("tuning", tuning), ("reported", reported))
@@ -49,7 +68,12 @@ def summarise(tuning: Mapping[str, Sequence[Run]], reported: Mapping[str, Sequen
 
 def target_loss(reported: Mapping[str, Sequence[Run]]) -> float | None:
     """The held-out loss to count steps to, or None where no optimizer got below the loss before training."""
-    starts = [run.points[0].loss for runs in reported.values() for run in runs if run.points and run.points[0].step == 0]
+    starts = [
+        run.points[0].loss
+        for runs in reported.values()
+        for run in runs
+        if run.points and run.points[0].step == 0
+    ]
     ends = [fmean(run.loss for run in runs) for runs in reported.values()]
     if not starts or not (lowest := min(ends)) < (start := fmean(starts)):
         return None
@@ -57,7 +81,12 @@ def target_loss(reported: Mapping[str, Sequence[Run]]) -> float | None:
 
 
 def _row(
-    tuning: Sequence[Run], runs: Sequence[Run], *, grid_size: int, target: float | None, baseline: Sequence[Run] | None
+    tuning: Sequence[Run],
+    runs: Sequence[Run],
+    *,
+    grid_size: int,
+    target: float | None,
+    baseline: Sequence[Run] | None,
 ) -> dict[str, Any]:
     chosen = runs[0].result.lr
     lrs = sorted({run.result.lr for run in tuning})
@@ -76,7 +105,9 @@ def _row(
         "test": _shown(_interval(runs)),
         "test_by_frequency": _by_frequency(runs),
         "difference_to_best": _shown(
-            paired([run.test_loss for run in runs], [run.test_loss for run in baseline]) if comparable and baseline else None
+            paired([run.test_loss for run in runs], [run.test_loss for run in baseline])
+            if comparable and baseline
+            else None
         ),
         "to_target": {
             "reached": sum(point is not None for point in reached),
@@ -86,7 +117,9 @@ def _row(
         },
         "tokens": max(run.points[-1].tokens for run in runs) if runs else 0,
         "seconds": fmean(run.points[-1].seconds for run in runs),
-        "seconds_per_step": fmean(run.points[-1].seconds / max(1, run.points[-1].step) for run in runs),
+        "seconds_per_step": fmean(
+            run.points[-1].seconds / max(1, run.points[-1].step) for run in runs
+        ),
         "state_bytes": max(run.result.state_bytes for run in runs),
         "curve": _curve(runs),
         "updates": _mean_curve([run.updates for run in runs]),
@@ -102,12 +135,18 @@ def _by_frequency(runs: Sequence[Run]) -> dict[str, Any] | None:
     if any(run.diverged or run.result.test is None for run in runs):
         return None
     found = [run.result.test for run in runs if run.result.test is not None]
-    return {name: _shown(interval([test[name] for test in found])) for name in BINS if all(name in test for test in found)}
+    return {
+        name: _shown(interval([test[name] for test in found]))
+        for name in BINS
+        if all(name in test for test in found)
+    }
 
 
 def _median_to(reached: Sequence[Point | None], what: str) -> float | None:
     """The median over seeds, a miss being infinite; None where that is a miss."""
-    value = median([math.inf if point is None else float(getattr(point, what)) for point in reached])
+    value = median(
+        [math.inf if point is None else float(getattr(point, what)) for point in reached]
+    )
     return value if math.isfinite(value) else None
 
 

@@ -25,17 +25,24 @@ def judge(tests: Mapping[str, Interval | None], diverged: Mapping[str, int]) -> 
     found = {name: test for name, test in tests.items() if test is not None}
     ranking = sorted(found, key=lambda name: found[name].mean)
     lost = [name for name in tests if name not in found]
-    said = [f"Not ranked: {listed([f'{name} ({diverged[name]} diverged)' for name in lost])}."] if lost else []
+    said = (
+        [f"Not ranked: {listed([f'{name} ({diverged[name]} diverged)' for name in lost])}."]
+        if lost
+        else []
+    )
     if not ranking:
-        return Verdict(None, [], [], ["No clear winner: every optimizer diverged with at least one seed.", *said])
+        return Verdict(
+            None,
+            [],
+            [],
+            ["No clear winner: every optimizer diverged with at least one seed.", *said],
+        )
     best = ranking[0]
     rivals = [name for name in ranking[1:] if found[best].overlaps(found[name])]
     beaten = [name for name in ranking[1:] if name not in rivals]
     if rivals:
         if found[best].low is None:
-            head = (
-                f"No clear winner: {best} has the lowest test loss, {_said(found[best])}, but one seed says nothing about chance."
-            )
+            head = f"No clear winner: {best} has the lowest test loss, {_said(found[best])}, but one seed says nothing about chance."
             return Verdict(None, ranking, ranking, [head, *said])
         head = (
             f"No clear winner: {best} has the lowest test loss, {_said(found[best])}, "
@@ -44,7 +51,12 @@ def judge(tests: Mapping[str, Interval | None], diverged: Mapping[str, int]) -> 
         tail = [f"Clearly behind {best}: {listed(beaten)}."] if beaten else []
         return Verdict(None, ranking, [best, *rivals], [head, *tail, *said])
     if not beaten:
-        return Verdict(best, ranking, [], [f"{best} is the only one that never diverged: test loss {_said(found[best])}.", *said])
+        return Verdict(
+            best,
+            ranking,
+            [],
+            [f"{best} is the only one that never diverged: test loss {_said(found[best])}.", *said],
+        )
     head = (
         f"{best} wins: test loss {_said(found[best])}; {beaten[0]}, the next, has {_said(found[beaten[0]])}, "
         f"and no {LEVEL:.0%} interval overlaps with the winner's."

@@ -64,24 +64,34 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Without `output_dir` the run goes to `runs/<name of the file>`. Raises UserError.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give a YAML file, for a finished run its {path / 'config.yaml'}")
+        raise UserError(
+            f"{path} is a folder; give a YAML file, for a finished run its {path / 'config.yaml'}"
+        )
     if not path.is_file():
-        raise UserError(f"the config {path} does not exist (looked in {path.parent.resolve()}); give the path of a YAML file")
+        raise UserError(
+            f"the config {path} does not exist (looked in {path.parent.resolve()}); give the path of a YAML file"
+        )
     try:
         tree = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the config {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise UserError(
+            f"the config {path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except yaml.YAMLError as error:
         raise UserError(f"the config {path} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"the config {path} must be a YAML mapping of keys to values, but holds {_kind(tree)}")
+        raise UserError(
+            f"the config {path} must be a YAML mapping of keys to values, but holds {_kind(tree)}"
+        )
     tree.setdefault("output_dir", str(Path("runs") / path.stem))
     return make_config(tree, overrides, where=str(path))
 
 
-def make_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> RunConfig:
+def make_config(
+    tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "config"
+) -> RunConfig:
     """Validate a tree as read from YAML; `where` opens every error message. Raises UserError."""
     resolved = _resolve_aliases(tree, where)
     for override in overrides:
@@ -99,7 +109,9 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+    )
 
 
 def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -113,11 +125,18 @@ def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif section is not None and isinstance(value, Mapping):
             inner = {}
             for name, item in value.items():
-                ours = name in section.model_fields or (section.model_config.get("extra") == "allow" and name not in ALIASES)
+                ours = name in section.model_fields or (
+                    section.model_config.get("extra") == "allow" and name not in ALIASES
+                )
                 if ours:
                     inner[name] = item
                 else:
-                    moved.append((f"{key}.{name}", *_alias(name, item, f"{where}: {key}", section.model_fields)))
+                    moved.append(
+                        (
+                            f"{key}.{name}",
+                            *_alias(name, item, f"{where}: {key}", section.model_fields),
+                        )
+                    )
             resolved[key] = inner
         else:
             resolved[key] = value
@@ -144,11 +163,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"the override {override!r} is not of the form key=value, e.g. training.epochs=1")
+        raise UserError(
+            f"the override {override!r} is not of the form key=value, e.g. training.epochs=1"
+        )
     try:
         value = parse(text)
     except yaml.YAMLError as error:
-        raise UserError(f"the value of the override {override!r} is not valid YAML: {_yaml_problem(error)}") from error
+        raise UserError(
+            f"the value of the override {override!r} is not valid YAML: {_yaml_problem(error)}"
+        ) from error
     leaf = key.rpartition(".")[2]
     if key in NOT_ALIASES or (leaf in ALIASES and _field(key) is None):
         key, value = _alias(leaf, value, "override", RunConfig.model_fields)
@@ -162,7 +185,9 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, *, given: str | None) ->
         if below is None:
             below = tree[parent] = {}
         if not isinstance(below, dict):
-            raise UserError(f"{dotted} cannot be set: {'.'.join(parents[: depth + 1])} is {_kind(below)}, not a section")
+            raise UserError(
+                f"{dotted} cannot be set: {'.'.join(parents[: depth + 1])} is {_kind(below)}, not a section"
+            )
         tree = below
     if given is not None and leaf in tree:
         raise UserError(f"{given!r} and {dotted!r} mean the same: give one of them")
@@ -174,7 +199,11 @@ def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     field = model.model_fields.get(key)
     if field is None:
         return None
-    members = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+    members = (
+        typing.get_args(field.annotation)
+        if isinstance(field.annotation, types.UnionType)
+        else (field.annotation,)
+    )
     return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
 
@@ -195,7 +224,10 @@ def _sentences(error: ValidationError) -> list[str]:
     for problem in error.errors(include_url=False):
         what, _, why = _sentence(problem).partition(NOT_ALLOWED)
         reasons.setdefault(what, []).append(why)
-    return [what + (NOT_ALLOWED + " or ".join(_after_the_first(whys)) if whys[0] else "") for what, whys in reasons.items()]
+    return [
+        what + (NOT_ALLOWED + " or ".join(_after_the_first(whys)) if whys[0] else "")
+        for what, whys in reasons.items()
+    ]
 
 
 def _after_the_first(whys: list[str]) -> list[str]:
@@ -204,7 +236,9 @@ def _after_the_first(whys: list[str]) -> list[str]:
 
 def _sentence(problem: Any) -> str:
     path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
-    path = path[:-1] if path and path[-1] in ("int", "str") else path  # which of the kinds of value the problem is with
+    path = (
+        path[:-1] if path and path[-1] in ("int", "str") else path
+    )  # which of the kinds of value the problem is with
     dotted, given = ".".join(path) or "config", problem["input"]
     if problem["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
@@ -215,7 +249,11 @@ def _sentence(problem: Any) -> str:
         return str(problem["ctx"]["error"])
     if problem["type"] == "model_type":
         return f"{dotted} = {given!r:.60}{NOT_ALLOWED}it must be a mapping of keys to values"
-    shown = repr(given) if isinstance(given, str | int | float | bool) or given is None else _kind(given)
+    shown = (
+        repr(given)
+        if isinstance(given, str | int | float | bool) or given is None
+        else _kind(given)
+    )
     if problem["type"] == "tuple_type":
         return f"{dotted} = {shown}{NOT_ALLOWED}give a list, such as [{given if given is not None else ''}]"
     return f"{dotted} = {shown}{NOT_ALLOWED}{problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -6,7 +6,15 @@ Floor 4, so that no room below can know it. `finetune.recipes` is the only reade
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationInfo,
+    model_validator,
+)
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -37,19 +45,29 @@ class NewTokenizerSection(Section):
 class ModelSection(Section):
     """Which model: `name` (pretrained) or `config` (random weights)."""
 
-    name: str | None = None  # hub name, folder, .gguf file, or package:NAME for a pip package that ships a .gguf
-    config: dict[str, Any] | None = None  # e.g. {model_type: llama, hidden_size: 64, ...}: a random model, no download
-    tokenizer: NewTokenizerSection | None = None  # with `config` only; default: NewTokenizerSection()
+    name: str | None = (
+        None  # hub name, folder, .gguf file, or package:NAME for a pip package that ships a .gguf
+    )
+    config: dict[str, Any] | None = (
+        None  # e.g. {model_type: llama, hidden_size: 64, ...}: a random model, no download
+    )
+    tokenizer: NewTokenizerSection | None = (
+        None  # with `config` only; default: NewTokenizerSection()
+    )
     revision: str | None = None  # hub branch, tag or commit
     trust_remote_code: bool = False
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    chat_template: str | None = None  # None: the tokenizer's own; "chatml"; or a path to a Jinja file
+    chat_template: str | None = (
+        None  # None: the tokenizer's own; "chatml"; or a path to a Jinja file
+    )
     lora: LoraSection | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSection":
         if (self.name is None) == (self.config is None):
-            raise ValueError("give either model.name (a pretrained model) or model.config (a random one), not both and not neither")
+            raise ValueError(
+                "give either model.name (a pretrained model) or model.config (a random one), not both and not neither"
+            )
         return self
 
 
@@ -61,7 +79,9 @@ class SourceSection(Section):
     split: str = "train"
     revision: str | None = None
     target_path: str | None = None  # the second of two aligned text files (translation)
-    weight: Annotated[float, Field(gt=0)] | None = None  # share of this source in a mix; None for all: every row once
+    weight: Annotated[float, Field(gt=0)] | None = (
+        None  # share of this source in a mix; None for all: every row once
+    )
     max_rows: PositiveInt | None = None  # take only the first so many rows
 
 
@@ -69,7 +89,9 @@ def _as_sources(value: Any, info: ValidationInfo) -> Any:
     """Let `train: file.jsonl` and `train: {path: ...}` stand for a list of one."""
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
-        raise ValueError(f"data.{info.field_name} is an empty list: name a file or a dataset, or leave the key out")
+        raise ValueError(
+            f"data.{info.field_name} is an empty list: name a file or a dataset, or leave the key out"
+        )
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
@@ -79,23 +101,37 @@ Sources = Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources)]
 class TranslationSection(Section):
     """How a pair of sentences becomes a prompt and an answer."""
 
-    source_language: str | None = None  # the key in `translation`, or the column, e.g. "en"; None: found in the data
+    source_language: str | None = (
+        None  # the key in `translation`, or the column, e.g. "en"; None: found in the data
+    )
     target_language: str | None = None
     direction: Literal["forward", "backward", "both"] = "forward"
-    template: str | None = None  # e.g. "Translate to {target_name}: {source}"; None: a chat turn where there is a chat template
+    template: str | None = (
+        None  # e.g. "Translate to {target_name}: {source}"; None: a chat turn where there is a chat template
+    )
 
 
 class DataSection(Section):
     train: Sources
-    validation: Sources | None = None  # None: `validation_fraction` of the training rows is held out
+    validation: Sources | None = (
+        None  # None: `validation_fraction` of the training rows is held out
+    )
     test: Sources | None = None  # for `finetune evaluate`; None: the validation rows
-    unrelated: Sources | None = None  # plain text of another kind: its loss, before and after, tells what is forgotten
+    unrelated: Sources | None = (
+        None  # plain text of another kind: its loss, before and after, tells what is forgotten
+    )
     validation_fraction: Fraction = 0.05
-    max_validation_rows: PositiveInt | None = 500  # the first so many, of held-out and of unrelated text; test is read whole
+    max_validation_rows: PositiveInt | None = (
+        500  # the first so many, of held-out and of unrelated text; test is read whole
+    )
     format: Literal["auto", "chat", "translation", "text"] = "auto"
-    columns: dict[str, str] = {}  # what the format calls a column -> what the data calls it, e.g. {prompt: question}
+    columns: dict[
+        str, str
+    ] = {}  # what the format calls a column -> what the data calls it, e.g. {prompt: question}
     system_prompt: str | None = None  # put before conversations that have none
-    targets: Literal["assistant", "all"] = "assistant"  # what is learnt: the assistant's turns with their end mark, or every token
+    targets: Literal["assistant", "all"] = (
+        "assistant"  # what is learnt: the assistant's turns with their end mark, or every token
+    )
     translation: TranslationSection = TranslationSection()
     max_length: PositiveInt = 512  # tokens
     overlong: Literal["truncate", "drop", "error"] = "truncate"
@@ -114,7 +150,9 @@ class VocabularySection(Section):
     # first rows are looked at; tokens that turn up later get rows that were set aside, as many as are active at the start and at
     # least 1,024, and past those keep their frozen ones.
     mode: Literal["auto", "full", "active", "sampled", "frozen"] = "auto"
-    keep: tuple[StrictInt | str, ...] = ()  # tokens that train besides: ids, or texts whose tokens are meant (" a" is not "a")
+    keep: tuple[
+        StrictInt | str, ...
+    ] = ()  # tokens that train besides: ids, or texts whose tokens are meant (" a" is not "a")
     num_sampled: PositiveInt = 4096  # frozen rows drawn for each step (sampled)
 
 
@@ -125,9 +163,17 @@ class OptimizerSection(BaseModel):
 
     name: str = "lazy_adamw"
     lr: Annotated[float, Field(gt=0)] = 5e-5
-    weight_decay: Annotated[float, Field(ge=0)] | None = None  # None: the optimizer's own (0.01 for adamw and lazy_adamw)
-    no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # kinds of parameter without weight decay
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None  # lr factor from one layer to the one below it
+    weight_decay: Annotated[float, Field(ge=0)] | None = (
+        None  # None: the optimizer's own (0.01 for adamw and lazy_adamw)
+    )
+    no_decay: tuple[str, ...] = (
+        "bias",
+        "norm",
+        "embedding",
+    )  # kinds of parameter without weight decay
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = (
+        None  # lr factor from one layer to the one below it
+    )
     overrides: tuple[dict[str, Any], ...] = ()  # e.g. [{pattern: "*.embed_tokens.*", lr: 1e-5}]
 
     @property
@@ -147,12 +193,18 @@ class TrainingSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
     batch_size: PositiveInt = 16  # rows per optimizer step, over all processes and micro-batches
-    micro_batch_size: PositiveInt = 4  # rows per forward on one device; gradient accumulation follows from it
+    micro_batch_size: PositiveInt = (
+        4  # rows per forward on one device; gradient accumulation follows from it
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the matmuls; the weights stay fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # of the matmuls; the weights stay fp32
+    )
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile: on a GPU about ten seconds at the first step, then faster; does not pay on a CPU
-    divergence_threshold: Annotated[float, Field(gt=0)] = 4.0  # nats above the best running loss: the run stops
+    divergence_threshold: Annotated[float, Field(gt=0)] = (
+        4.0  # nats above the best running loss: the run stops
+    )
     timeout: PositiveInt = 600  # seconds that a process waits for another one; then the run ends, as it does where a host is lost
 
 
@@ -160,8 +212,12 @@ class EvaluationSection(Section):
     every: PositiveInt | None = None  # steps; None: at the end of each epoch, and at the end
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # rows per forward
-    metrics: tuple[Literal["chrf", "bleu"], ...] | None = None  # beside the loss; None: both for translation, none else
-    generate: NonNegativeInt = 64  # held-out prompts to generate for the metrics; 0: no such metrics
+    metrics: tuple[Literal["chrf", "bleu"], ...] | None = (
+        None  # beside the loss; None: both for translation, none else
+    )
+    generate: NonNegativeInt = (
+        64  # held-out prompts to generate for the metrics; 0: no such metrics
+    )
     samples: NonNegativeInt = 8  # of them written to samples.jsonl (also where there is no metric)
     best: Literal["loss", "chrf"] = "loss"  # what the best checkpoint and early stopping go by
     early_stopping_patience: PositiveInt | None = None  # evaluations without improvement

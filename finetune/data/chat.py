@@ -45,7 +45,13 @@ class ChatFormat:
     name = "chat"
 
     def __init__(
-        self, *, tokenizer: Tokenizer, shape: str, columns: Mapping[str, str], targets: str, system_prompt: str | None
+        self,
+        *,
+        tokenizer: Tokenizer,
+        shape: str,
+        columns: Mapping[str, str],
+        targets: str,
+        system_prompt: str | None,
     ) -> None:
         self.template = ChatTemplate(tokenizer)
         self.columns = columns
@@ -66,7 +72,11 @@ class ChatFormat:
     def _shape_of(self, row: Row) -> str:
         """Sources may differ in it, and so may the rows of a JSON file, where columns of other rows are then None."""
         there = {name for name, value in row.items() if value is not None}
-        fitting = [shape for shape, needed in SHAPES.items() if all(self.columns.get(name, name) in there for name in needed)]
+        fitting = [
+            shape
+            for shape, needed in SHAPES.items()
+            if all(self.columns.get(name, name) in there for name in needed)
+        ]
         return self.shape if self.shape in fitting or not fitting else fitting[0]
 
     def examples(self, row: Row) -> list[Example]:
@@ -87,20 +97,28 @@ def as_messages(value: Any) -> list[Message]:
 
 def _as_message(item: Any, number: int) -> Message:
     if not isinstance(item, Mapping):
-        raise UserError(f"message {number} must be an object with role and content, not {item!r:.80}")
+        raise UserError(
+            f"message {number} must be an object with role and content, not {item!r:.80}"
+        )
     role = item.get("role", item.get("from"))
     content = item.get("content", item.get("value"))
     if role not in ROLES:
-        raise UserError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+        raise UserError(
+            f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}"
+        )
     if not isinstance(content, str):
-        raise UserError(f"message {number} ({role}) has no text as its content, but {content!r:.80}")
+        raise UserError(
+            f"message {number} ({role}) has no text as its content, but {content!r:.80}"
+        )
     return {"role": ROLES[role], "content": content}
 
 
 def _check_order(messages: list[Message]) -> None:
     """Raise UserError unless the turns are: system (or not), then user and assistant in turn; none of these two empty."""
     if not any(message["role"] == "assistant" for message in messages):
-        raise UserError("the conversation has no assistant turn, so there is nothing to learn from it")
+        raise UserError(
+            "the conversation has no assistant turn, so there is nothing to learn from it"
+        )
     first = 1 if messages[0]["role"] == "system" else 0
     for i, message in enumerate(messages[first:]):
         number, expected = first + i + 1, ("user", "assistant")[i % 2]
@@ -131,9 +149,14 @@ def _from_prompt(row: Row, columns: Mapping[str, str]) -> list[Message]:
 
 def _from_instruction(row: Row, columns: Mapping[str, str]) -> list[Message]:
     question = text_column(row, "instruction", columns)
-    if (columns.get("input", "input")) in row and (context := text_column(row, "input", columns)).strip():
+    if (columns.get("input", "input")) in row and (
+        context := text_column(row, "input", columns)
+    ).strip():
         question = f"{question}\n\n{context}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": text_column(row, "output", columns)}]
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": text_column(row, "output", columns)},
+    ]
 
 
 _READERS: dict[str, Callable[[Row, Mapping[str, str]], list[Message]]] = {

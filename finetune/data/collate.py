@@ -33,7 +33,10 @@ def collate(
     assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
     longest = max([1, *(sum(map(len, row)) for row in rows)])
     rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-    shape = (max(1, len(rows)), rounded if max_length is None else max(longest, min(rounded, max_length)))
+    shape = (
+        max(1, len(rows)),
+        rounded if max_length is None else max(longest, min(rounded, max_length)),
+    )
     ids, labels, positions = array("i"), array("i"), array("i")  # end to end, row by row
     steps = array("i", range(shape[1]))
     for number, row in enumerate(rows or [()], start=1):

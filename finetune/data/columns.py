@@ -14,7 +14,9 @@ def column(row: Row, name: str, columns: Mapping[str, str]) -> Any:
     """The value of the column. Raises UserError if it is missing, with the columns there are."""
     given = columns.get(name, name)
     if given not in row:
-        raise UserError(f"column {given!r} is missing; the columns are {', '.join(row) or 'none'}{did_you_mean(given, row)}")
+        raise UserError(
+            f"column {given!r} is missing; the columns are {', '.join(row) or 'none'}{did_you_mean(given, row)}"
+        )
     return row[given]
 
 

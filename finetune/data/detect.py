@@ -48,7 +48,13 @@ def build_format(
     _check_columns(columns, first_row, languages=(source_language, target_language))
     kind, shape = _detect(kind, first_row, columns, (source_language, target_language))
     if kind == "chat":
-        return ChatFormat(tokenizer=tokenizer, shape=shape, columns=columns, targets=targets, system_prompt=system_prompt)
+        return ChatFormat(
+            tokenizer=tokenizer,
+            shape=shape,
+            columns=columns,
+            targets=targets,
+            system_prompt=system_prompt,
+        )
     if kind == "text":
         return TextFormat(tokenizer=tokenizer, columns=columns)
     first, second, languages = _sides(shape, first_row, columns, (source_language, target_language))
@@ -64,9 +70,13 @@ def build_format(
     )
 
 
-def _detect(kind: str, row: Row, columns: Mapping[str, str], languages: tuple[str | None, str | None]) -> tuple[str, str]:
+def _detect(
+    kind: str, row: Row, columns: Mapping[str, str], languages: tuple[str | None, str | None]
+) -> tuple[str, str]:
     """Return the format and its shape."""
-    named = all(language is not None and columns.get(language, language) in row for language in languages)
+    named = all(
+        language is not None and columns.get(language, language) in row for language in languages
+    )
     for candidate in SHAPES if kind == "auto" else [kind]:
         if candidate == "translation" and named:
             return candidate, "columns"
@@ -75,7 +85,11 @@ def _detect(kind: str, row: Row, columns: Mapping[str, str], languages: tuple[st
                 return candidate, shape
         if candidate == "translation" and len(_language_columns(row)) == 2:
             return candidate, "columns"
-    accepted = _ACCEPTED if kind == "auto" else "; or ".join(" and ".join(needed) for needed in SHAPES[kind].values())
+    accepted = (
+        _ACCEPTED
+        if kind == "auto"
+        else "; or ".join(" and ".join(needed) for needed in SHAPES[kind].values())
+    )
     if kind == "translation":
         accepted += "; or two columns named by languages (en, fr)"
     what = "a format" if kind == "auto" else f"the format {kind!r}"
@@ -95,7 +109,11 @@ def _sides(
                 "the columns do not say what languages they are in; set data.translation.source_language and target_language, "
                 "e.g. en and fr"
             )
-        return columns.get("source", "source"), columns.get("target", "target"), (languages[0], languages[1])
+        return (
+            columns.get("source", "source"),
+            columns.get("target", "target"),
+            (languages[0], languages[1]),
+        )
     if shape == "translation":
         pair = row[columns.get("translation", "translation")]
         source, target = _languages(list(pair) if isinstance(pair, Mapping) else [], *languages)
@@ -122,13 +140,22 @@ def _languages(keys: Sequence[str], source: str | None, target: str | None) -> t
     return source, target
 
 
-def _check_columns(columns: Mapping[str, str], row: Row, *, languages: tuple[str | None, str | None]) -> None:
+def _check_columns(
+    columns: Mapping[str, str], row: Row, *, languages: tuple[str | None, str | None]
+) -> None:
     """Raise UserError for a name in `columns` that no format knows, or a column that is not there."""
-    known = [name for kind, shapes in SHAPES.items() for needed in [*shapes.values(), _OPTIONAL[kind]] for name in needed]
+    known = [
+        name
+        for kind, shapes in SHAPES.items()
+        for needed in [*shapes.values(), _OPTIONAL[kind]]
+        for name in needed
+    ]
     known += [language for language in languages if language is not None]
     for name, given in columns.items():
         if name not in known:
-            raise UserError(f"data.columns has the unknown name {name!r}; known are {', '.join(known)}{did_you_mean(name, known)}")
+            raise UserError(
+                f"data.columns has the unknown name {name!r}; known are {', '.join(known)}{did_you_mean(name, known)}"
+            )
         if given not in row:
             raise UserError(
                 f"data.columns takes {name!r} from column {given!r}, which is missing; the columns are {', '.join(row)}"

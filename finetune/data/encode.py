@@ -149,7 +149,14 @@ class EncodedDataset(Sequence[Example]):
         return digest.hexdigest()
 
 
-def encode(rows: Iterable[tuple[str, Row]], format: Format, *, max_length: int, overlong: str, vocab_size: int) -> EncodedDataset:
+def encode(
+    rows: Iterable[tuple[str, Row]],
+    format: Format,
+    *,
+    max_length: int,
+    overlong: str,
+    vocab_size: int,
+) -> EncodedDataset:
     """Encode all rows, given as (where it stands, row). Raises UserError for a bad row, or where nothing is left to learn."""
     encoder = RowEncoder(format, max_length=max_length, overlong=overlong, vocab_size=vocab_size)
     dataset = EncodedDataset()
@@ -168,7 +175,10 @@ def require_targets(counts: DataStatistics, *, max_length: int) -> None:
     if counts.target_tokens == 0:
         reasons = (
             (counts.dropped, f"over data.max_length = {max_length} and dropped"),
-            (counts.without_target, f"without a target after the cut to data.max_length = {max_length}"),
+            (
+                counts.without_target,
+                f"without a target after the cut to data.max_length = {max_length}",
+            ),
             (counts.blank_rows, "blank"),
         )
         raise UserError(

@@ -13,7 +13,14 @@ from typing import Any
 
 from finetune.errors import UserError, did_you_mean
 
-KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text"}
+KINDS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
 PACKAGE = "package:"
 
 
@@ -25,7 +32,9 @@ def local_files(path: str, *, is_text: bool = False) -> list[Path]:
     if path.startswith(PACKAGE):
         return [_package_file(path)]
     if glob.has_magic(path):
-        found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+        found = sorted(
+            Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()
+        )
         if not found:
             raise UserError(f"no file matches {path!r} (looked in {Path.cwd()})")
     elif Path(path).expanduser().is_file():
@@ -47,16 +56,24 @@ def local_files(path: str, *, is_text: bool = False) -> list[Path]:
 def kind_of(file: Path) -> str:
     """The kind of a data file by its ending."""
     if file.suffix not in KINDS:
-        raise UserError(f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}")
+        raise UserError(
+            f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}"
+        )
     return KINDS[file.suffix]
 
 
 def _package_file(path: str) -> Path:
     folder = files("finetune") / "resources" / "data"
-    names = sorted(entry.name.removesuffix(".jsonl") for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
+    names = sorted(
+        entry.name.removesuffix(".jsonl")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".jsonl")
+    )
     name = path.removeprefix(PACKAGE)
     if name not in names:
-        raise UserError(f"the package has no data {name!r}; it has {', '.join(names)}{did_you_mean(name, names)}")
+        raise UserError(
+            f"the package has no data {name!r}; it has {', '.join(names)}{did_you_mean(name, names)}"
+        )
     return Path(str(folder / f"{name}.jsonl"))
 
 
@@ -77,9 +94,22 @@ def table_options(file: Path, kind: str) -> dict[str, Any]:
     """
     if kind not in ("csv", "tsv"):
         return {}
-    options: dict[str, Any] = {"sep": ","} if kind == "csv" else {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    first = next(csv.reader(read_lines(file), delimiter=options["sep"], quoting=options.get("quoting", csv.QUOTE_MINIMAL)), [])
-    return {**options, "columns": [name.removeprefix("\ufeff") for name in first], "keep_default_na": False}
+    options: dict[str, Any] = (
+        {"sep": ","} if kind == "csv" else {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    )
+    first = next(
+        csv.reader(
+            read_lines(file),
+            delimiter=options["sep"],
+            quoting=options.get("quoting", csv.QUOTE_MINIMAL),
+        ),
+        [],
+    )
+    return {
+        **options,
+        "columns": [name.removeprefix("\ufeff") for name in first],
+        "keep_default_na": False,
+    }
 
 
 def check_json(file: Path) -> None:
@@ -91,7 +121,9 @@ def check_json(file: Path) -> None:
         try:
             if isinstance(json.loads(line), dict):
                 continue
-            first_error = UserError(f"{file} line {number} must be a JSON object, such as {{...}}, not {line[:60]!r}")
+            first_error = UserError(
+                f"{file} line {number} must be a JSON object, such as {{...}}, not {line[:60]!r}"
+            )
         except json.JSONDecodeError as error:
             first_error = UserError(f"{file} line {number} is broken JSON: {_problem(error)}")
         break

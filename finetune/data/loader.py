@@ -47,7 +47,9 @@ class TrainingBatches:
         self.num_processes = num_processes
         self._lengths = dataset.lengths
         self._place = (0, 0)
-        self.num_rows = len(self._plan(0))  # the same in every epoch: it depends on the lengths alone
+        self.num_rows = len(
+            self._plan(0)
+        )  # the same in every epoch: it depends on the lengths alone
         self.steps_per_epoch = -(-self.num_rows // batch_size)
         self.fingerprint = dataset.fingerprint
 
@@ -66,7 +68,9 @@ class TrainingBatches:
         rows = self._plan(epoch)
         for step in range(start_step, self.steps_per_epoch):
             self._place = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
-            yield self._step(rows[step * self.batch_size : (step + 1) * self.batch_size], epoch, step)
+            yield self._step(
+                rows[step * self.batch_size : (step + 1) * self.batch_size], epoch, step
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data after the step last yielded, and what the data was."""
@@ -92,7 +96,12 @@ class TrainingBatches:
         )
 
     def _step(self, rows: Rows, epoch: int, step: int) -> StepBatch:
-        parts = share(len(rows), micro_batch_size=self.micro_batch_size, rank=self.rank, num_processes=self.num_processes)
+        parts = share(
+            len(rows),
+            micro_batch_size=self.micro_batch_size,
+            rank=self.rank,
+            num_processes=self.num_processes,
+        )
         example_ids = [[rows[i] for i in part] for part in parts]
         examples = [i for row in rows for i in row]
         return StepBatch(

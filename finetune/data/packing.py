@@ -16,7 +16,9 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     Among equal lengths the order given decides, so shuffled lengths give other companions and rows just as full.
     """
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room in tokens -> rows (numbers) that have it
+    with_room: list[list[int]] = [
+        [] for _ in range(max_length + 1)
+    ]  # room in tokens -> rows (numbers) that have it
     rooms = 0  # bit r is set where with_room[r] is not empty
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         length = lengths[index]

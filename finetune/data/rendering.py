@@ -51,14 +51,18 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
-            raise UserError('the tokenizer has no chat template; set model.chat_template: "chatml", or the path of a Jinja file')
+            raise UserError(
+                'the tokenizer has no chat template; set model.chat_template: "chatml", or the path of a Jinja file'
+            )
         self.tokenizer = tokenizer
         self._marks = frozenset(tokenizer.get_added_vocab().values())
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as the template writes it. Raises UserError where the template refuses it."""
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # a template is a program of the user's: it may raise anything
             raise UserError(f"the chat template fails on this conversation: {error}") from error
         return str(text)
@@ -66,13 +70,19 @@ class ChatTemplate:
     def writes_system_messages(self) -> bool:
         """Whether a system message is written as given (Gemma's template refuses it, others leave it out)."""
         try:
-            return "Zwqx" in self.render([{"role": "system", "content": "Zwqx"}, {"role": "user", "content": "a"}])
+            return "Zwqx" in self.render(
+                [{"role": "system", "content": "Zwqx"}, {"role": "user", "content": "a"}]
+            )
         except UserError:
             return False
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the conversation up to where the assistant is to answer."""
-        return list(encode_text(self.tokenizer, self.render(messages, add_generation_prompt=True), []).input_ids)
+        return list(
+            encode_text(
+                self.tokenizer, self.render(messages, add_generation_prompt=True), []
+            ).input_ids
+        )
 
     def examples(self, messages: Sequence[Message], *, targets: str) -> list[Example]:
         """One example for the conversation, or one for each assistant turn (see the module's text).
@@ -82,12 +92,20 @@ class ChatTemplate:
         whole = self.render(messages)
         if targets == "all":
             return [encode_text(self.tokenizer, whole, [(0, len(whole))])]
-        turns = [self._answer(messages, i, whole) for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [
+            self._answer(messages, i, whole)
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
         if all(whole.startswith(text) for text, _ in turns):
             turns = [(whole, [span for _, spans in turns for span in spans])]
-        return [self._example(text[: spans[-1][1]], spans) for text, spans in turns]  # what follows the last target teaches nothing
+        return [
+            self._example(text[: spans[-1][1]], spans) for text, spans in turns
+        ]  # what follows the last target teaches nothing
 
-    def _answer(self, messages: Sequence[Message], index: int, whole: str) -> tuple[str, list[Span]]:
+    def _answer(
+        self, messages: Sequence[Message], index: int, whole: str
+    ) -> tuple[str, list[Span]]:
         """The text up to the end of the assistant turn messages[index], and the span of that turn in it."""
         prompt = self.render(messages[:index], add_generation_prompt=True)
         text = whole if index + 1 == len(messages) else self.render(messages[: index + 1])
@@ -96,16 +114,22 @@ class ChatTemplate:
                 f"the chat template cannot be split before an answer: it asks the model to go on from {prompt[-40:]!r}, but the "
                 "same turns with the answer do not begin like that; give another (model.chat_template), or set data.targets: all"
             )
-        end = len(text.rstrip())  # the line break after the end mark is nothing to learn: generation has stopped by then
+        end = len(
+            text.rstrip()
+        )  # the line break after the end mark is nothing to learn: generation has stopped by then
         if end <= len(prompt):
-            raise UserError(f"the chat template leaves out the assistant's answer {messages[index]['content'][:60]!r}")
+            raise UserError(
+                f"the chat template leaves out the assistant's answer {messages[index]['content'][:60]!r}"
+            )
         return text, [(len(prompt), end)]
 
     def _example(self, text: str, spans: list[Span]) -> Example:
         """Encode, and raise UserError if a turn does not end in a token of its own: a model trained so would never stop."""
         example = encode_text(self.tokenizer, text, spans)
         following = [*example.labels[1:], IGNORE_INDEX]
-        ends = [a for a, b in zip(example.labels, following) if a != IGNORE_INDEX and b == IGNORE_INDEX]
+        ends = [
+            a for a, b in zip(example.labels, following) if a != IGNORE_INDEX and b == IGNORE_INDEX
+        ]
         if not self._marks.issuperset(ends):
             raise UserError(
                 f"the chat template ends the assistant's turn with {text[-40:]!r}, which is no special token, so a model trained "
@@ -133,9 +157,15 @@ class PlainText:
 
     def example(self, prompt: str, answer: str, *, targets: str) -> Example:
         """Learnt are the answer and EOS ("assistant"), or every token but the first ("all")."""
-        body = encode_text(self.tokenizer, prompt + answer, [(len(prompt), len(prompt) + len(answer))])
+        body = encode_text(
+            self.tokenizer, prompt + answer, [(len(prompt), len(prompt) + len(answer))]
+        )
         ids = [*self._bos, *body.input_ids, *self._eos]
-        labels = ids if targets == "all" else [*[IGNORE_INDEX] * len(self._bos), *body.labels, *self._eos]
+        labels = (
+            ids
+            if targets == "all"
+            else [*[IGNORE_INDEX] * len(self._bos), *body.labels, *self._eos]
+        )
         return Example(ids, [IGNORE_INDEX, *labels[1:]])
 
 

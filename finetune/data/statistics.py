@@ -25,7 +25,9 @@ class DataReport:
     length_p50: int  # tokens
     length_p95: int
     length_max: int
-    length_histogram: list[tuple[int, int, int]]  # lowest and highest length of a bin, examples in it
+    length_histogram: list[
+        tuple[int, int, int]
+    ]  # lowest and highest length of a bin, examples in it
     target_share: float  # target tokens / tokens
     tokens_per_word: float  # a word is what stands between blanks
     duplicates: int  # training examples that stand earlier in the training data as well
@@ -46,7 +48,9 @@ def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | 
     return sum(token in used for token in held_out.token_ids) / len(held_out.token_ids)
 
 
-def report_on(train: EncodedDataset, held_out: EncodedDataset | None, *, tokenizer: Tokenizer, vocab_size: int) -> DataReport:
+def report_on(
+    train: EncodedDataset, held_out: EncodedDataset | None, *, tokenizer: Tokenizer, vocab_size: int
+) -> DataReport:
     """Go through the encoded data once."""
     lengths = sorted(train.lengths)
     known = Counter(train.key(i) for i in range(len(train)))
@@ -74,7 +78,10 @@ def pieces(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """The example as text, in stretches that are targets (True) or not."""
     tokens = zip(example.input_ids, example.labels)
     stretches = groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX)
-    return [(tokenizer.decode([token for token, _ in stretch]), is_target) for is_target, stretch in stretches]
+    return [
+        (tokenizer.decode([token for token, _ in stretch]), is_target)
+        for is_target, stretch in stretches
+    ]
 
 
 def histogram(lengths: Sequence[int], *, bins: int = 10) -> list[tuple[int, int, int]]:
@@ -82,11 +89,17 @@ def histogram(lengths: Sequence[int], *, bins: int = 10) -> list[tuple[int, int,
     low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // bins)
     counts = Counter((length - low) // width for length in lengths)
-    return [(low + b * width, low + (b + 1) * width - 1, counts[b]) for b in range((high - low) // width + 1)]
+    return [
+        (low + b * width, low + (b + 1) * width - 1, counts[b])
+        for b in range((high - low) // width + 1)
+    ]
 
 
 def tokens_per_word(dataset: EncodedDataset, tokenizer: Tokenizer) -> float:
     """Tokens over words of the first examples, special tokens left out."""
     special = set(tokenizer.get_added_vocab().values())
-    texts = [[token for token in example.input_ids if token not in special] for example in islice(dataset, _WORD_EXAMPLES)]
+    texts = [
+        [token for token in example.input_ids if token not in special]
+        for example in islice(dataset, _WORD_EXAMPLES)
+    ]
     return sum(map(len, texts)) / max(1, sum(len(tokenizer.decode(text).split()) for text in texts))

@@ -33,7 +33,15 @@ class StepBatch:
     example_ids: list[list[list[int]]]  # micro-batch -> row -> example numbers, of this process
 
 
-def plan_epoch(lengths: Sequence[int], *, max_length: int, packing: bool, batch_size: int, seed: int, epoch: int) -> Rows:
+def plan_epoch(
+    lengths: Sequence[int],
+    *,
+    max_length: int,
+    packing: bool,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+) -> Rows:
     """The rows of one epoch in their order; each example stands in exactly one.
 
     With packing, the examples are packed anew in each epoch from another order: the rows are as full and as many, the companions
@@ -47,11 +55,21 @@ def plan_epoch(lengths: Sequence[int], *, max_length: int, packing: bool, batch_
         rows = [[order[i] for i in row] for row in pack([lengths[i] for i in order], max_length)]
         generator.shuffle(rows)
         return rows
-    return [[i] for i in group_by_length(order, lengths, window=_WINDOW * batch_size, group=batch_size, generator=generator)]
+    return [
+        [i]
+        for i in group_by_length(
+            order, lengths, window=_WINDOW * batch_size, group=batch_size, generator=generator
+        )
+    ]
 
 
 def group_by_length(
-    order: Sequence[int], lengths: Sequence[int], *, window: int, group: int, generator: random.Random
+    order: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    window: int,
+    group: int,
+    generator: random.Random,
 ) -> list[int]:
     """Reorder so that within each window of `order`, groups of `group` neighbours have like lengths, in random order of groups.
 

@@ -89,7 +89,11 @@ class StreamingBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on, as plain values and tensors."""
-        buffers = {"buffer": [[e] for e in self._buffer], "window": [[e] for e in self._window], "ready": self._ready}
+        buffers = {
+            "buffer": [[e] for e in self._buffer],
+            "window": [[e] for e in self._window],
+            "ready": self._ready,
+        }
         return {
             "epoch": self._epoch,
             "rows": None if self._source is None else self.rows.state_dict(),
@@ -147,7 +151,13 @@ class StreamingBatches:
             self._window = [examples[i] for i in kept]
             return [[examples[i] for i in rows[r]] for r in order]
         seed = int(torch.randint(2**62, (), generator=self._generator))
-        order = group_by_length(range(len(examples)), lengths, window=len(examples), group=self.batch_size, generator=Random(seed))
+        order = group_by_length(
+            range(len(examples)),
+            lengths,
+            window=len(examples),
+            group=self.batch_size,
+            generator=Random(seed),
+        )
         self._window = []
         return [[examples[i]] for i in reversed(order)]  # taken from the end
 
@@ -155,7 +165,10 @@ class StreamingBatches:
         """A random example out of the shuffle buffer, which is filled up first; None where the pass has ended."""
         if self._source is None:
             self._source = iter(self.rows)
-        while len(self._buffer) < self.shuffle_buffer and (item := next(self._source, None)) is not None:
+        while (
+            len(self._buffer) < self.shuffle_buffer
+            and (item := next(self._source, None)) is not None
+        ):
             self._buffer.extend(self.encoder(*item))
         if not self._buffer:
             return None
@@ -164,7 +177,12 @@ class StreamingBatches:
         return self._buffer.pop()
 
     def _step(self, rows: list[list[Example]]) -> StepBatch:
-        parts = share(len(rows), micro_batch_size=self.micro_batch_size, rank=self.rank, num_processes=self.num_processes)
+        parts = share(
+            len(rows),
+            micro_batch_size=self.micro_batch_size,
+            rank=self.rank,
+            num_processes=self.num_processes,
+        )
         return StepBatch(
             micro_batches=[
                 collate(
@@ -175,7 +193,9 @@ class StreamingBatches:
                 )
                 for part in parts
             ],
-            num_target_tokens=sum(example.num_target_tokens for example in chain.from_iterable(rows)),
+            num_target_tokens=sum(
+                example.num_target_tokens for example in chain.from_iterable(rows)
+            ),
             num_tokens=sum(map(len, chain.from_iterable(rows))),
             epoch=float(self._epoch),
             example_ids=[],
@@ -183,16 +203,29 @@ class StreamingBatches:
 
     def _hash_first_rows(self) -> str:
         encoder = self.encoder
-        probe = RowEncoder(encoder.format, max_length=encoder.max_length, overlong=encoder.overlong, vocab_size=encoder.vocab_size)
-        examples = [example for where, row in islice(self.rows, _HASHED_ROWS) for example in probe(where, row)]
-        return hashlib.sha256(repr([(list(e.input_ids), list(e.labels)) for e in examples]).encode()).hexdigest()
+        probe = RowEncoder(
+            encoder.format,
+            max_length=encoder.max_length,
+            overlong=encoder.overlong,
+            vocab_size=encoder.vocab_size,
+        )
+        examples = [
+            example
+            for where, row in islice(self.rows, _HASHED_ROWS)
+            for example in probe(where, row)
+        ]
+        return hashlib.sha256(
+            repr([(list(e.input_ids), list(e.labels)) for e in examples]).encode()
+        ).hexdigest()
 
 
 def _as_tensors(rows: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
     """Rows of examples, end to end, for a checkpoint."""
     examples = list(chain.from_iterable(rows))
     return {
-        "input_ids": torch.tensor([token for e in examples for token in e.input_ids], dtype=torch.int32),
+        "input_ids": torch.tensor(
+            [token for e in examples for token in e.input_ids], dtype=torch.int32
+        ),
         "labels": torch.tensor([label for e in examples for label in e.labels], dtype=torch.int32),
         "lengths": torch.tensor([len(e) for e in examples], dtype=torch.int64),
         "row_sizes": torch.tensor([len(row) for row in rows], dtype=torch.int64),

@@ -53,20 +53,28 @@ class TranslationFormat:
         self.template = template
         self.targets = targets
         self.system_prompt = system_prompt
-        self.directions = {"forward": [False], "backward": [True], "both": [False, True]}[direction]  # whether reversed
+        self.directions = {"forward": [False], "backward": [True], "both": [False, True]}[
+            direction
+        ]  # whether reversed
         self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self._plain = PlainText(tokenizer) if self._chat is None else None
         self._has_system_role = self._chat is not None and self._chat.writes_system_messages()
 
     def examples(self, row: Row) -> list[Example]:
         source, target = self._pair(row)
-        return [example for reverse in self.directions for example in self._examples(source, target, reverse)]
+        return [
+            example
+            for reverse in self.directions
+            for example in self._examples(source, target, reverse)
+        ]
 
     def prompts(self, row: Row) -> list[Prompt]:
         """One for each direction trained."""
         source, target = self._pair(row)
         return [
-            self.prompt(target, reverse=True, reference=source) if reverse else self.prompt(source, reverse=False, reference=target)
+            self.prompt(target, reverse=True, reference=source)
+            if reverse
+            else self.prompt(source, reverse=False, reference=target)
             for reverse in self.directions
         ]
 
@@ -75,13 +83,18 @@ class TranslationFormat:
         if self._chat is not None:
             return Prompt(self._chat.prompt(self._question(text, reverse)), text, reference)
         assert self._plain is not None
-        return Prompt(self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse)), text, reference)
+        return Prompt(
+            self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse)),
+            text,
+            reference,
+        )
 
     def _examples(self, source: str, target: str, reverse: bool) -> list[Example]:
         text, answer = (target, source) if reverse else (source, target)
         if self._chat is not None:
             return self._chat.examples(
-                [*self._question(text, reverse), {"role": "assistant", "content": answer}], targets=self.targets
+                [*self._question(text, reverse), {"role": "assistant", "content": answer}],
+                targets=self.targets,
             )
         assert self._plain is not None
         prompt = self._fill(self.template or PLAIN_TEMPLATE, text, reverse)
@@ -108,7 +121,9 @@ class TranslationFormat:
     def _pair(self, row: Row) -> tuple[str, str]:
         sides: Row = row if self.pair_column is None else column(row, self.pair_column, {})
         if not isinstance(sides, Mapping):
-            raise UserError(f"column {self.pair_column!r} must hold an object such as {{'en': ..., 'fr': ...}}, not {sides!r:.80}")
+            raise UserError(
+                f"column {self.pair_column!r} must hold an object such as {{'en': ..., 'fr': ...}}, not {sides!r:.80}"
+            )
         return _side(sides, self.sides[0]), _side(sides, self.sides[1])
 
 
@@ -124,11 +139,17 @@ def _side(sides: Row, key: str) -> str:
 def _check_template(template: str) -> None:
     """Raise UserError for a template without {source}, or with a field that nothing fills."""
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        fields = {
+            field for _, field, _, _ in string.Formatter().parse(template) if field is not None
+        }
     except ValueError as error:
         raise UserError(f"data.translation.template {template!r} is broken: {error}") from error
     known = ", ".join(f"{{{field}}}" for field in _FIELDS)
     if unknown := fields - set(_FIELDS):
-        raise UserError(f"data.translation.template has the unknown field {{{min(unknown)}}}; known are {known}")
+        raise UserError(
+            f"data.translation.template has the unknown field {{{min(unknown)}}}; known are {known}"
+        )
     if "source" not in fields:
-        raise UserError(f"data.translation.template {template!r} must contain {{source}}; known fields are {known}")
+        raise UserError(
+            f"data.translation.template {template!r} must contain {{source}}; known fields are {known}"
+        )

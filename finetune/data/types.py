@@ -30,7 +30,9 @@ class Example:
 
     def __post_init__(self) -> None:
         assert len(self.input_ids) == len(self.labels) > 0, (len(self.input_ids), len(self.labels))
-        assert self.labels[0] == IGNORE_INDEX, "labels[0] has no prediction: see finetune.data.types"
+        assert self.labels[0] == IGNORE_INDEX, (
+            "labels[0] has no prediction: see finetune.data.types"
+        )
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -29,7 +29,11 @@ def keep_tables_out_of_ddp(module: nn.Module, optimizer: torch.optim.Optimizer) 
     Their gradients, and their weights at the start, are `RowGradients`' business then.
     """
     tables = {id(weight) for weight in _tables(optimizer)}
-    names = [name for name, parameter in module.named_parameters(remove_duplicate=False) if id(parameter) in tables]
+    names = [
+        name
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if id(parameter) in tables
+    ]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
@@ -44,7 +48,9 @@ class RowGradients:
     def __init__(self, optimizer: torch.optim.Optimizer, *, say: Callable[[str], None]) -> None:
         self.optimizer, self._say = optimizer, say
         self._said = False
-        self.num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.num_processes = (
+            dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        )
         if self.num_processes > 1:
             for weight in _tables(optimizer):
                 dist.broadcast(weight.detach(), src=0)
@@ -59,19 +65,31 @@ class RowGradients:
         if self.num_processes == 1:
             return
         for weight in _tables(self.optimizer):
-            if weight.grad is None or weight.grad.is_sparse:  # the optimizer refuses a dense one, with the reason
+            if (
+                weight.grad is None or weight.grad.is_sparse
+            ):  # the optimizer refuses a dense one, with the reason
                 weight.grad = self._averaged(weight)
 
     def _averaged(self, weight: Tensor) -> Tensor | None:
         rows, values = _own(weight)
-        counts: list[int] = _gather(torch.tensor(-1 if weight.grad is None else len(rows), device=weight.device)).tolist()
+        counts: list[int] = _gather(
+            torch.tensor(-1 if weight.grad is None else len(rows), device=weight.device)
+        ).tolist()
         most, counts = max(counts), [max(0, count) for count in counts]
         if most < 0:
             return None
         if most == 0:
             return _row_sparse(rows, values, weight)
-        everybodys = _gather_parts(rows, counts) if gathering_may_be_cheaper(self.num_processes, most, len(weight)) else None
-        union = _marked_anywhere(rows, len(weight)) if everybodys is None else torch.unique(torch.cat(everybodys))
+        everybodys = (
+            _gather_parts(rows, counts)
+            if gathering_may_be_cheaper(self.num_processes, most, len(weight))
+            else None
+        )
+        union = (
+            _marked_anywhere(rows, len(weight))
+            if everybodys is None
+            else torch.unique(torch.cat(everybodys))
+        )
         total = values.new_zeros(len(union), weight.shape[1])
         if everybodys is not None and gathering_is_cheaper(self.num_processes, most, len(union)):
             for part_rows, part in zip(everybodys, _gather_parts(values, counts)):
@@ -101,14 +119,18 @@ def _own(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [n] int32, ascending, and their gradients [n, d], as they are sent: in float32 at least, whatever the weight is in."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.grad is None:
-        return weight.new_empty(0, dtype=torch.int32), weight.new_empty(0, weight.shape[1], dtype=dtype)
+        return weight.new_empty(0, dtype=torch.int32), weight.new_empty(
+            0, weight.shape[1], dtype=dtype
+        )
     grad = coalesce(weight.grad)
     return grad.indices()[0].int(), grad.values().to(dtype)
 
 
 def _gather(own: Tensor) -> Tensor:
     """The tensors of all processes, [P, ...]."""
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+    all_gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # torch 2.13 renamed it
     everybodys = own.new_empty(dist.get_world_size(), *own.shape)
     all_gather(everybodys.view(-1), own.contiguous().view(-1))
     return everybodys
@@ -129,4 +151,6 @@ def _marked_anywhere(rows: Tensor, length: int) -> Tensor:
 
 def _row_sparse(rows: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     values = values.to(weight.dtype)
-    return torch.sparse_coo_tensor(rows[None].long(), values, weight.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        rows[None].long(), values, weight.shape, is_coalesced=True, check_invariants=False
+    )

@@ -53,7 +53,9 @@ def write_shards(folder: Path, shards: Mapping[str, Tensor]) -> None:
         dcp.save(dict(shards), storage_writer=Writer(folder))
     except dcp.CheckpointException as failure:  # not an Exception; it has those of all processes
         errors = [error for error, _ in failure.failures.values()]
-        raise next((error for error in errors if isinstance(error, OSError)), RuntimeError(str(failure))) from failure
+        raise next(
+            (error for error in errors if isinstance(error, OSError)), RuntimeError(str(failure))
+        ) from failure
 
 
 def put_in_shards(tree: Any, folder: Path, name: str, own: Own = lambda place: None) -> Any:
@@ -70,7 +72,11 @@ def put_in_shards(tree: Any, folder: Path, name: str, own: Own = lambda place: N
         sharded = is_shard(mine) and mine.shape == leaf.shape
         if not leaf.is_meta:
             return shard_like(mine, leaf) if sharded else leaf
-        empty = torch.empty_like(mine, dtype=leaf.dtype) if sharded else torch.empty_like(leaf, device="cpu")
+        empty = (
+            torch.empty_like(mine, dtype=leaf.dtype)
+            if sharded
+            else torch.empty_like(leaf, device="cpu")
+        )
         return holes.setdefault(_key((name, *place)), empty)
 
     fitted_tree = _mapped(tree, fitted)
@@ -78,7 +84,9 @@ def put_in_shards(tree: Any, folder: Path, name: str, own: Own = lambda place: N
         import torch.distributed.checkpoint as dcp
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+            warnings.filterwarnings(
+                "ignore", message="torch.distributed is disabled"
+            )  # as asked for
             dcp.load(holes, checkpoint_id=folder, no_dist=True)
     return fitted_tree
 
@@ -96,7 +104,9 @@ def _mapped(tree: Any, change: Callable[[Place, Any], Any], place: Place = ()) -
     if isinstance(tree, Mapping):
         return {key: _mapped(value, change, (*place, key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(value, change, (*place, index)) for index, value in enumerate(tree))
+        return type(tree)(
+            _mapped(value, change, (*place, index)) for index, value in enumerate(tree)
+        )
     return change(place, tree)
 
 

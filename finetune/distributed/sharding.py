@@ -26,7 +26,9 @@ def shard_like(own: Any, full: Tensor) -> Tensor:
     """This process's shard of `full`, which every process has, cut as the shard `own` is."""
     from torch.distributed.tensor import distribute_tensor  # here: it takes a second to import
 
-    return distribute_tensor(full.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(
+        full.to(own.device), own.device_mesh, own.placements, src_data_rank=None
+    )
 
 
 @contextmanager
@@ -46,7 +48,11 @@ def whole(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        parts[0].reset_iter_state()  # the order of the forwards within, each process's own, must not guide the next backward
+        parts[
+            0
+        ].reset_iter_state()  # the order of the forwards within, each process's own, must not guide the next backward
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(reshard_after_forward and part is not model, recurse=False)  # the root: torch's default
+            part.set_reshard_after_forward(
+                reshard_after_forward and part is not model, recurse=False
+            )  # the root: torch's default

@@ -38,7 +38,14 @@ def index_bytes(processes: int, most_rows: float, vocabulary: int) -> float:
     return counts + dense_bytes(processes, vocabulary, width=1, value_bytes=1)
 
 
-def row_bytes(processes: int, most_rows: float, union_rows: float, vocabulary: int, width: int, value_bytes: int = 4) -> float:
+def row_bytes(
+    processes: int,
+    most_rows: float,
+    union_rows: float,
+    vocabulary: int,
+    width: int,
+    value_bytes: int = 4,
+) -> float:
     """What each process sends where rows are sent, the cheaper way."""
     if gathering_is_cheaper(processes, most_rows, union_rows):
         values = gather_bytes(processes, most_rows, width, value_bytes)

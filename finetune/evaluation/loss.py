@@ -50,7 +50,9 @@ class VocabularyLoss:
     loss_outside: float | None
     share_outside: float  # of the target tokens
     inactive_mass: float  # the probability that goes to tokens outside, mean over target positions
-    inactive_mass_p99: float  # at 99 % of the target positions it is at most that; up to 1 / MASS_BINS too high
+    inactive_mass_p99: (
+        float  # at 99 % of the target positions it is at most that; up to 1 / MASS_BINS too high
+    )
 
 
 def evaluate_loss(
@@ -72,7 +74,9 @@ def evaluate_loss(
     """
     sums = torch.zeros(6 + MASS_BINS, dtype=torch.float64)
     inactive = None if inactive is None else inactive.to(device)
-    options: dict[str, Any] = {"reduction": "none"} | ({} if inactive is None else {"inactive": inactive})
+    options: dict[str, Any] = {"reduction": "none"} | (
+        {} if inactive is None else {"inactive": inactive}
+    )
     with evaluating(loss_module), torch.inference_mode():
         for number, batch in enumerate(batches, start=1):
             tensors = cast(dict[str, torch.Tensor], batch)
@@ -92,7 +96,9 @@ def evaluate_loss(
     sums = reduce(sums)
     total_nats, num_tokens, num_bytes, nats_outside, num_outside, mass = sums[:6].tolist()
     if not num_tokens:
-        raise UserError("the held-out data has no target token, so there is no loss to compute: give other data, or more of it")
+        raise UserError(
+            "the held-out data has no target token, so there is no loss to compute: give other data, or more of it"
+        )
     loss = total_nats / num_tokens
     apart = None
     if inactive is not None:
@@ -104,7 +110,14 @@ def evaluate_loss(
             inactive_mass=mass / num_tokens,
             inactive_mass_p99=(int((sums[6:].cumsum(0) < 0.99 * num_tokens).sum()) + 1) / MASS_BINS,
         )
-    return LossResult(loss, perplexity(loss), bits_per_byte(total_nats, int(num_bytes)), int(num_tokens), int(num_bytes), apart)
+    return LossResult(
+        loss,
+        perplexity(loss),
+        bits_per_byte(total_nats, int(num_bytes)),
+        int(num_tokens),
+        int(num_bytes),
+        apart,
+    )
 
 
 def count_target_bytes(labels: torch.Tensor, tokenizer: Tokenizer) -> int:

@@ -40,11 +40,21 @@ def evaluate_generation(
     processes. `metrics` may be empty, for the samples alone. `inactive`: [V] bool; the scores then have `generated_outside`, the
     share of such tokens in all that was generated.
     """
-    answers = generate(model, [prompt.input_ids for prompt in prompts], batch_size=batch_size, on_progress=on_progress, **settings)
+    answers = generate(
+        model,
+        [prompt.input_ids for prompt in prompts],
+        batch_size=batch_size,
+        on_progress=on_progress,
+        **settings,
+    )
     texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-    own = [Sample(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)]
+    own = [
+        Sample(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)
+    ]
     samples = gather(own)
-    scores = text_metrics(metrics, [s["output"] for s in samples], [s["reference"] for s in samples])
+    scores = text_metrics(
+        metrics, [s["output"] for s in samples], [s["reference"] for s in samples]
+    )
     if inactive is not None:
         outside = gather([bool(inactive[token]) for answer in answers for token in answer])
         scores["generated_outside"] = sum(outside) / max(1, len(outside))

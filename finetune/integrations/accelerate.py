@@ -19,9 +19,13 @@ def clip_rows(accelerator: Any) -> None:
     """
     clip_dense = accelerator.clip_grad_norm_
 
-    def clip(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+    def clip(
+        parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
+    ) -> Tensor:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        if not any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
+        if not any(
+            parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters
+        ):
             return clip_dense(parameters, max_norm, norm_type)
         accelerator.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm, norm_type)

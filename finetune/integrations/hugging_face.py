@@ -22,22 +22,30 @@ from finetune.optim import LazyAdamW, build_optimizer, check_optimizer
 class BuildOptimizer:
     """The first element of `optimizer_cls_and_kwargs`; an instance is a function of the model. Made by `optimizer_factory`."""
 
-    def __call__(self, model: nn.Module, *, name: str, why_no_rows: str, **options: Any) -> torch.optim.Optimizer:
+    def __call__(
+        self, model: nn.Module, *, name: str, why_no_rows: str, **options: Any
+    ) -> torch.optim.Optimizer:
         """Build it. Raises UserError where the model's gradients would be row-sparse and `why_no_rows` says that they may not."""
         optimizer = build_optimizer(model, name, **options)
         tables = [
             label
             for label, module in model.named_modules()
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and module.sparse
+            and module.weight.requires_grad
         ]
         if why_no_rows and tables:
             if isinstance(optimizer, LazyAdamW):
                 optimizer.release()
-            raise UserError(f"{name} would train {', '.join(tables)} by row-sparse gradients, and {why_no_rows}")
+            raise UserError(
+                f"{name} would train {', '.join(tables)} by row-sparse gradients, and {why_no_rows}"
+            )
         return optimizer
 
 
-def optimizer_factory(name: str, args: Any, **options: Any) -> tuple[type[BuildOptimizer], dict[str, Any]]:
+def optimizer_factory(
+    name: str, args: Any, **options: Any
+) -> tuple[type[BuildOptimizer], dict[str, Any]]:
     """What a Trainer takes as `optimizer_cls_and_kwargs`, for an optimizer whose gradients are dense.
 
     `args` are the Trainer's (TrainingArguments, SFTConfig ...); `options` are those of `build_optimizer`. Raises UserError for
@@ -46,8 +54,14 @@ def optimizer_factory(name: str, args: Any, **options: Any) -> tuple[type[BuildO
     """
     for option, argument in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if option in options:
-            raise UserError(f"{option} was given to the optimizer, but a Trainer's is args.{argument}; set it there alone")
-    options |= {"lr": args.learning_rate, "weight_decay": args.weight_decay, **_changed_adam_options(args, options)}
+            raise UserError(
+                f"{option} was given to the optimizer, but a Trainer's is args.{argument}; set it there alone"
+            )
+    options |= {
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        **_changed_adam_options(args, options),
+    }
     check_optimizer(name, options)
     why_no_rows = (
         "the trainer's clipping refuses those; leave optimizer_cls_and_kwargs away and, once the trainer is made, call "
@@ -64,12 +78,23 @@ def use_optimizer(trainer: Any, name: str, **options: Any) -> None:
     where FSDP, DataParallel or NCCL would come between the optimizer and its rows.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
-        raise UserError("the trainer has an optimizer already; make it without optimizers and optimizer_cls_and_kwargs")
+        raise UserError(
+            "the trainer has an optimizer already; make it without optimizers and optimizer_cls_and_kwargs"
+        )
     if trainer.is_deepspeed_enabled:
-        raise UserError(f"DeepSpeed brings an optimizer of its own, which would replace {name}; choose it in DeepSpeed's config")
+        raise UserError(
+            f"DeepSpeed brings an optimizer of its own, which would replace {name}; choose it in DeepSpeed's config"
+        )
     factory, settings = optimizer_factory(name, trainer.args, **options)
-    whole = trainer.accelerator.distributed_type.value in ("NO", "MULTI_CPU") and trainer.args.n_gpu <= 1
-    why_no_rows = "" if whole else "that works in one process or over gloo, not with FSDP, DataParallel or NCCL; use adamw"
+    whole = (
+        trainer.accelerator.distributed_type.value in ("NO", "MULTI_CPU")
+        and trainer.args.n_gpu <= 1
+    )
+    why_no_rows = (
+        ""
+        if whole
+        else "that works in one process or over gloo, not with FSDP, DataParallel or NCCL; use adamw"
+    )
     trainer.optimizer_cls_and_kwargs = (factory, {**settings, "why_no_rows": why_no_rows})
     clip_rows(trainer.accelerator)
 

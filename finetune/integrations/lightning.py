@@ -23,5 +23,10 @@ class ClipsRows:
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm not in (None, "norm"):
-            raise UserError(f"gradient_clip_algorithm is {gradient_clip_algorithm!r}; row-sparse gradients are clipped by 'norm'")
-        clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], gradient_clip_val)
+            raise UserError(
+                f"gradient_clip_algorithm is {gradient_clip_algorithm!r}; row-sparse gradients are clipped by 'norm'"
+            )
+        clip_grad_norm_(
+            [parameter for group in optimizer.param_groups for parameter in group["params"]],
+            gradient_clip_val,
+        )

@@ -23,11 +23,19 @@ def with_factory(base_trainer: Any, **options: Any) -> type:
     The names in THEIRS stay Ultralytics'. Raises UserError, when training starts, as build_optimizer does.
     """
     if not callable(getattr(base_trainer, "build_optimizer", None)):
-        raise UserError(f"with_factory takes an Ultralytics trainer class such as DetectionTrainer, not {base_trainer!r}")
+        raise UserError(
+            f"with_factory takes an Ultralytics trainer class such as DetectionTrainer, not {base_trainer!r}"
+        )
 
-    for option, argument in (("lr", "lr0"), ("weight_decay", "weight_decay"), ("momentum", "momentum")):
+    for option, argument in (
+        ("lr", "lr0"),
+        ("weight_decay", "weight_decay"),
+        ("momentum", "momentum"),
+    ):
         if option in options:
-            raise UserError(f"{option} was given to the optimizer, but train(...) has {argument}=; set it there alone")
+            raise UserError(
+                f"{option} was given to the optimizer, but train(...) has {argument}=; set it there alone"
+            )
 
     def build(
         self: Any,
@@ -59,7 +67,9 @@ def _tagged_groups(model: nn.Module) -> list[dict[str, Any]]:
         for name, parameter in module.named_parameters(recurse=False):
             tag = "bias" if name == "bias" else "bn" if parameter.ndim <= 1 else "weight"
             no_decay = {} if tag == "weight" else {"weight_decay": 0.0}
-            group = groups.setdefault(tag, {"params": [], "name": tag, "param_group": tag, **no_decay})
+            group = groups.setdefault(
+                tag, {"params": [], "name": tag, "param_group": tag, **no_decay}
+            )
             group["params"].append((f"{module_name}.{name}".lstrip("."), parameter))
     return list(groups.values())
 

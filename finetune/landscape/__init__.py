@@ -7,4 +7,13 @@ from finetune.landscape.descents import Descent, descend, descend_by_default, de
 from finetune.landscape.functions import LANDSCAPES, Landscape
 from finetune.landscape.pictures import draw_landscapes
 
-__all__ = ["LANDSCAPES", "Descent", "Landscape", "descend", "descend_by_default", "descend_tuned", "draw_landscapes", "settles"]
+__all__ = [
+    "LANDSCAPES",
+    "Descent",
+    "Landscape",
+    "descend",
+    "descend_by_default",
+    "descend_tuned",
+    "draw_landscapes",
+    "settles",
+]

@@ -11,7 +11,12 @@ from matplotlib.markers import MarkerStyle
 
 from finetune.landscape.looks import LOOKS, Look
 
-SECONDS, HOLD, FRAMES, SPEED_UP = 12.0, 0.2, 150, 1.6  # one run; how much of it shows the end; key frames; exponent of the time
+SECONDS, HOLD, FRAMES, SPEED_UP = (
+    12.0,
+    0.2,
+    150,
+    1.6,
+)  # one run; how much of it shows the end; key frames; exponent of the time
 FAR = 4000.0  # points off the picture that a line still goes to
 
 Box = tuple[float, float, float, float]  # left, top, width, height
@@ -20,14 +25,20 @@ Box = tuple[float, float, float, float]  # left, top, width, height
 def animate(svg: str, scenes: Sequence[tuple[Box, Sequence[np.ndarray]]], steps: int) -> str:
     """Return `svg` with every path [points, 2] of every scene (a box of the picture) moving in it, in the picture's points."""
     moving = (np.linspace(0, 1, round(FRAMES * (1 - HOLD))) ** SPEED_UP * steps).round().astype(int)
-    at = np.concatenate([moving, np.full(FRAMES - len(moving), steps)])  # the step that each key frame shows
+    at = np.concatenate(
+        [moving, np.full(FRAMES - len(moving), steps)]
+    )  # the step that each key frame shows
     parts = []
     for number, (box, paths) in enumerate(scenes):
         left, top, width, height = box
         rectangle = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
-        parts.append(f'<clipPath id="scene{number}"><rect {rectangle}/></clipPath><g clip-path="url(#scene{number})">')
+        parts.append(
+            f'<clipPath id="scene{number}"><rect {rectangle}/></clipPath><g clip-path="url(#scene{number})">'
+        )
         for line, (path, look) in enumerate(zip(paths, LOOKS)):
-            parts.append(_descent(f"trail{number}-{line}", np.clip(path, -FAR, FAR), at, look, rectangle))
+            parts.append(
+                _descent(f"trail{number}-{line}", np.clip(path, -FAR, FAR), at, look, rectangle)
+            )
         parts.append("</g>")
         filled = _animation("width", [f"{width * step / steps:.1f}" for step in at])
         bar = f'x="{left:.1f}" y="{top + height + 1:.1f}" width="{width:.1f}" height="3"'
@@ -42,8 +53,14 @@ def _descent(name: str, path: np.ndarray, at: np.ndarray, look: Look, rectangle:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
     length = along[-1] + 1
     hidden = _animation("stroke-dashoffset", [f"{length - along[step]:.1f}" for step in at])
-    moves = _animation("transform", [f"{path[step][0]:.1f},{path[step][1]:.1f}" for step in at], translate=True)
-    dashes = f' stroke-dasharray="{" ".join(f"{1.8 * dash:g}" for dash in look.dashes)}"' if look.dashes else ""
+    moves = _animation(
+        "transform", [f"{path[step][0]:.1f},{path[step][1]:.1f}" for step in at], translate=True
+    )
+    dashes = (
+        f' stroke-dasharray="{" ".join(f"{1.8 * dash:g}" for dash in look.dashes)}"'
+        if look.dashes
+        else ""
+    )
     shape = MarkerStyle(look.marker)
     corners = np.asarray(shape.get_path().transformed(shape.get_transform()).to_polygons()[0])
     head = " ".join(f"{9 * x:.2f},{-9 * y:.2f}" for x, y in corners)

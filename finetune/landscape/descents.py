@@ -14,7 +14,10 @@ from finetune.errors import UserError
 from finetune.landscape.functions import Landscape
 from finetune.optim import build_optimizer, optimizer_info
 
-GRID = (*(float(f"{mantissa}e{exponent}") for exponent in range(-5, 1) for mantissa in (1, 2, 5)), 10.0)
+GRID = (
+    *(float(f"{mantissa}e{exponent}") for exponent in range(-5, 1) for mantissa in (1, 2, 5)),
+    10.0,
+)
 CLOSE = 1e-3  # of the height between start and minimum: what counts as having arrived
 LOST = 1e6  # a coordinate beyond this has diverged
 
@@ -36,7 +39,9 @@ def check_descent(name: str) -> None:
     info = optimizer_info(name)
     info.load()
     if info.sparse == "lazy" or info.must_know != "nothing":
-        raise UserError(f"optimizer {info.name!r} is made for a model's matrices; on a landscape of two numbers, take another")
+        raise UserError(
+            f"optimizer {info.name!r} is made for a model's matrices; on a landscape of two numbers, take another"
+        )
 
 
 def descend(landscape: Landscape, name: str, lrs: Sequence[float], steps: int) -> list[Descent]:
@@ -44,15 +49,21 @@ def descend(landscape: Landscape, name: str, lrs: Sequence[float], steps: int) -
 
     The descents know nothing of each other: they share the optimizer, as groups, only because that is faster.
     """
-    positions = [torch.tensor(landscape.start, dtype=torch.float64, requires_grad=True) for _ in lrs]
-    optimizer = build_optimizer([{"params": [position], "lr": lr} for position, lr in zip(positions, lrs)], name)
+    positions = [
+        torch.tensor(landscape.start, dtype=torch.float64, requires_grad=True) for _ in lrs
+    ]
+    optimizer = build_optimizer(
+        [{"params": [position], "lr": lr} for position, lr in zip(positions, lrs)], name
+    )
     paths = [torch.stack(positions).detach()]
     for _ in range(steps):
         optimizer.zero_grad()
         landscape.value(*torch.stack(positions).unbind(1)).sum().backward()
         optimizer.step()
         paths.append(torch.stack(positions).detach())
-    return [_descent(landscape, name, lr, points) for lr, points in zip(lrs, torch.stack(paths, dim=1))]
+    return [
+        _descent(landscape, name, lr, points) for lr, points in zip(lrs, torch.stack(paths, dim=1))
+    ]
 
 
 def _descent(landscape: Landscape, name: str, lr: float, points: Tensor) -> Descent:
@@ -77,4 +88,7 @@ def descend_by_default(landscape: Landscape, name: str, steps: int) -> Descent:
 
 def descend_tuned(landscape: Landscape, name: str, steps: int) -> Descent:
     """The best descent over GRID: the one that settles first or, where none does, ends lowest."""
-    return min(descend(landscape, name, GRID, steps), key=lambda d: (steps + 1 if d.settled is None else d.settled, d.height))
+    return min(
+        descend(landscape, name, GRID, steps),
+        key=lambda d: (steps + 1 if d.settled is None else d.settled, d.height),
+    )

@@ -51,14 +51,50 @@ def saddle(x: Tensor, y: Tensor) -> Tensor:
 LANDSCAPES = {
     landscape.name: landscape
     for landscape in (
-        Landscape("beale", "Beale: flat plains around steep walls", beale, ((3.0, 0.5),), 0.0, (0.8, 1.6), (-1.0, 4.2, -1.8, 2.1)),
-        Landscape("rosenbrock", "Rosenbrock: a bent valley", rosenbrock, ((1.0, 1.0),), 0.0, (-1.5, 2.0), (-2.1, 2.1, -0.8, 3.0)),
-        Landscape("rastrigin", "Rastrigin: many local minima", rastrigin, ((0.0, 0.0),), 0.0, (-2.3, 3.4), (-4.2, 4.2, -4.2, 4.2)),
         Landscape(
-            "valley", "A long valley: condition number 100", valley, ((0.0, 0.0),), 0.0, (-9.0, 1.6), (-10.5, 3.5, -2.4, 2.4)
+            "beale",
+            "Beale: flat plains around steep walls",
+            beale,
+            ((3.0, 0.5),),
+            0.0,
+            (0.8, 1.6),
+            (-1.0, 4.2, -1.8, 2.1),
         ),
         Landscape(
-            "saddle", "A saddle, left by a hair", saddle, ((0.0, 1.0), (0.0, -1.0)), -0.25, (1.2, 0.001), (-0.9, 1.5, -1.35, 1.35)
+            "rosenbrock",
+            "Rosenbrock: a bent valley",
+            rosenbrock,
+            ((1.0, 1.0),),
+            0.0,
+            (-1.5, 2.0),
+            (-2.1, 2.1, -0.8, 3.0),
+        ),
+        Landscape(
+            "rastrigin",
+            "Rastrigin: many local minima",
+            rastrigin,
+            ((0.0, 0.0),),
+            0.0,
+            (-2.3, 3.4),
+            (-4.2, 4.2, -4.2, 4.2),
+        ),
+        Landscape(
+            "valley",
+            "A long valley: condition number 100",
+            valley,
+            ((0.0, 0.0),),
+            0.0,
+            (-9.0, 1.6),
+            (-10.5, 3.5, -2.4, 2.4),
+        ),
+        Landscape(
+            "saddle",
+            "A saddle, left by a hair",
+            saddle,
+            ((0.0, 1.0), (0.0, -1.0)),
+            -0.25,
+            (1.2, 0.001),
+            (-0.9, 1.5, -1.35, 1.35),
         ),
     )
 }

@@ -19,7 +19,13 @@ from matplotlib.lines import Line2D
 
 from finetune.errors import UserError, did_you_mean
 from finetune.landscape.animation import animate
-from finetune.landscape.descents import GRID, Descent, check_descent, descend_by_default, descend_tuned
+from finetune.landscape.descents import (
+    GRID,
+    Descent,
+    check_descent,
+    descend_by_default,
+    descend_tuned,
+)
 from finetune.landscape.functions import LANDSCAPES, Landscape
 from finetune.landscape.looks import LOOKS, Look
 
@@ -55,7 +61,9 @@ def draw_landscapes(
     written = []
     for landscape in (LANDSCAPES[function] for function in functions):
         panels = {
-            "at the default learning rates": [descend_by_default(landscape, name, steps) for name in optimizers],
+            "at the default learning rates": [
+                descend_by_default(landscape, name, steps) for name in optimizers
+            ],
             f"at the best of the same {len(GRID)} learning rates, {_number(GRID[0])} to {_number(GRID[-1])}": [
                 descend_tuned(landscape, name, steps) for name in optimizers
             ],
@@ -76,12 +84,16 @@ def _check(functions: Sequence[str], optimizers: Sequence[str], steps: int) -> N
     for function in functions:
         if function not in LANDSCAPES:
             near = did_you_mean(function, LANDSCAPES) or ";"
-            raise UserError(f"there is no landscape {function!r}{near} the landscapes are {', '.join(LANDSCAPES)}")
+            raise UserError(
+                f"there is no landscape {function!r}{near} the landscapes are {', '.join(LANDSCAPES)}"
+            )
     for name in optimizers:
         check_descent(name)
     if not 1 <= len(optimizers) <= len(LOOKS) or len(set(optimizers)) < len(optimizers):
         given = ", ".join(optimizers) or "none"
-        raise UserError(f"optimizers {given}: a picture shows 1 to {len(LOOKS)} different ones; name fewer, or draw twice")
+        raise UserError(
+            f"optimizers {given}: a picture shows 1 to {len(LOOKS)} different ones; name fewer, or draw twice"
+        )
     if not functions:
         raise UserError(f"no landscape was named; the landscapes are {', '.join(LANDSCAPES)}")
     if steps < 1:
@@ -120,7 +132,14 @@ def draw(landscape: Landscape, panels: dict[str, list[Descent]], steps: int) -> 
             axes.set_title(title, fontsize=11)
             for descent, look in zip(descents, LOOKS):
                 drawn += _draw_descent(axes, descent, look)
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.07), frameon=False, handlelength=4, borderaxespad=0, fontsize=10)
+            axes.legend(
+                loc="upper left",
+                bbox_to_anchor=(0, -0.07),
+                frameon=False,
+                handlelength=4,
+                borderaxespad=0,
+                fontsize=10,
+            )
         still = _svg(figure, landscape, steps)
         for line in drawn:
             line.set_visible(False)  # the legend keeps them
@@ -129,7 +148,10 @@ def draw(landscape: Landscape, panels: dict[str, list[Descent]], steps: int) -> 
         scenes = []
         for axes, descents in zip(figure.axes, panels.values()):
             frame = axes.bbox
-            pixels = [axes.transData.transform(descent.points.numpy()) * (1, -1) + (0, height) for descent in descents]
+            pixels = [
+                axes.transData.transform(descent.points.numpy()) * (1, -1) + (0, height)
+                for descent in descents
+            ]
             scenes.append(((frame.x0, height - frame.y1, frame.width, frame.height), pixels))
     return still, animate(empty, scenes, steps)
 
@@ -138,12 +160,31 @@ def _draw_ground(axes: Axes, landscape: Landscape) -> None:
     left, right, bottom, top = landscape.window
     x, y = torch.linspace(left, right, 121).double(), torch.linspace(bottom, top, 121).double()
     height = landscape.value(x[None, :], y[:, None]) - landscape.lowest
-    levels = height.flatten().quantile(torch.linspace(0, 1, LEVELS).double()).tolist()  # as many contours on the floor as on walls
+    levels = (
+        height.flatten().quantile(torch.linspace(0, 1, LEVELS).double()).tolist()
+    )  # as many contours on the floor as on walls
     greys = [str(0.78 + 0.2 * level / LEVELS) for level in range(LEVELS)]  # the lower, the darker
-    axes.contourf(x, y, height, levels=levels, colors=greys).set_rasterized(True)  # as paths they are megabytes
+    axes.contourf(x, y, height, levels=levels, colors=greys).set_rasterized(
+        True
+    )  # as paths they are megabytes
     axes.contour(x, y, height, levels=levels, colors="#9aa0a8", linewidths=0.6).set_rasterized(True)
-    axes.plot(*landscape.start, "o", markersize=11, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.4)
-    axes.plot(*zip(*landscape.minima), "*", markersize=15, color="black", markeredgecolor="white", linestyle="none", zorder=3)
+    axes.plot(
+        *landscape.start,
+        "o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        markeredgewidth=1.4,
+    )
+    axes.plot(
+        *zip(*landscape.minima),
+        "*",
+        markersize=15,
+        color="black",
+        markeredgecolor="white",
+        linestyle="none",
+        zorder=3,
+    )
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
 
@@ -164,7 +205,14 @@ def _draw_descent(axes: Axes, descent: Descent, look: Look) -> tuple[Line2D, Lin
         markevery=0.12,  # of the axes' diagonal, along the path
         label=in_words(descent),
     )
-    (end,) = axes.plot(x[-1:].numpy(), y[-1:].numpy(), look.marker, color=look.colour, markersize=10, markeredgecolor="white")
+    (end,) = axes.plot(
+        x[-1:].numpy(),
+        y[-1:].numpy(),
+        look.marker,
+        color=look.colour,
+        markersize=10,
+        markeredgecolor="white",
+    )
     return line, end
 
 

@@ -15,7 +15,11 @@ from transformers.utils import logging
 if TYPE_CHECKING:
     from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.models.language_model import LanguageModel
-    from finetune.models.vocabulary import activate_vocabulary, deactivate_vocabulary, full_vocabulary
+    from finetune.models.vocabulary import (
+        activate_vocabulary,
+        deactivate_vocabulary,
+        full_vocabulary,
+    )
 
 _MODULES = {
     "frozen_sample": ("FrozenSampler", "inclusion_chances", "measure_frozen_rows"),

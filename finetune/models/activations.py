@@ -35,7 +35,9 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}  # not counted
+        self._seen: dict[int, Any] = {
+            tensor.untyped_storage()._cdata: None for tensor in known
+        }  # not counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -73,7 +75,9 @@ class Rehearsal:
         sparse_tables: Sequence[nn.Embedding],
     ) -> None:
         self.model, self.device, self.autocast = skeleton, device, autocast
-        self.num_sampled: int | None = None  # rows that stand for the frozen ones of an active vocabulary
+        self.num_sampled: int | None = (
+            None  # rows that stand for the frozen ones of an active vocabulary
+        )
         self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
         attend_by_example(inner_model(skeleton))  # as `LanguageModel` does, and so the next
         fuse_norms(inner_model(skeleton))
@@ -82,15 +86,21 @@ class Rehearsal:
         with self.mode:
             _without_data(skeleton, device)
         for table in sparse_tables:
-            table.weight.requires_grad_(False)  # a fake tensor cannot be sparse: its gradient is added by hand
+            table.weight.requires_grad_(
+                False
+            )  # a fake tensor cannot be sparse: its gradient is added by hand
 
-    def step(self, *, rows: int, length: int, num_targets: int, packed: bool, accumulates: bool) -> StepMemory:
+    def step(
+        self, *, rows: int, length: int, num_targets: int, packed: bool, accumulates: bool
+    ) -> StepMemory:
         """Forward, loss and backward of a micro-batch [rows, length] with `num_targets` target tokens.
 
         `accumulates`: the gradients of an earlier micro-batch are there already.
         """
         self.model.train()
-        packed = packed and inner_model(self.model).config._attn_implementation != BY_EXAMPLE  # which keeps the same for both
+        packed = (
+            packed and inner_model(self.model).config._attn_implementation != BY_EXAMPLE
+        )  # which keeps the same for both
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
         with self.mode, live, _packing(packed):
             for _ in range(2 if accumulates else 1):
@@ -127,7 +137,9 @@ class Rehearsal:
         ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
         positions = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
         if _is_fused(model):
-            return model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            return model.base_model(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits
 
     def _loss(self, states: Tensor, num_targets: int) -> Tensor:
@@ -142,8 +154,17 @@ class Rehearsal:
         if isinstance(head, ActiveHead):
             weight = head.rows
             rows = head.vocabulary.frozen.detach()
-            frozen = FrozenRows(rows if self.num_sampled is None else rows[: self.num_sampled].clone())
-        return linear_cross_entropy(chosen, weight, targets, bias=getattr(head, "bias", None), frozen=frozen, softcap=softcap)
+            frozen = FrozenRows(
+                rows if self.num_sampled is None else rows[: self.num_sampled].clone()
+            )
+        return linear_cross_entropy(
+            chosen,
+            weight,
+            targets,
+            bias=getattr(head, "bias", None),
+            frozen=frozen,
+            softcap=softcap,
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -154,7 +175,9 @@ class Rehearsal:
 def _is_fused(model: PreTrainedModel) -> bool:
     """As far as the structure tells, whether the loss takes the logits in chunks (see `LanguageModel`)."""
     head = model.get_output_embeddings()
-    return head is not None and not isinstance(head, BaseTunerLayer) and model.base_model is not model
+    return (
+        head is not None and not isinstance(head, BaseTunerLayer) and model.base_model is not model
+    )
 
 
 def _without_data(model: nn.Module, device: str) -> None:
@@ -167,7 +190,11 @@ def _without_data(model: nn.Module, device: str) -> None:
                     continue
                 if id(tensor) not in made:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+                    made[id(tensor)] = (
+                        nn.Parameter(fake, tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else fake
+                    )
                 tensors[name] = made[id(tensor)]  # type: ignore[assignment]
 
 

@@ -23,11 +23,21 @@ class ActiveVocabulary(nn.Module):
     frozen_ids: Tensor  # [F] int64
     offset: Tensor  # [A + spare + F] float32: -inf where a row stands for no token, else 0
     is_whole: bool  # no row stands for no token
-    padding_row: int | None  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
-    is_part_of_weight = True  # for finetune.optim: what is set for the table's weight holds for the shift
-    shift: nn.Parameter | None  # [d]: the row of an active token is that of the compact weight plus this
-    frozen_mass: Tensor | None  # [F] float32: what the chances of a sample of the frozen rows follow, kept here to be saved
-    _narrow: Tensor | None = None  # the frozen rows in the dtype of the products, where that is another
+    padding_row: (
+        int | None
+    )  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
+    is_part_of_weight = (
+        True  # for finetune.optim: what is set for the table's weight holds for the shift
+    )
+    shift: (
+        nn.Parameter | None
+    )  # [d]: the row of an active token is that of the compact weight plus this
+    frozen_mass: (
+        Tensor | None
+    )  # [F] float32: what the chances of a sample of the frozen rows follow, kept here to be saved
+    _narrow: Tensor | None = (
+        None  # the frozen rows in the dtype of the products, where that is another
+    )
 
     def __init__(
         self,
@@ -47,11 +57,19 @@ class ActiveVocabulary(nn.Module):
         self.register_buffer("active_ids", padded)
         self.register_buffer("frozen_ids", frozen_ids, persistent=False)
         self.register_buffer("frozen_mass", None)
-        self.register_buffer("row_of_id", torch.empty(len(table), dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "row_of_id", torch.empty(len(table), dtype=torch.int64), persistent=False
+        )
         self.register_buffer("offset", torch.empty(len(padded) + len(frozen_ids)), persistent=False)
         self.number()
-        self.padding_row = int(self.row_of_id[padding_idx]) if padding_idx is not None and active[padding_idx] else None
-        self.to(table.device)  # numbered before: a table on the meta device has a vocabulary too, for planning
+        self.padding_row = (
+            int(self.row_of_id[padding_idx])
+            if padding_idx is not None and active[padding_idx]
+            else None
+        )
+        self.to(
+            table.device
+        )  # numbered before: a table on the meta device has a vocabulary too, for planning
         # A parameter without gradient, and no buffer: data-parallel engines leave it alone after the start.
         frozen = _in_dtype(table.detach().index_select(0, self.frozen_ids), frozen_dtype)
         self.frozen = nn.Parameter(frozen, requires_grad=False)
@@ -66,11 +84,15 @@ class ActiveVocabulary(nn.Module):
         """Work out where every token's row is, from `active_ids`."""
         rows, used = len(self.active_ids), self.active_ids != NO_TOKEN
         ids = self.active_ids[used]
-        self.row_of_id[self.frozen_ids] = torch.arange(rows, rows + len(self.frozen_ids), device=ids.device)
+        self.row_of_id[self.frozen_ids] = torch.arange(
+            rows, rows + len(self.frozen_ids), device=ids.device
+        )
         self.row_of_id[ids] = used.nonzero()[:, 0]
         self.offset.zero_()
         self.offset[:rows][~used] = -torch.inf
-        self.offset[rows:][torch.isin(self.frozen_ids, ids)] = -torch.inf  # of tokens that have become active
+        self.offset[rows:][
+            torch.isin(self.frozen_ids, ids)
+        ] = -torch.inf  # of tokens that have become active
         self.is_whole = bool(self.offset.isfinite().all())
 
     def active_rows(self, weight: Tensor) -> Tensor:
@@ -87,10 +109,15 @@ class ActiveVocabulary(nn.Module):
         They do not change, so a narrower copy is made once and kept: otherwise each step and each generated token would make one.
         """
         frozen, device = self.frozen.detach(), self.frozen.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frozen.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else frozen.dtype
+        )
         if dtype == frozen.dtype or isinstance(frozen, FakeTensor):
             return frozen
-        if self._narrow is None or (self._narrow.dtype, self._narrow.device) != (dtype, frozen.device):
+        if self._narrow is None or (self._narrow.dtype, self._narrow.device) != (
+            dtype,
+            frozen.device,
+        ):
             with torch.inference_mode(False):
                 self._narrow = frozen.to(dtype)
         return self._narrow
@@ -114,9 +141,13 @@ class ActiveVocabulary(nn.Module):
         used = self.active_ids != NO_TOKEN
         return full.index_copy_(0, self.active_ids[used], self.active_rows(weight).detach()[used])
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         mass = state_dict.get(prefix + "frozen_mass")
-        self.frozen_mass = None if mass is None else torch.empty_like(mass, device=self.frozen_ids.device)
+        self.frozen_mass = (
+            None if mass is None else torch.empty_like(mass, device=self.frozen_ids.device)
+        )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._narrow = None
         self.number()

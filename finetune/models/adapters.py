@@ -34,11 +34,19 @@ def add_lora(
     table (and of an untied head) that are trained too. Raises UserError where no module has such a name, or where it is an output
     head with active rows.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     every = targets == ["all-linear"]
     for target in [] if every else targets:
-        chosen = [module for name, module in linear.items() if name == target or name.endswith("." + target)]
+        chosen = [
+            module
+            for name, module in linear.items()
+            if name == target or name.endswith("." + target)
+        ]
         if any(isinstance(module, ActiveHead) for module in chosen):
             raise UserError(
                 f"model.lora.target_modules: {target!r} is the output head, of which an active vocabulary trains rows; leave it "
@@ -56,10 +64,14 @@ def add_lora(
         lora_dropout=dropout,
         target_modules="all-linear" if every else targets,
         trainable_token_indices=_rows(model, new_token_ids),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),  # GPT-2 stores its weights transposed
+        fan_in_fan_out=any(
+            isinstance(module, Conv1D) for module in linear.values()
+        ),  # GPT-2 stores its weights transposed
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 a question by its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )
         wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped
@@ -75,6 +87,14 @@ def _rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]] | 
         return None
     table, head = token_tables(model)
     if head is not table and getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise UserError("LoRA beside added tokens drops the bias of this model's head (a limit of peft): train without model.lora")
-    modules = [model.get_input_embeddings()] + ([] if head is None or head is table else [model.get_output_embeddings()])
-    return {name: list(ids) for name, module in model.named_modules() if any(module is wanted for wanted in modules)}
+        raise UserError(
+            "LoRA beside added tokens drops the bias of this model's head (a limit of peft): train without model.lora"
+        )
+    modules = [model.get_input_embeddings()] + (
+        [] if head is None or head is table else [model.get_output_embeddings()]
+    )
+    return {
+        name: list(ids)
+        for name, module in model.named_modules()
+        if any(module is wanted for wanted in modules)
+    }

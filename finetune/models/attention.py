@@ -57,11 +57,20 @@ class _Layout:
 
 
 def _forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """query [rows, heads, length, d], key and value [rows, fewer heads, length, d] to [rows, length, heads, d]."""
     layout = None
-    if query.device.type == "cpu" and key.shape[2] == query.shape[2] > 1 and not torch.compiler.is_compiling():
+    if (
+        query.device.type == "cpu"
+        and key.shape[2] == query.shape[2] > 1
+        and not torch.compiler.is_compiling()
+    ):
         layout = _layout_of(module, query, attention_mask, options)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -74,28 +83,44 @@ def _forward(
     return output.view(len(query), -1, *output.shape[1:]), None
 
 
-def _layout_of(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> _Layout | None:
+def _layout_of(
+    module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> _Layout | None:
     """None where the mask is not that of examples one after the other in rows, all of one pattern."""
     if options.get("position_bias") is not None or not getattr(module, "is_causal", True):
         return None
     rows, heads, length, _ = query.shape
-    if mask is None or isinstance(mask, FakeTensor):  # tensors without data stand in for any: what is kept is the same
+    if mask is None or isinstance(
+        mask, FakeTensor
+    ):  # tensors without data stand in for any: what is kept is the same
         causal = options.get("is_causal")
-        return _layout([length] * rows, _causal(length), heads) if causal is None or causal else None
+        return (
+            _layout([length] * rows, _causal(length), heads) if causal is None or causal else None
+        )
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
         mask._layout = _read_layout(mask, options.get("position_ids"), rows, length, heads)  # type: ignore[attr-defined]
     return mask._layout  # type: ignore[attr-defined]
 
 
-def _read_layout(mask: Tensor, positions: Tensor | None, rows: int, length: int, heads: int) -> _Layout | None:
+def _read_layout(
+    mask: Tensor, positions: Tensor | None, rows: int, length: int, heads: int
+) -> _Layout | None:
     """mask [rows or 1, 1, length, length] bool, positions [rows or 1, length]."""
-    if positions is None or mask.dtype != torch.bool or mask.shape[1:] != (1, length, length) or positions.shape[1] != length:
+    if (
+        positions is None
+        or mask.dtype != torch.bool
+        or mask.shape[1:] != (1, length, length)
+        or positions.shape[1] != length
+    ):
         return None
     first = positions.expand(rows, length) == 0
     first[:, 0] = True
     starts = first.flatten().nonzero()[:, 0]
     lengths = torch.diff(starts, append=starts.new_tensor([rows * length])).tolist()
-    corners = [mask[min(start // length, len(mask) - 1), 0, start % length :, start % length :] for start in starts.tolist()]
+    corners = [
+        mask[min(start // length, len(mask) - 1), 0, start % length :, start % length :]
+        for start in starts.tolist()
+    ]
     squares = [corner[:n, :n] for corner, n in zip(corners, lengths, strict=True)]
     seen = max(squares, key=len)
     alike = all(torch.equal(square, seen[: len(square), : len(square)]) for square in squares)
@@ -109,13 +134,26 @@ def _layout(lengths: Sequence[int], seen: Tensor, heads: int) -> _Layout:
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = _padded(lengths[groups[-1][0]]) if groups else 0
         scores = longest * min(longest, QUERIES) * heads
-        if groups and _padded(lengths[i]) >= ALIKE * longest and (len(groups[-1]) + 1) * scores <= SCORES:
+        if (
+            groups
+            and _padded(lengths[i]) >= ALIKE * longest
+            and (len(groups[-1]) + 1) * scores <= SCORES
+        ):
             groups[-1].append(i)
         else:
             groups.append([i])
-    bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(1)  # what padding sees does not count, but it must see something
+    bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(
+        1
+    )  # what padding sees does not count, but it must see something
     bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
-    return _Layout([_group([lengths[i] for i in part], starts[part]) for group in groups for part in _cut(group)], bias)
+    return _Layout(
+        [
+            _group([lengths[i] for i in part], starts[part])
+            for group in groups
+            for part in _cut(group)
+        ],
+        bias,
+    )
 
 
 def _padded(length: int) -> int:
@@ -134,7 +172,11 @@ def _group(lengths: Sequence[int], starts: Tensor) -> _Group:
     longest = _padded(max(lengths))
     steps = torch.arange(longest)
     tokens = starts[:, None] + steps.where(steps < torch.tensor(lengths)[:, None], 0)
-    slots = None if min(lengths) == longest else torch.cat([steps[:n] + i * longest for i, n in enumerate(lengths)])
+    slots = (
+        None
+        if min(lengths) == longest
+        else torch.cat([steps[:n] + i * longest for i, n in enumerate(lengths)])
+    )
     return _Group((len(lengths), longest), tokens.flatten(), slots)
 
 
@@ -146,17 +188,29 @@ class _Attention(torch.autograd.Function):
     """query [N, heads, d], key and value [N, fewer heads, d] to [N, heads, d], N all tokens of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: _Layout, scale: float, dropout: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: _Layout,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
         output, masks = torch.empty_like(query), []
         for group in layout.groups:
             q, k, v = (_take(tensor, group, key.shape[1]) for tensor in (query, key, value))
             attended = torch.empty_like(q)
             for block, seen in _blocks(group):
-                probabilities = _probabilities(q[:, :, block], k[:, 0, seen], layout.bias[block, seen], scale)
+                probabilities = _probabilities(
+                    q[:, :, block], k[:, 0, seen], layout.bias[block, seen], scale
+                )
                 if dropout:
                     probabilities, mask = torch.native_dropout(probabilities, dropout, True)
                     masks.append(mask)
-                attended[:, :, block] = torch.bmm(probabilities, v[:, 0, seen]).view_as(attended[:, :, block])
+                attended[:, :, block] = torch.bmm(probabilities, v[:, 0, seen]).view_as(
+                    attended[:, :, block]
+                )
             _put(output, attended, group)
         ctx.save_for_backward(query, key, value, *masks)
         ctx.layout, ctx.scale, ctx.dropout = layout, scale, dropout
@@ -174,13 +228,20 @@ class _Attention(torch.autograd.Function):
             dq = torch.empty_like(q)
             dk, dv = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
             for block, seen in _blocks(group):
-                probabilities = _probabilities(q[:, :, block], k[:, 0, seen], ctx.layout.bias[block, seen], ctx.scale)
+                probabilities = _probabilities(
+                    q[:, :, block], k[:, 0, seen], ctx.layout.bias[block, seen], ctx.scale
+                )
                 queries, outputs = q[:, :, block].flatten(1, 2), do[:, :, block].flatten(1, 2)
                 used, slope = probabilities, torch.bmm(outputs, v[:, 0, seen].transpose(1, 2))
                 if ctx.dropout:
                     mask = next(kept)
-                    used, slope = (native_dropout_backward(t, mask, 1 / (1 - ctx.dropout)) for t in (used, slope))
-                scores = torch._softmax_backward_data(slope, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
+                    used, slope = (
+                        native_dropout_backward(t, mask, 1 / (1 - ctx.dropout))
+                        for t in (used, slope)
+                    )
+                scores = torch._softmax_backward_data(
+                    slope, probabilities, -1, probabilities.dtype
+                ).mul_(ctx.scale)
                 dq[:, :, block] = torch.bmm(scores, k[:, 0, seen]).view_as(dq[:, :, block])
                 dk[:, 0, seen] += torch.bmm(scores.transpose(1, 2), queries)
                 dv[:, 0, seen] += torch.bmm(used.transpose(1, 2), outputs)
@@ -200,13 +261,22 @@ def _take(tensor: Tensor, group: _Group, shared: int, *, zero_padding: bool = Fa
     taken = tensor.index_select(0, group.tokens)
     if zero_padding and group.slots is not None:
         taken = torch.zeros_like(taken).index_copy_(0, group.slots, taken[group.slots])
-    return taken.view(size, length, shared, -1, width).permute(0, 2, 3, 1, 4).reshape(size * shared, -1, length, width)
+    return (
+        taken.view(size, length, shared, -1, width)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(size * shared, -1, length, width)
+    )
 
 
 def _put(into: Tensor, part: Tensor, group: _Group) -> None:
     """What `_take` took, back into [N, heads, d]."""
     (size, length), (_, heads, width) = group.size, into.shape
-    tokens, back = group.tokens, part.view(size, -1, part.shape[1], length, width).permute(0, 3, 1, 2, 4).reshape(-1, heads, width)
+    tokens, back = (
+        group.tokens,
+        part.view(size, -1, part.shape[1], length, width)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(-1, heads, width),
+    )
     if group.slots is not None:
         tokens, back = tokens[group.slots], back[group.slots]
     into.index_copy_(0, tokens, back.to(into.dtype))

@@ -78,10 +78,18 @@ def model_card(
     `base_model`: None for random initial weights. `data`: one line for each source. `metrics`: {"step 0": {"Held-out loss":
     2.6, ...}, "step 40": {...}}, the same metrics in each. `config`: the run's YAML. `command`: what reproduces the run.
     """
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
     environment.filters["quoted"] = json.dumps  # a JSON string is a YAML string
     return environment.from_string(_CARD).render(
-        title=title, base_model=base_model, license=license, data=data, metrics=metrics, config=config, command=command
+        title=title,
+        base_model=base_model,
+        license=license,
+        data=data,
+        metrics=metrics,
+        config=config,
+        command=command,
     )
 
 

@@ -19,12 +19,16 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     table, head = token_tables(inner)
     tied = head is table
     rows = _rows(inner.get_input_embeddings())
-    in_tables = rows * table.shape[1] + (0 if tied or head is None else _rows(inner.get_output_embeddings()) * head.shape[1])
+    in_tables = rows * table.shape[1] + (
+        0 if tied or head is None else _rows(inner.get_output_embeddings()) * head.shape[1]
+    )
     total = sum(parameter.numel() for parameter in parameters) - _beside_rows(inner)
     return {
         "architecture": type(inner).__name__,
         "parameters": total,
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "trainable_parameters": sum(
+            parameter.numel() for parameter in parameters if parameter.requires_grad
+        ),
         "token_table_parameters": in_tables,
         "token_table_share": in_tables / total,
         "tied": tied,
@@ -51,11 +55,17 @@ def token_tables(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
 def _beside_rows(model: PreTrainedModel) -> int:
     """Parameters of active vocabularies that are no row of the full table: spare rows and the shift."""
     modules: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
-    compact = {id(module.vocabulary): module for module in modules if hasattr(module, "vocabulary")}  # a tied one once
+    compact = {
+        id(module.vocabulary): module for module in modules if hasattr(module, "vocabulary")
+    }  # a tied one once
     count = 0
     for module in compact.values():
         weight: Any = _weight(module)
-        count += weight.numel() + sum(part.numel() for part in module.vocabulary.parameters()) - _rows(module) * weight.shape[1]
+        count += (
+            weight.numel()
+            + sum(part.numel() for part in module.vocabulary.parameters())
+            - _rows(module) * weight.shape[1]
+        )
     return count
 
 

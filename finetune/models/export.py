@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from finetune.errors import UserError
 from finetune.models.adapters import merge_lora
@@ -37,16 +42,30 @@ def export_model(
     `card`: the text of README.md (see `card.model_card`). `dtype`: of the saved weights; None: as they are. Raises UserError where
     the disk refuses, or where `dest` is a folder that holds no model.
     """
-    if dest.exists() and not (dest / "config.json").is_file() and (dest.is_file() or any(dest.iterdir())):
-        raise UserError(f"the export's destination {dest} is there and holds no model; give an empty or a new folder")
+    if (
+        dest.exists()
+        and not (dest / "config.json").is_file()
+        and (dest.is_file() or any(dest.iterdir()))
+    ):
+        raise UserError(
+            f"the export's destination {dest} is there and holds no model; give an empty or a new folder"
+        )
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
     except OSError as error:
-        raise UserError(f"the model could not be written to {dest}: {error.strerror or error}") from error
+        raise UserError(
+            f"the model could not be written to {dest}: {error.strerror or error}"
+        ) from error
     try:
         with full_vocabulary(model):
-            _write(merge_lora(model) if isinstance(model, PeftModel) else model, tokenizer, work, card, dtype)
+            _write(
+                merge_lora(model) if isinstance(model, PeftModel) else model,
+                tokenizer,
+                work,
+                card,
+                dtype,
+            )
         for path in (work, *work.iterdir()):  # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         _replace(dest, work)
@@ -59,7 +78,11 @@ def export_model(
 
 @torch.no_grad()
 def verify_export(
-    dest: Path, model: PreTrainedModel | PeftModel, sample_ids: Sequence[int], *, trust_remote_code: bool = False
+    dest: Path,
+    model: PreTrainedModel | PeftModel,
+    sample_ids: Sequence[int],
+    *,
+    trust_remote_code: bool = False,
 ) -> float:
     """Reload the folder and compare: the largest difference of a logit on `sample_ids`, as a share of the largest logit.
 
@@ -76,30 +99,51 @@ def verify_export(
     reloaded.to(model.device, torch.float32)
     ids = torch.tensor([list(sample_ids)], device=model.device)
     with evaluating(model), evaluating(reloaded):
-        ours, theirs = model(input_ids=ids, use_cache=False).logits, reloaded(input_ids=ids, use_cache=False).logits
+        ours, theirs = (
+            model(input_ids=ids, use_cache=False).logits,
+            reloaded(input_ids=ids, use_cache=False).logits,
+        )
     table, head = token_tables(reloaded)
     if (head is table) != bool(reloaded.config.get_text_config().tie_word_embeddings):
         raise UserError(
             f"the export {dest} says tie_word_embeddings = {reloaded.config.tie_word_embeddings}, and its weights do not"
         )
-    difference = float((ours - theirs).abs().max() / ours.abs().max()) if ours.shape == theirs.shape else float("inf")
+    difference = (
+        float((ours - theirs).abs().max() / ours.abs().max())
+        if ours.shape == theirs.shape
+        else float("inf")
+    )
     if not difference <= bound:
-        raise UserError(f"the export {dest} is not the trained model: its logits differ by {difference:.2g} of the largest")
+        raise UserError(
+            f"the export {dest} is not the trained model: its logits differ by {difference:.2g} of the largest"
+        )
     return difference
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, dtype: torch.dtype | None) -> None:
-    state = model.state_dict()  # not the parameters themselves: a lazily trained table is brought up to date here
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    dtype: torch.dtype | None,
+) -> None:
+    state = (
+        model.state_dict()
+    )  # not the parameters themselves: a lazily trained table is brought up to date here
     if dtype is not None:
         tables: dict[int, torch.Tensor] = {}  # a shared tensor stays shared
         state = {
-            name: tables.setdefault(tensor.data_ptr(), tensor.to(dtype)) if tensor.is_floating_point() else tensor
+            name: tables.setdefault(tensor.data_ptr(), tensor.to(dtype))
+            if tensor.is_floating_point()
+            else tensor
             for name, tensor in state.items()
         }
     model.save_pretrained(folder, state_dict=state)
     if dtype is not None:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+        (folder / "config.json").write_text(
+            json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"
+        )
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

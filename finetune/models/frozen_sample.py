@@ -34,7 +34,9 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
     """
     weights, rows = weights.double(), len(weights)
     if not bool((weights >= 0).all() & weights.isfinite().all()):
-        raise UserError("the chances of a sample follow weights from 0 up, and some of those given are negative, infinite or NaN")
+        raise UserError(
+            "the chances of a sample follow weights from 0 up, and some of those given are negative, infinite or NaN"
+        )
     if count < 1:
         raise UserError(f"a sample of {count} frozen rows stands for nothing: draw at least one")
     if count >= rows:
@@ -56,7 +58,11 @@ def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
     ends = chances[order].cumsum(0)
     count = round(float(ends[-1]))
     points = torch.rand(1, generator=generator, dtype=torch.float64) + torch.arange(count)
-    return order[torch.searchsorted(ends, points.clamp(max=float(ends[-1])), right=True).clamp_(max=len(order) - 1)].unique()
+    return order[
+        torch.searchsorted(ends, points.clamp(max=float(ends[-1])), right=True).clamp_(
+            max=len(order) - 1
+        )
+    ].unique()
 
 
 @torch.no_grad()
@@ -70,11 +76,15 @@ def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch])
     total, count = torch.zeros((), dtype=torch.float64), 0
     with evaluating(language_model):
         for batch in batches:
-            tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+            tensors = {
+                key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)
+            }
             squares, positions = language_model.frozen_square_probabilities(**tensors)
             total, count = total + squares.double().cpu(), count + positions
     if not count:
-        raise UserError("no chances without data: measure_frozen_rows needs batches with target tokens")
+        raise UserError(
+            "no chances without data: measure_frozen_rows needs batches with target tokens"
+        )
     return (total / count).sqrt()
 
 
@@ -125,17 +135,26 @@ class FrozenSampler:
         device = head.weight.device
         log_chances = chances[rows].log().float().to(device)
         rows = rows.to(device)
-        offset = torch.cat([vocabulary.offset[:compact], vocabulary.offset[compact:][rows] - log_chances])
+        offset = torch.cat(
+            [vocabulary.offset[:compact], vocabulary.offset[compact:][rows] - log_chances]
+        )
         row_of_id = vocabulary.row_of_id.masked_fill(vocabulary.row_of_id >= compact, NOT_SAMPLED)
         frozen = vocabulary.frozen_ids[rows]
-        still = vocabulary.row_of_id[frozen] >= compact  # a token that has become active keeps its compact row
+        still = (
+            vocabulary.row_of_id[frozen] >= compact
+        )  # a token that has become active keeps its compact row
         row_of_id[frozen[still]] = compact + torch.arange(len(rows), device=device)[still]
-        self.language_model.sample = (FrozenRows(vocabulary.frozen.index_select(0, rows), offset), row_of_id)
+        self.language_model.sample = (
+            FrozenRows(vocabulary.frozen.index_select(0, rows), offset),
+            row_of_id,
+        )
 
 
 def _require_known_logits(language_model: LanguageModel) -> None:
     if not isinstance(language_model.causal_lm.get_output_embeddings(), ActiveHead):
-        raise UserError("there are no frozen rows to sample: call activate_vocabulary on the model first")
+        raise UserError(
+            "there are no frozen rows to sample: call activate_vocabulary on the model first"
+        )
     if not language_model.fused:
         raise UserError(
             f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, all of them at once, so a sample "

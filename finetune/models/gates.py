@@ -94,7 +94,9 @@ def _activation(module: Any) -> str | None:
     probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in probe.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+        parameter.copy_(
+            torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+        )
     x = 3 * torch.randn(4, probe.gate_proj.in_features, generator=generator)
     theirs = probe(x)
     for name in ACTIVATIONS:

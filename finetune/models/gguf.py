@@ -38,7 +38,9 @@ def convert_gguf(file: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"the cache folder {folder.parent} cannot be written ({error}); set FINETUNE_CACHE to another") from error
+        raise UserError(
+            f"the cache folder {folder.parent} cannot be written ({error}); set FINETUNE_CACHE to another"
+        ) from error
     try:
         _convert(file, work)
         try:
@@ -58,12 +60,19 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            file.parent, **options, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            file.parent,
+            **options,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
         )
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(f"{file} is not a .gguf file that transformers can read: {error}") from error
+        raise UserError(
+            f"{file} is not a .gguf file that transformers can read: {error}"
+        ) from error
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     metadata, _ = read_gguf_metadata(str(file))
     if licence := metadata.get("general.license"):
-        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n", encoding="utf-8")  # for `card.license_of`
+        (folder / "README.md").write_text(
+            f"---\nlicense: {licence}\n---\n", encoding="utf-8"
+        )  # for `card.license_of`

@@ -21,7 +21,12 @@ from transformers import PreTrainedModel
 
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-from finetune.losses import FrozenRows, causal_lm_loss, causal_lm_loss_of_logits, frozen_square_probabilities
+from finetune.losses import (
+    FrozenRows,
+    causal_lm_loss,
+    causal_lm_loss_of_logits,
+    frozen_square_probabilities,
+)
 from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
@@ -50,8 +55,12 @@ class LanguageModel(nn.Module):
         fuse_gates(self.causal_lm)
         config = self.causal_lm.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        self.sample: tuple[FrozenRows, Tensor] | None = None  # of frozen rows, for training; and where every token's row is then
+        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.sample: tuple[FrozenRows, Tensor] | None = (
+            None  # of frozen rows, for training; and where every token's row is then
+        )
         self.fused = self._logits_are_understood()
         if not self.fused:
             logger.warning(
@@ -85,9 +94,13 @@ class LanguageModel(nn.Module):
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
                 _check_sample(labels[:, 1:], row_of_id)
-            labels = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)])
+            labels = torch.where(
+                labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)]
+            )
             if inactive is not None:
-                inactive = inactive[torch.cat([head.vocabulary.active_ids.clamp(min=0), head.vocabulary.frozen_ids])]
+                inactive = inactive[
+                    torch.cat([head.vocabulary.active_ids.clamp(min=0), head.vocabulary.frozen_ids])
+                ]
         return causal_lm_loss(
             hidden,
             labels,
@@ -101,7 +114,9 @@ class LanguageModel(nn.Module):
         )
 
     @torch.no_grad()
-    def token_losses(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def token_losses(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
         """The loss of each target token in nats, [N] float32, in the order of the rows. Sets no mode: call `eval()` before."""
         return self(input_ids, labels, position_ids, reduction="none")[:, 0]
 
@@ -113,7 +128,12 @@ class LanguageModel(nn.Module):
         head: Any = self.causal_lm.get_output_embeddings()
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         return frozen_square_probabilities(
-            hidden, labels, head.rows, head.vocabulary.frozen_rows(), softcap=self.softcap, logit_scale=self.logit_scale
+            hidden,
+            labels,
+            head.rows,
+            head.vocabulary.frozen_rows(),
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
         )
 
     @property
@@ -140,7 +160,9 @@ class LanguageModel(nn.Module):
                 return False
             ours = head(hidden).float() * self.logit_scale
             ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
-        return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-3 * theirs.abs().max())
+        return ours.shape == theirs.shape and bool(
+            (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
+        )
 
 
 def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
@@ -166,7 +188,9 @@ def check_packing(language_model: LanguageModel) -> None:
     with evaluating(language_model):
         packed = language_model.token_losses(ids, labels, positions)
         pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
-        alone = torch.cat([language_model.token_losses(row, row_labels) for row, row_labels in pieces])
+        alone = torch.cat(
+            [language_model.token_losses(row, row_labels) for row, row_labels in pieces]
+        )
         mixed = language_model.token_losses(ids, labels)
     error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
     if not error <= 0.1 * leak + 1e-5:  # NaN is refused too

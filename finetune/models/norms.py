@@ -82,9 +82,15 @@ def _epsilon(module: Any) -> float:
 def _one_is_added(module: Any) -> bool | None:
     """Which of the two formulas the class of `module` computes; None: neither. `module` may be without data."""
     weight = getattr(module, "weight", None)
-    if weight is None or weight.dim() != 1 or [name for name, _ in module.named_parameters()] != ["weight"]:
+    if (
+        weight is None
+        or weight.dim() != 1
+        or [name for name, _ in module.named_parameters()] != ["weight"]
+    ):
         return None
-    if not hasattr(module, "variance_epsilon") and not isinstance(getattr(module, "eps", None), float):
+    if not hasattr(module, "variance_epsilon") and not isinstance(
+        getattr(module, "eps", None), float
+    ):
         return None
     probe = copy.deepcopy(module).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +98,9 @@ def _one_is_added(module: Any) -> bool | None:
     x = 3 * torch.randn(4, len(weight), generator=generator, dtype=torch.float32)
     theirs = probe(x)
     for added in (False, True):
-        ours = _RMSNorm.apply(x, 1 + probe.weight if added else probe.weight, _epsilon(probe), x.dtype)
+        ours = _RMSNorm.apply(
+            x, 1 + probe.weight if added else probe.weight, _epsilon(probe), x.dtype
+        )
         if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5):
             return added
     return None

@@ -29,10 +29,13 @@ def resolve_precision(requested: str, device: torch.device | str) -> tuple[str, 
         return "fp32", f"fp32 matrix products, since {what} has no bf16 instructions"
     assert requested in PRECISIONS, requested
     if requested == "fp16" and kind != "cuda":
-        raise UserError(f'training.precision is "fp16", which needs a CUDA device, not {what}; use "auto", "fp32" or "bf16"')
+        raise UserError(
+            f'training.precision is "fp16", which needs a CUDA device, not {what}; use "auto", "fp32" or "bf16"'
+        )
     if requested == "bf16" and not native:
         logger.warning(
-            'training.precision is "bf16", but %s has no bf16 instructions: expect it to be many times slower than fp32', what
+            'training.precision is "bf16", but %s has no bf16 instructions: expect it to be many times slower than fp32',
+            what,
         )
     return requested, f"{requested} matrix products, as asked for"
 

@@ -25,13 +25,20 @@ def load_skeleton(
     """The model as `load_model` would make it, all of its parameters on the meta device. Raises UserError."""
     with torch.device("meta"):
         if config is not None:
-            return load_model(config=config, attn_implementation=attn_implementation, vocab_size=vocab_size)
+            return load_model(
+                config=config, attn_implementation=attn_implementation, vocab_size=vocab_size
+            )
         assert name is not None
         place = resolve_name(name, revision=revision)
         try:
-            found = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+            found = AutoConfig.from_pretrained(
+                place, revision=revision, trust_remote_code=trust_remote_code
+            )
             return AutoModelForCausalLM.from_config(
-                found, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation, dtype=torch.float32
+                found,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                dtype=torch.float32,
             )
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model {name!r} could not be loaded: {first_line(error)}") from error

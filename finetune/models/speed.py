@@ -35,8 +35,12 @@ def compile_decoder(language_model: LanguageModel) -> None:
     stays as it is (LOG.md, "Liger's loss on a GPU", has what compiling it would bring).
     """
     decoder = language_model.causal_lm.base_model
-    layers: list[nn.Module] = [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]
-    limit = 8 * max(8, len(layers))  # torch counts kernels over all layers, and some models have others in each
+    layers: list[nn.Module] = [
+        part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)
+    ]
+    limit = 8 * max(
+        8, len(layers)
+    )  # torch counts kernels over all layers, and some models have others in each
     torch._dynamo.config.cache_size_limit = max(limit, torch._dynamo.config.cache_size_limit)
     for part in layers or [decoder]:
         part.compile(dynamic=True)  # batches come in many lengths

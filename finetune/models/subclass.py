@@ -11,7 +11,9 @@ from torch import nn
 
 def put_before(module: Any, first: type[nn.Module], **attributes: Any) -> None:
     """Let `module` look for methods in `first` before its own class; `attributes` (hashable) belong to the new class."""
-    module.__class__ = derived_class(f"Fused{type(module).__name__}", (first, type(module)), **attributes)
+    module.__class__ = derived_class(
+        f"Fused{type(module).__name__}", (first, type(module)), **attributes
+    )
 
 
 @functools.cache

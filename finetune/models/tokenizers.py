@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from finetune.data.rendering import ChatTemplate, encode_text
 from finetune.errors import UserError
@@ -29,11 +34,15 @@ CHATML = (
 )
 
 
-def load_tokenizer(*, name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    *, name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with the model `name` (see `locate.resolve_name`). Raises UserError where there is none."""
     place = resolve_name(name, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"the tokenizer of {name!r} could not be loaded: {error}") from error
     tokenizer.padding_side = "right"
@@ -50,11 +59,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(alphabet) + len(special)
     if vocab_size < least:
-        raise UserError(f"model.tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {least}")
+        raise UserError(
+            f"model.tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {least}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -66,7 +82,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def prepare_chat(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> list[int]:
+def prepare_chat(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+) -> list[int]:
     """Set the template, its markers and the stop token in the tokenizer, and fit the model (if given) to it; both in place.
 
     `chat_template`: None (the tokenizer's own, if any), "chatml", or the path of a Jinja file. Without any template the tokenizer's
@@ -77,7 +97,9 @@ def prepare_chat(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBa
     before = set(tokenizer.get_vocab().values())
     if chat_template == "chatml":
         tokenizer.chat_template = CHATML
-        tokenizer.add_special_tokens({"extra_special_tokens": [TURN_START, TURN_END]}, replace_extra_special_tokens=False)
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [TURN_START, TURN_END]}, replace_extra_special_tokens=False
+        )
     elif chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
@@ -91,7 +113,9 @@ def prepare_chat(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBa
         tokenizer.eos_token = stop
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # never learnt: the labels of padding are IGNORE_INDEX
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # never learnt: the labels of padding are IGNORE_INDEX
     added = sorted(set(tokenizer.get_vocab().values()) - before)
     if model is not None:
         _fit_rows(model, added)
@@ -104,13 +128,20 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     answer = "Yes."
     try:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}], tokenize=False
+            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}],
+            tokenize=False,
         )
     except Exception as error:  # a template is a program of the user's: it may raise anything
-        raise UserError(f"the chat template fails to render a question and its answer: {error}") from error
+        raise UserError(
+            f"the chat template fails to render a question and its answer: {error}"
+        ) from error
     _, found, after = str(text).rpartition(answer)
     special = [token for token in tokenizer.all_special_tokens if after.lstrip().startswith(token)]
-    special += [str(token) for token in tokenizer.added_tokens_decoder.values() if after.lstrip().startswith(str(token))]
+    special += [
+        str(token)
+        for token in tokenizer.added_tokens_decoder.values()
+        if after.lstrip().startswith(str(token))
+    ]
     return max(special, key=len) if found and special else None
 
 
@@ -125,12 +156,17 @@ def _fit_rows(model: PreTrainedModel, added: list[int]) -> None:
     if max(added) >= rows:
         model.resize_token_embeddings(max(added) + 1, mean_resizing=False)
     with torch.no_grad():
-        for parameter in (*token_tables(model), getattr(model.get_output_embeddings(), "bias", None)):
+        for parameter in (
+            *token_tables(model),
+            getattr(model.get_output_embeddings(), "bias", None),
+        ):
             if parameter is not None:
                 parameter[added] = parameter[: min(rows, *added)].mean(0)
 
 
-def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> None:
+def _set_stops(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: list[int]
+) -> None:
     settings: Any = model.generation_config
     known = settings.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
@@ -138,7 +174,9 @@ def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops
     if stops:
         model.config.eos_token_id = stops[0]
         settings.eos_token_id = stops if len(stops) > 1 else stops[0]
-    settings._from_model_config = False  # it says more than the config now: transformers must not derive it again
+    settings._from_model_config = (
+        False  # it says more than the config now: transformers must not derive it again
+    )
     model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
@@ -147,7 +185,11 @@ def _set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops
 def byte_tokens(tokenizer: Any) -> set[int]:
     """The tokens that stand for single bytes, from which any text can be spelt: of byte-level BPE, or sentencepiece's <0xNN>."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    return {i for token, i in tokenizer.get_vocab().items() if token in alphabet or re.fullmatch("<0x[0-9A-F]{2}>", token)}
+    return {
+        i
+        for token, i in tokenizer.get_vocab().items()
+        if token in alphabet or re.fullmatch("<0x[0-9A-F]{2}>", token)
+    }
 
 
 def template_tokens(tokenizer: Any) -> set[int]:
@@ -157,4 +199,7 @@ def template_tokens(tokenizer: Any) -> set[int]:
     template = ChatTemplate(tokenizer)
     turns = [{"role": role, "content": "Yes."} for role in ("system", "user", "assistant")]
     turns = turns if template.writes_system_messages() else turns[1:]
-    return {*encode_text(tokenizer, template.render(turns), []).input_ids, *template.prompt(turns[:-1])}
+    return {
+        *encode_text(tokenizer, template.render(turns), []).input_ids,
+        *template.prompt(turns[:-1]),
+    }

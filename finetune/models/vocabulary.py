@@ -50,23 +50,33 @@ def activate_vocabulary(
     where an id is not in the table, or the model has active rows already, or a head that this does not know.
     """
     if active_modules(model):
-        raise UserError("the model has an active vocabulary already; deactivate_vocabulary gives it its full table back first")
+        raise UserError(
+            "the model has an active vocabulary already; deactivate_vocabulary gives it its full table back first"
+        )
     given = set(ids)
     if not all(isinstance(i, int) for i in given):
-        raise UserError(f"the active vocabulary takes token ids as a list of Python ints, and was given {given!r:.60}")
+        raise UserError(
+            f"the active vocabulary takes token ids as a list of Python ints, and was given {given!r:.60}"
+        )
     wanted = torch.tensor(sorted(given), dtype=torch.int64)
     if (reason := why_not_active(model)) is not None:
-        raise UserError(f"no active vocabulary: {reason}; its table trains whole (vocabulary.mode=full)")
+        raise UserError(
+            f"no active vocabulary: {reason}; its table trains whole (vocabulary.mode=full)"
+        )
     table, head = token_tables(model)
     if not len(wanted) or int(wanted[0]) < 0 or int(wanted[-1]) >= len(table):
-        raise UserError(f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one of them")
+        raise UserError(
+            f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one of them"
+        )
     embedding: Any = model.get_input_embeddings()
     output = model.get_output_embeddings()
     kept: dict[str, Any] = {"spare": spare, "frozen_dtype": frozen_dtype}
     model.save_pretrained = functools.partial(_save_whole, model)  # type: ignore[method-assign]
     model.resize_token_embeddings = _refuse_resize  # type: ignore[method-assign]
     if head is table:
-        vocabulary = ActiveVocabulary(table, wanted, padding_idx=embedding.padding_idx, shift=shift, **kept)
+        vocabulary = ActiveVocabulary(
+            table, wanted, padding_idx=embedding.padding_idx, shift=shift, **kept
+        )
         weight = _compact(table, vocabulary)
         _make_active(embedding, ActiveEmbedding, vocabulary, weight)
         _make_active(output, ActiveHead, vocabulary, weight)
@@ -81,27 +91,39 @@ def activate_vocabulary(
 
 def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """Make the tables of `model` as compact as they were when the state dict `state` was taken, for it to be loaded."""
-    saved = {name: value for name, value in state.items() if name.endswith(".vocabulary.active_ids")}
+    saved = {
+        name: value for name, value in state.items() if name.endswith(".vocabulary.active_ids")
+    }
     if saved:
         ids, names = next(iter(saved.values())), dict(model.named_modules())
-        embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
+        embedding = next(
+            name for name, module in names.items() if module is model.get_input_embeddings()
+        )
         compact_input = any(name.endswith(embedding + ".vocabulary.active_ids") for name in saved)
         shift = any(name.endswith(".vocabulary.shift") for name in state)
-        options: dict[str, Any] = {"spare": int((ids == NO_TOKEN).sum()), "compact_input": compact_input, "shift": shift}
+        options: dict[str, Any] = {
+            "spare": int((ids == NO_TOKEN).sum()),
+            "compact_input": compact_input,
+            "shift": shift,
+        }
         activate_vocabulary(model, ids[ids != NO_TOKEN].tolist(), **options)
 
 
 def why_not_active(model: PreTrainedModel) -> str | None:
     """Why the table of `model` can only train whole; None for one linear head without a bias over a plain embedding."""
     head, name = model.get_output_embeddings(), type(model).__name__
-    if not isinstance(head, nn.Linear) or not isinstance(model.get_input_embeddings(), nn.Embedding):
+    if not isinstance(head, nn.Linear) or not isinstance(
+        model.get_input_embeddings(), nn.Embedding
+    ):
         return f"{name} has no plain embedding with a linear output head"
     return f"the output head of {name} has a bias" if head.bias is not None else None
 
 
 def active_modules(model: nn.Module) -> list[Any]:
     """The modules of `model` with a compact weight: none, the head, or input embedding and head."""
-    return [module for module in model.modules() if isinstance(module, ActiveEmbedding | ActiveHead)]
+    return [
+        module for module in model.modules() if isinstance(module, ActiveEmbedding | ActiveHead)
+    ]
 
 
 @contextmanager
@@ -129,7 +151,9 @@ def deactivate_vocabulary(model: nn.Module) -> None:
         part.__dict__.pop("resize_token_embeddings", None)
 
 
-def _save_whole(model: PreTrainedModel, *args: Any, state_dict: object = None, **kwargs: Any) -> None:
+def _save_whole(
+    model: PreTrainedModel, *args: Any, state_dict: object = None, **kwargs: Any
+) -> None:
     """save_pretrained of a model with active rows: the plain model; a state dict that is given has the compact weights."""
     with full_vocabulary(model):
         type(model).save_pretrained(model, *args, **kwargs)
@@ -146,7 +170,9 @@ def _make_plain(modules: Iterable[Any]) -> None:
     for module in modules:
         weight, vocabulary = module.weight, module.vocabulary
         if id(weight) not in tables:
-            tables[id(weight)] = nn.Parameter(vocabulary.full_table(weight), requires_grad=weight.requires_grad)
+            tables[id(weight)] = nn.Parameter(
+                vocabulary.full_table(weight), requires_grad=weight.requires_grad
+            )
         del module.vocabulary
         module.__class__, module.weight = module.plain_class, tables[id(weight)]
         _count(module, len(tables[id(weight)]))
@@ -154,7 +180,9 @@ def _make_plain(modules: Iterable[Any]) -> None:
 
 def _compact(table: Tensor, vocabulary: ActiveVocabulary) -> nn.Parameter:
     ids = vocabulary.active_ids
-    return nn.Parameter(table.detach().index_select(0, ids.clamp(min=0)).masked_fill_((ids == NO_TOKEN)[:, None], 0))
+    return nn.Parameter(
+        table.detach().index_select(0, ids.clamp(min=0)).masked_fill_((ids == NO_TOKEN)[:, None], 0)
+    )
 
 
 def _make_active(module: Any, cls: Any, vocabulary: ActiveVocabulary, weight: nn.Parameter) -> None:

@@ -15,7 +15,10 @@ from finetune.optim.row_gradient import coalesce
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
 ) -> Tensor:
     """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`; return the norm before.
 
@@ -43,9 +46,15 @@ def clip_grad_norm_(
             plain.append(param.grad)
     norm = torch.nn.utils.get_total_norm(plain, norm_type, error_if_nonfinite=error_if_nonfinite)
     if sharded:
-        norm_of_sharded: Any = torch.nn.utils.get_total_norm(sharded, norm_type, error_if_nonfinite=error_if_nonfinite)
-        norm = torch.linalg.vector_norm(torch.stack([norm_of_sharded.full_tensor(), norm.to(norm_of_sharded.device)]), norm_type)
-    torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm)  # on CUDA in a few kernels for all of them
+        norm_of_sharded: Any = torch.nn.utils.get_total_norm(
+            sharded, norm_type, error_if_nonfinite=error_if_nonfinite
+        )
+        norm = torch.linalg.vector_norm(
+            torch.stack([norm_of_sharded.full_tensor(), norm.to(norm_of_sharded.device)]), norm_type
+        )
+    torch.nn.utils.clip_grads_with_norm_(
+        dense, max_norm, norm
+    )  # on CUDA in a few kernels for all of them
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for value in rows + sharded:
         value.mul_(scale.to(value.device))

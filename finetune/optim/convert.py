@@ -8,7 +8,12 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.optim.lazy_adamw import LazyAdamW
 
-_NOT_OPTIONS = ("params", "param_names", "name", "initial_lr")  # what else goes over with a parameter group
+_NOT_OPTIONS = (
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+)  # what else goes over with a parameter group
 
 
 @torch.no_grad()
@@ -23,11 +28,16 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
     for index, weight in optimizer.registered_weights().items():
         if index in state["state"]:
             rows = state["state"][index]
-            moments = {key: _dense(weight, rows["rows"], rows[key]) for key in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                key: _dense(weight, rows["rows"], rows[key]) for key in ("exp_avg", "exp_avg_sq")
+            }
             state["state"][index] = {"step": rows["step"], **moments}
     options = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
     known = {*options, *_NOT_OPTIONS}
-    groups = [{**options, **{key: value for key, value in group.items() if key in known}} for group in state["param_groups"]]
+    groups = [
+        {**options, **{key: value for key, value in group.items() if key in known}}
+        for group in state["param_groups"]
+    ]
     return {**state, "param_groups": groups}
 
 
@@ -45,10 +55,15 @@ def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
     for position in optimizer.registered_weights():
         entry = entries.pop(index_of[position], None)
         if entry is not None:
-            group = next(group for group in state["param_groups"] if index_of[position] in group["params"])
+            group = next(
+                group for group in state["param_groups"] if index_of[position] in group["params"]
+            )
             entries[index_of[position]] = _row_state(entry, group)
     shared = {"lr", "betas", "eps", "weight_decay", "maximize", *_NOT_OPTIONS}
-    kept = [{key: value for key, value in group.items() if key in shared} for group in state["param_groups"]]
+    kept = [
+        {key: value for key, value in group.items() if key in shared}
+        for group in state["param_groups"]
+    ]
     groups = [{**mine, **theirs} for mine, theirs in zip(own, kept, strict=True)]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 

@@ -23,9 +23,15 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
     for embedding in _candidates(model):
         others = [names[module] for module in _also_holding(model, embedding)]
         if getattr(embedding, "compact", False):
-            logger.info("lazy_adamw: all rows of the compact embedding %r are in use, so it is updated densely", names[embedding])
+            logger.info(
+                "lazy_adamw: all rows of the compact embedding %r are in use, so it is updated densely",
+                names[embedding],
+            )
         elif not embedding.weight.requires_grad:
-            logger.info("lazy_adamw: the embedding %r is frozen, so there are no rows to update", names[embedding])
+            logger.info(
+                "lazy_adamw: the embedding %r is frozen, so there are no rows to update",
+                names[embedding],
+            )
         elif others:
             logger.warning(
                 "lazy_adamw: the embedding %r shares its weight with %s, so every row has a gradient and is updated, as by adamw; "
@@ -56,5 +62,6 @@ def _also_holding(model: nn.Module, embedding: nn.Embedding) -> list[nn.Module]:
         for module in model.modules()
         if module is not embedding
         for parameter in module.parameters(recurse=False)
-        if parameter is embedding.weight or (memory and parameter.untyped_storage().data_ptr() == memory)
+        if parameter is embedding.weight
+        or (memory and parameter.untyped_storage().data_ptr() == memory)
     ]

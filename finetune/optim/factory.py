@@ -67,7 +67,11 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
         raise UserError(
             "the option embeddings takes modules, which a config cannot name: leave it out, those of the model are found"
         )
-    check_options(info, {key: value for key, value in options.items() if key not in GROUP_OPTIONS}, also_taken=GROUP_OPTIONS)
+    check_options(
+        info,
+        {key: value for key, value in options.items() if key not in GROUP_OPTIONS},
+        also_taken=GROUP_OPTIONS,
+    )
     check_group_options(
         no_decay=options.get("no_decay") or (),
         overrides=options.get("overrides") or (),
@@ -85,12 +89,19 @@ def _embeddings(model_or_params: nn.Module | Iterable[Any]) -> list[nn.Embedding
     return []
 
 
-def _can_fuse(info: OptimizerInfo, options: Mapping[str, Any], groups: list[dict[str, Any]]) -> bool:
+def _can_fuse(
+    info: OptimizerInfo, options: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> bool:
     """Whether torch's fused kernel pays and is right here: nothing else was asked for, and every parameter is a contiguous float.
 
     torch 2.13's CPU kernel walks memory and ignores strides: for a parameter laid out unlike its gradient the result is wrong.
     """
     if not info.fused_pays or options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
         return False
-    parameters = [item[1] if isinstance(item, tuple) else item for group in groups for item in group["params"]]
-    return all(p.is_floating_point() and p.is_contiguous() and p.device.type in ("cpu", "cuda") for p in parameters)
+    parameters = [
+        item[1] if isinstance(item, tuple) else item for group in groups for item in group["params"]
+    ]
+    return all(
+        p.is_floating_point() and p.is_contiguous() and p.device.type in ("cpu", "cuda")
+        for p in parameters
+    )

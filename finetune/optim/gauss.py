@@ -26,31 +26,45 @@ from torch import Tensor
 
 def horizon(beta1: float, beta2: float, tolerance: float) -> int:
     """Return the number of missed steps after which the rest of the sum is below `tolerance` of it (eps = 0, rates alike)."""
-    return max(1, math.ceil(math.log(tolerance) / math.log(beta1 / math.sqrt(beta2)))) if beta1 > 0 else 1
+    return (
+        max(1, math.ceil(math.log(tolerance) / math.log(beta1 / math.sqrt(beta2))))
+        if beta1 > 0
+        else 1
+    )
 
 
-def missed_atoms(step: int, missed: Tensor, betas: tuple[float, float], lr: Tensor | float) -> tuple[Tensor, Tensor]:
+def missed_atoms(
+    step: int, missed: Tensor, betas: tuple[float, float], lr: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Return mass w / d (but for later decay) and place d of step `step` in the sums where it is missed step `missed`."""
     beta1, beta2 = betas
     places = beta2 ** (missed / 2) / math.sqrt(1 - beta2**step)
     return lr * beta1**missed / (1 - beta1**step) / places, places
 
 
-def grow_rule(masses: Tensor, nodes: Tensor, missed: Tensor, mass: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def grow_rule(
+    masses: Tensor, nodes: Tensor, missed: Tensor, mass: Tensor, place: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Return the rules of `count` nodes [rows, count] for `masses` at `nodes` [rows, n] and one more atom, number `missed`, a row.
 
     The atoms themselves are kept while there are no more of them than nodes.
     """
     column = torch.arange(count)
     kept_masses, kept_nodes = (
-        torch.nn.functional.pad(x[:, :count], (0, max(0, count - x.shape[1])), value=1.0) for x in (masses, nodes)
+        torch.nn.functional.pad(x[:, :count], (0, max(0, count - x.shape[1])), value=1.0)
+        for x in (masses, nodes)
     )
     own = column == missed[:, None] - 1
-    kept = mass[:, None].where(own, kept_masses.where(column < missed[:, None], 0.0)), place[:, None].where(own, kept_nodes)
+    kept = (
+        mass[:, None].where(own, kept_masses.where(column < missed[:, None], 0.0)),
+        place[:, None].where(own, kept_nodes),
+    )
     if int(missed.max()) <= count:
         return kept
     few = missed[:, None] <= count
-    rule = gauss_rule(torch.cat([masses, mass[:, None]], 1), torch.cat([nodes, place[:, None]], 1), count)
+    rule = gauss_rule(
+        torch.cat([masses, mass[:, None]], 1), torch.cat([nodes, place[:, None]], 1), count
+    )
     return kept[0].where(few, rule[0]), kept[1].where(few, rule[1])
 
 
@@ -88,7 +102,10 @@ def nodes_needed(last_step: int, betas: tuple[float, float], tolerance: float, m
     if last_step & (last_step - 1):
         return nodes_needed(1 << (last_step.bit_length() - 1), betas, tolerance, most)
     missed = torch.arange(1, horizon(*betas, tolerance / 10) + 1).tolist()
-    atoms = [missed_atoms(last_step + k, torch.tensor(k, dtype=torch.float64), betas, 1.0) for k in missed]
+    atoms = [
+        missed_atoms(last_step + k, torch.tensor(k, dtype=torch.float64), betas, 1.0)
+        for k in missed
+    ]
     masses, places = (torch.stack(parts).expand(2, -1) for parts in zip(*atoms, strict=True))
     masses = masses * torch.stack([torch.ones(len(missed)), torch.tensor(missed)])
     x = torch.logspace(-3, 3, 25, dtype=torch.float64)[:, None, None]

@@ -31,7 +31,9 @@ class _Member:
     parameter: Tensor
     kind: str = ""  # one of KINDS; "" where no model tells
     hidden_matrix: bool = False  # a matrix that is neither an embedding nor the output head
-    layer: int | None = None  # 0 for what comes before the blocks, then one per block, then what follows them
+    layer: int | None = (
+        None  # 0 for what comes before the blocks, then one per block, then what follows them
+    )
     given: Mapping[str, Any] = field(default_factory=dict)  # the settings of the user's own group
     number: int = 0  # of the user's own group
     table: str = ""  # the name of the weight that this is a part of, for overrides: the shift of an active vocabulary
@@ -57,7 +59,12 @@ def build_groups(
     get_output_embeddings). Frozen parameters are left out, tied ones taken once. Raises UserError, also where nothing is
     trainable.
     """
-    check_group_options(no_decay=no_decay or (), overrides=overrides, layer_decay=layer_decay, takes_decay=weight_decay is not None)
+    check_group_options(
+        no_decay=no_decay or (),
+        overrides=overrides,
+        layer_decay=layer_decay,
+        takes_decay=weight_decay is not None,
+    )
     if isinstance(source, nn.Module):
         no_decay = DEFAULT_NO_DECAY if no_decay is None else no_decay
         scales = _layer_scales(source, layer_decay)
@@ -69,7 +76,9 @@ def build_groups(
             )
         no_decay, scales, members = (), None, _bare_members(source)
     if not members:
-        raise UserError("there is nothing to train: every parameter is frozen (requires_grad=False), or none was given")
+        raise UserError(
+            "there is nothing to train: every parameter is frozen (requires_grad=False), or none was given"
+        )
     matching = _match([(member.name or "", member.table) for member in members], overrides)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for member, matched in zip(members, matching):
@@ -78,7 +87,9 @@ def build_groups(
             settings |= {key: value for key, value in override.items() if key != "pattern"}
         name = ", ".join([*label, *(override["pattern"] for override in matched)]) or "all"
         group = groups.setdefault((member.number, name), {"params": [], **settings, "name": name})
-        group["params"].append(member.parameter if member.name is None else (member.name, member.parameter))
+        group["params"].append(
+            member.parameter if member.name is None else (member.name, member.parameter)
+        )
     return list(groups.values())
 
 
@@ -113,7 +124,11 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{stack}.") for stack in stacks)
-        if isinstance(module, nn.ModuleList) and not nested and any(True for _ in module.parameters()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and not nested
+            and any(True for _ in module.parameters())
+        ):
             stacks[name] = module
     if len(stacks) != 1:
         found = f"several: {', '.join(stacks)}" if stacks else "none"
@@ -156,7 +171,16 @@ def _model_members(model: nn.Module, stack: tuple[str, nn.ModuleList] | None) ->
         if parameter.requires_grad:
             kind = kinds[parameter]
             hidden = kind == "weight" and parameter.ndim == 2 and parameter not in head_parameters
-            members.append(_Member(name, parameter, kind, hidden, layer if stack else None, table=parts.get(parameter, "")))
+            members.append(
+                _Member(
+                    name,
+                    parameter,
+                    kind,
+                    hidden,
+                    layer if stack else None,
+                    table=parts.get(parameter, ""),
+                )
+            )
     return members
 
 
@@ -165,14 +189,18 @@ def _bare_members(source: Iterable[Any]) -> list[_Member]:
     given: list[Any] = [source] if isinstance(source, (Tensor, dict)) else list(source)
     if any(isinstance(item, dict) for item in given):
         if not all(isinstance(item, dict) for item in given):
-            raise UserError("parameters and group dicts are mixed; give the optimizer one or the other")
+            raise UserError(
+                "parameters and group dicts are mixed; give the optimizer one or the other"
+            )
         groups = [{"name": f"group {number}", **group} for number, group in enumerate(given)]
     else:
         groups = [{"params": given}]
     owner: dict[Tensor, int] = {}
     members: list[_Member] = []
     for number, group in enumerate(groups):
-        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        settings = {
+            key: value for key, value in group.items() if key not in ("params", "param_names")
+        }
         items = group["params"]
         for item in [items] if isinstance(items, Tensor) else items:
             name, parameter = item if isinstance(item, tuple) else (None, item)
@@ -181,15 +209,29 @@ def _bare_members(source: Iterable[Any]) -> list[_Member]:
                     f"an optimizer takes a model, parameters or parameter groups, but was given {type(parameter).__name__!r}"
                 )
             if owner.get(parameter, number) != number:
-                raise UserError(f"a parameter stands in the groups {owner[parameter]} and {number}; each may stand in one")
+                raise UserError(
+                    f"a parameter stands in the groups {owner[parameter]} and {number}; each may stand in one"
+                )
             if parameter.requires_grad and parameter not in owner:
-                members.append(_Member(name, parameter, hidden_matrix=parameter.ndim == 2, given=settings, number=number))
+                members.append(
+                    _Member(
+                        name,
+                        parameter,
+                        hidden_matrix=parameter.ndim == 2,
+                        given=settings,
+                        number=number,
+                    )
+                )
             owner[parameter] = number
     return members
 
 
 def check_group_options(
-    *, no_decay: Sequence[str], overrides: Sequence[Mapping[str, Any]], layer_decay: float | None, takes_decay: bool
+    *,
+    no_decay: Sequence[str],
+    overrides: Sequence[Mapping[str, Any]],
+    layer_decay: float | None,
+    takes_decay: bool,
 ) -> None:
     """What can be said of these options without a model. Raises UserError."""
     if isinstance(no_decay, str):
@@ -205,33 +247,53 @@ def check_group_options(
     for override in overrides:
         for key in override:
             if key not in allowed:
-                raise UserError(f"an override holds {key!r}{did_you_mean(key, allowed) or ';'} it takes {', '.join(allowed)}")
-            if key != "pattern" and not (isinstance(override[key], (int, float)) and override[key] >= 0):
-                raise UserError(f"the override {dict(override)} sets {key} to {override[key]!r}; give a number from 0 up")
+                raise UserError(
+                    f"an override holds {key!r}{did_you_mean(key, allowed) or ';'} it takes {', '.join(allowed)}"
+                )
+            if key != "pattern" and not (
+                isinstance(override[key], (int, float)) and override[key] >= 0
+            ):
+                raise UserError(
+                    f"the override {dict(override)} sets {key} to {override[key]!r}; give a number from 0 up"
+                )
         if "pattern" not in override or len(override) < 2:
-            raise UserError(f"the override {dict(override)} needs a pattern and something to set: {', '.join(allowed[1:])}")
+            raise UserError(
+                f"the override {dict(override)} needs a pattern and something to set: {', '.join(allowed[1:])}"
+            )
 
 
 def _kind(module: nn.Module, parameter: Tensor) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     # transformers' models bring norms of their own: LlamaRMSNorm, T5LayerNorm ...
-    own_norm = parameter.ndim <= 1 and any(re.search(r"Norm(\dd)?$", base.__name__) for base in type(module).__mro__)
+    own_norm = parameter.ndim <= 1 and any(
+        re.search(r"Norm(\dd)?$", base.__name__) for base in type(module).__mro__
+    )
     if isinstance(module, _NORMS) or own_norm:
         return "norm"
     return "bias" if parameter.ndim <= 1 else "weight"
 
 
-def _match(members: Sequence[tuple[str, str]], overrides: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def _match(
+    members: Sequence[tuple[str, str]], overrides: Sequence[Mapping[str, Any]]
+) -> list[list[Mapping[str, Any]]]:
     """For each member, by one of its names, the overrides that match it. Raises UserError for one that matches nothing."""
     matching: list[list[Mapping[str, Any]]] = [[] for _ in members]
     for override in overrides:
         pattern = override["pattern"]
-        hits = [index for index, names in enumerate(members) if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+        hits = [
+            index
+            for index, names in enumerate(members)
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        ]
         if not hits:
             names = [name for name, _ in members]
-            near = did_you_mean(pattern, names) or (f"; one of them is {names[0]!r}" if names[0] else "; these have no names")
-            raise UserError(f"the override pattern {pattern!r} matches no trainable parameter{near}")
+            near = did_you_mean(pattern, names) or (
+                f"; one of them is {names[0]!r}" if names[0] else "; these have no names"
+            )
+            raise UserError(
+                f"the override pattern {pattern!r} matches no trainable parameter{near}"
+            )
         for index in hits:
             matching[index].append(override)
     return matching

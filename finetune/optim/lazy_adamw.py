@@ -14,7 +14,13 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from finetune.errors import UserError
-from finetune.optim.lazy_checks import check_embedding, check_missed_steps, check_mode, check_options, floats
+from finetune.optim.lazy_checks import (
+    check_embedding,
+    check_missed_steps,
+    check_mode,
+    check_options,
+    floats,
+)
 from finetune.optim.lazy_embedding import RowLookup, make_lazy, make_plain
 from finetune.optim.row_table import RowTable
 from finetune.optim.saved_rows import check_witness, restore, saved_state
@@ -74,21 +80,38 @@ class LazyAdamW(Optimizer):
         check_mode(missed_steps)
         self.missed_steps = missed_steps
         self._tables: list[tuple[RowLookup, RowTable]] = []
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+            },
+        )
         for module in embeddings:
             self._register(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "missed_steps": self.missed_steps, "_tables": self._tables}
+        return {
+            **super().__getstate__(),
+            "missed_steps": self.missed_steps,
+            "_tables": self._tables,
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its entry "embeddings", if any, holds the modules to register."""
         embeddings = param_group.get("embeddings", ())
-        super().add_param_group({key: value for key, value in param_group.items() if key != "embeddings"})
+        super().add_param_group(
+            {key: value for key, value in param_group.items() if key != "embeddings"}
+        )
         group = self.param_groups[-1]
         check_options(group)
         if any(param.is_complex() for param in group["params"]):
-            raise UserError("LazyAdamW does not take complex parameters; use torch.optim.AdamW for them")
+            raise UserError(
+                "LazyAdamW does not take complex parameters; use torch.optim.AdamW for them"
+            )
         for module in embeddings:
             self._register(module)
 
@@ -133,9 +156,23 @@ class LazyAdamW(Optimizer):
                 }
         # The fused kernel walks over memory as it lies, so parameter and gradient must lie alike; torch does not check.
         fused = self.missed_steps != "replay"
-        alike = [fused and param.is_contiguous() and param.grad.is_contiguous() for param in params if param.grad is not None]
-        _adamw(self.state, [param for param, is_alike in zip(params, alike) if is_alike], group, fused=True)
-        _adamw(self.state, [param for param, is_alike in zip(params, alike) if not is_alike], group, fused=False)
+        alike = [
+            fused and param.is_contiguous() and param.grad.is_contiguous()
+            for param in params
+            if param.grad is not None
+        ]
+        _adamw(
+            self.state,
+            [param for param, is_alike in zip(params, alike) if is_alike],
+            group,
+            fused=True,
+        )
+        _adamw(
+            self.state,
+            [param for param, is_alike in zip(params, alike) if not is_alike],
+            group,
+            fused=False,
+        )
 
     # Rows as they are now
 
@@ -154,7 +191,11 @@ class LazyAdamW(Optimizer):
 
         For code that reads weights itself.  What is written to the tables inside is lost, and `step` must not be called.
         """
-        tables = {weight: table for weight, table in self._check_tables().items() if not table.read_as_stored}
+        tables = {
+            weight: table
+            for weight, table in self._check_tables().items()
+            if not table.read_as_stored
+        }
         stored = [weight.detach().clone() for weight in tables]
         with torch.no_grad():
             for weight, table in tables.items():
@@ -231,7 +272,14 @@ class LazyAdamW(Optimizer):
 
     @torch.no_grad()
     def _register(self, module: nn.Embedding) -> None:
-        group = next((group for group in self.param_groups if any(param is module.weight for param in group["params"])), None)
+        group = next(
+            (
+                group
+                for group in self.param_groups
+                if any(param is module.weight for param in group["params"])
+            ),
+            None,
+        )
         check_embedding(module, in_group=group is not None)
         assert group is not None
         betas = floats(group["betas"])
@@ -239,7 +287,9 @@ class LazyAdamW(Optimizer):
         if isinstance(module, RowLookup):  # of an earlier optimizer
             module.row_table.flush(module.weight)
             make_plain(module)
-        table = RowTable(module.weight, missed_steps=self.missed_steps, betas=betas, eps=group["eps"])
+        table = RowTable(
+            module.weight, missed_steps=self.missed_steps, betas=betas, eps=group["eps"]
+        )
         make_lazy(module, table)
         assert isinstance(module, RowLookup)
         self._tables.append((module, table))
@@ -249,7 +299,9 @@ class LazyAdamW(Optimizer):
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for module, table in self._tables:
             if getattr(module, "row_table", None) is not table:
-                raise UserError("a registered embedding was released or given to another optimizer; build a new optimizer")
+                raise UserError(
+                    "a registered embedding was released or given to another optimizer; build a new optimizer"
+                )
             if module.weight not in groups:
                 raise UserError(
                     "the weight of a registered embedding is no longer among the optimizer's parameters (resizing or sharding the "
@@ -264,22 +316,33 @@ class LazyAdamW(Optimizer):
                     "(a tied output head, a penalty on the weights); leave it out of `embeddings`"
                 )
             if float(group["lr"]) * group["weight_decay"] >= 1:
-                raise UserError(f"lr * weight_decay must be below 1, not {float(group['lr'])} * {group['weight_decay']}")
+                raise UserError(
+                    f"lr * weight_decay must be below 1, not {float(group['lr'])} * {group['weight_decay']}"
+                )
             check_missed_steps(self.missed_steps, floats(group["betas"]), group["eps"])
         tables = {module.weight: table for module, table in self._tables}
-        if any(param.grad is not None and param.grad.is_sparse and param not in tables for param in groups):
-            raise UserError("a parameter that is not a registered embedding got a sparse gradient; name its module in `embeddings`")
+        if any(
+            param.grad is not None and param.grad.is_sparse and param not in tables
+            for param in groups
+        ):
+            raise UserError(
+                "a parameter that is not a registered embedding got a sparse gradient; name its module in `embeddings`"
+            )
         return tables
 
     def _table_entries(self) -> Iterator[tuple[int, Tensor, RowTable]]:
         """Yield index in the state dict, weight and table of each registered embedding."""
         tables = {module.weight: table for module, table in self._tables}
-        for index, param in enumerate(param for group in self.param_groups for param in group["params"]):
+        for index, param in enumerate(
+            param for group in self.param_groups for param in group["params"]
+        ):
             if param in tables:
                 yield index, param, tables[param]
 
 
-def _adamw(state: dict[Tensor, Any], params: list[Tensor], group: dict[str, Any], *, fused: bool) -> None:
+def _adamw(
+    state: dict[Tensor, Any], params: list[Tensor], group: dict[str, Any], *, fused: bool
+) -> None:
     if fused:
         for param in params:
             state[param]["step"] = state[param]["step"].to(param.device)

@@ -51,4 +51,6 @@ def check_mode(missed_steps: str) -> None:
     """Raise UserError for a mode that does not exist."""
     if missed_steps not in MISSED_STEPS:
         hint = did_you_mean(missed_steps, MISSED_STEPS)
-        raise UserError(f"missed_steps={missed_steps!r} is not one of {', '.join(MISSED_STEPS)}{hint}")
+        raise UserError(
+            f"missed_steps={missed_steps!r} is not one of {', '.join(MISSED_STEPS)}{hint}"
+        )

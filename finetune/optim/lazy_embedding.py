@@ -21,7 +21,9 @@ class _Rows(torch.autograd.Function):
     """The lookup of distinct `rows` [u] in `weight`, whose value is `current` [u, d]; the gradient goes to the rows."""
 
     @staticmethod
-    def forward(weight: Tensor, current: Tensor, rows: Tensor, inverse: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(
+        weight: Tensor, current: Tensor, rows: Tensor, inverse: Tensor, padding_idx: int | None
+    ) -> Tensor:
         return current[inverse]
 
     @staticmethod
@@ -36,11 +38,15 @@ class _Rows(torch.autograd.Function):
         rows, inverse = ctx.saved_tensors
         grad = grad_output.reshape(-1, ctx.shape[1])
         wide = grad if grad.dtype == torch.float64 else grad.float()
-        values = torch.ops.aten.embedding_dense_backward(wide, inverse.reshape(-1), len(rows), -1, False)
+        values = torch.ops.aten.embedding_dense_backward(
+            wide, inverse.reshape(-1), len(rows), -1, False
+        )
         if ctx.padding_idx is not None:
             kept = rows != ctx.padding_idx
             rows, values = rows[kept], values[kept]
-        sparse = torch.sparse_coo_tensor(rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False)
+        sparse = torch.sparse_coo_tensor(
+            rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False
+        )
         ctx.kept = sparse  # autograd copies what somebody else holds; the rest it takes over without the mark that it is coalesced
         return sparse, None, None, None, None
 
@@ -63,7 +69,9 @@ class RowLookup(nn.Embedding):
             current = table.read(weight, rows, step_follows=keep)
         return _Rows.apply(weight, current, rows, inverse, self.padding_idx)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table = self.row_table
         check_witness(table, self.weight)

@@ -11,7 +11,14 @@ from torch import Tensor
 
 
 def lion_(
-    parameter: Tensor, grad: Tensor, exp_avg: Tensor, *, lr: float | Tensor, beta1: float, beta2: float, weight_decay: float
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
 ) -> None:
     """One step, in place on `parameter` and `exp_avg`; all three tensors have one shape."""
     update = exp_avg.lerp(grad, 1 - beta1).sign_()
@@ -58,7 +65,9 @@ class Lion(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    raise RuntimeError("Lion does not take sparse gradients; use lazy_adamw, adagrad or sgd")
+                    raise RuntimeError(
+                        "Lion does not take sparse gradients; use lazy_adamw, adagrad or sgd"
+                    )
                 state = self.state[parameter]
                 if not state:
                     state["exp_avg"] = torch.zeros_like(parameter)

@@ -85,17 +85,26 @@ def adamw_step_(
     param.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
 
 
-def replay_(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History) -> None:
+def replay_(
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History
+) -> None:
     """Bring rows up to history.step in place, step by step; the cost is that of every step missed."""
     order = last_step.argsort(stable=True)
-    p, m, v = (x[order] for x in (param, exp_avg, exp_avg_sq))  # at each step the rows behind it come first
+    p, m, v = (
+        x[order] for x in (param, exp_avg, exp_avg_sq)
+    )  # at each step the rows behind it come first
     zero = param.new_zeros(())
     first = int(last_step.min()) + 1
     steps = torch.arange(first, history.step + 1, device=last_step.device)
     for step, behind in zip(steps.tolist(), torch.searchsorted(last_step[order], steps).tolist()):
         i = step - 1 - history.since
         lr, weight_decay = history.lr[i], history.weight_decay[i]
-        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "betas": history.betas, "eps": history.eps}
+        options: dict[str, Any] = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": history.betas,
+            "eps": history.eps,
+        }
         adamw_step_(p[:behind], m[:behind], v[:behind], zero, step=step, **options)
     for x, replayed in zip((param, exp_avg, exp_avg_sq), (p, m, v)):
         x[order] = replayed
@@ -111,7 +120,13 @@ class RowCoefficients:
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
-    def catch_up_(self, param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, work: Sequence[Tensor | None] = (None,) * 3) -> None:
+    def catch_up_(
+        self,
+        param: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        work: Sequence[Tensor | None] = (None,) * 3,
+    ) -> None:
         """Bring parameters and moments [k, d] up to date in place; `work`, three such tensors, is written over."""
         root = torch.sqrt(exp_avg_sq, out=work[0])
         nodes = zip(self.masses.split(1, dim=1), self.shifts.split(1, dim=1), strict=True)
@@ -148,7 +163,9 @@ class GaussRules:
     @staticmethod
     def supports(betas: tuple[float, float]) -> bool:
         """Whether the sum over missed steps dies out soon enough: beta1 < sqrt(beta2), by a margin."""
-        return betas[0] == 0 or (betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON)
+        return betas[0] == 0 or (
+            betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON
+        )
 
     def coefficients(self, last_step: Tensor, size: int) -> list[RowCoefficients]:
         """Return what brings rows from `last_step` up to history.step, for `size` rows at a time."""
@@ -169,7 +186,9 @@ class GaussRules:
         parts = zip(*(column.split(size) for column in columns), strict=True)
         return [
             RowCoefficients(masses[:, :width], shifts[:, :width], *others)
-            for width, (masses, shifts, *others) in zip(self._widths(last_step, size), parts, strict=True)
+            for width, (masses, shifts, *others) in zip(
+                self._widths(last_step, size), parts, strict=True
+            )
         ]
 
     def _widths(self, last_step: Tensor, size: int) -> list[int]:
@@ -178,10 +197,15 @@ class GaussRules:
             return [self.most] * -(-len(last_step) // size)
         # The longest missed row decides.  A row never stepped (step 0) has no drift and needs none.
         window, steps = self._window_start(self.history.step), last_step.tolist()
-        longest = [min(filter(None, steps[i : i + size]), default=window) for i in range(0, len(steps), size)]
+        longest = [
+            min(filter(None, steps[i : i + size]), default=window)
+            for i in range(0, len(steps), size)
+        ]
         return [self._nodes(min(step, window)) for step in longest]
 
-    @torch.inference_mode(False)  # an evaluation may be the first to ask, and its tensors could not be written to later
+    @torch.inference_mode(
+        False
+    )  # an evaluation may be the first to ask, and its tensors could not be written to later
     @torch.no_grad()
     def grow(self) -> None:
         """Take the steps recorded since the last time into the rules."""
@@ -195,10 +219,14 @@ class GaussRules:
             atoms = missed_atoms(step, missed, history.betas, history.lr[i - 1])
             dropped = len(self.window_masses) + 1 - len(missed)
             masses = torch.nn.functional.pad(
-                self.window_masses[dropped:] * (1 - history.lr[i - 1] * history.weight_decay[i - 1]), (0, 0, 0, 1)
+                self.window_masses[dropped:]
+                * (1 - history.lr[i - 1] * history.weight_decay[i - 1]),
+                (0, 0, 0, 1),
             )
             nodes = torch.nn.functional.pad(self.window_nodes[dropped:], (0, 0, 0, 1), value=1.0)
-            self.window_masses, self.window_nodes = grow_rule(masses, nodes, missed, *atoms, self._nodes(first))
+            self.window_masses, self.window_nodes = grow_rule(
+                masses, nodes, missed, *atoms, self._nodes(first)
+            )
             self._publish(first - history.since)
             self.known = step
 
@@ -218,7 +246,9 @@ class GaussRules:
         ):
             source = torch.nn.functional.pad(window.to(table.dtype), pad, value=value)
             if self.device.type == "cuda":
-                source = source.pin_memory()  # a copy from pageable memory would wait for the device
+                source = (
+                    source.pin_memory()
+                )  # a copy from pageable memory would wait for the device
             table[index : index + len(source)].copy_(source, non_blocking=True)
 
     def _reserve(self, length: int) -> None:
@@ -240,6 +270,8 @@ class GaussRules:
         length = len(state["rule_masses"])
         self._reserve(length)
         self.masses[:length], self.shifts[:length] = state["rule_masses"], state["rule_shifts"]
-        self.window_masses, self.window_nodes = (state[key].cpu().double() for key in ("window_masses", "window_nodes"))
+        self.window_masses, self.window_nodes = (
+            state[key].cpu().double() for key in ("window_masses", "window_nodes")
+        )
         self.log_decay[:length] = torch.tensor(self.history.log_decay, dtype=torch.float64)
         self.known = self.history.step

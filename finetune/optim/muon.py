@@ -45,7 +45,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         fused: bool | None = None,
     ) -> None:
         shared: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        for_muon: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
+        for_muon: dict[str, Any] = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
         for_adamw: dict[str, Any] = {"betas": betas, "eps": eps, "fused": fused}
         matrix = [torch.nn.Parameter(torch.zeros(2, 2))]
         torch.optim.Muon(matrix, **shared, **for_muon)  # torch's own checks of the values
@@ -60,7 +65,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if rule not in ("muon", "adamw"):
             raise ValueError(f"the rule of a group is {rule!r}; it must be 'muon' or 'adamw'")
         if rule == "muon" and not matrices:
-            raise ValueError("a group under Muon holds a parameter that is no matrix; give it rule='adamw'")
+            raise ValueError(
+                "a group under Muon holds a parameter that is no matrix; give it rule='adamw'"
+            )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -76,7 +83,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._step_groups(torch.optim.AdamW, "adamw", _ADAMW_FIXED)
         return loss
 
-    def _step_groups(self, optimizer: type[torch.optim.Optimizer], rule: str, fixed: dict[str, Any]) -> None:
+    def _step_groups(
+        self, optimizer: type[torch.optim.Optimizer], rule: str, fixed: dict[str, Any]
+    ) -> None:
         """Let `optimizer` step this one's groups and write into this one's state.
 
         It is made as unpickling makes one, from groups and state, so nothing has to be kept in step with loads, copies and

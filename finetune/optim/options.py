@@ -15,4 +15,6 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     groups (schedule-free its weights' sum); `group.update` with these gives the groups their own options back, and no more.
     """
     names = optimizer_info(optimizer.defaults[KEY]).options
-    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+    return [
+        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
+    ]

@@ -38,8 +38,12 @@ class OptimizerInfo:
     sparse: SparseSupport
     state_bytes: float  # optimizer state, bytes per parameter, for a 1024 x 1024 matrix in fp32 once every row has been updated
     aliases: tuple[str, ...] = ()
-    preset: Mapping[str, Any] = field(default_factory=dict)  # defaults that differ from the class's own
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # arguments that make the rule what its name says: no options
+    preset: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # defaults that differ from the class's own
+    fixed: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # arguments that make the rule what its name says: no options
     fused_pays: bool = False  # torch's fused kernel is chosen where it can be
     must_know: ModelKnowledge = "nothing"
     takes_dense: bool = True  # gradients that are not row-sparse
@@ -49,7 +53,11 @@ class OptimizerInfo:
     @property
     def origin(self) -> str:
         """Where the class comes from, as "module:Class"."""
-        return self.optimizer if isinstance(self.optimizer, str) else f"{self.optimizer.__module__}:{self.optimizer.__qualname__}"
+        return (
+            self.optimizer
+            if isinstance(self.optimizer, str)
+            else f"{self.optimizer.__module__}:{self.optimizer.__qualname__}"
+        )
 
     @property
     def missing(self) -> str:
@@ -65,12 +73,18 @@ class OptimizerInfo:
         if self.missing:
             return {}
         parameters = list(inspect.signature(self.load()).parameters.values())[1:]
-        return {p.name: self.preset.get(p.name, p.default) for p in parameters if p.name not in self.fixed}
+        return {
+            p.name: self.preset.get(p.name, p.default)
+            for p in parameters
+            if p.name not in self.fixed
+        }
 
     def load(self) -> type[torch.optim.Optimizer]:
         """The class. Raises UserError where its library is not installed."""
         if self.missing:
-            raise UserError(f"optimizer {self.name!r} needs {self.missing}, which is not installed; pip install {self.missing}")
+            raise UserError(
+                f"optimizer {self.name!r} needs {self.missing}, which is not installed; pip install {self.missing}"
+            )
         if not isinstance(self.optimizer, str):
             return self.optimizer
         module, _, name = self.optimizer.partition(":")
@@ -123,7 +137,9 @@ def register_optimizer(
     for key, spelling in spellings.items():
         if key in _BY_SPELLING:
             taken = _BY_SPELLING[key].name
-            raise UserError(f"the optimizer name {spelling!r} is taken by {taken!r}; choose another name")
+            raise UserError(
+                f"the optimizer name {spelling!r} is taken by {taken!r}; choose another name"
+            )
     _BY_NAME[name] = info
     _BY_SPELLING.update(dict.fromkeys(spellings, info))
     return info
@@ -140,7 +156,9 @@ def optimizer_info(name: str) -> OptimizerInfo:
     if info is None:
         spellings = [*_BY_NAME, *(alias for info in _BY_NAME.values() for alias in info.aliases)]
         near = did_you_mean(name.lower(), spellings) or ";"
-        raise UserError(f"there is no optimizer {name!r}{near} the optimizers are {', '.join(_BY_NAME)}")
+        raise UserError(
+            f"there is no optimizer {name!r}{near} the optimizers are {', '.join(_BY_NAME)}"
+        )
     return info
 
 
@@ -160,7 +178,9 @@ def _row(info: OptimizerInfo) -> dict[str, str]:
     }
 
 
-def check_options(info: OptimizerInfo, options: Mapping[str, Any], *, also_taken: Sequence[str] = ()) -> None:
+def check_options(
+    info: OptimizerInfo, options: Mapping[str, Any], *, also_taken: Sequence[str] = ()
+) -> None:
     """Validate the options of an optimizer, down to their values, by building it over one small matrix.
 
     `also_taken` names options that are the factory's and not the class's. Raises UserError.
@@ -168,26 +188,46 @@ def check_options(info: OptimizerInfo, options: Mapping[str, Any], *, also_taken
     optimizer, known = info.load(), info.options
     allowed = [*known, *also_taken]
     for option, value in options.items():
-        if option not in allowed and not (option == "weight_decay" and value == 0):  # 0 asks nothing of one that has no decay
+        if option not in allowed and not (
+            option == "weight_decay" and value == 0
+        ):  # 0 asks nothing of one that has no decay
             near = did_you_mean(option, known) or ";"
-            raise UserError(f"optimizer {info.name!r} does not take {option!r}{near} it takes {', '.join(allowed)}")
+            raise UserError(
+                f"optimizer {info.name!r} does not take {option!r}{near} it takes {', '.join(allowed)}"
+            )
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}; give a finite number")
         _check_kind(info, option, value, known.get(option))
-    values = {option: value for option, value in options.items() if option in known and option != "embeddings"}
+    values = {
+        option: value
+        for option, value in options.items()
+        if option in known and option != "embeddings"
+    }
     try:
-        optimizer([torch.nn.Parameter(torch.zeros(2, 2))], **{**info.preset, **info.fixed, **values})
+        optimizer(
+            [torch.nn.Parameter(torch.zeros(2, 2))], **{**info.preset, **info.fixed, **values}
+        )
     except (ValueError, TypeError) as error:
-        raise UserError(f"optimizer {info.name!r} cannot be built with {values}: {error}") from error
+        raise UserError(
+            f"optimizer {info.name!r} cannot be built with {values}: {error}"
+        ) from error
 
 
 def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> None:
     """Where the default is a number, or several, the value must be as many."""
     if isinstance(default, tuple) and default and all(map(_is_number, default)):
-        if not (isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_number, value))):
-            raise UserError(f"optimizer {info.name!r}: {option} is {value!r}; give {len(default)} numbers, e.g. {list(default)}")
+        if not (
+            isinstance(value, (list, tuple))
+            and len(value) == len(default)
+            and all(map(_is_number, value))
+        ):
+            raise UserError(
+                f"optimizer {info.name!r}: {option} is {value!r}; give {len(default)} numbers, e.g. {list(default)}"
+            )
     elif isinstance(default, float) and not _is_number(value):
-        raise UserError(f"optimizer {info.name!r}: {option} is {value!r}; give a number, e.g. {default:g}")
+        raise UserError(
+            f"optimizer {info.name!r}: {option} is {value!r}; give a number, e.g. {default:g}"
+        )
 
 
 def _is_number(value: Any) -> bool:

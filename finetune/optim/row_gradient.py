@@ -13,5 +13,7 @@ def coalesce(grad: Tensor) -> Tensor:
     if grad.is_coalesced():
         return grad
     if grad.dtype in (torch.bfloat16, torch.float16):
-        grad = torch.sparse_coo_tensor(grad._indices(), grad._values().float(), grad.shape, check_invariants=False)
+        grad = torch.sparse_coo_tensor(
+            grad._indices(), grad._values().float(), grad.shape, check_invariants=False
+        )
     return grad.coalesce()

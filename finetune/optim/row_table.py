@@ -24,7 +24,9 @@ from finetune.optim.row_gradient import coalesce
 from finetune.optim.scratch import Block, Scratch
 
 MISSED_STEPS = ("exact", "replay", "skip")
-_BLOCK_ELEMENTS = 1 << 18  # worked on at once on a CPU: stays in the last cache, and is enough for every thread
+_BLOCK_ELEMENTS = (
+    1 << 18
+)  # worked on at once on a CPU: stays in the last cache, and is enough for every thread
 _CACHE_LINE = 16  # float32 numbers; see missed_steps.adamw_step_
 
 
@@ -40,13 +42,19 @@ class _Memo(NamedTuple):
 class RowTable:
     """Slots of moments for the touched rows of a [V, d] weight, and the history of the steps."""
 
-    def __init__(self, weight: Tensor, *, missed_steps: str, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, weight: Tensor, *, missed_steps: str, betas: tuple[float, float], eps: float
+    ) -> None:
         self.missed_steps = missed_steps
         self.dtype = weight.dtype
         self.compute_dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         self.shape, self.device = weight.shape, weight.device
-        self.read_as_stored = False  # the weight holds current rows for the moment: see LazyAdamW.flushed
-        self.show_stored = False  # state dicts show rows and state as stored: see LazyAdamW.deferred
+        self.read_as_stored = (
+            False  # the weight holds current rows for the moment: see LazyAdamW.flushed
+        )
+        self.show_stored = (
+            False  # state dicts show rows and state as stored: see LazyAdamW.deferred
+        )
         self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved_rows
         self.clear(betas, eps)
 
@@ -105,7 +113,12 @@ class RowTable:
 
     def live_state(self) -> dict[str, Tensor]:
         """Return the arrays in use, slot 0 and room to grow included, for who counts or looks at an optimizer's state."""
-        arrays = {"rows": self.row_of_slot, "last_step": self.last_step, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        arrays = {
+            "rows": self.row_of_slot,
+            "last_step": self.last_step,
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+        }
         step = {"step": torch.tensor(float(self.step_count))}
         return {**step, **arrays, **({"master": self.master} if self.master is not None else {})}
 
@@ -114,15 +127,25 @@ class RowTable:
         state = self.stored_state()
         if self.is_current:
             return state
-        settled: dict[str, Any] = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state}
+        settled: dict[str, Any] = {
+            key: state[key].clone() for key in ("exp_avg", "exp_avg_sq", "master") if key in state
+        }
         slots = torch.arange(1, len(state["rows"]) + 1, device=self.device)
         for part, _, _, block in self._current(weight, state["rows"], slots):
             for key, values in zip(("master", "exp_avg", "exp_avg_sq"), block[:3]):
                 if key in settled:
                     settled[key][part] = values
         now = torch.full_like(state["last_step"], self.step_count)
-        state = {key: value for key, value in state.items() if not key.startswith(("rule_", "window_"))}
-        return {**state, **settled, "last_step": now, "lr": torch.empty(0), "weight_decay": torch.empty(0)}
+        state = {
+            key: value for key, value in state.items() if not key.startswith(("rule_", "window_"))
+        }
+        return {
+            **state,
+            **settled,
+            "last_step": now,
+            "lr": torch.empty(0),
+            "weight_decay": torch.empty(0),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over a state made by `stored_state` or `settled_state`, in exactly its numbers."""
@@ -132,19 +155,27 @@ class RowTable:
             self.history.record(rate, weight_decay)
         rows = state["rows"].to(self.device, torch.int64)
         if len(rows) and int(rows.max()) >= self.shape[0]:
-            raise UserError(f"the state has a row {int(rows.max())}, and the embedding has {self.shape[0]} rows")
+            raise UserError(
+                f"the state has a row {int(rows.max())}, and the embedding has {self.shape[0]} rows"
+            )
 
         def with_slot_0(values: Tensor, fill: int, dtype: torch.dtype) -> Tensor:
             values = values.to(self.device, dtype)
             return torch.cat([values.new_full((1, *values.shape[1:]), fill), values])
 
         self.slot_of_row = torch.zeros(self.shape[0], dtype=torch.int32, device=self.device)
-        self.slot_of_row[rows] = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=self.device)
+        self.slot_of_row[rows] = torch.arange(
+            1, len(rows) + 1, dtype=torch.int32, device=self.device
+        )
         self.row_of_slot = with_slot_0(rows, 0, torch.int64)
         self.last_step = with_slot_0(state["last_step"], self.history.since, torch.int64)
         self.exp_avg = with_slot_0(state["exp_avg"], 0, self.compute_dtype)
         self.exp_avg_sq = with_slot_0(state["exp_avg_sq"], 0, self.compute_dtype)
-        self.master = with_slot_0(state["master"], 0, torch.float32) if self.dtype not in (torch.float32, torch.float64) else None
+        self.master = (
+            with_slot_0(state["master"], 0, torch.float32)
+            if self.dtype not in (torch.float32, torch.float64)
+            else None
+        )
         self.used = torch.tensor(len(rows) + 1, device=self.device)
         self.used_at_most = len(rows) + 1
         self.scratch = Scratch()
@@ -156,8 +187,15 @@ class RowTable:
         """Move to where the weight has moved.  Its dtype may change only before the first step."""
         if weight.dtype != self.dtype:
             if self.step_count:
-                raise UserError(f"a registered embedding became {weight.dtype} in mid-run; its optimizer state is for {self.dtype}")
-            self.__init__(weight, missed_steps=self.missed_steps, betas=self.history.betas, eps=self.history.eps)  # type: ignore[misc]
+                raise UserError(
+                    f"a registered embedding became {weight.dtype} in mid-run; its optimizer state is for {self.dtype}"
+                )
+            self.__init__(
+                weight,
+                missed_steps=self.missed_steps,
+                betas=self.history.betas,
+                eps=self.history.eps,
+            )  # type: ignore[misc]
         elif weight.device != self.device:
             state, self.device = self.stored_state(), weight.device
             self.load_state(state)
@@ -172,7 +210,9 @@ class RowTable:
         """
         if self.is_current:
             return weight[rows]
-        keep = step_follows and self.device.type == "cpu"  # to compare rows, another device would have to be waited for
+        keep = (
+            step_follows and self.device.type == "cpu"
+        )  # to compare rows, another device would have to be waited for
         slots = self.slot_of_row[rows].long()
         if keep:
             whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg)
@@ -187,7 +227,12 @@ class RowTable:
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return the whole table as of now, [V, d]: what dense AdamW would have.  Writes nothing."""
-        return torch.cat([self.read(weight, rows) for rows in torch.arange(len(weight), device=self.device).split(1 << 14)])
+        return torch.cat(
+            [
+                self.read(weight, rows)
+                for rows in torch.arange(len(weight), device=self.device).split(1 << 14)
+            ]
+        )
 
     # Writing
 
@@ -204,10 +249,14 @@ class RowTable:
             "weight_decay": weight_decay,
             "betas": self.history.betas,
             "eps": self.history.eps,
-            "fused": self.missed_steps != "replay" and self.device.type == "cpu" and self.shape[1] % _CACHE_LINE == 0,
+            "fused": self.missed_steps != "replay"
+            and self.device.type == "cpu"
+            and self.shape[1] % _CACHE_LINE == 0,
         }
         known = self._remembered(weight, rows)
-        for part, at, to, block in self._current(weight, rows, slots, known, ready=known is not None):
+        for part, at, to, block in self._current(
+            weight, rows, slots, known, ready=known is not None
+        ):
             gradient = gradients[part].to(self.compute_dtype).contiguous()
             adamw_step_(*block[:3], gradient, **options, work=block.work[0])
             weight.index_copy_(0, at, block.param.to(weight.dtype))
@@ -239,9 +288,13 @@ class RowTable:
         slots = torch.where(fresh, self.used - 1 + fresh.cumsum(0), slots)
         self.slot_of_row[rows] = slots.int()
         self.row_of_slot[slots] = rows
-        self.last_step[slots] = self.last_step[slots].masked_fill_(fresh, self.history.since)  # a `where` would wait for a GPU
+        self.last_step[slots] = self.last_step[slots].masked_fill_(
+            fresh, self.history.since
+        )  # a `where` would wait for a GPU
         if self.master is not None:
-            self.master[slots] = torch.where(fresh[:, None], weight[rows].float(), self.master[slots])
+            self.master[slots] = torch.where(
+                fresh[:, None], weight[rows].float(), self.master[slots]
+            )
         self.used += fresh.sum()
         self.used_at_most = min(self.used_at_most + len(rows), self.shape[0] + 1)
         return slots
@@ -273,7 +326,13 @@ class RowTable:
         return memo.block if valid and torch.equal(memo.rows, rows) else None
 
     def _current(
-        self, weight: Tensor, rows: Tensor, slots: Tensor, block: Block | None = None, *, ready: bool = False
+        self,
+        weight: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        block: Block | None = None,
+        *,
+        ready: bool = False,
     ) -> Iterator[tuple[slice, Tensor, Tensor, Block]]:
         """Yield rows and slots, on a CPU some at a time, with copies of their parameters and moments brought up to now.
 
@@ -282,7 +341,11 @@ class RowTable:
         size = self._rows_at_once if self.device.type == "cpu" else max(1, len(rows))
         whole = block or self.scratch.take(min(size, len(rows)), min(size, len(rows)), self.exp_avg)
         last_step = self.last_step[slots]
-        coefficients = self.rules.coefficients(last_step, size) if self.missed_steps == "exact" and not ready else []
+        coefficients = (
+            self.rules.coefficients(last_step, size)
+            if self.missed_steps == "exact" and not ready
+            else []
+        )
         for i, start in enumerate(range(0, len(rows), size)):
             part = slice(start, min(start + size, len(rows)))
             at, to = rows[part], slots[part]

@@ -21,7 +21,9 @@ def saved_state(table: RowTable, weight: Tensor) -> dict[str, Any]:
     """Return the state to go with the weight that the module's state dict shows: the stored one, or that of `table.dense`."""
     stored = table.show_stored or table.is_current or table.read_as_stored
     state = table.stored_state() if stored else table.settled_state(weight)
-    state = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    state = {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
+    }
     longest_missed = table.stored_state()["last_step"].argsort(stable=True)[:_WITNESSES]
     untouched = (table.slot_of_row == 0).nonzero()[:1, 0]
     rows = state["witness_rows"] = torch.cat([state["rows"][longest_missed], untouched])
@@ -33,7 +35,10 @@ def restore(table: RowTable, weight: Tensor, state: dict[str, Any]) -> None:
     """Take over a saved state.  The weight it belongs to may be there already, or be loaded next."""
     witness = None  # of state from elsewhere, which goes with rows as they are now
     if "witness" in state:
-        witness = (state["witness_rows"].to(table.device), state["witness"].to(table.device, table.dtype))
+        witness = (
+            state["witness_rows"].to(table.device),
+            state["witness"].to(table.device, table.dtype),
+        )
     if not (witness and _matches(weight, witness)):
         table.flush(weight)
     if table.master is not None and "master" not in state:

@@ -14,7 +14,9 @@ from finetune.errors import UserError, did_you_mean
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 
-def multiplier(step: int, *, name: str, num_steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+def multiplier(
+    step: int, *, name: str, num_steps: int, warmup_steps: int, min_lr_ratio: float
+) -> float:
     """The factor on lr at `step`, counted from 0 to num_steps - 1.
 
     Warm-up is (step + 1) / warmup_steps, so no step has lr 0. Then `linear` and `cosine` fall from 1, at step warmup_steps, to
@@ -33,7 +35,12 @@ def multiplier(step: int, *, name: str, num_steps: int, warmup_steps: int, min_l
 
 
 def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, name: str, *, num_steps: int, warmup_steps: int, min_lr_ratio: float
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    *,
+    num_steps: int,
+    warmup_steps: int,
+    min_lr_ratio: float,
 ) -> LambdaLR:
     """A scheduler to step once after each optimizer step; it multiplies every group's own lr. Raises UserError."""
     if name not in SCHEDULES:
@@ -43,8 +50,16 @@ def build_lr_scheduler(
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}; a schedule needs at least one step")
     if not 0 <= warmup_steps <= num_steps:
-        raise UserError(f"warmup_steps is {warmup_steps}; it must lie between 0 and the run's {num_steps} steps")
+        raise UserError(
+            f"warmup_steps is {warmup_steps}; it must lie between 0 and the run's {num_steps} steps"
+        )
     if not 0 <= min_lr_ratio <= 1:
         raise UserError(f"min_lr_ratio is {min_lr_ratio}; it must lie between 0 and 1")
-    factor = functools.partial(multiplier, name=name, num_steps=num_steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio)
+    factor = functools.partial(
+        multiplier,
+        name=name,
+        num_steps=num_steps,
+        warmup_steps=warmup_steps,
+        min_lr_ratio=min_lr_ratio,
+    )
     return LambdaLR(optimizer, factor)

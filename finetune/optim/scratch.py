@@ -31,12 +31,16 @@ class Scratch:
 
     def __init__(self) -> None:
         self.block: Block | None = None
-        self.memo: Any = None  # what the block holds, for its owner to say; forgotten when it is taken again
+        self.memo: Any = (
+            None  # what the block holds, for its owner to say; forgotten when it is taken again
+        )
 
     def __reduce__(self) -> tuple:
         return Scratch, ()
 
-    @torch.inference_mode(False)  # an evaluation may be the first to ask, and its tensors could not be written to later
+    @torch.inference_mode(
+        False
+    )  # an evaluation may be the first to ask, and its tensors could not be written to later
     def take(self, count: int, work: int, like: Tensor) -> Block:
         """Return a block of `count` rows, with room to work on `work` of them, of the dtype, device and width of `like` [n, d].
 
@@ -46,10 +50,21 @@ class Scratch:
         self.memo = None
 
         def rows(length: int, old: Tensor | None) -> Any:
-            keep = old is not None and like.device.type == "cpu" and len(old) >= length and old.dtype == like.dtype
-            return old if keep else torch.empty(length, like.shape[1], dtype=like.dtype, device=like.device)
+            keep = (
+                old is not None
+                and like.device.type == "cpu"
+                and len(old) >= length
+                and old.dtype == like.dtype
+            )
+            return (
+                old
+                if keep
+                else torch.empty(length, like.shape[1], dtype=like.dtype, device=like.device)
+            )
 
-        old: Sequence[Tensor | None] = [None] * 6 if self.block is None else [*self.block[:3], *self.block.work]
+        old: Sequence[Tensor | None] = (
+            [None] * 6 if self.block is None else [*self.block[:3], *self.block.work]
+        )
         param, exp_avg, exp_avg_sq = (rows(count, tensor) for tensor in old[:3])
         buffers = tuple(rows(work, tensor) for tensor in old[3:])
         block = Block(param, exp_avg, exp_avg_sq, buffers)

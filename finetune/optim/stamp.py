@@ -30,7 +30,10 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     """
     name = optimizer.defaults[KEY]
     ours, saved = optimizer.param_groups, state_dict["param_groups"]
-    rules = {group.get(KEY) or (name if _same_rule(ours[0], group) else "another optimizer") for group in saved}
+    rules = {
+        group.get(KEY) or (name if _same_rule(ours[0], group) else "another optimizer")
+        for group in saved
+    }
     if rules != {name}:
         raise UserError(
             f"the saved optimizer state is of {', '.join(sorted(rules - {name}))}, but this run uses {name}; "
@@ -48,7 +51,10 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
                     f"the saved optimizer state belongs to other parameters: where this run has {here!r} it has {there!r}; "
                     "resume with the model and the parameter groups it was saved with"
                 )
-    named = [{**({"name": group["name"]} if "name" in group else {}), **theirs, KEY: name} for group, theirs in zip(ours, saved)]
+    named = [
+        {**({"name": group["name"]} if "name" in group else {}), **theirs, KEY: name}
+        for group, theirs in zip(ours, saved)
+    ]
     return {**state_dict, "param_groups": named}
 
 
@@ -61,5 +67,6 @@ def _same_rule(ours: dict[str, Any], saved: dict[str, Any]) -> bool:
     ours_only = {KEY, "name", "param_names", "initial_lr"}
     same_options = ours.keys() - ours_only == saved.keys() - ours_only
     return same_options and all(
-        bool(ours.get(key)) == bool(saved.get(key)) for key in ("momentum", "nesterov", "decoupled_weight_decay")
+        bool(ours.get(key)) == bool(saved.get(key))
+        for key in ("momentum", "nesterov", "decoupled_weight_decay")
     )

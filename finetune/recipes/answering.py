@@ -18,12 +18,22 @@ from finetune.recipes.reading import open_target
 
 
 def generate_answers(
-    target: str, prompts: Sequence[str], *, raw: bool, seed: int, settings: Mapping[str, Any], display: Display | None = None
+    target: str,
+    prompts: Sequence[str],
+    *,
+    raw: bool,
+    seed: int,
+    settings: Mapping[str, Any],
+    display: Display | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Each prompt (without any: each line of stdin) and its answer, in order. `raw` continues the text."""
     opened, display = open_target(target), display or Display()
     section = opened.settings(settings)
-    encode = _raw_prompt(opened.tokenizer) if raw or not opened.tokenizer.chat_template else _chat_prompt(opened.tokenizer)
+    encode = (
+        _raw_prompt(opened.tokenizer)
+        if raw or not opened.tokenizer.chat_template
+        else _chat_prompt(opened.tokenizer)
+    )
     for texts in _chunks(prompts or stdin_lines(display, "a prompt a line"), section.batch_size):
         with display.bar("generating", len(texts)) as advance:
             answers = generate(
@@ -33,10 +43,16 @@ def generate_answers(
                 on_progress=differences(advance),
                 **sampling(section, opened.model, seed=seed),
             )
-        yield from zip(texts, (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers), strict=True)
+        yield from zip(
+            texts,
+            (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers),
+            strict=True,
+        )
 
 
-def chat_in_terminal(target: str, *, system_prompt: str | None, seed: int, settings: Mapping[str, Any]) -> None:
+def chat_in_terminal(
+    target: str, *, system_prompt: str | None, seed: int, settings: Mapping[str, Any]
+) -> None:
     """Read questions from stdin and stream the answers, until end of input or /exit."""
     opened, display = open_target(target), Display()
     talk = Conversation(
@@ -91,7 +107,9 @@ def stdin_lines(display: Display, what: str) -> Iterator[str]:
         for line in sys.stdin:
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"stdin is not UTF-8 text (byte {error.start}): convert it first") from error
+        raise UserError(
+            f"stdin is not UTF-8 text (byte {error.start}): convert it first"
+        ) from error
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:

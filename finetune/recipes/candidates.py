@@ -43,7 +43,9 @@ def candidates(names: Sequence[Any]) -> list[str]:
     found = [info.name for info in infos]
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
-        raise UserError(f"optimizer.name names {listed(twice)} twice: every optimizer is compared once")
+        raise UserError(
+            f"optimizer.name names {listed(twice)} twice: every optimizer is compared once"
+        )
     if len(found) < 2:
         raise UserError(
             f"a comparison needs at least two optimizers, and optimizer.name={found} names {len(found)}: "
@@ -52,13 +54,21 @@ def candidates(names: Sequence[Any]) -> list[str]:
     return found
 
 
-def section_for(section: OptimizerSection, name: str, *, lr: float, weight_decay: float | None = None) -> OptimizerSection:
+def section_for(
+    section: OptimizerSection, name: str, *, lr: float, weight_decay: float | None = None
+) -> OptimizerSection:
     """The section with another optimizer, learning rate and weight decay, and of its options those that this optimizer takes."""
     takes = optimizer_info(name).options
     decay = section.weight_decay if weight_decay is None else weight_decay
     given = section.model_dump(exclude={"name", "lr", "weight_decay"})
-    known = {key: value for key, value in given.items() if key in OptimizerSection.model_fields or key in takes}
-    return OptimizerSection(**known, name=name, lr=lr, weight_decay=decay if "weight_decay" in takes else None)
+    known = {
+        key: value
+        for key, value in given.items()
+        if key in OptimizerSection.model_fields or key in takes
+    }
+    return OptimizerSection(
+        **known, name=name, lr=lr, weight_decay=decay if "weight_decay" in takes else None
+    )
 
 
 def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:
@@ -76,9 +86,13 @@ def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:
         if not takers:
             known = sorted({key for name in names for key in optimizer_info(name).options})
             near = did_you_mean(option, known) or ";"
-            raise UserError(f"none of {listed(list(names))} takes {option!r}{near} they take {', '.join(known)}")
+            raise UserError(
+                f"none of {listed(list(names))} takes {option!r}{near} they take {', '.join(known)}"
+            )
         if others:
-            notes.append(f"{option} is given to {listed(takers)} alone: {listed(others)} {_does(others)} not take it.")
+            notes.append(
+                f"{option} is given to {listed(takers)} alone: {listed(others)} {_does(others)} not take it."
+            )
     for name in names:
         changed = config.model_copy(update={"optimizer": section_for(section, name, lr=section.lr)})
         check_optimizer(name, optimizer_options(changed))

@@ -17,7 +17,13 @@ from finetune.comparison.summary import summarise
 from finetune.config import RunConfig, dump_config, load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.candidates import DEFAULT, candidates, check_candidates, section_for, take_list
+from finetune.recipes.candidates import (
+    DEFAULT,
+    candidates,
+    check_candidates,
+    section_for,
+    take_list,
+)
 from finetune.recipes.concluding import conclude
 from finetune.recipes.holding_out import hold_out, rule
 from finetune.recipes.parts import make_accelerator
@@ -30,7 +36,13 @@ EVALUATIONS = 10  # of a run, where evaluation.every does not say
 
 
 def compare_optimizers(
-    path: Path, overrides: Sequence[str], *, trials: int, seeds: int, budget: int | None, display: Display | None = None
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    trials: int,
+    seeds: int,
+    budget: int | None,
+    display: Display | None = None,
 ) -> Stopped:
     """Tune each optimizer's learning rate with `trials` runs, run the best with `seeds` fresh seeds, and write the comparison.
 
@@ -38,11 +50,15 @@ def compare_optimizers(
     """
     display = display or Display()
     names, others = take_list(overrides, "optimizer.name")
-    config = load_config(path, [f"output_dir={json.dumps(str(Path('runs') / f'compare-{path.stem}'))}", *others])
+    config = load_config(
+        path, [f"output_dir={json.dumps(str(Path('runs') / f'compare-{path.stem}'))}", *others]
+    )
     optimizers = candidates(DEFAULT if names is None else names)
     notes = check_candidates(config, optimizers)
     base = prepare(config, trials=trials, budget=budget, test=True, display=display)
-    display.say(f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), in {config.output_dir}")
+    display.say(
+        f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), in {config.output_dir}"
+    )
     tuning: dict[str, list[Run]] = {}
     for name in optimizers:
         found = tune(base, name, trials=trials, decays=(), display=display)
@@ -50,12 +66,16 @@ def compare_optimizers(
             return stopped(config, display)
         tuning[name] = found
     reported: dict[str, list[Run]] = {name: [] for name in optimizers}
-    for seed in range(base.seed + 1, base.seed + 1 + seeds):  # seed by seed, so that a drift of the machine meets all alike
+    for seed in range(
+        base.seed + 1, base.seed + 1 + seeds
+    ):  # seed by seed, so that a drift of the machine meets all alike
         for name in optimizers:
             lr = best_of(tuning[name]).result.lr
             section = section_for(base.optimizer, name, lr=lr)
             folder = config.output_dir / "runs" / name / f"seed-{seed}"
-            trial = base.model_copy(update={"optimizer": section, "seed": seed, "output_dir": folder})
+            trial = base.model_copy(
+                update={"optimizer": section, "seed": seed, "output_dir": folder}
+            )
             run = run_trial(trial, phase="reported", display=display)
             if run is None:
                 return stopped(config, display)
@@ -70,41 +90,71 @@ def compare_optimizers(
     return "finished"
 
 
-def prepare(config: RunConfig, *, trials: int, budget: int | None, test: bool, display: Display) -> RunConfig:
+def prepare(
+    config: RunConfig, *, trials: int, budget: int | None, test: bool, display: Display
+) -> RunConfig:
     """The config that every run is made from, and its data in files. Raises UserError where another comparison is in the folder."""
     if make_accelerator(config, Display(enabled=False)).num_processes > 1:
-        raise UserError("comparing and tuning run in one process; start them without `accelerate launch`")
+        raise UserError(
+            "comparing and tuning run in one process; start them without `accelerate launch`"
+        )
     steps = budget if budget is not None else config.training.max_steps
     if steps is None:
-        raise UserError("a comparison needs a length that is the same for all: give --budget STEPS, or set training.max_steps")
+        raise UserError(
+            "a comparison needs a length that is the same for all: give --budget STEPS, or set training.max_steps"
+        )
     _claim(config, {"trials": trials, "budget": steps})
     every = config.evaluation.every or max(1, steps // EVALUATIONS)
-    loss_alone = {"metrics": (), "generate": 0, "samples": 0, "best": "loss", "early_stopping_patience": None}
+    loss_alone = {
+        "metrics": (),
+        "generate": 0,
+        "samples": 0,
+        "best": "loss",
+        "early_stopping_patience": None,
+    }
     data = hold_out(config.data, seed=config.seed, folder=config.output_dir / "data", test=test)
     return config.model_copy(
         update={
             "overwrite_output_dir": False,
             "data": data,
             "training": config.training.model_copy(update={"max_steps": steps}),
-            "evaluation": config.evaluation.model_copy(update={"every": every, "before": True, **loss_alone}),
-            "checkpoint": config.checkpoint.model_copy(update={"keep": 1, "save_best_model": False}),
+            "evaluation": config.evaluation.model_copy(
+                update={"every": every, "before": True, **loss_alone}
+            ),
+            "checkpoint": config.checkpoint.model_copy(
+                update={"keep": 1, "save_best_model": False}
+            ),
             "tracking": (),
         }
     )
 
 
 def tune(
-    base: RunConfig, name: str, *, trials: int, decays: Sequence[float], display: Display, middle: float | None = None
+    base: RunConfig,
+    name: str,
+    *,
+    trials: int,
+    decays: Sequence[float],
+    display: Display,
+    middle: float | None = None,
 ) -> list[Run] | None:
     """Run the grid of one optimizer with the config's seed, widened where that is called for; None where a signal came."""
-    start = "lora" if base.model.lora is not None else "random" if base.model.name is None else "pretrained"
+    start = (
+        "lora"
+        if base.model.lora is not None
+        else "random"
+        if base.model.name is None
+        else "pretrained"
+    )
     lrs = grids.lr_grid(grids.centre(name, start) if middle is None else middle, trials)
     said_before: set[str] = set()
 
     def try_out(point: dict[str, float]) -> Run | None:
         place = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in point.items())
         folder = base.output_dir / "runs" / name / place.replace(", ", "-").replace(" ", "-")
-        trial = base.model_copy(update={"optimizer": section_for(base.optimizer, name, **point), "output_dir": folder})
+        trial = base.model_copy(
+            update={"optimizer": section_for(base.optimizer, name, **point), "output_dir": folder}
+        )
         run = run_trial(trial, phase="tuning", display=display)
         if run is not None and place not in said_before:
             said_before.add(place)
@@ -122,11 +172,15 @@ def best_of(runs: Sequence[Run]) -> Run:
 def said(run: Run) -> str:
     if run.diverged:
         return f"diverged after {run.steps} steps"
-    return f"held-out loss {run.loss:.4f}" + (f", test loss {run.test_loss:.4f}" if run.result.test else "")
+    return f"held-out loss {run.loss:.4f}" + (
+        f", test loss {run.test_loss:.4f}" if run.result.test else ""
+    )
 
 
 def stopped(config: RunConfig, display: Display) -> Stopped:
-    display.say(f"stopped by a signal; the same command goes on with what is in {config.output_dir}")
+    display.say(
+        f"stopped by a signal; the same command goes on with what is in {config.output_dir}"
+    )
     return "signal"
 
 
@@ -139,7 +193,9 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
     root = config.output_dir
     same = config.model_copy(update={"output_dir": Path(), "overwrite_output_dir": False})
     tree = {**yaml.safe_load(dump_config(same)), **numbers}
-    tree["optimizer"] = {key: value for key, value in tree["optimizer"].items() if key not in ("name", "lr")}
+    tree["optimizer"] = {
+        key: value for key, value in tree["optimizer"].items() if key not in ("name", "lr")
+    }
     path = root / "protocol.yaml"
     if path.is_file():
         then = yaml.safe_load(path.read_text(encoding="utf-8"))

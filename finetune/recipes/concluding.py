@@ -18,20 +18,37 @@ from finetune.run_dir import RunDir
 from finetune.tracking import finite
 
 
-def conclude(summary: dict[str, Any], base: RunConfig, *, rule: str, trials: int, seeds: int, notes: list[str]) -> Path:
+def conclude(
+    summary: dict[str, Any],
+    base: RunConfig,
+    *,
+    rule: str,
+    trials: int,
+    seeds: int,
+    notes: list[str],
+) -> Path:
     """Write the three files from what `summarise` found, with how it was found; return the page's path.
 
     `base` is the config that the runs were made from, whose output_dir is the comparison's folder.
     """
     root = base.output_dir
     records = {
-        name: json.loads(RunDir(root / "runs" / name / f"seed-{base.seed + 1}").environment.read_text(encoding="utf-8"))
+        name: json.loads(
+            RunDir(root / "runs" / name / f"seed-{base.seed + 1}").environment.read_text(
+                encoding="utf-8"
+            )
+        )
         for name in summary["optimizers"]
     }
     first = next(iter(records.values()))
-    noted = {note: [name for name, record in records.items() if note in record["notes"]] for note in _notes(records.values())}
+    noted = {
+        note: [name for name, record in records.items() if note in record["notes"]]
+        for note in _notes(records.values())
+    }
     found = [
-        note if len(names) == len(records) or note.startswith(f"{names[0]}: ") else f"{listed(names)}: {note}"
+        note
+        if len(names) == len(records) or note.startswith(f"{names[0]}: ")
+        else f"{listed(names)}: {note}"
         for note, names in noted.items()
     ]
     protocol = {
@@ -54,7 +71,9 @@ def conclude(summary: dict[str, Any], base: RunConfig, *, rule: str, trials: int
         "protocol": protocol,
         "notes": [*notes, *found],
         "model": first["model"],
-        "environment": environment(processes=1, device=first["device"], precision=first["precision"]),
+        "environment": environment(
+            processes=1, device=first["device"], precision=first["precision"]
+        ),
         "config": dump_config(base),
     }
     (root / "comparison.json").write_text(json.dumps(finite(record), indent=1), encoding="utf-8")

@@ -41,7 +41,9 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
     """Open the sources. Raises UserError where one cannot be read, or there is nothing to hold out."""
     if config.streaming:
         if config.validation is None and config.validation_fraction > 0:
-            raise UserError("a stream cannot be split: give data.validation, or set data.validation_fraction=0")
+            raise UserError(
+                "a stream cannot be split: give data.validation, or set data.validation_fraction=0"
+            )
         stream = stream_rows(as_sources(config.train))
         first = next(iter(stream_rows(as_sources(config.train))), None)
         if first is None:
@@ -55,7 +57,11 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
 
 
 def _validation(config: DataSection) -> Rows | None:
-    return None if config.validation is None else load_rows(as_sources(config.validation)).take(config.max_validation_rows)
+    return (
+        None
+        if config.validation is None
+        else load_rows(as_sources(config.validation)).take(config.max_validation_rows)
+    )
 
 
 def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
@@ -80,7 +86,12 @@ def make_format(config: DataSection, tokenizer: Any, first_row: Row) -> Format:
 
 
 def encode_rows(
-    rows: Rows | RowStream, format: Format, config: DataSection, *, vocab_size: int, display: Display | None = None
+    rows: Rows | RowStream,
+    format: Format,
+    config: DataSection,
+    *,
+    vocab_size: int,
+    display: Display | None = None,
 ) -> EncodedDataset:
     """All rows, or the first STREAM_SAMPLE of a stream; `display` shows how far it is."""
     count = STREAM_SAMPLE if isinstance(rows, RowStream) else len(rows)
@@ -94,7 +105,9 @@ def encode_rows(
         )
 
 
-def _watched(rows: Iterable[tuple[str, Row]], advance: Callable[[int], None]) -> Iterator[tuple[str, Row]]:
+def _watched(
+    rows: Iterable[tuple[str, Row]], advance: Callable[[int], None]
+) -> Iterator[tuple[str, Row]]:
     """The rows, telling `advance` whenever ADVANCE of them have been read."""
     for number, row in enumerate(rows):
         if number and number % ADVANCE == 0:
@@ -110,13 +123,21 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
     try:
         rows = load_rows(as_sources(data.unrelated)).take(data.max_validation_rows)
         format = TextFormat(tokenizer=tokenizer, columns={})
-        return encode(rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size)
+        return encode(
+            rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size
+        )
     except UserError as error:
         raise UserError(f"data.unrelated, which is plain text: {error}") from error
 
 
 def first_prompts(
-    rows: Rows | None, format: Format, count: int, *, model: Any, room: int, note: Callable[[str], None]
+    rows: Rows | None,
+    format: Format,
+    count: int,
+    *,
+    model: Any,
+    room: int,
+    note: Callable[[str], None],
 ) -> list[Prompt]:
     """What to generate from: the prompts of the first held-out rows that leave the model room for an answer of `room` tokens."""
     limit = context_length(model)
@@ -129,7 +150,9 @@ def first_prompts(
             found = format.prompts(row)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        fitting = [prompt for prompt in found if limit is None or len(prompt.input_ids) + room <= limit]
+        fitting = [
+            prompt for prompt in found if limit is None or len(prompt.input_ids) + room <= limit
+        ]
         passed_over += len(found) - len(fitting)
         prompts.extend(fitting)
     if passed_over:

@@ -27,16 +27,23 @@ SHORT = (
 )
 
 
-def run_demo(task: str, overrides: Sequence[str] = (), *, short: bool, output_dir: Path | None) -> Stopped:
+def run_demo(
+    task: str, overrides: Sequence[str] = (), *, short: bool, output_dir: Path | None
+) -> Stopped:
     """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml and `overrides` (key=value) say, and print what changed.
 
     Its own folder is written anew each time; one that is named must hold no run: UserError.
     """
     folder = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else []
     with as_file(files("finetune.resources") / f"demo_{task}.yaml") as path:
-        own, config = load_config(path), load_config(path, [*(SHORT if short else ()), *overrides, *folder])
+        own, config = (
+            load_config(path),
+            load_config(path, [*(SHORT if short else ()), *overrides, *folder]),
+        )
     if config.output_dir != own.output_dir and RunDir(config.output_dir).is_run():
-        raise UserError(f"{config.output_dir} holds another run; name another --output-dir, or delete it")
+        raise UserError(
+            f"{config.output_dir} holds another run; name another --output-dir, or delete it"
+        )
     stopped = run_training(config, display=Display())
     if stopped != "signal":
         _print_result(RunDir(config.output_dir))
@@ -56,7 +63,9 @@ def _print_result(run: RunDir) -> None:
         ("bleu", "BLEU", 1),
     ):
         if key in summary["after"]:
-            table.add_row(label, *(f"{summary[when][key]:.{digits}f}" for when in ("before", "after")))
+            table.add_row(
+                label, *(f"{summary[when][key]:.{digits}f}" for when in ("before", "after"))
+            )
     console.print(table)
     samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
     before = {sample["prompt"]: sample["output"] for sample in samples if sample["step"] == 0}

@@ -37,4 +37,8 @@ def _left(run: RunDir) -> str:
     if not run.is_run():
         return ""
     newest = CheckpointStore(run.checkpoints, keep=1).newest()
-    return f"; the last complete checkpoint {newest} is untouched: --resume auto" if newest else "; there is no checkpoint yet"
+    return (
+        f"; the last complete checkpoint {newest} is untouched: --resume auto"
+        if newest
+        else "; there is no checkpoint yet"
+    )

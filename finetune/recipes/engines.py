@@ -21,7 +21,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,31 +59,54 @@ def settle_engine(accelerator: Accelerator, display: Display) -> None:
         return
     from torch.distributed.fsdp import FSDPModule  # here: it takes a second to import
 
-    if accelerator.distributed_type is DistributedType.MULTI_CPU:  # Accelerate would take DDP here, without a word
-        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # as Accelerate does on GPUs
+    if (
+        accelerator.distributed_type is DistributedType.MULTI_CPU
+    ):  # Accelerate would take DDP here, without a word
+        accelerator.state.distributed_type = PartialState().distributed_type = (
+            DistributedType.FSDP
+        )  # as Accelerate does on GPUs
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type is not DistributedType.FSDP:
         display.note("engine: FSDP was asked for and there is one process, so nothing is sharded")
         return
     if not accelerator.is_fsdp2:
-        raise UserError("the engine is FSDP 1, which is not supported; set fsdp_version: 2 in Accelerate's config")
+        raise UserError(
+            "the engine is FSDP 1, which is not supported; set fsdp_version: 2 in Accelerate's config"
+        )
     if not hasattr(FSDPModule, "reset_iter_state"):
-        raise UserError(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}; upgrade it, or use DDP")
-    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False  # every process has made the model, as all engines need it
+        raise UserError(
+            f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}; upgrade it, or use DDP"
+        )
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = (
+        False  # every process has made the model, as all engines need it
+    )
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
 
 
-def prepare(accelerator: Accelerator, language_model: LanguageModel, optimizer: torch.optim.Optimizer, display: Display) -> Any:
+def prepare(
+    accelerator: Accelerator,
+    language_model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    display: Display,
+) -> Any:
     """`accelerator.prepare`, after which the engine has the model: (module, optimizer)."""
     if accelerator.distributed_type is DistributedType.FSDP:
         tables = lazy_modules(language_model, optimizer)
         accelerator.state.fsdp_plugin.ignored_modules = tables or None
         # the layers, which are sharded one by one
         language_model._no_split_modules = language_model.causal_lm._no_split_modules  # type: ignore[assignment]
-        lazy = "; the lazily trained embedding stays whole on each, and its rows are exchanged" if tables else ""
-        display.note(f"engine: FSDP2 shards the model over {accelerator.num_processes} processes{lazy}")
+        lazy = (
+            "; the lazily trained embedding stays whole on each, and its rows are exchanged"
+            if tables
+            else ""
+        )
+        display.note(
+            f"engine: FSDP2 shards the model over {accelerator.num_processes} processes{lazy}"
+        )
     with warnings.catch_warnings():  # Accelerate has no other word for it yet
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
+        )
         return accelerator.prepare(language_model, optimizer)
 
 
@@ -90,13 +118,17 @@ def lazy_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.
     return [module for module in model.modules() if id(getattr(module, "weight", None)) in weights]
 
 
-def reading(accelerator: Accelerator, module: nn.Module, read: Callable[[int], Any]) -> Callable[[int], Any]:
+def reading(
+    accelerator: Accelerator, module: nn.Module, read: Callable[[int], Any]
+) -> Callable[[int], Any]:
     """`read`, with the whole model on every process while it is called."""
     if accelerator.distributed_type is not DistributedType.FSDP:
         return read
 
     def read_whole(step: int) -> Any:
-        with whole(module, reshard_after_forward=bool(accelerator.state.fsdp_plugin.reshard_after_forward)):
+        with whole(
+            module, reshard_after_forward=bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        ):
             return read(step)
 
     return read_whole
@@ -108,7 +140,9 @@ def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Pa
         return checkpoint
     chosen = broadcast_object_list([None if checkpoint is None else str(checkpoint)])[0]
     sees = chosen is None or is_complete(Path(chosen))
-    blind = gather_object([] if sees else [f"process {accelerator.process_index} on {socket.gethostname()}"])
+    blind = gather_object(
+        [] if sees else [f"process {accelerator.process_index} on {socket.gethostname()}"]
+    )
     if blind:
         raise UserError(
             f"the checkpoint {chosen} is not there for {', '.join(blind)}; output_dir must lie on a disk that all hosts share"

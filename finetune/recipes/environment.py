@@ -14,7 +14,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("finetune-rows", "torch", "transformers", "datasets", "accelerate", "tokenizers", "peft", "safetensors", "sacrebleu")
+PACKAGES = (
+    "finetune-rows",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "peft",
+    "safetensors",
+    "sacrebleu",
+)
 
 
 def environment(*, processes: int, device: str, precision: str) -> dict[str, Any]:
@@ -28,12 +38,17 @@ def environment(*, processes: int, device: str, precision: str) -> dict[str, Any
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory_gib": _memory_gib(),
             "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
     }
 
 

@@ -35,7 +35,14 @@ class Evaluator:
         self.metrics = generation_metrics(config, parts.format)
         count = config.evaluation.generate if self.metrics else config.evaluation.samples
         room = config.generation.max_new_tokens
-        prompts = first_prompts(parts.raw.validation, parts.format, count, model=parts.model, room=room, note=parts.display.note)
+        prompts = first_prompts(
+            parts.raw.validation,
+            parts.format,
+            count,
+            model=parts.model,
+            room=room,
+            note=parts.display.note,
+        )
         if self.metrics and parts.validation is not None and not prompts:
             raise UserError(
                 f"no held-out row gives a prompt to compute {' and '.join(self.metrics)} from: give other held-out data, lower "
@@ -61,7 +68,9 @@ class Evaluator:
         if parts.validation is not None:
             inactive = parts.vocabulary.inactive_tokens()
             results = self._loss(parts.validation, inactive).as_dict()
-            if inactive is not None and parts.config.data.streaming:  # in which tokens turn up that were inactive before
+            if (
+                inactive is not None and parts.config.data.streaming
+            ):  # in which tokens turn up that were inactive before
                 results["active_tokens"] = int((~inactive).sum())
         if parts.unrelated is not None:
             results["unrelated_loss"] = self._loss(parts.unrelated).loss
@@ -70,13 +79,18 @@ class Evaluator:
     def _loss(self, dataset: EncodedDataset, inactive: torch.Tensor | None = None) -> LossResult:
         parts, batches = self.parts, self.parts.evaluation_batches(dataset)
         accelerator = parts.accelerator
-        with parts.display.bar("evaluating the loss", len(batches)) as advance, accelerator.autocast():
+        with (
+            parts.display.bar("evaluating the loss", len(batches)) as advance,
+            accelerator.autocast(),
+        ):
             return evaluate_loss(
                 parts.language_model,
                 batches,
                 tokenizer=parts.tokenizer,
                 device=accelerator.device,
-                reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu(),
+                reduce=lambda sums: accelerator.reduce(
+                    sums.to(accelerator.device), reduction="sum"
+                ).cpu(),
                 inactive=inactive,
                 on_progress=lambda done: advance(1),
             )
@@ -95,7 +109,9 @@ class Evaluator:
                 metrics=self.metrics,
                 batch_size=config.generation.batch_size,
                 inactive=parts.vocabulary.inactive_tokens(),
-                gather=(lambda own: gather_object(own)) if parts.accelerator.num_processes > 1 else (lambda own: own),
+                gather=(lambda own: gather_object(own))
+                if parts.accelerator.num_processes > 1
+                else (lambda own: own),
                 on_progress=differences(advance),
                 **sampling(config.generation, parts.language_model.model, seed=config.seed),
             )
@@ -112,11 +128,17 @@ class Evaluator:
                 summary[name] = {"step": step, **records[step]}
         self.run.evaluation.write_text(json.dumps(finite(summary), indent=2), encoding="utf-8")
         if {"before", "after"} <= summary.keys():
-            before, after, best = summary["before"], summary["after"], summary.get("best", summary["after"])
+            before, after, best = (
+                summary["before"],
+                summary["after"],
+                summary.get("best", summary["after"]),
+            )
             self.parts.display.say("held-out before: " + format_metrics(before))
             self.parts.display.say("held-out after:  " + format_metrics(after))
             if best["step"] != after["step"]:
-                self.parts.display.say(f"held-out best:   {format_metrics(best)}  (step {best['step']})")
+                self.parts.display.say(
+                    f"held-out best:   {format_metrics(best)}  (step {best['step']})"
+                )
             first, last = (record.get("active_tokens", 0) for record in (before, after))
             if first != last:
                 self.parts.display.note(
@@ -127,7 +149,10 @@ class Evaluator:
 
 def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:
     """The settings of generation, with the tokens that the model stops at."""
-    return cast(SamplingSettings, {**section.model_dump(exclude={"batch_size"}), "stop_ids": stop_ids(model), "seed": seed})
+    return cast(
+        SamplingSettings,
+        {**section.model_dump(exclude={"batch_size"}), "stop_ids": stop_ids(model), "seed": seed},
+    )
 
 
 def stop_ids(model: Any) -> list[int]:
@@ -146,11 +171,17 @@ def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) 
     """Raise UserError where the best checkpoint, or early stopping, goes by a number that will not be there."""
     best = config.evaluation.best
     if best != "loss" and config.evaluation.generate == 0:
-        raise UserError(f"evaluation.best is {best}, but evaluation.generate is 0: nothing would be generated to compute it from")
+        raise UserError(
+            f"evaluation.best is {best}, but evaluation.generate is 0: nothing would be generated to compute it from"
+        )
     if best != "loss" and best not in metrics:
-        raise UserError(f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss")
+        raise UserError(
+            f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss"
+        )
     if config.evaluation.early_stopping_patience is not None and not has_validation:
-        raise UserError("evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction")
+        raise UserError(
+            "evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction"
+        )
 
 
 def write_samples(run: RunDir, step: int, samples: Sequence[Sample]) -> None:

@@ -32,7 +32,14 @@ from finetune.trainer import restore
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | None, display: Display | None = None) -> None:
+def export_run(
+    run_root: Path,
+    dest: Path,
+    *,
+    dtype: str,
+    checkpoint: Path | None,
+    display: Display | None = None,
+) -> None:
     """Write the model to `dest`, reload it from there, and compare the logits. Raises UserError."""
     run, display = RunDir(run_root), display or Display()
     if not run.is_run():
@@ -54,25 +61,51 @@ def export_run(run_root: Path, dest: Path, *, dtype: str, checkpoint: Path | Non
         tokenizer = _tokenizer_of(run, config, folder)
         model = model_of_checkpoint(run, folder, tokenizer)
         step, evaluations = step_of(folder), logged_evaluations(run)
-        card = run_card(run, config, {f"step {number}": evaluations[number] for number in (0, step) if number in evaluations})
+        card = run_card(
+            run,
+            config,
+            {
+                f"step {number}": evaluations[number]
+                for number in (0, step)
+                if number in evaluations
+            },
+        )
     export_model(model, tokenizer, dest, card=card, dtype=DTYPES[dtype])
     ids = tokenizer("The quick brown fox jumps over the lazy dog.").input_ids
     difference = verify_export(dest, model, ids, trust_remote_code=config.model.trust_remote_code)
-    display.say(f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest")
+    display.say(
+        f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest"
+    )
 
 
 def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str, Any]]) -> str:
     """The model card of a run, from what lies in its folder. `evaluations`: when -> what was measured then."""
     name = config.model.name
-    shown = [metric for metric in METRICS if all(metric.key in record for record in evaluations.values())]
-    chosen = json.loads(run.vocabulary.read_text(encoding="utf-8")).get("chosen") if run.vocabulary.is_file() else None
-    counts, environment = (json.loads(path.read_text(encoding="utf-8")) for path in (run.data, run.environment))
+    shown = [
+        metric for metric in METRICS if all(metric.key in record for record in evaluations.values())
+    ]
+    chosen = (
+        json.loads(run.vocabulary.read_text(encoding="utf-8")).get("chosen")
+        if run.vocabulary.is_file()
+        else None
+    )
+    counts, environment = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (run.data, run.environment)
+    )
     return model_card(
         title=run.root.resolve().name,
         base_model=name,
-        license=license_of(resolve_name(name, revision=config.model.revision)) if name is not None else None,
-        data=[*(f"{source.path} ({counts['format']})" for source in config.data.train), *filter(None, [chosen])],
-        metrics={when: {metric.name: metric.value(record) for metric in shown} for when, record in evaluations.items()},
+        license=license_of(resolve_name(name, revision=config.model.revision))
+        if name is not None
+        else None,
+        data=[
+            *(f"{source.path} ({counts['format']})" for source in config.data.train),
+            *filter(None, [chosen]),
+        ],
+        metrics={
+            when: {metric.name: metric.value(record) for metric in shown}
+            for when, record in evaluations.items()
+        },
         config=dump_config(config),
         command=environment["command"],
     )
@@ -86,9 +119,16 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
     tokenizer = make_tokenizer(config.model, () if raw is None else raw.texts())
     prepare_chat(None, tokenizer, config.model.chat_template)
     if raw is not None and isinstance(raw.train, Rows):  # from other data comes another tokenizer
-        encoded = encode_rows(raw.train, make_format(config.data, tokenizer, raw.first_row), config.data, vocab_size=len(tokenizer))
+        encoded = encode_rows(
+            raw.train,
+            make_format(config.data, tokenizer, raw.first_row),
+            config.data,
+            vocab_size=len(tokenizer),
+        )
         if encoded.fingerprint != load(checkpoint, "training.pt")["identity"]["the training data"]:
-            raise UserError(f"the training data of {run.root} changed, so its tokenizer cannot be made again: restore the data")
+            raise UserError(
+                f"the training data of {run.root} changed, so its tokenizer cannot be made again: restore the data"
+            )
     return tokenizer
 
 
@@ -96,7 +136,9 @@ def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
     """The model as it was at a complete checkpoint. Rows may be deferred there, so the optimizer's state is needed as well."""
     config = load_config(run.config)
     if config.model.name is not None:
-        tokenizer = make_tokenizer(config.model, ())  # so that the tokens of the chat template are added again, with their rows
+        tokenizer = make_tokenizer(
+            config.model, ()
+        )  # so that the tokens of the chat template are added again, with their rows
     model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
     apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
     model = adapt_model(model, config.model, new_tokens, seed=config.seed)

@@ -23,13 +23,21 @@ def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataS
     Raises UserError where there is nothing to hold out.
     """
     if data.streaming:
-        raise UserError("data.streaming: a comparison reads the same rows many times over; set data.streaming=false")
-    names = ["validation", *(["test"] if test else []), *(["train"] if data.validation is None else [])]
+        raise UserError(
+            "data.streaming: a comparison reads the same rows many times over; set data.streaming=false"
+        )
+    names = [
+        "validation",
+        *(["test"] if test else []),
+        *(["train"] if data.validation is None else []),
+    ]
     paths = {name: folder / f"{name}.jsonl" for name in names}
     if not all(path.is_file() for path in paths.values()):
         raw = load_raw_data(data, seed=seed)
         if raw.validation is None:
-            raise UserError("a comparison needs held-out data: set data.validation or data.validation_fraction")
+            raise UserError(
+                "a comparison needs held-out data: set data.validation or data.validation_fraction"
+            )
         assert isinstance(raw.train, Rows)
         chosen, tested = _parts(raw.validation, data) if test else (raw.validation, None)
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +45,9 @@ def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataS
             if name in paths and rows is not None:
                 _write(paths[name], rows)
     sources = {name: (SourceSection(path=str(path)),) for name, path in paths.items()}
-    return data.model_copy(update={"validation_fraction": 0.0, "max_validation_rows": None, **sources})
+    return data.model_copy(
+        update={"validation_fraction": 0.0, "max_validation_rows": None, **sources}
+    )
 
 
 def rule(data: DataSection) -> str:
@@ -49,7 +59,9 @@ def _parts(held_out: Rows, data: DataSection) -> tuple[Rows, Rows]:
     if data.test is not None:
         return held_out, load_rows(as_sources(data.test)).take(data.max_validation_rows)
     if len(held_out) < 2:
-        raise UserError("one held-out row cannot both choose and be reported on: give data.test, or hold out more")
+        raise UserError(
+            "one held-out row cannot both choose and be reported on: give data.test, or hold out more"
+        )
     return held_out.select(range(0, len(held_out), 2)), held_out.select(range(1, len(held_out), 2))
 
 

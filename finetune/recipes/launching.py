@@ -57,7 +57,13 @@ def launch_training(
         raise UserError(
             "--restarts goes on with the run in output_dir and overwrite_output_dir deletes it; leave one of the two out"
         )
-    task = {"config": str(config), "overrides": list(overrides), "resume": resume, "dry_run": dry_run, "command": sys.argv}
+    task = {
+        "config": str(config),
+        "overrides": list(overrides),
+        "resume": resume,
+        "dry_run": dry_run,
+        "command": sys.argv,
+    }
     checkpoints = RunDir(settings.output_dir).checkpoints
     for restart in range(restarts + 1):
         if restart and (find_checkpoint("auto", checkpoints) or resume is None):
@@ -67,10 +73,13 @@ def launch_training(
         except ProcessFailed as error:
             newest = find_checkpoint("auto", checkpoints)
             if restart < restarts:
-                display.say(f"{error}; restart {restart + 1} of {restarts}, from {newest or 'the beginning'}")
+                display.say(
+                    f"{error}; restart {restart + 1} of {restarts}, from {newest or 'the beginning'}"
+                )
             else:
                 raise ProcessFailed(
-                    f"{error}; " + (f"{newest} is saved: --resume auto" if newest else "no step was saved")
+                    f"{error}; "
+                    + (f"{newest} is saved: --resume auto" if newest else "no step was saved")
                 ) from None
     raise AssertionError
 
@@ -78,7 +87,9 @@ def launch_training(
 def number_of_processes(given: str) -> int:
     """What `--processes` means on this machine. Raises UserError."""
     if "WORLD_SIZE" in os.environ:
-        raise UserError("this process was itself started by a launcher (WORLD_SIZE is set); leave --processes and --restarts out")
+        raise UserError(
+            "this process was itself started by a launcher (WORLD_SIZE is set); leave --processes and --restarts out"
+        )
     gpus = torch.cuda.device_count()
     allowed = f"auto, or a number of processes from 1{f' to {gpus}, the GPUs of this machine' if gpus else ''}"
     if given == "auto":
@@ -100,10 +111,14 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
         max_restarts=0,
         shutdown_timeout=SAVING_TIME,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to tell is told below
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # what it has to tell is told below
     try:
         with _threads(count):
-            elastic_launch(config, sys.executable)("-m", "finetune.recipes.worker", json.dumps(task))
+            elastic_launch(config, sys.executable)(
+                "-m", "finetune.recipes.worker", json.dumps(task)
+            )
     except SignalException:
         return "signal"
     except ChildFailedError as error:
@@ -112,7 +127,9 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
             return "signal"
         if failure.exitcode == USER_ERROR:
             raise UserError(message(failure)) from None
-        raise ProcessFailed(f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}") from None
+        raise ProcessFailed(
+            f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}"
+        ) from None
     return "finished"
 
 
@@ -122,7 +139,9 @@ def _threads(count: int):
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // count))
     try:
         yield
@@ -143,20 +162,34 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
         return 0 if failure.exitcode < 0 else 1 if failure.exitcode == USER_ERROR else 2
 
     first = min(map(_when, failures.values()))
-    together = {rank: failure for rank, failure in failures.items() if _when(failure) < first + SAME_EVENT}
+    together = {
+        rank: failure for rank, failure in failures.items() if _when(failure) < first + SAME_EVENT
+    }
     return min(together.items(), key=lambda item: (kind(item[1]), _when(item[1]), item[0]))
 
 
 def _when(failure: ProcessFailure) -> float:
     """When it failed: to the microsecond where the process left a record."""
-    return os.path.getmtime(failure.error_file) if os.path.isfile(failure.error_file) else float(failure.timestamp)
+    return (
+        os.path.getmtime(failure.error_file)
+        if os.path.isfile(failure.error_file)
+        else float(failure.timestamp)
+    )
 
 
 def _what_happened(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
-        hint = " (the system does that where memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+        hint = (
+            " (the system does that where memory runs out)"
+            if failure.exitcode == -signal.SIGKILL
+            else ""
+        )
         return f"was killed by {failure.signal_name()}{hint}"
-    return f"failed: {message(failure)}" if isinstance(failure.message, dict) else f"ended with exit code {failure.exitcode}"
+    return (
+        f"failed: {message(failure)}"
+        if isinstance(failure.message, dict)
+        else f"ended with exit code {failure.exitcode}"
+    )
 
 
 def message(failure: ProcessFailure) -> str:

@@ -26,7 +26,9 @@ def make_tokenizer(config: ModelSection, texts: Iterable[str]) -> Any:
             raise UserError(
                 "model.tokenizer trains a new tokenizer for model.config; a pretrained model (model.name) keeps its own"
             )
-        return load_tokenizer(name=config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        return load_tokenizer(
+            name=config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     return train_tokenizer(texts, (config.tokenizer or NewTokenizerSection()).vocab_size)
 
 
@@ -48,7 +50,9 @@ def load_trained(folder: Path, config: ModelSection) -> tuple[Any, Any]:
     """The model and the tokenizer that a run has exported to `folder`. Flash attention takes 16 bits, as in training: not here."""
     tokenizer = load_tokenizer(name=str(folder), trust_remote_code=config.trust_remote_code)
     attention = "eager" if config.attn_implementation == "eager" else None
-    model = load_model(name=str(folder), trust_remote_code=config.trust_remote_code, attn_implementation=attention)
+    model = load_model(
+        name=str(folder), trust_remote_code=config.trust_remote_code, attn_implementation=attention
+    )
     return model, tokenizer
 
 
@@ -67,8 +71,15 @@ def adapt_model(model: Any, config: ModelSection, new_tokens: Sequence[int], *, 
     if config.lora is None:
         return model
     torch.manual_seed(seed)
-    trained = {parameter for module in active_modules(model) for parameter in module.parameters() if parameter.requires_grad}
-    wrapped = add_lora(model, **config.lora.model_dump(), new_token_ids=() if trained else new_tokens)
+    trained = {
+        parameter
+        for module in active_modules(model)
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    }
+    wrapped = add_lora(
+        model, **config.lora.model_dump(), new_token_ids=() if trained else new_tokens
+    )
     for parameter in trained:  # the compact rows, and the shift that they share
         parameter.requires_grad_(True)
     return wrapped

@@ -18,6 +18,10 @@ def optimizer_options(config: RunConfig) -> dict[str, Any]:
             f"optimizer {section.name!r} takes row-sparse gradients alone, and most of a language model has dense ones: "
             "choose lazy_adamw, which takes both"
         )
-    groups = {"no_decay": section.no_decay, "overrides": section.overrides, "layer_decay": section.layer_decay}
+    groups = {
+        "no_decay": section.no_decay,
+        "overrides": section.overrides,
+        "layer_decay": section.layer_decay,
+    }
     decay = {} if section.weight_decay is None else {"weight_decay": section.weight_decay}
     return {"lr": section.lr, **decay, **groups, **section.options}

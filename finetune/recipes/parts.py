@@ -27,8 +27,19 @@ from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time
-from finetune.recipes.model import adapt_model, check_length, make_model, make_tokenizer, model_fingerprint
-from finetune.recipes.vocabulary import VocabularyKeeper, apply_vocabulary, plan_vocabulary, sample_batches
+from finetune.recipes.model import (
+    adapt_model,
+    check_length,
+    make_model,
+    make_tokenizer,
+    model_fingerprint,
+)
+from finetune.recipes.vocabulary import (
+    VocabularyKeeper,
+    apply_vocabulary,
+    plan_vocabulary,
+    sample_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,9 @@ class Parts:
 
 def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
     """One process on the CPU, one GPU, or this process of many, in the precision that pays here."""
-    precision, reason = resolve_precision(config.training.precision, "cuda" if torch.cuda.is_available() else "cpu")
+    precision, reason = resolve_precision(
+        config.training.precision, "cuda" if torch.cuda.is_available() else "cpu"
+    )
     check_trackers(config.tracking)
     check_engine()
     mixed_precision = "no" if precision == "fp32" else precision
@@ -85,7 +98,9 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
         log_with=list(config.tracking) or None,
         project_dir=str(config.output_dir),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # none changes while a language model trains
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False
+            ),  # none changes while a language model trains
             waiting_time(config),
         ],
     )
@@ -101,26 +116,41 @@ def check_trackers(names: Sequence[str]) -> None:
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in known:
-            raise UserError(f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}")
+            raise UserError(
+                f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}"
+            )
         if name not in installed:
-            raise UserError(f"tracking: {name} is not installed; install it with: pip install {name.replace('_', '-')}")
+            raise UserError(
+                f"tracking: {name} is not installed; install it with: pip install {name.replace('_', '-')}"
+            )
 
 
 def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display) -> Parts:
     """Read the data, load tokenizer and model, encode. Raises UserError for anything wrong with them."""
     raw = load_raw_data(config.data, seed=config.seed)
-    display.say(f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}")
+    display.say(
+        f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}"
+    )
     tokenizer = make_tokenizer(config.model, raw.texts())
     model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
     check_length(model, config.data.max_length)
-    start = model_fingerprint(model)  # before the optimizer's name has a say in which rows are kept apart
+    start = model_fingerprint(
+        model
+    )  # before the optimizer's name has a say in which rows are kept apart
     format = make_format(config.data, tokenizer, raw.first_row)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    batches, statistics, sample = _make_batches(config, raw, format, tokenizer, vocab_size, accelerator, display)
+    batches, statistics, sample = _make_batches(
+        config, raw, format, tokenizer, vocab_size, accelerator, display
+    )
     validation = None
     if raw.validation is not None:
-        validation = encode_rows(raw.validation, format, config.data, vocab_size=vocab_size, display=display)
-    for part, counts in (("training", statistics), ("held-out", validation.statistics if validation else None)):
+        validation = encode_rows(
+            raw.validation, format, config.data, vocab_size=vocab_size, display=display
+        )
+    for part, counts in (
+        ("training", statistics),
+        ("held-out", validation.statistics if validation else None),
+    ):
         if counts is not None:
             say_counts(display, part, format, counts, config)
     corpora = [sample, *([validation] if validation else [])]
@@ -146,7 +176,12 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         "the vocabulary": vocabulary.identity(),
     }
     keeper = VocabularyKeeper(
-        config, vocabulary, language_model, lambda: sample_batches(sample, pad_id=pad_id(tokenizer)), accelerator, display.note
+        config,
+        vocabulary,
+        language_model,
+        lambda: sample_batches(sample, pad_id=pad_id(tokenizer)),
+        accelerator,
+        display.note,
     )
     return Parts(
         config=config,
@@ -195,16 +230,26 @@ def _make_batches(
         return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics, train
     if config.training.max_steps is None:
         raise UserError("a stream has no known length: set training.max_steps")
-    encoder = RowEncoder(format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size)
+    encoder = RowEncoder(
+        format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size
+    )
     stream = StreamingBatches(raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut)
-    return stream, encoder.statistics, encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display)
+    return (
+        stream,
+        encoder.statistics,
+        encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display),
+    )
 
 
-def say_counts(display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig) -> None:
+def say_counts(
+    display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig
+) -> None:
     """How much data there is, and what was cut or left out."""
     if counts.rows:
         share = counts.target_tokens / max(1, counts.tokens)
-        display.say(f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets")
+        display.say(
+            f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets"
+        )
     limit = config.data.max_length
     if counts.truncated or counts.dropped:
         display.note(

@@ -37,7 +37,9 @@ def print_plan(plan: "Plan", console: Console) -> None:
     console.print(NO_FIT[0] if plan.advice else NO_FIT[1])
     for change, saved in plan.advice:
         enough = "fits" if plan.memory.peak - saved <= plan.free_memory else "still too much"
-        console.print(f"  {change:<42} saves {size(saved):>10} -> {size(plan.memory.peak - saved)}, {enough}")
+        console.print(
+            f"  {change:<42} saves {size(saved):>10} -> {size(plan.memory.peak - saved)}, {enough}"
+        )
 
 
 def _model(plan: "Plan") -> Table:
@@ -45,12 +47,24 @@ def _model(plan: "Plan") -> Table:
     table = _table("the model")
     table.add_row("architecture", model["architecture"] + (" with LoRA" if model["lora"] else ""))
     table.add_row("parameters", f"{model['parameters']:,}")
-    table.add_row("trainable", f"{model['trainable_parameters']:,} ({model['trainable_parameters'] / model['parameters']:.1%})")
+    table.add_row(
+        "trainable",
+        f"{model['trainable_parameters']:,} ({model['trainable_parameters'] / model['parameters']:.1%})",
+    )
     ties = "input and output tied" if model["tied"] else "input and output apart"
-    table.add_row("token tables", f"{model['token_table_parameters']:,} ({model['token_table_share']:.1%}), {ties}")
+    table.add_row(
+        "token tables",
+        f"{model['token_table_parameters']:,} ({model['token_table_share']:.1%}), {ties}",
+    )
     rows, used = model["vocab_size"], plan.work.used_rows
-    covered = "" if plan.work.coverage is None else f"; {plan.work.coverage:.2%} of the held-out tokens covered"
-    table.add_row("rows that the training data uses", f"{used:,} of {rows:,} ({used / rows:.1%}){covered}")
+    covered = (
+        ""
+        if plan.work.coverage is None
+        else f"; {plan.work.coverage:.2%} of the held-out tokens covered"
+    )
+    table.add_row(
+        "rows that the training data uses", f"{used:,} of {rows:,} ({used / rows:.1%}){covered}"
+    )
     table.add_row("vocabulary", model["vocabulary"].removeprefix("vocabulary: "))
     return table
 
@@ -62,8 +76,13 @@ def _memory(plan: "Plan") -> Table:
     table.add_row("weights", size(memory.weights))
     table.add_row("gradients", size(memory.gradients))
     table.add_row("optimizer state", size(memory.optimizer_state))
-    table.add_row("activations", f"{size(memory.activations)}   (a micro-batch of {work.rows} x {work.length} tokens)")
-    table.add_row("logits and loss", f"{size(memory.loss)}   (a chunk of logits, the gradient of the head)")
+    table.add_row(
+        "activations",
+        f"{size(memory.activations)}   (a micro-batch of {work.rows} x {work.length} tokens)",
+    )
+    table.add_row(
+        "logits and loss", f"{size(memory.loss)}   (a chunk of logits, the gradient of the head)"
+    )
     table.add_section()
     for moment, used in memory.moments.items():
         table.add_row(f"in use at once: {moment}", size(used))
@@ -77,13 +96,17 @@ def _work(plan: "Plan") -> Table:
     tokens = f"{work.tokens_per_step:,.0f} a step, {work.tokens_per_step * work.num_steps:,.0f} in all, without padding"
     table.add_row("tokens", tokens)
     if time is not None:
-        table.add_row("training", f"{clock(time.training)}   ({time.step:.2f} s a step, {time.tokens_per_second:,.0f} tokens/s)")
-        each = (
-            f"{work.num_evaluations} times {clock(time.evaluation)} for the loss and at most {clock(time.generation)} for answers"
+        table.add_row(
+            "training",
+            f"{clock(time.training)}   ({time.step:.2f} s a step, {time.tokens_per_second:,.0f} tokens/s)",
         )
+        each = f"{work.num_evaluations} times {clock(time.evaluation)} for the loss and at most {clock(time.generation)} for answers"
         table.add_row("evaluation", f"at most {clock(time.total - time.training)}   ({each})")
         table.add_row("in all", f"at most {clock(time.total)}, beside loading and saving")
-    table.add_row("disk", f"at most {size(plan.disk_bytes)}   (a checkpoint has {size(plan.checkpoint_bytes)})")
+    table.add_row(
+        "disk",
+        f"at most {size(plan.disk_bytes)}   (a checkpoint has {size(plan.checkpoint_bytes)})",
+    )
     return table
 
 
@@ -101,7 +124,13 @@ def size(count: float) -> str:
         if count < 1024 or unit == "GiB":
             break
         count /= 1024
-    return f"{count:.2f} GiB" if unit == "GiB" else f"{count:.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}"
+    return (
+        f"{count:.2f} GiB"
+        if unit == "GiB"
+        else f"{count:.0f} {unit}"
+        if count >= 100
+        else f"{count:.1f} {unit}"
+    )
 
 
 def clock(seconds: float) -> str:

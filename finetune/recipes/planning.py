@@ -78,14 +78,18 @@ class Plan:
     checkpoint_bytes: int  # one checkpoint
     disk_bytes: int  # the most that lies in the run's folder at once
     time: TimeEstimate | None  # None: not timed, because the run does not fit
-    advice: tuple[tuple[str, int], ...]  # (change, bytes saved), the largest first; only where the run does not fit
+    advice: tuple[
+        tuple[str, int], ...
+    ]  # (change, bytes saved), the largest first; only where the run does not fit
 
     @property
     def fits(self) -> bool:
         return self.memory.peak <= self.free_memory
 
 
-def plan_run(config: RunConfig, *, memory_limit: int | None = None, console: Console | None = None) -> Plan:
+def plan_run(
+    config: RunConfig, *, memory_limit: int | None = None, console: Console | None = None
+) -> Plan:
     """Print the plan of a run to stdout and return it; nothing is written. `memory_limit`: bytes, in place of what the machine has.
 
     Where the run does not fit, no step is taken, and what to change is told instead. Raises UserError as training would.
@@ -108,7 +112,9 @@ def plan_run(config: RunConfig, *, memory_limit: int | None = None, console: Con
 class Planner:
     """Estimates for a config, and for changes to it, from data and tokenizer that are read once."""
 
-    def __init__(self, config: RunConfig, display: Display, memory_limit: int | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, display: Display, memory_limit: int | None = None
+    ) -> None:
         self.config, self.display, self.memory_limit = config, display, memory_limit
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.raw: RawData = load_raw_data(config.data, seed=config.seed)
@@ -119,7 +125,9 @@ class Planner:
         check_length(skeleton, config.data.max_length)
         self.table_rows = skeleton.get_input_embeddings().weight.shape[0]
         self.corpora: list[EncodedDataset] = []
-        self._encoded: dict[int, tuple[EncodedDataset, EncodedDataset | None]] = {}  # by data.max_length
+        self._encoded: dict[
+            int, tuple[EncodedDataset, EncodedDataset | None]
+        ] = {}  # by data.max_length
         self.work = self._work(config)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
@@ -128,10 +136,27 @@ class Planner:
         config = self.config
         self.display.say("working out the memory of a step")
         description, memory, checkpoint = self.estimate(config, self.work)
-        total, free = machine_memory(self.device) if self.memory_limit is None else (self.memory_limit, self.memory_limit)
-        copies = config.checkpoint.keep + 2  # the best beside the newest, and the one that is being written
+        total, free = (
+            machine_memory(self.device)
+            if self.memory_limit is None
+            else (self.memory_limit, self.memory_limit)
+        )
+        copies = (
+            config.checkpoint.keep + 2
+        )  # the best beside the newest, and the one that is being written
         disk = copies * checkpoint + description["parameters"] * FP32
-        return Plan(description, self.work, memory, self.device.type, total, free, checkpoint, disk, time=None, advice=())
+        return Plan(
+            description,
+            self.work,
+            memory,
+            self.device.type,
+            total,
+            free,
+            checkpoint,
+            disk,
+            time=None,
+            advice=(),
+        )
 
     def estimate(self, config: RunConfig, work: Work) -> tuple[dict[str, Any], MemoryEstimate, int]:
         """The model's description, its memory, and the size of a checkpoint."""
@@ -143,13 +168,23 @@ class Planner:
             model = adapt_model(model, config.model, self.new_tokens, seed=config.seed)
         tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        state = optimizer_state_bytes(model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows)
+        state = optimizer_state_bytes(
+            model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows
+        )
         weights, buffers = tensor_bytes(model.parameters()), tensor_bytes(model.buffers())
         sparse = {id(table.weight) for table in tables}
-        gradients = tensor_bytes(parameter for parameter in trainable if id(parameter) not in sparse)
-        gradients += min(work.used_rows, work.rows * work.length) * sum(table.embedding_dim for table in tables) * FP32
+        gradients = tensor_bytes(
+            parameter for parameter in trainable if id(parameter) not in sparse
+        )
+        gradients += (
+            min(work.used_rows, work.rows * work.length)
+            * sum(table.embedding_dim for table in tables)
+            * FP32
+        )
         description = {**describe_model(model), "vocabulary": vocabulary.line()}
-        rehearsal = Rehearsal(model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables)
+        rehearsal = Rehearsal(
+            model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables
+        )
         rehearsal.num_sampled = vocabulary.num_sampled
         step = rehearsal.step(
             rows=work.rows,
@@ -171,7 +206,9 @@ class Planner:
         return description, memory, tensor_bytes(trainable) + buffers + state
 
     @staticmethod
-    def _export_bytes(config: RunConfig, description: dict[str, Any], weights: int, compact: bool) -> int:
+    def _export_bytes(
+        config: RunConfig, description: dict[str, Any], weights: int, compact: bool
+    ) -> int:
         """What the export holds beside the run: a copy with LoRA merged into it, and the full tables."""
         tables = description["token_table_parameters"] * FP32 if compact else 0
         return tables + (weights if config.model.lora is not None else 0)
@@ -181,12 +218,18 @@ class Planner:
             return {}
         rows = config.evaluation.batch_size
         length = config.data.max_length if config.data.packing else work.prompt_length
-        found = {"evaluation": rehearsal.reading(rows=rows, length=length, num_logits=256, use_cache=False)}
+        found = {
+            "evaluation": rehearsal.reading(
+                rows=rows, length=length, num_logits=256, use_cache=False
+            )
+        }
         answers = config.evaluation.generate or config.evaluation.samples
         if answers:
             rows = min(answers, config.generation.batch_size)
             length = work.prompt_length + config.generation.max_new_tokens
-            found["generation"] = rehearsal.reading(rows=rows, length=length, num_logits=rows, use_cache=True)
+            found["generation"] = rehearsal.reading(
+                rows=rows, length=length, num_logits=rows, use_cache=True
+            )
         return found
 
     def _skeleton(self, config: RunConfig) -> Any:
@@ -204,7 +247,9 @@ class Planner:
             if needed > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(needed, mean_resizing=False)
             if config.training.activation_checkpointing:
-                model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+                model.activation_checkpointing_enable(
+                    {"use_reentrant": False, "preserve_rng_state": False}
+                )
         return model
 
     def _work(self, config: RunConfig) -> Work:
@@ -221,19 +266,27 @@ class Planner:
             rank=0,
             num_processes=1,
         )
-        num_steps = config.training.max_steps or max(1, math.ceil(config.training.epochs * batches.steps_per_epoch))
+        num_steps = config.training.max_steps or max(
+            1, math.ceil(config.training.epochs * batches.steps_per_epoch)
+        )
         steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
         micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
         rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
-        every = config.evaluation.every or (num_steps if config.data.streaming else batches.steps_per_epoch)
+        every = config.evaluation.every or (
+            num_steps if config.data.streaming else batches.steps_per_epoch
+        )
         return Work(
             rows=rows,
             length=length,
-            num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),
+            num_targets=max(
+                int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches
+            ),
             accumulates=any(len(step.micro_batches) > 1 for step in steps),
             num_steps=num_steps,
             tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
-            num_evaluations=0 if held_out is None else config.evaluation.before + math.ceil(num_steps / every),
+            num_evaluations=0
+            if held_out is None
+            else config.evaluation.before + math.ceil(num_steps / every),
             used_rows=len(set(train.token_ids)),
             coverage=coverage(train, held_out),
             prompt_length=max(held_out.lengths) if held_out is not None else 0,
@@ -243,7 +296,11 @@ class Planner:
         """Training and held-out data; of all that is tried, `data.max_length` alone makes others of them."""
         if data.max_length not in self._encoded:
             train, held_out = (
-                None if rows is None else encode_rows(rows, self.format, data, vocab_size=self.table_rows, display=self.display)
+                None
+                if rows is None
+                else encode_rows(
+                    rows, self.format, data, vocab_size=self.table_rows, display=self.display
+                )
                 for rows in (self.raw.train, self.raw.validation)
             )
             assert train is not None
@@ -270,7 +327,12 @@ def changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
     if config.training.micro_batch_size > 1:
         found.append(("training.micro_batch_size=1", {"training": {"micro_batch_size": 1}}))
     if not config.training.activation_checkpointing:
-        found.append(("training.activation_checkpointing=true", {"training": {"activation_checkpointing": True}}))
+        found.append(
+            (
+                "training.activation_checkpointing=true",
+                {"training": {"activation_checkpointing": True}},
+            )
+        )
     if config.data.max_length > 1:
         half = config.data.max_length // 2
         found.append((f"data.max_length={half}", {"data": {"max_length": half}}))
@@ -287,12 +349,18 @@ def changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
 
 def _changed(tree: dict[str, Any], sections: dict[str, Any], change: str) -> RunConfig:
     changed = {name: {**tree[name], **section} for name, section in sections.items()}
-    if change.startswith("optimizer.name="):  # the options of one optimizer are not those of another
+    if change.startswith(
+        "optimizer.name="
+    ):  # the options of one optimizer are not those of another
         changed["optimizer"] = {"name": change.partition("=")[2], "lr": tree["optimizer"]["lr"]}
     return RunConfig.model_validate({**tree, **changed})
 
 
 def _time(config: RunConfig, work: Work, display: Display) -> TimeEstimate:
     display.say("it fits: timing a few steps of the real model")
-    parts = build_parts(config, accelerator=make_accelerator(config, display), display=Display(enabled=False))
-    return time_run(parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations)
+    parts = build_parts(
+        config, accelerator=make_accelerator(config, display), display=Display(enabled=False)
+    )
+    return time_run(
+        parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations
+    )

@@ -25,7 +25,14 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.load import load_model
 from finetune.models.precision import resolve_precision
 from finetune.models.tokenizers import load_tokenizer, prepare_chat
-from finetune.recipes.data import encode_rows, first_prompts, generation_metrics, load_raw_data, make_format, unrelated_text
+from finetune.recipes.data import (
+    encode_rows,
+    first_prompts,
+    generation_metrics,
+    load_raw_data,
+    make_format,
+    unrelated_text,
+)
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.model import check_length, load_trained
 from finetune.recipes.parts import pad_id
@@ -53,7 +60,9 @@ def open_target(target: str) -> Opened:
     run = RunDir(Path(target))
     is_run = run.is_run()
     if is_run and not (run.model / "config.json").is_file():
-        raise UserError(f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`")
+        raise UserError(
+            f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`"
+        )
     config = load_config(run.config) if is_run else None
     model: Any
     if config is not None:
@@ -73,7 +82,9 @@ def evaluate_target(
     display = display or Display()
     opened = open_target(target)
     if config is None and opened.run is None:
-        raise UserError(f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE")
+        raise UserError(
+            f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE"
+        )
     settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
     data = settings.data
     check_length(opened.model, data.max_length)
@@ -81,13 +92,22 @@ def evaluate_target(
         data = data.model_copy(update={"validation": data.test, "max_validation_rows": None})
     raw = load_raw_data(data, seed=settings.seed)
     if raw.validation is None:
-        raise UserError("the config names no held-out data: set data.test, data.validation or data.validation_fraction")
+        raise UserError(
+            "the config names no held-out data: set data.test, data.validation or data.validation_fraction"
+        )
     format = make_format(data, opened.tokenizer, raw.first_row)
     precision, autocast = _precision(settings, opened.model.device)
-    results = {"data": _said_data(settings), "num_rows": len(raw.validation), "precision": precision}
+    results = {
+        "data": _said_data(settings),
+        "num_rows": len(raw.validation),
+        "precision": precision,
+    }
     vocab_size = opened.model.get_input_embeddings().weight.shape[0]
     dataset = encode_rows(raw.validation, format, data, vocab_size=vocab_size, display=display)
-    unrelated, inactive = unrelated_text(settings, opened.tokenizer, vocab_size), _unused_tokens(opened.run, vocab_size)
+    unrelated, inactive = (
+        unrelated_text(settings, opened.tokenizer, vocab_size),
+        _unused_tokens(opened.run, vocab_size),
+    )
     with autocast:
         results |= _loss_on(opened, dataset, settings, display, inactive).as_dict()
         if unrelated is not None:
@@ -95,8 +115,14 @@ def evaluate_target(
         results |= _scores_on(opened, raw.validation, format, settings, display, inactive)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
-        summary = json.loads(opened.run.evaluation.read_text(encoding="utf-8")) if opened.run.evaluation.is_file() else {}
-        opened.run.evaluation.write_text(json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8")
+        summary = (
+            json.loads(opened.run.evaluation.read_text(encoding="utf-8"))
+            if opened.run.evaluation.is_file()
+            else {}
+        )
+        opened.run.evaluation.write_text(
+            json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8"
+        )
     return results
 
 
@@ -112,7 +138,11 @@ def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
 def _precision(config: RunConfig, device: torch.device) -> tuple[str, torch.autocast]:
     """That of the run's own evaluations; float32 for fp16 off CUDA."""
     wanted = config.training.precision
-    precision = "fp32" if wanted == "fp16" and device.type != "cuda" else resolve_precision(wanted, device)[0]
+    precision = (
+        "fp32"
+        if wanted == "fp16" and device.type != "cuda"
+        else resolve_precision(wanted, device)[0]
+    )
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return precision, torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
@@ -126,7 +156,13 @@ def _said_data(config: RunConfig) -> str:
     return f"data.{'validation' if data.test is None else 'test'}: {', '.join(source.path for source in sources)}"
 
 
-def _loss_on(opened: Opened, dataset: EncodedDataset, config: RunConfig, display: Display, inactive: Any = None) -> LossResult:
+def _loss_on(
+    opened: Opened,
+    dataset: EncodedDataset,
+    config: RunConfig,
+    display: Display,
+    inactive: Any = None,
+) -> LossResult:
     batches = EvaluationBatches(
         dataset,
         max_length=config.data.max_length,
@@ -147,7 +183,9 @@ def _loss_on(opened: Opened, dataset: EncodedDataset, config: RunConfig, display
         )
 
 
-def _scores_on(opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display, inactive: Any) -> dict[str, Any]:
+def _scores_on(
+    opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display, inactive: Any
+) -> dict[str, Any]:
     metrics = generation_metrics(config, format)
     count, room = config.evaluation.generate if metrics else 0, config.generation.max_new_tokens
     prompts = first_prompts(rows, format, count, model=opened.model, room=room, note=display.note)

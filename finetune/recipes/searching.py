@@ -20,7 +20,11 @@ Space = dict[str, list[float]]
 
 
 def search(
-    book: Path, name: str, lrs: Sequence[float], decays: Sequence[float], try_out: Callable[[dict[str, float]], Run | None]
+    book: Path,
+    name: str,
+    lrs: Sequence[float],
+    decays: Sequence[float],
+    try_out: Callable[[dict[str, float]], Run | None],
 ) -> list[Run] | None:
     """Every point of the grid, `lrs` times `decays` (none: the learning rate alone), then those by which it had to be widened.
 
@@ -34,7 +38,9 @@ def search(
             space = {"lr": lrs, **({"weight_decay": list(decays)} if decays else {})}
             if not _exhaust(study, space, try_out):
                 return None
-            found = [try_out(dict(zip(space, point))) for point in itertools.product(*space.values())]
+            found = [
+                try_out(dict(zip(space, point))) for point in itertools.product(*space.values())
+            ]
             assert all(found), "every point of the grid was run"
             runs += [run for run in found if run is not None]
             losses: dict[float, float] = {}
@@ -50,7 +56,9 @@ def _exhaust(study: Any, space: Space, try_out: Callable[[dict[str, float]], Run
     """Run what is left of the grid; False where a signal came."""
     import optuna
 
-    anything = optuna.distributions.FloatDistribution(0.0, sys.float_info.max)  # a grid's values are given, not drawn
+    anything = optuna.distributions.FloatDistribution(
+        0.0, sys.float_info.max
+    )  # a grid's values are given, not drawn
     sampler = study.sampler = optuna.samplers.GridSampler(space, seed=0)
     sampler.after_trial = lambda *_: None  # type: ignore[method-assign]  # it would stop optuna's loop, and this one is ours
     while (trial := _begun(study, space)) is not None or not sampler.is_exhausted(study):
@@ -82,11 +90,15 @@ def _study(book: Path, name: str) -> Iterator[Any]:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("comparing and tuning need optuna, which is not installed: pip install 'finetune-rows[compare]'") from error
+        raise UserError(
+            "comparing and tuning need optuna, which is not installed: pip install 'finetune-rows[compare]'"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{book}")
     try:
-        yield optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction="minimize")
+        yield optuna.create_study(
+            storage=storage, study_name=name, load_if_exists=True, direction="minimize"
+        )
     finally:
         storage.remove_session()
         storage.engine.dispose()

@@ -41,16 +41,22 @@ class TimeEstimate:
 
 def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> TimeEstimate:
     """Take a few steps, read one batch of held-out data, begin one batch of answers, and extrapolate."""
-    evaluation, generation = (_time_evaluation(parts), _time_generation(parts)) if num_evaluations else (0.0, 0.0)
+    evaluation, generation = (
+        (_time_evaluation(parts), _time_generation(parts)) if num_evaluations else (0.0, 0.0)
+    )
     speed = _training_speed(parts)
     step = tokens_per_step / speed
-    return TimeEstimate(step, speed, step * parts.num_steps, evaluation, generation, num_evaluations)
+    return TimeEstimate(
+        step, speed, step * parts.num_steps, evaluation, generation, num_evaluations
+    )
 
 
 def _training_speed(parts: Parts) -> float:
     """Tokens per second of forward, backward, clip and optimizer step."""
     config, accelerator = parts.config, parts.accelerator
-    optimizer: Any = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    optimizer: Any = build_optimizer(
+        parts.model, config.optimizer.name, **optimizer_options(config)
+    )
     module, optimizer = accelerator.prepare(parts.language_model, optimizer)
     module.train()
     seconds, tokens = 0.0, 0
@@ -61,7 +67,9 @@ def _training_speed(parts: Parts) -> float:
             tensors = cast(dict[str, torch.Tensor], micro_batch)
             loss = module(**{key: value.to(accelerator.device) for key, value in tensors.items()})
             accelerator.backward(loss / batch.num_target_tokens)
-        float(clip_grad_norm_(module.parameters(), config.training.max_grad_norm or math.inf))  # waits for the device
+        float(
+            clip_grad_norm_(module.parameters(), config.training.max_grad_norm or math.inf)
+        )  # waits for the device
         optimizer.step()
         optimizer.zero_grad()
         if number:
@@ -75,16 +83,29 @@ def _time_evaluation(parts: Parts) -> float:
     batches = list(parts.evaluation_batches(parts.validation))
     started = time.perf_counter()
     with parts.accelerator.autocast():
-        evaluate_loss(_module(parts), batches[:1], tokenizer=parts.tokenizer, device=parts.accelerator.device)
+        evaluate_loss(
+            _module(parts), batches[:1], tokenizer=parts.tokenizer, device=parts.accelerator.device
+        )
     sizes = [batch["input_ids"].numel() for batch in batches]
     return (time.perf_counter() - started) * sum(sizes) / sizes[0]
 
 
 def _time_generation(parts: Parts) -> float:
     config = parts.config
-    count = config.evaluation.generate if generation_metrics(config, parts.format) else config.evaluation.samples
+    count = (
+        config.evaluation.generate
+        if generation_metrics(config, parts.format)
+        else config.evaluation.samples
+    )
     room = config.generation.max_new_tokens
-    prompts = first_prompts(parts.raw.validation, parts.format, count, model=parts.model, room=room, note=parts.display.note)
+    prompts = first_prompts(
+        parts.raw.validation,
+        parts.format,
+        count,
+        model=parts.model,
+        room=room,
+        note=parts.display.note,
+    )
     if not prompts or not (config.evaluation.generate or config.evaluation.samples):
         return 0.0
     first = prompts[: config.generation.batch_size]
@@ -93,7 +114,12 @@ def _time_generation(parts: Parts) -> float:
     started = time.perf_counter()
     with parts.accelerator.autocast():
         sampling = SamplingSettings(**settings, stop_ids=[], seed=0)  # type: ignore[typeddict-item]
-        generate(_module(parts).model, [prompt.input_ids for prompt in first], batch_size=len(first), **sampling)
+        generate(
+            _module(parts).model,
+            [prompt.input_ids for prompt in first],
+            batch_size=len(first),
+            **sampling,
+        )
     seconds = time.perf_counter() - started
     return seconds * config.generation.max_new_tokens / new_tokens * len(prompts) / len(first)
 

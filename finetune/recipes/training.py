@@ -66,7 +66,9 @@ def run_training(
     checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
     accelerator = make_accelerator(config, display)
     checkpoint = agree_on_checkpoint(checkpoint, accelerator)
-    resuming = resume is not None and (checkpoint is None or checkpoint.parent.resolve() == run.checkpoints.resolve())
+    resuming = resume is not None and (
+        checkpoint is None or checkpoint.parent.resolve() == run.checkpoints.resolve()
+    )
     if not dry_run:
         _refuse_occupied(run, config, accelerator, resuming=resuming)
     with display.warnings():
@@ -87,14 +89,22 @@ def run_training(
 
 
 def _train(
-    parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, checkpoint: Path | None, observer: Observer | None
+    parts: Parts,
+    raw_optimizer: torch.optim.Optimizer,
+    run: RunDir,
+    checkpoint: Path | None,
+    observer: Observer | None,
 ) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
     keep_tables_out_of_ddp(parts.language_model, raw_optimizer)
     module, optimizer = prepare(accelerator, parts.language_model, raw_optimizer, parts.display)
-    with parts.display.steps(parts.num_steps, 0 if checkpoint is None else step_of(checkpoint)) as show:
-        logger = MetricLogger(run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else [])))
+    with parts.display.steps(
+        parts.num_steps, 0 if checkpoint is None else step_of(checkpoint)
+    ) as show:
+        logger = MetricLogger(
+            run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else []))
+        )
         evaluator = Evaluator(parts, run, logger)
         evaluate = reading(accelerator, module, evaluator)
         trainer = Trainer(
@@ -124,7 +134,9 @@ def _train(
             forgotten = trainer.resume(checkpoint)
             parts.display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
             if forgotten is not None:
-                parts.display.note(f"the checkpoint of step {forgotten}, the best so far, is not in {run.checkpoints}: not counted")
+                parts.display.note(
+                    f"the checkpoint of step {forgotten}, the best so far, is not in {run.checkpoints}: not counted"
+                )
         if accelerator.is_main_process:
             _write_records(parts, run)
             forget_after(run.metrics, trainer.progress.step if checkpoint is not None else -1)
@@ -138,7 +150,9 @@ def _train(
         say_counts(parts.display, "training", parts.format, parts.statistics, config)
         _write_counts(parts, run)
     if stopped == "signal":
-        parts.display.say(f"stopped by a signal after step {trainer.progress.step}, which is saved; go on with --resume auto")
+        parts.display.say(
+            f"stopped by a signal after step {trainer.progress.step}, which is saved; go on with --resume auto"
+        )
     elif observer is not None:
         observer.finish(parts, raw_optimizer)
     else:
@@ -148,11 +162,21 @@ def _train(
     return stopped
 
 
-def _make_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def _make_scheduler(
+    optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     section = config.scheduler
-    warmup = math.ceil(section.warmup_ratio * num_steps) if section.warmup_steps is None else section.warmup_steps
+    warmup = (
+        math.ceil(section.warmup_ratio * num_steps)
+        if section.warmup_steps is None
+        else section.warmup_steps
+    )
     return build_lr_scheduler(
-        optimizer, section.name, num_steps=num_steps, warmup_steps=min(warmup, num_steps), min_lr_ratio=section.min_lr_ratio
+        optimizer,
+        section.name,
+        num_steps=num_steps,
+        warmup_steps=min(warmup, num_steps),
+        min_lr_ratio=section.min_lr_ratio,
     )
 
 
@@ -170,9 +194,16 @@ def _cadence(parts: Parts) -> Cadence:
     )
 
 
-def _refuse_occupied(run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool) -> None:
+def _refuse_occupied(
+    run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool
+) -> None:
     """Raise UserError where another run lies in the folder. Process 0 looks, the others wait."""
-    if accelerator.is_main_process and run.has_started() and not resuming and not config.overwrite_output_dir:
+    if (
+        accelerator.is_main_process
+        and run.has_started()
+        and not resuming
+        and not config.overwrite_output_dir
+    ):
         raise UserError(
             f"{run.root} holds another run; go on with it by --resume auto, name another output_dir, or set "
             f"overwrite_output_dir=true to delete it"
@@ -203,22 +234,34 @@ def _claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
             with tempfile.TemporaryFile(dir=run.root):
                 pass
         except OSError as error:
-            raise UserError(f"the run's folder {run.root} cannot be written: {error.strerror}") from error
+            raise UserError(
+                f"the run's folder {run.root} cannot be written: {error.strerror}"
+            ) from error
     accelerator.wait_for_everyone()
 
 
 def _say_changes(run: RunDir, config: RunConfig, display: Display) -> None:
     """Name the settings that differ from those that the run was started with."""
-    then, now = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))), _flat(yaml.safe_load(dump_config(config)))
+    then, now = (
+        _flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))),
+        _flat(yaml.safe_load(dump_config(config))),
+    )
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if changed:
-        display.note("resumed with changed settings: " + ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed))
+        display.note(
+            "resumed with changed settings: "
+            + ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed)
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {key: value for name, item in tree.items() for key, value in _flat(item, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, item in tree.items()
+        for key, value in _flat(item, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def _write_records(parts: Parts, run: RunDir) -> None:
@@ -252,6 +295,8 @@ def _write_counts(parts: Parts, run: RunDir) -> None:
 def _trackers(parts: Parts, run: RunDir) -> tuple[Callable[[Mapping[str, Any]], None], ...]:
     if not parts.config.tracking:
         return ()
-    settings = {key: str(value) for key, value in _flat(parts.config.model_dump(mode="json")).items()}
+    settings = {
+        key: str(value) for key, value in _flat(parts.config.model_dump(mode="json")).items()
+    }
     parts.accelerator.init_trackers(run.root.name, config=settings)
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record["step"]),)

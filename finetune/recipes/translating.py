@@ -42,7 +42,9 @@ def translate_text(
     format, section = _translation_format(opened, source, to), opened.settings(settings)
     trained = _trained_languages(opened.run) if opened.run is not None else ()
     if None not in trained and trained and not set(format.languages) <= set(trained):
-        display.say(f"note: this run was trained on {' and '.join(map(str, trained))}, not on {' and '.join(format.languages)}")
+        display.say(
+            f"note: this run was trained on {' and '.join(map(str, trained))}, not on {' and '.join(format.languages)}"
+        )
     options = {
         "model": opened.model,
         "tokenizer": opened.tokenizer,
@@ -54,7 +56,11 @@ def translate_text(
         with display.bar("translating", None) as advance:
             translate_file(input, output, on_progress=differences(advance), **options)
         return
-    lines = read_lines(input) if input is not None else texts or stdin_lines(display, "a sentence a line")
+    lines = (
+        read_lines(input)
+        if input is not None
+        else texts or stdin_lines(display, "a sentence a line")
+    )
     for line in translate_lines(lines, **options):
         print(line, flush=True)
 
@@ -62,7 +68,9 @@ def translate_text(
 def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
     """The prompt of the run's own training, or for a plain model that of the two languages given."""
     pair = opened.config.data.translation if opened.config is not None else None
-    trained: list[str | None] = list(_trained_languages(opened.run)) if opened.run is not None else [None, None]
+    trained: list[str | None] = (
+        list(_trained_languages(opened.run)) if opened.run is not None else [None, None]
+    )
     if pair is not None and pair.direction == "backward":
         trained.reverse()
     source, to = source or trained[0], to or trained[1]

@@ -47,7 +47,10 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     with display.steps(config.training.max_steps or 1, 0) as show:
         seen.show = show
         try:
-            if run_training(config, resume="auto", display=Display(enabled=False), observer=seen) == "signal":
+            if (
+                run_training(config, resume="auto", display=Display(enabled=False), observer=seen)
+                == "signal"
+            ):
                 return None
         except Diverged as error:
             problem = str(error)
@@ -57,9 +60,15 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     run.bad_batch.unlink(missing_ok=True)
     settings = {**optimizer_info(name).options, **optimizer_options(config)}
-    settings = json.loads(json.dumps({key: value for key, value in settings.items() if key != "embeddings"}, default=str))
+    settings = json.loads(
+        json.dumps(
+            {key: value for key, value in settings.items() if key != "embeddings"}, default=str
+        )
+    )
     measured = {} if problem else seen.measured
-    write_result(folder, Result(name, phase, config.seed, settings, problem, seen.began_with, **measured))
+    write_result(
+        folder, Result(name, phase, config.seed, settings, problem, seen.began_with, **measured)
+    )
     return read_run(folder)
 
 
@@ -81,7 +90,9 @@ class RunObserver:
         self.began_with = {key: parts.identity[key] for key in ("the model", "the training data")}
         tables = token_tables(inner_model(parts.model))
         trained = [weight for weight in parts.model.parameters() if weight.requires_grad]
-        self._weights = [weight for weight in trained if not any(weight is table for table in tables)]
+        self._weights = [
+            weight for weight in trained if not any(weight is table for table in tables)
+        ]
         self._every = max(1, math.ceil(parts.num_steps / UPDATE_POINTS))
         self._before = self._copy()
 
@@ -98,7 +109,11 @@ class RunObserver:
 
     def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
         states = [value for state in optimizer.state.values() for value in state.values()]
-        self.measured = {"state_bytes": tensor_bytes(value for value in states if isinstance(value, torch.Tensor))}
+        self.measured = {
+            "state_bytes": tensor_bytes(
+                value for value in states if isinstance(value, torch.Tensor)
+            )
+        }
         if self._test:
             self.measured |= _test(parts)
 
@@ -116,7 +131,9 @@ def _test(parts: Parts) -> dict[str, Any]:
     config = parts.config
     assert config.data.test is not None
     size = inner_model(parts.model).config.get_text_config().vocab_size
-    dataset = encode_rows(load_rows(as_sources(config.data.test)), parts.format, config.data, vocab_size=size)
+    dataset = encode_rows(
+        load_rows(as_sources(config.data.test)), parts.format, config.data, vocab_size=size
+    )
     bins = bins_of(_target_counts(parts, size))
     sums = torch.zeros(2, len(BINS), dtype=torch.float64)
     device = parts.accelerator.device
@@ -130,11 +147,21 @@ def _test(parts: Parts) -> dict[str, Any]:
     test = {"all": float(nats.sum() / tokens.sum())}
     test |= {name: float(nats[i] / tokens[i]) for i, name in enumerate(BINS) if tokens[i]}
     sizes = torch.bincount(bins, minlength=len(BINS)).tolist()
-    return {"test": test, "bins": {name: {"tokens": sizes[i], "targets": int(tokens[i])} for i, name in enumerate(BINS)}}
+    return {
+        "test": test,
+        "bins": {
+            name: {"tokens": sizes[i], "targets": int(tokens[i])} for i, name in enumerate(BINS)
+        },
+    }
 
 
 def _target_counts(parts: Parts, size: int) -> torch.Tensor:
     """How often each token is a target of the training data, [V]."""
     assert isinstance(parts.batches, TrainingBatches), "a comparison does not stream"
-    labels = [label for example in parts.batches.dataset for label in example.labels if label != IGNORE_INDEX]
+    labels = [
+        label
+        for example in parts.batches.dataset
+        for label in example.labels
+        if label != IGNORE_INDEX
+    ]
     return torch.bincount(torch.tensor(labels), minlength=size)

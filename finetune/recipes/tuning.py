@@ -24,7 +24,12 @@ from finetune.trainer import Stopped
 
 
 def tune_optimizer(
-    path: Path, overrides: Sequence[str], *, trials: int, budget: int | None, display: Display | None = None
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    trials: int,
+    budget: int | None,
+    display: Display | None = None,
 ) -> Stopped:
     """Try `trials` learning rates, each with every weight decay, print the table, and write the config of the best as best.yaml.
 
@@ -33,7 +38,9 @@ def tune_optimizer(
     """
     display = display or Display()
     decays, others = take_list(overrides, "optimizer.weight_decay")
-    config = load_config(path, [f"output_dir={json.dumps(str(Path('runs') / f'tune-{path.stem}'))}", *others])
+    config = load_config(
+        path, [f"output_dir={json.dumps(str(Path('runs') / f'tune-{path.stem}'))}", *others]
+    )
     name = optimizer_info(config.optimizer.name).name
     tried = [float(decay) for decay in (WEIGHT_DECAYS if decays is None else decays)]
     tried = tried if "weight_decay" in optimizer_info(name).options else []
@@ -48,20 +55,38 @@ def tune_optimizer(
         return stopped(config, display)
     best = best_of(runs)
     if best.diverged:
-        raise UserError(f"all {len(runs)} runs diverged, the one with the lowest lr of {best.result.lr:g} as well: begin lower")
+        raise UserError(
+            f"all {len(runs)} runs diverged, the one with the lowest lr of {best.result.lr:g} as well: begin lower"
+        )
     chosen = config.output_dir / "best.yaml"
     chosen.write_text(dump_config(_best_config(config, best, budget, path)), encoding="utf-8")
     _print(name, runs, best, trials * max(1, len(tried)))
-    display.say(f"{name} {said_settings(best)} did best of {len(runs)} runs, with one seed; go on with: finetune train {chosen}")
+    display.say(
+        f"{name} {said_settings(best)} did best of {len(runs)} runs, with one seed; go on with: finetune train {chosen}"
+    )
     return "finished"
 
 
 def _best_config(config: RunConfig, best: Run, budget: int | None, path: Path) -> RunConfig:
     """The user's config with the learning rate and the weight decay found."""
-    found: dict[str, Any] = {key: best.result.settings[key] for key in ("lr", "weight_decay") if key in best.result.settings}
-    training = config.training if budget is None else config.training.model_copy(update={"max_steps": budget})
+    found: dict[str, Any] = {
+        key: best.result.settings[key]
+        for key in ("lr", "weight_decay")
+        if key in best.result.settings
+    }
+    training = (
+        config.training
+        if budget is None
+        else config.training.model_copy(update={"max_steps": budget})
+    )
     section = config.optimizer.model_copy(update=found)
-    return config.model_copy(update={"optimizer": section, "training": training, "output_dir": Path("runs") / f"{path.stem}-tuned"})
+    return config.model_copy(
+        update={
+            "optimizer": section,
+            "training": training,
+            "output_dir": Path("runs") / f"{path.stem}-tuned",
+        }
+    )
 
 
 def said_settings(run: Run) -> str:
@@ -70,14 +95,19 @@ def said_settings(run: Run) -> str:
 
 
 def _print(name: str, runs: Sequence[Run], best: Run, planned: int) -> None:
-    table = Table(title=f"{name}: held-out loss after {best.points[-1].step} steps", title_justify="left")
+    table = Table(
+        title=f"{name}: held-out loss after {best.points[-1].step} steps", title_justify="left"
+    )
     for label in ("lr", "weight decay", "loss", ""):
         table.add_column(label, justify="right" if label else "left")
     for number, run in sorted(
-        enumerate(runs), key=lambda item: (item[1].result.lr, item[1].result.settings.get("weight_decay") or 0)
+        enumerate(runs),
+        key=lambda item: (item[1].result.lr, item[1].result.settings.get("weight_decay") or 0),
     ):
         marks = [*(["best"] if run is best else []), *(["widened"] if number >= planned else [])]
         decay = run.result.settings.get("weight_decay")
         loss = "diverged" if run.diverged else f"{run.loss:.4f}"
-        table.add_row(f"{run.result.lr:g}", "–" if decay is None else f"{decay:g}", loss, ", ".join(marks))
+        table.add_row(
+            f"{run.result.lr:g}", "–" if decay is None else f"{decay:g}", loss, ", ".join(marks)
+        )
     Console(highlight=False).print(table)

@@ -24,12 +24,19 @@ from finetune.models.describe import token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens, template_tokens
-from finetune.models.vocabulary import activate_as_saved, activate_vocabulary, active_modules, why_not_active
+from finetune.models.vocabulary import (
+    activate_as_saved,
+    activate_vocabulary,
+    active_modules,
+    why_not_active,
+)
 from finetune.optim import optimizer_info
 from finetune.trainer import step_seed
 
 SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream
-MEASURED_TOKENS = 2048  # target tokens on which the model's probabilities are measured, for `sampled`
+MEASURED_TOKENS = (
+    2048  # target tokens on which the model's probabilities are measured, for `sampled`
+)
 MEASURED_AT = frozenset(16 * 4**k for k in range(16))
 """Steps before which they are measured again, beside the first: the mass moves most at the start."""
 LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole where the run uses more of it
@@ -41,11 +48,17 @@ class VocabularyPlan:
 
     mode: str  # full, active, sampled or frozen
     reason: str  # why, where `auto` chose
-    ids: tuple[int, ...]  # tokens whose rows train; empty for full, and for frozen without new tokens and any to keep
-    used: tuple[int, ...]  # tokens of the data and those beside them (see `active_ids`), whichever rows train
+    ids: tuple[
+        int, ...
+    ]  # tokens whose rows train; empty for full, and for frozen without new tokens and any to keep
+    used: tuple[
+        int, ...
+    ]  # tokens of the data and those beside them (see `active_ids`), whichever rows train
     spare: int  # rows kept for tokens that turn up later in a stream
     rows: int  # of the table
-    saved_bytes: int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
+    saved_bytes: (
+        int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
+    )
     whole_input: bool  # the input table is one of its own, and trains whole, row by row
     num_sampled: int | None  # frozen rows drawn for a step; None: all take part
 
@@ -62,13 +75,19 @@ class VocabularyPlan:
         rest = "; the input table trains whole, row by row" if self.whole_input else ""
         cost = "saved" if self.saved_bytes >= 0 else "for them, beside LoRA's"
         size = f"{abs(self.saved_bytes) / 1e6:,.0f} MB of gradients and optimizer state {cost}"
-        trained = f"{rows} train{room}, the others {table}stay" if count else "no row trains, all stay"
+        trained = (
+            f"{rows} train{room}, the others {table}stay" if count else "no row trains, all stay"
+        )
         return f"vocabulary: {self.mode}{why}: {trained} bit for bit what they are{drawn}{rest}; {size}"
 
     def identity(self) -> str:
         """What a resumed run must have in common with the one it goes on with: the mode, and which rows train."""
         rows = f"{self.mode}, {len(self.ids)} rows"
-        return f"{rows}, their ids hashed {hashlib.sha256(repr(self.ids).encode()).hexdigest()[:8]}" if self.ids else rows
+        return (
+            f"{rows}, their ids hashed {hashlib.sha256(repr(self.ids).encode()).hexdigest()[:8]}"
+            if self.ids
+            else rows
+        )
 
 
 def plan_vocabulary(
@@ -91,8 +110,13 @@ def plan_vocabulary(
         mode, reason = _automatic(config, model, len(ids), len(new_tokens), sharded)
     if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
         mode, reason = "active", "a sample would be the whole table"
-    if mode in ("active", "sampled") and (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
-        raise UserError(f"vocabulary.mode is {mode}, but {obstacle}; set vocabulary.mode to full or frozen")
+    if (
+        mode in ("active", "sampled")
+        and (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None
+    ):
+        raise UserError(
+            f"vocabulary.mode is {mode}, but {obstacle}; set vocabulary.mode to full or frozen"
+        )
     if mode == "sampled" and sharded:
         raise UserError(
             "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode to active or "
@@ -110,11 +134,15 @@ def plan_vocabulary(
     tables = 1 if head is table or lazy_input else 2
     bytes_per_row = table.shape[1] * (4 + optimizer_info(config.optimizer.name).state_bytes)
     spare = spare_rows(len(ids), len(table)) if config.data.streaming and trains else 0
-    otherwise = 0 if config.model.lora is not None else len(table)  # rows that would have gradients and state
+    otherwise = (
+        0 if config.model.lora is not None else len(table)
+    )  # rows that would have gradients and state
     saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
     ids = () if mode == "full" else ids
     num_sampled = config.vocabulary.num_sampled if mode == "sampled" else None
-    return VocabularyPlan(mode, reason, ids, used, spare, len(table), saved, trains and lazy_input, num_sampled)
+    return VocabularyPlan(
+        mode, reason, ids, used, spare, len(table), saved, trains and lazy_input, num_sampled
+    )
 
 
 def spare_rows(num_active: int, num_rows: int) -> int:
@@ -128,14 +156,26 @@ def spare_rows(num_active: int, num_rows: int) -> int:
     return min(max(SPARE_ROWS, num_active), num_rows - num_active)
 
 
-def _automatic(config: RunConfig, model: Any, num_active: int, num_new: int, sharded: bool) -> tuple[str, str]:
+def _automatic(
+    config: RunConfig, model: Any, num_active: int, num_new: int, sharded: bool
+) -> tuple[str, str]:
     table, head = token_tables(model)
     if config.model.lora is not None and config.vocabulary.keep and why_not_active(model) is None:
-        return "frozen", "LoRA leaves the token table as it is, but for vocabulary.keep and new tokens"
+        return (
+            "frozen",
+            "LoRA leaves the token table as it is, but for vocabulary.keep and new tokens",
+        )
     if config.model.lora is not None:
-        return "full", f"LoRA leaves the token table as it is{f', but for {num_new} new tokens' if num_new else ''}"
+        return (
+            "full",
+            f"LoRA leaves the token table as it is{f', but for {num_new} new tokens' if num_new else ''}",
+        )
     if head is not table:
-        lazy = "lazy_adamw updates only the input rows in use" if _input_is_lazy(config) else "active would make both compact"
+        lazy = (
+            "lazy_adamw updates only the input rows in use"
+            if _input_is_lazy(config)
+            else "active would make both compact"
+        )
         return "full", f"input and output tables are not tied; {lazy}"
     if (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
         return "full", obstacle
@@ -159,10 +199,15 @@ def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
 
 def _input_is_lazy(config: RunConfig) -> bool:
     """Whether an untied input table stays whole and trains row by row; LoRA would freeze it, new tokens' rows included."""
-    return config.model.lora is None and optimizer_info(config.optimizer.name).must_know == "embeddings"
+    return (
+        config.model.lora is None
+        and optimizer_info(config.optimizer.name).must_know == "embeddings"
+    )
 
 
-def active_ids(tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]) -> set[int]:
+def active_ids(
+    tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]
+) -> set[int]:
     """The tokens of the data, special, added, byte and chat template tokens, and those to keep: ids, or texts that have them."""
     ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
@@ -177,9 +222,15 @@ def kept_ids(tokenizer: Any, keep: Iterable[int | str]) -> set[int]:
     for item in keep:
         if isinstance(item, int) and not 0 <= item < size:
             raise UserError(f"vocabulary.keep: {item} is no token id; ids go from 0 to {size - 1}")
-        found = {item} if isinstance(item, int) else set(tokenizer(item, add_special_tokens=False).input_ids)
+        found = (
+            {item}
+            if isinstance(item, int)
+            else set(tokenizer(item, add_special_tokens=False).input_ids)
+        )
         if not found:
-            raise UserError(f"vocabulary.keep: the text {item!r} has no tokens; give a text that has some, or an id")
+            raise UserError(
+                f"vocabulary.keep: the text {item!r} has no tokens; give a text that has some, or an id"
+            )
         ids |= found
     return ids
 
@@ -199,7 +250,9 @@ def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf1
         )
 
 
-def apply_saved_vocabulary(model: Any, config: RunConfig, state: Mapping[str, torch.Tensor]) -> None:
+def apply_saved_vocabulary(
+    model: Any, config: RunConfig, state: Mapping[str, torch.Tensor]
+) -> None:
     """Make the tables of `model` what they were when the state dict `state` of a run with this config was taken, in place."""
     if config.vocabulary.mode == "frozen":
         _freeze_tables(model)
@@ -220,7 +273,9 @@ def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> It
             return
         chosen = order[start : start + rows]
         count += sum(dataset.target_counts[i] for i in chosen)
-        yield collate([[dataset[i]] for i in chosen], pad_id=pad_id, packed=False, pad_to_multiple_of=1)
+        yield collate(
+            [[dataset[i]] for i in chosen], pad_id=pad_id, packed=False, pad_to_multiple_of=1
+        )
 
 
 class VocabularyKeeper:
@@ -235,7 +290,12 @@ class VocabularyKeeper:
         accelerator: Accelerator,
         note: Callable[[str], None],
     ) -> None:
-        self.language_model, self.accelerator, self.note, self.seed = language_model, accelerator, note, config.seed
+        self.language_model, self.accelerator, self.note, self.seed = (
+            language_model,
+            accelerator,
+            note,
+            config.seed,
+        )
         self.modules = active_modules(language_model)
         self.plan, self.num_steps = plan, config.training.max_steps
         self.said: set[str] = set()
@@ -260,7 +320,11 @@ class VocabularyKeeper:
 
     def _turned_up(self) -> str:
         active = self.modules[0].vocabulary.num_active
-        late = f"; {len(self.left):,} more came (since the last start) when no row was left" if self.left else ""
+        late = (
+            f"; {len(self.left):,} more came (since the last start) when no row was left"
+            if self.left
+            else ""
+        )
         return f"{active:,} tokens train at the end, {active - len(self.plan.ids):,} of which turned up in the stream{late}"
 
     def _follow(self, step: int, sampler: FrozenSampler, count: int) -> None:
@@ -271,8 +335,13 @@ class VocabularyKeeper:
                 mass = measure_frozen_rows(self.language_model, self.sample())
             release()  # logits over the whole vocabulary; those of a step are few
             vocabulary.frozen_mass = mass.float().to(vocabulary.frozen_ids.device)
-        if measure or not self.follows:  # the first step after a resumption has them from the checkpoint
-            sampler.chances, self.follows = inclusion_chances(vocabulary.frozen_mass.cpu(), count), True
+        if (
+            measure or not self.follows
+        ):  # the first step after a resumption has them from the checkpoint
+            sampler.chances, self.follows = (
+                inclusion_chances(vocabulary.frozen_mass.cpu(), count),
+                True,
+            )
 
     def _head(self) -> Any:
         return self.language_model.causal_lm.get_output_embeddings().vocabulary
@@ -289,7 +358,9 @@ class VocabularyKeeper:
     def _grow(self, batch: StepBatch) -> torch.Tensor | None:
         """Give new tokens of the step, of all processes, rows as far as there are any; returns those that stay frozen."""
         vocabulary, rows = self.modules[0].vocabulary, len(self.modules[0].weight)
-        ids = torch.cat([micro_batch["input_ids"].flatten() for micro_batch in batch.micro_batches]).unique()
+        ids = torch.cat(
+            [micro_batch["input_ids"].flatten() for micro_batch in batch.micro_batches]
+        ).unique()
         new = ids.to(vocabulary.row_of_id.device)
         new = new[vocabulary.row_of_id[new] >= rows].tolist()
         if self.accelerator.num_processes > 1:

@@ -29,12 +29,21 @@ class Chart:
 
 def charts_of(run: RunRecords) -> list[Chart]:
     """Return the charts of a run: the loss, the metrics of generated text, then what the training itself was like."""
-    text = [Curve(label, points_of(run.evaluations, key), look) for key, label, look in _TEXT_METRICS]
+    text = [
+        Curve(label, points_of(run.evaluations, key), look) for key, label, look in _TEXT_METRICS
+    ]
     text = [curve for curve in text if curve.points]
     charts = _loss(run)
     if text:
         said = " ".join(_in_words(curve.label, curve.points) for curve in text)
-        charts.append(Chart("Generated text", "0 to 100, higher is better", draw("text", text, description=said, zero=True), True))
+        charts.append(
+            Chart(
+                "Generated text",
+                "0 to 100, higher is better",
+                draw("text", text, description=said, zero=True),
+                True,
+            )
+        )
     large = not text  # so that the rows are full: 2 + 3 charts, or 2 + 2
     for key, title, unit in _TRAINING:
         if points := points_of(run.steps, key):
@@ -52,9 +61,18 @@ def _loss(run: RunRecords) -> list[Chart]:
     if not curves:
         return []
     said = " ".join(
-        _in_words(label, points) for label, points in (("Training loss", training), ("Held-out loss", held_out)) if points
+        _in_words(label, points)
+        for label, points in (("Training loss", training), ("Held-out loss", held_out))
+        if points
     )
-    return [Chart("Loss", "nats per target token, lower is better", draw("loss", curves, description=said), True)]
+    return [
+        Chart(
+            "Loss",
+            "nats per target token, lower is better",
+            draw("loss", curves, description=said),
+            True,
+        )
+    ]
 
 
 def _with_smoothing(points: Points) -> list[Curve]:
@@ -71,6 +89,4 @@ def _in_words(label: str, points: Points) -> str:
         return f"{label}: no finite value."
     (first, start), (last, end) = known[0], known[-1]
     values = [value for _, value in known]
-    return (
-        f"{label}: {start:.4g} at step {first:g}, {end:.4g} at step {last:g}, lowest {min(values):.4g}, highest {max(values):.4g}."
-    )
+    return f"{label}: {start:.4g} at step {first:g}, {end:.4g} at step {last:g}, lowest {min(values):.4g}, highest {max(values):.4g}."

@@ -26,7 +26,12 @@ def pictures_of(comparison: Record) -> list[Picture]:
     """All drawings, in the order of the page."""
     rows = comparison["optimizers"]
     target = comparison["target"]["loss"]
-    found = [test_losses(comparison), *(_learning(rows, key, target) for key in COSTS), _learning_rates(comparison), _updates(rows)]
+    found = [
+        test_losses(comparison),
+        *(_learning(rows, key, target) for key in COSTS),
+        _learning_rates(comparison),
+        _updates(rows),
+    ]
     return [*found, *([steps_to_target(comparison)] if target is not None else []), state(rows)]
 
 
@@ -35,9 +40,18 @@ def legend(names: Sequence[str]) -> str:
 
     def fill(figure: Figure) -> None:
         handles = [Line2D([], [], label=name, **line(number)) for number, name in enumerate(names)]
-        figure.legend(handles=handles, loc="center left", ncols=7, handlelength=3.6, borderaxespad=0, columnspacing=1.8)
+        figure.legend(
+            handles=handles,
+            loc="center left",
+            ncols=7,
+            handlelength=3.6,
+            borderaxespad=0,
+            columnspacing=1.8,
+        )
 
-    return picture("legend", (920, 26 * math.ceil(len(names) / 7)), "Legend: " + ", ".join(names) + ".", fill)
+    return picture(
+        "legend", (920, 26 * math.ceil(len(names) / 7)), "Legend: " + ", ".join(names) + ".", fill
+    )
 
 
 def _learning(rows: Record, key: str, target: float | None) -> Picture:
@@ -50,12 +64,28 @@ def _learning(rows: Record, key: str, target: float | None) -> Picture:
             along = [point[key] for point in curve]
             low, high = [point["lowest"] for point in curve], [point["highest"] for point in curve]
             axes.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(along, [point["loss"] for point in curve], markevery=max(1, len(curve) // MARKS), **line(number))
+            axes.plot(
+                along,
+                [point["loss"] for point in curve],
+                markevery=max(1, len(curve) // MARKS),
+                **line(number),
+            )
             if row["reported_diverged"] and curve:
-                axes.plot(along[-1], curve[-1]["loss"], color=colour, marker="x", markersize=9, markeredgewidth=2)
+                axes.plot(
+                    along[-1],
+                    curve[-1]["loss"],
+                    color=colour,
+                    marker="x",
+                    markersize=9,
+                    markeredgewidth=2,
+                )
         if target is not None:
             axes.axhline(target, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
+            place: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "ha": "left",
+                "va": "bottom",
+            }
             axes.annotate("target", (0.015, target), color=INK, fontsize=10, **place)
         _finish(axes, COSTS[key])
 
@@ -73,20 +103,38 @@ def _learning_rates(comparison: Record) -> Picture:
     """Held-out loss against learning rate; what diverged, or ended above where it began, stands at the upper edge."""
     rows = comparison["optimizers"]
     trials = {name: _trials(comparison, name) for name in rows}
-    untrained = max((row["curve"][0]["loss"] for row in rows.values() if row["curve"]), default=math.inf)
-    shown = [loss for found in trials.values() for _, loss in found if loss <= untrained] or [0.0, 1.0]
+    untrained = max(
+        (row["curve"][0]["loss"] for row in rows.values() if row["curve"]), default=math.inf
+    )
+    shown = [loss for found in trials.values() for _, loss in found if loss <= untrained] or [
+        0.0,
+        1.0,
+    ]
     space = 0.08 * (max(shown) - min(shown) or 1.0)
     edge = max(shown) + 2 * space
 
     def fill(figure: Figure) -> None:
         axes = figure.add_subplot()
-        ring: dict[str, Any] = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "linestyle": "none"}
+        ring: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 14,
+            "markerfacecolor": "none",
+            "linestyle": "none",
+        }
         for number, (name, found) in enumerate(trials.items()):
             colour = look(number).colour
             good = [(lr, loss) for lr, loss in found if loss <= untrained]
             axes.plot([lr for lr, _ in good], [loss for _, loss in good], **line(number))
             bad = [lr for lr, loss in found if not loss <= untrained]
-            axes.plot(bad, [edge] * len(bad), color=colour, marker="x", markersize=8, markeredgewidth=2, linestyle="none")
+            axes.plot(
+                bad,
+                [edge] * len(bad),
+                color=colour,
+                marker="x",
+                markersize=8,
+                markeredgewidth=2,
+                linestyle="none",
+            )
             best = [loss for lr, loss in good if lr == rows[name]["lr"]]
             axes.plot([rows[name]["lr"]] * len(best), best, color=colour, **ring)
         _finish(axes, "learning rate")
@@ -96,16 +144,30 @@ def _learning_rates(comparison: Record) -> Picture:
 
     said = []
     for name, found in trials.items():
-        tried = ", ".join(f"{lr:g} ({loss:.3f})" if math.isfinite(loss) else f"{lr:g} (diverged)" for lr, loss in found)
+        tried = ", ".join(
+            f"{lr:g} ({loss:.3f})" if math.isfinite(loss) else f"{lr:g} (diverged)"
+            for lr, loss in found
+        )
         said.append(f"{name}: best {rows[name]['lr']:g}, tried {tried}.")
-    svg = picture("learning-rates", (440, 300), "Held-out loss by learning rate. " + " ".join(said), fill)
-    return Picture("Learning rate", "one seed; ringed: the best; × at the edge: diverged, or no better than untrained", svg, "half")
+    svg = picture(
+        "learning-rates", (440, 300), "Held-out loss by learning rate. " + " ".join(said), fill
+    )
+    return Picture(
+        "Learning rate",
+        "one seed; ringed: the best; × at the edge: diverged, or no better than untrained",
+        svg,
+        "half",
+    )
 
 
 def _trials(comparison: Record, name: str) -> list[tuple[float, float]]:
     """(Learning rate, held-out loss) of the runs that chose, infinite where one diverged, the lowest learning rate first."""
-    found = [run for run in comparison["runs"] if run["optimizer"] == name and run["phase"] == "tuning"]
-    return sorted((run["lr"], math.inf if run["diverged"] else run["validation_loss"]) for run in found)
+    found = [
+        run for run in comparison["runs"] if run["optimizer"] == name and run["phase"] == "tuning"
+    ]
+    return sorted(
+        (run["lr"], math.inf if run["diverged"] else run["validation_loss"]) for run in found
+    )
 
 
 def _updates(rows: Record) -> Picture:
@@ -114,7 +176,12 @@ def _updates(rows: Record) -> Picture:
         for number, row in enumerate(rows.values()):
             moved = [(step, ratio) for step, ratio in row["updates"] if ratio > 0]
             every = max(1, len(moved) // MARKS)
-            axes.plot([step for step, _ in moved], [ratio for _, ratio in moved], markevery=every, **line(number))
+            axes.plot(
+                [step for step, _ in moved],
+                [ratio for _, ratio in moved],
+                markevery=every,
+                **line(number),
+            )
         _finish(axes, "steps")
         axes.set_yscale("log")
         _decades(axes.yaxis)
@@ -125,7 +192,12 @@ def _updates(rows: Record) -> Picture:
         if row["updates"]
     ]
     svg = picture("updates", (440, 300), "Update over weights. " + " ".join(said), fill)
-    return Picture("Update to weight", "norm of a step's change over norm of the weights, without the token tables", svg, "half")
+    return Picture(
+        "Update to weight",
+        "norm of a step's change over norm of the weights, without the token tables",
+        svg,
+        "half",
+    )
 
 
 def _finish(axes: Axes, label: str) -> None:

@@ -9,7 +9,17 @@ from finetune.report import facts
 
 Record = dict[str, Any]
 
-UNTOLD = {"lr", "overrides", "layer_decay", "no_decay", "foreach", "fused", "capturable", "differentiable", "maximize"}
+UNTOLD = {
+    "lr",
+    "overrides",
+    "layer_decay",
+    "no_decay",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "maximize",
+}
 """Settings that the table leaves out: shown elsewhere, the same for all, or without influence on the result."""
 
 
@@ -52,17 +62,31 @@ def caveats(comparison: Record) -> list[str]:
     """What to hold against the result, from the result itself, then the notes of the runs."""
     found, protocol = [], comparison["protocol"]
     if (seeds := len(protocol["seeds"])) < 3:
-        found.append(f"{seeds} seed{'s are' if seeds > 1 else ' is'} too few to tell chance from merit.")
+        found.append(
+            f"{seeds} seed{'s are' if seeds > 1 else ' is'} too few to tell chance from merit."
+        )
     if (trials := protocol["trials"]) < 3:
-        found.append(f"{trials} learning rate{'s are' if trials > 1 else ' is'} no search: the grid was not widened.")
-    widened = [f"{name} ({row['widenings']})" for name, row in comparison["optimizers"].items() if row["widenings"]]
+        found.append(
+            f"{trials} learning rate{'s are' if trials > 1 else ' is'} no search: the grid was not widened."
+        )
+    widened = [
+        f"{name} ({row['widenings']})"
+        for name, row in comparison["optimizers"].items()
+        if row["widenings"]
+    ]
     if widened:
-        found.append(f"Grids that were widened, by so many trials beyond the {trials} planned: {', '.join(widened)}.")
+        found.append(
+            f"Grids that were widened, by so many trials beyond the {trials} planned: {', '.join(widened)}."
+        )
     for name, row in comparison["optimizers"].items():
         if row["at_edge"]:
-            found.append(f"{name}: the best learning rate still lies at the end of what was tried; it may do better beyond.")
+            found.append(
+                f"{name}: the best learning rate still lies at the end of what was tried; it may do better beyond."
+            )
         if row["reported_diverged"]:
-            found.append(f"{name}: {row['reported_diverged']} of {row['reported_runs']} reported runs diverged.")
+            found.append(
+                f"{name}: {row['reported_diverged']} of {row['reported_runs']} reported runs diverged."
+            )
     return found + comparison["notes"]
 
 
@@ -103,7 +127,9 @@ def ranked(comparison: Record) -> list[tuple[str, Record]]:
 def line(name: str, row: Record) -> Record:
     """One optimizer in the table, as text."""
     to = row["to_target"]
-    trials = f"of {row['tuning_trials']}" + (f", {row['widenings']} added" if row["widenings"] else "")
+    trials = f"of {row['tuning_trials']}" + (
+        f", {row['widenings']} added" if row["widenings"] else ""
+    )
     return {
         "name": name,
         "lr": f"{row['lr']:g}",
@@ -118,7 +144,9 @@ def line(name: str, row: Record) -> Record:
         "per_step": f"{1000 * row['seconds_per_step']:,.0f} ms",
         "state": f"{row['state_bytes'] / 2**20:,.3g} MiB",
         "diverged": f"{row['tuning_diverged']} of {row['tuning_trials']}, {row['reported_diverged']} of {row['reported_runs']}",
-        "settings": ", ".join(f"{key} {plain(value)}" for key, value in row["settings"].items() if key not in UNTOLD),
+        "settings": ", ".join(
+            f"{key} {plain(value)}" for key, value in row["settings"].items() if key not in UNTOLD
+        ),
     }
 
 
@@ -135,7 +163,13 @@ def plain(value: Any) -> str:
     """A setting as one would write it."""
     if isinstance(value, list):
         return "(" + ", ".join(map(plain, value)) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        f"{value:g}"
+        if isinstance(value, float)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def run_line(run: Record) -> list[str]:
@@ -143,4 +177,12 @@ def run_line(run: Record) -> list[str]:
     loss = "diverged" if run["diverged"] else f"{run['validation_loss']:.4f}"
     test = facts.MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
     phase = "widening" if run["widening"] else run["phase"]
-    return [phase, str(run["seed"]), f"{run['lr']:g}", f"{run['steps']:,}", loss, test, f"{run['seconds']:,.1f}"]
+    return [
+        phase,
+        str(run["seed"]),
+        f"{run['lr']:g}",
+        f"{run['steps']:,}",
+        loss,
+        test,
+        f"{run['seconds']:,.1f}",
+    ]

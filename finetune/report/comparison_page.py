@@ -25,7 +25,9 @@ def write_comparison(root: Path) -> Path:
     """
     source, target = root / "comparison.json", root / "comparison.html"
     if not source.is_file():
-        raise UserError(f"{root} holds no finished comparison: there is no {source}; run `finetune compare` to its end")
+        raise UserError(
+            f"{root} holds no finished comparison: there is no {source}; run `finetune compare` to its end"
+        )
     return write_page(render(json.loads(source.read_text(encoding="utf-8"))), target)
 
 
@@ -45,6 +47,7 @@ def render(comparison: Record) -> str:
         caveats=compared.caveats(comparison),
         bins=compared.bins(comparison),
         runs=[compared.run_line(run) for run in comparison["runs"]],
-        machine_facts=facts.pairs(environment["machine"]) + facts.pairs({key: environment[key] for key in ("device", "precision")}),
+        machine_facts=facts.pairs(environment["machine"])
+        + facts.pairs({key: environment[key] for key in ("device", "precision")}),
         model_facts=facts.pairs(comparison["model"]),
     )

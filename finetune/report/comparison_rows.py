@@ -24,11 +24,15 @@ def test_losses(comparison: Record) -> Picture:
     order = [*ranking, *(name for name in rows if name not in ranking)]
     numbers = {name: number for number, name in enumerate(rows)}
     titles = {"all": "all tokens"} | {
-        name: f"{name}: {bins[name]['tokens']:,} tokens" for name in BINS if bins and bins[name]["targets"]
+        name: f"{name}: {bins[name]['tokens']:,} tokens"
+        for name in BINS
+        if bins and bins[name]["targets"]
     }
 
     def fill(figure: Figure) -> None:
-        for axes, (panel, title) in zip(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0], titles.items()):
+        for axes, (panel, title) in zip(
+            figure.subplots(1, len(titles), sharey=True, squeeze=False)[0], titles.items()
+        ):
             axes.set_title(title, fontsize=11, color=INK, loc="left")
             for place, name in enumerate(order):
                 _dot(axes, _of(rows[name], panel), place, numbers[name])
@@ -39,11 +43,18 @@ def test_losses(comparison: Record) -> Picture:
     for name in order:
         means = {panel: (_of(rows[name], panel) or {}).get("mean") for panel in titles}
         said.append(
-            f"{name}: " + ", ".join(f"{panel} {'diverged' if m is None else f'{m:.3f}'}" for panel, m in means.items()) + "."
+            f"{name}: "
+            + ", ".join(
+                f"{panel} {'diverged' if m is None else f'{m:.3f}'}" for panel, m in means.items()
+            )
+            + "."
         )
     svg = picture("test", (920, 80 + 26 * len(order)), "Test loss. " + " ".join(said), fill)
     return Picture(
-        "Test loss", "nats per target token, mean and 95 % interval, by how frequent the token is in training", svg, "wide"
+        "Test loss",
+        "nats per target token, mean and 95 % interval, by how frequent the token is in training",
+        svg,
+        "wide",
     )
 
 
@@ -57,11 +68,20 @@ def steps_to_target(comparison: Record) -> Picture:
         for place, name in enumerate(names):
             found = [run["steps_to_target"] for run in reported if run["optimizer"] == name]
             reached = sorted(step for step in found if step is not None)
-            heights = [place + 0.11 * (index - (len(reached) - 1) / 2) for index in range(len(reached))]
+            heights = [
+                place + 0.11 * (index - (len(reached) - 1) / 2) for index in range(len(reached))
+            ]
             colour, marker = look(place).colour, look(place).marker
             axes.plot(reached, heights, color=colour, marker=marker, markersize=6, linestyle="none")
             if missed := len(found) - len(reached):
-                axes.plot([steps * 1.1], [place], color=colour, marker="x", markersize=8, markeredgewidth=2)
+                axes.plot(
+                    [steps * 1.1],
+                    [place],
+                    color=colour,
+                    marker="x",
+                    markersize=8,
+                    markeredgewidth=2,
+                )
                 _beside(axes, f"{missed}", steps * 1.1, place)
         _rows(axes, names, "steps")
         axes.set_xlim(0, steps * 1.2)
@@ -70,8 +90,12 @@ def steps_to_target(comparison: Record) -> Picture:
     for name, row in comparison["optimizers"].items():
         found = row["to_target"]
         median = "missed" if found["steps"] is None else f"{found['steps']:g} steps"
-        said.append(f"{name}: median {median}, reached by {found['reached']} of {row['reported_runs']}.")
-    svg = picture("to-target", (440, 70 + 28 * len(names)), "Steps to the target. " + " ".join(said), fill)
+        said.append(
+            f"{name}: median {median}, reached by {found['reached']} of {row['reported_runs']}."
+        )
+    svg = picture(
+        "to-target", (440, 70 + 28 * len(names)), "Steps to the target. " + " ".join(said), fill
+    )
     unit = f"to a held-out loss of {comparison['target']['loss']:.3f}; a dot a seed; ×: so many missed it"
     return Picture("Steps to target", unit, svg, "half")
 
@@ -82,7 +106,12 @@ def state(rows: Record) -> Picture:
 
     def fill(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.barh(range(len(names)), sizes, color=[look(number).colour for number in range(len(names))], height=0.55)
+        axes.barh(
+            range(len(names)),
+            sizes,
+            color=[look(number).colour for number in range(len(names))],
+            height=0.55,
+        )
         for place, size in enumerate(sizes):
             _beside(axes, f"{size:,.3g}", size, place)
         _rows(axes, names, "MiB")
@@ -99,7 +128,14 @@ def _of(row: Record, panel: str) -> Record | None:
 
 def _dot(axes: Axes, value: Record | None, place: int, number: int) -> None:
     if value is None:
-        axes.annotate("diverged", (0.03, place), xycoords=("axes fraction", "data"), color=INK, va="center", fontsize=10)
+        axes.annotate(
+            "diverged",
+            (0.03, place),
+            xycoords=("axes fraction", "data"),
+            color=INK,
+            va="center",
+            fontsize=10,
+        )
         return
     colour = look(number).colour
     if value["low"] is not None:
@@ -108,7 +144,15 @@ def _dot(axes: Axes, value: Record | None, place: int, number: int) -> None:
 
 
 def _beside(axes: Axes, text: str, along: float, place: int) -> None:
-    axes.annotate(text, (along, place), xytext=(7, 0), textcoords="offset points", va="center", color=INK, fontsize=10)
+    axes.annotate(
+        text,
+        (along, place),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        color=INK,
+        fontsize=10,
+    )
 
 
 def _rows(axes: Axes, names: Sequence[str], label: str) -> None:

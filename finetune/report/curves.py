@@ -19,7 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 INK, GRID, FIRST, SECOND = "#0a0b0c", "#0a0b0d", "#0a0b0e", "#0a0b0f"
-VARIABLES = {INK: "var(--muted)", GRID: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
+VARIABLES = {
+    INK: "var(--muted)",
+    GRID: "var(--line)",
+    FIRST: "var(--first)",
+    SECOND: "var(--second)",
+}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "finetune",  # the same numbers give the same file
@@ -77,7 +82,9 @@ def smooth(points: Points) -> tuple[Points, int]:
     return smoothed, span
 
 
-def draw(name: str, curves: Sequence[Curve], *, description: str, large: bool = True, zero: bool = False) -> str:
+def draw(
+    name: str, curves: Sequence[Curve], *, description: str, large: bool = True, zero: bool = False
+) -> str:
     """Return the SVG of `curves`; `description` is its text alternative, `name` makes its ids unique in a page.
 
     `zero`: the value axis begins at 0.
@@ -97,7 +104,13 @@ def draw(name: str, curves: Sequence[Curve], *, description: str, large: bool = 
         if zero:
             axes.set_ylim(bottom=0)
         if len(curves) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=len(curves), borderaxespad=0.2, columnspacing=1.4)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(-0.02, 1.0),
+                ncols=len(curves),
+                borderaxespad=0.2,
+                columnspacing=1.4,
+            )
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     return inline(file.getvalue(), name, description)
@@ -133,7 +146,12 @@ def inline(svg: str, name: str, description: str, more: dict[str, str] | None = 
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', svg)
     assert view_box is not None
-    svg = re.sub(r"<svg[^>]*>", f'<svg {view_box[0]} role="img" aria-label="{html.escape(description)}">', svg, count=1)
+    svg = re.sub(
+        r"<svg[^>]*>",
+        f'<svg {view_box[0]} role="img" aria-label="{html.escape(description)}">',
+        svg,
+        count=1,
+    )
     svg = svg.replace("xlink:href=", "href=")
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)

@@ -42,10 +42,31 @@ METRICS = (
     Metric("active_tokens", "Active tokens", "tokens that the run uses", 0, has_tile=False),
     Metric("loss_inside", "Active loss", "nats per target token that is active", 3, has_tile=False),
     Metric("loss_outside", "Inactive loss", "nats per target token that is not", 3, has_tile=False),
-    Metric("share_outside", "Inactive targets, %", "of the target tokens", 2, is_share=True, has_tile=False),
+    Metric(
+        "share_outside",
+        "Inactive targets, %",
+        "of the target tokens",
+        2,
+        is_share=True,
+        has_tile=False,
+    ),
     Metric("inactive_mass", "Inactive mass, %", "of the probability", 2, is_share=True),
-    Metric("inactive_mass_p99", "Inactive mass, %, p99", "of the probability", 1, is_share=True, has_tile=False),
-    Metric("generated_outside", "Inactive answers, %", "of the tokens generated", 2, is_share=True, has_tile=False),
+    Metric(
+        "inactive_mass_p99",
+        "Inactive mass, %, p99",
+        "of the probability",
+        1,
+        is_share=True,
+        has_tile=False,
+    ),
+    Metric(
+        "generated_outside",
+        "Inactive answers, %",
+        "of the tokens generated",
+        2,
+        is_share=True,
+        has_tile=False,
+    ),
     Metric("unrelated_loss", "Unrelated loss", "nats per token of other text", 3),
 )
 
@@ -72,7 +93,10 @@ def changes(run: RunRecords) -> list[Change]:
     return [
         _change(metric, run.before, run.after)
         for metric in METRICS
-        if metric.has_tile and (number(run.before, metric.key) is not None or number(run.after, metric.key) is not None)
+        if metric.has_tile
+        and (
+            number(run.before, metric.key) is not None or number(run.after, metric.key) is not None
+        )
     ]
 
 
@@ -81,27 +105,43 @@ def _change(metric: Metric, before: Record | None, after: Record | None) -> Chan
     shown = metric.show(before), metric.show(after)
     if old is None or new is None or not math.isfinite(new - old):
         return Change(metric, *shown, "", "")
-    if metric.key == "inactive_mass" and number(before, "active_tokens") != number(after, "active_tokens"):
+    if metric.key == "inactive_mass" and number(before, "active_tokens") != number(
+        after, "active_tokens"
+    ):
         return Change(metric, *shown, "", "")
     if shown[0] == shown[1]:
         return Change(metric, *shown, "no change", "same")
     difference = f"{new - old:+,.{metric.decimals}f}".replace("-", "−")
-    return Change(metric, *shown, difference, "better" if (new > old) == metric.higher_is_better else "worse")
+    return Change(
+        metric, *shown, difference, "better" if (new > old) == metric.higher_is_better else "worse"
+    )
 
 
 def verdict(run: RunRecords) -> str:
     """One sentence: what the run has done to the model."""
-    told = [change for change in changes(run) if change.metric.key in ("loss", "chrf", "bleu", "unrelated_loss")]
+    told = [
+        change
+        for change in changes(run)
+        if change.metric.key in ("loss", "chrf", "bleu", "unrelated_loss")
+    ]
     if not told:
         return "No evaluation was recorded, so there is nothing to say about the model yet."
     if run.before is None or run.after is None:
         which = "Before training" if run.after is None else f"After step {run.after['step']}"
-        return f"{which}: " + _listed([f"{c.metric.name} {c.before if run.after is None else c.after}" for c in told]) + "."
+        return (
+            f"{which}: "
+            + _listed(
+                [f"{c.metric.name} {c.before if run.after is None else c.after}" for c in told]
+            )
+            + "."
+        )
     return f"In {run.after['step']:,} steps {_listed([_told(change) for change in told])}."
 
 
 def _told(change: Change) -> str:
-    name = {"loss": "the held-out loss", "unrelated_loss": "the loss on unrelated text"}.get(change.metric.key, change.metric.name)
+    name = {"loss": "the held-out loss", "unrelated_loss": "the loss on unrelated text"}.get(
+        change.metric.key, change.metric.name
+    )
     if change.verdict == "same":
         return f"{name} stayed at {change.after}"
     verb = "went from"
@@ -119,7 +159,9 @@ def state(run: RunRecords) -> str:
     last = run.steps[-1]["step"] if run.steps else 0
     if run.diverged:
         return f"stopped at step {last:,}: the loss was NaN or diverged"
-    return f"finished after {last:,} steps" if run.finished else f"not finished: {last:,} steps so far"
+    return (
+        f"finished after {last:,} steps" if run.finished else f"not finished: {last:,} steps so far"
+    )
 
 
 def duration(run: RunRecords) -> str:
@@ -128,7 +170,9 @@ def duration(run: RunRecords) -> str:
     evaluating = sum(number(evaluation, "seconds") or 0.0 for evaluation in run.evaluations)
     if not training:
         return ""
-    return f"{clock(training)} of training" + (f", {clock(evaluating)} of evaluation" if evaluating else "")
+    return f"{clock(training)} of training" + (
+        f", {clock(evaluating)} of evaluation" if evaluating else ""
+    )
 
 
 def clock(seconds: float) -> str:
@@ -144,9 +188,16 @@ def counts(records: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str
     """The sections of data.json as one table: names of the columns, then (row name, values)."""
     sections = {name: values for name, values in records.items() if isinstance(values, dict)}
     keys = list(
-        dict.fromkeys(key for values in sections.values() for key, value in values.items() if not isinstance(value, dict | list))
+        dict.fromkeys(
+            key
+            for values in sections.values()
+            for key, value in values.items()
+            if not isinstance(value, dict | list)
+        )
     )
-    rows = [(in_words(key), [plain(values.get(key)) for values in sections.values()]) for key in keys]
+    rows = [
+        (in_words(key), [plain(values.get(key)) for values in sections.values()]) for key in keys
+    ]
     return [in_words(name) for name in sections], rows
 
 
@@ -193,13 +244,20 @@ def sample_pairs(run: RunRecords) -> tuple[list[SamplePair], int, int]:
     steps = [sample["step"] for sample in run.samples]
     first, last = min(steps), max(steps)
     # The same prompt may occur twice, with different references: the reference is part of the key.
-    by_step = {s: {(r["prompt"], r["reference"]): r["output"] for r in run.samples if r["step"] == s} for s in (first, last)}
+    by_step = {
+        s: {(r["prompt"], r["reference"]): r["output"] for r in run.samples if r["step"] == s}
+        for s in (first, last)
+    }
     keys = list(dict.fromkeys([*by_step[last], *by_step[first]]))
     has_before = first < last or last == 0
     has_after = last > 0
     return (
         [
-            SamplePair(*key, by_step[first].get(key) if has_before else None, by_step[last].get(key) if has_after else None)
+            SamplePair(
+                *key,
+                by_step[first].get(key) if has_before else None,
+                by_step[last].get(key) if has_after else None,
+            )
             for key in keys
         ],
         first,

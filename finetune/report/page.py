@@ -42,7 +42,11 @@ def render(run: RunRecords) -> str:
         samples=samples,
         first_step=first,
         last_step=last,
-        metrics=[metric for metric in facts.METRICS if any(facts.number(e, metric.key) is not None for e in evaluated)],
+        metrics=[
+            metric
+            for metric in facts.METRICS
+            if any(facts.number(e, metric.key) is not None for e in evaluated)
+        ],
         signatures=_signatures(run),
         data_columns=facts.counts(run.data)[0],
         data_rows=facts.counts(run.data)[1],

@@ -39,11 +39,15 @@ def read_run(root: Path) -> RunRecords:
     run = RunDir(root)
     if not run.is_run():
         what = "holds no run (it has no config.yaml)" if root.is_dir() else "does not exist"
-        raise UserError(f"{root} {what}: name the folder that a training run has written, the output_dir of its config")
+        raise UserError(
+            f"{root} {what}: name the folder that a training run has written, the output_dir of its config"
+        )
     environment = _read_json(run.environment)
     notes = [str(note) for note in environment.pop("notes", [])]
     lines = _read_lines(run.metrics, notes)
-    evaluations = [{"step": line["step"], **line["evaluation"]} for line in lines if "evaluation" in line]
+    evaluations = [
+        {"step": line["step"], **line["evaluation"]} for line in lines if "evaluation" in line
+    ]
     summary = _read_json(run.evaluation)
     first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     return RunRecords(
@@ -58,7 +62,8 @@ def read_run(root: Path) -> RunRecords:
         after=summary.get("after") or (last if last and last["step"] > 0 else None),
         best=summary.get("best"),
         test=summary.get("test"),
-        finished=run.evaluation.is_file() and summary.keys() != {"test"},  # the run itself writes more, or nothing, at its end
+        finished=run.evaluation.is_file()
+        and summary.keys() != {"test"},  # the run itself writes more, or nothing, at its end
         diverged=run.bad_batch.is_file(),
         notes=notes,
     )
@@ -78,7 +83,9 @@ def _read_json(path: Path) -> Record:
     try:
         return dict(json.loads(_read_text(path)))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is no valid JSON object ({error}): restore it, or remove it to do without") from error
+        raise UserError(
+            f"{path} is no valid JSON object ({error}): restore it, or remove it to do without"
+        ) from error
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Record]:
@@ -90,5 +97,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[Record]:
         except (ValueError, TypeError):
             unreadable += 1
     if unreadable:
-        notes.append(f"{path.name}: {unreadable} line{'s' if unreadable > 1 else ''} could not be read and had to be left out.")
+        notes.append(
+            f"{path.name}: {unreadable} line{'s' if unreadable > 1 else ''} could not be read and had to be left out."
+        )
     return records

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from finetune.report.curves import STYLE, inline
 
 NUM_COLOURS = 8
-STAND_INS = {f"#0b0c{10 + number:02x}": f"var(--series-{number + 1})" for number in range(NUM_COLOURS)}
+STAND_INS = {
+    f"#0b0c{10 + number:02x}": f"var(--series-{number + 1})" for number in range(NUM_COLOURS)
+}
 
 LINES: list[Any] = ["solid", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (9, 2.5))]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
@@ -42,16 +44,28 @@ class Picture:
 
 def look(number: int) -> Look:
     """The look of the series with this number; no two of the first 35 share line and marker."""
-    return Look(list(STAND_INS)[number % NUM_COLOURS], LINES[number % len(LINES)], MARKERS[number % len(MARKERS)])
+    return Look(
+        list(STAND_INS)[number % NUM_COLOURS],
+        LINES[number % len(LINES)],
+        MARKERS[number % len(MARKERS)],
+    )
 
 
 def line(number: int) -> dict[str, Any]:
     """The look as matplotlib's arguments for a line."""
     style = look(number)
-    return {"color": style.colour, "linestyle": style.line, "marker": style.marker, "markersize": 5, "linewidth": 1.8}
+    return {
+        "color": style.colour,
+        "linestyle": style.line,
+        "marker": style.marker,
+        "markersize": 5,
+        "linewidth": 1.8,
+    }
 
 
-def picture(name: str, size: tuple[int, int], description: str, fill: Callable[[Figure], None]) -> str:
+def picture(
+    name: str, size: tuple[int, int], description: str, fill: Callable[[Figure], None]
+) -> str:
     """The SVG of what `fill` draws into a figure of `size` CSS pixels; `description` is its text alternative."""
     with mpl.rc_context(STYLE | {"font.size": 11}):
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")

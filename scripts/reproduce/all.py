@@ -32,7 +32,11 @@ smaller settings.
 
 def read(path: Path) -> dict[str, Claim]:
     """The kept claims by script."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    records = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.is_file()
+        else []
+    )
     return {record.pop("script"): Claim(**record) for record in records}
 
 
@@ -42,7 +46,9 @@ def sentence(text: str) -> str:
 
 def document(claims: dict[str, Claim]) -> str:
     """docs/claims.md."""
-    found = "\n".join(f"| [{c.title}](#{name.replace('_', '-')}) | {c.verdict} |" for name, c in claims.items())
+    found = "\n".join(
+        f"| [{c.title}](#{name.replace('_', '-')}) | {c.verdict} |" for name, c in claims.items()
+    )
     parts = [HEAD, f"| claim | verdict |\n| --- | --- |\n{found}\n"]
     if missing := [name for name in QUICK + SLOW if name not in claims]:
         commands = " and ".join(f"`python scripts/reproduce/all.py {name}`" for name in missing)
@@ -60,12 +66,18 @@ def document(claims: dict[str, Claim]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"of {', '.join(QUICK + SLOW)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scripts", nargs="*", metavar="SCRIPT", help=f"of {', '.join(QUICK + SLOW)}"
+    )
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if unknown := set(given.scripts) - set(QUICK + SLOW):
-        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(QUICK + SLOW)}")
+        parser.error(
+            f"there is no {', '.join(sorted(unknown))}; there are {', '.join(QUICK + SLOW)}"
+        )
     kept = DOCS / "claims.jsonl"
     for name in given.scripts or (QUICK if given.quick else QUICK + SLOW):
         claim = importlib.import_module(name).reproduce(given.quick)
@@ -73,7 +85,10 @@ def main() -> None:
         if not given.quick:
             claims = {**read(kept), name: claim}
             claims = {script: claims[script] for script in QUICK + SLOW if script in claims}
-            lines = [json.dumps({"script": script, **dataclasses.asdict(c)}, ensure_ascii=False) for script, c in claims.items()]
+            lines = [
+                json.dumps({"script": script, **dataclasses.asdict(c)}, ensure_ascii=False)
+                for script, c in claims.items()
+            ]
             kept.write_text("\n".join(lines) + "\n", encoding="utf-8")
             (DOCS / "claims.md").write_text(document(claims), encoding="utf-8")
 

@@ -17,7 +17,14 @@ BETA2S = (0.99, 0.999, 0.9999)
 EPS = 1e-8
 
 
-def prepare(optimizer: torch.optim.Optimizer, step: int, lr: float, betas: tuple[float, float], *, corrected: bool) -> None:
+def prepare(
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    *,
+    corrected: bool,
+) -> None:
     """Make step number `step` (from 1) one with or without the correction."""
     root = math.sqrt(1 - betas[1] ** step)
     for group in optimizer.param_groups:
@@ -38,9 +45,14 @@ def first_step(beta2: float, *, corrected: bool) -> float:
 def final_loss(beta2: float, lr: float, seed: int, steps: int, *, corrected: bool) -> float:
     """Loss of a tanh network fitted to another one's outputs, mean of the last tenth of `steps` batches."""
     generator = torch.Generator().manual_seed(seed)
-    teacher = [torch.randn(32, 64, generator=generator) / 32**0.5, torch.randn(64, 10, generator=generator) / 4]
+    teacher = [
+        torch.randn(32, 64, generator=generator) / 32**0.5,
+        torch.randn(64, 10, generator=generator) / 4,
+    ]
     torch.manual_seed(seed)
-    student = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    student = nn.Sequential(
+        nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
+    )
     optimizer = build_optimizer(student, "adam", lr=lr, betas=(0.9, beta2), eps=EPS)
     losses = []
     for step in range(1, steps + 1):
@@ -56,10 +68,15 @@ def final_loss(beta2: float, lr: float, seed: int, steps: int, *, corrected: boo
 
 def reproduce(quick: bool = False) -> Claim:
     """First step, and loss after training, with and without the correction."""
-    lrs, seeds, steps = ((1e-3, 1e-2), range(2), 150) if quick else ((1e-4, 1e-3, 3e-3, 1e-2, 3e-2), range(5), 600)
+    lrs, seeds, steps = (
+        ((1e-3, 1e-2), range(2), 150) if quick else ((1e-4, 1e-3, 3e-3, 1e-2, 3e-2), range(5), 600)
+    )
     rows, at_a_rate, best, ratios = [], {}, {}, {}
     for beta2, corrected in itertools.product(BETA2S, (True, False)):
-        losses = {lr: [final_loss(beta2, lr, seed, steps, corrected=corrected) for seed in seeds] for lr in lrs}
+        losses = {
+            lr: [final_loss(beta2, lr, seed, steps, corrected=corrected) for seed in seeds]
+            for lr in lrs
+        }
         moved = first_step(beta2, corrected=corrected)
         ratios[beta2, corrected] = moved
         means = {lr: sum(losses[lr]) / len(losses[lr]) for lr in lrs}
@@ -68,7 +85,10 @@ def reproduce(quick: bool = False) -> Claim:
         label = f"β2 = {beta2}, {'corrected' if corrected else 'uncorrected'}"
         rows.append([label, f"{moved:.2f}", *(spread(losses[lr]) for lr in lrs)])
     penalty = {beta2: at_a_rate[beta2, False] / at_a_rate[beta2, True] for beta2 in BETA2S}
-    exact = all(abs(ratios[b, True] - 1) < 1e-6 and abs(ratios[b, False] * math.sqrt(1 - b) - 0.1) < 1e-6 for b in BETA2S)
+    exact = all(
+        abs(ratios[b, True] - 1) < 1e-6 and abs(ratios[b, False] * math.sqrt(1 - b) - 0.1) < 1e-6
+        for b in BETA2S
+    )
     grows = penalty[0.9999] > penalty[0.99] and penalty[0.9999] > 1.1
     (lr_without, loss_without), (lr_with, loss_with) = best[0.9999, False], best[0.9999, True]
     regardless = loss_without > 1.1 * loss_with
@@ -82,12 +102,19 @@ def reproduce(quick: bool = False) -> Claim:
         seeds=f"seeds 0 to {len(seeds) - 1}, ± standard deviation",
         columns=["", "first step / lr", *(f"loss, lr {lr:g}" for lr in lrs)],
         rows=rows,
-        verdict="reproduced" if exact and grows and regardless else "reproduced in part" if exact and grows else "not reproduced",
+        verdict="reproduced"
+        if exact and grows and regardless
+        else "reproduced in part"
+        if exact and grows
+        else "not reproduced",
         because="the first step is 0.1 / √(1 − β2) learning rates long instead of 1, exactly; at lr 0.01 leaving the correction "
         f"out multiplies the loss by {penalty[0.99]:.2f} at β2 = 0.99 and by {penalty[0.9999]:.2f} at β2 = 0.9999. "
         f"But with a rate of its own (lr {lr_without:g} against {lr_with:g}) the uncorrected one reaches {loss_without:.3f} "
         f"against {loss_with:.3f}: the correction makes the best rate independent of β2, no more",
-        checks={"exact": float(exact), **{f"penalty_{beta2}": value for beta2, value in penalty.items()}},
+        checks={
+            "exact": float(exact),
+            **{f"penalty_{beta2}": value for beta2, value in penalty.items()},
+        },
     )
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-torch.set_num_threads(1)  # models this small gain nothing from threads, and lose much where cores are busy
+torch.set_num_threads(
+    1
+)  # models this small gain nothing from threads, and lose much where cores are busy
 
 VERDICTS = ("reproduced", "reproduced in part", "not reproduced")
 
@@ -40,7 +42,9 @@ class Claim:
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """`mean ± standard deviation` over seeds; "diverged 1/3" in front where a value is not finite."""
     finite = [value for value in values if math.isfinite(value)]
-    lost = f"diverged {len(values) - len(finite)}/{len(values)} " if len(finite) < len(values) else ""
+    lost = (
+        f"diverged {len(values) - len(finite)}/{len(values)} " if len(finite) < len(values) else ""
+    )
     if not finite:
         return lost.strip()
     deviation = f" ± {statistics.stdev(finite):.{digits}f}" if len(finite) > 1 else ""
@@ -49,7 +53,9 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def present(claim: Claim) -> None:
     """Print the claim, the table, the verdict, and one line of JSON."""
-    print(f"{claim.title}\n{claim.claim} ({claim.source}, {claim.url})\n{claim.setting}; {claim.seeds}\n\n{claim.table()}\n")
+    print(
+        f"{claim.title}\n{claim.claim} ({claim.source}, {claim.url})\n{claim.setting}; {claim.seeds}\n\n{claim.table()}\n"
+    )
     print(f"verdict: {claim.verdict}: {claim.because}")
     print(json.dumps(dataclasses.asdict(claim), ensure_ascii=False), flush=True)
 
@@ -57,5 +63,7 @@ def present(claim: Claim) -> None:
 def main(reproduce: Callable[[bool], Claim]) -> None:
     """The command line of one script."""
     parser = argparse.ArgumentParser(description=reproduce.__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smaller setting, for a look and for the tests")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smaller setting, for a look and for the tests"
+    )
     present(reproduce(parser.parse_args().quick))

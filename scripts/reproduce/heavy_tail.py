@@ -8,7 +8,12 @@ from torch.nn.functional import cross_entropy
 from finetune.optim import build_optimizer
 
 METHODS = ["sgd", "momentum", "adagrad", "adam"]
-RATES = {"sgd": (-2, 1), "momentum": (-3, 0), "adagrad": (-3, 1), "adam": (-4, -1)}  # decades, each tried in half decades
+RATES = {
+    "sgd": (-2, 1),
+    "momentum": (-3, 0),
+    "adagrad": (-3, 1),
+    "adam": (-4, -1),
+}  # decades, each tried in half decades
 
 
 def problem(seed: int, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,17 +42,28 @@ def group_losses(name: str, lr: float, seed: int, *, groups: int, width: int, st
 
 def reproduce(quick: bool = False) -> Claim:
     """Loss on frequent and rare classes for each method at its best rate."""
-    size = {"groups": 7, "width": 448, "steps": 60} if quick else {"groups": 8, "width": 1024, "steps": 150}
+    size = (
+        {"groups": 7, "width": 448, "steps": 60}
+        if quick
+        else {"groups": 8, "width": 1024, "steps": 150}
+    )
     seeds = [1] if quick else [1, 2, 3]
     chosen, found = {}, {}
     for name in METHODS:
         low, high = RATES[name]
         rates = [10 ** (half / 2) for half in range(2 * low, 2 * high + 1, 2 if quick else 1)]
-        tried = {lr: group_losses(name, lr, 0, **size).mean().nan_to_num(torch.inf).item() for lr in rates}
+        tried = {
+            lr: group_losses(name, lr, 0, **size).mean().nan_to_num(torch.inf).item()
+            for lr in rates
+        }
         chosen[name] = min(tried, key=tried.get), min(tried, key=tried.get) in (rates[0], rates[-1])
         found[name] = [group_losses(name, chosen[name][0], seed, **size) for seed in seeds]
-    rare = {name: sum(loss[-1].item() for loss in losses) / len(seeds) for name, losses in found.items()}
-    frequent = {name: sum(loss[0].item() for loss in losses) / len(seeds) for name, losses in found.items()}
+    rare = {
+        name: sum(loss[-1].item() for loss in losses) / len(seeds) for name, losses in found.items()
+    }
+    frequent = {
+        name: sum(loss[0].item() for loss in losses) / len(seeds) for name, losses in found.items()
+    }
     classes, most = 2 ** size["groups"] - 1, 2 ** (size["groups"] - 1)
     holds = rare["adam"] < 0.5 * min(rare["sgd"], rare["momentum"])
     best = min(("sgd", "momentum"), key=rare.get)
@@ -64,7 +80,10 @@ def reproduce(quick: bool = False) -> Claim:
         columns=["training loss", "lr", "all", "most frequent class", f"rarest {most} classes"],
         rows=[
             [name, f"{chosen[name][0]:.3g}{' (edge)' if chosen[name][1] else ''}"]
-            + [spread([float(pick(loss)) for loss in found[name]]) for pick in (Tensor.mean, lambda x: x[0], lambda x: x[-1])]
+            + [
+                spread([float(pick(loss)) for loss in found[name]])
+                for pick in (Tensor.mean, lambda x: x[0], lambda x: x[-1])
+            ]
             for name in METHODS
         ],
         verdict="reproduced" if holds else "not reproduced",

@@ -42,7 +42,10 @@ def reproduce(quick: bool = False) -> Claim:
     """Iterations against the condition number."""
     kappas = [10, 100, 1000] if quick else [10, 100, 1000, 10_000]
     needed = {name: [iterations(name, kappa) for kappa in kappas] for name in METHODS}
-    exponent = {name: math.log(n[-1] / n[-2]) / math.log(kappas[-1] / kappas[-2]) for name, n in needed.items()}
+    exponent = {
+        name: math.log(n[-1] / n[-2]) / math.log(kappas[-1] / kappas[-2])
+        for name, n in needed.items()
+    }
     holds = exponent["sgd"] > 0.9 and all(abs(exponent[name] - 0.5) < 0.1 for name in METHODS[1:])
     return Claim(
         title="Momentum on a quadratic: √κ iterations instead of κ",
@@ -53,7 +56,9 @@ def reproduce(quick: bool = False) -> Claim:
         f"{CLOSE:g} of the first",
         seeds="nothing is random",
         columns=["iterations", *(f"κ = {kappa:,}" for kappa in kappas), "exponent of κ (last two)"],
-        rows=[[name, *(f"{n:,}" for n in needed[name]), f"{exponent[name]:.2f}"] for name in METHODS],
+        rows=[
+            [name, *(f"{n:,}" for n in needed[name]), f"{exponent[name]:.2f}"] for name in METHODS
+        ],
         verdict="reproduced" if holds else "not reproduced",
         because=f"iterations grow as κ^{exponent['sgd']:.2f} without momentum, "
         f"κ^{exponent['momentum']:.2f} with the heavy ball, κ^{exponent['nesterov']:.2f} with Nesterov's",

@@ -19,14 +19,27 @@ from finetune.recipes.comparing import compare_optimizers
 ROOT = Path(__file__).parents[2]
 TASKS = {"chat": "smollm2_chat", "translation": "smollm2_translation"}
 OPTIMIZERS = "sgd,momentum,adagrad,rmsprop,adam,adamw,lazy_adamw"
-SMALL = ["data.max_length=128", "training.batch_size=2", "training.micro_batch_size=2", "data.max_validation_rows=40"]
+SMALL = [
+    "data.max_length=128",
+    "training.batch_size=2",
+    "training.micro_batch_size=2",
+    "data.max_validation_rows=40",
+]
 
 
-def compared(task: str, config: str, names: list[str], *, steps: int, trials: int, seeds: int) -> dict[str, Any]:
+def compared(
+    task: str, config: str, names: list[str], *, steps: int, trials: int, seeds: int
+) -> dict[str, Any]:
     """The record that `finetune compare` leaves, of one task."""
     folder = Path("runs") / f"reproduce-{config}-{steps}"
-    overrides = [f"optimizer.name=[{', '.join(names)}]", f"output_dir={json.dumps(str(folder))}", *SMALL]
-    stopped = compare_optimizers(ROOT / "configs" / f"{config}.yaml", overrides, trials=trials, seeds=seeds, budget=steps)
+    overrides = [
+        f"optimizer.name=[{', '.join(names)}]",
+        f"output_dir={json.dumps(str(folder))}",
+        *SMALL,
+    ]
+    stopped = compare_optimizers(
+        ROOT / "configs" / f"{config}.yaml", overrides, trials=trials, seeds=seeds, budget=steps
+    )
     if stopped == "signal":
         raise SystemExit(130)
     return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
@@ -36,7 +49,9 @@ def interval(value: dict[str, float | None] | None) -> str:
     """A mean with its 95 % interval; none where a run diverged."""
     if value is None:
         return "diverged"
-    return f"{value['mean']:.3f}" + (f" [{value['low']:.3f}, {value['high']:.3f}]" if value["low"] is not None else "")
+    return f"{value['mean']:.3f}" + (
+        f" [{value['low']:.3f}, {value['high']:.3f}]" if value["low"] is not None else ""
+    )
 
 
 def lead(optimizers: dict[str, Any]) -> str:
@@ -47,7 +62,11 @@ def lead(optimizers: dict[str, Any]) -> str:
     )
     if not max(_of(test, "mean") for test in ours) < min(_of(test, "mean") for test in theirs):
         return "none"
-    return "clear" if max(_of(test, "high") for test in ours) < min(_of(test, "low") for test in theirs) else "slight"
+    return (
+        "clear"
+        if max(_of(test, "high") for test in ours) < min(_of(test, "low") for test in theirs)
+        else "slight"
+    )
 
 
 def _of(test: dict[str, float | None] | None, key: str) -> float:
@@ -71,7 +90,8 @@ def reproduce(
     steps, trials, seeds = (2, 1, 1) if quick else (steps, trials, seeds)
     names = optimizers.split(",")
     records = {
-        task: compared(task, config, names, steps=steps, trials=trials, seeds=seeds) for task, config in (configs or TASKS).items()
+        task: compared(task, config, names, steps=steps, trials=trials, seeds=seeds)
+        for task, config in (configs or TASKS).items()
     }
     leads = [lead(record["optimizers"]) for record in records.values()]
     rows = [
@@ -84,7 +104,9 @@ def reproduce(
         ]
         for name in names
     ]
-    sentences = [f"{task}: {' '.join(record['verdict']['sentences'])}" for task, record in records.items()]
+    sentences = [
+        f"{task}: {' '.join(record['verdict']['sentences'])}" for task, record in records.items()
+    ]
     return Claim(
         title="A chatbot and a translator: every optimizer at an equal small budget",
         source="Zhang et al. 2024, why transformers need Adam, and the practice of the field",
@@ -93,9 +115,16 @@ def reproduce(
         setting=f"{' and '.join((configs or TASKS).values())}, {steps} steps of 2 rows of 128 tokens on the package's data, "
         f"{trials} learning rates for each by held-out loss on one seed; finetune compare has the protocol",
         seeds=f"{seeds} fresh seeds, mean and 95 % interval of Student's t",
-        columns=["", *(column for task in records for column in (f"{task}: lr", f"{task}: test loss"))],
+        columns=[
+            "",
+            *(column for task in records for column in (f"{task}: lr", f"{task}: test loss")),
+        ],
         rows=rows,
-        verdict="reproduced" if set(leads) == {"clear"} else "not reproduced" if "none" in leads else "reproduced in part",
+        verdict="reproduced"
+        if set(leads) == {"clear"}
+        else "not reproduced"
+        if "none" in leads
+        else "reproduced in part",
         because=" ".join(sentences).rstrip("."),
         checks={
             f"{task}_{name}": row["test"]["mean"]
@@ -107,13 +136,27 @@ def reproduce(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two steps, one learning rate, one seed: to see that it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two steps, one learning rate, one seed: to see that it runs",
+    )
     parser.add_argument("--optimizers", default=OPTIMIZERS)
     for name, default in (("steps", 20), ("trials", 3), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
-    present(reproduce(given.quick, optimizers=given.optimizers, steps=given.steps, trials=given.trials, seeds=given.seeds))
+    present(
+        reproduce(
+            given.quick,
+            optimizers=given.optimizers,
+            steps=given.steps,
+            trials=given.trials,
+            seeds=given.seeds,
+        )
+    )
 
 
 if __name__ == "__main__":

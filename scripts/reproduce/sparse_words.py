@@ -22,19 +22,31 @@ def documents(seed: int, words: int, number: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     frequency = 1 / torch.arange(1, words + 1.0)
     present = torch.zeros(number, words, dtype=torch.bool)
-    drawn = torch.multinomial(frequency, number * LENGTH, replacement=True, generator=generator).view(number, LENGTH)
+    drawn = torch.multinomial(
+        frequency, number * LENGTH, replacement=True, generator=generator
+    ).view(number, LENGTH)
     present.scatter_(1, drawn, True)
-    meaning = torch.randn(words, generator=generator) * (torch.arange(words) >= 50)  # the most frequent words say nothing
+    meaning = torch.randn(words, generator=generator) * (
+        torch.arange(words) >= 50
+    )  # the most frequent words say nothing
     score = present.float() @ meaning
     return present, (score / score.std() * 4 + torch.randn(number, generator=generator) > 0).float()
 
 
-def losses(name: str, rates: list[float], data: tuple[Tensor, Tensor], seed: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def losses(
+    name: str, rates: list[float], data: tuple[Tensor, Tensor], seed: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each rate the training loss (the last quarter of the steps, with dropout), the validation and the test loss."""
     present, labels = data
-    parts = torch.arange(len(labels)).split([len(labels) * 8 // 10, len(labels) // 10, len(labels) // 10])
-    weights = [torch.zeros(present.shape[1] + 1, requires_grad=True) for _ in rates]  # the last one is the bias
-    optimizer = build_optimizer([{"params": [weight], "lr": lr} for weight, lr in zip(weights, rates)], name)
+    parts = torch.arange(len(labels)).split(
+        [len(labels) * 8 // 10, len(labels) // 10, len(labels) // 10]
+    )
+    weights = [
+        torch.zeros(present.shape[1] + 1, requires_grad=True) for _ in rates
+    ]  # the last one is the bias
+    optimizer = build_optimizer(
+        [{"params": [weight], "lr": lr} for weight, lr in zip(weights, rates)], name
+    )
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
 
@@ -43,7 +55,9 @@ def losses(name: str, rates: list[float], data: tuple[Tensor, Tensor], seed: int
         stacked = torch.stack(weights, dim=1)
         logits = features @ stacked[:-1] + stacked[-1]
         targets = labels[batch, None].expand_as(logits)
-        return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(0)  # [rates]
+        return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(
+            0
+        )  # [rates]
 
     trained = torch.zeros(len(rates))
     for step in range(steps):
@@ -60,19 +74,27 @@ def losses(name: str, rates: list[float], data: tuple[Tensor, Tensor], seed: int
 
 def reproduce(quick: bool = False) -> Claim:
     """Training and test loss of each method at its best rate."""
-    words, number, steps, seeds, rates = (1000, 2500, 150, [1], RATES[::2]) if quick else (10_000, 20_000, 750, [1, 2, 3], RATES)
+    words, number, steps, seeds, rates = (
+        (1000, 2500, 150, [1], RATES[::2]) if quick else (10_000, 20_000, 750, [1, 2, 3], RATES)
+    )
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     chosen = {}
     for seed in [0, *seeds]:  # the rate is chosen on seed 0 and used on the others
         data = documents(seed, words, number)
         for name in METHODS:
-            trained, validation, test = losses(name, rates if seed == 0 else [chosen[name]], data, seed, steps)
+            trained, validation, test = losses(
+                name, rates if seed == 0 else [chosen[name]], data, seed, steps
+            )
             if seed == 0:
                 chosen[name] = rates[int(validation.nan_to_num(float("inf")).argmin())]
             else:
                 found[name].append((trained.item(), test.item()))
-    mean = {name: sum(trained for trained, _ in pairs) / len(pairs) for name, pairs in found.items()}
-    ahead = [name for name in ("adagrad", "adam") if mean[name] < min(mean["sgd"], mean["nesterov"])]
+    mean = {
+        name: sum(trained for trained, _ in pairs) / len(pairs) for name, pairs in found.items()
+    }
+    ahead = [
+        name for name in ("adagrad", "adam") if mean[name] < min(mean["sgd"], mean["nesterov"])
+    ]
     edge = [name for name in METHODS if chosen[name] in (rates[0], rates[-1])]
     return Claim(
         title="Sparse features: AdaGrad and Adam ahead of Nesterov and SGD",

@@ -43,7 +43,10 @@ def finetune(*arguments: str, stdin: str = "") -> Result:
 
 def snapshot(root: Path) -> dict[str, bytes]:
     """Every file and folder below `root` with its content."""
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else b"" for path in sorted(root.rglob("*"))}
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(root.rglob("*"))
+    }
 
 
 @pytest.fixture
@@ -95,7 +98,9 @@ def train_in(folder: Path, **sections: Any) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with c.yaml, chat.jsonl and run/, trained on conversations."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    (folder / "chat.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
+    )
     return train_in(
         folder,
         data={"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 96},

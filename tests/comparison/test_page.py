@@ -53,7 +53,9 @@ def test_it_says_what_came_out_and_how(html):
 
 def test_drawings_have_text_alternatives_with_the_numbers(html):
     labels = Page(html).labels
-    assert len(labels) == 9  # the legend, the test loss, three costs, learning rates, updates, target, state
+    assert (
+        len(labels) == 9
+    )  # the legend, the test loss, three costs, learning rates, updates, target, state
     assert labels[0] == "Legend: sgd, adam, adamw."
     assert "adamw: all 4.420, head 2.160, body 4.320, tail 8.640." in labels[1]
     assert "adam: best 0.001, tried 0.0001 (5.200)" in labels[5]
@@ -102,7 +104,8 @@ def test_series_stand_out_from_their_ground(scheme):
     """A contrast of 3, as WCAG 2.2 asks of drawings (https://www.w3.org/TR/WCAG22/#non-text-contrast)."""
     folder, number = Path(finetune.report.__file__).parent, ["light", "dark"].index(scheme)
     roots = [
-        re.findall(r":root \{(.*?)\}", (folder / name).read_text(), re.DOTALL)[number] for name in ("report.css", "comparison.css")
+        re.findall(r":root \{(.*?)\}", (folder / name).read_text(), re.DOTALL)[number]
+        for name in ("report.css", "comparison.css")
     ]
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", "".join(roots)))
     series = [colours[f"series-{n + 1}"] for n in range(NUM_COLOURS)]
@@ -112,7 +115,9 @@ def test_series_stand_out_from_their_ground(scheme):
         assert (light + 0.05) / (dark + 0.05) >= 3, colour
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on this machine"
+)
 def test_it_opens_without_errors_and_without_a_network(folder, tmp_path):
     document, console, asked = visit(folder / "comparison.html", tmp_path)
     assert document.count("<svg") == 9

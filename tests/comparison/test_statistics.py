@@ -34,7 +34,9 @@ def test_a_winner_overlaps_with_nobody():
 
 
 def test_no_clear_winner_where_intervals_overlap():
-    verdict = judge({"sgd": around(3.0), "adam": around(1.0), "adamw": around(1.15), "lion": around(1.05)}, {})
+    verdict = judge(
+        {"sgd": around(3.0), "adam": around(1.0), "adamw": around(1.15), "lion": around(1.05)}, {}
+    )
     assert verdict.winner is None
     assert verdict.tied == ["adam", "lion", "adamw"]
     assert verdict.sentences == [

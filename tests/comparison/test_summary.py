@@ -13,8 +13,14 @@ def two(**changes):
     tuning = {"adam": [made_run("adam", 0, lr, [4.0, 3.0, 2.0]) for lr in (1e-4, 1e-3, 1e-2)]}
     tuning["sgd"] = [made_run("sgd", 0, lr, [4.0, 3.5, 3.0]) for lr in (0.1, 0.3, 1.0, 3.0)]
     reported = {
-        "adam": [made_run("adam", seed, 1e-3, [4.0, 3.0, 2.0 + 0.01 * seed], reported=True) for seed in (1, 2, 3)],
-        "sgd": [made_run("sgd", seed, 0.3, [4.0, 3.5, 3.0 + 0.01 * seed], reported=True) for seed in (1, 2, 3)],
+        "adam": [
+            made_run("adam", seed, 1e-3, [4.0, 3.0, 2.0 + 0.01 * seed], reported=True)
+            for seed in (1, 2, 3)
+        ],
+        "sgd": [
+            made_run("sgd", seed, 0.3, [4.0, 3.5, 3.0 + 0.01 * seed], reported=True)
+            for seed in (1, 2, 3)
+        ],
     }
     return summarise(tuning, reported | changes, grid_size=3)
 
@@ -40,14 +46,25 @@ def test_steps_to_the_target_and_misses():
 
 def test_widening_is_counted_and_an_edge_is_named():
     rows = two()["optimizers"]
-    assert (rows["sgd"]["tuning_trials"], rows["sgd"]["widenings"], rows["sgd"]["at_edge"]) == (4, 1, False)
+    assert (rows["sgd"]["tuning_trials"], rows["sgd"]["widenings"], rows["sgd"]["at_edge"]) == (
+        4,
+        1,
+        False,
+    )
     assert (rows["adam"]["tuning_trials"], rows["adam"]["widenings"]) == (3, 0)
     assert [run["widening"] for run in two()["runs"]].count(True) == 1
 
 
 def test_curves_are_means_with_their_range():
     curve = two()["optimizers"]["adam"]["curve"]
-    assert curve[-1] == {"step": 20, "loss": pytest.approx(2.02), "lowest": 2.01, "highest": 2.03, "tokens": 2000.0, "seconds": 2.0}
+    assert curve[-1] == {
+        "step": 20,
+        "loss": pytest.approx(2.02),
+        "lowest": 2.01,
+        "highest": 2.03,
+        "tokens": 2000.0,
+        "seconds": 2.0,
+    }
 
 
 def test_a_diverged_run_stays_in_the_count_and_takes_the_mean_away():
@@ -58,7 +75,13 @@ def test_a_diverged_run_stays_in_the_count_and_takes_the_mean_away():
     found = two(sgd=lost)
     row = found["optimizers"]["sgd"]
     assert (row["reported_diverged"], row["reported_runs"]) == (1, 3)
-    assert row["test"] is row["validation"] is row["test_by_frequency"] is row["difference_to_best"] is None
+    assert (
+        row["test"]
+        is row["validation"]
+        is row["test_by_frequency"]
+        is row["difference_to_best"]
+        is None
+    )
     assert len(row["curve"]) == 1  # as far as every seed has one
     assert "sgd (1 diverged)" in found["verdict"]["sentences"][-1]
     assert sum(run["diverged"] for run in found["runs"]) == 1
@@ -77,7 +100,9 @@ def test_a_run_is_read_from_its_folder(tmp_path):
         '{"step": 2, "loss": 3.0, "num_tokens": 50, "seconds": 0.25}\n'
         '{"step": 2, "evaluation": {"loss": "inf"}}\n'
     )
-    (tmp_path / "updates.jsonl").write_text('{"step": 1, "ratio": 0.1}\n{"step": 2, "ratio": 0.3}\n{"step": 2, "ratio": 0.2}\n{"st')
+    (tmp_path / "updates.jsonl").write_text(
+        '{"step": 1, "ratio": 0.1}\n{"step": 2, "ratio": 0.3}\n{"step": 2, "ratio": 0.2}\n{"st'
+    )
     result = Result("adam", "reported", 1, {"lr": 1e-3}, "", {}, 16, {"all": 2.0}, BINS)
     write_result(tmp_path, result)
     run = read_run(tmp_path)

@@ -34,7 +34,9 @@ def test_defaults_and_output_dir_from_the_file_name(write):
 
 
 def test_exponents_are_numbers_and_norwegian_is_a_language(write):
-    config = load_config(write(BASE + "optimizer: {lr: 2e-5}\n"), ["data.translation.target_language=no"])
+    config = load_config(
+        write(BASE + "optimizer: {lr: 2e-5}\n"), ["data.translation.target_language=no"]
+    )
     assert config.optimizer.lr == 2e-5
     assert config.data.translation.target_language == "no"
 
@@ -68,7 +70,12 @@ def test_every_float_is_read_as_written(number):
 
 def test_the_resolved_config_reads_back_equal(write):
     config = load_config(
-        write(BASE + "optimizer: {name: sgd, momentum: 0.9}\nmodel: {name: a, lora: {rank: 4}}\n".replace("model", "#model", 1))
+        write(
+            BASE
+            + "optimizer: {name: sgd, momentum: 0.9}\nmodel: {name: a, lora: {rank: 4}}\n".replace(
+                "model", "#model", 1
+            )
+        )
     )
     assert load_config(write(dump_config(config))) == config
     assert config.optimizer.options == {"momentum": 0.9}
@@ -76,7 +83,8 @@ def test_the_resolved_config_reads_back_equal(write):
 
 def test_overrides_win_over_the_file(write):
     config = load_config(
-        write(BASE + "training: {epochs: 5}\n"), ["training.epochs=1.5", "model.lora.rank=8", "data.train=[a.csv, b.csv]"]
+        write(BASE + "training: {epochs: 5}\n"),
+        ["training.epochs=1.5", "model.lora.rank=8", "data.train=[a.csv, b.csv]"],
     )
     assert (config.training.epochs, config.model.lora.rank) == (1.5, 8)
     assert [source.path for source in config.data.train] == ["a.csv", "b.csv"]
@@ -129,7 +137,11 @@ def test_names_without_an_equal_say_what_to_write(name):
     ("text", "overrides", "expected"),
     [
         ("trainig: {}", [], "'trainig' is not a key; did you mean 'training'?"),
-        ("training: {epohs: 1}", [], "training: 'epohs' is not a key; did you mean 'epochs'? the keys are epochs, max_steps"),
+        (
+            "training: {epohs: 1}",
+            [],
+            "training: 'epohs' is not a key; did you mean 'epochs'? the keys are epochs, max_steps",
+        ),
         ("training: {epochs: many}", [], "training.epochs = 'many' is not allowed"),
         ("training: {precision: int3}", [], "'auto', 'fp32', 'bf16' or 'fp16'"),
         ("evaluation: {every: 0}", [], "evaluation.every = 0 is not allowed"),

@@ -12,10 +12,14 @@ from .stock import CHATML, SPECIAL, MakeTokenizer, byte_level, metaspace
 def make_tokenizer() -> MakeTokenizer:
     built = {"byte_level": byte_level(), "metaspace": metaspace()}
 
-    def make(template: str | None = CHATML, *, kind: str = "byte_level", adds_bos: bool = False) -> PreTrainedTokenizerFast:
+    def make(
+        template: str | None = CHATML, *, kind: str = "byte_level", adds_bos: bool = False
+    ) -> PreTrainedTokenizerFast:
         backend = Tokenizer.from_str(built[kind].to_str())
         if adds_bos:
-            backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+            backend.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 1)]
+            )
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=backend,
             unk_token="<unk>",

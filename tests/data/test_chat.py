@@ -30,9 +30,20 @@ TEMPLATES = {  # template -> what is learnt of the conversation above, run toget
 
 
 def chat(
-    tokenizer: Any, *, shape: str = "messages", columns: Any = None, targets: str = "assistant", system: str | None = None
+    tokenizer: Any,
+    *,
+    shape: str = "messages",
+    columns: Any = None,
+    targets: str = "assistant",
+    system: str | None = None,
 ) -> ChatFormat:
-    return ChatFormat(tokenizer=tokenizer, shape=shape, columns=columns or {}, targets=targets, system_prompt=system)
+    return ChatFormat(
+        tokenizer=tokenizer,
+        shape=shape,
+        columns=columns or {},
+        targets=targets,
+        system_prompt=system,
+    )
 
 
 def learnt(example: Example, tokenizer: Any) -> str:
@@ -40,7 +51,9 @@ def learnt(example: Example, tokenizer: Any) -> str:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_assistants_turns_with_their_end_mark_are_learnt(name: str, make_tokenizer: MakeTokenizer) -> None:
+def test_the_assistants_turns_with_their_end_mark_are_learnt(
+    name: str, make_tokenizer: MakeTokenizer
+) -> None:
     tokenizer = make_tokenizer(getattr(stock, name), adds_bos=True)
     row = {"messages": MESSAGES}
     [example] = chat(tokenizer).examples(row)
@@ -50,24 +63,37 @@ def test_the_assistants_turns_with_their_end_mark_are_learnt(name: str, make_tok
     assert example.labels[0] == IGNORE_INDEX
     [prompt] = chat(tokenizer).prompts(row)
     n = len(prompt.input_ids)
-    assert list(example.input_ids[:n]) == list(prompt.input_ids), "training and generation see the same tokens"
-    assert all(label != IGNORE_INDEX for label in example.labels[n:]), "and all that follows is the last answer"
+    assert list(example.input_ids[:n]) == list(prompt.input_ids), (
+        "training and generation see the same tokens"
+    )
+    assert all(label != IGNORE_INDEX for label in example.labels[n:]), (
+        "and all that follows is the last answer"
+    )
     assert (prompt.text, prompt.reference) == ("Où est la gare ?", "I am fine, thank you.")
 
 
-def test_tokens_that_do_not_concatenate_are_those_of_the_whole_text(make_tokenizer: MakeTokenizer) -> None:
+def test_tokens_that_do_not_concatenate_are_those_of_the_whole_text(
+    make_tokenizer: MakeTokenizer,
+) -> None:
     """A SentencePiece-like tokenizer would write another first token for an answer by itself."""
     tokenizer = make_tokenizer(stock.ZEPHYR, kind="metaspace", adds_bos=True)
     [example] = chat(tokenizer).examples({"messages": MESSAGES})
-    whole = tokenizer(tokenizer.apply_chat_template(MESSAGES, tokenize=False), add_special_tokens=False)["input_ids"]
+    whole = tokenizer(
+        tokenizer.apply_chat_template(MESSAGES, tokenize=False), add_special_tokens=False
+    )["input_ids"]
     assert list(example.input_ids) == whole[: len(example)]
     targets = [label for label in example.labels if label != IGNORE_INDEX]
     assert targets.count(tokenizer.eos_token_id) == 2
-    assert "".join(tokenizer.convert_ids_to_tokens(targets)) == "The▁capital▁of▁France▁is▁Paris.</s>I▁am▁fine,▁thank▁you.</s>"
+    assert (
+        "".join(tokenizer.convert_ids_to_tokens(targets))
+        == "The▁capital▁of▁France▁is▁Paris.</s>I▁am▁fine,▁thank▁you.</s>"
+    )
 
 
 @pytest.mark.parametrize("name", ["LLAMA2", "GEMMA", "CHATML"])
-def test_bos_is_what_the_template_writes_and_never_doubled(name: str, make_tokenizer: MakeTokenizer) -> None:
+def test_bos_is_what_the_template_writes_and_never_doubled(
+    name: str, make_tokenizer: MakeTokenizer
+) -> None:
     tokenizer = make_tokenizer(getattr(stock, name), adds_bos=True)
     [example] = chat(tokenizer).examples({"messages": MESSAGES[:2]})
     assert list(example.input_ids).count(tokenizer.bos_token_id) == (0 if name == "CHATML" else 1)
@@ -84,9 +110,15 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer
     conversation = format.messages({"messages": MESSAGES})
     for example, end in zip(examples, [len(conversation) - 3, len(conversation) - 1], strict=True):
         prompt = format.template.prompt(conversation[:end])
-        assert list(example.input_ids[: len(prompt)]) == prompt, "what the model meets when it is to answer"
+        assert list(example.input_ids[: len(prompt)]) == prompt, (
+            "what the model meets when it is to answer"
+        )
         answer = learnt(example, tokenizer)
-        assert answer.removeprefix("<think>\n\n</think>\n\n").lstrip().startswith(conversation[end]["content"])
+        assert (
+            answer.removeprefix("<think>\n\n</think>\n\n")
+            .lstrip()
+            .startswith(conversation[end]["content"])
+        )
         assert answer.endswith(("<|im_end|>", "</s>"))
 
 
@@ -112,14 +144,19 @@ def test_all_tokens_but_the_first_can_be_learnt(make_tokenizer: MakeTokenizer) -
 SHAPES: dict[str, dict[str, Any]] = {
     "messages": {"messages": MESSAGES},
     "conversations": {
-        "conversations": [{"from": {"user": "human", "assistant": "gpt"}[role], "value": content} for role, content in TURNS]
+        "conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}[role], "value": content}
+            for role, content in TURNS
+        ]
     },
     "prompt as messages": {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_of_the_same_conversation_give_the_same_example(shape: str, make_tokenizer: MakeTokenizer) -> None:
+def test_shapes_of_the_same_conversation_give_the_same_example(
+    shape: str, make_tokenizer: MakeTokenizer
+) -> None:
     tokenizer = make_tokenizer()
     expected = chat(tokenizer).examples({"messages": MESSAGES})
     assert detected(tokenizer, SHAPES[shape]).examples(SHAPES[shape]) == expected
@@ -128,7 +165,10 @@ def test_shapes_of_the_same_conversation_give_the_same_example(shape: str, make_
 def test_rows_may_differ_in_their_shape(make_tokenizer: MakeTokenizer) -> None:
     """Sources of a mixture, or rows of one JSON file, where the columns of the others are None."""
     tokenizer = make_tokenizer()
-    format, expected = detected(tokenizer, SHAPES["messages"]), chat(tokenizer).examples({"messages": MESSAGES})
+    format, expected = (
+        detected(tokenizer, SHAPES["messages"]),
+        chat(tokenizer).examples({"messages": MESSAGES}),
+    )
     nothing = {name: None for row in SHAPES.values() for name in row}
     for row in SHAPES.values():
         assert format.examples(row) == format.examples({**nothing, **row}) == expected
@@ -138,7 +178,12 @@ def test_rows_may_differ_in_their_shape(make_tokenizer: MakeTokenizer) -> None:
 
 def test_questions_and_answers_in_columns(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
-    conversation = {"messages": [{"role": "user", "content": "a question\n\nHello"}, {"role": "assistant", "content": "fine"}]}
+    conversation = {
+        "messages": [
+            {"role": "user", "content": "a question\n\nHello"},
+            {"role": "assistant", "content": "fine"},
+        ]
+    }
     expected = chat(tokenizer).examples(conversation)
     rows: list[tuple[dict[str, str], dict[str, str]]] = [
         ({"prompt": "a question\n\nHello", "completion": "fine"}, {}),
@@ -156,14 +201,16 @@ def detected(tokenizer: Any, row: Any, columns: Any = None, **options: Any) -> A
         "targets": "assistant", "system_prompt": None, "source_language": None, "target_language": None, "direction": "forward",
         "template": None,
     }  # fmt: skip
-    return build_format("auto", tokenizer=tokenizer, first_row=row, columns=columns or {}, **(defaults | options))
+    return build_format(
+        "auto", tokenizer=tokenizer, first_row=row, columns=columns or {}, **(defaults | options)
+    )
 
 
 def test_what_follows_the_last_answer_is_left_out(make_tokenizer: MakeTokenizer) -> None:
     format = chat(make_tokenizer())
-    assert format.examples({"messages": [*MESSAGES, {"role": "user", "content": "And you?"}]}) == format.examples(
-        {"messages": MESSAGES}
-    )
+    assert format.examples(
+        {"messages": [*MESSAGES, {"role": "user", "content": "And you?"}]}
+    ) == format.examples({"messages": MESSAGES})
 
 
 def message(role: str, content: Any) -> dict[str, Any]:
@@ -174,9 +221,18 @@ USER, ANSWER = message("user", "Hello"), message("assistant", "I am fine.")
 BAD: dict[str, tuple[Any, str]] = {
     "no assistant turn": ([USER], "no assistant turn"),
     "nothing": ([], "no assistant turn"),
-    "two users in a row": ([USER, USER, ANSWER], "message 2 is from user after user, where assistant should be"),
-    "assistant first": ([ANSWER, USER, ANSWER], "message 1 is from assistant at the start, where user should be"),
-    "system in the middle": ([USER, ANSWER, message("system", "x"), USER, ANSWER], "message 3 is from system after assistant"),
+    "two users in a row": (
+        [USER, USER, ANSWER],
+        "message 2 is from user after user, where assistant should be",
+    ),
+    "assistant first": (
+        [ANSWER, USER, ANSWER],
+        "message 1 is from assistant at the start, where user should be",
+    ),
+    "system in the middle": (
+        [USER, ANSWER, message("system", "x"), USER, ANSWER],
+        "message 3 is from system after assistant",
+    ),
     "only a system message": ([message("system", "x")], "no assistant turn"),
     "unknown role": (
         [message("robot", "x"), ANSWER],
@@ -184,14 +240,22 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "empty answer": ([USER, message("assistant", "  ")], "message 2 (assistant) is empty"),
     "empty question": ([message("user", ""), ANSWER], "message 1 (user) is empty"),
-    "content that is no text": ([USER, message("assistant", None)], "message 2 (assistant) has no text as its content, but None"),
+    "content that is no text": (
+        [USER, message("assistant", None)],
+        "message 2 (assistant) has no text as its content, but None",
+    ),
     "a string": ("Hello", "a conversation is a list of messages, not 'Hello'"),
-    "a list of strings": (["Hello"], "message 1 must be an object with role and content, not 'Hello'"),
+    "a list of strings": (
+        ["Hello"],
+        "message 1 must be an object with role and content, not 'Hello'",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_conversation_is_refused_in_one_sentence(case: str, make_tokenizer: MakeTokenizer) -> None:
+def test_a_bad_conversation_is_refused_in_one_sentence(
+    case: str, make_tokenizer: MakeTokenizer
+) -> None:
     messages, expected = BAD[case]
     with pytest.raises(UserError) as caught:
         chat(make_tokenizer()).examples({"messages": messages})
@@ -200,7 +264,8 @@ def test_a_bad_conversation_is_refused_in_one_sentence(case: str, make_tokenizer
 
 def test_a_missing_column_is_named_with_those_there_are(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(
-        UserError, match=r"column 'completion' is missing; the columns are prompt, complete; did you mean 'complete'\?"
+        UserError,
+        match=r"column 'completion' is missing; the columns are prompt, complete; did you mean 'complete'\?",
     ):
         chat(make_tokenizer(), shape="prompt").examples({"prompt": "a", "complete": "b"})
 
@@ -216,7 +281,9 @@ TEMPLATE_ERRORS = {
 
 
 @pytest.mark.parametrize("template", TEMPLATE_ERRORS)
-def test_a_template_that_cannot_be_used_is_refused(template: str, make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_that_cannot_be_used_is_refused(
+    template: str, make_tokenizer: MakeTokenizer
+) -> None:
     with pytest.raises(UserError) as caught:
         chat(make_tokenizer(template)).examples({"messages": MESSAGES})
     assert TEMPLATE_ERRORS[template] in str(caught.value)

@@ -13,7 +13,9 @@ def example(*ids: int) -> Example:
 
 
 def test_padded_rows_by_hand() -> None:
-    batch = collate([[example(5, 6, 7)], [example(8, 9)]], pad_id=0, packed=False, pad_to_multiple_of=1)
+    batch = collate(
+        [[example(5, 6, 7)], [example(8, 9)]], pad_id=0, packed=False, pad_to_multiple_of=1
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert "position_ids" not in batch
@@ -21,9 +23,17 @@ def test_padded_rows_by_hand() -> None:
 
 
 def test_packed_rows_by_hand() -> None:
-    batch = collate([[example(5, 6, 7), example(8, 9)], [example(1, 2)]], pad_id=0, packed=True, pad_to_multiple_of=4)
+    batch = collate(
+        [[example(5, 6, 7), example(8, 9)], [example(1, 2)]],
+        pad_id=0,
+        packed=True,
+        pad_to_multiple_of=4,
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, -100, -100, -100], [-100, 2, *[-100] * 6]]
+    assert batch["labels"].tolist() == [
+        [-100, 6, 7, -100, 9, -100, -100, -100],
+        [-100, 2, *[-100] * 6],
+    ]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
 
 
@@ -43,19 +53,29 @@ def test_no_rows_give_a_batch_without_a_target() -> None:
 
 
 ROWS = st.lists(
-    st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=6).map(lambda ids: example(*ids)), min_size=1, max_size=4),
+    st.lists(
+        st.lists(st.integers(1, 99), min_size=1, max_size=6).map(lambda ids: example(*ids)),
+        min_size=1,
+        max_size=4,
+    ),
     max_size=4,
 )
 
 
 @given(ROWS, st.sampled_from([1, 8]))
-def test_packed_rows_hold_the_examples_and_no_target_crosses_a_border(rows: list[list[Example]], multiple: int) -> None:
+def test_packed_rows_hold_the_examples_and_no_target_crosses_a_border(
+    rows: list[list[Example]], multiple: int
+) -> None:
     batch = collate(rows, pad_id=0, packed=True, pad_to_multiple_of=multiple)
     assert batch["input_ids"].shape[1] % multiple == 0
-    assert batch["input_ids"][batch["input_ids"] > 0].tolist() == [token for row in rows for e in row for token in e.input_ids]
+    assert batch["input_ids"][batch["input_ids"] > 0].tolist() == [
+        token for row in rows for e in row for token in e.input_ids
+    ]
     first = batch["position_ids"] == 0
     assert int(first.sum()) >= sum(map(len, rows)), "each example is a segment of its own"
-    assert bool((batch["labels"][first] == IGNORE_INDEX).all()), "the first token of a segment has no prediction"
+    assert bool((batch["labels"][first] == IGNORE_INDEX).all()), (
+        "the first token of a segment has no prediction"
+    )
     steps = batch["position_ids"][:, 1:] - batch["position_ids"][:, :-1]
     assert bool(((steps == 1) | first[:, 1:]).all()), "positions count up within a segment"
     assert bool((batch["labels"][batch["input_ids"] == 0] == IGNORE_INDEX).all())

@@ -33,7 +33,13 @@ def row(length: int, prompt: int = 1) -> dict[str, Any]:
     return {"ids": list(range(length)), "prompt": prompt}
 
 
-def run(items: list[tuple[str, Row]], *, overlong: str = "truncate", max_length: int = 10, vocab_size: int = 50) -> EncodedDataset:
+def run(
+    items: list[tuple[str, Row]],
+    *,
+    overlong: str = "truncate",
+    max_length: int = 10,
+    vocab_size: int = 50,
+) -> EncodedDataset:
     return encode(items, Given(), max_length=max_length, overlong=overlong, vocab_size=vocab_size)
 
 
@@ -54,7 +60,8 @@ def test_overlong_examples_can_be_dropped() -> None:
 
 def test_overlong_examples_can_be_an_error() -> None:
     with pytest.raises(
-        UserError, match=r"data\.jsonl, row 2: the text has 14 tokens, more than data\.max_length 10; raise max_length"
+        UserError,
+        match=r"data\.jsonl, row 2: the text has 14 tokens, more than data\.max_length 10; raise max_length",
     ):
         run(rows(row(4), row(14)), overlong="error")
 
@@ -70,7 +77,10 @@ def test_what_is_stored_comes_back() -> None:
 
 
 def test_the_fingerprint_tells_other_data() -> None:
-    prints = {run(rows(*items)).fingerprint for items in ([row(4), row(5)], [row(5), row(4)], [row(4), row(5, 2)], [row(4)])}
+    prints = {
+        run(rows(*items)).fingerprint
+        for items in ([row(4), row(5)], [row(5), row(4)], [row(4), row(5, 2)], [row(4)])
+    }
     assert len(prints) == 4
     assert run(rows(row(4))).fingerprint in prints
 
@@ -82,7 +92,9 @@ def test_a_bad_row_is_named() -> None:
 
 def test_a_token_outside_the_vocabulary_is_an_error() -> None:
     assert len(run(rows(row(4)), vocab_size=4)) == 1
-    with pytest.raises(UserError, match=r"row 1: token id 4 is outside the model's vocabulary of 4 rows"):
+    with pytest.raises(
+        UserError, match=r"row 1: token id 4 is outside the model's vocabulary of 4 rows"
+    ):
         run(rows(row(5)), vocab_size=4)
 
 

@@ -26,14 +26,24 @@ def dataset_of(num_examples: int, *, seed: int = 0, longest: int = 30) -> Encode
 
 
 def training(dataset: EncodedDataset, **options: Any) -> TrainingBatches:
-    defaults: dict[str, Any] = {"max_length": 32, "packing": True, "batch_size": 6, "micro_batch_size": 2, "pad_id": 0, "seed": 1}
+    defaults: dict[str, Any] = {
+        "max_length": 32,
+        "packing": True,
+        "batch_size": 6,
+        "micro_batch_size": 2,
+        "pad_id": 0,
+        "seed": 1,
+    }
     defaults |= {"rank": 0, "num_processes": 1}
     return TrainingBatches(dataset, **(defaults | options))
 
 
 def numbers(batch: Batch) -> list[list[int]]:
     """The examples of each row, from its tokens."""
-    return [list(dict.fromkeys(token - 1 for token in row if token)) for row in batch["input_ids"].tolist()]
+    return [
+        list(dict.fromkeys(token - 1 for token in row if token))
+        for row in batch["input_ids"].tolist()
+    ]
 
 
 def rows_of(step: StepBatch) -> list[list[int]]:
@@ -45,15 +55,26 @@ def rows_of(step: StepBatch) -> list[list[int]]:
 def test_the_union_over_processes_is_the_same_step(num_processes: int, packing: bool) -> None:
     dataset = dataset_of(101)
     alone = list(training(dataset, packing=packing).epoch(0))
-    shared = [list(training(dataset, packing=packing, rank=r, num_processes=num_processes).epoch(0)) for r in range(num_processes)]
+    shared = [
+        list(training(dataset, packing=packing, rank=r, num_processes=num_processes).epoch(0))
+        for r in range(num_processes)
+    ]
     assert len(alone) > 5
     for expected, parts in zip(alone, zip(*shared, strict=True), strict=True):
-        assert len({len(part.micro_batches) for part in parts}) == 1, "as many forwards on every process"
+        assert len({len(part.micro_batches) for part in parts}) == 1, (
+            "as many forwards on every process"
+        )
         rounds = zip(*(part.micro_batches for part in parts), strict=True)
         union = [row for batches in rounds for batch in batches for row in numbers(batch) if row]
         assert union == rows_of(expected), "no row lost or doubled, and the order is the same"
-        targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for part in parts for batch in part.micro_batches)
-        tokens = sum(int((batch["input_ids"] != 0).sum()) for part in parts for batch in part.micro_batches)
+        targets = sum(
+            int((batch["labels"] != IGNORE_INDEX).sum())
+            for part in parts
+            for batch in part.micro_batches
+        )
+        tokens = sum(
+            int((batch["input_ids"] != 0).sum()) for part in parts for batch in part.micro_batches
+        )
         assert {part.num_target_tokens for part in parts} == {targets}
         assert {part.num_tokens for part in parts} == {tokens}
         assert all(len(batch["input_ids"]) <= 2 for part in parts for batch in part.micro_batches)
@@ -61,23 +82,41 @@ def test_the_union_over_processes_is_the_same_step(num_processes: int, packing: 
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 9))
-def test_shares_cut_a_step_exactly(num_rows: int, micro_batch_size: int, num_processes: int) -> None:
-    shares = [share(num_rows, micro_batch_size=micro_batch_size, rank=r, num_processes=num_processes) for r in range(num_processes)]
+def test_shares_cut_a_step_exactly(
+    num_rows: int, micro_batch_size: int, num_processes: int
+) -> None:
+    shares = [
+        share(num_rows, micro_batch_size=micro_batch_size, rank=r, num_processes=num_processes)
+        for r in range(num_processes)
+    ]
     assert len({len(part) for part in shares}) == 1
-    assert [i for batches in zip(*shares, strict=True) for batch in batches for i in batch] == list(range(num_rows))
+    assert [i for batches in zip(*shares, strict=True) for batch in batches for i in batch] == list(
+        range(num_rows)
+    )
     assert max(len(batch) for part in shares for batch in part) <= micro_batch_size
     if num_rows >= num_processes:
-        assert all(len(part[0]) for part in shares), "no process is idle where there are rows enough"
+        assert all(len(part[0]) for part in shares), (
+            "no process is idle where there are rows enough"
+        )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4), st.booleans())
-def test_each_example_once_an_epoch(num_examples: int, batch_size: int, micro_batch_size: int, packing: bool) -> None:
-    batches = training(dataset_of(num_examples), batch_size=batch_size, micro_batch_size=micro_batch_size, packing=packing)
+def test_each_example_once_an_epoch(
+    num_examples: int, batch_size: int, micro_batch_size: int, packing: bool
+) -> None:
+    batches = training(
+        dataset_of(num_examples),
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        packing=packing,
+    )
     for epoch in range(2):
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps_per_epoch
-        assert sorted(i for step in steps for row in rows_of(step) for i in row) == list(range(num_examples))
+        assert sorted(i for step in steps for row in rows_of(step) for i in row) == list(
+            range(num_examples)
+        )
         sizes = [len(rows_of(step)) for step in steps]
         assert all(size == batch_size for size in sizes[:-1])
         assert steps[-1].epoch == epoch + 1
@@ -88,7 +127,9 @@ def test_epochs_differ_and_seeds_differ_and_runs_do_not(packing: bool) -> None:
     dataset = dataset_of(80)
 
     def order(seed: int, epoch: int) -> list[Any]:
-        return [rows_of(step) for step in training(dataset, packing=packing, seed=seed).epoch(epoch)]
+        return [
+            rows_of(step) for step in training(dataset, packing=packing, seed=seed).epoch(epoch)
+        ]
 
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1)
@@ -122,7 +163,9 @@ def assert_same(steps: list[StepBatch], expected: list[StepBatch]) -> None:
 
 def test_resuming_with_other_data_is_refused() -> None:
     state = training(dataset_of(40)).state_dict()
-    with pytest.raises(UserError, match="the training data is not the one that this run began with"):
+    with pytest.raises(
+        UserError, match="the training data is not the one that this run began with"
+    ):
         training(dataset_of(40, seed=1)).load_state_dict(state)
 
 
@@ -136,7 +179,9 @@ def test_packed_rows_are_full_and_as_many_in_every_epoch() -> None:
 
 def test_length_grouping_saves_padding_and_leaves_steps_in_random_order() -> None:
     dataset = dataset_of(512, longest=200)
-    steps = list(training(dataset, packing=False, batch_size=8, micro_batch_size=4, max_length=256).epoch(0))
+    steps = list(
+        training(dataset, packing=False, batch_size=8, micro_batch_size=4, max_length=256).epoch(0)
+    )
     room = sum(batch["input_ids"].numel() for step in steps for batch in step.micro_batches)
     assert sum(step.num_tokens for step in steps) / room > 0.95
     sizes = [step.num_tokens for step in steps]
@@ -156,11 +201,19 @@ def test_grouping_keeps_the_short_group_at_the_end() -> None:
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_evaluation_sees_each_example_once(batch_size: int, num_processes: int, packing: bool) -> None:
+def test_evaluation_sees_each_example_once(
+    batch_size: int, num_processes: int, packing: bool
+) -> None:
     dataset = dataset_of(50)
     parts = [
         EvaluationBatches(
-            dataset, max_length=32, packing=packing, batch_size=batch_size, pad_id=0, rank=r, num_processes=num_processes
+            dataset,
+            max_length=32,
+            packing=packing,
+            batch_size=batch_size,
+            pad_id=0,
+            rank=r,
+            num_processes=num_processes,
         )
         for r in range(num_processes)
     ]
@@ -171,4 +224,6 @@ def test_evaluation_sees_each_example_once(batch_size: int, num_processes: int, 
     targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for part in parts for batch in part)
     assert targets == sum(dataset.target_counts)
     widths = [batch["input_ids"].shape[1] for batch in parts[0] if numbers(batch)[0]]
-    assert widths == sorted(widths, reverse=True), "the longest first: what does not fit into memory shows at once"
+    assert widths == sorted(widths, reverse=True), (
+        "the longest first: what does not fit into memory shows at once"
+    )

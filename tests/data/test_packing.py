@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from finetune.data.packing import pack
 
-LENGTHS = st.integers(1, 64).flatmap(lambda limit: st.tuples(st.lists(st.integers(1, limit), max_size=60), st.just(limit)))
+LENGTHS = st.integers(1, 64).flatmap(
+    lambda limit: st.tuples(st.lists(st.integers(1, limit), max_size=60), st.just(limit))
+)
 
 
 @given(LENGTHS)
@@ -30,7 +32,9 @@ def test_no_two_rows_would_fit_into_one(case: tuple[list[int], int]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7))
 def test_at_most_eleven_ninths_of_the_best(lengths: list[int]) -> None:
-    best = min(next_fit(order, 12) for order in permutations(lengths))  # some order makes next-fit optimal
+    best = min(
+        next_fit(order, 12) for order in permutations(lengths)
+    )  # some order makes next-fit optimal
     assert len(pack(lengths, 12)) <= 11 / 9 * best + 1
 
 
@@ -75,7 +79,9 @@ def test_shuffled_lengths_make_rows_as_full_with_other_companions() -> None:
     generator.shuffle(order)
     first = pack(lengths, 128)
     second = [[order[i] for i in row] for row in pack([lengths[i] for i in order], 128)]
-    assert sorted(sorted(lengths[i] for i in row) for row in first) == sorted(sorted(lengths[i] for i in row) for row in second)
+    assert sorted(sorted(lengths[i] for i in row) for row in first) == sorted(
+        sorted(lengths[i] for i in row) for row in second
+    )
     assert {frozenset(row) for row in first} != {frozenset(row) for row in second}
 
 

@@ -19,7 +19,11 @@ from finetune.data.sources.rows import _interleave
 from finetune.errors import UserError
 
 PAIRS = [{"en": f"Sentence {i}", "fr": f"Phrase {i}"} for i in range(7)]
-ODD = [{"en": "None", "fr": 'Il a dit "oui'}, {"en": "1989", "fr": "NA"}, {"en": "2020-01-01", "fr": "é\u2028ü"}]
+ODD = [
+    {"en": "None", "fr": 'Il a dit "oui'},
+    {"en": "1989", "fr": "NA"},
+    {"en": "2020-01-01", "fr": "é\u2028ü"},
+]
 
 
 def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
@@ -66,7 +70,11 @@ def test_text_stays_as_it_is(name: str, tmp_path: Path) -> None:
 
 def test_text_files_folders_globs(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\nthree\x0bstill\r\n", encoding="utf-8")
-    assert read(Source(str(tmp_path / "a.txt"))) == [{"text": "one"}, {"text": ""}, {"text": "three\x0bstill"}]
+    assert read(Source(str(tmp_path / "a.txt"))) == [
+        {"text": "one"},
+        {"text": ""},
+        {"text": "three\x0bstill"},
+    ]
     folder = tmp_path / "folder"
     folder.mkdir()
     write(folder, "train.jsonl", PAIRS[:4])
@@ -83,7 +91,9 @@ def test_aligned_text_files(tmp_path: Path) -> None:
     assert read(source) == [{"source": "one", "target": "un"}, {"source": "two", "target": "deux"}]
     (tmp_path / "b.txt").write_text("un\n", encoding="utf-8")
     for open_ in (load_rows, stream_rows):
-        with pytest.raises(UserError, match=r"has 2 lines and .* has 1; aligned files must have as many lines"):
+        with pytest.raises(
+            UserError, match=r"has 2 lines and .* has 1; aligned files must have as many lines"
+        ):
             open_([source])
 
 
@@ -110,7 +120,10 @@ def test_the_demo_data_of_the_package() -> None:
     rows = load_rows([Source("package:translation.en-fr.test")])
     assert len(rows) == 100
     assert set(rows[0]) == {"translation", "source"}
-    with pytest.raises(UserError, match=r"has no data 'chat\.en\.tset'; it has chat\.en\.test, .*did you mean 'chat\.en\.test'"):
+    with pytest.raises(
+        UserError,
+        match=r"has no data 'chat\.en\.tset'; it has chat\.en\.test, .*did you mean 'chat\.en\.test'",
+    ):
         load_rows([Source("package:chat.en.tset")])
 
 
@@ -135,7 +148,9 @@ def test_with_weights_the_shares_are_exact_until_a_source_runs_out(tmp_path: Pat
         texts = [row["text"] for _, row in rows]
         assert [text for text in texts if text[0] == "b"] == [f"b{i}" for i in range(20)]
         assert len(texts) in (26, 27)
-        assert texts == [row["text"] for _, row in load_rows(sources)], "in memory and streamed alike"
+        assert texts == [row["text"] for _, row in load_rows(sources)], (
+            "in memory and streamed alike"
+        )
     with pytest.raises(UserError, match="give every source a weight, or none"):
         load_rows(mixed(tmp_path, (1.0, None)))
 
@@ -151,7 +166,9 @@ def test_interleaving_loses_nothing_and_keeps_the_shares_at_all_times(sizes: lis
 
 
 def test_rows_are_held_out_at_random_and_for_good(tmp_path: Path) -> None:
-    rows = load_rows([Source(str(write(tmp_path, "data.jsonl", [{"text": str(i)} for i in range(100)])))])
+    rows = load_rows(
+        [Source(str(write(tmp_path, "data.jsonl", [{"text": str(i)} for i in range(100)])))]
+    )
 
     def texts(part: Rows) -> list[str]:
         return [row["text"] for _, row in part]
@@ -161,14 +178,18 @@ def test_rows_are_held_out_at_random_and_for_good(tmp_path: Path) -> None:
     assert sorted(texts(train) + texts(held_out)) == sorted(texts(rows))
     assert texts(split_held_out(rows, fraction=0.1, seed=0)[1]) == texts(held_out)
     assert texts(split_held_out(rows, fraction=0.1, seed=1)[1]) != texts(held_out)
-    assert held_out.describe(0).endswith(f"row {int(held_out[0]['text']) + 1}"), "a row keeps its number"
+    assert held_out.describe(0).endswith(f"row {int(held_out[0]['text']) + 1}"), (
+        "a row keeps its number"
+    )
     assert len(split_held_out(rows.take(2), fraction=0.001, seed=0)[1]) == 1
     assert len(split_held_out(rows.take(2), fraction=1.0, seed=0)[0]) == 1
     with pytest.raises(UserError, match="none can be held out"):
         split_held_out(rows.take(1), fraction=0.1, seed=0)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # `datasets` leaves a CSV open that is not read to its end
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning"
+)  # `datasets` leaves a CSV open that is not read to its end
 @pytest.mark.parametrize("name", [*KINDS, "data.txt", "mix"])
 def test_a_stream_goes_on_from_any_row(name: str, tmp_path: Path) -> None:
     """Also after having gone on once before."""
@@ -205,7 +226,10 @@ BROKEN = {
     "blank.jsonl": ("\n\n", "blank.jsonl is empty: there are no rows in it"),
     "header.csv": ("en,fr\n", "header.csv is empty: there are no rows in it"),
     "ragged.csv": ("en,fr\na,b\nc,d,e\n", "ragged.csv cannot be read"),
-    "data.xml": ("<a/>", "data.xml has the unknown ending '.xml'; known are .json, .jsonl, .csv, .tsv, .parquet, .txt"),
+    "data.xml": (
+        "<a/>",
+        "data.xml has the unknown ending '.xml'; known are .json, .jsonl, .csv, .tsv, .parquet, .txt",
+    ),
     "data.parquet": ("no parquet at all", "data.parquet cannot be read"),
 }
 
@@ -226,7 +250,9 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name: str, tmp_path
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_of_different_columns_are_to_be_several_sources(streaming: bool, tmp_path: Path) -> None:
+def test_files_of_different_columns_are_to_be_several_sources(
+    streaming: bool, tmp_path: Path
+) -> None:
     chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     completion = [{"prompt": "a", "completion": "b"}]
     write(tmp_path, "a.jsonl", chat)
@@ -235,9 +261,16 @@ def test_files_of_different_columns_are_to_be_several_sources(streaming: bool, t
     with pytest.raises(UserError) as caught:
         read([Source(str(tmp_path))])
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path}: its rows do not have the same columns (messages; further on ")
-    assert message.endswith("put each kind into files of its own, and list these as several sources")
-    assert len(list(stream_rows([Source(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")]))) == 2
+    assert message.startswith(
+        f"{tmp_path}: its rows do not have the same columns (messages; further on "
+    )
+    assert message.endswith(
+        "put each kind into files of its own, and list these as several sources"
+    )
+    assert (
+        len(list(stream_rows([Source(str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl")])))
+        == 2
+    )
 
 
 MISSING = {
@@ -250,8 +283,12 @@ MISSING = {
 
 
 @pytest.mark.parametrize("path", MISSING)
-def test_what_is_not_found_says_where_it_was_looked_for_and_fast(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+def test_what_is_not_found_says_where_it_was_looked_for_and_fast(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9"
+    )  # nobody answers there
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
     started = time.perf_counter()
     with pytest.raises(UserError) as caught:
@@ -263,7 +300,10 @@ def test_what_is_not_found_says_where_it_was_looked_for_and_fast(path: str, monk
 @pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
 def test_a_missing_split_lists_those_there_are(name: str, tmp_path: Path) -> None:
     write(tmp_path, name, PAIRS)
-    with pytest.raises(UserError, match=r"data\.\w+ \(validation\): unknown split .validation.; it should be one of \['train'\]"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.\w+ \(validation\): unknown split .validation.; it should be one of \['train'\]",
+    ):
         load_rows([Source(str(tmp_path / name), split="validation")])
 
 

@@ -20,7 +20,9 @@ from .stock import DEFAULT_SYSTEM, MakeTokenizer
 def test_examples_read_as_text_with_their_targets(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer("Hello there, é", add_special_tokens=False)["input_ids"]
-    parts = pieces(Example(ids, [IGNORE_INDEX, *ids[1:3], *[IGNORE_INDEX] * (len(ids) - 3)]), tokenizer)
+    parts = pieces(
+        Example(ids, [IGNORE_INDEX, *ids[1:3], *[IGNORE_INDEX] * (len(ids) - 3)]), tokenizer
+    )
     assert [is_target for _, is_target in parts] == [False, True, False]
     assert "".join(text for text, _ in parts) == "Hello there, é"
 
@@ -29,7 +31,9 @@ def test_examples_read_as_text_with_their_targets(make_tokenizer: MakeTokenizer)
 def test_a_histogram_counts_every_length_once(lengths: list[int], bins: int) -> None:
     found = histogram(lengths, bins=bins)
     assert len(found) <= bins
-    assert [count for _, _, count in found] == [sum(low <= length <= high for length in lengths) for low, high, _ in found]
+    assert [count for _, _, count in found] == [
+        sum(low <= length <= high for length in lengths) for low, high, _ in found
+    ]
     assert sum(count for _, _, count in found) == len(lengths)
     assert all(b[0] == a[1] + 1 for a, b in pairwise(found))
 
@@ -55,28 +59,58 @@ def test_duplicates_and_vocabulary_by_hand(make_tokenizer: MakeTokenizer) -> Non
     json.dumps(alone.as_dict())
 
 
-DEMO = {"translation.en-fr": ("translation", 1800), "translation.en-de": ("translation", 1800), "chat.en": ("chat", 677)}
+DEMO = {
+    "translation.en-fr": ("translation", 1800),
+    "translation.en-de": ("translation", 1800),
+    "chat.en": ("chat", 677),
+}
 
 
 @pytest.mark.parametrize("name", DEMO)
-def test_the_demo_data_goes_all_the_way_to_batches(name: str, make_tokenizer: MakeTokenizer) -> None:
+def test_the_demo_data_goes_all_the_way_to_batches(
+    name: str, make_tokenizer: MakeTokenizer
+) -> None:
     tokenizer = make_tokenizer(DEFAULT_SYSTEM)
     splits = [load_rows([Source(f"package:{name}.{split}")]) for split in ("train", "test")]
-    options = {"targets": "assistant", "system_prompt": None, "source_language": None, "target_language": None}
+    options = {
+        "targets": "assistant",
+        "system_prompt": None,
+        "source_language": None,
+        "target_language": None,
+    }
     format = build_format(
-        "auto", tokenizer=tokenizer, first_row=splits[0][0], columns={}, direction="forward", template=None, **options
+        "auto",
+        tokenizer=tokenizer,
+        first_row=splits[0][0],
+        columns={},
+        direction="forward",
+        template=None,
+        **options,
     )
     assert format.name == DEMO[name][0]
-    train, test = (encode(rows, format, max_length=512, overlong="truncate", vocab_size=len(tokenizer)) for rows in splits)
+    train, test = (
+        encode(rows, format, max_length=512, overlong="truncate", vocab_size=len(tokenizer))
+        for rows in splits
+    )
     assert train.statistics.rows == DEMO[name][1]
     assert train.statistics.examples >= train.statistics.rows
     batches = TrainingBatches(
-        train, max_length=512, packing=True, batch_size=8, micro_batch_size=4, pad_id=0, seed=0, rank=0, num_processes=1
+        train,
+        max_length=512,
+        packing=True,
+        batch_size=8,
+        micro_batch_size=4,
+        pad_id=0,
+        seed=0,
+        rank=0,
+        num_processes=1,
     )
     steps = list(batches.epoch(0))
     assert sum(step.num_target_tokens for step in steps) == train.statistics.target_tokens
     assert sum(step.num_tokens for step in steps) == train.statistics.tokens
-    evaluation = EvaluationBatches(test, max_length=512, packing=True, batch_size=8, pad_id=0, rank=0, num_processes=1)
+    evaluation = EvaluationBatches(
+        test, max_length=512, packing=True, batch_size=8, pad_id=0, rank=0, num_processes=1
+    )
     targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in evaluation)
     assert targets == test.statistics.target_tokens > 0
     report = report_on(train, test, tokenizer=tokenizer, vocab_size=len(tokenizer))

@@ -30,12 +30,18 @@ def make(tmp_path: Path, make_tokenizer: MakeTokenizer) -> Any:
     tokenizer = make_tokenizer()
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for f, file in enumerate(files):
-        rows = [{"text": f"{'ab'[f]}{i} " + "x" * (1 + (7 * i) % 15)} for i in range(NUM_ROWS // (1 + f))]
+        rows = [
+            {"text": f"{'ab'[f]}{i} " + "x" * (1 + (7 * i) % 15)}
+            for i in range(NUM_ROWS // (1 + f))
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(**options: Any) -> StreamingBatches:
         encoder = RowEncoder(
-            TextFormat(tokenizer=tokenizer, columns={}), max_length=MAX_LENGTH, overlong="truncate", vocab_size=len(tokenizer)
+            TextFormat(tokenizer=tokenizer, columns={}),
+            max_length=MAX_LENGTH,
+            overlong="truncate",
+            vocab_size=len(tokenizer),
         )
         defaults: dict[str, Any] = {
             "packing": True,
@@ -46,7 +52,9 @@ def make(tmp_path: Path, make_tokenizer: MakeTokenizer) -> Any:
             "seed": 5,
         }
         defaults |= {"rank": 0, "num_processes": 1}
-        return StreamingBatches(stream_rows([Source(str(file)) for file in files]), encoder, **(defaults | options))
+        return StreamingBatches(
+            stream_rows([Source(str(file)) for file in files]), encoder, **(defaults | options)
+        )
 
     return make
 
@@ -84,7 +92,9 @@ def test_a_resumed_stream_is_bit_identical_from_any_step(packing: bool, make: An
 def test_a_state_before_the_first_step_starts_the_stream(make: Any) -> None:
     batches = make()
     batches.load_state_dict(make().state_dict())
-    assert [tensors(step) for step in islice(batches, 5)] == [tensors(step) for step in islice(make(), 5)]
+    assert [tensors(step) for step in islice(batches, 5)] == [
+        tensors(step) for step in islice(make(), 5)
+    ]
 
 
 def examples(step: StepBatch) -> list[tuple[int, ...]]:
@@ -104,7 +114,9 @@ def examples(step: StepBatch) -> list[tuple[int, ...]]:
 def test_each_pass_holds_every_example_once_in_another_order(packing: bool, make: Any) -> None:
     batches = make(packing=packing)
     steps = list(islice(batches, 120))
-    first, second = ([e for step in steps if step.epoch == epoch for e in examples(step)] for epoch in (0, 1))
+    first, second = (
+        [e for step in steps if step.epoch == epoch for e in examples(step)] for epoch in (0, 1)
+    )
     assert steps[-1].epoch >= 2
     assert len(first) == NUM_ROWS * 3 // 2
     assert Counter(first) == Counter(second)
@@ -116,11 +128,15 @@ def test_each_pass_holds_every_example_once_in_another_order(packing: bool, make
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
 def test_the_union_over_processes_is_the_same_step(num_processes: int, make: Any) -> None:
     alone = list(islice(make(), 30))
-    shared = [list(islice(make(rank=r, num_processes=num_processes), 30)) for r in range(num_processes)]
+    shared = [
+        list(islice(make(rank=r, num_processes=num_processes), 30)) for r in range(num_processes)
+    ]
     for expected, parts in zip(alone, zip(*shared, strict=True), strict=True):
         assert len({len(part.micro_batches) for part in parts}) == 1
         assert sorted(e for part in parts for e in examples(part)) == sorted(examples(expected))
-        assert {(part.num_target_tokens, part.num_tokens) for part in parts} == {(expected.num_target_tokens, expected.num_tokens)}
+        assert {(part.num_target_tokens, part.num_tokens) for part in parts} == {
+            (expected.num_target_tokens, expected.num_tokens)
+        }
 
 
 def test_packed_rows_are_full(make: Any) -> None:
@@ -154,5 +170,7 @@ def test_a_stream_without_rows_or_targets_is_an_error(make: Any, tmp_path: Path)
 
 def test_a_bad_row_is_named(make: Any, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"words": "fine"}\n')
-    with pytest.raises(UserError, match=r"b\.jsonl, row 1: column 'text' is missing; the columns are words$"):
+    with pytest.raises(
+        UserError, match=r"b\.jsonl, row 1: column 'text' is missing; the columns are words$"
+    ):
         next(iter(make()))

@@ -16,7 +16,12 @@ PAIR = {"translation": {"en": "Hello there", "fr": "Bonjour"}}
 
 
 def build(tokenizer: Any, row: Row = PAIR, *, kind: str = "auto", **options: Any) -> Any:
-    defaults: dict[str, Any] = {"columns": {}, "targets": "assistant", "system_prompt": None, "source_language": None}
+    defaults: dict[str, Any] = {
+        "columns": {},
+        "targets": "assistant",
+        "system_prompt": None,
+        "source_language": None,
+    }
     defaults |= {"target_language": None, "direction": "forward", "template": None}
     return build_format(kind, tokenizer=tokenizer, first_row=row, **(defaults | options))
 
@@ -29,18 +34,27 @@ def shown(format: Any, tokenizer: Any, row: Row = PAIR) -> list[tuple[str, str]]
         assert list(example.input_ids[:n]) == list(prompt.input_ids)
         assert set(example.labels[:n]) == {IGNORE_INDEX}
         assert list(example.labels[n:]) == list(example.input_ids[n:])
-        texts.append((tokenizer.decode(list(prompt.input_ids)), tokenizer.decode(list(example.input_ids[n:]))))
+        texts.append(
+            (
+                tokenizer.decode(list(prompt.input_ids)),
+                tokenizer.decode(list(example.input_ids[n:])),
+            )
+        )
     return texts
 
 
-def test_a_chat_turn_with_a_short_instruction_in_place_of_the_default_one(make_tokenizer: MakeTokenizer) -> None:
+def test_a_chat_turn_with_a_short_instruction_in_place_of_the_default_one(
+    make_tokenizer: MakeTokenizer,
+) -> None:
     tokenizer = make_tokenizer(stock.DEFAULT_SYSTEM)
     prompt = "<|im_start|>system\nTranslate English to French.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
     prompt += "<|im_start|>assistant\n"
     assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<|im_end|>")]
 
 
-def test_a_template_without_system_messages_has_the_instruction_in_the_users_turn(make_tokenizer: MakeTokenizer) -> None:
+def test_a_template_without_system_messages_has_the_instruction_in_the_users_turn(
+    make_tokenizer: MakeTokenizer,
+) -> None:
     tokenizer = make_tokenizer(stock.GEMMA, adds_bos=True)
     prompt = "<s><start_of_turn>user\nTranslate English to French.\nHello there<end_of_turn>\n<start_of_turn>model\n"
     assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<end_of_turn>")]
@@ -56,30 +70,51 @@ def test_plain_text_without_a_chat_template(kind: str, make_tokenizer: MakeToken
 
 def test_plain_text_begins_with_bos_where_the_tokenizer_does(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(None, adds_bos=True)
-    assert shown(build(tokenizer), tokenizer) == [("<s>English: Hello there\nFrench:", " Bonjour</s>")]
+    assert shown(build(tokenizer), tokenizer) == [
+        ("<s>English: Hello there\nFrench:", " Bonjour</s>")
+    ]
 
 
 def test_directions(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(None)
-    forward, backward = ("English: Hello there\nFrench:", " Bonjour</s>"), ("French: Bonjour\nEnglish:", " Hello there</s>")
-    for direction, expected in {"forward": [forward], "backward": [backward], "both": [forward, backward]}.items():
+    forward, backward = (
+        ("English: Hello there\nFrench:", " Bonjour</s>"),
+        ("French: Bonjour\nEnglish:", " Hello there</s>"),
+    )
+    for direction, expected in {
+        "forward": [forward],
+        "backward": [backward],
+        "both": [forward, backward],
+    }.items():
         assert shown(build(tokenizer, direction=direction), tokenizer) == expected
     first, second = build(tokenizer, direction="both").prompts(PAIR)
-    assert (first.text, first.reference, second.text, second.reference) == ("Hello there", "Bonjour", "Bonjour", "Hello there")
+    assert (first.text, first.reference, second.text, second.reference) == (
+        "Hello there",
+        "Bonjour",
+        "Bonjour",
+        "Hello there",
+    )
 
 
 def test_a_wording_of_ones_own(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(None)
     template = "<{source_language}2{target_language}> {source} => "
-    assert shown(build(tokenizer, template=template), tokenizer) == [("<en2fr> Hello there => ", "Bonjour</s>")]
+    assert shown(build(tokenizer, template=template), tokenizer) == [
+        ("<en2fr> Hello there => ", "Bonjour</s>")
+    ]
     tokenizer = make_tokenizer()
-    [(prompt, _)] = shown(build(tokenizer, template="Say in {target_name}: {source}", system_prompt="Be brief."), tokenizer)
+    [(prompt, _)] = shown(
+        build(tokenizer, template="Say in {target_name}: {source}", system_prompt="Be brief."),
+        tokenizer,
+    )
     assert "system\nBe brief.<" in prompt
     assert "user\nSay in French: Hello there<" in prompt
     assert "Translate" not in prompt
 
 
-def test_a_system_prompt_moves_the_instruction_to_the_users_turn(make_tokenizer: MakeTokenizer) -> None:
+def test_a_system_prompt_moves_the_instruction_to_the_users_turn(
+    make_tokenizer: MakeTokenizer,
+) -> None:
     tokenizer = make_tokenizer()
     [(prompt, _)] = shown(build(tokenizer, system_prompt="Be brief."), tokenizer)
     assert "system\nBe brief.<" in prompt
@@ -98,16 +133,30 @@ COLUMNS: dict[str, tuple[Row, dict[str, Any]]] = {
         {"de": "Guten Tag", "en": "Hello there", "fr": "Bonjour"},
         {"source_language": "en", "target_language": "fr"},
     ),
-    "source and target": ({"source": "Hello there", "target": "Bonjour"}, {"source_language": "en", "target_language": "fr"}),
+    "source and target": (
+        {"source": "Hello there", "target": "Bonjour"},
+        {"source_language": "en", "target_language": "fr"},
+    ),
     "source and target by other names": (
         {"a": "Hello there", "b": "Bonjour"},
-        {"columns": {"source": "a", "target": "b"}, "source_language": "en", "target_language": "fr"},
+        {
+            "columns": {"source": "a", "target": "b"},
+            "source_language": "en",
+            "target_language": "fr",
+        },
     ),
     "languages by other names": (
         {"english": "Hello there", "french": "Bonjour"},
-        {"columns": {"en": "english", "fr": "french"}, "source_language": "en", "target_language": "fr"},
+        {
+            "columns": {"en": "english", "fr": "french"},
+            "source_language": "en",
+            "target_language": "fr",
+        },
     ),
-    "a pair the other way round": ({"translation": {"fr": "Bonjour", "en": "Hello there"}}, {"source_language": "en"}),
+    "a pair the other way round": (
+        {"translation": {"fr": "Bonjour", "en": "Hello there"}},
+        {"source_language": "en"},
+    ),
     "a pair of several": (
         {"translation": {"de": None, "fr": "Bonjour", "en": "Hello there"}},
         {"source_language": "en", "target_language": "fr"},
@@ -129,27 +178,53 @@ def test_other_formats_are_found_in_the_columns(make_tokenizer: MakeTokenizer) -
     assert build(tokenizer, PAIR | {"source": "django"}).name == "translation"
     assert build(tokenizer, {"messages": []}).name == "chat"
     assert build(tokenizer, {"instruction": "", "output": "", "text": ""}).name == "chat"
-    assert build(tokenizer, {"instruction": "", "output": "", "text": ""}, kind="text").name == "text"
+    assert (
+        build(tokenizer, {"instruction": "", "output": "", "text": ""}, kind="text").name == "text"
+    )
     assert build(tokenizer, {"text": "", "id": 1}).name == "text"
 
 
 REFUSED: dict[str, tuple[Row, dict[str, Any], str]] = {
-    "no known columns": ({"a": "x", "b": "y"}, {}, "a format needs other columns than there are (a, b); accepted are: messages;"),
+    "no known columns": (
+        {"a": "x", "b": "y"},
+        {},
+        "a format needs other columns than there are (a, b); accepted are: messages;",
+    ),
     "not chat": (
         PAIR,
         {"kind": "chat"},
         "the format 'chat' needs other columns than there are (translation); accepted are: messages; or",
     ),
-    "not text": (PAIR, {"kind": "text"}, "the format 'text' needs other columns than there are (translation); accepted are: text"),
+    "not text": (
+        PAIR,
+        {"kind": "text"},
+        "the format 'text' needs other columns than there are (translation); accepted are: text",
+    ),
     "a column map that points nowhere": (
         PAIR,
         {"columns": {"prompt": "question"}},
         "'question', which is missing; the columns are tr",
     ),
-    "a column map of nothing": (PAIR, {"columns": {"promt": "translation"}}, "unknown name 'promt'; known are messages,"),
-    "languages not said": ({"source": "x", "target": "y"}, {}, "the columns do not say what languages they are in"),
-    "three languages": ({"translation": {"de": "x", "en": "y", "fr": "z"}}, {}, "not clear (there are de, en, fr)"),
-    "template without the source": (PAIR, {"template": "To {target_name}:"}, "must contain {source}"),
+    "a column map of nothing": (
+        PAIR,
+        {"columns": {"promt": "translation"}},
+        "unknown name 'promt'; known are messages,",
+    ),
+    "languages not said": (
+        {"source": "x", "target": "y"},
+        {},
+        "the columns do not say what languages they are in",
+    ),
+    "three languages": (
+        {"translation": {"de": "x", "en": "y", "fr": "z"}},
+        {},
+        "not clear (there are de, en, fr)",
+    ),
+    "template without the source": (
+        PAIR,
+        {"template": "To {target_name}:"},
+        "must contain {source}",
+    ),
     "template with an unknown field": (
         PAIR,
         {"template": "{source} {to}"},
@@ -160,7 +235,9 @@ REFUSED: dict[str, tuple[Row, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused_before_the_first_example(case: str, make_tokenizer: MakeTokenizer) -> None:
+def test_what_does_not_fit_is_refused_before_the_first_example(
+    case: str, make_tokenizer: MakeTokenizer
+) -> None:
     row, options, expected = REFUSED[case]
     with pytest.raises(UserError) as caught:
         build(make_tokenizer(), row, **options)
@@ -169,12 +246,24 @@ def test_what_does_not_fit_is_refused_before_the_first_example(case: str, make_t
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "empty side": ({"translation": {"en": "Hello", "fr": ""}}, "the pair has an empty side: 'fr'"),
-    "blank side": ({"translation": {"en": " \n", "fr": "Bonjour"}}, "the pair has an empty side: 'en'"),
+    "blank side": (
+        {"translation": {"en": " \n", "fr": "Bonjour"}},
+        "the pair has an empty side: 'en'",
+    ),
     "null side": ({"translation": {"en": "Hello", "fr": None}}, "the pair has an empty side: 'fr'"),
-    "missing side": ({"translation": {"en": "Hello", "de": "Hallo"}}, "column 'fr' is missing; the columns are en, de"),
+    "missing side": (
+        {"translation": {"en": "Hello", "de": "Hallo"}},
+        "column 'fr' is missing; the columns are en, de",
+    ),
     "missing column": ({"text": "Hello"}, "column 'translation' is missing; the columns are text"),
-    "a string for the pair": ({"translation": "Hello"}, "column 'translation' must hold an object such as"),
-    "a number for a side": ({"translation": {"en": 1, "fr": "un"}}, "the side 'en' must be text, not 1"),
+    "a string for the pair": (
+        {"translation": "Hello"},
+        "column 'translation' must hold an object such as",
+    ),
+    "a number for a side": (
+        {"translation": {"en": 1, "fr": "un"}},
+        "the side 'en' must be text, not 1",
+    ),
 }
 
 

@@ -35,13 +35,20 @@ def run(config: str, *overrides: str, resume: str | None = None) -> None:
     def prepare_and_look(*arguments: Any) -> Any:
         module, optimizer = engines.prepare(*arguments)
         for name, parameter in module.named_parameters():
-            shares[name] = parameter.to_local().numel() / parameter.numel() if hasattr(parameter, "to_local") else 1.0
+            shares[name] = (
+                parameter.to_local().numel() / parameter.numel()
+                if hasattr(parameter, "to_local")
+                else 1.0
+            )
         return module, optimizer
 
     training.prepare = prepare_and_look
     settings = load_config(Path(config), overrides)
     try:
-        assert training.run_training(settings, resume=resume, display=Display(enabled=False)) == "finished"
+        assert (
+            training.run_training(settings, resume=resume, display=Display(enabled=False))
+            == "finished"
+        )
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     if os.environ["RANK"] == "0":
@@ -69,7 +76,9 @@ def begin() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     refusals.append(refused("output_dir=full"))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    refusals.append(refused("output_dir=sampled", "vocabulary.mode=sampled", "vocabulary.num_sampled=1"))
+    refusals.append(
+        refused("output_dir=sampled", "vocabulary.mode=sampled", "vocabulary.num_sampled=1")
+    )
     refusals.append(refused("output_dir=stream", "vocabulary.mode=active", "data.streaming=true"))
     Path(f"refused{rank}.json").write_text(json.dumps(refusals))
     if rank == 1:
@@ -96,7 +105,12 @@ def main(work: str, folder: Path, rank: int, num_processes: int, port: int) -> N
     """`begin` or `go_on`, as process `rank` of so many."""
     os.chdir(folder)
     log_to(Path(f"{work}{rank}.log"))
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes), **FSDP2}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        **FSDP2,
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it
     {"begin": begin, "go_on": go_on}[work]()

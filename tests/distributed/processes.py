@@ -18,7 +18,9 @@ def run_forked(worker: ModuleType, arguments: list[tuple[Any, ...]]) -> list[int
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([worker.__name__])
     processes = [context.Process(target=worker.main, args=own) for own in arguments]
-    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # gloo's processes, whatever GPUs there are
+    with mock.patch.dict(
+        os.environ, {"CUDA_VISIBLE_DEVICES": ""}
+    ):  # gloo's processes, whatever GPUs there are
         for process in processes:
             process.start()
     deadline = time.monotonic() + TIME_LIMIT + 20  # they end by themselves, see `log_to`

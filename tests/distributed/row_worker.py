@@ -30,11 +30,22 @@ Digest = tuple[str, str]  # of all parameters, and of the optimizer's state
 # One gradient, averaged
 
 VOCABULARY, WIDTH = 50, 16
-USED: dict[str, Callable[[int, int], list[int] | None]] = {  # (rank, number of processes) -> ids, with repeats; None: no gradient
+USED: dict[
+    str, Callable[[int, int], list[int] | None]
+] = {  # (rank, number of processes) -> ids, with repeats; None: no gradient
     "overlapping": lambda rank, processes: [1, 7, 7, 3 + rank, 40 - rank],
     "disjoint": lambda rank, processes: [10 * rank, 10 * rank + 5, 10 * rank],
-    "the same rows": lambda rank, processes: [9, 2, 9, 4, 11, 30],  # all-reduced with three processes
-    "one has many": lambda rank, processes: list(range(VOCABULARY)) if rank == 1 else [3],  # all-reduced with three processes
+    "the same rows": lambda rank, processes: [
+        9,
+        2,
+        9,
+        4,
+        11,
+        30,
+    ],  # all-reduced with three processes
+    "one has many": lambda rank, processes: (
+        list(range(VOCABULARY)) if rank == 1 else [3]
+    ),  # all-reduced with three processes
     "one has none": lambda rank, processes: [] if rank == 0 else [5, 6, 5],
     "one has no gradient": lambda rank, processes: None if rank == processes - 1 else [5, 6, 5],
     "none has rows": lambda rank, processes: [],
@@ -48,7 +59,9 @@ def gradient(case: str, rank: int, num_processes: int, dtype: torch.dtype) -> Te
     if ids is None:
         return None
     values = torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(rank)).to(dtype)
-    return torch.sparse_coo_tensor(torch.tensor([ids], dtype=torch.int64), values, (VOCABULARY, WIDTH), check_invariants=True)
+    return torch.sparse_coo_tensor(
+        torch.tensor([ids], dtype=torch.int64), values, (VOCABULARY, WIDTH), check_invariants=True
+    )
 
 
 def averages(dtype: torch.dtype) -> dict[str, Any]:
@@ -63,7 +76,9 @@ def averages(dtype: torch.dtype) -> dict[str, Any]:
         table.weight.grad = gradient(case, rank, num_processes, dtype)
         rows.average()
         grad = table.weight.grad
-        found[case] = None if grad is None else (grad.is_coalesced(), grad.indices()[0], grad.values())
+        found[case] = (
+            None if grad is None else (grad.is_coalesced(), grad.indices()[0], grad.values())
+        )
     return found
 
 
@@ -94,13 +109,21 @@ def micro_batches(step: int, rank: int) -> list[Tensor]:
     return list(ids)
 
 
-def train_classifier(ranks: range, num_processes: int, optimizer_class: Any = LazyAdamW) -> tuple[Classifier, list[float]]:
+def train_classifier(
+    ranks: range, num_processes: int, optimizer_class: Any = LazyAdamW
+) -> tuple[Classifier, list[float]]:
     """NUM_STEPS steps over the batches of the processes `ranks` of so many; the model, its rows up to date, and the norms."""
-    classifier = Classifier(seed=ranks[0])  # other weights everywhere: those of process 0 are what all train
+    classifier = Classifier(
+        seed=ranks[0]
+    )  # other weights everywhere: those of process 0 are what all train
     lazy = {"embeddings": [classifier.table]} if optimizer_class is LazyAdamW else {}
     optimizer = optimizer_class(classifier.parameters(), weight_decay=0.1, **lazy)
     keep_tables_out_of_ddp(classifier, optimizer)
-    model = DistributedDataParallel(classifier, broadcast_buffers=False) if dist.is_initialized() else classifier
+    model = (
+        DistributedDataParallel(classifier, broadcast_buffers=False)
+        if dist.is_initialized()
+        else classifier
+    )
     rows = RowGradients(optimizer, say=lambda text: None)
     norms = []
     for step in range(NUM_STEPS):
@@ -141,7 +164,9 @@ def digests() -> Iterator[list[Digest]]:
 
     @torch.no_grad()
     def record(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         state = [value for parameter in parameters for value in optimizer.state[parameter].values()]
         steps.append((_hash(parameters), _hash(state)))
 
@@ -162,7 +187,9 @@ def _hash(tensors: list[Tensor]) -> str:
 def run(tree: dict[str, Any], **options: Any) -> list[Digest]:
     """Train as the config says."""
     with digests() as steps:
-        assert run_training(make_config(tree), display=Display(enabled=False), **options) == "finished"
+        assert (
+            run_training(make_config(tree), display=Display(enabled=False), **options) == "finished"
+        )
     AcceleratorState._reset_state(reset_partial_state=True)
     return steps
 

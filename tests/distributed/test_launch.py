@@ -15,7 +15,13 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.launching import USER_ERROR, launch_training, message, number_of_processes, root_cause
+from finetune.recipes.launching import (
+    USER_ERROR,
+    launch_training,
+    message,
+    number_of_processes,
+    root_cause,
+)
 from finetune.recipes.training import run_training
 from finetune.recipes.worker import work
 from finetune.stopping import StopSignal
@@ -51,12 +57,20 @@ def losses(run: Path) -> list[float]:
 def folder(tmp_path, monkeypatch) -> Path:
     """c.yaml: a lazily trained model, four micro-batches a step, a checkpoint every three steps; whole/: its run in one process."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
+    )
     tree = {
         "model": {"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 300}},
         "data": {"train": "chat.jsonl", "validation_fraction": 0.1, "max_length": 64},
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "no_decay": []},
-        "training": {"max_steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 1, "timeout": 60, "precision": "fp32"},
+        "training": {
+            "max_steps": NUM_STEPS,
+            "batch_size": 4,
+            "micro_batch_size": 1,
+            "timeout": 60,
+            "precision": "fp32",
+        },
         "checkpoint": {"every": 3},
         "evaluation": {"every": NUM_STEPS, "samples": 0, "generate": 0, "before": False},
     }
@@ -69,20 +83,46 @@ def folder(tmp_path, monkeypatch) -> Path:
 def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(folder):
     """Process 1 is killed in step 6, the restart is told to stop in step 8 or soon after, and one process does the rest."""
     (folder / "sitecustomize.py").write_text(SITE)
-    command = [sys.executable, "-m", "finetune", "train", "c.yaml", "output_dir=run", "--processes", "2", "--restarts", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "train",
+        "c.yaml",
+        "output_dir=run",
+        "--processes",
+        "2",
+        "--restarts",
+        "1",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 130, done.stdout
-    named = "process 1 (of 0 to 1) was killed by SIGKILL (the system does that where memory runs out)"
+    named = (
+        "process 1 (of 0 to 1) was killed by SIGKILL (the system does that where memory runs out)"
+    )
     assert f"{named}; restart 1 of 1, from run/checkpoints/step-00000003" in done.stdout
     assert "resuming after step 3" in done.stdout
     steps = len(losses(folder / "run"))
     assert 8 <= steps < NUM_STEPS
-    assert f"stopped by a signal after step {steps}, which is saved; go on with --resume auto" in done.stdout
+    assert (
+        f"stopped by a signal after step {steps}, which is saved; go on with --resume auto"
+        in done.stdout
+    )
     assert "Traceback" not in done.stdout  # of the process that lost the other
     record = json.loads((folder / "run" / "environment.json").read_text())
     assert record["processes"] == 2
-    assert record["command"] == "python -m finetune train c.yaml output_dir=run --processes 2 --restarts 1"
+    assert (
+        record["command"]
+        == "python -m finetune train c.yaml output_dir=run --processes 2 --restarts 1"
+    )
     config = load_config(Path("c.yaml"), ["output_dir=run"])
     assert run_training(config, resume="auto", display=Display(enabled=False)) == "finished"
     assert losses(folder / "run") == pytest.approx(losses(folder / "whole"), abs=1e-5)
@@ -92,9 +132,17 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
 def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     monkeypatch.setattr(sys, "argv", sys.argv)
-    task = {"config": "c.yaml", "overrides": ["output_dir=whole"], "resume": None, "dry_run": False, "command": ["finetune"]}
+    task = {
+        "config": "c.yaml",
+        "overrides": ["output_dir=whole"],
+        "resume": None,
+        "dry_run": False,
+        "command": ["finetune"],
+    }
     assert work(task) == USER_ERROR
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json"))
+    failure = ProcessFailure(
+        local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
+    )
     assert message(failure).startswith("whole holds another run; go on with it by --resume auto")
 
 
@@ -103,16 +151,26 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
     monkeypatch.setattr(sys, "argv", sys.argv)
     (folder / "run").mkdir()
     (folder / "run" / "environment.json").symlink_to("/dev/full")
-    task = {"config": "c.yaml", "overrides": ["output_dir=run"], "resume": None, "dry_run": False, "command": ["finetune"]}
+    task = {
+        "config": "c.yaml",
+        "overrides": ["output_dir=run"],
+        "resume": None,
+        "dry_run": False,
+        "command": ["finetune"],
+    }
     assert work(task) == USER_ERROR
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json"))
+    failure = ProcessFailure(
+        local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
+    )
     said = "run/environment.json could not be written: No space left on device; there is no checkpoint yet"
     assert message(failure) == said
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", ""])
 def test_what_the_number_of_processes_may_be(given):
-    with pytest.raises(UserError, match=r"--processes is .*; give auto, or a number of processes from 1"):
+    with pytest.raises(
+        UserError, match=r"--processes is .*; give auto, or a number of processes from 1"
+    ):
         number_of_processes(given)
 
 
@@ -134,7 +192,9 @@ def test_restarts_and_overwriting_exclude_each_other(folder, monkeypatch):
         launch_training(Path("c.yaml"), ["overwrite_output_dir=true"], processes="2", restarts=1)
 
 
-def failure(folder: Path, rank: int, exitcode: int, *, recorded: bool = False, later: float = 0.0) -> ProcessFailure:
+def failure(
+    folder: Path, rank: int, exitcode: int, *, recorded: bool = False, later: float = 0.0
+) -> ProcessFailure:
     file = folder / f"{len(list(folder.iterdir()))}.json"
     if recorded:
         extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
@@ -148,13 +208,31 @@ def failure(folder: Path, rank: int, exitcode: int, *, recorded: bool = False, l
 
 def test_the_root_of_several_failures(tmp_path):
     lost = failure(tmp_path, 0, 1, recorded=True)
-    assert root_cause({0: lost, 1: failure(tmp_path, 1, -9)})[0] == 1  # the death, not the connection lost by it
-    assert root_cause({0: failure(tmp_path, 0, 1, recorded=True, later=0.2), 1: failure(tmp_path, 1, 1, recorded=True)})[0] == 1
-    assert root_cause({0: lost, 1: failure(tmp_path, 1, 2, recorded=True, later=0.2)})[0] == 1  # a user's mistake says more
     assert (
-        root_cause({0: failure(tmp_path, 0, -9, later=30), 1: failure(tmp_path, 1, 1, recorded=True)})[0] == 1
+        root_cause({0: lost, 1: failure(tmp_path, 1, -9)})[0] == 1
+    )  # the death, not the connection lost by it
+    assert (
+        root_cause(
+            {
+                0: failure(tmp_path, 0, 1, recorded=True, later=0.2),
+                1: failure(tmp_path, 1, 1, recorded=True),
+            }
+        )[0]
+        == 1
+    )
+    assert (
+        root_cause({0: lost, 1: failure(tmp_path, 1, 2, recorded=True, later=0.2)})[0] == 1
+    )  # a user's mistake says more
+    assert (
+        root_cause(
+            {0: failure(tmp_path, 0, -9, later=30), 1: failure(tmp_path, 1, 1, recorded=True)}
+        )[0]
+        == 1
     )  # hung, then killed
-    assert root_cause({0: failure(tmp_path, 0, -15), 1: failure(tmp_path, 1, 1, recorded=True)})[0] == 1  # told to end
+    assert (
+        root_cause({0: failure(tmp_path, 0, -15), 1: failure(tmp_path, 1, 1, recorded=True)})[0]
+        == 1
+    )  # told to end
 
 
 def test_under_a_launcher_a_second_signal_does_not_cut_the_saving_short(monkeypatch):

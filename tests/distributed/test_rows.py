@@ -21,11 +21,18 @@ NUM_STEPS, CHECKPOINT = 24, 18
 Launched = tuple[Path, list[dict[str, Any]]]  # the folder of the runs, and what each process found
 
 
-def start(folder: Path, num_processes: int, runs: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Launched:
+def start(
+    folder: Path, num_processes: int, runs: dict[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> Launched:
     """Let so many processes do the runs, name -> (config tree, options of run_training), and everything else."""
     *ports, port = free_ports(len(runs) + 1)
-    plan = [row_worker.Run(name, tree, options, port) for port, (name, (tree, options)) in zip(ports, runs.items())]
-    exit_codes = run_forked(row_worker, [(folder, rank, num_processes, plan, port) for rank in range(num_processes)])
+    plan = [
+        row_worker.Run(name, tree, options, port)
+        for port, (name, (tree, options)) in zip(ports, runs.items())
+    ]
+    exit_codes = run_forked(
+        row_worker, [(folder, rank, num_processes, plan, port) for rank in range(num_processes)]
+    )
     logs = (folder / f"rank{rank}.log" for rank in range(num_processes))
     assert exit_codes == [0] * num_processes, "\n".join(log.read_text() for log in logs)
     return folder, [torch.load(folder / f"rank{rank}.pt") for rank in range(num_processes)]
@@ -36,9 +43,20 @@ def lazy_tree(data: Path, output_dir: Path) -> dict[str, Any]:
     return {
         "output_dir": str(output_dir),
         "model": {"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 400}},
-        "data": {"train": str(data / "train.jsonl"), "validation": str(data / "held.jsonl"), "max_length": 64, "packing": False},
+        "data": {
+            "train": str(data / "train.jsonl"),
+            "validation": str(data / "held.jsonl"),
+            "max_length": 64,
+            "packing": False,
+        },
         "optimizer": {"name": "lazy_adamw", "lr": 3e-3, "weight_decay": 0.1, "no_decay": []},
-        "training": {"max_steps": NUM_STEPS, "batch_size": 4, "micro_batch_size": 1, "max_grad_norm": 0.5, "precision": "fp32"},
+        "training": {
+            "max_steps": NUM_STEPS,
+            "batch_size": 4,
+            "micro_batch_size": 1,
+            "max_grad_norm": 0.5,
+            "precision": "fp32",
+        },
         "checkpoint": {"every": CHECKPOINT, "keep": 9},
         "evaluation": {"samples": 0, "generate": 0, "before": False, "every": 6, "batch_size": 2},
     }
@@ -67,12 +85,19 @@ def before_the_end(run: Path, copy: Path) -> Path:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launched]:
     """By the number of processes.  The run `resumed` goes on from the checkpoint of another number of processes."""
     data = tmp_path_factory.mktemp("data")
-    (data / "train.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(21)))
-    (data / "held.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(100, 107)))
+    (data / "train.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(21))
+    )
+    (data / "held.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(100, 107))
+    )
     folders = {n: tmp_path_factory.mktemp(f"processes{n}") for n in (1, 2, 3)}
     results: dict[int, Launched] = {}
     for n, folder in folders.items():
-        runs: dict[str, Any] = {"lazy": (lazy_tree(data, folder / "lazy"), {}), "tied": (tied_tree(data, folder / "tied"), {})}
+        runs: dict[str, Any] = {
+            "lazy": (lazy_tree(data, folder / "lazy"), {}),
+            "tied": (tied_tree(data, folder / "tied"), {}),
+        }
         if n > 1:
             resumed = before_the_end(folders[n - 1] / "lazy", folder / "resumed")
             runs["resumed"] = (lazy_tree(data, resumed), {"resume": "auto"})
@@ -99,7 +124,9 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", row_worker.USED)
-def test_the_average_is_that_of_the_dense_gradients(launched: Launched, case: str, dtype: torch.dtype) -> None:
+def test_the_average_is_that_of_the_dense_gradients(
+    launched: Launched, case: str, dtype: torch.dtype
+) -> None:
     _, ranks = launched
     gradients = [row_worker.gradient(case, rank, len(ranks), dtype) for rank in range(len(ranks))]
     averages = [rank[str(dtype)][case] for rank in ranks]
@@ -108,10 +135,14 @@ def test_the_average_is_that_of_the_dense_gradients(launched: Launched, case: st
         return
     sparse = [gradient for gradient in gradients if gradient is not None]
     dense = sum(gradient.double().to_dense() for gradient in sparse) / len(ranks)
-    rounding = 1e-6 if dtype is torch.float32 else 2**-8  # of the result alone: bfloat16 is summed in float32
+    rounding = (
+        1e-6 if dtype is torch.float32 else 2**-8
+    )  # of the result alone: bfloat16 is summed in float32
     for is_coalesced, rows, values in averages:
         assert is_coalesced
-        assert rows.tolist() == sorted({row for gradient in sparse for row in gradient._indices()[0].tolist()})
+        assert rows.tolist() == sorted(
+            {row for gradient in sparse for row in gradient._indices()[0].tolist()}
+        )
         assert values.dtype == dtype
         torch.testing.assert_close(values.double(), dense[rows], rtol=rounding, atol=1e-6)
         assert torch.equal(values, averages[0][2])
@@ -127,7 +158,10 @@ def test_tables_begin_as_those_of_process_0(launched: Launched) -> None:
 
 @pytest.mark.slow
 def test_turning_dense_is_said_once(found: dict[int, Launched]) -> None:
-    for n, expected in ((2, []), (3, ["3 processes used up to 5 rows each, 5 together, of an embedding's 50"])):
+    for n, expected in (
+        (2, []),
+        (3, ["3 processes used up to 5 rows each, 5 together, of an embedding's 50"]),
+    ):
         said = [rank["torch.float32"]["said"] for rank in found[n][1]]
         assert all(len(lines) == len(expected) for lines in said), said
         assert all(text in line for lines in said for text, line in zip(expected, lines)), said
@@ -152,8 +186,12 @@ def test_200_steps_are_those_of_dense_adamw_in_one_process(launched: Launched) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("run", "num_steps"), [("lazy", NUM_STEPS), ("tied", 8), ("resumed", NUM_STEPS - CHECKPOINT)])
-def test_a_run_leaves_the_same_bits_on_every_process(launched: Launched, run: str, num_steps: int) -> None:
+@pytest.mark.parametrize(
+    ("run", "num_steps"), [("lazy", NUM_STEPS), ("tied", 8), ("resumed", NUM_STEPS - CHECKPOINT)]
+)
+def test_a_run_leaves_the_same_bits_on_every_process(
+    launched: Launched, run: str, num_steps: int
+) -> None:
     _, ranks = launched
     digests = [rank["digests"][run] for rank in ranks]
     assert len(digests[0]) == num_steps
@@ -163,17 +201,23 @@ def test_a_run_leaves_the_same_bits_on_every_process(launched: Launched, run: st
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["lazy", "tied", "resumed"])
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_any_number_of_processes_trains_what_one_does(found: dict[int, Launched], n: int, run: str) -> None:
+def test_any_number_of_processes_trains_what_one_does(
+    found: dict[int, Launched], n: int, run: str
+) -> None:
     """The loss of each step, the tokens in it, the norm of its gradient, and the evaluations, also where a run was resumed."""
     one, many = found[1][0] / ("tied" if run == "tied" else "lazy"), found[n][0] / run
     expected, steps = records(one, "step"), records(many, "step")
     assert [step["step"] for step in steps] == list(range(1, len(expected) + 1))
     assert expected[-1]["loss"] < expected[0]["loss"]
     for key in ("loss", "grad_norm"):
-        assert [step[key] for step in steps] == pytest.approx([step[key] for step in expected], abs=1e-4)
+        assert [step[key] for step in steps] == pytest.approx(
+            [step[key] for step in expected], abs=1e-4
+        )
     for key in ("num_target_tokens", "num_tokens", "epoch", "lr"):
         assert [step[key] for step in steps] == [step[key] for step in expected]
-    evaluations = [[line["evaluation"] for line in records(folder, "evaluation")] for folder in (one, many)]
+    evaluations = [
+        [line["evaluation"] for line in records(folder, "evaluation")] for folder in (one, many)
+    ]
     assert len(evaluations[0]) == len(evaluations[1]) >= 2
     for of_one, of_many in zip(*evaluations):
         assert of_many["loss"] == pytest.approx(of_one["loss"], abs=1e-5)

@@ -12,8 +12,12 @@ def test_bytes_of_three_processes_by_hand() -> None:
     assert wire.index_bytes(3, 4, 100) == 2 * 8 + 2 * 4 * 4
     assert wire.gather_bytes(3, 4, 10) == 2 * 4 * 40
     assert wire.row_bytes(3, 4, 6, 100, 10) == 48 + 320  # 3 x 4 <= 2 x 6: gathered
-    assert wire.row_bytes(3, 4, 5, 100, 10) == 48 + 2 * 2 / 3 * 5 * 40  # the union of 5 is all-reduced
-    assert wire.index_bytes(3, 4, 5) == 2 * 8 + 2 * 2 / 3 * 5  # 3 x 4 > 2 x 5: a mark of a byte a row
+    assert (
+        wire.row_bytes(3, 4, 5, 100, 10) == 48 + 2 * 2 / 3 * 5 * 40
+    )  # the union of 5 is all-reduced
+    assert (
+        wire.index_bytes(3, 4, 5) == 2 * 8 + 2 * 2 / 3 * 5
+    )  # 3 x 4 > 2 x 5: a mark of a byte a row
 
 
 @st.composite
@@ -25,10 +29,17 @@ def uses(draw: st.DrawFn) -> tuple[int, int, int, int]:
 
 
 @given(uses(), st.integers(1, 4096), st.sampled_from([4, 8]))
-def test_rows_take_the_cheaper_way_and_cost_at_most_dense_and_ids(use: tuple[int, int, int, int], width: int, size: int) -> None:
+def test_rows_take_the_cheaper_way_and_cost_at_most_dense_and_ids(
+    use: tuple[int, int, int, int], width: int, size: int
+) -> None:
     processes, most, union, vocabulary = use
-    values = wire.row_bytes(processes, most, union, vocabulary, width, size) - wire.index_bytes(processes, most, vocabulary)
-    ways = wire.gather_bytes(processes, most, width, size), wire.dense_bytes(processes, union, width, size)
+    values = wire.row_bytes(processes, most, union, vocabulary, width, size) - wire.index_bytes(
+        processes, most, vocabulary
+    )
+    ways = (
+        wire.gather_bytes(processes, most, width, size),
+        wire.dense_bytes(processes, union, width, size),
+    )
     dense = wire.dense_bytes(processes, vocabulary, width, size)
     assert abs(values - min(ways)) <= 1e-6 * dense
     limit = (1 + 4 / (width * size)) * dense + 8 * (processes - 1)
@@ -38,4 +49,6 @@ def test_rows_take_the_cheaper_way_and_cost_at_most_dense_and_ids(use: tuple[int
 def test_the_bar_two_processes_a_large_vocabulary() -> None:
     """4,096 tokens a process use 2,254 rows of 262,144: under 1/20 of the dense bytes; so would 12,000 rows."""
     for rows in (2254, 12_000):
-        assert wire.row_bytes(2, rows, 2 * rows, 1 << 18, 640) < wire.dense_bytes(2, 1 << 18, 640) / 20
+        assert (
+            wire.row_bytes(2, rows, 2 * rows, 1 << 18, 640) < wire.dense_bytes(2, 1 << 18, 640) / 20
+        )

@@ -44,12 +44,18 @@ def run(accelerator, model, optimizer, steps, max_norm=0.5):
 
 
 def assert_close(model, other):
-    for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_accelerate_alone_refuses_sparse_gradients():
-    with pytest.raises(NotImplementedError, match="Sparse"):  # should this pass one day, clip_rows has had its time
+    with pytest.raises(
+        NotImplementedError, match="Sparse"
+    ):  # should this pass one day, clip_rows has had its time
         run(*prepared(), range(1))
 
 

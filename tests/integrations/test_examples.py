@@ -11,14 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"ultralytics_yolo.py"}  # tests/integrations/test_ultralytics.py
-EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in ELSEWHERE)
+EXAMPLES = sorted(
+    path.name for path in (ROOT / "examples").glob("*.py") if path.name not in ELSEWHERE
+)
 CLASSES = {"lazy_adamw": "LazyAdamW", "adamw": "AdamW", "AdaGrad": "Adagrad"}
 
 
 def run(example: str, folder: Path) -> dict[str, dict]:
     """What the script printed for each optimizer."""
     command = [sys.executable, ROOT / "examples" / example, *CLASSES]
-    done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"asked"')]
     return {line["asked"]: line for line in lines}
@@ -32,7 +36,13 @@ def outcomes(tmp_path_factory) -> dict[str, dict[str, dict]]:
 
 
 def test_there_is_an_example_for_each_trainer():
-    trainers = ["accelerate_loop.py", "hugging_face_trainer.py", "lightning_module.py", "plain_torch.py", "trl_sft.py"]
+    trainers = [
+        "accelerate_loop.py",
+        "hugging_face_trainer.py",
+        "lightning_module.py",
+        "plain_torch.py",
+        "trl_sft.py",
+    ]
     assert set(EXAMPLES) == {*trainers, "sampled_vocabulary.py"}
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*EXAMPLES, *ELSEWHERE}
 
@@ -58,7 +68,9 @@ def test_lazy_adamw_takes_the_path_of_adamw(outcomes, example):
 
 @pytest.mark.slow
 def test_the_sampled_loss_stands_for_the_whole_one(outcomes):
-    for outcome in outcomes["sampled_vocabulary.py"].values():  # after the last step, of the plain model
+    for outcome in outcomes[
+        "sampled_vocabulary.py"
+    ].values():  # after the last step, of the plain model
         assert outcome["losses"][-1] - 0.3 < outcome["whole"] < outcome["losses"][-1]
 
 

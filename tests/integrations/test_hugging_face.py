@@ -17,13 +17,20 @@ VOCABULARY, LENGTH = 500, 12
 
 def tiny_model(tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=tied, **shape))
 
 
 def rows(number: int, seed: int) -> list[dict]:
     words = 1 / torch.arange(1.0, VOCABULARY + 1)
-    drawn = torch.multinomial(words, number * LENGTH, replacement=True, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.multinomial(
+        words, number * LENGTH, replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
     return [{"input_ids": row, "labels": row} for row in drawn.view(number, LENGTH)]
 
 
@@ -53,16 +60,33 @@ def arguments(tmp_path):
 
 
 def trainer_of(args, *, tied=False, **options) -> Trainer:
-    return Trainer(model=tiny_model(tied), args=args, train_dataset=rows(48, 1), eval_dataset=rows(8, 2), **options)
+    return Trainer(
+        model=tiny_model(tied),
+        args=args,
+        train_dataset=rows(48, 1),
+        eval_dataset=rows(8, 2),
+        **options,
+    )
 
 
 def dense_trainer(args) -> Trainer:
     """torch's AdamW over groups made by hand: matrices decay, the table and every vector do not."""
     trainer = trainer_of(args)
-    decay = [p for name, p in trainer.model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
-    others = [p for name, p in trainer.model.named_parameters() if p.ndim == 1 or "embed_tokens" in name]
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    trainer.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+    decay = [
+        p
+        for name, p in trainer.model.named_parameters()
+        if p.ndim == 2 and "embed_tokens" not in name
+    ]
+    others = [
+        p for name, p in trainer.model.named_parameters() if p.ndim == 1 or "embed_tokens" in name
+    ]
+    groups = [
+        {"params": decay, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    trainer.optimizer = torch.optim.AdamW(
+        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2)
+    )
     return trainer
 
 
@@ -74,7 +98,9 @@ def lazy_trainer(args, **options) -> Trainer:
 
 def assert_close(ours: dict, theirs: dict, atol: float = 1e-5) -> None:
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], value, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def logged(trainer: Trainer, key: str) -> list[float]:
@@ -83,7 +109,10 @@ def logged(trainer: Trainer, key: str) -> list[float]:
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 0.0])
 def test_lazy_adamw_trains_as_torch_adamw(arguments, max_grad_norm):
-    dense, lazy = dense_trainer(arguments(max_grad_norm=max_grad_norm)), lazy_trainer(arguments(max_grad_norm=max_grad_norm))
+    dense, lazy = (
+        dense_trainer(arguments(max_grad_norm=max_grad_norm)),
+        lazy_trainer(arguments(max_grad_norm=max_grad_norm)),
+    )
     start = copy.deepcopy(dense.model.state_dict())
     for trainer in (dense, lazy):
         trainer.train()
@@ -93,7 +122,9 @@ def test_lazy_adamw_trains_as_torch_adamw(arguments, max_grad_norm):
     assert norms == pytest.approx(logged(dense, "grad_norm"), rel=1e-4)
     assert min(norms) > 0.5  # clipping did something
     table = "model.embed_tokens.weight"
-    assert (lazy.model.model.embed_tokens.weight - dense.model.state_dict()[table]).abs().max() > 1e-3  # some rows lag behind ...
+    assert (
+        lazy.model.model.embed_tokens.weight - dense.model.state_dict()[table]
+    ).abs().max() > 1e-3  # some rows lag behind ...
     assert_close(lazy.model.state_dict(), dense.model.state_dict())  # ... and nobody sees it
     assert (start[table] - dense.model.state_dict()[table]).abs().max() > 0.05
 
@@ -114,7 +145,10 @@ def test_a_run_with_saving_and_evaluation_resumes_on_the_trajectory(arguments):
 def test_the_saved_model_holds_the_rows_of_that_step(arguments):
     stepwise = {"save_strategy": "steps", "save_steps": 6}
     saved = {}
-    for kind, trainer in (("dense", dense_trainer(arguments(**stepwise))), ("lazy", lazy_trainer(arguments(**stepwise)))):
+    for kind, trainer in (
+        ("dense", dense_trainer(arguments(**stepwise))),
+        ("lazy", lazy_trainer(arguments(**stepwise))),
+    ):
         trainer.train()
         saved[kind] = load_file(f"{trainer.args.output_dir}/checkpoint-6/model.safetensors")
         trainer.save_model(f"{trainer.args.output_dir}/model")
@@ -124,9 +158,16 @@ def test_the_saved_model_holds_the_rows_of_that_step(arguments):
 
 
 def test_the_best_model_comes_back_and_stays(arguments):
-    every_two = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    every_two = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
     # The highest loss counts as the best, so that what comes back is not what is there.
-    trainer = lazy_trainer(arguments(load_best_model_at_end=True, greater_is_better=True, **every_two))
+    trainer = lazy_trainer(
+        arguments(load_best_model_at_end=True, greater_is_better=True, **every_two)
+    )
     trainer.train()
     folder = trainer.state.best_model_checkpoint
     assert trainer.state.best_global_step == 2
@@ -142,16 +183,28 @@ def test_training_goes_on_in_a_second_call(arguments):
     assert_close(trainers[1].model.state_dict(), trainers[0].model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["sgd", "Momentum", "AdaGrad", "rmsprop", "adam", "AdamW", "lion", "muon"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "Momentum", "AdaGrad", "rmsprop", "adam", "AdamW", "lion", "muon"]
+)
 def test_the_constructor_protocol_honours_the_arguments(arguments, name):
-    args = arguments(max_steps=1, learning_rate=3e-3, weight_decay=0.25, lr_scheduler_type="constant")
+    args = arguments(
+        max_steps=1, learning_rate=3e-3, weight_decay=0.25, lr_scheduler_type="constant"
+    )
     trainer = trainer_of(args, optimizer_cls_and_kwargs=optimizer_factory(name, args))
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert {group["lr"] for group in optimizer.param_groups} == {3e-3}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25, 0.0}
     assert {group["optimizer"] for group in optimizer.param_groups} == {name.lower()}
-    assert type(optimizer).__name__.lower() in {"sgd", "adagrad", "rmsprop", "adam", "adamw", "lion", "muonwithadamw"}
+    assert type(optimizer).__name__.lower() in {
+        "sgd",
+        "adagrad",
+        "rmsprop",
+        "adam",
+        "adamw",
+        "lion",
+        "muonwithadamw",
+    }
 
 
 def test_changed_adam_arguments_hold_and_unchanged_ones_leave_the_rule_alone(arguments):
@@ -174,13 +227,18 @@ def test_what_a_trainer_already_says_is_not_said_twice(arguments):
         use_optimizer(trainer_of(arguments()), "adamv")
     args = arguments()
     with pytest.raises(UserError, match="has an optimizer already"):
-        use_optimizer(trainer_of(args, optimizer_cls_and_kwargs=optimizer_factory("sgd", args)), "adamw")
+        use_optimizer(
+            trainer_of(args, optimizer_cls_and_kwargs=optimizer_factory("sgd", args)), "adamw"
+        )
 
 
 def test_rows_through_the_constructor_are_refused_with_the_way_out(arguments):
     args = arguments()
     trainer = trainer_of(args, optimizer_cls_and_kwargs=optimizer_factory("lazy_adamw", args))
-    with pytest.raises(UserError, match=r"model\.embed_tokens by row-sparse .*use_optimizer\(trainer, 'lazy_adamw'\)"):
+    with pytest.raises(
+        UserError,
+        match=r"model\.embed_tokens by row-sparse .*use_optimizer\(trainer, 'lazy_adamw'\)",
+    ):
         trainer.train()
     assert type(trainer.model.model.embed_tokens) is torch.nn.Embedding
     trainer.optimizer_cls_and_kwargs = None
@@ -191,7 +249,9 @@ def test_rows_through_the_constructor_are_refused_with_the_way_out(arguments):
 
 def test_a_tied_table_has_no_rows_to_refuse(arguments):
     args = arguments(max_steps=2)
-    trainer = trainer_of(args, tied=True, optimizer_cls_and_kwargs=optimizer_factory("lazy_adamw", args))
+    trainer = trainer_of(
+        args, tied=True, optimizer_cls_and_kwargs=optimizer_factory("lazy_adamw", args)
+    )
     trainer.train()
     assert trainer.optimizer.optimizer.registered_weights() == {}
 

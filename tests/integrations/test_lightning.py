@@ -47,14 +47,26 @@ def test_a_checkpoint_goes_on_along_the_trajectory(tmp_path):
         warnings.simplefilter("ignore")
         example = runpy.run_path(str(EXAMPLE))
         weights = 1 / torch.arange(1.0, example["VOCABULARY"] + 1)
-        draws = torch.multinomial(weights, 30 * 8 * (example["CONTEXT"] + 1), True, generator=torch.Generator().manual_seed(3))
-        batches = DataLoader(draws.view(-1, example["CONTEXT"] + 1), batch_size=16)  # 15 steps an epoch
+        draws = torch.multinomial(
+            weights,
+            30 * 8 * (example["CONTEXT"] + 1),
+            True,
+            generator=torch.Generator().manual_seed(3),
+        )
+        batches = DataLoader(
+            draws.view(-1, example["CONTEXT"] + 1), batch_size=16
+        )  # 15 steps an epoch
 
         def fit(name, epochs, checkpoint=None):
             torch.manual_seed(0)
             module = example["NextWord"](name)
             trainer = example["Trainer"](
-                max_epochs=epochs, accelerator="cpu", devices=1, gradient_clip_val=1.0, enable_checkpointing=False, **QUIET
+                max_epochs=epochs,
+                accelerator="cpu",
+                devices=1,
+                gradient_clip_val=1.0,
+                enable_checkpointing=False,
+                **QUIET,
             )
             trainer.fit(module, batches, ckpt_path=checkpoint)
             return trainer, module
@@ -68,4 +80,6 @@ def test_a_checkpoint_goes_on_along_the_trajectory(tmp_path):
     assert len(resumed.losses) == len(half.losses) == 15
     for other in (whole, dense):
         for name, value in other.state_dict().items():
-            torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=2e-5, msg=name)
+            torch.testing.assert_close(
+                resumed.state_dict()[name], value, rtol=0, atol=2e-5, msg=name
+            )

@@ -53,19 +53,35 @@ def run(tmp_path_factory):
         try:
             importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{library} is not installed; `make test-ultralytics` brings it for this test alone")
+            pytest.skip(
+                f"{library} is not installed; `make test-ultralytics` brings it for this test alone"
+            )
     folder = tmp_path_factory.mktemp("ultralytics")
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode:
         (folder / "torchvision").mkdir()
         (folder / "torchvision" / "__init__.py").write_text(STAND_IN)
         paths = [str(folder), *paths]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "YOLO_CONFIG_DIR": str(folder), "YOLO_OFFLINE": "true"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "YOLO_CONFIG_DIR": str(folder),
+        "YOLO_OFFLINE": "true",
+    }
 
     def run(*command: str | Path) -> dict[str, dict]:
-        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"asked"')]
+        lines = [
+            json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"asked"')
+        ]
         return {line["asked"]: line for line in lines}
 
     return run
@@ -93,7 +109,9 @@ def test_adamw_is_theirs_and_a_name_means_its_rule(run, tmp_path):
 class Trainer:
     """What with_factory needs of a trainer: the one method it overrides."""
 
-    def build_optimizer(self, model, name="auto", lr=0.001, momentum=0.9, decay=1e-5, iterations=1e5):
+    def build_optimizer(
+        self, model, name="auto", lr=0.001, momentum=0.9, decay=1e-5, iterations=1e5
+    ):
         return f"their {name}"
 
 
@@ -103,10 +121,16 @@ def model():
 
 
 def test_groups_lr_and_decay_are_the_trainers(model):
-    optimizer = with_factory(Trainer, betas=(0.8, 0.9))().build_optimizer(model, "AdamW", lr=0.02, momentum=0.937, decay=0.3)
+    optimizer = with_factory(Trainer, betas=(0.8, 0.9))().build_optimizer(
+        model, "AdamW", lr=0.02, momentum=0.937, decay=0.3
+    )
     assert type(optimizer) is torch.optim.AdamW
     groups = {group["param_group"]: group for group in optimizer.param_groups}
-    assert {tag: len(group["params"]) for tag, group in groups.items()} == {"weight": 2, "bn": 1, "bias": 2}
+    assert {tag: len(group["params"]) for tag, group in groups.items()} == {
+        "weight": 2,
+        "bn": 1,
+        "bias": 2,
+    }
     assert {tag: (group["lr"], group["weight_decay"]) for tag, group in groups.items()} == {
         "weight": (0.02, 0.3),
         "bn": (0.02, 0.0),
@@ -115,7 +139,9 @@ def test_groups_lr_and_decay_are_the_trainers(model):
     assert groups["weight"]["betas"] == (0.8, 0.9)
 
 
-@pytest.mark.parametrize(("name", "momentum"), [("SGD", 0.0), ("rmsprop", 0.0), ("momentum", 0.937), ("Nesterov", 0.937)])
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("SGD", 0.0), ("rmsprop", 0.0), ("momentum", 0.937), ("Nesterov", 0.937)]
+)
 def test_the_warm_up_s_momentum_reaches_only_those_that_have_one(model, name, momentum):
     optimizer = with_factory(Trainer)().build_optimizer(model, name, momentum=0.937)
     model(torch.ones(1, 3, 4, 4)).sum().backward()

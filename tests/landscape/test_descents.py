@@ -10,13 +10,30 @@ from finetune.landscape import LANDSCAPES, descend, descend_by_default, descend_
 from finetune.landscape.descents import CLOSE, GRID, check_descent
 from finetune.optim import build_optimizer, list_optimizers, optimizer_info
 
-DRAWABLE = ["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "adafactor", "lion"]
+DRAWABLE = [
+    "sgd",
+    "momentum",
+    "nesterov",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "adamw",
+    "adafactor",
+    "lion",
+]
 
 # By hand: (x, y), value, gradient.
 KNOWN = {
-    "beale": [((0, 0), 1.5**2 + 2.25**2 + 2.625**2, (-12.75, 0.0)), ((1, 1), 14.203125, (0.0, 27.75))],
+    "beale": [
+        ((0, 0), 1.5**2 + 2.25**2 + 2.625**2, (-12.75, 0.0)),
+        ((1, 1), 14.203125, (0.0, 27.75)),
+    ],
     "rosenbrock": [((0, 0), 1.0, (-2.0, 0.0)), ((-1, 2), 104.0, (396.0, 200.0))],
-    "rastrigin": [((1, 0), 1.0, (2.0, 0.0)), ((0.5, 0), 20.25, (1.0, 0.0)), ((0.25, 0), 10.0625, (0.5 + 20 * math.pi, 0.0))],
+    "rastrigin": [
+        ((1, 0), 1.0, (2.0, 0.0)),
+        ((0.5, 0), 20.25, (1.0, 0.0)),
+        ((0.25, 0), 10.0625, (0.5 + 20 * math.pi, 0.0)),
+    ],
     "valley": [((10, 1), 1.0, (0.1, 1.0))],
     "saddle": [((0, 0), 0.0, (0.0, 0.0)), ((2, 2), 4.0, (2.0, 6.0))],
 }
@@ -34,10 +51,15 @@ def test_every_landscape_is_known_here():
     assert len(LANDSCAPES) == 5
 
 
-@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in KNOWN.items() for case in cases])
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name, cases in KNOWN.items() for case in cases]
+)
 def test_values_and_gradients(name, case):
     point, value, gradient = case
-    assert value_and_gradient(name, point) == (pytest.approx(value, abs=1e-12), pytest.approx(gradient, abs=1e-12))
+    assert value_and_gradient(name, point) == (
+        pytest.approx(value, abs=1e-12),
+        pytest.approx(gradient, abs=1e-12),
+    )
 
 
 @pytest.mark.parametrize("landscape", LANDSCAPES.values(), ids=list(LANDSCAPES))
@@ -49,7 +71,9 @@ def test_minima_are_flat_and_nothing_in_the_window_is_lower(landscape):
         assert gradient == pytest.approx([0, 0], abs=1e-12)
         assert left < minimum[0] < right
         assert bottom < minimum[1] < top
-    x, y = torch.meshgrid(torch.linspace(left, right, 301), torch.linspace(bottom, top, 301), indexing="ij")
+    x, y = torch.meshgrid(
+        torch.linspace(left, right, 301), torch.linspace(bottom, top, 301), indexing="ij"
+    )
     assert landscape.value(x.double(), y.double()).min() >= landscape.lowest - 1e-12
     assert left < landscape.start[0] < right
     assert bottom < landscape.start[1] < top
@@ -60,7 +84,10 @@ def test_gradient_descent_by_hand():
     (descent,) = descend(LANDSCAPES["valley"], "sgd", [0.5], steps=4)
     x, y = LANDSCAPES["valley"].start
     torch.testing.assert_close(
-        descent.points, torch.tensor([(x * 0.995**n, y * 0.5**n) for n in range(5)]).double(), rtol=1e-7, atol=0
+        descent.points,
+        torch.tensor([(x * 0.995**n, y * 0.5**n) for n in range(5)]).double(),
+        rtol=1e-7,
+        atol=0,
     )
     assert descent.height == pytest.approx((0.01 * (x * 0.995**4) ** 2 + (y * 0.5**4) ** 2) / 2)
 
@@ -94,9 +121,11 @@ def test_which_optimizers_can_be_drawn():
             check_descent(name)
         except UserError as error:
             refused[name] = str(error)
-    assert [name for name in list_optimizers() if name not in refused and not optimizer_info(name).missing][
-        : len(DRAWABLE)
-    ] == DRAWABLE
+    assert [
+        name
+        for name in list_optimizers()
+        if name not in refused and not optimizer_info(name).missing
+    ][: len(DRAWABLE)] == DRAWABLE
     for name in ("sparse_adam", "lazy_adamw", "muon"):
         assert "made for a model's matrices" in refused[name]
 
@@ -118,7 +147,10 @@ def test_settling():
 
 def test_the_default_is_the_factorys():
     for name in ("sgd", "adagrad"):
-        assert descend_by_default(LANDSCAPES["valley"], name, 1).lr == optimizer_info(name).options["lr"]
+        assert (
+            descend_by_default(LANDSCAPES["valley"], name, 1).lr
+            == optimizer_info(name).options["lr"]
+        )
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -126,7 +158,9 @@ def test_tuning_takes_the_first_to_arrive_else_the_lowest(name):
     landscape = LANDSCAPES["valley"]
     assert len(GRID) == 19
     every = descend(landscape, name, GRID, 60)
-    assert descend_tuned(landscape, name, 60).settled == min((d.settled for d in every if d.settled is not None), default=None)
+    assert descend_tuned(landscape, name, 60).settled == min(
+        (d.settled for d in every if d.settled is not None), default=None
+    )
     few = descend_tuned(landscape, name, 2)
     assert few.settled is None
     assert few.height == min(d.height for d in descend(landscape, name, GRID, 2))

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from finetune.landscape import LANDSCAPES, descend, descend_by_default, descend_tuned, draw_landscapes
+from finetune.landscape import (
+    LANDSCAPES,
+    descend,
+    descend_by_default,
+    descend_tuned,
+    draw_landscapes,
+)
 from finetune.landscape.animation import FRAMES
 from finetune.landscape.looks import LOOKS
 from finetune.landscape.pictures import in_words
@@ -22,7 +28,9 @@ STEPS = 12
 def pictures(tmp_path_factory):
     heard = []
     folder = tmp_path_factory.mktemp("pictures")
-    paths = draw_landscapes(folder, functions=["saddle"], optimizers=["sgd", "adam"], steps=STEPS, said=heard.append)
+    paths = draw_landscapes(
+        folder, functions=["saddle"], optimizers=["sgd", "adam"], steps=STEPS, said=heard.append
+    )
     return paths, heard
 
 
@@ -30,11 +38,15 @@ def test_every_descent_is_named_with_its_rate(pictures):
     paths, heard = pictures
     assert [path.name for path in paths] == ["saddle.svg", "saddle-animated.svg"]
     ways = (descend_by_default, descend_tuned)
-    expected = [in_words(way(LANDSCAPES["saddle"], name, STEPS)) for way in ways for name in ("sgd", "adam")]
+    expected = [
+        in_words(way(LANDSCAPES["saddle"], name, STEPS)) for way in ways for name in ("sgd", "adam")
+    ]
     assert expected[0].startswith("sgd, lr 0.001: ")
     assert [line.strip() for line in heard if ", lr " in line] == expected
     for path in paths:
-        texts = ["".join(element.itertext()).strip() for element in ET.parse(path).iter(f"{SVG}text")]
+        texts = [
+            "".join(element.itertext()).strip() for element in ET.parse(path).iter(f"{SVG}text")
+        ]
         assert [text for text in texts if ", lr " in text] == expected
         assert "at the best of the same 19 learning rates, 1e-5 to 10" in texts
         assert f"{STEPS} steps from the ring" in " ".join(texts)
@@ -56,29 +68,47 @@ def test_the_animation_moves_from_the_start_to_the_end_at_rest(pictures):
     trails = [mask.find(f"{SVG}polyline") for mask in animated.iter(f"{SVG}mask")]
     assert len(heads) == len(trails) == 4
     for head, trail in zip(heads, trails):
-        frames = np.array([[float(v) for v in frame.split(",")] for frame in head.get("values").split(";")])
-        line = np.array([[float(v) for v in point.split(",")] for point in trail.get("points").split()])
+        frames = np.array(
+            [[float(v) for v in frame.split(",")] for frame in head.get("values").split(";")]
+        )
+        line = np.array(
+            [[float(v) for v in point.split(",")] for point in trail.get("points").split()]
+        )
         assert len(frames) == FRAMES
         assert len(line) == STEPS + 1
         assert (frames[0] == line[0]).all()
         assert (frames[-1] == line[-1]).all()
         hidden = [float(v) for v in trail.find(f"{SVG}animate").get("values").split(";")]
-        assert hidden[0] == pytest.approx(np.linalg.norm(np.diff(line, axis=0), axis=1).sum() + 1, abs=1.0)  # all of it
+        assert hidden[0] == pytest.approx(
+            np.linalg.norm(np.diff(line, axis=0), axis=1).sum() + 1, abs=1.0
+        )  # all of it
         assert hidden == sorted(hidden, reverse=True)
         assert hidden[-1] == pytest.approx(1.0)  # the point that a stroke of no length would leave
 
 
-def test_every_look_differs_in_colour_and_marker_and_the_same_run_gives_the_same_file(pictures, tmp_path):
-    assert len({look.colour for look in LOOKS}) == len({look.marker for look in LOOKS}) == len(LOOKS) == 7
+def test_every_look_differs_in_colour_and_marker_and_the_same_run_gives_the_same_file(
+    pictures, tmp_path
+):
+    assert (
+        len({look.colour for look in LOOKS})
+        == len({look.marker for look in LOOKS})
+        == len(LOOKS)
+        == 7
+    )
     assert len({look.dashes for look in LOOKS}) >= len(LOOKS) - 1
-    for before, after in zip(pictures[0], draw_landscapes(tmp_path, functions=["saddle"], optimizers=["sgd", "adam"], steps=STEPS)):
+    for before, after in zip(
+        pictures[0],
+        draw_landscapes(tmp_path, functions=["saddle"], optimizers=["sgd", "adam"], steps=STEPS),
+    ):
         assert before.read_bytes() == after.read_bytes()
 
 
 def test_words_for_a_descent():
     diverged, slow = descend(LANDSCAPES["rosenbrock"], "sgd", [1.0, 1e-5], steps=9)
     assert re.fullmatch(r"sgd, lr 1: diverges at step \d", in_words(diverged))
-    assert re.fullmatch(r"sgd, lr 1e-5 \(an end of the grid\): ends [\d.]+ above the minimum", in_words(slow))
+    assert re.fullmatch(
+        r"sgd, lr 1e-5 \(an end of the grid\): ends [\d.]+ above the minimum", in_words(slow)
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,12 +125,23 @@ def test_words_for_a_descent():
 )
 def test_mistakes(given, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        draw_landscapes(tmp_path / "out", **{"functions": ["beale"], "optimizers": ["sgd"], "steps": 3, **given})
+        draw_landscapes(
+            tmp_path / "out", **{"functions": ["beale"], "optimizers": ["sgd"], "steps": 3, **given}
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path):
-    options = ["--functions", "valley, beale", "--optimizers", "sgd", "--steps", "5", "--output", str(tmp_path / "a" / "b")]
+    options = [
+        "--functions",
+        "valley, beale",
+        "--optimizers",
+        "sgd",
+        "--steps",
+        "5",
+        "--output",
+        str(tmp_path / "a" / "b"),
+    ]
     command = [sys.executable, "-W", "error", "-m", "finetune", "landscape", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

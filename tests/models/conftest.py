@@ -8,13 +8,23 @@ from finetune.models.tokenizers import train_tokenizer
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-WINDOW = {"sliding_window": 3, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOW = {
+    "sliding_window": 3,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 KINDS = {
     "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "llama": {"model_type": "llama", **SMALL, **HEADS},
     "qwen2": {"model_type": "qwen2", **SMALL, **HEADS, "tie_word_embeddings": True},
-    "gemma3": {"model_type": "gemma3_text", **SMALL, **HEADS, **WINDOW, "final_logit_softcapping": 1.5},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **SMALL,
+        **HEADS,
+        **WINDOW,
+        "final_logit_softcapping": 1.5,
+    },
     "gpt_neox": {"model_type": "gpt_neox", **SMALL, "num_attention_heads": 4},
     "phi": {"model_type": "phi", **SMALL, "num_attention_heads": 4},
     "cohere": {"model_type": "cohere", **SMALL, **HEADS, "logit_scale": 0.25},
@@ -31,7 +41,9 @@ def make_model():
     def make(kind, vocab_size=97, **options):
         torch.manual_seed(0)
         attention = "eager" if kind in EAGER else "sdpa"
-        model = load_model(config=KINDS[kind] | options, vocab_size=vocab_size, attn_implementation=attention)
+        model = load_model(
+            config=KINDS[kind] | options, vocab_size=vocab_size, attn_implementation=attention
+        )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" not in name and "ln_" not in name:
@@ -48,7 +60,10 @@ def base_tokenizer_folder(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     raw.train_from_iterator(
         ["a few words to learn from"],
         trainers.BpeTrainer(

@@ -33,7 +33,9 @@ def train(model, steps=4):
 
 @pytest.mark.parametrize("new_token_ids", [(), (95, 96)])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox"])
-def test_trained_adapters_and_new_rows_survive_merging_and_reloading(kind, new_token_ids, make_model, chat_tokenizer, tmp_path):
+def test_trained_adapters_and_new_rows_survive_merging_and_reloading(
+    kind, new_token_ids, make_model, chat_tokenizer, tmp_path
+):
     model = make_model(kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     old_rows = token_tables(model)[0].detach().clone()
@@ -60,13 +62,17 @@ def test_trained_adapters_and_new_rows_survive_merging_and_reloading(kind, new_t
     assert verify_export(tmp_path / "out", wrapped, ids[0].tolist()) < 1e-5
     assert not Path(tmp_path / "out" / "adapter_config.json").exists()
     with torch.no_grad():
-        assert torch.equal(wrapped(input_ids=ids).logits, trained)  # exporting left the live model alone
+        assert torch.equal(
+            wrapped(input_ids=ids).logits, trained
+        )  # exporting left the live model alone
 
 
 def test_only_adapters_and_new_rows_train(make_model):
     model = make_model("qwen2")
     plain = describe_model(add_lora(model, **LORA))["trainable_parameters"]
-    with_rows = describe_model(add_lora(make_model("qwen2"), **LORA, new_token_ids=[95, 96]))["trainable_parameters"]
+    with_rows = describe_model(add_lora(make_model("qwen2"), **LORA, new_token_ids=[95, 96]))[
+        "trainable_parameters"
+    ]
     assert with_rows - plain == 2 * 32  # one row each, shared by input and head
 
 
@@ -75,11 +81,15 @@ def test_a_loss_through_lora_on_the_head_is_not_short_circuited(make_model):
     model = add_lora(make_model("llama"), **LORA | {"target_modules": ["q_proj", "lm_head"]})
     assert not LanguageModel(model).fused
     train(model)
-    assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lm_head.lora" in name)
+    assert all(
+        p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lm_head.lora" in name
+    )
 
 
 def test_unknown_target_modules_are_named_with_those_there_are(make_model):
-    with pytest.raises(UserError, match=r"'q_projection' is no linear layer .* some of .*q_proj, up_proj"):
+    with pytest.raises(
+        UserError, match=r"'q_projection' is no linear layer .* some of .*q_proj, up_proj"
+    ):
         add_lora(make_model("llama"), **LORA | {"target_modules": ("k_proj", "q_projection")})
 
 

@@ -24,7 +24,11 @@ def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
         if kernel:
             patch.setattr(attention, "_layout_of", lambda *_: None)
         apply = attention._Attention.apply
-        patch.setattr(attention._Attention, "apply", lambda *given: calls.append(len(given[3].groups)) or apply(*given))
+        patch.setattr(
+            attention._Attention,
+            "apply",
+            lambda *given: calls.append(len(given[3].groups)) or apply(*given),
+        )
         loss = language_model(*batch)
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return loss, gradients, calls
@@ -42,7 +46,9 @@ def assert_same(model, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", PACKABLE)
-@pytest.mark.parametrize("queries", [256, 4])  # all queries of an example in one product, or a few at a time
+@pytest.mark.parametrize(
+    "queries", [256, 4]
+)  # all queries of an example in one product, or a few at a time
 def test_loss_and_gradients_are_those_of_one_masked_call(kind, queries, make_model, monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", queries)
     monkeypatch.setattr(attention, "LENGTHS", range(2, 20, 2))
@@ -68,9 +74,13 @@ def test_bf16_products_are_as_near_to_fp32_as_the_kernels(make_model, monkeypatc
     exact, exact_gradients, _ = loss_and_gradients(model, packed_batch(), monkeypatch)
     for kernel in (True, False):
         with torch.autocast("cpu", torch.bfloat16):
-            loss, gradients, _ = loss_and_gradients(model, packed_batch(), monkeypatch, kernel=kernel)
+            loss, gradients, _ = loss_and_gradients(
+                model, packed_batch(), monkeypatch, kernel=kernel
+            )
         pairs = zip([loss, *gradients], [exact, *exact_gradients], strict=True)
-        errors[kernel] = torch.stack([(mine.float() - right).norm() / right.norm() for mine, right in pairs])
+        errors[kernel] = torch.stack(
+            [(mine.float() - right).norm() / right.norm() for mine, right in pairs]
+        )
     assert (errors[True] > 0).all()
     assert (errors[False] < 1.5 * errors[True] + 1e-3).all()
 
@@ -98,7 +108,9 @@ def test_the_shapes_of_the_products_are_few():
     for _ in range(200):
         lengths = torch.randint(1, 257, (30,), generator=generator).tolist()
         groups = attention._layout(lengths, attention._causal(256), heads=4).groups
-        tokens = torch.cat([group.tokens if group.slots is None else group.tokens[group.slots] for group in groups])
+        tokens = torch.cat(
+            [group.tokens if group.slots is None else group.tokens[group.slots] for group in groups]
+        )
         assert sorted(tokens.tolist()) == list(range(sum(lengths)))
         sizes |= {group.size for group in groups}
     assert len(sizes) <= 30
@@ -111,10 +123,17 @@ def test_what_is_no_row_of_examples_goes_to_the_kernel(make_model, monkeypatch):
     ids, _, _ = packed_batch()
     calls = []
     apply = attention._Attention.apply
-    monkeypatch.setattr(attention._Attention, "apply", lambda *given: calls.append(given[0].shape) or apply(*given))
+    monkeypatch.setattr(
+        attention._Attention, "apply", lambda *given: calls.append(given[0].shape) or apply(*given)
+    )
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
-    written = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    written = model.generate(
+        ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0
+    )
     assert not calls
     monkeypatch.setattr(attention, "_layout_of", lambda *_: None)
-    assert torch.equal(written, model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0))
+    assert torch.equal(
+        written,
+        model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0),
+    )

@@ -20,8 +20,12 @@ IDS = [5, 9, 3, 7, 11]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite"])
-def test_an_export_reloads_with_its_logits_tie_and_stops(kind, dtype, make_model, chat_tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]
+)
+def test_an_export_reloads_with_its_logits_tie_and_stops(
+    kind, dtype, make_model, chat_tokenizer, tmp_path
+):
     model = make_model(kind, vocab_size=len(chat_tokenizer))
     prepare_chat(model, chat_tokenizer)
     dest = tmp_path / "deep" / "model"
@@ -33,7 +37,9 @@ def test_an_export_reloads_with_its_logits_tie_and_stops(kind, dtype, make_model
     assert (ours[0] is ours[1]) == (theirs[0] is theirs[1]) == reloaded.config.tie_word_embeddings
     with safe_open(dest / "model.safetensors", "pt") as weights:
         stored = sum(weights.get_tensor(name).numel() for name in list(weights.keys()))
-    assert stored == sum(parameter.numel() for parameter in model.parameters())  # a shared table is stored once
+    assert stored == sum(
+        parameter.numel() for parameter in model.parameters()
+    )  # a shared table is stored once
     assert reloaded.generation_config.eos_token_id == chat_tokenizer.eos_token_id
     assert reloaded.generation_config.pad_token_id == chat_tokenizer.pad_token_id
     assert AutoTokenizer.from_pretrained(dest).chat_template == chat_tokenizer.chat_template
@@ -44,7 +50,9 @@ def test_an_export_reloads_with_its_logits_tie_and_stops(kind, dtype, make_model
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2", "gpt_neox"])
-def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(kind, lora, make_model, chat_tokenizer, tmp_path):
+def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(
+    kind, lora, make_model, chat_tokenizer, tmp_path
+):
     model = make_model(kind, vocab_size=len(chat_tokenizer))
     before = [table.detach().clone() for table in token_tables(model)]
     active = torch.arange(0, len(before[0]), 3)
@@ -64,7 +72,9 @@ def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(kind
     export_model(model, chat_tokenizer, tmp_path / "model", card="")
     ids = torch.randint(0, len(before[0]), (2, 9))
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(reloaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        reloaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
     after = token_tables(reloaded)
     assert (after[0] is after[1]) == tied == (kind == "qwen2")
     for old, new in zip(before, after, strict=True):
@@ -80,7 +90,9 @@ def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path)
     (dest / "stale.txt").touch()
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
-    with pytest.raises(UserError, match=r"is not the trained model: its logits differ by 0.5 of the largest"):
+    with pytest.raises(
+        UserError, match=r"is not the trained model: its logits differ by 0.5 of the largest"
+    ):
         verify_export(dest, model, IDS)
     export_model(model, chat_tokenizer, dest, card="new")
     verify_export(dest, model, IDS)
@@ -97,7 +109,9 @@ def test_a_folder_that_holds_something_else_is_not_replaced(make_model, chat_tok
 
 def test_a_destination_that_cannot_be_made_is_named(make_model, chat_tokenizer, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"could not be written to .*/file/model: (File exists|Not a directory)"):
+    with pytest.raises(
+        UserError, match=r"could not be written to .*/file/model: (File exists|Not a directory)"
+    ):
         export_model(make_model("llama"), chat_tokenizer, tmp_path / "file" / "model", card="")
 
 
@@ -113,11 +127,16 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
-def test_a_full_disk_leaves_the_earlier_export_whole(make_model, chat_tokenizer, tmp_path, small_disk):
+def test_a_full_disk_leaves_the_earlier_export_whole(
+    make_model, chat_tokenizer, tmp_path, small_disk
+):
     model, dest = make_model("llama"), tmp_path / "model"
     export_model(model, chat_tokenizer, dest, card="old")
     small_disk((dest / "model.safetensors").stat().st_size // 2)
-    with pytest.raises(UserError, match=rf"the model could not be written to {dest}: .* the earlier export is untouched"):
+    with pytest.raises(
+        UserError,
+        match=rf"the model could not be written to {dest}: .* the earlier export is untouched",
+    ):
         export_model(model, chat_tokenizer, dest, card="new")
     verify_export(dest, model, IDS)
     assert (dest / "README.md").read_text() == "old"

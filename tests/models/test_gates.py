@@ -32,7 +32,9 @@ def test_a_model_computes_what_it_computed_to_the_bit(kind, activation, autocast
     fuse_gates(fused)
     assert [gate.activation for gate in gates(fused)] == [activation] * 2
     ids = torch.arange(24).view(2, 12)
-    for mine, right in zip(gradients(fused, ids, autocast), gradients(plain, ids, autocast), strict=True):
+    for mine, right in zip(
+        gradients(fused, ids, autocast), gradients(plain, ids, autocast), strict=True
+    ):
         assert torch.equal(mine, right)
     assert list(fused.state_dict()) == list(plain.state_dict())
 
@@ -49,11 +51,15 @@ def test_gradients_are_the_derivatives(kind, make_model):
 def kept(mlp, x):
     """How many tensors of the inner width a forward keeps."""
     saved = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    )
     with torch.autocast("cpu", torch.bfloat16), hooks:
         mlp(x)
     shape = (*x.shape[:-1], mlp.gate_proj.out_features)
-    return len({tensor.data_ptr() for tensor in saved if tensor.numel() == torch.Size(shape).numel()})
+    return len(
+        {tensor.data_ptr() for tensor in saved if tensor.numel() == torch.Size(shape).numel()}
+    )
 
 
 def test_half_as_much_is_kept(make_model):

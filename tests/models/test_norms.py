@@ -9,7 +9,12 @@ from torch import nn
 
 from finetune.models.norms import FusedRMSNorm, fuse_norms
 
-WITH_RMS = {"llama": 5, "qwen2": 5, "gemma3": 13, "granite": 5}  # norms in two layers, and the last one
+WITH_RMS = {
+    "llama": 5,
+    "qwen2": 5,
+    "gemma3": 13,
+    "granite": 5,
+}  # norms in two layers, and the last one
 
 
 def norms(model):
@@ -35,7 +40,10 @@ def test_a_model_computes_what_it_computed(kind, count, make_model):
     exact = gradients(plain, ids, False)
     errors = [
         torch.stack(
-            [(value - right).norm() / right.norm() for value, right in zip(gradients(model, ids, True), exact, strict=True)]
+            [
+                (value - right).norm() / right.norm()
+                for value, right in zip(gradients(model, ids, True), exact, strict=True)
+            ]
         )
         for model in (fused, plain)
     ]
@@ -61,7 +69,9 @@ def test_under_autocast_the_output_is_narrow_and_nothing_wide_is_kept(make_model
     fuse_norms(norm)
     kept = []
     x = torch.randn(4, 32, requires_grad=True)
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
     with torch.autocast("cpu", torch.bfloat16), hooks:
         assert norm[0](x).dtype == torch.bfloat16
     assert sorted(tensor.numel() for tensor in kept) == [4, 32, 4 * 32]

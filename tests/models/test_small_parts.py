@@ -17,10 +17,15 @@ from finetune.models.precision import has_native_bf16, resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing, uncompiled
 from finetune.models.vocabulary import activate_vocabulary, active_modules
 
-BF16_CPU, PLAIN_CPU = {"avx512_bf16": True, "avx2": True}, {"avx512_bf16": False, "amx_bf16": False, "avx2": True}
+BF16_CPU, PLAIN_CPU = (
+    {"avx512_bf16": True, "avx2": True},
+    {"avx512_bf16": False, "amx_bf16": False, "avx2": True},
+)
 
 
-@pytest.mark.parametrize(("chip", "expected"), [(BF16_CPU, "bf16"), (PLAIN_CPU, "fp32"), ({"amx_bf16": True}, "bf16")])
+@pytest.mark.parametrize(
+    ("chip", "expected"), [(BF16_CPU, "bf16"), (PLAIN_CPU, "fp32"), ({"amx_bf16": True}, "bf16")]
+)
 def test_auto_takes_bf16_where_the_chip_has_it(chip, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip)
     precision, reason = resolve_precision("auto", "cpu")
@@ -29,7 +34,9 @@ def test_auto_takes_bf16_where_the_chip_has_it(chip, expected, monkeypatch):
 
 
 def test_this_machine_has_an_answer():
-    assert resolve_precision("auto", torch.device("cpu"))[0] == ("bf16" if has_native_bf16("cpu") else "fp32")
+    assert resolve_precision("auto", torch.device("cpu"))[0] == (
+        "bf16" if has_native_bf16("cpu") else "fp32"
+    )
 
 
 def test_emulated_bf16_is_taken_when_asked_for_with_a_warning(monkeypatch, caplog):
@@ -49,7 +56,11 @@ def test_a_description_counts_shared_parameters_once(make_model):
     table = 97 * 32
     assert (tied["tied"], tied["token_table_parameters"]) == (True, table)
     assert (untied["tied"], untied["token_table_parameters"]) == (False, 2 * table)
-    assert tied["parameters"] == sum(p.numel() for p in make_model("qwen2").parameters()) == tied["trainable_parameters"]
+    assert (
+        tied["parameters"]
+        == sum(p.numel() for p in make_model("qwen2").parameters())
+        == tied["trainable_parameters"]
+    )
     assert tied["token_table_share"] == table / tied["parameters"]
     assert (tied["layers"], tied["hidden_size"], tied["vocab_size"]) == (2, 32, 97)
     assert (tied["architecture"], tied["lora"]) == ("Qwen2ForCausalLM", False)
@@ -71,7 +82,10 @@ def test_a_description_looks_behind_lora(new_token_ids, make_model):
     lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
     described = describe_model(add_lora(make_model("qwen2"), **lora, new_token_ids=new_token_ids))
     assert described["trainable_parameters"] == 2 * 2 * (32 + 32) + 32 * len(new_token_ids)
-    assert described["parameters"] == describe_model(plain)["parameters"] + described["trainable_parameters"]
+    assert (
+        described["parameters"]
+        == describe_model(plain)["parameters"] + described["trainable_parameters"]
+    )
     assert (described["tied"], described["lora"], described["vocab_size"]) == (True, True, 97)
 
 
@@ -90,7 +104,11 @@ def test_a_card_has_front_matter_and_the_facts():
     card = model_card(**CARD)
     _, front, text = card.split("---\n", 2)
     matter = yaml.safe_load(front)
-    assert (matter["base_model"], matter["license"], matter["library_name"]) == ("org/base", "apache-2.0", "transformers")
+    assert (matter["base_model"], matter["license"], matter["library_name"]) == (
+        "org/base",
+        "apache-2.0",
+        "transformers",
+    )
     for line in (
         "| | loss | chrf |",
         "| before | 2.5 | 20.12 |",
@@ -112,7 +130,9 @@ def test_a_card_says_what_is_not_known():
 
 def test_the_licence_is_read_from_a_model_folder(tmp_path):
     assert license_of(str(tmp_path)) is None
-    (tmp_path / "README.md").write_text("---\ntags:\n- a\nlicense: mit\n---\n# Title\nlicense: none\n")
+    (tmp_path / "README.md").write_text(
+        "---\ntags:\n- a\nlicense: mit\n---\n# Title\nlicense: none\n"
+    )
     assert license_of(str(tmp_path)) == "mit"
     (tmp_path / "README.md").write_text("# Title\nlicense: none\n")
     assert license_of(str(tmp_path)) is None
@@ -137,7 +157,9 @@ def test_activation_checkpointing_keeps_the_gradients_and_runs_layers_twice(with
             enable_activation_checkpointing(language_model)
         language_model.train()
         calls = []
-        language_model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        language_model.causal_lm.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda *_: calls.append(1)
+        )
         language_model(*batch()).backward()
         return [p.grad for p in language_model.parameters() if p.requires_grad], len(calls)
 
@@ -148,28 +170,45 @@ def test_activation_checkpointing_keeps_the_gradients_and_runs_layers_twice(with
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it in its own way, which the suite's filter undoes
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute"
+)  # torch hides it in its own way, which the suite's filter undoes
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(kind, make_model, monkeypatch):
+def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(
+    kind, make_model, monkeypatch
+):
     depth = {"n_layer": 4} if kind == "gpt2" else {"num_hidden_layers": 4}
     language_model, graphs = LanguageModel(make_model(kind, **depth)), []
     language_model.eval()
     batches = [torch.randint(0, 97, shape) for shape in ((2, 9), (3, 17), (4, 30))]
-    expected, names = [language_model(ids, ids) for ids in batches], list(language_model.state_dict())
+    expected, names = (
+        [language_model(ids, ids) for ids in batches],
+        list(language_model.state_dict()),
+    )
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
     compile_here = torch.nn.Module.compile  # with a backend that needs no C++ compiler
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_here(module, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compile_here(module, backend=backend, **options),
+    )
     compile_decoder(language_model)
     for ids, loss in zip(batches, expected, strict=True):
         torch.testing.assert_close(language_model(ids, ids), loss)
     assert len(graphs) == 1
     assert sum(part._compiled_call_impl is not None for part in language_model.modules()) == 4
     assert list(language_model.state_dict()) == names
-    settings = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "stop_ids": []}
+    settings = {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "stop_ids": [],
+    }
     with uncompiled(True):
         generate(language_model.causal_lm, [[1, 2, 3]], batch_size=1, max_new_tokens=4, **settings)
     assert len(graphs) == 1
@@ -178,16 +217,24 @@ def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(kind, m
     assert len(graphs) > 1  # what it is there to avoid
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch hides it in its own way, which the suite's filter undoes
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute"
+)  # torch hides it in its own way, which the suite's filter undoes
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt_neox"])
-def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(kind, make_model, monkeypatch):
+def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(
+    kind, make_model, monkeypatch
+):
     compile_here, graphs = torch.nn.Module.compile, []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile_here(module, backend=backend, **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compile_here(module, backend=backend, **options),
+    )
     ids = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0))
     found = []
     for compiled in (False, True):
@@ -200,7 +247,9 @@ def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(kin
         losses = []
         for step in range(4):
             if step == 2:
-                for module in {id(module.vocabulary): module for module in active_modules(model)}.values():
+                for module in {
+                    id(module.vocabulary): module for module in active_modules(model)
+                }.values():
                     assert not len(module.vocabulary.grow(module.weight, torch.tensor([1, 5, 33])))
             loss = language_model(ids, ids)
             loss.backward()

@@ -5,7 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import UserError
-from finetune.models.tokenizers import CHATML, end_of_turn, load_tokenizer, prepare_chat, train_tokenizer
+from finetune.models.tokenizers import (
+    CHATML,
+    end_of_turn,
+    load_tokenizer,
+    prepare_chat,
+    train_tokenizer,
+)
 from finetune.recipes.vocabulary import active_ids
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
@@ -18,26 +24,40 @@ def test_a_trained_tokenizer_encodes_anything_and_comes_back_from_disk(chat_toke
     chat_tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again(text).input_ids == chat_tokenizer(text).input_ids
-    assert (again.eos_token, again.pad_token, again.chat_template) == ("<|im_end|>", "<|endoftext|>", CHATML)
+    assert (again.eos_token, again.pad_token, again.chat_template) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        CHATML,
+    )
     assert again("<|im_end|>").input_ids == [again.eos_token_id]
 
 
 def test_training_a_tokenizer_twice_gives_the_same_one():
     texts = ["one two three two one", "three three four"]
-    assert train_tokenizer(iter(texts), 290).get_vocab() == train_tokenizer(iter(texts), 290).get_vocab()
+    assert (
+        train_tokenizer(iter(texts), 290).get_vocab()
+        == train_tokenizer(iter(texts), 290).get_vocab()
+    )
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
-    with pytest.raises(UserError, match="vocab_size is 100; a byte-level tokenizer needs at least 259"):
+    with pytest.raises(
+        UserError, match="vocab_size is 100; a byte-level tokenizer needs at least 259"
+    ):
         train_tokenizer(["text"], 100)
 
 
 def test_chatml_renders_turns_and_the_prompt(chat_tokenizer):
     text = chat_tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
-def test_chatml_on_a_base_model_stops_at_the_end_of_a_turn_after_saving(make_model, base_tokenizer_folder, tmp_path):
+def test_chatml_on_a_base_model_stops_at_the_end_of_a_turn_after_saving(
+    make_model, base_tokenizer_folder, tmp_path
+):
     tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
     assert tokenizer.chat_template is None
     rows = len(tokenizer)
@@ -45,7 +65,9 @@ def test_chatml_on_a_base_model_stops_at_the_end_of_a_turn_after_saving(make_mod
     old = model.get_input_embeddings().weight.detach().clone()
     added = prepare_chat(model, tokenizer, "chatml")
     table = model.get_input_embeddings().weight
-    assert added == [rows, rows + 1] == tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert (
+        added == [rows, rows + 1] == tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    )
     assert table is model.get_output_embeddings().weight
     assert table.shape[0] == model.config.vocab_size == rows + 2
     assert torch.equal(table[:rows], old)
@@ -58,12 +80,20 @@ def test_chatml_on_a_base_model_stops_at_the_end_of_a_turn_after_saving(make_mod
         model.transformer.ln_f.bias.copy_(model.get_input_embeddings().weight[added[1]])
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    prompt = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    prompt = tokenizer.apply_chat_template(
+        TURNS[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
     assert output[0, prompt["input_ids"].shape[1] :].tolist() == [added[1]]
     assert (tokenizer.eos_token_id, model.config.eos_token_id) == (added[1], added[1])
-    assert model.generation_config.eos_token_id == [added[1], tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    assert model.generation_config.eos_token_id == [
+        added[1],
+        tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    ]
     assert prepare_chat(model, tokenizer) == []  # nothing is left to do
 
 
@@ -78,7 +108,9 @@ def test_an_untied_head_gets_new_rows_too(make_model, base_tokenizer_folder):
         torch.testing.assert_close(weight[added[0]].detach(), weight[: added[0]].detach().mean(0))
 
 
-def test_a_padded_table_is_never_shrunk_and_its_spare_rows_are_used(make_model, base_tokenizer_folder):
+def test_a_padded_table_is_never_shrunk_and_its_spare_rows_are_used(
+    make_model, base_tokenizer_folder
+):
     tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
     rows = len(tokenizer) + 30
     model = make_model("qwen2", vocab_size=rows)
@@ -96,7 +128,12 @@ def test_without_a_template_the_end_of_text_stays_the_stop(make_model, base_toke
     model = make_model("llama", vocab_size=len(tokenizer))
     assert prepare_chat(model, tokenizer) == []
     assert tokenizer.chat_template is None
-    assert model.generation_config.eos_token_id == model.config.eos_token_id == tokenizer.pad_token_id == 0
+    assert (
+        model.generation_config.eos_token_id
+        == model.config.eos_token_id
+        == tokenizer.pad_token_id
+        == 0
+    )
 
 
 def test_preparing_the_tokenizer_alone_adds_the_same_tokens(base_tokenizer_folder):
@@ -108,8 +145,14 @@ def test_preparing_the_tokenizer_alone_adds_the_same_tokens(base_tokenizer_folde
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}", "<|im_end|>"),
-        ("{% for m in messages %}[{{ m.role }}] {{ m.content }} <|endoftext|>\n{% endfor %}", "<|endoftext|>"),
+        (
+            "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}",
+            "<|im_end|>",
+        ),
+        (
+            "{% for m in messages %}[{{ m.role }}] {{ m.content }} <|endoftext|>\n{% endfor %}",
+            "<|endoftext|>",
+        ),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
     ],
 )
@@ -129,10 +172,14 @@ def test_a_template_from_a_file_sets_its_own_end_of_turn(tmp_path):
 
 def test_a_missing_or_failing_template_is_explained(tmp_path):
     tokenizer = train_tokenizer(["some text"], 280)
-    with pytest.raises(UserError, match=r"'nowhere.jinja' is neither .chatml. nor a file that can be read"):
+    with pytest.raises(
+        UserError, match=r"'nowhere.jinja' is neither .chatml. nor a file that can be read"
+    ):
         prepare_chat(None, tokenizer, "nowhere.jinja")
     (tmp_path / "bad.jinja").write_text("{{ messages[7].content.nothing }}")
-    with pytest.raises(UserError, match="the chat template fails to render a question and its answer"):
+    with pytest.raises(
+        UserError, match="the chat template fails to render a question and its answer"
+    ):
         prepare_chat(None, tokenizer, str(tmp_path / "bad.jinja"))
     (tmp_path / "worse.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="fails to render"):
@@ -153,7 +200,11 @@ NO_SYSTEM = (
 
 @pytest.mark.parametrize(
     ("template", "roles"),
-    [(CHATML, ["system", "user", "assistant"]), (NO_SYSTEM, ["user", "assistant", "bot"]), (None, [])],
+    [
+        (CHATML, ["system", "user", "assistant"]),
+        (NO_SYSTEM, ["user", "assistant", "bot"]),
+        (None, []),
+    ],
     ids=["chatml", "no system turns", "no template"],
 )
 def test_the_words_of_the_template_are_active_whatever_the_data(template, roles):

@@ -9,19 +9,41 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.errors import UserError
 from finetune.models.adapters import add_lora, merge_lora
-from finetune.models.frozen_sample import FrozenSampler, draw, inclusion_chances, measure_frozen_rows
+from finetune.models.frozen_sample import (
+    FrozenSampler,
+    draw,
+    inclusion_chances,
+    measure_frozen_rows,
+)
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import enable_activation_checkpointing
-from finetune.models.vocabulary import activate_vocabulary, active_modules, deactivate_vocabulary, full_vocabulary
+from finetune.models.vocabulary import (
+    activate_vocabulary,
+    active_modules,
+    deactivate_vocabulary,
+    full_vocabulary,
+)
 from finetune.optim.groups import build_groups
 
 V = 97
 ACTIVE = [0, 1, 2, 5, 8, 13, 21, 34, 55, 89]
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+}
 FAMILIES = {
     "llama": {**SHAPE, "tie_word_embeddings": True},
     "qwen2": {**SHAPE, "tie_word_embeddings": True},
-    "gemma3_text": {**SHAPE, "head_dim": 8, "final_logit_softcapping": 5.0, "tie_word_embeddings": True, "pad_token_id": 0},
+    "gemma3_text": {
+        **SHAPE,
+        "head_dim": 8,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    },
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
     "gpt_neox": {**SHAPE, "tie_word_embeddings": False},
 }
@@ -30,8 +52,13 @@ FAMILIES = {
 def make(family, seed=0):
     torch.manual_seed(seed)
     special = {"bos_token_id": 1, "eos_token_id": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=V, **special, **FAMILIES[family]))
-    for table in {id(t): t for t in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)}.values():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=V, **special, **FAMILIES[family])
+    )
+    for table in {
+        id(t): t
+        for t in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    }.values():
         torch.nn.init.normal_(table, std=0.5)
     return model.eval()
 
@@ -60,7 +87,9 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
     tied = model.config.tie_word_embeddings
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     with full_vocabulary(model):
-        assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
+        assert {name: value.shape for name, value in model.state_dict().items()} == {
+            n: v.shape for n, v in before.items()
+        }
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert not active_modules(model)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
@@ -72,7 +101,10 @@ def test_reads_and_predicts_as_before_and_comes_back_bit_for_bit(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(family):
-    full, ids = make(family), batch(ACTIVE[1:])  # without Gemma's padding token, whose lookup has a gradient of its own: none
+    full, ids = (
+        make(family),
+        batch(ACTIVE[1:]),
+    )  # without Gemma's padding token, whose lookup has a gradient of its own: none
     model = copy.deepcopy(full)
     activate_vocabulary(model, ACTIVE)
     ours, theirs = LanguageModel(model), LanguageModel(full)
@@ -88,13 +120,19 @@ def test_loss_and_gradients_are_those_of_the_full_model_for_the_active_rows(fami
         if name.endswith(".vocabulary.shift"):
             unused = full.get_output_embeddings().weight.grad[inactive].sum(0)
             if full.config.get_text_config().to_dict().get("final_logit_softcapping") is None:
-                torch.testing.assert_close(parameter.grad, -unused, rtol=1e-4, atol=1e-4)  # it goes against them, and only that
+                torch.testing.assert_close(
+                    parameter.grad, -unused, rtol=1e-4, atol=1e-4
+                )  # it goes against them, and only that
             else:  # whose derivative differs from row to row
                 assert torch.cosine_similarity(parameter.grad, -unused, 0) > 0.8
             continue
         wanted = gradients[name].grad
-        torch.testing.assert_close(parameter.grad, wanted[ACTIVE] if len(wanted) == V else wanted, rtol=1e-4, atol=1e-5)
-    assert full.get_output_embeddings().weight.grad[inactive].any()  # which the full model would have moved
+        torch.testing.assert_close(
+            parameter.grad, wanted[ACTIVE] if len(wanted) == V else wanted, rtol=1e-4, atol=1e-5
+        )
+    assert (
+        full.get_output_embeddings().weight.grad[inactive].any()
+    )  # which the full model would have moved
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,7 +141,9 @@ def test_training_moves_active_rows_only(family):
     before = copy.deepcopy(model.state_dict())
     activate_vocabulary(model, ACTIVE)
     language_model = LanguageModel(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+    )
     for _ in range(5):
         language_model(*batch()).backward()
         optimizer.step()
@@ -126,7 +166,9 @@ def test_the_shift_moves_the_active_rows_against_the_others(family):
     moved = copy.deepcopy(model)
     tied = model.config.tie_word_embeddings
     with torch.no_grad():
-        (moved.get_input_embeddings() if tied else moved.get_output_embeddings()).weight[ACTIVE] += shift
+        (moved.get_input_embeddings() if tied else moved.get_output_embeddings()).weight[
+            ACTIVE
+        ] += shift
     activate_vocabulary(model, ACTIVE, spare=1)
     vocabulary = model.get_output_embeddings().vocabulary
     vocabulary.shift.data.copy_(shift)
@@ -134,7 +176,9 @@ def test_the_shift_moves_the_active_rows_against_the_others(family):
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     torch.testing.assert_close(LanguageModel(model)(ids, ids), LanguageModel(moved)(ids, ids))
     assert vocabulary.grow(model.get_output_embeddings().weight, torch.tensor([3])).tolist() == []
-    torch.testing.assert_close(model(input_ids=ids).logits, expected)  # a row that joins later starts where it was
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, expected
+    )  # a row that joins later starts where it was
     deactivate_vocabulary(model)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
@@ -204,7 +248,9 @@ def test_copies_pickles_checkpointing_and_packing(family):
     first = batch()
     again = torch.autograd.grad(language_model(*first), model.get_output_embeddings().weight)[0]
     language_model.eval()
-    torch.testing.assert_close(again, torch.autograd.grad(language_model(*first), model.get_output_embeddings().weight)[0])
+    torch.testing.assert_close(
+        again, torch.autograd.grad(language_model(*first), model.get_output_embeddings().weight)[0]
+    )
     assert plain.any()
 
 
@@ -253,7 +299,11 @@ def test_growing_reads_the_same_and_trains_the_new_row(family):
     model.load_state_dict(state)
     torch.testing.assert_close(model(input_ids=ids).logits, grown)
     deactivate_vocabulary(model)
-    moved = (model.state_dict()["model.embed_tokens.weight"] != before["model.embed_tokens.weight"]).any(1).nonzero()[:, 0]
+    moved = (
+        (model.state_dict()["model.embed_tokens.weight"] != before["model.embed_tokens.weight"])
+        .any(1)
+        .nonzero()[:, 0]
+    )
     assert {3, 4} <= set(moved.tolist()) <= {*ACTIVE, 3, 4}
 
 
@@ -274,7 +324,10 @@ def test_a_second_active_vocabulary_is_refused_until_the_first_is_given_up():
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(UserError, match="has an active vocabulary already; deactivate_vocabulary"):
         activate_vocabulary(model, [1, 2])
-    with pytest.raises(UserError, match="resize its table before activate_vocabulary, or after deactivate_vocabulary"):
+    with pytest.raises(
+        UserError,
+        match="resize its table before activate_vocabulary, or after deactivate_vocabulary",
+    ):
         model.resize_token_embeddings(V + 3)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     deactivate_vocabulary(model)
@@ -337,20 +390,34 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(fami
 
 def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
     """Falcon-H1 scales hidden states and logits by numbers of its own; its loss is exact all the same."""
-    multiplied = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.5}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon_h1", vocab_size=V, **SHAPE, **multiplied))
+    multiplied = {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "lm_head_multiplier": 0.5,
+    }
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("falcon_h1", vocab_size=V, **SHAPE, **multiplied)
+    )
     activate_vocabulary(model.eval(), ACTIVE)
     language_model, ids = LanguageModel(model), batch()
     for sample in (
         lambda: measure_frozen_rows(language_model, [{"input_ids": ids[0], "labels": ids[1]}]),
         lambda: FrozenSampler(language_model, torch.ones(V - len(ACTIVE))),
     ):
-        with pytest.raises(UserError, match=r"Falcon.* computes its logits in a way of its own.*set vocabulary.mode to active, or"):
+        with pytest.raises(
+            UserError,
+            match=r"Falcon.* computes its logits in a way of its own.*set vocabulary.mode to active, or",
+        ):
             sample()
     logits = model(input_ids=ids[0], use_cache=False).logits[:, :-1].flatten(0, 1)
     inactive = torch.ones(V, dtype=torch.bool).index_fill(0, torch.tensor(ACTIVE), False)
     scores = language_model(*ids, reduction="none", inactive=inactive)
-    torch.testing.assert_close(scores[:, 0], torch.nn.functional.cross_entropy(logits, ids[1][:, 1:].flatten(), reduction="none"))
+    torch.testing.assert_close(
+        scores[:, 0],
+        torch.nn.functional.cross_entropy(logits, ids[1][:, 1:].flatten(), reduction="none"),
+    )
     torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, inactive].sum(1))
 
 
@@ -369,15 +436,29 @@ def test_bad_input_for_a_sample_is_refused():
     sampler.before_step(0, labels)
     assert language_model(ids[0], labels) > 0
     rows = V - len(ACTIVE)
-    for wrong in (torch.full((rows - 1,), 0.5), torch.zeros(rows), torch.full((rows,), torch.nan), torch.full((rows,), 1.5)):
-        with pytest.raises(UserError, match=f"a chance above 0 and at most 1 for each of the {rows} frozen rows"):
+    for wrong in (
+        torch.full((rows - 1,), 0.5),
+        torch.zeros(rows),
+        torch.full((rows,), torch.nan),
+        torch.full((rows,), 1.5),
+    ):
+        with pytest.raises(
+            UserError, match=f"a chance above 0 and at most 1 for each of the {rows} frozen rows"
+        ):
             sampler.chances = wrong
     for wrong in (-torch.ones(rows), torch.full((rows,), torch.nan)):
         with pytest.raises(UserError, match="weights from 0 up"):
             inclusion_chances(wrong, 5)
-    sampler.chances = torch.tensor([0.5] * 10 + [1e-9] * (rows - 10)).double().index_fill(0, torch.tensor([0]), 1e-9)  # token 3's
+    sampler.chances = (
+        torch.tensor([0.5] * 10 + [1e-9] * (rows - 10))
+        .double()
+        .index_fill(0, torch.tensor([0]), 1e-9)
+    )  # token 3's
     sampler.before_step(0)
-    with pytest.raises(UserError, match=r"the target token 3 does not train and is not in the sample.*FrozenSampler.before_step"):
+    with pytest.raises(
+        UserError,
+        match=r"the target token 3 does not train and is not in the sample.*FrozenSampler.before_step",
+    ):
         language_model(ids[0], labels)
     assert language_model(*ids) > 0
     language_model.eval()
@@ -390,7 +471,10 @@ def test_save_pretrained_writes_the_plain_model(family, tmp_path):
     activate_vocabulary(model, ACTIVE, spare=2)
     with torch.no_grad():
         model.get_output_embeddings().weight[:3] += 1
-    for saved, given in (("plain", {}), ("with_state", {"state_dict": model.state_dict()})):  # as transformers' Trainer does
+    for saved, given in (
+        ("plain", {}),
+        ("with_state", {"state_dict": model.state_dict()}),
+    ):  # as transformers' Trainer does
         copy.deepcopy(model).save_pretrained(tmp_path / saved, **given)
         read = AutoModelForCausalLM.from_pretrained(tmp_path / saved).eval()
         assert len(read.get_output_embeddings().weight) == V
@@ -403,7 +487,12 @@ def test_save_pretrained_writes_the_plain_model(family, tmp_path):
 def test_what_is_set_for_the_table_by_name_holds_for_the_shift():
     model = make("llama")
     activate_vocabulary(model, ACTIVE)
-    groups = build_groups(model, lr=1.0, weight_decay=0.0, overrides=[{"pattern": "model.embed_tokens.weight", "lr": 0.5}])
+    groups = build_groups(
+        model,
+        lr=1.0,
+        weight_decay=0.0,
+        overrides=[{"pattern": "model.embed_tokens.weight", "lr": 0.5}],
+    )
     names = [name for name, _ in next(group["params"] for group in groups if group["lr"] == 0.5)]
     assert names == ["model.embed_tokens.weight", "model.embed_tokens.vocabulary.shift"]
 
@@ -412,7 +501,8 @@ def test_lora_on_a_head_with_active_rows_is_refused():
     model = make("llama")
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(
-        UserError, match=r"target_modules: 'lm_head' is the output head.*leave it out, or set vocabulary.mode to full"
+        UserError,
+        match=r"target_modules: 'lm_head' is the output head.*leave it out, or set vocabulary.mode to full",
     ):
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "lm_head"])
 
@@ -423,9 +513,13 @@ def test_frozen_targets_are_put_into_the_sample():
     language_model, ids = LanguageModel(model), batch([*ACTIVE, 3, 96])
     language_model.train()
     exact = language_model(*ids)
-    sampler = FrozenSampler(language_model, torch.full((V - len(ACTIVE),), 0.25, dtype=torch.float64))
+    sampler = FrozenSampler(
+        language_model, torch.full((V - len(ACTIVE),), 0.25, dtype=torch.float64)
+    )
     estimates = []
     for seed in range(200):
         sampler.before_step(seed, targets=ids[1].flatten())
         estimates.append(language_model(*ids).item())
-    assert sum(estimates) / len(estimates) == pytest.approx(exact.item(), rel=0.005)  # with their chances it is 0.9 % too low
+    assert sum(estimates) / len(estimates) == pytest.approx(
+        exact.item(), rel=0.005
+    )  # with their chances it is 0.9 % too low

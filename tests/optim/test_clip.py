@@ -26,7 +26,9 @@ def test_is_torchs_on_the_dense_equivalent(max_norm, norm_type):
     params, twins = gradients()
     assert not params[0].grad.is_coalesced()
     norm = clip_grad_norm_(iter(params), max_norm, norm_type)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(twins, max_norm, norm_type, foreach=False))
+    torch.testing.assert_close(
+        norm, torch.nn.utils.clip_grad_norm_(twins, max_norm, norm_type, foreach=False)
+    )
     assert params[0].grad.is_coalesced()
     for param, twin in zip(params, twins):
         torch.testing.assert_close(param.grad.to_dense(), twin.grad)

@@ -13,11 +13,20 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.optim import build_lr_scheduler, build_optimizer, list_optimizers, optimizer_info
 
-LR = {"sgd": 0.125, "momentum": 0.03125, "nesterov": 0.03125, "adagrad": 0.125, "muon": 0.0078125}  # exact in binary; others 1/64
+LR = {
+    "sgd": 0.125,
+    "momentum": 0.03125,
+    "nesterov": 0.03125,
+    "adagrad": 0.125,
+    "muon": 0.0078125,
+}  # exact in binary; others 1/64
 ROW = [
     pytest.param(
         name,
-        marks=pytest.mark.skipif(bool(optimizer_info(name).missing), reason=f"{optimizer_info(name).missing} is not installed"),
+        marks=pytest.mark.skipif(
+            bool(optimizer_info(name).missing),
+            reason=f"{optimizer_info(name).missing} is not installed",
+        ),
     )
     for name in list_optimizers()
 ]
@@ -102,7 +111,10 @@ def assert_same(left, right, **tolerance):
     assert left
     for name in left:
         torch.testing.assert_close(
-            left[name], right[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=lambda m, n=name: f"{n}: {m}"
+            left[name],
+            right[name],
+            **(tolerance or {"rtol": 0, "atol": 0}),
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -110,22 +122,36 @@ def assert_same(left, right, **tolerance):
 def test_whether_the_step_follows_the_scale_of_the_gradient_is_as_said(name):
     steps = []
     for scale in (1.0, 16.0):
-        model, optimizer = make(name, **({"weight_decay": 0.0} if "weight_decay" in optimizer_info(name).options else {}))
+        model, optimizer = make(
+            name,
+            **({"weight_decay": 0.0} if "weight_decay" in optimizer_info(name).options else {}),
+        )
         before = values(model, optimizer)
         (loss_of(model, 0) * scale).backward()
         optimizer.step()
-        steps.append(torch.cat([(after - before[key]).flatten() for key, after in values(model, optimizer).items()]))
+        steps.append(
+            torch.cat(
+                [(after - before[key]).flatten() for key, after in values(model, optimizer).items()]
+            )
+        )
     expected = 1.0 if optimizer_info(name).scale_free else 16.0
     assert (steps[1].norm() / steps[0].norm()).item() == pytest.approx(expected, rel=0.02)
 
 
 def test_the_bank_sees_every_optimizer():
-    missing = {name: optimizer_info(name).missing for name in list_optimizers() if optimizer_info(name).missing}
+    missing = {
+        name: optimizer_info(name).missing
+        for name in list_optimizers()
+        if optimizer_info(name).missing
+    }
     assert len(ROW) == 14
     for name, library in missing.items():
         assert library in ("bitsandbytes", "schedulefree")
         assert importlib.util.find_spec(library) is None
-        with pytest.raises(UserError, match=f"'{name}' needs {library}, which is not installed; pip install {library}"):
+        with pytest.raises(
+            UserError,
+            match=f"'{name}' needs {library}, which is not installed; pip install {library}",
+        ):
             build_optimizer(make_model(name), name)
 
 
@@ -151,7 +177,10 @@ def through_torch_save(state):
 
 
 @every_optimizer
-@pytest.mark.parametrize("transport", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state)), through_torch_save])
+@pytest.mark.parametrize(
+    "transport",
+    [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state)), through_torch_save],
+)
 def test_a_resumed_run_equals_one_that_was_not_interrupted(name, transport):
     options = {"overrides": [{"pattern": "hidden.weight", "lr": 0.03125}]}
     model, optimizer = make(name, **options)
@@ -168,10 +197,16 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(name, transport):
 
 
 @every_optimizer
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copied_model_and_optimizer_go_on_alike(name, copied):
     if name == "adamw_8bit":
-        pytest.skip("an optimizer object of bitsandbytes 0.50 loses its settings when copied; its state_dict does not")
+        pytest.skip(
+            "an optimizer object of bitsandbytes 0.50 loses its settings when copied; its state_dict does not"
+        )
     pair = make(name)
     train(*pair, range(4))
     twin = copied(pair)
@@ -201,7 +236,11 @@ def test_groups_have_their_own_lr_and_decay(name):
     assert not torch.equal(start["output.weight"], end["output.weight"])
     if takes_decay:
         model, optimizer = make(
-            name, overrides=[{"pattern": "hidden.weight", "lr": 0.0}, {"pattern": "output.weight", "weight_decay": 0.5}]
+            name,
+            overrides=[
+                {"pattern": "hidden.weight", "lr": 0.0},
+                {"pattern": "output.weight", "weight_decay": 0.5},
+            ],
         )
         train(model, optimizer, range(4))
         decayed = values(model, optimizer)
@@ -249,7 +288,9 @@ def test_the_layout_of_a_parameter_in_memory_does_not_matter(name):
         train(model, optimizer, range(5))
         pairs.append(values(model, optimizer))
     # Muon's bf16 products may be summed in another order
-    assert_same(*pairs, **({"rtol": 0, "atol": 2e-3} if name == "muon" else {"rtol": 1e-5, "atol": 1e-6}))
+    assert_same(
+        *pairs, **({"rtol": 0, "atol": 2e-3} if name == "muon" else {"rtol": 1e-5, "atol": 1e-6})
+    )
 
 
 @every_optimizer
@@ -275,12 +316,18 @@ def test_lr_may_be_a_tensor(name):
 @every_optimizer
 @pytest.mark.parametrize("as_lr", [float, torch.tensor])
 def test_a_schedule_drives_every_group_from_its_own_lr(name, as_lr):
-    model, optimizer = make(name, lr=as_lr(0.25), overrides=[{"pattern": "hidden.weight", "lr": 0.5}])
-    scheduler = build_lr_scheduler(optimizer, "linear", num_steps=8, warmup_steps=4, min_lr_ratio=0.0)
+    model, optimizer = make(
+        name, lr=as_lr(0.25), overrides=[{"pattern": "hidden.weight", "lr": 0.5}]
+    )
+    scheduler = build_lr_scheduler(
+        optimizer, "linear", num_steps=8, warmup_steps=4, min_lr_ratio=0.0
+    )
     assert any("hidden.weight" in group["name"] for group in optimizer.param_groups)
     for factor in (0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0):
         for group in optimizer.param_groups:
-            assert float(group["lr"]) == factor * (0.5 if "hidden.weight" in group["name"] else 0.25)
+            assert float(group["lr"]) == factor * (
+                0.5 if "hidden.weight" in group["name"] else 0.25
+            )
         before = values(model, optimizer)
         train(model, optimizer, [0], scheduler)
     if name != "schedule_free_adamw":  # whose averaging goes on
@@ -321,7 +368,9 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-9)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-9)], ids=str
+)
 def test_the_result_is_that_of_torch(name, dtype, tolerance):
     reference_class, options = REFERENCES[name]
     decay = {"weight_decay": 0.1} if "weight_decay" in optimizer_info(name).options else {}
@@ -348,7 +397,9 @@ def test_accelerate_prepares_it(name):
 
 
 @every_optimizer
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's Adagrad makes sparse tensors of its own
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks"
+)  # torch's Adagrad makes sparse tensors of its own
 def test_the_sparse_column_says_what_happens(name):
     """A table with row-sparse gradients against the same one with dense gradients; row 3 has a gradient at the first step only."""
     tables, support = [], optimizer_info(name).sparse
@@ -382,20 +433,33 @@ def test_the_sparse_column_says_what_happens(name):
 
 @every_optimizer
 def test_state_bytes_are_those_of_the_state(name):
-    matrix = nn.Embedding(1024, 1024, sparse=True) if name == "sparse_adam" else nn.Linear(1024, 1024, bias=False)
+    matrix = (
+        nn.Embedding(1024, 1024, sparse=True)
+        if name == "sparse_adam"
+        else nn.Linear(1024, 1024, bias=False)
+    )
     # without Newton-Schulz, whose bf16 products take half a minute on a CPU without bf16
     optimizer = build_optimizer(matrix, name, **({"ns_steps": 0} if name == "muon" else {}))
     getattr(optimizer, "train", lambda: None)()
     (matrix(torch.arange(1024)) if name == "sparse_adam" else matrix.weight).sum().backward()
     optimizer.step()
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    measured = sum(value.numel() * value.element_size() for value in states if value.numel() > 1) / 2**20
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    measured = (
+        sum(value.numel() * value.element_size() for value in states if value.numel() > 1) / 2**20
+    )
     assert measured == pytest.approx(optimizer_info(name).state_bytes, rel=0.02)
 
 
 @every_optimizer
 def test_the_state_of_another_optimizer_is_refused(name):
-    others = [other for other in list_optimizers() if other != name and not optimizer_info(other).missing]
+    others = [
+        other for other in list_optimizers() if other != name and not optimizer_info(other).missing
+    ]
     assert len(others) >= 11
     model, optimizer = make(name)
     train(model, optimizer, range(2))
@@ -405,5 +469,8 @@ def test_the_state_of_another_optimizer_is_refused(name):
         if other == "adamw_8bit":
             continue  # bitsandbytes 0.50 has a load_state_dict of its own, which calls no hooks
         _, mine = make(other)
-        with pytest.raises(UserError, match=f"is of {name}, but this run uses {other};|is not the state of a LazyAdamW"):
+        with pytest.raises(
+            UserError,
+            match=f"is of {name}, but this run uses {other};|is not the state of a LazyAdamW",
+        ):
             mine.load_state_dict(state)

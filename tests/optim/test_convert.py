@@ -14,14 +14,20 @@ from finetune.optim.lazy_adamw import LazyAdamW
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.head, self.embed = nn.Linear(4, 2, dtype=torch.float64), nn.Embedding(30, 4, dtype=torch.float64)
+        self.head, self.embed = (
+            nn.Linear(4, 2, dtype=torch.float64),
+            nn.Embedding(30, 4, dtype=torch.float64),
+        )
 
     def forward(self, ids):
         return self.head(self.embed(ids).sin()).square().sum()
 
 
 def groups(model):
-    return [{"params": model.head.parameters(), "lr": 0.02}, {"params": model.embed.parameters(), "weight_decay": 0.2}]
+    return [
+        {"params": model.head.parameters(), "lr": 0.02},
+        {"params": model.embed.parameters(), "weight_decay": 0.2},
+    ]
 
 
 def dense(model):
@@ -60,7 +66,12 @@ def test_from_adamw_and_back(models):
     run(model, first, range(10))
     second = lazy(model)
     from_adamw_state(second, first.state_dict())
-    touched = torch.cat([torch.randint(30, (4,), generator=torch.Generator().manual_seed(step)) for step in range(10)]).unique()
+    touched = torch.cat(
+        [
+            torch.randint(30, (4,), generator=torch.Generator().manual_seed(step))
+            for step in range(10)
+        ]
+    ).unique()
     assert second.state_dict()["state"][2]["rows"].tolist() == touched.tolist()
     run(model, second, range(10, 25))
     third = dense(model)

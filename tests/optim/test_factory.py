@@ -15,7 +15,9 @@ from finetune.optim import build_optimizer
 from finetune.optim.convert import from_adamw_state, to_adamw_state
 
 # peft 0.21 reads every attribute of a transformers 5 model, a deprecated one among them
-PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+PEFT_WARNING = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 SIZES = {
     "vocab_size": 32,
     "hidden_size": 8,
@@ -39,7 +41,11 @@ def step(model, optimizer):
     ids = torch.tensor([[3, 4, 3, 5]])
     optimizer.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
-    grads = [m.weight.grad for m in model.modules() if isinstance(m, nn.Embedding) and m.weight.requires_grad]
+    grads = [
+        m.weight.grad
+        for m in model.modules()
+        if isinstance(m, nn.Embedding) and m.weight.requires_grad
+    ]
     sparse = {grad.is_sparse for grad in grads}
     optimizer.step()
     return sparse
@@ -80,7 +86,10 @@ def test_an_untied_embedding_is_row_sparse_without_a_word(caplog):
 
 def test_a_tied_embedding_stays_dense_and_the_user_is_told_why_and_what_helps(caplog):
     model, reference = llama(tied=True), llama(tied=True)
-    optimizer, oracle = build_optimizer(model, "lazy_adamw", lr=0.01), build_optimizer(reference, "adamw", lr=0.01)
+    optimizer, oracle = (
+        build_optimizer(model, "lazy_adamw", lr=0.01),
+        build_optimizer(reference, "adamw", lr=0.01),
+    )
     (message,) = [record for record in caplog.records if record.name == "finetune"]
     assert message.levelno == logging.WARNING
     assert "'model.embed_tokens' shares its weight with 'lm_head'" in message.getMessage()
@@ -108,7 +117,9 @@ model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
 model[1].weight = model[0].weight
 build_optimizer(model, "lazy_adamw")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert "lazy_adamw: the embedding '0' shares its weight with '1'" in done.stderr
 
 
@@ -126,7 +137,9 @@ def test_under_lora_the_frozen_embedding_is_no_matter(caplog):
 
 @PEFT_WARNING
 def test_lora_beside_a_trainable_embedding():
-    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    model = get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    )
     assert step(model, build_optimizer(model, "lazy_adamw")) == {True}
 
 
@@ -140,7 +153,9 @@ def test_a_scaled_embedding_equals_dense_adamw():
             assert step(model, optimizer) == {name == "lazy_adamw"}
         getattr(optimizer, "flush", lambda: None)()
         models.append(model)
-    for (name, lazy), dense in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+    for (name, lazy), dense in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
         torch.testing.assert_close(lazy, dense, rtol=0, atol=1e-6, msg=name)
 
 
@@ -151,7 +166,9 @@ def test_parameters_alone_give_no_embedding_and_a_warning(caplog):
 
 def test_embeddings_given_by_hand_are_taken(caplog):
     model = llama()
-    optimizer = build_optimizer(model.named_parameters(), "lazy_adamw", embeddings=[model.model.embed_tokens])
+    optimizer = build_optimizer(
+        model.named_parameters(), "lazy_adamw", embeddings=[model.model.embed_tokens]
+    )
     assert step(model, optimizer) == {True}
     assert caplog.messages == []
 
@@ -172,7 +189,8 @@ def test_adam_does_not_become_adamw():
     state = trained(build_optimizer(layer, "adamw")).state_dict()
     adam = build_optimizer(layer, "adam")
     with pytest.raises(
-        UserError, match="the saved optimizer state is of adamw, but this run uses adam; resume with the same optimizer"
+        UserError,
+        match="the saved optimizer state is of adamw, but this run uses adam; resume with the same optimizer",
     ):
         adam.load_state_dict(state)
     assert adam.param_groups[0]["decoupled_weight_decay"] is False
@@ -195,7 +213,9 @@ def test_the_state_of_a_bare_torch_optimizer_is_taken_where_the_rule_is_the_same
     optimizer = build_optimizer(parameters, name)
     if fits:
         optimizer.load_state_dict(state)
-        assert [(group["optimizer"], group["name"]) for group in optimizer.param_groups] == [(name, "all")]
+        assert [(group["optimizer"], group["name"]) for group in optimizer.param_groups] == [
+            (name, "all")
+        ]
         assert len(optimizer.state) == 1
     else:
         with pytest.raises(UserError, match=f"but this run uses {name}"):
@@ -205,7 +225,8 @@ def test_the_state_of_a_bare_torch_optimizer_is_taken_where_the_rule_is_the_same
 def test_the_state_of_other_groups_or_parameters_is_refused():
     state = trained(build_optimizer(nn.Linear(2, 2), "adamw")).state_dict()
     with pytest.raises(
-        UserError, match=r"has parameter groups of 1 \+ 1 parameters, this run has 2; resume with the model, no_decay"
+        UserError,
+        match=r"has parameter groups of 1 \+ 1 parameters, this run has 2; resume with the model, no_decay",
     ):
         build_optimizer(nn.Linear(2, 2), "adamw", no_decay=()).load_state_dict(state)
     other = nn.Module()
@@ -224,7 +245,10 @@ def test_a_run_switches_between_adamw_and_lazy_adamw():
     """adamw, then lazy_adamw, then adamw again, against adamw all along; through the factory, whose groups carry the stamp."""
     model, reference = llama(), llama()
     options = {"lr": 0.01, "weight_decay": 0.1, "no_decay": ()}
-    oracle, first = build_optimizer(reference, "adamw", **options), build_optimizer(model, "adamw", **options)
+    oracle, first = (
+        build_optimizer(reference, "adamw", **options),
+        build_optimizer(model, "adamw", **options),
+    )
     step(model, first)
     second = build_optimizer(model, "lazy_adamw", **options)
     from_adamw_state(second, first.state_dict())
@@ -238,7 +262,9 @@ def test_a_run_switches_between_adamw_and_lazy_adamw():
         step(reference, oracle)
     assert {group["optimizer"] for group in third.param_groups} == {"adamw"}
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, reference.get_parameter(name), rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(
+            parameter, reference.get_parameter(name), rtol=0, atol=2e-6, msg=name
+        )
 
 
 # -- rules that torch has no class for --
@@ -251,7 +277,9 @@ def test_lion_by_hand():
     parameter.grad = torch.tensor([4.0, -4.0])  # update +, -; momentum 1, -1
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.85, 2.0]))
-    parameter.grad = torch.tensor([-0.5, 3.0])  # update 0.25, 1.0: momentum outvotes the first; momentum 0.625, 0.0
+    parameter.grad = torch.tensor(
+        [-0.5, 3.0]
+    )  # update 0.25, 1.0: momentum outvotes the first; momentum 0.625, 0.0
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.85 * 0.95 - 0.1, 1.8]))
     torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.tensor([0.625, 0.0]))
@@ -260,10 +288,16 @@ def test_lion_by_hand():
 def test_muon_is_torchs_muon_beside_torchs_adamw():
     torch.manual_seed(0)
     start = {"w": torch.randn(4, 6), "b": torch.randn(4)}
-    ours, theirs = ({name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2))
+    ours, theirs = (
+        {name: nn.Parameter(value.clone()) for name, value in start.items()} for _ in range(2)
+    )
     optimizer = build_optimizer(ours.items(), "muon", lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
-    muon = torch.optim.Muon([theirs["w"]], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([theirs["b"]], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    muon = torch.optim.Muon(
+        [theirs["w"]], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(
+        [theirs["b"]], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95), fused=True
+    )
     for size in range(-10, 2):  # tiny gradients first, where Muon's own eps shows
         for name in start:
             ours[name].grad = theirs[name].grad = torch.randn_like(start[name]) * 10.0**size

@@ -27,7 +27,13 @@ def one_thread():
 
 def schedule(step, steps):
     """Warm-up from and cosine to zero; the last rates are zero."""
-    return 1e-3 * min(1, step / 50) * max(0.0, 0.5 * (1 + math.cos(math.pi * step / (steps - 10))) if step < steps - 10 else 0.0)
+    return (
+        1e-3
+        * min(1, step / 50)
+        * max(
+            0.0, 0.5 * (1 + math.cos(math.pi * step / (steps - 10))) if step < steps - 10 else 0.0
+        )
+    )
 
 
 def train(kind, dtype, *, steps=500, visit=None, **options):
@@ -35,17 +41,23 @@ def train(kind, dtype, *, steps=500, visit=None, **options):
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64) * 0.02
     target = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
-    batches = torch.multinomial(1 / torch.arange(1, ROWS + 1.0), 24 * steps, True, generator=generator).split(24)
+    batches = torch.multinomial(
+        1 / torch.arange(1, ROWS + 1.0), 24 * steps, True, generator=generator
+    ).split(24)
     module = nn.Embedding(ROWS, WIDTH, dtype=dtype)
     module.weight.data.copy_(start)
     if kind == "dense":
         optimizer = torch.optim.AdamW(module.parameters(), foreach=False, **options)
     else:
-        optimizer = LazyAdamW(module.parameters(), embeddings=[module], missed_steps=kind, **options)
+        optimizer = LazyAdamW(
+            module.parameters(), embeddings=[module], missed_steps=kind, **options
+        )
     for step, ids in enumerate(batches, start=1):
         optimizer.param_groups[0]["lr"] = schedule(step, steps)
         optimizer.zero_grad()
-        loss = ((torch.sin(3 * module(ids)) - target[ids].to(dtype)).square() * SCALES.to(dtype)).sum()
+        loss = (
+            (torch.sin(3 * module(ids)) - target[ids].to(dtype)).square() * SCALES.to(dtype)
+        ).sum()
         loss.backward()
         optimizer.step()
         if visit is not None:
@@ -67,17 +79,22 @@ ORACLE_CASES = [
 def test_the_oracle_cases_cover_every_pair_of_options():
     for i, j in itertools.combinations(range(3), 2):
         pairs = {(case[i], case[j]) for case in ORACLE_CASES}
-        assert len(pairs) == len({case[i] for case in ORACLE_CASES}) * len({case[j] for case in ORACLE_CASES}), (i, j)
+        assert len(pairs) == len({case[i] for case in ORACLE_CASES}) * len(
+            {case[j] for case in ORACLE_CASES}
+        ), (i, j)
 
 
 @pytest.mark.parametrize(
-    ("betas", "eps", "weight_decay"), [ORACLE_CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in ORACLE_CASES[1:])]
+    ("betas", "eps", "weight_decay"),
+    [ORACLE_CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in ORACLE_CASES[1:])],
 )
 def test_is_dense_adamw(betas, eps, weight_decay):
     options = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     start, oracle = train("dense", torch.float64, **options)
     lazy64 = train("exact", torch.float64, **options)[1]
-    lazy32, dense32 = (train(kind, torch.float32, **options)[1].double() for kind in ("exact", "dense"))
+    lazy32, dense32 = (
+        train(kind, torch.float32, **options)[1].double() for kind in ("exact", "dense")
+    )
     for scale in SCALES.unique():
         columns = scale == SCALES
         movement, error64, error32, error_of_dense = (
@@ -99,7 +116,9 @@ def test_a_step_gives_a_row_the_same_bits_whatever_is_stepped_beside_it(width, t
         module = nn.Embedding(3000, width, _weight=torch.ones(3000, width, dtype=dtype))
         optimizer = LazyAdamW(module.parameters(), embeddings=[module])
         for grad in grads:
-            module.weight.grad = torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, check_invariants=False).coalesce()
+            module.weight.grad = torch.sparse_coo_tensor(
+                rows[None], grad[rows], grad.shape, check_invariants=False
+            ).coalesce()
             optimizer.step()
         tables.append(module.weight[1::7])
     assert torch.equal(*tables)
@@ -136,7 +155,9 @@ def test_looking_changes_not_one_bit(missed_steps):
                 assert torch.equal(module.weight, module(torch.arange(ROWS)))
 
     quiet = train(missed_steps, torch.float32, steps=80, weight_decay=0.1)[1]
-    assert torch.equal(quiet, train(missed_steps, torch.float32, steps=80, weight_decay=0.1, visit=look)[1])
+    assert torch.equal(
+        quiet, train(missed_steps, torch.float32, steps=80, weight_decay=0.1, visit=look)[1]
+    )
 
 
 def random_rows(count, width, dtype, generator=None):
@@ -161,7 +182,13 @@ def test_a_row_has_the_same_bits_wherever_it_is_gathered(width, threads):
     rules = GaussRules(history, dtype=torch.float32, device=torch.device("cpu"))
     rows, last_step = random_rows(4001, width, torch.float32), torch.arange(4001) * 59 // 4001
     together = catch_up(rules, rows, last_step)
-    for some in (slice(0, 1), slice(17, 18), slice(5, 2000), slice(1999, 4001), torch.arange(3, 4001, 13)):
+    for some in (
+        slice(0, 1),
+        slice(17, 18),
+        slice(5, 2000),
+        slice(1999, 4001),
+        torch.arange(3, 4001, 13),
+    ):
         apart = catch_up(rules, [x[some] for x in rows], last_step[some])
         assert all(torch.equal(x, y[some]) for x, y in zip(apart, together))
 
@@ -184,7 +211,9 @@ def test_rules_do_what_replaying_does(seed, steps, betas, eps, rates, weight_dec
     last_step = torch.randint(steps + 1, (40,), generator=generator).sort().values
     replayed = random_rows(40, 3, torch.float64, generator)
     before = replayed[0].clone()
-    ruled = catch_up(GaussRules(history, dtype=torch.float64, device=torch.device("cpu")), replayed, last_step)
+    ruled = catch_up(
+        GaussRules(history, dtype=torch.float64, device=torch.device("cpu")), replayed, last_step
+    )
     replay_(*replayed, last_step, history)
     # of the drift, 1e-6 at most: what ten nodes reach where beta2 is 0.9, the worst of these
     assert (ruled[0] - replayed[0]).abs().max() <= 1e-6 * (replayed[0] - before).abs().max() + 1e-14
@@ -211,17 +240,24 @@ def test_any_ids_any_gaps_any_schedule(touched, rates, idle):
             optimizer.zero_grad()
             module(torch.tensor(ids, dtype=torch.long)).sin().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(modules[1].state_dict()["weight"], modules[0].weight.detach(), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        modules[1].state_dict()["weight"], modules[0].weight.detach(), rtol=0, atol=1e-8
+    )
 
 
 def test_gauss_rule_by_hand():
     """Two equal masses at 1 and 3: one node at their mean; two nodes are the atoms; more nodes than atoms stay finite."""
-    masses, places = torch.tensor([[0.5, 0.5, 0.0]]).double(), torch.tensor([[1.0, 3.0, 2.0]]).double()
+    masses, places = (
+        torch.tensor([[0.5, 0.5, 0.0]]).double(),
+        torch.tensor([[1.0, 3.0, 2.0]]).double(),
+    )
     mass, node = gauss_rule(masses, places, 1)
     assert mass.item() == pytest.approx(1.0)
     assert node.item() == pytest.approx(2.0)
     mass, node = gauss_rule(masses, places, 2)
-    torch.testing.assert_close((mass, node), (torch.tensor([[0.5, 0.5]]).double(), torch.tensor([[1.0, 3.0]]).double()))
+    torch.testing.assert_close(
+        (mass, node), (torch.tensor([[0.5, 0.5]]).double(), torch.tensor([[1.0, 3.0]]).double())
+    )
     mass, node = gauss_rule(masses, places, 3)
     assert mass.sum().item() == pytest.approx(1.0)
     assert bool(node.gt(0).all())
@@ -237,7 +273,9 @@ def test_a_grown_rule_is_the_rule_of_all_its_atoms():
         atoms.append((mass, place))
         masses, nodes = grow_rule(masses, nodes, missed, mass, place, count)
     all_masses, all_places = (torch.stack(parts, 1) for parts in zip(*atoms))
-    torch.testing.assert_close((masses, nodes), gauss_rule(all_masses, all_places, count), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        (masses, nodes), gauss_rule(all_masses, all_places, count), rtol=1e-8, atol=0
+    )
 
 
 def test_what_the_forward_computed_serves_the_step_bit_for_bit():
@@ -257,7 +295,9 @@ def test_what_the_forward_computed_serves_the_step_bit_for_bit():
         used = 0
         for step in range(20):
             optimizer.zero_grad()
-            module(torch.randint(30, (8,), generator=torch.Generator().manual_seed(step))).sin().sum().backward()
+            module(
+                torch.randint(30, (8,), generator=torch.Generator().manual_seed(step))
+            ).sin().sum().backward()
             used += module.row_table.scratch.memo is not None
             optimizer.step()
         return module.state_dict()["weight"], used
@@ -270,7 +310,9 @@ def test_what_the_forward_computed_serves_the_step_bit_for_bit():
 
 def test_skip_freezes_rows_that_are_not_used():
     module = nn.Embedding(4, 3)
-    optimizer = LazyAdamW(module.parameters(), lr=0.1, weight_decay=0.5, embeddings=[module], missed_steps="skip")
+    optimizer = LazyAdamW(
+        module.parameters(), lr=0.1, weight_decay=0.5, embeddings=[module], missed_steps="skip"
+    )
     before = module.weight.detach().clone()
     for ids in ([0, 1], [1], [1]):
         optimizer.zero_grad()
@@ -288,7 +330,12 @@ def test_a_transformer_learns_the_same_either_way():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
-        vocab_size=200, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32
+        vocab_size=200,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
     )
     assert not config.tie_word_embeddings
     torch.manual_seed(0)
@@ -302,7 +349,9 @@ def test_a_transformer_learns_the_same_either_way():
         if kind == "dense":
             optimizer = torch.optim.AdamW(model.parameters(), foreach=False, **options)
         else:
-            optimizer = LazyAdamW(model.parameters(), embeddings=[embedding], missed_steps="exact", **options)
+            optimizer = LazyAdamW(
+                model.parameters(), embeddings=[embedding], missed_steps="exact", **options
+            )
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
         losses[kind] = []
         for ids in batches:

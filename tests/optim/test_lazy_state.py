@@ -30,7 +30,9 @@ def build(kind="exact", dtype=torch.float32, seed=0, **options):
     options = {"lr": 0.01, "weight_decay": 0.1, **options}
     if kind == "dense":
         return model, torch.optim.AdamW(model.parameters(), foreach=False, **options)
-    return model, LazyAdamW(model.parameters(), embeddings=[model.embed], missed_steps=kind, **options)
+    return model, LazyAdamW(
+        model.parameters(), embeddings=[model.embed], missed_steps=kind, **options
+    )
 
 
 def batch(step):
@@ -45,12 +47,16 @@ def run(model, optimizer, steps):
 
 
 def assert_same_bits(model, other):
-    for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 
 def assert_close(model, other, atol=1e-5):
-    for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=atol, msg=name)
 
 
@@ -80,7 +86,9 @@ def test_a_deferred_pair_resumes_bit_by_bit(kind, dtype):
         other, resumed = build(kind, dtype, seed=1)
         if order == "model first":
             other.load_state_dict(weights)
-        resumed.load_state_dict(copy.deepcopy(state))  # torch takes over the tensors that it is given
+        resumed.load_state_dict(
+            copy.deepcopy(state)
+        )  # torch takes over the tensors that it is given
         if order == "optimizer first":
             other.load_state_dict(weights)
         run(other, resumed, range(20, 40))
@@ -94,7 +102,9 @@ def test_the_plain_pair_of_state_dicts_resumes_on_the_trajectory(uninterrupted, 
     weights, state = through_file(model.state_dict()), through_file(optimizer.state_dict())
     other, resumed = build(seed=1)
     for part in ("model", "optimizer") if order == "model first" else ("optimizer", "model"):
-        (other if part == "model" else resumed).load_state_dict(weights if part == "model" else state)
+        (other if part == "model" else resumed).load_state_dict(
+            weights if part == "model" else state
+        )
     run(other, resumed, range(20, 40))
     assert_close(other, uninterrupted)
 
@@ -180,7 +190,10 @@ def test_no_step_while_flushed():
 def test_copies_and_pickles_go_their_own_way(uninterrupted):
     model, optimizer = build()
     run(model, optimizer, range(20))
-    for copied in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+    for copied in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
         run(*copied, range(20, 40))
         assert_same_bits(copied[0], uninterrupted)
         assert type(copied[0].embed) is type(model.embed)
@@ -236,7 +249,9 @@ def test_accelerate_prepares_it():
 def test_a_replaced_parameter_is_noticed():
     model, optimizer = build()
     run(model, optimizer, range(2))
-    optimizer.param_groups[0]["params"] = [nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]]
+    optimizer.param_groups[0]["params"] = [
+        nn.Parameter(p.detach().clone()) for p in optimizer.param_groups[0]["params"]
+    ]
     with pytest.raises(UserError, match="no longer among"):
         optimizer.step()
 
@@ -295,7 +310,10 @@ def test_an_unused_embedding_is_not_stepped_and_an_empty_gradient_is_a_step():
             optimizer.step()
         for _ in range(5):  # used, with no ids
             optimizer.zero_grad()
-            (model.head(torch.ones(1, WIDTH, dtype=torch.float64)).sum() + model(torch.empty(0, dtype=torch.long))).backward()
+            (
+                model.head(torch.ones(1, WIDTH, dtype=torch.float64)).sum()
+                + model(torch.empty(0, dtype=torch.long))
+            ).backward()
             optimizer.step()
         run(model, optimizer, range(5, 10))
     assert_close(models[0][0], models[1][0], atol=1e-10)
@@ -308,7 +326,10 @@ def test_accumulated_gradients_closures_groups_and_a_table_added_later():
     for kind in ("lazy", "dense"):
         torch.manual_seed(0)
         tables = [nn.Embedding(20, 4, dtype=torch.float64) for _ in range(3)]
-        groups = [{"params": [tables[0].weight], "lr": 0.1}, {"params": [tables[1].weight], "weight_decay": 0.0}]
+        groups = [
+            {"params": [tables[0].weight], "lr": 0.1},
+            {"params": [tables[1].weight], "weight_decay": 0.0},
+        ]
         if kind == "lazy":
             optimizer = LazyAdamW(groups, lr=0.01, embeddings=tables[:2])
         else:
@@ -317,13 +338,17 @@ def test_accumulated_gradients_closures_groups_and_a_table_added_later():
         for step in range(20):
             if step == 10:
                 added = {"params": [tables[2].weight], "lr": 0.05}
-                optimizer.add_param_group({**added, "embeddings": [tables[2]]} if kind == "lazy" else added)
+                optimizer.add_param_group(
+                    {**added, "embeddings": [tables[2]]} if kind == "lazy" else added
+                )
 
             def closure(step=step, optimizer=optimizer, tables=tables):
                 optimizer.zero_grad()
                 loss = torch.zeros(())
                 for micro_batch in range(3):
-                    ids = torch.randint(20, (4,), generator=torch.Generator().manual_seed(10 * step + micro_batch))
+                    ids = torch.randint(
+                        20, (4,), generator=torch.Generator().manual_seed(10 * step + micro_batch)
+                    )
                     loss = sum(table(ids).sin().sum() for table in tables[: 2 if step < 10 else 3])
                     loss.backward()
                 return loss
@@ -457,7 +482,9 @@ def test_the_padding_row_gets_no_gradient_but_decays():
         model(torch.tensor([3, 4, 4])).backward()
         assert model.embed.weight.grad.coalesce().indices().tolist() == [[4]]
         optimizer.step()
-    torch.testing.assert_close(model.state_dict()["embed.weight"][3], torch.full((WIDTH,), (1 - 0.001) ** 5))
+    torch.testing.assert_close(
+        model.state_dict()["embed.weight"][3], torch.full((WIDTH,), (1 - 0.001) ** 5)
+    )
 
 
 def test_a_read_in_inference_mode_leaves_nothing_behind_that_training_trips_over() -> None:

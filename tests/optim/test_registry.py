@@ -44,10 +44,13 @@ def test_spellings_that_mean_the_same_rule(spelling, name):
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(
-        UserError, match="there is no optimizer 'adagard'; did you mean 'adagrad'\\? the optimizers are sgd, momentum"
+        UserError,
+        match="there is no optimizer 'adagard'; did you mean 'adagrad'\\? the optimizers are sgd, momentum",
     ):
         optimizer_info("adagard")
-    with pytest.raises(UserError, match="there is no optimizer 'foo_adam'"):  # a prefix is not ignored
+    with pytest.raises(
+        UserError, match="there is no optimizer 'foo_adam'"
+    ):  # a prefix is not ignored
         build_optimizer([torch.nn.Parameter(torch.ones(2))], "foo_adam")
 
 
@@ -64,8 +67,24 @@ def test_patterns_list_names_in_any_case():
         ("momentum", {"momentum": 0.9, "nesterov": False}),
         ("nesterov", {"momentum": 0.9, "nesterov": True}),
         ("rmsprop", {"momentum": 0, "centered": False}),
-        ("adam", {"betas": (0.9, 0.999), "decoupled_weight_decay": False, "weight_decay": 0, "amsgrad": False}),
-        ("adamw", {"betas": (0.9, 0.999), "decoupled_weight_decay": True, "weight_decay": 0.01, "amsgrad": False}),
+        (
+            "adam",
+            {
+                "betas": (0.9, 0.999),
+                "decoupled_weight_decay": False,
+                "weight_decay": 0,
+                "amsgrad": False,
+            },
+        ),
+        (
+            "adamw",
+            {
+                "betas": (0.9, 0.999),
+                "decoupled_weight_decay": True,
+                "weight_decay": 0.01,
+                "amsgrad": False,
+            },
+        ),
     ],
 )
 def test_a_plain_name_is_the_rule_of_its_paper(name, rule):
@@ -78,20 +97,46 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
     assert "nesterov" not in optimizer_info("momentum").options
     assert "momentum" not in optimizer_info("sgd").options
     signature = inspect.signature(torch.optim.AdamW)
-    assert optimizer_info("adamw").options == {n: p.default for n, p in signature.parameters.items() if n != "params"}
+    assert optimizer_info("adamw").options == {
+        n: p.default for n, p in signature.parameters.items() if n != "params"
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("adamw", {"beta": (0.9, 0.95)}, "optimizer 'adamw' does not take 'beta'; did you mean 'betas'? it takes lr, betas, eps"),
-        ("sgd", {"momentum": 0.9}, "optimizer 'sgd' does not take 'momentum'; it takes lr, weight_decay"),
-        ("sparse_adam", {"weight_decay": 0.1}, "optimizer 'sparse_adam' does not take 'weight_decay'; it takes lr, betas"),
-        ("adamw", {"lr": -1.0}, "optimizer 'adamw' cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0"),
+        (
+            "adamw",
+            {"beta": (0.9, 0.95)},
+            "optimizer 'adamw' does not take 'beta'; did you mean 'betas'? it takes lr, betas, eps",
+        ),
+        (
+            "sgd",
+            {"momentum": 0.9},
+            "optimizer 'sgd' does not take 'momentum'; it takes lr, weight_decay",
+        ),
+        (
+            "sparse_adam",
+            {"weight_decay": 0.1},
+            "optimizer 'sparse_adam' does not take 'weight_decay'; it takes lr, betas",
+        ),
+        (
+            "adamw",
+            {"lr": -1.0},
+            "optimizer 'adamw' cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0",
+        ),
         ("adamw", {"lr": "2e-5"}, "optimizer 'adamw': lr is '2e-5'; give a number"),
         ("adamw", {"lr": float("nan")}, "optimizer 'adamw': lr is nan; give a finite number"),
-        ("lion", {"betas": (0.9, 1.0)}, "optimizer 'lion' cannot be built with {'betas': (0.9, 1.0)}: betas are (0.9, 1.0)"),
-        ("muon", {"adjust_lr_fn": "x"}, "optimizer 'muon' cannot be built with {'adjust_lr_fn': 'x'}"),
+        (
+            "lion",
+            {"betas": (0.9, 1.0)},
+            "optimizer 'lion' cannot be built with {'betas': (0.9, 1.0)}: betas are (0.9, 1.0)",
+        ),
+        (
+            "muon",
+            {"adjust_lr_fn": "x"},
+            "optimizer 'muon' cannot be built with {'adjust_lr_fn': 'x'}",
+        ),
         (
             "adamw",
             {"no_decay": ["norms"]},
@@ -100,9 +145,21 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
         ("adamw", {"no_decay": "norm"}, "no_decay is the text 'norm'; give a list"),
         ("adamw", {"layer_decay": 1.5}, "layer_decay is 1.5; it must lie above 0 and at most at 1"),
         ("adamw", {"overrides": [{"pattern": "*", "rl": 1.0}]}, "an override holds 'rl'"),
-        ("adamw", {"overrides": [{"pattern": "*"}]}, "the override {'pattern': '*'} needs a pattern and something to set"),
-        ("adamw", {"overrides": [{"pattern": "*", "lr": "1"}]}, "the override {'pattern': '*', 'lr': '1'} sets lr to '1'"),
-        ("sparse_adam", {"overrides": [{"pattern": "*", "weight_decay": 1.0}]}, "an override holds 'weight_decay'"),
+        (
+            "adamw",
+            {"overrides": [{"pattern": "*"}]},
+            "the override {'pattern': '*'} needs a pattern and something to set",
+        ),
+        (
+            "adamw",
+            {"overrides": [{"pattern": "*", "lr": "1"}]},
+            "the override {'pattern': '*', 'lr': '1'} sets lr to '1'",
+        ),
+        (
+            "sparse_adam",
+            {"overrides": [{"pattern": "*", "weight_decay": 1.0}]},
+            "an override holds 'weight_decay'",
+        ),
     ],
 )
 def test_wrong_options_are_found_before_there_is_a_model(name, options, sentence):
@@ -115,7 +172,9 @@ def test_wrong_options_are_found_before_there_is_a_model(name, options, sentence
 
 
 def test_good_options_pass_the_check():
-    check_optimizer("AdamW", {"lr": 1e-3, "betas": [0.9, 0.95], "no_decay": ("bias",), "layer_decay": 0.9})
+    check_optimizer(
+        "AdamW", {"lr": 1e-3, "betas": [0.9, 0.95], "no_decay": ("bias",), "layer_decay": 0.9}
+    )
     check_optimizer("sparse_adam", {"weight_decay": 0.0})  # no decay is what it does
 
 
@@ -132,7 +191,14 @@ class Halving(torch.optim.Optimizer):
 def registered(monkeypatch):
     monkeypatch.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
     monkeypatch.setattr(registry, "_BY_SPELLING", dict(registry._BY_SPELLING))
-    return register_optimizer("halving", Halving, what="halves", paper="https://example.org", state_bytes=0, aliases=("half_it",))
+    return register_optimizer(
+        "halving",
+        Halving,
+        what="halves",
+        paper="https://example.org",
+        state_bytes=0,
+        aliases=("half_it",),
+    )
 
 
 def test_a_registered_optimizer_is_one_of_them(registered):

@@ -15,7 +15,14 @@ LLAMA_LIKE = {
     "initializer_range": 0.4,  # far above the usual 0.02, so that answers differ and do not hang on rounding
 }
 CONFIGS = {
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.4},
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.4,
+    },
     "llama": LLAMA_LIKE | {"model_type": "llama", "num_key_value_heads": 2},
     "gpt_neox": LLAMA_LIKE | {"model_type": "gpt_neox"},
     "gemma3_text": LLAMA_LIKE
@@ -31,13 +38,21 @@ CONFIGS = {
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    texts = ["Where is the café?", "Où est le café ?", "The file was not found.", "Le fichier est introuvable.", "日本語 🙂"]
+    texts = [
+        "Where is the café?",
+        "Où est le café ?",
+        "The file was not found.",
+        "Le fichier est introuvable.",
+        "日本語 🙂",
+    ]
     return train_tokenizer(texts, vocab_size=320)
 
 
 def tiny_model(kind, vocab_size=320):
     torch.manual_seed(1)
-    return load_model(config=CONFIGS[kind] | {"bos_token_id": None, "eos_token_id": None}, vocab_size=vocab_size)
+    return load_model(
+        config=CONFIGS[kind] | {"bos_token_id": None, "eos_token_id": None}, vocab_size=vocab_size
+    )
 
 
 @pytest.fixture(scope="session", params=sorted(CONFIGS))

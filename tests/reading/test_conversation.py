@@ -23,14 +23,27 @@ SAMPLING = {
 
 @pytest.fixture(scope="module")
 def model():
-    config = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config |= {"max_position_embeddings": 150, "initializer_range": 0.4, "bos_token_id": None, "eos_token_id": None}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config |= {
+        "max_position_embeddings": 150,
+        "initializer_range": 0.4,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     return load_model(config=config, vocab_size=320)
 
 
 def start(model, tokenizer, system_prompt=None):
     notes = []
-    return Conversation(model, tokenizer, system_prompt=system_prompt, notify=notes.append, **SAMPLING), notes
+    return Conversation(
+        model, tokenizer, system_prompt=system_prompt, notify=notes.append, **SAMPLING
+    ), notes
 
 
 def test_each_answer_is_asked_for_with_all_turns_before_it(model, tokenizer):
@@ -44,7 +57,9 @@ def test_each_answer_is_asked_for_with_all_turns_before_it(model, tokenizer):
         {"role": "user", "content": "two"},
     ]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert second == tokenizer.decode(generate(model, [prompt], batch_size=1, **SAMPLING)[0], skip_special_tokens=True)
+    assert second == tokenizer.decode(
+        generate(model, [prompt], batch_size=1, **SAMPLING)[0], skip_special_tokens=True
+    )
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
     assert notes == []
     chat.reset()
@@ -57,7 +72,9 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_a_note_says_so(model, 
         assert "".join(chat.reply(f"question {number}"))
         if notes:
             break
-    assert notes == ["the conversation is longer than the model's 150 tokens: the oldest question and its answer are left out"]
+    assert notes == [
+        "the conversation is longer than the model's 150 tokens: the oldest question and its answer are left out"
+    ]
     assert chat.turns[0]["content"] == "question 1"
     assert chat.turns[-2]["content"] == f"question {number}"
 
@@ -106,7 +123,13 @@ def options(model, tokenizer):
 
 
 def test_lines_keep_their_order_and_blank_ones_stay_empty(model, tokenizer, options):
-    lines = ["one two", "", "  three four five six \n", "\n", "Ja."] * 5  # more than one chunk of 8 batches
+    lines = [
+        "one two",
+        "",
+        "  three four five six \n",
+        "\n",
+        "Ja.",
+    ] * 5  # more than one chunk of 8 batches
     translations = list(translate_lines(lines, **options))
     assert [bool(t) for t in translations] == [bool(line.strip()) for line in lines]
     assert all("\n" not in t for t in translations)
@@ -117,7 +140,10 @@ def test_lines_keep_their_order_and_blank_ones_stay_empty(model, tokenizer, opti
 def test_a_file_becomes_a_file_with_as_many_lines(tmp_path, options):
     source, target, seen = tmp_path / "in.txt", tmp_path / "out.txt", []
     source.write_text("Où est le café ?\n\nThe file\nJa.", encoding="utf-8")
-    assert translate_file(source, target, on_progress=lambda *counts: seen.append(counts), **options) == 4
+    assert (
+        translate_file(source, target, on_progress=lambda *counts: seen.append(counts), **options)
+        == 4
+    )
     assert target.read_text(encoding="utf-8").split("\n")[1] == ""
     assert target.read_text(encoding="utf-8").count("\n") == 4
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -29,7 +29,14 @@ SENTENCES = [
     "日本語 🙂 mixed",
     "one two three",
 ]
-GREEDY = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "stop_ids": [1]}
+GREEDY = {
+    "max_new_tokens": 6,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "stop_ids": [1],
+}
 
 
 @pytest.fixture
@@ -41,7 +48,10 @@ def batches_of(examples, size, packed=False):
     groups = [examples[i : i + size] for i in range(0, len(examples), size)]
     if packed:
         return [collate([group], pad_id=0, packed=True, pad_to_multiple_of=1) for group in groups]
-    return [collate([[e] for e in group], pad_id=0, packed=False, pad_to_multiple_of=8) for group in groups]
+    return [
+        collate([[e] for e in group], pad_id=0, packed=False, pad_to_multiple_of=8)
+        for group in groups
+    ]
 
 
 def by_hand(model, examples):
@@ -50,24 +60,41 @@ def by_hand(model, examples):
     for example in examples:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
-        total += float(F.cross_entropy(logits, torch.tensor(example.labels[1:]), ignore_index=IGNORE_INDEX, reduction="sum"))
+        total += float(
+            F.cross_entropy(
+                logits, torch.tensor(example.labels[1:]), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+        )
         count += example.num_target_tokens
     return total / count
 
 
-def test_the_mass_on_inactive_tokens_is_known_where_the_model_makes_its_logits_by_itself(tokenizer, examples):
+def test_the_mass_on_inactive_tokens_is_known_where_the_model_makes_its_logits_by_itself(
+    tokenizer, examples
+):
     model = tiny_model("llama")
-    module = LanguageModel(add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["lm_head"]))
+    module = LanguageModel(
+        add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["lm_head"])
+    )
     assert not module.fused
     inactive = torch.arange(len(model.get_input_embeddings().weight)) % 2 == 0
-    result = evaluate_loss(module, batches_of(examples, 3), inactive=inactive, tokenizer=tokenizer, device=CPU).as_dict()
+    result = evaluate_loss(
+        module, batches_of(examples, 3), inactive=inactive, tokenizer=tokenizer, device=CPU
+    ).as_dict()
     assert 0.1 < result["inactive_mass"] < 0.9
     assert 0 < result["share_outside"] < 1
 
 
 @pytest.mark.parametrize(("size", "packed"), [(1, False), (2, False), (6, False), (3, True)])
-def test_loss_is_the_mean_over_tokens_whatever_the_batches(any_model, tokenizer, examples, size, packed):
-    result = evaluate_loss(LanguageModel(any_model), batches_of(examples, size, packed), tokenizer=tokenizer, device=CPU)
+def test_loss_is_the_mean_over_tokens_whatever_the_batches(
+    any_model, tokenizer, examples, size, packed
+):
+    result = evaluate_loss(
+        LanguageModel(any_model),
+        batches_of(examples, size, packed),
+        tokenizer=tokenizer,
+        device=CPU,
+    )
     assert result.loss == pytest.approx(by_hand(any_model, examples), rel=1e-5)
     assert result.num_target_tokens == sum(example.num_target_tokens for example in examples)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
@@ -81,8 +108,12 @@ def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, f
     nats, masses = [], []
     for example in examples:
         with torch.no_grad():
-            logs = torch.log_softmax(llama(input_ids=torch.tensor([example.input_ids])).logits[0, :-1], 1)
-        targets = [(i, label) for i, label in enumerate(example.labels[1:]) if label != IGNORE_INDEX]
+            logs = torch.log_softmax(
+                llama(input_ids=torch.tensor([example.input_ids])).logits[0, :-1], 1
+            )
+        targets = [
+            (i, label) for i, label in enumerate(example.labels[1:]) if label != IGNORE_INDEX
+        ]
         nats += [(-float(logs[i, label]), bool(inactive[label])) for i, label in targets]
         masses += [float(logs[i].exp()[inactive].sum()) for i, _ in targets]
     model = copy.deepcopy(llama)
@@ -90,14 +121,18 @@ def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, f
         activate_vocabulary(model, (~inactive).nonzero()[:, 0].tolist(), spare=2)
     module = LanguageModel(model)
     module.fused = fused
-    result = evaluate_loss(module, batches_of(examples, 2), inactive=inactive, tokenizer=tokenizer, device=CPU)
+    result = evaluate_loss(
+        module, batches_of(examples, 2), inactive=inactive, tokenizer=tokenizer, device=CPU
+    )
     apart = result.vocabulary
     outside = [loss for loss, is_outside in nats if is_outside]
     assert 0 < len(outside) < len(nats)
     assert apart.loss_outside == pytest.approx(sum(outside) / len(outside), rel=1e-4)
     assert apart.share_outside == pytest.approx(len(outside) / len(nats))
     assert apart.inactive_mass == pytest.approx(sum(masses) / len(masses), rel=1e-4)
-    assert max(masses) <= apart.inactive_mass_p99 <= max(masses) + 1.01e-3  # of less than 100 positions the largest
+    assert (
+        max(masses) <= apart.inactive_mass_p99 <= max(masses) + 1.01e-3
+    )  # of less than 100 positions the largest
     assert len(masses) < 100
     both = apart.share_outside * apart.loss_outside + (1 - apart.share_outside) * apart.loss_inside
     assert result.loss == pytest.approx(both) == pytest.approx(by_hand(llama, examples), rel=1e-5)
@@ -114,8 +149,16 @@ def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenize
 
     for share in (batches[:4], batches[4:]):
         evaluate_loss(module, share, tokenizer=tokenizer, device=CPU, reduce=keep)
-    empty = collate([], pad_id=0, packed=False, pad_to_multiple_of=1)  # the filling of a process that has run out
-    both = evaluate_loss(module, [empty], tokenizer=tokenizer, device=CPU, reduce=lambda own: own + shares[0] + shares[1])
+    empty = collate(
+        [], pad_id=0, packed=False, pad_to_multiple_of=1
+    )  # the filling of a process that has run out
+    both = evaluate_loss(
+        module,
+        [empty],
+        tokenizer=tokenizer,
+        device=CPU,
+        reduce=lambda own: own + shares[0] + shares[1],
+    )
     assert both == one
     assert shares[0].dtype == torch.float64
 
@@ -143,10 +186,14 @@ def test_the_share_of_generated_tokens_outside(llama, tokenizer, examples):
     tokens = [token for answer in answers for token in answer]
     inactive = torch.zeros(len(llama.get_input_embeddings().weight), dtype=torch.bool)
     inactive[tokens[0]] = True
-    scores, _ = evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, **GREEDY)
+    scores, _ = evaluate_generation(
+        llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, **GREEDY
+    )
     assert scores == {"generated_outside": tokens.count(tokens[0]) / len(tokens)}
     assert 0 < scores["generated_outside"] <= 1
-    assert evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, **GREEDY)[0] == {}
+    assert (
+        evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, **GREEDY)[0] == {}
+    )
 
 
 def test_bytes_are_those_of_the_target_text_without_marks(tokenizer):
@@ -157,7 +204,9 @@ def test_bytes_are_those_of_the_target_text_without_marks(tokenizer):
 
 
 def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(tokenizer):
-    labels = torch.tensor([[IGNORE_INDEX, *tokenizer("qqqq", add_special_tokens=False)["input_ids"]]])
+    labels = torch.tensor(
+        [[IGNORE_INDEX, *tokenizer("qqqq", add_special_tokens=False)["input_ids"]]]
+    )
     assert int((labels != IGNORE_INDEX).sum()) == 4  # one token a byte
 
     class Uniform(torch.nn.Module):
@@ -166,13 +215,21 @@ def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(tokenizer):
             losses = torch.tensor(256.0).log().expand(int((labels != IGNORE_INDEX).sum()))
             return torch.stack([losses, torch.zeros_like(losses)], 1)
 
-    result = evaluate_loss(Uniform(), [{"input_ids": labels.clamp(min=0), "labels": labels}], tokenizer=tokenizer, device=CPU)
+    result = evaluate_loss(
+        Uniform(),
+        [{"input_ids": labels.clamp(min=0), "labels": labels}],
+        tokenizer=tokenizer,
+        device=CPU,
+    )
     assert (result.bits_per_byte, result.num_target_bytes) == (pytest.approx(8.0), 4)
 
 
 def test_no_target_is_an_error_and_the_mode_comes_back(llama, tokenizer):
     module = LanguageModel(llama)
-    nothing = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "labels": torch.full((1, 3), IGNORE_INDEX)}
+    nothing = {
+        "input_ids": torch.zeros(1, 3, dtype=torch.long),
+        "labels": torch.full((1, 3), IGNORE_INDEX),
+    }
     module.train()
     with pytest.raises(UserError, match="no target token"):
         evaluate_loss(module, [nothing], tokenizer=tokenizer, device=CPU)
@@ -198,7 +255,9 @@ def test_perfect_and_empty_outputs_score_the_extremes():
 
 def test_chrf_and_bleu_by_hand():
     # chrF of "abd" against "abc": unigrams 2/3, bigrams 1/2, trigrams 0; there are no longer ones.
-    assert text_metrics(["chrf"], ["abd"], ["abc"])["chrf"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 0) / 3)
+    assert text_metrics(["chrf"], ["abd"], ["abc"])["chrf"] == pytest.approx(
+        100 * (2 / 3 + 1 / 2 + 0) / 3
+    )
     # BLEU: 5 words against 6. Precisions 5/5, 4/4, 3/3, 2/2; brevity penalty exp(1 - 6/5).
     score = text_metrics(["bleu"], ["a b c d e"], ["a b c d e f"])
     assert score["bleu"] == pytest.approx(100 * math.exp(1 - 6 / 5))
@@ -217,15 +276,29 @@ def test_an_unknown_metric_and_an_empty_corpus_are_explained():
 def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
     texts = ["Where is the café?", "The file", "Ja.", "one two"]
     prompts = [Prompt(tokenizer(text)["input_ids"], text, text.upper()) for text in texts]
-    scores, samples = evaluate_generation(llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, **GREEDY)
+    scores, samples = evaluate_generation(
+        llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, **GREEDY
+    )
     assert [sample["prompt"] for sample in samples] == texts
     assert [sample["reference"] for sample in samples] == [text.upper() for text in texts]
     answers = generate(llama, [prompt.input_ids for prompt in prompts], batch_size=1, **GREEDY)
-    assert [sample["output"] for sample in samples] == [tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
-    assert scores == text_metrics(["chrf"], [s["output"] for s in samples], [s["reference"] for s in samples])
+    assert [sample["output"] for sample in samples] == [
+        tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers
+    ]
+    assert scores == text_metrics(
+        ["chrf"], [s["output"] for s in samples], [s["reference"] for s in samples]
+    )
 
-    first = evaluate_generation(llama, tokenizer, prompts[:2], metrics=(), batch_size=3, **GREEDY)[1]
+    first = evaluate_generation(llama, tokenizer, prompts[:2], metrics=(), batch_size=3, **GREEDY)[
+        1
+    ]
     joined = evaluate_generation(
-        llama, tokenizer, prompts[2:], metrics=["chrf"], batch_size=3, gather=lambda own: first + own, **GREEDY
+        llama,
+        tokenizer,
+        prompts[2:],
+        metrics=["chrf"],
+        batch_size=3,
+        gather=lambda own: first + own,
+        **GREEDY,
     )
     assert joined == (scores, samples)

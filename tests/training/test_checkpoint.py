@@ -64,7 +64,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"step 2 could not be written .*step-00000001 is untouched"):
+        with pytest.raises(
+            UserError, match=r"step 2 could not be written .*step-00000001 is untouched"
+        ):
             save(store, 2, size=100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

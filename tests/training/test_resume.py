@@ -38,19 +38,29 @@ checkpoint._write_file = write_half_then_die
 def finetune(*arguments: str, before: str = "", cwd: Path) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own, after the code `before`."""
     code = f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\nfrom finetune.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240
+    )
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(record["step"], record["loss"], record["grad_norm"]) for record in records if "loss" in record]
+    return [
+        (record["step"], record["loss"], record["grad_norm"])
+        for record in records
+        if "loss" in record
+    ]
 
 
 @pytest.fixture
 def config(tmp_path, request):
     """Ten steps over two and a half epochs, a checkpoint every three, dropout on."""
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(48)))
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(conversation(n)) + "\n" for n in range(100, 106)))
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
+    )
+    (tmp_path / "held.jsonl").write_text(
+        "".join(json.dumps(conversation(n)) + "\n" for n in range(100, 106))
+    )
     tree = {
         "model": {"config": {**LLAMA, "attention_dropout": 0.1}, "tokenizer": {"vocab_size": 300}},
         "data": {"train": "chat.jsonl", "validation": "held.jsonl", "max_length": 64},
@@ -67,14 +77,27 @@ def config(tmp_path, request):
 
 
 LAZY = {"model": {"config": PYTHIA}, "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "no_decay": []}}
-STREAMING = {"data": {"train": "chat.jsonl", "validation": "held.jsonl", "max_length": 64, "streaming": True, "shuffle_buffer": 16}}
+STREAMING = {
+    "data": {
+        "train": "chat.jsonl",
+        "validation": "held.jsonl",
+        "max_length": 64,
+        "streaming": True,
+        "shuffle_buffer": 16,
+    }
+}
 LORA = {"model": {"lora": {"rank": 4}}, "data": {"packing": False}}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kill"),
-    [(LAZY, KILL_AFTER_LOGGING), (LAZY, KILL_IN_MID_SAVE), (STREAMING, KILL_AFTER_LOGGING), (LORA, KILL_AFTER_LOGGING)],
+    [
+        (LAZY, KILL_AFTER_LOGGING),
+        (LAZY, KILL_IN_MID_SAVE),
+        (STREAMING, KILL_AFTER_LOGGING),
+        (LORA, KILL_AFTER_LOGGING),
+    ],
     ids=["lazy, mid-epoch", "lazy, mid-save", "streaming", "lora, padded"],
     indirect=["config"],
 )
@@ -89,8 +112,12 @@ def test_a_killed_run_resumes_bit_for_bit(config, kill):
     assert "resuming after step 4" in resumed.stderr  # the best evaluation so far is saved besides
     assert losses(config / "killed") == losses(config / "whole")
     assert len(losses(config / "whole")) == 10
-    whole_weights, resumed_weights = (load_file(config / run / "model" / "model.safetensors") for run in ("whole", "killed"))
+    whole_weights, resumed_weights = (
+        load_file(config / run / "model" / "model.safetensors") for run in ("whole", "killed")
+    )
     assert whole_weights.keys() == resumed_weights.keys()
     assert all((whole_weights[name] == resumed_weights[name]).all() for name in whole_weights)
-    assert (config / "killed" / "samples.jsonl").read_text() == (config / "whole" / "samples.jsonl").read_text()
+    assert (config / "killed" / "samples.jsonl").read_text() == (
+        config / "whole" / "samples.jsonl"
+    ).read_text()
     assert not list((config / "killed" / "checkpoints").glob(".step-*"))

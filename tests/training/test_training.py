@@ -38,9 +38,20 @@ def test_a_run_leaves_a_complete_folder(tiny, tmp_path):
     run = tmp_path / "run"
     steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "lr", "grad_norm", "num_target_tokens", "tokens_per_second", "seconds"} <= steps[0].keys()
+    assert {
+        "loss",
+        "lr",
+        "grad_norm",
+        "num_target_tokens",
+        "tokens_per_second",
+        "seconds",
+    } <= steps[0].keys()
     assert steps[0]["lr"] > 0
-    evaluations = {line["step"]: line["evaluation"]["loss"] for line in lines(run / "metrics.jsonl") if "evaluation" in line}
+    evaluations = {
+        line["step"]: line["evaluation"]["loss"]
+        for line in lines(run / "metrics.jsonl")
+        if "evaluation" in line
+    }
     assert sorted(evaluations) == [0, 3, 6]
     assert evaluations[6] < evaluations[0]
     summary = json.loads((run / "evaluation.json").read_text())
@@ -96,9 +107,16 @@ def test_a_step_is_the_same_however_it_is_cut(tiny, tmp_path, packing):
     found = {}
     for size in (8, 1, 4):
         tree = tiny(
-            data={"packing": packing, "max_length": 48}, training={"batch_size": 8, "micro_batch_size": size, "max_steps": 4}
+            data={"packing": packing, "max_length": 48},
+            training={"batch_size": 8, "micro_batch_size": size, "max_steps": 4},
         )
-        train({**tree, "output_dir": str(tmp_path / f"run{size}"), "optimizer": {"name": "sgd", "lr": 0.5, "weight_decay": 0.0}})
+        train(
+            {
+                **tree,
+                "output_dir": str(tmp_path / f"run{size}"),
+                "optimizer": {"name": "sgd", "lr": 0.5, "weight_decay": 0.0},
+            }
+        )
         found[size] = losses(tmp_path / f"run{size}")
     assert found[1] == pytest.approx(found[8], abs=2e-6)
     assert found[4] == pytest.approx(found[8], abs=2e-6)
@@ -108,18 +126,27 @@ def test_a_step_is_the_same_however_it_is_cut(tiny, tmp_path, packing):
 def test_lazy_and_dense_adamw_train_the_same_untied_model(tiny, tmp_path):
     for name in ("adamw", "lazy_adamw"):
         tree = tiny(
-            model={"config": PYTHIA}, optimizer={"name": name, "weight_decay": 0.1, "no_decay": []}, training={"max_steps": 12}
+            model={"config": PYTHIA},
+            optimizer={"name": name, "weight_decay": 0.1, "no_decay": []},
+            training={"max_steps": 12},
         )
         train({**tree, "output_dir": str(tmp_path / name)})
     assert losses(tmp_path / "lazy_adamw") == pytest.approx(losses(tmp_path / "adamw"), abs=1e-5)
-    dense, lazy = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("adamw", "lazy_adamw"))
-    difference = (dense.get_input_embeddings().weight - lazy.get_input_embeddings().weight).abs().max()
+    dense, lazy = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
+        for name in ("adamw", "lazy_adamw")
+    )
+    difference = (
+        (dense.get_input_embeddings().weight - lazy.get_input_embeddings().weight).abs().max()
+    )
     assert difference < 1e-5
 
 
 def test_early_stopping_keeps_the_best_model(tiny, tmp_path):
     tree = tiny(
-        training={"max_steps": 40}, evaluation={"every": 2, "early_stopping_patience": 2}, optimizer={"lr": 1.0, "name": "adamw"}
+        training={"max_steps": 40},
+        evaluation={"every": 2, "early_stopping_patience": 2},
+        optimizer={"lr": 1.0, "name": "adamw"},
     )
     tree["training"]["divergence_threshold"] = 1e9
     assert train(tree) == "early stopping"
@@ -129,24 +156,34 @@ def test_early_stopping_keeps_the_best_model(tiny, tmp_path):
 
 
 def test_a_nan_stops_the_run_and_saves_the_batch(tiny, tmp_path):
-    tree = tiny(optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0})
-    with pytest.raises(UserError, match=r"training stopped at step \d: the (loss|gradient norm) is (nan|inf)"):
+    tree = tiny(
+        optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0}
+    )
+    with pytest.raises(
+        UserError, match=r"training stopped at step \d: the (loss|gradient norm) is (nan|inf)"
+    ):
         train(tree)
     saved = torch.load(tmp_path / "run" / "bad_batch.pt")
     assert saved["micro_batches"][0]["input_ids"].ndim == 2
 
 
 def test_a_nan_is_told_where_the_disk_has_no_room_for_the_batch(tiny, tmp_path):
-    tree = tiny(optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0})
+    tree = tiny(
+        optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0}
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_batch.pt").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"is (nan|inf).*; the batch could not be written to .*No space left on device"):
+    with pytest.raises(
+        UserError,
+        match=r"is (nan|inf).*; the batch could not be written to .*No space left on device",
+    ):
         train(tree)
 
 
 def test_a_diverging_loss_stops_the_run(tiny):
     tree = tiny(
-        optimizer={"name": "sgd", "lr": 300.0, "weight_decay": 0.0}, training={"max_steps": 60, "divergence_threshold": 1.0}
+        optimizer={"name": "sgd", "lr": 300.0, "weight_decay": 0.0},
+        training={"max_steps": 60, "divergence_threshold": 1.0},
     )
     with pytest.raises(UserError, match="the loss rose to"):
         train(tree)
@@ -204,27 +241,46 @@ def test_a_resumed_run_takes_the_options_it_is_given_now(tiny, tmp_path, name):
     """lr, decay and the schedule are this run's; where nothing changed, nothing does."""
     model = {"config": PYTHIA} if name == "lazy_adamw" else {}
     old = {"name": name, "lr": 1e-3, "weight_decay": 0.0}
-    tree = tiny(model=model, optimizer=old, training={"max_steps": 4}, scheduler={"name": "linear", "warmup_steps": 0})
+    tree = tiny(
+        model=model,
+        optimizer=old,
+        training={"max_steps": 4},
+        scheduler={"name": "linear", "warmup_steps": 0},
+    )
     train(tree)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
-    changed = {**tree, "training": {**tree["training"], "max_steps": 8}, "optimizer": {**old, "lr": 4e-4, "weight_decay": 0.5}}
+    changed = {
+        **tree,
+        "training": {**tree["training"], "max_steps": 8},
+        "optimizer": {**old, "lr": 4e-4, "weight_decay": 0.5},
+    }
     train(changed, resume="auto")
     steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
-    assert [step["lr"] for step in steps[4:]] == pytest.approx([4e-4 * (8 - n) / 8 for n in range(4, 8)])
-    groups = load(CheckpointStore(checkpoint.parent, keep=1).newest(), "optimizer.pt")["param_groups"]
+    assert [step["lr"] for step in steps[4:]] == pytest.approx(
+        [4e-4 * (8 - n) / 8 for n in range(4, 8)]
+    )
+    groups = load(CheckpointStore(checkpoint.parent, keep=1).newest(), "optimizer.pt")[
+        "param_groups"
+    ]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
 
 
 def test_a_resume_that_is_refused_leaves_the_records_alone(tiny, tmp_path):
     train(tiny(training={"max_steps": 1}))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    before = {
+        path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
+    }
     with pytest.raises(UserError, match="parameter groups of"):
         train(tiny(optimizer={"no_decay": []}), resume="auto")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    assert {
+        path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()
+    } == before
 
 
 def test_a_run_that_goes_back_to_an_earlier_checkpoint_ends_with_its_own(tiny, tmp_path):
-    tree = tiny(training={"max_steps": 6}, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 2})
+    tree = tiny(
+        training={"max_steps": 6}, checkpoint={"every": 1, "keep": 6}, evaluation={"every": 2}
+    )
     train(tree)
     whole, run = losses(tmp_path / "run"), tmp_path / "run"
     early = run / "checkpoints" / "step-00000003"
@@ -234,11 +290,17 @@ def test_a_run_that_goes_back_to_an_earlier_checkpoint_ends_with_its_own(tiny, t
     assert CheckpointStore(run / "checkpoints", keep=1).steps() == [1, 3, 4, 5, 6]
 
 
-def test_a_run_may_begin_from_a_checkpoint_of_another_folder_but_not_over_another_run(tiny, tmp_path):
-    tree = tiny(training={"max_steps": 4}, checkpoint={"every": 1, "keep": 4}, evaluation={"every": 2})
+def test_a_run_may_begin_from_a_checkpoint_of_another_folder_but_not_over_another_run(
+    tiny, tmp_path
+):
+    tree = tiny(
+        training={"max_steps": 4}, checkpoint={"every": 1, "keep": 4}, evaluation={"every": 2}
+    )
     train(tree)
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
-    assert train({**tree, "output_dir": str(tmp_path / "fork")}, resume=str(checkpoint)) == "finished"
+    assert (
+        train({**tree, "output_dir": str(tmp_path / "fork")}, resume=str(checkpoint)) == "finished"
+    )
     assert losses(tmp_path / "fork") == losses(tmp_path / "run")[2:]
     train({**tree, "output_dir": str(tmp_path / "third"), "seed": 1})
     kept = (tmp_path / "third" / "metrics.jsonl").read_text()
@@ -252,13 +314,18 @@ def test_a_resumed_run_keeps_the_command_it_was_started_with(tiny, tmp_path, mon
     train(tiny(training={"max_steps": 1}))
     monkeypatch.setattr("sys.argv", ["finetune", "train", "c.yaml", "--resume", "auto"])
     train(tiny(training={"max_steps": 2}), resume="auto")
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"] == "finetune train c.yaml"
+    assert (
+        json.loads((tmp_path / "run" / "environment.json").read_text())["command"]
+        == "finetune train c.yaml"
+    )
 
 
 def test_a_stream_is_counted_as_it_was_read(tiny, tmp_path, chat_file):
     with chat_file.open("a") as file:
         long = {"role": "user", "content": " ".join(map(str, range(100)))}
-        file.write(json.dumps({"messages": [long, {"role": "assistant", "content": "So many."}]}) + "\n")
+        file.write(
+            json.dumps({"messages": [long, {"role": "assistant", "content": "So many."}]}) + "\n"
+        )
     train(tiny(data={"streaming": True, "validation_fraction": 0.0, "overlong": "drop"}))
     counts = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
     assert counts["rows"] == counts["examples"] + counts["dropped"] >= 49
@@ -268,15 +335,27 @@ def test_a_stream_is_counted_as_it_was_read(tiny, tmp_path, chat_file):
 
 
 @pytest.mark.parametrize(("best", "step"), [("chrf", 2), ("loss", 1)])
-def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(tiny, tmp_path, monkeypatch, best, step):
+def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(
+    tiny, tmp_path, monkeypatch, best, step
+):
     """Whatever the model does: the evaluations' values are given."""
     from finetune.recipes.evaluating import Evaluator
 
     evaluate = Evaluator.__call__
-    values = {1: {"chrf": 10.0, "loss": 1.0}, 2: {"chrf": 30.0, "loss": 3.0}, 3: {"chrf": 20.0, "loss": 2.0}}
-    monkeypatch.setattr(Evaluator, "__call__", lambda self, at: {**evaluate(self, at), **values[at]})
+    values = {
+        1: {"chrf": 10.0, "loss": 1.0},
+        2: {"chrf": 30.0, "loss": 3.0},
+        3: {"chrf": 20.0, "loss": 2.0},
+    }
+    monkeypatch.setattr(
+        Evaluator, "__call__", lambda self, at: {**evaluate(self, at), **values[at]}
+    )
     metrics = {"metrics": ["chrf"], "generate": 2}
-    tree = tiny(training={"max_steps": 3}, evaluation={"every": 1, "best": best, **metrics}, generation={"max_new_tokens": 2})
+    tree = tiny(
+        training={"max_steps": 3},
+        evaluation={"every": 1, "best": best, **metrics},
+        generation={"max_new_tokens": 2},
+    )
     train(tree)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["best"]["step"] == step
 

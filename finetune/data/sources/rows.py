@@ -26,7 +26,9 @@ _CHUNK = 1000  # rows fetched at a time: several times as fast as one by one
 class Rows:
     """Rows in memory-mapped tables, each known by its source and number there. Iterating gives (where, row)."""
 
-    def __init__(self, tables: Sequence[Any], labels: Sequence[str], picks: Iterable[tuple[int, int]]) -> None:
+    def __init__(
+        self, tables: Sequence[Any], labels: Sequence[str], picks: Iterable[tuple[int, int]]
+    ) -> None:
         self._tables, self._labels = tables, labels
         self._table_of, self._row_of = array("i"), array("q")
         for table, row in picks:
@@ -47,7 +49,10 @@ class Rows:
             wanted: dict[int, list[int]] = {}
             for i in chunk:
                 wanted.setdefault(self._table_of[i], []).append(self._row_of[i])
-            found = {table: iter(self._tables[table].__getitems__(rows)) for table, rows in wanted.items()}
+            found = {
+                table: iter(self._tables[table].__getitems__(rows))
+                for table, rows in wanted.items()
+            }
             for i in chunk:
                 yield self.describe(i), next(found[self._table_of[i]])
 
@@ -56,7 +61,9 @@ class Rows:
         return f"{self._labels[self._table_of[index]]}, row {self._row_of[index] + 1}"
 
     def select(self, indices: Sequence[int]) -> "Rows":
-        return Rows(self._tables, self._labels, ((self._table_of[i], self._row_of[i]) for i in indices))
+        return Rows(
+            self._tables, self._labels, ((self._table_of[i], self._row_of[i]) for i in indices)
+        )
 
     def take(self, count: int | None) -> "Rows":
         """The first so many rows; None: all."""
@@ -67,7 +74,11 @@ class RowStream:
     """Rows read as they are needed. Each iteration is one pass; (where, row). The state is the one after the row last given."""
 
     def __init__(
-        self, streams: Sequence[Any], labels: Sequence[str], weights: Sequence[float] | None, files: Sequence[list[Path]]
+        self,
+        streams: Sequence[Any],
+        labels: Sequence[str],
+        weights: Sequence[float] | None,
+        files: Sequence[list[Path]],
     ) -> None:
         self._streams, self._labels, self._weights, self._files = streams, labels, weights, files
         self._places: list[Callable[[], Any]] = []
@@ -85,7 +96,9 @@ class RowStream:
             self._counts = list(state["counts"])
             for k, place in enumerate(state["places"]):
                 live[k].load_state_dict(place)
-                self._places[k] = partial(copy.deepcopy, place)  # a stream that is not read yet forgets what it was told to load
+                self._places[k] = partial(
+                    copy.deepcopy, place
+                )  # a stream that is not read yet forgets what it was told to load
         return self._read(live)
 
     def _read(self, live: Sequence[Any]) -> Iterator[tuple[str, Row]]:
@@ -120,7 +133,9 @@ def load_rows(sources: Sequence[Source]) -> Rows:
     """All rows of the sources, interleaved. Raises UserError where a source cannot be read."""
     weights = _weights(sources)
     tables = [open_source(source, streaming=False) for source in sources]
-    sizes = [min(len(table), source.max_rows or len(table)) for source, table in zip(sources, tables)]
+    sizes = [
+        min(len(table), source.max_rows or len(table)) for source, table in zip(sources, tables)
+    ]
     for source, size in zip(sources, sizes):
         if size == 0:
             raise UserError(f"{source} is empty: there are no rows in it")
@@ -131,14 +146,24 @@ def stream_rows(sources: Sequence[Source]) -> RowStream:
     """The rows of the sources as a stream. Raises UserError where a source cannot be opened; later, where a row cannot be read."""
     weights = _weights(sources)
     opened = [open_source(source, streaming=True) for source in sources]
-    streams = [stream if source.max_rows is None else stream.take(source.max_rows) for source, stream in zip(sources, opened)]
-    return RowStream(streams, [str(source) for source in sources], weights, [source.files() for source in sources])
+    streams = [
+        stream if source.max_rows is None else stream.take(source.max_rows)
+        for source, stream in zip(sources, opened)
+    ]
+    return RowStream(
+        streams,
+        [str(source) for source in sources],
+        weights,
+        [source.files() for source in sources],
+    )
 
 
 def split_held_out(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """(The rest, a random `fraction` of the rows held out): at least one row each; those held out in random order."""
     if len(rows) < 2:
-        raise UserError("there is one row only, so none can be held out; give data.validation, or set data.validation_fraction: 0")
+        raise UserError(
+            "there is one row only, so none can be held out; give data.validation, or set data.validation_fraction: 0"
+        )
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     held_out = Random(f"{seed}/held out").sample(range(len(rows)), count)
     taken = set(held_out)
