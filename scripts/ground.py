@@ -158,17 +158,18 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from finetune.models.skeleton import load_skeleton
-    from finetune.models.tokenizers import load_tokenizer, prepare_chat
+    from finetune.models.load import ModelSpec, load_skeleton
+    from finetune.models.tokenizers import load_tokenizer, set_template
     from finetune.recipes.data import encode_rows, load_raw_data, make_format
 
     config = our_config(args)
-    tokenizer = load_tokenizer(name=str(args.model))
-    prepare_chat(None, tokenizer, config.model.chat_template)
+    tokenizer = load_tokenizer(ModelSpec(name=str(args.model)))
+    set_template(tokenizer, config.model.chat_template)
     raw = load_raw_data(config.data, seed=0)
     format = make_format(config.data, tokenizer, raw.first_row)
     rows = max(
-        load_skeleton(name=str(args.model)).get_input_embeddings().weight.shape[0], len(tokenizer)
+        load_skeleton(ModelSpec(name=str(args.model))).get_input_embeddings().weight.shape[0],
+        len(tokenizer),
     )
     train, validation = (
         encode_rows(part, format, config.data, vocab_size=rows)
@@ -179,10 +180,13 @@ def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def load_plain(args: argparse.Namespace) -> Any:
     """The model as its makers' library loads it, with rows for the template's new tokens."""
+    from finetune.models.tokenizers import set_template
     from finetune.recipes.model import make_model, make_tokenizer
 
     config = our_config(args).model
-    return make_model(config, make_tokenizer(config, ()), seed=0)[0]
+    tokenizer = make_tokenizer(config, ())
+    tokens = set_template(tokenizer, config.chat_template)
+    return make_model(config, tokenizer, tokens, seed=0)
 
 
 def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:

@@ -17,8 +17,9 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.card import license_of, model_card
 from finetune.models.export import export_model, verify_export
+from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
-from finetune.models.tokenizers import load_tokenizer, prepare_chat
+from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.optim import build_optimizer
 from finetune.recipes.data import encode_rows, load_raw_data, make_format
 from finetune.recipes.evaluating import logged_evaluations
@@ -114,10 +115,12 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str,
 def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
     """The tokenizer that a run trains with: that of its model/, or while there is none, made once more."""
     if (run.model / "config.json").is_file():
-        return load_tokenizer(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
+        return load_tokenizer(
+            ModelSpec(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
+        )
     raw = load_raw_data(config.data, seed=config.seed) if config.model.name is None else None
     tokenizer = make_tokenizer(config.model, () if raw is None else raw.texts())
-    prepare_chat(None, tokenizer, config.model.chat_template)
+    set_template(tokenizer, config.model.chat_template)
     if raw is not None and isinstance(raw.train, Rows):  # from other data comes another tokenizer
         encoded = encode_rows(
             raw.train,
@@ -139,9 +142,10 @@ def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
         tokenizer = make_tokenizer(
             config.model, ()
         )  # so that the tokens of the chat template are added again, with their rows
-    model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
+    tokens = set_template(tokenizer, config.model.chat_template)
+    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
     apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
-    model = adapt_model(model, config.model, new_tokens, seed=config.seed)
+    model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     optimizer = build_optimizer(model, config.optimizer.name, **optimizer_options(config))
     wrapper = torch.nn.Module()
     wrapper.model = model  # as in LanguageModel

@@ -22,9 +22,9 @@ from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.models.language_model import LanguageModel
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.precision import resolve_precision
-from finetune.models.tokenizers import load_tokenizer, prepare_chat
+from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
 from finetune.recipes.data import (
     encode_rows,
     first_prompts,
@@ -68,8 +68,9 @@ def open_target(target: str) -> Opened:
     if config is not None:
         model, tokenizer = load_trained(run.model, config.model)
     else:
-        model, tokenizer = load_model(name=target), load_tokenizer(name=target)
-    prepare_chat(model, tokenizer)
+        spec = ModelSpec(name=target)
+        model, tokenizer = load_model(spec), load_tokenizer(spec)
+    fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Opened(model, tokenizer, run if is_run else None, config)
 
