@@ -110,6 +110,7 @@ def our_trainer(
     from finetune.display import Display
     from finetune.divergence import DivergenceGuard
     from finetune.optim import build_lr_scheduler, build_optimizer
+    from finetune.recipes.engines import prepare
     from finetune.recipes.optimizer import optimizer_options
     from finetune.recipes.parts import build_parts, make_accelerator
     from finetune.run_dir import RunDir
@@ -127,7 +128,7 @@ def our_trainer(
     scheduler = build_lr_scheduler(
         optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0
     )
-    module, optimizer = accelerator.prepare(parts.language_model, optimizer)
+    module, optimizer, average_rows = prepare(accelerator, parts.language_model, optimizer, display)
     run = RunDir(args.folder)
     yield (
         Trainer(
@@ -145,6 +146,7 @@ def our_trainer(
             seed=config.seed,
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
+            average_rows=average_rows,
             before_step=parts.vocabulary.before_step,
         ),
         parts,

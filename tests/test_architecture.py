@@ -39,6 +39,7 @@ FLOORS = {  # the longest matching prefix counts
     "translate": 3,
     "config": 4,
     "trainer": 4,
+    "training": 4,
     "recipes": 5,
     "cli": 6,
     "__main__": 6,
@@ -59,7 +60,7 @@ BORDERS = {  # third party -> where it may be imported
     "typer": {"cli"},
     "pydantic": {"config"},
     "yaml": {"config", "recipes"},
-    "accelerate": {"trainer", "recipes"},
+    "accelerate": {"trainer", "training", "recipes"},
     "optuna": {"recipes"},
     "scipy": {"comparison"},
 }

@@ -21,7 +21,6 @@ from finetune.config import RunConfig, dump_config
 from finetune.data.stream import StreamingBatches
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display
-from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.divergence import DivergenceGuard
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
@@ -97,8 +96,9 @@ def _train(
 ) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
-    keep_tables_out_of_ddp(parts.language_model, raw_optimizer)
-    module, optimizer = prepare(accelerator, parts.language_model, raw_optimizer, parts.display)
+    module, optimizer, average_rows = prepare(
+        accelerator, parts.language_model, raw_optimizer, parts.display
+    )
     with parts.display.steps(
         parts.num_steps, 0 if checkpoint is None else step_of(checkpoint)
     ) as show:
@@ -127,7 +127,7 @@ def _train(
             seed=config.seed,
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
-            average_rows=RowGradients(raw_optimizer, say=parts.display.note).average,
+            average_rows=average_rows,
             before_step=parts.vocabulary.before_step,
         )
         if checkpoint is not None:
