@@ -21,8 +21,8 @@ from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
 from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.optim import build_optimizer
-from finetune.recipes.data import encode_rows, load_raw_data, make_format
-from finetune.recipes.evaluating import logged_evaluations
+from finetune.recipes.evaluations import logged_evaluations
+from finetune.recipes.material import read_material
 from finetune.recipes.model import adapt_model, load_trained, make_model, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.vocabulary import apply_saved_vocabulary
@@ -118,21 +118,19 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         return load_tokenizer(
             ModelSpec(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
         )
-    raw = load_raw_data(config.data, seed=config.seed) if config.model.name is None else None
-    tokenizer = make_tokenizer(config.model, () if raw is None else raw.texts())
-    set_template(tokenizer, config.model.chat_template)
-    if raw is not None and isinstance(raw.train, Rows):  # from other data comes another tokenizer
-        encoded = encode_rows(
-            raw.train,
-            make_format(config.data, tokenizer, raw.first_row),
-            config.data,
-            vocab_size=len(tokenizer),
-        )
-        if encoded.fingerprint != load(checkpoint, "training.pt")["identity"]["the training data"]:
+    if config.model.name is not None:
+        tokenizer = make_tokenizer(config.model, ())
+        set_template(tokenizer, config.model.chat_template)
+        return tokenizer
+    material = read_material(config, Display(enabled=False))
+    if isinstance(material.raw.train, Rows):
+        then = load(checkpoint, "training.pt")["identity"]["the training data"]
+        if material.train.fingerprint != then:  # other data makes another tokenizer
             raise UserError(
-                f"the training data of {run.root} changed, so its tokenizer cannot be made again: restore the data"
+                f"the training data of {run.root} changed, so its tokenizer cannot be made again: "
+                "restore the data"
             )
-    return tokenizer
+    return material.tokenizer
 
 
 def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.checkpoint import is_complete
 from finetune.distributed.sharding import is_sharded
 from finetune.models.export import export_model
-from finetune.recipes.evaluating import Evaluator
+from finetune.recipes.evaluations import RunEvaluations
 from finetune.recipes.exporting import model_of_checkpoint, run_card
 from finetune.recipes.parts import Parts
 from finetune.report import write_report
@@ -18,7 +18,7 @@ from finetune.trainer import Stopped, Trainer
 
 
 def finish_run(
-    parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator, stopped: Stopped
+    parts: Parts, run: RunDir, trainer: Trainer, evaluations: RunEvaluations, stopped: Stopped
 ) -> None:
     """Leave `model/`, evaluation.json and report.html behind."""
     progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
@@ -37,13 +37,13 @@ def finish_run(
         trainer.restore(checkpoint)
     if accelerator.is_main_process:
         _write_vocabulary(parts, run)
-        evaluator.write_summary(best_step=progress.best_step, last_step=progress.step)
+        evaluations.write_summary(best_step=progress.best_step, last_step=progress.step)
         export_model(
             # of a sharded model no process has the whole, but a checkpoint has
-            model_of_checkpoint(run, checkpoint, parts.tokenizer)
+            model_of_checkpoint(run, checkpoint, parts.material.tokenizer)
             if sharded
             else parts.language_model.model,
-            parts.tokenizer,
+            parts.material.tokenizer,
             run.model,
             card=run_card(
                 run,

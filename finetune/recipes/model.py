@@ -6,13 +6,13 @@ Floor 5.
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from finetune.config.schema import ModelSection, NewTokenizerSection
+from finetune.config.schema import GenerationSection, ModelSection, NewTokenizerSection
 from finetune.errors import UserError
-from finetune.generation import context_length
+from finetune.generation import SamplingSettings, context_length
 from finetune.models.adapters import add_lora
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import (
@@ -67,6 +67,20 @@ def load_trained(folder: Path, section: ModelSection) -> tuple[Any, Any]:
         attn_implementation="eager" if section.attn_implementation == "eager" else None,
     )
     return load_model(spec), load_tokenizer(spec)
+
+
+def generation_settings(
+    section: GenerationSection, model: Any, *, seed: int | None
+) -> SamplingSettings:
+    """Return the settings of generation, with the tokens that end the model's answers."""
+    settings = section.model_dump(exclude={"batch_size"})
+    return cast(SamplingSettings, {**settings, "stop_ids": stop_ids(model), "seed": seed})
+
+
+def stop_ids(model: Any) -> list[int]:
+    """Return the tokens that end an answer, from the generation config."""
+    stop = model.generation_config.eos_token_id
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
 
 
 def check_length(model: Any, max_length: int) -> None:

@@ -28,10 +28,11 @@ from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.data import generation_metrics
 from finetune.recipes.engines import agree_on_checkpoint, let_go, prepare, reading
 from finetune.recipes.environment import environment
-from finetune.recipes.evaluating import Evaluator, check_best
+from finetune.recipes.evaluations import RunEvaluations, check_best
 from finetune.recipes.finishing import finish_run
+from finetune.recipes.material import read_material
 from finetune.recipes.optimizer import optimizer_options
-from finetune.recipes.parts import Parts, build_parts, make_accelerator, say_counts
+from finetune.recipes.parts import Parts, assemble, make_accelerator, say_counts
 from finetune.run_dir import RunDir
 from finetune.tracking import MetricLogger, forget_after, tracker_values
 from finetune.trainer import Cadence, Stopped, Trainer, check_identity
@@ -71,9 +72,12 @@ def run_training(
     if not dry_run:
         _refuse_occupied(run, config, accelerator, resuming=resuming)
     with display.warnings():
-        parts = build_parts(config, accelerator=accelerator, display=display)
+        material = read_material(config, display)
+        parts = assemble(material, accelerator=accelerator, display=display)
         optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
-        check_best(config, generation_metrics(config, parts.format), parts.validation is not None)
+        check_best(
+            config, generation_metrics(config, material.format), material.validation is not None
+        )
         if dry_run:
             display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
             if accelerator.is_main_process:
@@ -105,8 +109,8 @@ def _train(
         logger = MetricLogger(
             run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else []))
         )
-        evaluator = Evaluator(parts, run, logger)
-        evaluate = reading(accelerator, module, evaluator)
+        evaluations = RunEvaluations(parts, run, logger)
+        evaluate = reading(accelerator, module, evaluations)
         trainer = Trainer(
             accelerator=accelerator,
             model=module,
@@ -147,7 +151,7 @@ def _train(
             evaluate(0)
         stopped = trainer.train()
     if isinstance(parts.batches, StreamingBatches) and accelerator.is_main_process:
-        say_counts(parts.display, "training", parts.format, parts.statistics, config)
+        say_counts(parts.display, "training", parts.material.format, parts.statistics, config)
         _write_counts(parts, run)
     if stopped == "signal":
         parts.display.say(
@@ -156,7 +160,7 @@ def _train(
     elif observer is not None:
         observer.finish(parts, raw_optimizer)
     else:
-        finish_run(parts, run, trainer, evaluator, stopped)
+        finish_run(parts, run, trainer, evaluations, stopped)
     let_go(module)
     accelerator.end_training()
     return stopped
@@ -284,11 +288,14 @@ def _write_records(parts: Parts, run: RunDir) -> None:
 
 def _write_counts(parts: Parts, run: RunDir) -> None:
     """What was read and what became of it; of a stream so far."""
-    counts: dict[str, Any] = {"format": parts.format.name, "train": parts.statistics.as_dict()}
-    if isinstance(parts.format, TranslationFormat):
-        counts["languages"] = parts.format.languages
-    if parts.validation is not None:
-        counts["validation"] = parts.validation.statistics.as_dict()
+    counts: dict[str, Any] = {
+        "format": parts.material.format.name,
+        "train": parts.statistics.as_dict(),
+    }
+    if isinstance(parts.material.format, TranslationFormat):
+        counts["languages"] = parts.material.format.languages
+    if parts.material.validation is not None:
+        counts["validation"] = parts.material.validation.statistics.as_dict()
     run.data.write_text(json.dumps(counts, indent=2), encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from finetune.data.translation import TranslationFormat
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.recipes.answering import stdin_lines
-from finetune.recipes.evaluating import sampling
+from finetune.recipes.model import generation_settings
 from finetune.recipes.reading import Opened, open_target
 from finetune.run_dir import RunDir
 from finetune.translate import translate_file, translate_lines
@@ -50,7 +50,7 @@ def translate_text(
         "tokenizer": opened.tokenizer,
         "prompt_of": lambda text: format.prompt(text, reverse=False).input_ids,
         "batch_size": section.batch_size,
-        **sampling(section, opened.model, seed=0),
+        **generation_settings(section, opened.model, seed=0),
     }
     if input is not None and output is not None:
         with display.bar("translating", None) as advance:

@@ -24,7 +24,8 @@ from finetune.memory import tensor_bytes
 from finetune.models.describe import inner_model, token_tables
 from finetune.models.language_model import evaluating
 from finetune.optim import optimizer_info
-from finetune.recipes.data import as_sources, encode_rows
+from finetune.recipes.data import as_sources
+from finetune.recipes.evaluations import evaluator_of
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts
 from finetune.recipes.training import run_training
@@ -131,14 +132,12 @@ def _test(parts: Parts) -> dict[str, Any]:
     config = parts.config
     assert config.data.test is not None
     size = inner_model(parts.model).config.get_text_config().vocab_size
-    dataset = encode_rows(
-        load_rows(as_sources(config.data.test)), parts.format, config.data, vocab_size=size
-    )
+    dataset = parts.material.encode(load_rows(as_sources(config.data.test)))
     bins = bins_of(_target_counts(parts, size))
     sums = torch.zeros(2, len(BINS), dtype=torch.float64)
     device = parts.accelerator.device
     with evaluating(parts.language_model), parts.accelerator.autocast(), torch.inference_mode():
-        for batch in parts.evaluation_batches(dataset):
+        for batch in evaluator_of(parts).batches(dataset):
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
             following = batch["labels"][:, 1:]
             losses = parts.language_model.token_losses(**on_device).cpu()

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -53,10 +54,11 @@ def take_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     scale = accelerator.num_processes / batch.num_target_tokens
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
-        tensors = {key: value.to(device, non_blocking=True) for key, value in micro_batch.items()}
+        tensors = cast(dict[str, torch.Tensor], micro_batch)
+        on_device = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
         is_last = number == len(batch.micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
-            loss = module(**tensors)
+            loss = module(**on_device)
             accelerator.backward(loss * scale)
         loss_sum += loss.detach()
     average_rows()

@@ -339,16 +339,16 @@ def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(
     tiny, tmp_path, monkeypatch, best, step
 ):
     """Whatever the model does: the evaluations' values are given."""
-    from finetune.recipes.evaluating import Evaluator
+    from finetune.recipes.evaluations import RunEvaluations
 
-    evaluate = Evaluator.__call__
+    evaluate = RunEvaluations.__call__
     values = {
         1: {"chrf": 10.0, "loss": 1.0},
         2: {"chrf": 30.0, "loss": 3.0},
         3: {"chrf": 20.0, "loss": 2.0},
     }
     monkeypatch.setattr(
-        Evaluator, "__call__", lambda self, at: {**evaluate(self, at), **values[at]}
+        RunEvaluations, "__call__", lambda self, at: {**evaluate(self, at), **values[at]}
     )
     metrics = {"metrics": ["chrf"], "generate": 2}
     tree = tiny(
