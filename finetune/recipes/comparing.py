@@ -29,7 +29,7 @@ from finetune.recipes.holding_out import hold_out, rule
 from finetune.recipes.parts import make_accelerator
 from finetune.recipes.searching import search
 from finetune.recipes.trials import run_trial
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
 from finetune.trainer import Stopped
 
 EVALUATIONS = 10  # of a run, where evaluation.every does not say

@@ -5,7 +5,7 @@ Floor 5.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,9 @@ from finetune.recipes.data import (
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.model import check_length, load_trained
 from finetune.recipes.parts import pad_id
-from finetune.run_dir import RunDir
-from finetune.tracking import finite
+from finetune.run.files import finite
+from finetune.run.folder import RunDir
+from finetune.run.records import Evaluations, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,16 @@ def evaluate_target(
         results |= _scores_on(opened, raw.validation, format, settings, display, inactive)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
-        summary = (
-            json.loads(opened.run.evaluation.read_text(encoding="utf-8"))
-            if opened.run.evaluation.is_file()
-            else {}
-        )
-        opened.run.evaluation.write_text(
-            json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8"
-        )
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
     return results
 
 
 def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
     """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
-    if run is None or not run.vocabulary.is_file():
+    if run is None or not (used := Vocabulary.read(run).used):
         return None
     unused = torch.ones(vocab_size, dtype=torch.bool)
-    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
+    unused[list(used)] = False
     return unused if unused.any() else None
 
 
