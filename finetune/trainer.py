@@ -14,20 +14,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from finetune.checkpoint import CheckpointStore, is_complete, load
+from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, options_of
+from finetune.run.folder import is_complete
+from finetune.run.log import MetricLogger
+from finetune.run.records import StepRecord
 from finetune.stopping import StopSignal
-from finetune.tracking import MetricLogger
 from finetune.training.step import StepResult, take_step
 
 Stopped = Literal["finished", "early stopping", "signal"]
@@ -120,7 +122,7 @@ class Trainer:
                     return "early stopping"
         return "finished"
 
-    def _step(self, batch: StepBatch) -> dict[str, Any]:
+    def _step(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
         progress = self.progress
         torch.manual_seed(step_seed(self.seed, progress.step, self.accelerator.process_index))
@@ -140,17 +142,17 @@ class Trainer:
         progress.step += 1
         progress.num_target_tokens += batch.num_target_tokens
         seconds = time.perf_counter() - started
-        return {
-            "step": progress.step,
-            "epoch": round(batch.epoch, 4),
-            "loss": result.loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "num_target_tokens": batch.num_target_tokens,
-            "num_tokens": batch.num_tokens,
-            "tokens_per_second": batch.num_tokens / seconds,
-            "seconds": seconds,
-        }
+        return StepRecord(
+            step=progress.step,
+            epoch=round(batch.epoch, 4),
+            loss=result.loss,
+            lr=float(lr),
+            grad_norm=result.grad_norm,
+            num_target_tokens=batch.num_target_tokens,
+            num_tokens=batch.num_tokens,
+            tokens_per_second=batch.num_tokens / seconds,
+            seconds=seconds,
+        )
 
     def _on_any_process(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process: the same answer on every process."""

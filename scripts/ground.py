@@ -114,8 +114,8 @@ def our_trainer(
     from finetune.recipes.material import read_material
     from finetune.recipes.optimizer import optimizer_options
     from finetune.recipes.parts import assemble, make_accelerator
-    from finetune.run_dir import RunDir
-    from finetune.tracking import MetricLogger
+    from finetune.run.folder import RunDir
+    from finetune.run.log import MetricLogger
     from finetune.trainer import Cadence, Trainer
 
     class NoCheckpoints:

@@ -51,8 +51,8 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
         usage.append(resource.getrusage(resource.RUSAGE_SELF))
         if len(ends) > 1:
             known = dict(parts) | {
-                "tokens": record["num_tokens"],
-                "targets": record["num_target_tokens"],
+                "tokens": record.num_tokens,
+                "targets": record.num_target_tokens,
             }
             total = ends[-1] - ends[-2]
             known |= {"everything else": total - sum(parts.values()), "step": total}

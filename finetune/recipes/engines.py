@@ -30,7 +30,6 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.checkpoint import is_complete
 from finetune.config import RunConfig
 from finetune.display import Display
 from finetune.distributed import RowGradients, keep_tables_out_of_ddp
@@ -38,6 +37,7 @@ from finetune.distributed.sharding import whole
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
 from finetune.optim import LazyAdamW
+from finetune.run.folder import is_complete
 
 
 def waiting_time(config: RunConfig) -> InitProcessGroupKwargs:

@@ -17,7 +17,7 @@ from finetune.data.loader import EvaluationBatches
 from finetune.data.types import Prompt
 from finetune.display import Display, differences
 from finetune.errors import UserError
-from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
+from finetune.evaluation import Answer, LossResult, evaluate_generation, evaluate_loss
 from finetune.generation import SamplingSettings
 from finetune.models.language_model import LanguageModel
 from finetune.models.speed import uncompiled
@@ -65,11 +65,11 @@ class Evaluator:
                 f"{room}, or set evaluation.generate=0"
             )
 
-    def evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
+    def evaluate(self) -> tuple[dict[str, Any], list[Answer]]:
         """Return all metrics, and the answers in the order of the prompts."""
         results = self.losses()
-        scores, samples = self.answer(self.prompts)
-        return results | scores, samples
+        scores, answers = self.answer(self.prompts)
+        return results | scores, answers
 
     def losses(self) -> dict[str, Any]:
         """Return the loss on the held-out data with its parts, and the one on unrelated text."""
@@ -115,7 +115,7 @@ class Evaluator:
             num_processes=self.accelerator.num_processes,
         )
 
-    def answer(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[Sample]]:
+    def answer(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[Answer]]:
         """Answer `prompts`; return the metrics over the answers, and the answers."""
         section = self.material.config.generation
         settings = generation_settings(
@@ -131,7 +131,7 @@ class Evaluator:
 
     def _answer(
         self, prompts: Sequence[Prompt], settings: SamplingSettings, metrics: Sequence[str]
-    ) -> tuple[dict[str, Any], list[Sample]]:
+    ) -> tuple[dict[str, Any], list[Answer]]:
         if not prompts:
             return {}, []
         config, accelerator = self.material.config, self.accelerator
@@ -139,7 +139,7 @@ class Evaluator:
         bar = self.display.bar("generating", len(own))
         eager = uncompiled(config.training.compile)
         with bar as advance, accelerator.autocast(), eager:
-            scores, samples = evaluate_generation(
+            scores, answers = evaluate_generation(
                 self.language_model.model,
                 self.material.tokenizer,
                 own,
@@ -150,7 +150,7 @@ class Evaluator:
                 on_progress=differences(advance),
                 **settings,
             )
-        return dict(scores), samples
+        return dict(scores), answers
 
     def _add_up(self, sums: torch.Tensor) -> torch.Tensor:
         on_device = sums.to(self.accelerator.device)

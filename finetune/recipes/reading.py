@@ -5,7 +5,7 @@ Floor 5.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from finetune.recipes.evaluator import Evaluator
 from finetune.recipes.material import read_material
 from finetune.recipes.model import load_trained
 from finetune.recipes.parts import make_accelerator
-from finetune.run_dir import RunDir
-from finetune.tracking import finite
+from finetune.run.files import finite
+from finetune.run.folder import RunDir
+from finetune.run.records import Evaluations, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -108,14 +109,7 @@ def evaluate_target(
         results["num_generated"] = len(evaluator.prompts)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
-        summary = (
-            json.loads(opened.run.evaluation.read_text(encoding="utf-8"))
-            if opened.run.evaluation.is_file()
-            else {}
-        )
-        opened.run.evaluation.write_text(
-            json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8"
-        )
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
     return results
 
 
@@ -136,10 +130,10 @@ def _evaluated(config: RunConfig, device: str) -> RunConfig:
 
 def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
     """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
-    if run is None or not run.vocabulary.is_file():
+    if run is None or not (used := Vocabulary.read(run).used):
         return None
     unused = torch.ones(vocab_size, dtype=torch.bool)
-    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
+    unused[list(used)] = False
     return unused if unused.any() else None
 
 
