@@ -25,7 +25,7 @@ from finetune.recipes.evaluating import logged_evaluations
 from finetune.recipes.model import adapt_model, load_trained, make_model, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.vocabulary import apply_saved_vocabulary
-from finetune.report.facts import METRICS
+from finetune.report.run_facts import METRICS
 from finetune.run_dir import RunDir
 from finetune.trainer import restore
 

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from finetune.report.comparison_rows import state, steps_to_target, test_losses
-from finetune.report.curves import INK, tick
 from finetune.report.series import Picture, line, look, picture
+from finetune.report.svg import INK, tick
 
 Record = dict[str, Any]
 

@@ -5,7 +5,7 @@ Floor 1.
 
 from typing import Any
 
-from finetune.report import facts
+from finetune.report import run_facts
 
 Record = dict[str, Any]
 
@@ -137,9 +137,9 @@ def line(name: str, row: Record) -> Record:
         "test": value(row["test"]),
         "validation": value(row["validation"]),
         "difference": value(row["difference_to_best"], signed=True),
-        "steps": facts.MISSING if to["steps"] is None else f"{to['steps']:,.0f}",
+        "steps": run_facts.MISSING if to["steps"] is None else f"{to['steps']:,.0f}",
         "reached": f"{to['reached']} of {row['reported_runs']} seeds",
-        "tokens": facts.MISSING if to["tokens"] is None else f"{to['tokens']:,.0f} tokens",
+        "tokens": run_facts.MISSING if to["tokens"] is None else f"{to['tokens']:,.0f} tokens",
         "seconds": "" if to["seconds"] is None else f"{to['seconds']:,.1f} s",
         "per_step": f"{1000 * row['seconds_per_step']:,.0f} ms",
         "state": f"{row['state_bytes'] / 2**20:,.3g} MiB",
@@ -153,7 +153,7 @@ def line(name: str, row: Record) -> Record:
 def value(value: Record | None, *, signed: bool = False) -> tuple[str, str]:
     """(Mean, interval) as text."""
     if value is None:
-        return facts.MISSING, ""
+        return run_facts.MISSING, ""
     form = "+.3f" if signed else ".3f"
     spread = "" if value["low"] is None else f"{value['low']:{form}} to {value['high']:{form}}"
     return f"{value['mean']:{form}}".replace("-", "−"), spread.replace("-", "−")
@@ -175,7 +175,7 @@ def plain(value: Any) -> str:
 def run_line(run: Record) -> list[str]:
     """One run in the table at the end: phase, seed, lr, steps, held-out loss, test loss, seconds."""
     loss = "diverged" if run["diverged"] else f"{run['validation_loss']:.4f}"
-    test = facts.MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
+    test = run_facts.MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
     phase = "widening" if run["widening"] else run["phase"]
     return [
         phase,

@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from finetune.errors import UserError
 from finetune.report import comparison_facts as compared
-from finetune.report import facts
+from finetune.report import run_facts
 from finetune.report.comparison_charts import legend, pictures_of
-from finetune.report.pages import fill, write_page
+from finetune.report.html import fill, write_page
 
 Record = dict[str, Any]
 
@@ -47,7 +47,7 @@ def render(comparison: Record) -> str:
         caveats=compared.caveats(comparison),
         bins=compared.bins(comparison),
         runs=[compared.run_line(run) for run in comparison["runs"]],
-        machine_facts=facts.pairs(environment["machine"])
-        + facts.pairs({key: environment[key] for key in ("device", "precision")}),
-        model_facts=facts.pairs(comparison["model"]),
+        machine_facts=run_facts.pairs(environment["machine"])
+        + run_facts.pairs({key: environment[key] for key in ("device", "precision")}),
+        model_facts=run_facts.pairs(comparison["model"]),
     )

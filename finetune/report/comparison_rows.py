@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from finetune.comparison.frequency import BINS
-from finetune.report.curves import INK, tick
 from finetune.report.series import Picture, look, picture
+from finetune.report.svg import INK, tick
 
 Record = dict[str, Any]
 

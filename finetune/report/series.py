@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from finetune.report.curves import STYLE, inline
+from finetune.report.svg import STYLE, inline
 
 NUM_COLOURS = 8
 STAND_INS = {

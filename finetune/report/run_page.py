@@ -8,10 +8,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from finetune.report import facts
-from finetune.report.charts import charts_of
-from finetune.report.pages import fill, write_page
+from finetune.report import run_facts
+from finetune.report.html import fill, write_page
 from finetune.report.records import RunRecords, read_run
+from finetune.report.run_charts import charts_of
 from finetune.run_dir import RunDir
 
 
@@ -26,34 +26,34 @@ def write_report(root: Path) -> Path:
 def render(run: RunRecords) -> str:
     """Return the page."""
     evaluated = [*run.evaluations, *([run.test] if run.test else [])]
-    samples, first, last = facts.sample_pairs(run)
+    samples, first, last = run_facts.sample_pairs(run)
     environment = run.environment
     command = environment.get("command", "")
     return fill(
         "report.html.jinja",
         styles=("report.css",),
         run=run,
-        verdict=facts.verdict(run),
-        state=facts.state(run),
-        duration=facts.duration(run),
+        verdict=run_facts.verdict(run),
+        state=run_facts.state(run),
+        duration=run_facts.duration(run),
         subtitle=_subtitle(run),
-        changes=facts.changes(run),
+        changes=run_facts.changes(run),
         charts=[(chart, Markup(chart.svg)) for chart in charts_of(run)],
         samples=samples,
         first_step=first,
         last_step=last,
         metrics=[
             metric
-            for metric in facts.METRICS
-            if any(facts.number(e, metric.key) is not None for e in evaluated)
+            for metric in run_facts.METRICS
+            if any(run_facts.number(e, metric.key) is not None for e in evaluated)
         ],
         signatures=_signatures(run),
-        data_columns=facts.counts(run.data)[0],
-        data_rows=facts.counts(run.data)[1],
-        data_facts=facts.pairs(run.data),
-        model_facts=facts.pairs(environment.get("model", {})),
+        data_columns=run_facts.counts(run.data)[0],
+        data_rows=run_facts.counts(run.data)[1],
+        data_facts=run_facts.pairs(run.data),
+        model_facts=run_facts.pairs(environment.get("model", {})),
         versions=environment.get("versions", {}),
-        machine_facts=facts.pairs(environment.get("machine", {})) + _run_facts(run),
+        machine_facts=run_facts.pairs(environment.get("machine", {})) + _machine_of(run),
         command=command if isinstance(command, str) else shlex.join(command),
     )
 
@@ -68,9 +68,9 @@ def _subtitle(run: RunRecords) -> list[str]:
     return [part for part in [*parts, run.environment.get("started", "")[:10]] if part]
 
 
-def _run_facts(run: RunRecords) -> list[tuple[str, str]]:
+def _machine_of(run: RunRecords) -> list[tuple[str, str]]:
     keys = ("device", "precision", "processes", "started")
-    return facts.pairs({key: run.environment[key] for key in keys if key in run.environment})
+    return run_facts.pairs({key: run.environment[key] for key in keys if key in run.environment})
 
 
 def _signatures(run: RunRecords) -> list[tuple[str, str]]:
@@ -78,7 +78,7 @@ def _signatures(run: RunRecords) -> list[tuple[str, str]]:
     known = [
         [
             (metric.name, evaluation[f"{metric.key}_signature"])
-            for metric in facts.METRICS
+            for metric in run_facts.METRICS
             if f"{metric.key}_signature" in evaluation
         ]
         for evaluation in run.evaluations

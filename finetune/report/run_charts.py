@@ -6,8 +6,8 @@ Floor 1.
 import math
 from dataclasses import dataclass
 
-from finetune.report.curves import Curve, Points, draw, points_of, smooth
 from finetune.report.records import RunRecords
+from finetune.report.svg import Curve, Points, draw, points_of, smooth
 
 _TEXT_METRICS = [("chrf", "chrF", "line"), ("bleu", "BLEU", "dashed")]
 _TRAINING = [
