@@ -19,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from finetune.run.wording import clock
+
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
 
 
@@ -122,10 +124,11 @@ class Display:
             shown = now
             seconds = now - began
             if total and first < done < total:
-                clock = f"  {_clock((total - done) * seconds / (done - first))} left"
+                time_left = clock((total - done) * seconds / (done - first))
+                ending = f"  {time_left} left"
             else:
-                clock = f"  {_clock(seconds)}" if done == total else ""
-            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{clock}")
+                ending = f"  {clock(seconds)}" if done == total else ""
+            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
 
         return update
 
@@ -164,9 +167,3 @@ def differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:
         seen = done
 
     return progress
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

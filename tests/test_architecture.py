@@ -11,6 +11,7 @@ FLOORS = {  # the longest matching prefix counts
     "errors": 0,
     "data": 1,
     "data.types": 0,
+    "run": 0,
     "run_dir": 0,
     "optim": 1,
     "losses": 1,

@@ -4,10 +4,11 @@ Floor 1. An optimizer wins if its interval on the test data has no point in comm
 do not touch asks for more than a difference at 95 %; with several rivals and few seeds that is as it should be.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finetune.comparison.statistics import LEVEL, Interval
+from finetune.run.wording import listed
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,6 @@ def judge(tests: Mapping[str, Interval | None], diverged: Mapping[str, int]) -> 
         f"and no {LEVEL:.0%} interval overlaps with the winner's."
     )
     return Verdict(best, ranking, [], [head, *said])
-
-
-def listed(names: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _said(test: Interval) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.comparison import grids
-from finetune.comparison.verdict import listed
 from finetune.config import RunConfig, dump_config
 from finetune.recipes.environment import environment
 from finetune.report.comparison_page import write_comparison
+from finetune.run.wording import listed
 from finetune.run_dir import RunDir
 from finetune.tracking import finite
 

@@ -6,6 +6,7 @@ Floor 1.
 from typing import Any
 
 from finetune.report import run_facts
+from finetune.run.wording import size
 
 Record = dict[str, Any]
 
@@ -142,7 +143,7 @@ def line(name: str, row: Record) -> Record:
         "tokens": run_facts.MISSING if to["tokens"] is None else f"{to['tokens']:,.0f} tokens",
         "seconds": "" if to["seconds"] is None else f"{to['seconds']:,.1f} s",
         "per_step": f"{1000 * row['seconds_per_step']:,.0f} ms",
-        "state": f"{row['state_bytes'] / 2**20:,.3g} MiB",
+        "state": size(row["state_bytes"]),
         "diverged": f"{row['tuning_diverged']} of {row['tuning_trials']}, {row['reported_diverged']} of {row['reported_runs']}",
         "settings": ", ".join(
             f"{key} {plain(value)}" for key, value in row["settings"].items() if key not in UNTOLD

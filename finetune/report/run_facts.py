@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.report.records import Record, RunRecords
+from finetune.run.wording import clock, listed
 
 MISSING = "–"
 
@@ -130,12 +131,12 @@ def verdict(run: RunRecords) -> str:
         which = "Before training" if run.after is None else f"After step {run.after['step']}"
         return (
             f"{which}: "
-            + _listed(
+            + listed(
                 [f"{c.metric.name} {c.before if run.after is None else c.after}" for c in told]
             )
             + "."
         )
-    return f"In {run.after['step']:,} steps {_listed([_told(change) for change in told])}."
+    return f"In {run.after['step']:,} steps {listed([_told(change) for change in told])}."
 
 
 def _told(change: Change) -> str:
@@ -148,10 +149,6 @@ def _told(change: Change) -> str:
     if change.difference:
         verb = "rose from" if change.difference[0] == "+" else "fell from"
     return f"{name} {verb} {change.before} to {change.after}"
-
-
-def _listed(parts: list[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def state(run: RunRecords) -> str:
@@ -173,15 +170,6 @@ def duration(run: RunRecords) -> str:
     return f"{clock(training)} of training" + (
         f", {clock(evaluating)} of evaluation" if evaluating else ""
     )
-
-
-def clock(seconds: float) -> str:
-    """Seconds as a person says them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def counts(records: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
