@@ -1,6 +1,6 @@
-"""`report.html`: one self-contained page from the files of a run.
+"""`report.html`: one self-contained page made from the files of a run.
 
-Floor 1. It needs no network, no script and no other file; its content security policy forbids them.
+It needs no network, no script and no other file. Its content security policy forbids them.
 """
 
 import shlex
@@ -9,35 +9,35 @@ from pathlib import Path
 from markupsafe import Markup
 
 from finetune.report import run_facts
-from finetune.report.html import fill, write_page
+from finetune.report.html import fill_template, write_page
 from finetune.report.records import RunRecords, read_run
 from finetune.report.run_charts import charts_of
 from finetune.run_dir import RunDir
 
 
 def write_report(root: Path) -> Path:
-    """Write report.html into the run's folder and return its path. Runs no model: a report can be written at any time.
+    """Write report.html into the run's folder and return its path.
 
-    Raises UserError where `root` is no run, or the file cannot be written.
+    No model is run, so a report can be written at any time.
+    Raises UserError if `root` is not a run, or if the file cannot be written.
     """
-    return write_page(render(read_run(root)), RunDir(root).report)
+    return write_page(_render(read_run(root)), RunDir(root).report)
 
 
-def render(run: RunRecords) -> str:
-    """Return the page."""
+def _render(run: RunRecords) -> str:
     evaluated = [*run.evaluations, *([run.test] if run.test else [])]
     samples, first, last = run_facts.sample_pairs(run)
     environment = run.environment
     command = environment.get("command", "")
-    return fill(
+    return fill_template(
         "report.html.jinja",
         styles=("report.css",),
         run=run,
         verdict=run_facts.verdict(run),
-        state=run_facts.state(run),
+        state=run_facts.run_state(run),
         duration=run_facts.duration(run),
         subtitle=_subtitle(run),
-        changes=run_facts.changes(run),
+        changes=run_facts.metric_changes(run),
         charts=[(chart, Markup(chart.svg)) for chart in charts_of(run)],
         samples=samples,
         first_step=first,
@@ -49,7 +49,7 @@ def render(run: RunRecords) -> str:
         ],
         signatures=_signatures(run),
         data_columns=run_facts.counts(run.data)[0],
-        data_rows=run_facts.counts(run.data)[1],
+        data_lines=run_facts.counts(run.data)[1],
         data_facts=run_facts.pairs(run.data),
         model_facts=run_facts.pairs(environment.get("model", {})),
         versions=environment.get("versions", {}),
@@ -59,11 +59,11 @@ def render(run: RunRecords) -> str:
 
 
 def _subtitle(run: RunRecords) -> list[str]:
-    """What stands under the title: model, kind of data, date."""
+    """Return the parts of the line under the title: model, kind of data, date."""
     model = run.environment.get("model", {})
     named = model.get("architecture", "")
-    if size := model.get("parameters", 0):
-        named += f", {size / 1e6:,.1f} M parameters" if size >= 1e6 else f", {size:,} parameters"
+    if number := model.get("parameters", 0):
+        named += f", {run_facts.parameter_count(number)}"
     parts = [named, run.data.get("format", "")]
     return [part for part in [*parts, run.environment.get("started", "")[:10]] if part]
 
@@ -74,7 +74,7 @@ def _machine_of(run: RunRecords) -> list[tuple[str, str]]:
 
 
 def _signatures(run: RunRecords) -> list[tuple[str, str]]:
-    """sacrebleu's signatures of the last evaluation that has any."""
+    """Return sacrebleu's signatures from the last evaluation that has any."""
     known = [
         [
             (metric.name, evaluation[f"{metric.key}_signature"])

@@ -9,7 +9,7 @@ import finetune.report
 from finetune.errors import UserError
 from finetune.report.comparison_facts import caveats
 from finetune.report.comparison_page import write_comparison
-from finetune.report.series import LINES, MARKERS, NUM_COLOURS, STAND_INS, look
+from finetune.report.svg import DASHES, MARKERS, NUM_COLOURS, SERIES_COLOURS, look
 from tests.comparison.conftest import made_comparison, write_folder
 from tests.report.test_browser import CHROMIUM, visit
 from tests.report.test_report import Page, luminance
@@ -83,7 +83,7 @@ def test_one_file_that_asks_for_nothing(folder, html):
     assert [a for a in page.addresses if not a.startswith(("#", "data:,"))] == []
     assert len(page.ids) == len(set(page.ids)) > 50
     assert not re.search(r"https?://|@import|<script", html)
-    assert not any(colour in html for colour in STAND_INS)
+    assert not any(colour in html for colour in SERIES_COLOURS)
     assert len(html) < 400_000
     assert write_comparison(folder).read_text(encoding="utf-8") == html
 
@@ -94,8 +94,8 @@ def test_a_folder_without_a_comparison(tmp_path):
 
 
 def test_series_differ_in_line_and_marker_as_well_as_in_colour():
-    looks = [look(number) for number in range(len(LINES) * len(MARKERS))]
-    assert len({(str(one.line), one.marker) for one in looks}) == 35
+    looks = [look(number) for number in range(len(DASHES) * len(MARKERS))]
+    assert len({(one.dashes, one.marker) for one in looks}) == 35
     assert len({one.colour for one in looks[:NUM_COLOURS]}) == NUM_COLOURS
 
 
