@@ -1,6 +1,7 @@
-"""What a comparison knows of one run: its settings and outcome, and its curves, read from the run's folder.
+"""What a comparison knows of one run: its settings, its outcome and its curves.
 
-Floor 1. Beside the files of every run (`finetune.run_dir`) such a folder holds `result.json`, written last, and `updates.jsonl`.
+They are read from the run's folder. In addition to the files of every run (`finetune.run_dir`), the
+folder holds `updates.jsonl` and `result.json`, which is written last.
 """
 
 import json
@@ -16,21 +17,17 @@ Phase = Literal["tuning", "reported"]
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one run. `test` is None for a run that only served to choose a learning rate, or that diverged."""
+    """The outcome of one run. `test` is None for a tuning run, and for a run that diverged."""
 
     optimizer: str
     phase: Phase
     seed: int
-    settings: dict[str, Any]  # every option that the optimizer was built with
-    problem: str  # why the run diverged, "" where it did not
+    settings: dict[str, Any]  # all options that the optimizer was built with
+    problem: str  # why the run diverged; "" if it did not
     start: dict[str, str]  # hashes of the weights and of the training data that it began with
     state_bytes: int = 0  # of the optimizer, after the last step
-    test: dict[str, float] | None = (
-        None  # nats per target token: "all", and by bin "head", "body", "tail"
-    )
-    bins: dict[str, dict[str, int]] | None = (
-        None  # by bin: "tokens" of the vocabulary, "targets" in the test data
-    )
+    test: dict[str, float] | None = None  # nats per target token: "all", "head", "body", "tail"
+    bins: dict[str, dict[str, int]] | None = None  # "tokens" of the vocabulary, test "targets"
 
     @property
     def lr(self) -> float:
@@ -39,7 +36,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Point:
-    """A held-out loss, nats per target token, and what training had cost until then. Evaluations are off the clock."""
+    """A held-out loss, in nats per target token, and what training had cost until then.
+
+    The cost does not include evaluations.
+    """
 
     step: int
     loss: float
@@ -49,14 +49,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is over: its result and its curves."""
+    """A finished run: its result and its curves."""
 
     folder: str
     result: Result
     points: list[Point]
-    updates: list[tuple[int, float]] = field(
-        default_factory=list
-    )  # (step, norm of the update over norm of the weights)
+    # (step, norm of the update divided by the norm of the weights)
+    updates: list[tuple[int, float]] = field(default_factory=list)
     steps: int = 0  # taken
 
     @property
@@ -65,16 +64,16 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """The held-out loss after the last step; infinite where the run diverged."""
+        """The held-out loss after the last step; infinite if the run diverged."""
         return math.inf if self.diverged else self.points[-1].loss
 
     @property
     def test_loss(self) -> float:
-        """The loss on the test data; infinite where the run diverged."""
+        """The loss on the test data; infinite if the run diverged."""
         return math.inf if self.diverged or self.result.test is None else self.result.test["all"]
 
     def first_at(self, target: float) -> Point | None:
-        """The first evaluation at or below `target`."""
+        """Return the first evaluation at or below `target`, or None."""
         return next((point for point in self.points if point.loss <= target), None)
 
 
