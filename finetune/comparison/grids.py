@@ -33,7 +33,7 @@ adagrad 0.03, rmsprop 0.003, adam and adamw 0.009. On SmolLM2-135M SGD's grid is
 SGD at 0.9 diverged in 5 steps.
 """
 
-MAX_WIDENINGS = 4  # at most so many learning rates are added to one grid: two decades
+MAX_WIDENINGS = 4  # learning rates added to one grid, at most: two decades
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 
 

@@ -2,8 +2,8 @@
 
 Read in this order: `run_page` (which values the page gets), `run_facts` (its words and numbers),
 `run_charts` (its curves), `svg` (how anything is drawn), `html` (how a template is filled in). The
-page of a comparison has the same three files under `comparison_`. The templates and styles lie
-beside them.
+page of a comparison has the same three files under `comparison_`. Templates and styles are in the
+same folder.
 
 Import `write_report` from here, and `write_comparison` from `finetune.report.comparison_page`.
 """

@@ -1,4 +1,4 @@
-"""comparison.html of a comparison made by hand: what it says, that it is one file, that it opens, that it can be told apart."""
+"""comparison.html of a comparison made by hand: its text, that it opens alone, its contrasts."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def html(folder):
     return (folder / "comparison.html").read_text(encoding="utf-8")
 
 
-def test_it_says_what_came_out_and_how(html):
+def test_the_page_reports_the_result_and_the_method(html):
     page = Page(html)
     for expected in (
         "adamw wins: test loss 4.420",
@@ -101,7 +101,10 @@ def test_series_differ_in_line_and_marker_as_well_as_in_colour():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_series_stand_out_from_their_ground(scheme):
-    """A contrast of 3, as WCAG 2.2 asks of drawings (https://www.w3.org/TR/WCAG22/#non-text-contrast)."""
+    """The contrast is at least 3, as WCAG 2.2 requires of drawings.
+
+    https://www.w3.org/TR/WCAG22/#non-text-contrast
+    """
     folder, number = Path(finetune.report.__file__).parent, ["light", "dark"].index(scheme)
     roots = [
         re.findall(r":root \{(.*?)\}", (folder / name).read_text(), re.DOTALL)[number]

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the factory's optimizers, against the same Trainer with torch's AdamW."""
+"""transformers.Trainer with the factory's optimizers, against that with torch's AdamW."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""The functions against known values, the descents against steps made by hand, the choice of a learning rate."""
+"""The functions against known values, the descents against steps by hand, the learning rates."""
 
 import math
 

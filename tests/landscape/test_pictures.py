@@ -1,4 +1,4 @@
-"""The files: valid SVG that needs nothing from outside, every descent with its learning rate, the animation's start and end."""
+"""The files: valid SVG that stands alone, every descent with its learning rate, the animation."""
 
 import re
 import subprocess

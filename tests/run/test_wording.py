@@ -1,4 +1,4 @@
-"""Durations, sizes and lists as a person reads them, with the places where rounding changes the unit."""
+"""Durations, sizes and lists in words, also at the points at which rounding changes the unit."""
 
 import pytest
 
