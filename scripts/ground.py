@@ -110,10 +110,11 @@ def our_trainer(
     from finetune.display import Display
     from finetune.divergence import DivergenceGuard
     from finetune.optim import build_lr_scheduler, build_optimizer
+    from finetune.recipes.engines import prepare
     from finetune.recipes.optimizer import optimizer_options
     from finetune.recipes.parts import build_parts, make_accelerator
-    from finetune.run_dir import RunDir
-    from finetune.tracking import MetricLogger
+    from finetune.run.folder import RunDir
+    from finetune.run.log import MetricLogger
     from finetune.trainer import Cadence, Trainer
 
     class NoCheckpoints:
@@ -127,7 +128,7 @@ def our_trainer(
     scheduler = build_lr_scheduler(
         optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0
     )
-    module, optimizer = accelerator.prepare(parts.language_model, optimizer)
+    module, optimizer, average_rows = prepare(accelerator, parts.language_model, optimizer, display)
     run = RunDir(args.folder)
     yield (
         Trainer(
@@ -145,6 +146,7 @@ def our_trainer(
             seed=config.seed,
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
+            average_rows=average_rows,
             before_step=parts.vocabulary.before_step,
         ),
         parts,
@@ -158,17 +160,18 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from finetune.models.skeleton import load_skeleton
-    from finetune.models.tokenizers import load_tokenizer, prepare_chat
+    from finetune.models.load import ModelSpec, load_skeleton
+    from finetune.models.tokenizers import load_tokenizer, set_template
     from finetune.recipes.data import encode_rows, load_raw_data, make_format
 
     config = our_config(args)
-    tokenizer = load_tokenizer(name=str(args.model))
-    prepare_chat(None, tokenizer, config.model.chat_template)
+    tokenizer = load_tokenizer(ModelSpec(name=str(args.model)))
+    set_template(tokenizer, config.model.chat_template)
     raw = load_raw_data(config.data, seed=0)
     format = make_format(config.data, tokenizer, raw.first_row)
     rows = max(
-        load_skeleton(name=str(args.model)).get_input_embeddings().weight.shape[0], len(tokenizer)
+        load_skeleton(ModelSpec(name=str(args.model))).get_input_embeddings().weight.shape[0],
+        len(tokenizer),
     )
     train, validation = (
         encode_rows(part, format, config.data, vocab_size=rows)
@@ -179,10 +182,13 @@ def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def load_plain(args: argparse.Namespace) -> Any:
     """The model as its makers' library loads it, with rows for the template's new tokens."""
+    from finetune.models.tokenizers import set_template
     from finetune.recipes.model import make_model, make_tokenizer
 
     config = our_config(args).model
-    return make_model(config, make_tokenizer(config, ()), seed=0)[0]
+    tokenizer = make_tokenizer(config, ())
+    tokens = set_template(tokenizer, config.chat_template)
+    return make_model(config, tokenizer, tokens, seed=0)
 
 
 def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:

@@ -4,10 +4,12 @@ Floor 2. Master weights are float32 whatever the precision of the matrix product
 than 1/256 of a weight would be lost.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -23,32 +25,36 @@ AT_LEAST_ONE = (
 )
 
 
-def load_model(
-    *,
-    name: str | None = None,
-    config: dict[str, Any] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-    vocab_size: int | None = None,
-) -> PreTrainedModel:
-    """A causal language model with float32 weights, in evaluation mode.
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load it. Exactly one of `name` and `config` is given."""
 
-    Exactly one of `name` (see `locate.resolve_name`) and `config` (`{"model_type": "llama", ...}`: random weights, from torch's
-    global random state). `attn_implementation`: None for sdpa where the architecture has it, else eager. `vocab_size`: the rows of
-    a random model's token table. Raises UserError where there is no such model, or the config is wrong, or the model has no such
-    attention.
+    name: str | None = None  # see `locate.resolve_name`
+    config: Mapping[str, Any] | None = None  # {"model_type": "llama", ...}: random weights
+    revision: str | None = None  # of a hub repository
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None  # None: sdpa if the architecture has it, else eager
+    vocab_size: int | None = None  # rows of a random model's token table
+
+    def __post_init__(self) -> None:
+        assert (self.name is None) != (self.config is None), (self.name, self.config)
+
+
+def load_model(spec: ModelSpec) -> PreTrainedModel:
+    """Return a causal language model with float32 weights, in evaluation mode.
+
+    Random weights come from torch's global generator. Raises UserError if there is no such model,
+    its config is wrong, or it has no such attention.
     """
-    assert (name is None) != (config is None), (name, config)
-    if config is not None:
-        return _random_model(config, attn_implementation, vocab_size)
-    assert name is not None
+    name, revision = spec.name, spec.revision
+    if name is None:
+        return _random_model(spec)
     try:
         return AutoModelForCausalLM.from_pretrained(
             resolve_name(name, revision=revision),
             revision=revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attn_implementation,
             dtype=torch.float32,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -57,15 +63,41 @@ def load_model(
         raise UserError(f"model {name!r} could not be loaded: {first_line(error)}") from error
 
 
-def _random_model(
-    config: dict[str, Any], attn_implementation: str | None, vocab_size: int | None
-) -> PreTrainedModel:
-    model_config = _make_config(
-        config if vocab_size is None else config | {"vocab_size": vocab_size}
-    )
+def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """Return the model as `load_model` would, with all parameters on the meta device.
+
+    Takes no memory and reads no weight file; a .gguf file is converted first, as for loading.
+    Raises UserError.
+    """
+    with torch.device("meta"):
+        if spec.name is None:
+            return load_model(spec)
+        place = resolve_name(spec.name, revision=spec.revision)
+        try:
+            found = AutoConfig.from_pretrained(
+                place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            )
+            return AutoModelForCausalLM.from_config(
+                found,
+                trust_remote_code=spec.trust_remote_code,
+                attn_implementation=spec.attn_implementation,
+                dtype=torch.float32,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(
+                f"model {spec.name!r} could not be loaded: {first_line(error)}"
+            ) from error
+
+
+def _random_model(spec: ModelSpec) -> PreTrainedModel:
+    assert spec.config is not None
+    config = dict(spec.config)
+    if spec.vocab_size is not None:
+        config["vocab_size"] = spec.vocab_size
+    model_config = _make_config(config)
     try:
         model = AutoModelForCausalLM.from_config(
-            model_config, attn_implementation=attn_implementation, dtype=torch.float32
+            model_config, attn_implementation=spec.attn_implementation, dtype=torch.float32
         )
     except KeyError as error:  # a name that stands in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
@@ -81,7 +113,7 @@ def _random_model(
     return model.eval()
 
 
-def _make_config(given: dict[str, Any]) -> PretrainedConfig:
+def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     """transformers takes any key without a word; here an unknown one is an error."""
     options = dict(given)
     model_type = options.pop("model_type", None)

@@ -7,6 +7,7 @@ ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 from finetune.data.rendering import ChatTemplate, encode_text
 from finetune.errors import UserError
 from finetune.models.describe import token_tables
+from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -34,17 +36,16 @@ CHATML = (
 )
 
 
-def load_tokenizer(
-    *, name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with the model `name` (see `locate.resolve_name`). Raises UserError where there is none."""
-    place = resolve_name(name, revision=revision)
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in the folder or repository of the model. Raises UserError."""
+    assert spec.name is not None, "a model of random weights has no tokenizer of its own"
+    place = resolve_name(spec.name, revision=spec.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            place, revision=revision, trust_remote_code=trust_remote_code
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"the tokenizer of {name!r} could not be loaded: {error}") from error
+        raise UserError(f"the tokenizer of {spec.name!r} could not be loaded: {error}") from error
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -82,17 +83,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def prepare_chat(
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None = None,
-) -> list[int]:
-    """Set the template, its markers and the stop token in the tokenizer, and fit the model (if given) to it; both in place.
+@dataclass(frozen=True)
+class ChatTokens:
+    """What a chat template changes in the model that it is used with."""
 
-    `chat_template`: None (the tokenizer's own, if any), "chatml", or the path of a Jinja file. Without any template the tokenizer's
-    end-of-text token stays the stop token. Returns the ids of the tokens that were added: their rows begin as the mean of the
-    others, and are to be trained also beside LoRA (see `adapters.add_lora`). Raises UserError where the file is missing or fails to
-    render.
+    added: tuple[int, ...] = ()  # ids that the tokenizer did not have before
+    stops: tuple[int, ...] = ()  # ids that end an answer, the template's end of turn first
+
+
+def set_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> ChatTokens:
+    """Set the template, its markers and the stop token in the tokenizer, in place.
+
+    `chat_template`: None (the tokenizer's own, if any), "chatml", or the path of a Jinja file.
+    Without any template the tokenizer's end-of-text token stays the stop token. Returns what
+    `fit_to_tokenizer` needs. Raises UserError if the file is missing or fails to render.
     """
     before = set(tokenizer.get_vocab().values())
     if chat_template == "chatml":
@@ -117,10 +123,19 @@ def prepare_chat(
             tokenizer.eos_token
         )  # never learnt: the labels of padding are IGNORE_INDEX
     added = sorted(set(tokenizer.get_vocab().values()) - before)
-    if model is not None:
-        _fit_rows(model, added)
-        _set_stops(model, tokenizer, stops)
-    return added
+    return ChatTokens(tuple(added), tuple(stops))
+
+
+def fit_to_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: ChatTokens
+) -> None:
+    """Give the model rows for the added tokens, and the tokenizer's stop tokens, in place.
+
+    New rows start as the mean of the others. They are to be trained with LoRA too (see
+    `adapters.add_lora`).
+    """
+    _fit_rows(model, list(tokens.added))
+    _set_stops(model, tokenizer, list(tokens.stops))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:

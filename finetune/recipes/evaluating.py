@@ -3,7 +3,6 @@
 Floor 5.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -17,13 +16,14 @@ from finetune.data.encode import EncodedDataset
 from finetune.data.types import Prompt
 from finetune.display import differences, format_metrics
 from finetune.errors import UserError
-from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
+from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.generation import SamplingSettings
 from finetune.models.speed import uncompiled
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.parts import Parts
-from finetune.run_dir import RunDir
-from finetune.tracking import MetricLogger, finite
+from finetune.run.folder import RunDir
+from finetune.run.log import MetricLogger, keep_samples
+from finetune.run.records import Evaluation, Evaluations, Sample, evaluations_by_step
 
 
 class Evaluator:
@@ -49,7 +49,7 @@ class Evaluator:
                 f"generation.max_new_tokens, which is {room}, or set evaluation.generate=0"
             )
         self.prompts = own_block(prompts, parts.accelerator)
-        self.records: dict[int, dict[str, Any]] = {}
+        self.records: dict[int, Evaluation] = {}
 
     def __call__(self, step: int) -> dict[str, Any]:
         if self.parts.validation is None and self.parts.unrelated is None:
@@ -57,9 +57,9 @@ class Evaluator:
         started = time.perf_counter()
         results = self._losses() | self._generation(step)
         results["seconds"] = round(time.perf_counter() - started, 3)
+        self.records[step] = Evaluation(step, results)
         if self.parts.accelerator.is_main_process:
-            self.logger.log({"step": step, "evaluation": results})
-        self.records[step] = results
+            self.logger.log(self.records[step])
         return results
 
     def _losses(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Evaluator:
             return {}
         eager = uncompiled(parts.config.training.compile)
         with parts.display.bar("generating", total) as advance, parts.accelerator.autocast(), eager:
-            scores, samples = evaluate_generation(
+            scores, answers = evaluate_generation(
                 parts.language_model.model,
                 parts.tokenizer,
                 self.prompts,
@@ -116,35 +116,31 @@ class Evaluator:
                 **sampling(config.generation, parts.language_model.model, seed=config.seed),
             )
         if parts.accelerator.is_main_process:
-            write_samples(self.run, step, samples[: config.evaluation.samples])
+            kept = answers[: config.evaluation.samples]
+            keep_samples(self.run, [Sample(step, **answer) for answer in kept])
         return dict(scores)
 
-    def write_summary(self, *, best_step: int | None, last_step: int) -> None:
-        """evaluation.json: before, after and best, from the evaluations logged so far (also those of the run before a resume)."""
-        records = {**logged_evaluations(self.run), **self.records}
-        summary = {}
-        for name, step in (("before", 0), ("after", last_step), ("best", best_step)):
-            if step in records:
-                summary[name] = {"step": step, **records[step]}
-        self.run.evaluation.write_text(json.dumps(finite(summary), indent=2), encoding="utf-8")
-        if {"before", "after"} <= summary.keys():
-            before, after, best = (
-                summary["before"],
-                summary["after"],
-                summary.get("best", summary["after"]),
-            )
-            self.parts.display.say("held-out before: " + format_metrics(before))
-            self.parts.display.say("held-out after:  " + format_metrics(after))
-            if best["step"] != after["step"]:
+    def write_summary(self, *, best_step: int | None, last_step: int) -> Evaluations:
+        """Write and return before, after and best of all evaluations, those before a resume also."""
+        records = {**evaluations_by_step(self.run), **self.records}
+        before, after = records.get(0), records.get(last_step)
+        best = None if best_step is None else records.get(best_step)
+        summary = Evaluations(before, after, best)
+        summary.write(self.run)
+        if before is not None and after is not None:
+            self.parts.display.say("held-out before: " + format_metrics(before.metrics))
+            self.parts.display.say("held-out after:  " + format_metrics(after.metrics))
+            if best is not None and best.step != after.step:
                 self.parts.display.say(
-                    f"held-out best:   {format_metrics(best)}  (step {best['step']})"
+                    f"held-out best:   {format_metrics(best.metrics)}  (step {best.step})"
                 )
-            first, last = (record.get("active_tokens", 0) for record in (before, after))
+            first, last = (part.metrics.get("active_tokens", 0) for part in (before, after))
             if first != last:
                 self.parts.display.note(
                     "the inactive mass after is over fewer tokens and does not compare: "
                     f"{first:,} were active before, {last:,} then"
                 )
+        return summary
 
 
 def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:
@@ -182,17 +178,3 @@ def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) 
         raise UserError(
             "evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction"
         )
-
-
-def write_samples(run: RunDir, step: int, samples: Sequence[Sample]) -> None:
-    with run.samples.open("a", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n")
-
-
-def logged_evaluations(run: RunDir) -> dict[int, dict[str, Any]]:
-    """Step -> what was measured after it, from metrics.jsonl."""
-    if not run.metrics.is_file():
-        return {}
-    records = (json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines())
-    return {record["step"]: record["evaluation"] for record in records if "evaluation" in record}

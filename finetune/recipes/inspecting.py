@@ -4,7 +4,6 @@ Floor 5.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,10 +13,10 @@ from finetune.config import RunConfig
 from finetune.data.statistics import DataReport, pieces, report_on
 from finetune.display import Display
 from finetune.models.describe import token_tables
-from finetune.models.skeleton import load_skeleton
-from finetune.models.tokenizers import prepare_chat
+from finetune.models.load import load_skeleton
+from finetune.models.tokenizers import set_template
 from finetune.recipes.data import STREAM_SAMPLE, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import check_length, make_tokenizer
+from finetune.recipes.model import check_length, make_tokenizer, model_spec
 from finetune.recipes.vocabulary import plan_vocabulary
 
 
@@ -27,9 +26,9 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     display = Display()
     raw = load_raw_data(config.data, seed=config.seed)
     tokenizer = make_tokenizer(config.model, raw.texts())
-    added = prepare_chat(None, tokenizer, config.model.chat_template)
+    added = set_template(tokenizer, config.model.chat_template).added
     format = make_format(config.data, tokenizer, raw.first_row)
-    skeleton = _skeleton(config, tokenizer)
+    skeleton = load_skeleton(model_spec(config.model, tokenizer))
     check_length(skeleton, config.data.max_length)
     rows = max(token_tables(skeleton)[0].shape[0], 1 + max(added, default=0))
     display.say(f"encoding the data as {format.name}")
@@ -60,19 +59,6 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     corpora = [train, *([held_out] if held_out is not None else [])]
     console.print(plan_vocabulary(config, skeleton, tokenizer, corpora, added).line())
     return report
-
-
-def _skeleton(config: RunConfig, tokenizer: Any) -> Any:
-    """The model without its weights, from its config alone."""
-    model = config.model
-    return load_skeleton(
-        name=model.name,
-        config=model.config,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        attn_implementation=model.attn_implementation,
-        vocab_size=len(tokenizer),
-    )
 
 
 def _marked(stretches: Sequence[tuple[str, bool]], in_colour: bool) -> Text:

@@ -14,46 +14,59 @@ from finetune.config.schema import ModelSection, NewTokenizerSection
 from finetune.errors import UserError
 from finetune.generation import context_length
 from finetune.models.adapters import add_lora
-from finetune.models.load import load_model
-from finetune.models.tokenizers import load_tokenizer, prepare_chat, train_tokenizer
+from finetune.models.load import ModelSpec, load_model
+from finetune.models.tokenizers import (
+    ChatTokens,
+    fit_to_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from finetune.models.vocabulary import active_modules
 
 
-def make_tokenizer(config: ModelSection, texts: Iterable[str]) -> Any:
-    """The model's tokenizer, or for a random model one trained on `texts`."""
-    if config.name is not None:
-        if config.tokenizer is not None:
-            raise UserError(
-                "model.tokenizer trains a new tokenizer for model.config; a pretrained model (model.name) keeps its own"
-            )
-        return load_tokenizer(
-            name=config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:
+    """Return how the section's model is loaded; a random one gets a row for each token."""
+    return ModelSpec(
+        name=section.name,
+        config=section.config,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        attn_implementation=section.attn_implementation,
+        vocab_size=len(tokenizer) if section.name is None and tokenizer is not None else None,
+    )
+
+
+def make_tokenizer(section: ModelSection, texts: Iterable[str]) -> Any:
+    """Return the model's tokenizer, or for a random model one trained on `texts`."""
+    if section.name is None:
+        return train_tokenizer(texts, (section.tokenizer or NewTokenizerSection()).vocab_size)
+    if section.tokenizer is not None:
+        raise UserError(
+            "model.tokenizer trains a new tokenizer for model.config; a pretrained model "
+            "(model.name) keeps its own. Remove one of the two."
         )
-    return train_tokenizer(texts, (config.tokenizer or NewTokenizerSection()).vocab_size)
+    return load_tokenizer(model_spec(section))
 
 
-def make_model(config: ModelSection, tokenizer: Any, *, seed: int) -> tuple[Any, list[int]]:
-    """The model, and the ids of the tokens that the chat template added to it. Random weights come from `seed`."""
+def make_model(section: ModelSection, tokenizer: Any, tokens: ChatTokens, *, seed: int) -> Any:
+    """Return the model, fitted to the tokenizer. Random weights come from `seed`."""
     torch.manual_seed(seed)
-    model = load_model(
-        name=config.name,
-        config=config.config,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attn_implementation=config.attn_implementation,
-        vocab_size=None if config.name is not None else len(tokenizer),
-    )
-    return model, prepare_chat(model, tokenizer, config.chat_template)
+    model = load_model(model_spec(section, tokenizer))
+    fit_to_tokenizer(model, tokenizer, tokens)
+    return model
 
 
-def load_trained(folder: Path, config: ModelSection) -> tuple[Any, Any]:
-    """The model and the tokenizer that a run has exported to `folder`. Flash attention takes 16 bits, as in training: not here."""
-    tokenizer = load_tokenizer(name=str(folder), trust_remote_code=config.trust_remote_code)
-    attention = "eager" if config.attn_implementation == "eager" else None
-    model = load_model(
-        name=str(folder), trust_remote_code=config.trust_remote_code, attn_implementation=attention
+def load_trained(folder: Path, section: ModelSection) -> tuple[Any, Any]:
+    """Return the model and the tokenizer that a run has exported to `folder`.
+
+    Flash attention takes 16 bits, as in training, so it is not used here.
+    """
+    spec = ModelSpec(
+        name=str(folder),
+        trust_remote_code=section.trust_remote_code,
+        attn_implementation="eager" if section.attn_implementation == "eager" else None,
     )
-    return model, tokenizer
+    return load_model(spec), load_tokenizer(spec)
 
 
 def check_length(model: Any, max_length: int) -> None:

@@ -25,6 +25,7 @@ from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
+from finetune.models.tokenizers import set_template
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time
 from finetune.recipes.model import (
@@ -132,7 +133,9 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}"
     )
     tokenizer = make_tokenizer(config.model, raw.texts())
-    model, new_tokens = make_model(config.model, tokenizer, seed=config.seed)
+    tokens = set_template(tokenizer, config.model.chat_template)
+    new_tokens = tokens.added
+    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
     check_length(model, config.data.max_length)
     start = model_fingerprint(
         model

@@ -32,13 +32,13 @@ from finetune.memory import (
 )
 from finetune.models.activations import Rehearsal
 from finetune.models.describe import describe_model
+from finetune.models.load import load_skeleton
 from finetune.models.precision import resolve_precision
-from finetune.models.skeleton import load_skeleton
-from finetune.models.tokenizers import prepare_chat
+from finetune.models.tokenizers import set_template
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import adapt_model, check_length, make_tokenizer
+from finetune.recipes.model import adapt_model, check_length, make_tokenizer, model_spec
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import build_parts, make_accelerator, pad_id
 from finetune.recipes.plan_text import make_console, print_plan
@@ -119,7 +119,7 @@ class Planner:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.raw: RawData = load_raw_data(config.data, seed=config.seed)
         self.tokenizer = make_tokenizer(config.model, self.raw.texts())
-        self.new_tokens = prepare_chat(None, self.tokenizer, config.model.chat_template)
+        self.new_tokens = set_template(self.tokenizer, config.model.chat_template).added
         self.format = make_format(config.data, self.tokenizer, self.raw.first_row)
         skeleton = self._skeleton(config)
         check_length(skeleton, config.data.max_length)
@@ -233,15 +233,7 @@ class Planner:
         return found
 
     def _skeleton(self, config: RunConfig) -> Any:
-        section = config.model
-        model: Any = load_skeleton(
-            name=section.name,
-            config=section.config,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            attn_implementation=section.attn_implementation,
-            vocab_size=len(self.tokenizer),
-        )
+        model: Any = load_skeleton(model_spec(config.model, self.tokenizer))
         needed = max(self.tokenizer.get_vocab().values()) + 1
         with torch.device("meta"):
             if needed > model.get_input_embeddings().weight.shape[0]:

@@ -5,7 +5,7 @@ Floor 5.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.models.language_model import LanguageModel
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.precision import resolve_precision
-from finetune.models.tokenizers import load_tokenizer, prepare_chat
+from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
 from finetune.recipes.data import (
     encode_rows,
     first_prompts,
@@ -36,8 +36,9 @@ from finetune.recipes.data import (
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.model import check_length, load_trained
 from finetune.recipes.parts import pad_id
-from finetune.run_dir import RunDir
-from finetune.tracking import finite
+from finetune.run.files import finite
+from finetune.run.folder import RunDir
+from finetune.run.records import Evaluations, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ def open_target(target: str) -> Opened:
     if config is not None:
         model, tokenizer = load_trained(run.model, config.model)
     else:
-        model, tokenizer = load_model(name=target), load_tokenizer(name=target)
-    prepare_chat(model, tokenizer)
+        spec = ModelSpec(name=target)
+        model, tokenizer = load_model(spec), load_tokenizer(spec)
+    fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Opened(model, tokenizer, run if is_run else None, config)
 
@@ -115,23 +117,16 @@ def evaluate_target(
         results |= _scores_on(opened, raw.validation, format, settings, display, inactive)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
-        summary = (
-            json.loads(opened.run.evaluation.read_text(encoding="utf-8"))
-            if opened.run.evaluation.is_file()
-            else {}
-        )
-        opened.run.evaluation.write_text(
-            json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8"
-        )
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
     return results
 
 
 def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
     """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
-    if run is None or not run.vocabulary.is_file():
+    if run is None or not (used := Vocabulary.read(run).used):
         return None
     unused = torch.ones(vocab_size, dtype=torch.bool)
-    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
+    unused[list(used)] = False
     return unused if unused.any() else None
 
 

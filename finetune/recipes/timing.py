@@ -3,21 +3,20 @@
 Floor 5. Nothing is written, and the model that was timed is thrown away.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
-
-import torch
+from typing import cast
 
 from finetune.evaluation import evaluate_loss
 from finetune.generation import SamplingSettings, generate
 from finetune.models.language_model import LanguageModel
-from finetune.optim import build_optimizer, clip_grad_norm_
+from finetune.optim import build_optimizer
 from finetune.recipes.data import first_prompts, generation_metrics
+from finetune.recipes.engines import prepare
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts
+from finetune.training.step import take_step
 
 TIMED_STEPS = 3  # after one that is not counted, in which the optimizer makes its state
 TIMED_TOKENS = 8  # of each answer
@@ -52,26 +51,22 @@ def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> T
 
 
 def _training_speed(parts: Parts) -> float:
-    """Tokens per second of forward, backward, clip and optimizer step."""
+    """Return the tokens per second of whole optimizer steps, as the trainer takes them."""
     config, accelerator = parts.config, parts.accelerator
-    optimizer: Any = build_optimizer(
-        parts.model, config.optimizer.name, **optimizer_options(config)
-    )
-    module, optimizer = accelerator.prepare(parts.language_model, optimizer)
-    module.train()
+    raw = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    module, optimizer, average_rows = prepare(accelerator, parts.language_model, raw, parts.display)
     seconds, tokens = 0.0, 0
     for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS)):
         started = time.perf_counter()
         parts.vocabulary.before_step(number, batch)
-        for micro_batch in batch.micro_batches:
-            tensors = cast(dict[str, torch.Tensor], micro_batch)
-            loss = module(**{key: value.to(accelerator.device) for key, value in tensors.items()})
-            accelerator.backward(loss / batch.num_target_tokens)
-        float(
-            clip_grad_norm_(module.parameters(), config.training.max_grad_norm or math.inf)
-        )  # waits for the device
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(
+            module,
+            optimizer,
+            batch,
+            accelerator=accelerator,
+            max_grad_norm=config.training.max_grad_norm,
+            average_rows=average_rows,
+        )
         if number:
             seconds += time.perf_counter() - started
             tokens += batch.num_tokens

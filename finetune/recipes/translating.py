@@ -3,7 +3,6 @@
 Floor 5.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from finetune.errors import UserError
 from finetune.recipes.answering import stdin_lines
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.reading import Opened, open_target
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
+from finetune.run.records import DataCounts
 from finetune.translate import translate_file, translate_lines
 
 
@@ -93,5 +93,4 @@ def _translation_format(opened: Opened, source: str | None, to: str | None) -> T
 
 
 def _trained_languages(run: RunDir) -> Sequence[str | None]:
-    counts = json.loads(run.data.read_text(encoding="utf-8")) if run.data.is_file() else {}
-    return counts.get("languages", (None, None))
+    return DataCounts.read(run).languages or (None, None)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from finetune.report import run_facts
+from finetune.run.metrics import MISSING
 from finetune.run.wording import size
 
 JsonObject = dict[str, Any]
@@ -157,11 +158,9 @@ def optimizer_line(name: str, entry: JsonObject) -> JsonObject:
         "test": _mean_and_interval(entry["test"]),
         "validation": _mean_and_interval(entry["validation"]),
         "difference": _mean_and_interval(entry["difference_to_best"], signed=True),
-        "steps": run_facts.MISSING if to_target["steps"] is None else f"{to_target['steps']:,.0f}",
+        "steps": MISSING if to_target["steps"] is None else f"{to_target['steps']:,.0f}",
         "reached": f"{to_target['reached']} of {entry['reported_runs']} seeds",
-        "tokens": run_facts.MISSING
-        if to_target["tokens"] is None
-        else f"{to_target['tokens']:,.0f} tokens",
+        "tokens": MISSING if to_target["tokens"] is None else f"{to_target['tokens']:,.0f} tokens",
         "seconds": "" if to_target["seconds"] is None else f"{to_target['seconds']:,.1f} s",
         "per_step": f"{1000 * entry['seconds_per_step']:,.0f} ms",
         "state": size(entry["state_bytes"]),
@@ -174,7 +173,7 @@ def optimizer_line(name: str, entry: JsonObject) -> JsonObject:
 
 def _mean_and_interval(value: JsonObject | None, *, signed: bool = False) -> tuple[str, str]:
     if value is None:
-        return run_facts.MISSING, ""
+        return MISSING, ""
     form = "+.3f" if signed else ".3f"
     spread = "" if value["low"] is None else f"{value['low']:{form}} to {value['high']:{form}}"
     return f"{value['mean']:{form}}".replace("-", "−"), spread.replace("-", "−")
@@ -192,7 +191,7 @@ def _setting_text(value: Any) -> str:
 def run_line(run: JsonObject) -> list[str]:
     """Return the cells of one run: phase, seed, lr, steps, held-out loss, test loss, seconds."""
     loss = "diverged" if run["diverged"] else f"{run['validation_loss']:.4f}"
-    test = run_facts.MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
+    test = MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
     phase = "widening" if run["widening"] else run["phase"]
     return [
         phase,

@@ -2,8 +2,8 @@
 
 import math
 
-from finetune.report.records import RunRecords
 from finetune.report.svg import Curve, Picture, Points, draw_curves, points_of, smooth
+from finetune.run.records import RunRecords
 
 _TEXT_METRICS = [("chrf", "chrF", "line"), ("bleu", "BLEU", "dashed")]
 _TRAINING = [

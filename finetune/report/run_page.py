@@ -3,16 +3,16 @@
 It needs no network, no script and no other file. Its content security policy forbids them.
 """
 
-import shlex
 from pathlib import Path
 
 from markupsafe import Markup
 
 from finetune.report import run_facts
 from finetune.report.html import fill_template, write_page
-from finetune.report.records import RunRecords, read_run
 from finetune.report.run_charts import charts_of
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
+from finetune.run.metrics import METRICS
+from finetune.run.records import RunRecords, read_run
 
 
 def write_report(root: Path) -> Path:
@@ -25,10 +25,10 @@ def write_report(root: Path) -> Path:
 
 
 def _render(run: RunRecords) -> str:
-    evaluated = [*run.evaluations, *([run.test] if run.test else [])]
+    evaluated = [*(evaluation.metrics for evaluation in run.evaluations), run.test]
     samples, first, last = run_facts.sample_pairs(run)
-    environment = run.environment
-    command = environment.get("command", "")
+    environment, data = run.environment, run.data.as_dict()
+    data_columns, data_lines = run_facts.counts(data)
     return fill_template(
         "report.html.jinja",
         styles=("report.css",),
@@ -44,42 +44,43 @@ def _render(run: RunRecords) -> str:
         last_step=last,
         metrics=[
             metric
-            for metric in run_facts.METRICS
-            if any(run_facts.number(e, metric.key) is not None for e in evaluated)
+            for metric in METRICS
+            if any(metric.value(figures) is not None for figures in evaluated)
         ],
         signatures=_signatures(run),
-        data_columns=run_facts.counts(run.data)[0],
-        data_lines=run_facts.counts(run.data)[1],
-        data_facts=run_facts.pairs(run.data),
-        model_facts=run_facts.pairs(environment.get("model", {})),
-        versions=environment.get("versions", {}),
-        machine_facts=run_facts.pairs(environment.get("machine", {})) + _machine_of(run),
-        command=command if isinstance(command, str) else shlex.join(command),
+        data_columns=data_columns,
+        data_lines=data_lines,
+        data_facts=run_facts.pairs(data),
+        model_facts=run_facts.pairs(environment.model),
+        versions=environment.versions,
+        machine_facts=run_facts.pairs(environment.machine) + _machine_of(run),
+        command=environment.command,
     )
 
 
 def _subtitle(run: RunRecords) -> list[str]:
     """Return the parts of the line under the title: model, kind of data, date."""
-    model = run.environment.get("model", {})
+    model = run.environment.model
     named = model.get("architecture", "")
     if number := model.get("parameters", 0):
         named += f", {run_facts.parameter_count(number)}"
-    parts = [named, run.data.get("format", "")]
-    return [part for part in [*parts, run.environment.get("started", "")[:10]] if part]
+    parts = [named, run.data.format, run.environment.started[:10]]
+    return [part for part in parts if part]
 
 
 def _machine_of(run: RunRecords) -> list[tuple[str, str]]:
     keys = ("device", "precision", "processes", "started")
-    return run_facts.pairs({key: run.environment[key] for key in keys if key in run.environment})
+    known = run.environment.as_dict()
+    return run_facts.pairs({key: known[key] for key in keys if known.get(key)})
 
 
 def _signatures(run: RunRecords) -> list[tuple[str, str]]:
     """Return sacrebleu's signatures from the last evaluation that has any."""
     known = [
         [
-            (metric.name, evaluation[f"{metric.key}_signature"])
-            for metric in run_facts.METRICS
-            if f"{metric.key}_signature" in evaluation
+            (metric.name, evaluation.metrics[f"{metric.key}_signature"])
+            for metric in METRICS
+            if f"{metric.key}_signature" in evaluation.metrics
         ]
         for evaluation in run.evaluations
     ]

@@ -20,6 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from finetune.run.records import Evaluation, StepRecord
+
 INK, _GRID, _FIRST, _SECOND = "#0a0b0c", "#0a0b0d", "#0a0b0e", "#0a0b0f"
 NUM_COLOURS = 8
 SERIES_COLOURS = {
@@ -113,16 +115,15 @@ def line_style(number: int) -> dict[str, Any]:
     }
 
 
-def points_of(records: Sequence[dict[str, Any]], key: str) -> Points:
+def points_of(records: Sequence[StepRecord | Evaluation], key: str) -> Points:
     """Return (step, value) for each record in which `key` is a number.
 
     NaN and infinity become NaN, which leaves a gap.
     """
     points = []
     for record in records:
-        if key in record and record[key] is not None:
-            value = float(record[key])
-            points.append((float(record["step"]), value if math.isfinite(value) else math.nan))
+        if (value := record.number(key)) is not None:
+            points.append((float(record.step), value if math.isfinite(value) else math.nan))
     return points
 
 

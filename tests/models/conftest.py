@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import train_tokenizer
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -42,7 +42,9 @@ def make_model():
         torch.manual_seed(0)
         attention = "eager" if kind in EAGER else "sdpa"
         model = load_model(
-            config=KINDS[kind] | options, vocab_size=vocab_size, attn_implementation=attention
+            ModelSpec(
+                config=KINDS[kind] | options, vocab_size=vocab_size, attn_implementation=attention
+            )
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():

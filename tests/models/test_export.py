@@ -13,7 +13,7 @@ from finetune.models.adapters import add_lora
 from finetune.models.describe import token_tables
 from finetune.models.export import export_model, verify_export
 from finetune.models.language_model import LanguageModel
-from finetune.models.tokenizers import prepare_chat
+from finetune.models.tokenizers import fit_to_tokenizer, set_template
 from finetune.models.vocabulary import activate_vocabulary, active_modules
 
 IDS = [5, 9, 3, 7, 11]
@@ -27,7 +27,7 @@ def test_an_export_reloads_with_its_logits_tie_and_stops(
     kind, dtype, make_model, chat_tokenizer, tmp_path
 ):
     model = make_model(kind, vocab_size=len(chat_tokenizer))
-    prepare_chat(model, chat_tokenizer)
+    fit_to_tokenizer(model, chat_tokenizer, set_template(chat_tokenizer))
     dest = tmp_path / "deep" / "model"
     export_model(model, chat_tokenizer, dest, card="# A card\n", dtype=dtype)
     verify_export(dest, model, IDS)

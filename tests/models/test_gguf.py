@@ -7,7 +7,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.models.card import license_of
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.locate import resolve_name
 from finetune.models.tokenizers import load_tokenizer
 
@@ -79,8 +79,8 @@ def cache(tmp_path, monkeypatch):
 def test_a_gguf_file_becomes_a_float32_model_with_its_tokenizer_and_licence(tmp_path, cache):
     weights = write_gguf(tmp_path / "tiny.gguf")
     model, tokenizer = (
-        load_model(name=str(tmp_path / "tiny.gguf")),
-        load_tokenizer(name=str(tmp_path / "tiny.gguf")),
+        load_model(ModelSpec(name=str(tmp_path / "tiny.gguf"))),
+        load_tokenizer(ModelSpec(name=str(tmp_path / "tiny.gguf"))),
     )
     table = model.get_input_embeddings().weight
     assert table.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_the_conversion_happens_once_for_a_file_and_again_for_a_changed_one(tmp_
     assert mark.stat().st_mtime_ns == before
     write_gguf(file, inner=96)
     assert resolve_name(str(file)) != first
-    assert load_model(name=str(file)).config.intermediate_size == 96
+    assert load_model(ModelSpec(name=str(file))).config.intermediate_size == 96
 
 
 def test_an_installed_package_with_a_gguf_loads(tmp_path, monkeypatch):
@@ -114,7 +114,7 @@ def test_an_installed_package_with_a_gguf_loads(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise ImportError('not to be imported')")
     write_gguf(package / "model.gguf")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_model(name="package:a-tiny-model").config.hidden_size == 32
+    assert load_model(ModelSpec(name="package:a-tiny-model")).config.hidden_size == 32
 
 
 def test_what_is_no_gguf_is_refused_and_leaves_nothing(tmp_path, cache):

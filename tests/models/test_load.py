@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 
 from finetune.errors import UserError
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.locate import resolve_name
 
 LLAMA = {
@@ -27,7 +27,7 @@ def test_a_random_model_follows_the_seed_and_the_vocabulary():
     models = []
     for _ in range(2):
         torch.manual_seed(7)
-        models.append(load_model(config=LLAMA, vocab_size=50))
+        models.append(load_model(ModelSpec(config=LLAMA, vocab_size=50)))
     states = [model.state_dict() for model in models]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert models[0].config.vocab_size == models[0].get_input_embeddings().weight.shape[0] == 50
@@ -36,11 +36,14 @@ def test_a_random_model_follows_the_seed_and_the_vocabulary():
 
 def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_kept():
     small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
-    assert load_model(config=small, vocab_size=50).generation_config.eos_token_id is None
+    assert load_model(ModelSpec(config=small, vocab_size=50)).generation_config.eos_token_id is None
     assert (
-        load_model(config=LLAMA, vocab_size=50).config.eos_token_id is None
+        load_model(ModelSpec(config=LLAMA, vocab_size=50)).config.eos_token_id is None
     )  # 2 by default: any token here
-    assert load_model(config=LLAMA | {"eos_token_id": 7}, vocab_size=50).config.eos_token_id == 7
+    assert (
+        load_model(ModelSpec(config=LLAMA | {"eos_token_id": 7}, vocab_size=50)).config.eos_token_id
+        == 7
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,16 +63,16 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
 )
 def test_a_wrong_config_is_explained(config, message):
     with pytest.raises(UserError, match=message):
-        load_model(config=config, vocab_size=50, attn_implementation="sdpa")
+        load_model(ModelSpec(config=config, vocab_size=50, attn_implementation="sdpa"))
 
 
 def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
     torch.manual_seed(0)
-    load_model(config=LLAMA, vocab_size=50).to(torch.bfloat16).save_pretrained(tmp_path)
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).to(torch.bfloat16).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert {parameter.dtype for parameter in load_model(name=str(tmp_path)).parameters()} == {
-        torch.float32
-    }
+    assert {
+        parameter.dtype for parameter in load_model(ModelSpec(name=str(tmp_path))).parameters()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -95,9 +98,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_a_folder_with_a_config_and_no_weights_is_refused(tmp_path):
-    load_model(config=LLAMA, vocab_size=50).config.save_pretrained(tmp_path)
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"could not be loaded: .*no file named"):
-        load_model(name=str(tmp_path))
+        load_model(ModelSpec(name=str(tmp_path)))
 
 
 @pytest.fixture
@@ -125,11 +128,11 @@ def test_without_a_hub_a_cached_model_is_used(online, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repo = tmp_path / "models--org--model"
     snapshot = repo / "snapshots" / "0123abc"
-    load_model(config=LLAMA, vocab_size=50).save_pretrained(snapshot)
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).save_pretrained(snapshot)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("0123abc")
     assert resolve_name("org/model") == str(snapshot)
-    assert load_model(name="org/model").config.vocab_size == 50
+    assert load_model(ModelSpec(name="org/model")).config.vocab_size == 50
     shutil.rmtree(snapshot)
     with pytest.raises(UserError, match="not in the hub's cache"):
         resolve_name("org/model")

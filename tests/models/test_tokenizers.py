@@ -5,11 +5,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.errors import UserError
+from finetune.models.load import ModelSpec
 from finetune.models.tokenizers import (
     CHATML,
     end_of_turn,
+    fit_to_tokenizer,
     load_tokenizer,
-    prepare_chat,
+    set_template,
     train_tokenizer,
 )
 from finetune.recipes.vocabulary import active_ids
@@ -58,12 +60,14 @@ def test_chatml_renders_turns_and_the_prompt(chat_tokenizer):
 def test_chatml_on_a_base_model_stops_at_the_end_of_a_turn_after_saving(
     make_model, base_tokenizer_folder, tmp_path
 ):
-    tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
+    tokenizer = load_tokenizer(ModelSpec(name=str(base_tokenizer_folder)))
     assert tokenizer.chat_template is None
     rows = len(tokenizer)
     model = make_model("gpt2", vocab_size=rows)
     old = model.get_input_embeddings().weight.detach().clone()
-    added = prepare_chat(model, tokenizer, "chatml")
+    tokens = set_template(tokenizer, "chatml")
+    fit_to_tokenizer(model, tokenizer, tokens)
+    added = list(tokens.added)
     table = model.get_input_embeddings().weight
     assert (
         added == [rows, rows + 1] == tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -94,13 +98,15 @@ def test_chatml_on_a_base_model_stops_at_the_end_of_a_turn_after_saving(
         added[1],
         tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     ]
-    assert prepare_chat(model, tokenizer) == []  # nothing is left to do
+    assert set_template(tokenizer).added == ()  # nothing is left to do
 
 
 def test_an_untied_head_gets_new_rows_too(make_model, base_tokenizer_folder):
-    tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
+    tokenizer = load_tokenizer(ModelSpec(name=str(base_tokenizer_folder)))
     model = make_model("gpt_neox", vocab_size=len(tokenizer))
-    added = prepare_chat(model, tokenizer, "chatml")
+    tokens = set_template(tokenizer, "chatml")
+    fit_to_tokenizer(model, tokenizer, tokens)
+    added = list(tokens.added)
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert head is not table
     for weight in (head, table):
@@ -111,12 +117,14 @@ def test_an_untied_head_gets_new_rows_too(make_model, base_tokenizer_folder):
 def test_a_padded_table_is_never_shrunk_and_its_spare_rows_are_used(
     make_model, base_tokenizer_folder
 ):
-    tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
+    tokenizer = load_tokenizer(ModelSpec(name=str(base_tokenizer_folder)))
     rows = len(tokenizer) + 30
     model = make_model("qwen2", vocab_size=rows)
     table = model.get_input_embeddings().weight
     old = table.detach().clone()
-    added = prepare_chat(model, tokenizer, "chatml")
+    tokens = set_template(tokenizer, "chatml")
+    fit_to_tokenizer(model, tokenizer, tokens)
+    added = list(tokens.added)
     assert model.get_input_embeddings().weight is table
     assert model.config.vocab_size == rows
     torch.testing.assert_close(table[added].detach(), old[: added[0]].mean(0).expand(2, -1))
@@ -124,9 +132,11 @@ def test_a_padded_table_is_never_shrunk_and_its_spare_rows_are_used(
 
 
 def test_without_a_template_the_end_of_text_stays_the_stop(make_model, base_tokenizer_folder):
-    tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
+    tokenizer = load_tokenizer(ModelSpec(name=str(base_tokenizer_folder)))
     model = make_model("llama", vocab_size=len(tokenizer))
-    assert prepare_chat(model, tokenizer) == []
+    tokens = set_template(tokenizer)
+    fit_to_tokenizer(model, tokenizer, tokens)
+    assert tokens.added == ()
     assert tokenizer.chat_template is None
     assert (
         model.generation_config.eos_token_id
@@ -137,8 +147,8 @@ def test_without_a_template_the_end_of_text_stays_the_stop(make_model, base_toke
 
 
 def test_preparing_the_tokenizer_alone_adds_the_same_tokens(base_tokenizer_folder):
-    tokenizer = load_tokenizer(name=str(base_tokenizer_folder))
-    assert len(prepare_chat(None, tokenizer, "chatml")) == 2
+    tokenizer = load_tokenizer(ModelSpec(name=str(base_tokenizer_folder)))
+    assert len(set_template(tokenizer, "chatml").added) == 2
     assert tokenizer.eos_token == "<|im_end|>"
 
 
@@ -166,7 +176,7 @@ def test_a_template_from_a_file_sets_its_own_end_of_turn(tmp_path):
     tokenizer = train_tokenizer(["some text"], 280)
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
-    prepare_chat(None, tokenizer, str(file))
+    set_template(tokenizer, str(file))
     assert (tokenizer.chat_template, tokenizer.eos_token) == (file.read_text(), "<|endoftext|>")
 
 
@@ -175,21 +185,21 @@ def test_a_missing_or_failing_template_is_explained(tmp_path):
     with pytest.raises(
         UserError, match=r"'nowhere.jinja' is neither .chatml. nor a file that can be read"
     ):
-        prepare_chat(None, tokenizer, "nowhere.jinja")
+        set_template(tokenizer, "nowhere.jinja")
     (tmp_path / "bad.jinja").write_text("{{ messages[7].content.nothing }}")
     with pytest.raises(
         UserError, match="the chat template fails to render a question and its answer"
     ):
-        prepare_chat(None, tokenizer, str(tmp_path / "bad.jinja"))
+        set_template(tokenizer, str(tmp_path / "bad.jinja"))
     (tmp_path / "worse.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="fails to render"):
-        prepare_chat(None, tokenizer, str(tmp_path / "worse.jinja"))
+        set_template(tokenizer, str(tmp_path / "worse.jinja"))
 
 
 def test_a_model_without_a_tokenizer_is_explained(tmp_path, make_model):
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer of .* could not be loaded"):
-        load_tokenizer(name=str(tmp_path))
+        load_tokenizer(ModelSpec(name=str(tmp_path)))
 
 
 NO_SYSTEM = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import train_tokenizer
 
 LLAMA_LIKE = {
@@ -51,7 +51,10 @@ def tokenizer():
 def tiny_model(kind, vocab_size=320):
     torch.manual_seed(1)
     return load_model(
-        config=CONFIGS[kind] | {"bos_token_id": None, "eos_token_id": None}, vocab_size=vocab_size
+        ModelSpec(
+            config=CONFIGS[kind] | {"bos_token_id": None, "eos_token_id": None},
+            vocab_size=vocab_size,
+        )
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from finetune.conversation import Conversation
 from finetune.errors import UserError
 from finetune.generation import generate
-from finetune.models.load import load_model
+from finetune.models.load import ModelSpec, load_model
 from finetune.translate import translate_file, translate_lines
 
 SAMPLING = {
@@ -36,7 +36,7 @@ def model():
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return load_model(config=config, vocab_size=320)
+    return load_model(ModelSpec(config=config, vocab_size=320))
 
 
 def start(model, tokenizer, system_prompt=None):

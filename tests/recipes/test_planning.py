@@ -17,8 +17,8 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.activations import LiveBytes, Rehearsal
 from finetune.models.language_model import LanguageModel
+from finetune.models.load import ModelSpec, load_skeleton
 from finetune.models.locate import resolve_name
-from finetune.models.skeleton import load_skeleton
 from finetune.recipes import planning
 from finetune.recipes.planning import Plan, Planner, plan_run
 from tests.conftest import LLAMA, PYTHIA
@@ -195,7 +195,7 @@ def test_the_peak_is_that_of_a_real_step():
 
 
 def rehearse(config, *, packed=False, autocast=None, checkpointing=False, accumulates=False):
-    skeleton = load_skeleton(config=config)
+    skeleton = load_skeleton(ModelSpec(config=config))
     if checkpointing:
         skeleton.activation_checkpointing_enable(
             {"use_reentrant": False, "preserve_rng_state": False}

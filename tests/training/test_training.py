@@ -193,13 +193,13 @@ def test_a_diverging_loss_stops_the_run(tiny):
 def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatch, number):
     tree = tiny(training={"max_steps": 5})
     train({**tree, "output_dir": str(tmp_path / "whole")})
-    from finetune.tracking import MetricLogger
+    from finetune.run.log import MetricLogger
 
     log = MetricLogger.log
 
     def log_and_terminate(self, record):
         log(self, record)
-        if record["step"] == 2:
+        if record.step == 2:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricLogger, "log", log_and_terminate)
