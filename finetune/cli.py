@@ -425,7 +425,7 @@ def landscape(
         for given in (functions, optimizers)
     ]
     for path in draw_landscapes(
-        output, functions=names[0], optimizers=names[1], steps=steps, said=typer.echo
+        output, functions=names[0], optimizers=names[1], steps=steps, say=typer.echo
     ):
         typer.echo(path)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from finetune.comparison.verdict import listed
 from finetune.config import RunConfig
 from finetune.config.schema import OptimizerSection
 from finetune.config.yaml12 import parse
 from finetune.errors import UserError, did_you_mean
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.optimizer import optimizer_options
+from finetune.run.wording import listed
 
 DEFAULT = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lazy_adamw")
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.comparison import grids
-from finetune.comparison.verdict import listed
 from finetune.config import RunConfig, dump_config
 from finetune.report.comparison_page import write_comparison
 from finetune.run.environment import collect_environment
 from finetune.run.files import write_json
 from finetune.run.folder import RunDir
 from finetune.run.records import Environment
+from finetune.run.wording import listed
 
 
 def conclude(

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from finetune.run.wording import clock, size
+
 if TYPE_CHECKING:
     from finetune.recipes.planning import Plan
 
@@ -115,28 +117,3 @@ def _table(title: str) -> Table:
     table.add_column()
     table.add_column()
     return table
-
-
-def size(count: float) -> str:
-    """1536 -> "1.5 KiB"; three figures."""
-    count /= 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return (
-        f"{count:.2f} GiB"
-        if unit == "GiB"
-        else f"{count:.0f} {unit}"
-        if count >= 100
-        else f"{count:.1f} {unit}"
-    )
-
-
-def clock(seconds: float) -> str:
-    """95 -> "1:35"; under a minute in seconds."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune.comparison.frequency import BINS, add_up, bins_of
+from finetune.comparison.frequency import BINS, add_up_by_bin, bins_of
 from finetune.comparison.runs import Phase, Result, Run, keep_update, read_trial
 from finetune.config import RunConfig
 from finetune.data.loader import TrainingBatches
@@ -139,7 +139,7 @@ def _test(parts: Parts) -> dict[str, Any]:
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
             following = batch["labels"][:, 1:]
             losses = parts.language_model.token_losses(**on_device).cpu()
-            sums += add_up(losses, following[following != IGNORE_INDEX], bins)
+            sums += add_up_by_bin(losses, following[following != IGNORE_INDEX], bins)
     nats, tokens = sums
     test = {"all": float(nats.sum() / tokens.sum())}
     test |= {name: float(nats[i] / tokens[i]) for i, name in enumerate(BINS) if tokens[i]}

@@ -1,7 +1,4 @@
-"""What every page has in common: how its template is filled in, and how it is put in its place.
-
-Floor 1.
-"""
+"""What every page has in common: how its template is filled in, and how its file is written."""
 
 import os
 from pathlib import Path
@@ -12,24 +9,30 @@ from markupsafe import Markup
 
 from finetune.errors import UserError
 
-HERE = Path(__file__).parent
+_HERE = Path(__file__).parent
 
 
-def fill(template: str, *, styles: tuple[str, ...], **values: Any) -> str:
-    """The page from a template of this folder, with `styles` put into it; a value that the template asks for has to be there."""
+def fill_template(template: str, *, styles: tuple[str, ...], **values: Any) -> str:
+    """Return the page that a template of this folder gives, with the files `styles` put into it.
+
+    Every value that the template asks for must be given.
+    """
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    css = Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in styles))
+    css = Markup("\n".join((_HERE / name).read_text(encoding="utf-8") for name in styles))
     return templates.get_template(template).render(css=css, **values)
 
 
 def write_page(page: str, target: Path) -> Path:
-    """Put the page in its place, whole or not at all. Raises UserError where it cannot be written."""
+    """Write the page to `target`, whole or not at all, and return `target`.
+
+    Raises UserError if it cannot be written.
+    """
     temporary = target.with_name(target.name + ".tmp")
     try:
         temporary.write_text(page, encoding="utf-8")

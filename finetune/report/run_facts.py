@@ -1,7 +1,4 @@
-"""The numbers of a run as a reader wants them: the verdict, the comparison before and after, tables.
-
-Floor 1.
-"""
+"""The numbers of a run as its page shows them: verdict, before and after, tables, samples."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +7,15 @@ from typing import Any
 
 from finetune.run.metrics import METRICS, MISSING, Metric, number
 from finetune.run.records import RunRecords
+from finetune.run.wording import clock, listed
 
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after training; `verdict` is "better", "worse", "same", or "" where there is nothing to compare."""
+    """A metric before and after training.
+
+    `verdict` is "better", "worse", "same", or "" if there is nothing to compare.
+    """
 
     metric: Metric
     before: str
@@ -23,8 +24,8 @@ class Change:
     verdict: str
 
 
-def changes(run: RunRecords) -> list[Change]:
-    """How each metric that was measured and has a tile has changed."""
+def metric_changes(run: RunRecords) -> list[Change]:
+    """Return how each metric has changed that was measured and has a tile."""
     before, after = (part.metrics if part else {} for part in (run.before, run.after))
     return [
         _change(metric, before, after)
@@ -51,27 +52,23 @@ def _change(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any])
 
 
 def verdict(run: RunRecords) -> str:
-    """One sentence: what the run has done to the model."""
-    told = [
+    """Return one sentence on what the run has done to the model."""
+    shown = [
         change
-        for change in changes(run)
+        for change in metric_changes(run)
         if change.metric.key in ("loss", "chrf", "bleu", "unrelated_loss")
     ]
-    if not told:
+    if not shown:
         return "No evaluation was recorded, so there is nothing to say about the model yet."
-    if run.before is None or run.after is None:
-        which = "Before training" if run.after is None else f"After step {run.after.step}"
-        return (
-            f"{which}: "
-            + _listed(
-                [f"{c.metric.name} {c.before if run.after is None else c.after}" for c in told]
-            )
-            + "."
-        )
-    return f"In {run.after.step:,} steps {_listed([_told(change) for change in told])}."
+    if run.after is None:
+        return f"Before training: {listed([f'{c.metric.name} {c.before}' for c in shown])}."
+    if run.before is None:
+        values = listed([f"{c.metric.name} {c.after}" for c in shown])
+        return f"After step {run.after.step}: {values}."
+    return f"In {run.after.step:,} steps {listed([_in_words(change) for change in shown])}."
 
 
-def _told(change: Change) -> str:
+def _in_words(change: Change) -> str:
     name = {"loss": "the held-out loss", "unrelated_loss": "the loss on unrelated text"}.get(
         change.metric.key, change.metric.name
     )
@@ -83,12 +80,8 @@ def _told(change: Change) -> str:
     return f"{name} {verb} {change.before} to {change.after}"
 
 
-def _listed(parts: list[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def state(run: RunRecords) -> str:
-    """Whether the run came to its end."""
+def run_state(run: RunRecords) -> str:
+    """Return whether the run reached its end, and after how many steps."""
     last = run.steps[-1].step if run.steps else 0
     if run.diverged:
         return f"stopped at step {last:,}: the loss was NaN or diverged"
@@ -98,7 +91,7 @@ def state(run: RunRecords) -> str:
 
 
 def duration(run: RunRecords) -> str:
-    """Time spent in steps and in evaluations."""
+    """Return the time spent in steps and in evaluations, or "" if no step was timed."""
     training = sum(step.seconds for step in run.steps)
     evaluating = sum(evaluation.number("seconds") or 0.0 for evaluation in run.evaluations)
     if not training:
@@ -108,49 +101,41 @@ def duration(run: RunRecords) -> str:
     )
 
 
-def clock(seconds: float) -> str:
-    """Seconds as a person says them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+def counts(data: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Return the sections of data.json as one table.
 
-
-def counts(records: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """The sections of data.json as one table: names of the columns, then (row name, values)."""
-    sections = {name: values for name, values in records.items() if isinstance(values, dict)}
-    keys = list(
-        dict.fromkeys(
-            key
-            for values in sections.values()
-            for key, value in values.items()
-            if not isinstance(value, dict | list)
-        )
+    First come the columns' names, then (name, values) of each line.
+    """
+    sections = {name: values for name, values in data.items() if isinstance(values, dict)}
+    keys = dict.fromkeys(
+        key
+        for values in sections.values()
+        for key, value in values.items()
+        if not isinstance(value, dict | list)
     )
-    rows = [
-        (in_words(key), [plain(values.get(key)) for values in sections.values()]) for key in keys
+    lines = [
+        (label_of(key), [_plain(values.get(key)) for values in sections.values()]) for key in keys
     ]
-    return [in_words(name) for name in sections], rows
+    return [label_of(name) for name in sections], lines
 
 
 def pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The scalars of a record as (name, value) for a list; a share is given in percent."""
+    """Return the scalars of a record as (label, value). A share is given in percent."""
     return [
-        (in_words(key), f"{value:.1%}" if key.endswith("_share") else plain(value))
+        (label_of(key), f"{value:.1%}" if key.endswith("_share") else _plain(value))
         for key, value in record.items()
         if not isinstance(value, dict | list)
     ]
 
 
-def in_words(key: str) -> str:
-    """A key of a file as a person writes it: memory_gib is "Memory (GiB)"."""
+def label_of(key: str) -> str:
+    """Return a file's key as a person writes it: memory_gib is "Memory (GiB)"."""
     name = key.removesuffix("_gib")
     return name.replace("_", " ").capitalize() + (" (GiB)" if name != key else "")
 
 
-def plain(value: Any) -> str:
-    """A scalar for a table: thousands set apart, shares with three digits, yes and no."""
+def _plain(value: Any) -> str:
+    """Return a scalar for a table: 12,000 with a comma, fractions in four figures, yes or no."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -160,9 +145,14 @@ def plain(value: Any) -> str:
     return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
+def parameter_count(number: int) -> str:
+    """Return a number of parameters as text, in millions from one million on."""
+    return f"{number / 1e6:,.1f} M parameters" if number >= 1e6 else f"{number:,} parameters"
+
+
 @dataclass(frozen=True)
 class SamplePair:
-    """One held-out prompt with the model's answers before and after training (None: not recorded)."""
+    """One held-out prompt with the answers before and after training; None if not recorded."""
 
     prompt: str
     reference: str
@@ -171,28 +161,20 @@ class SamplePair:
 
 
 def sample_pairs(run: RunRecords) -> tuple[list[SamplePair], int, int]:
-    """The samples of the first and of the last step that has any, side by side, and these two steps (equal: there is only one)."""
+    """Return the samples of the first and of the last step that has any, and these two steps.
+
+    The two steps are equal if only one step has samples.
+    """
     if not run.samples:
         return [], 0, 0
     steps = [sample.step for sample in run.samples]
     first, last = min(steps), max(steps)
     # The same prompt may occur twice, with different references: the reference is part of the key.
     by_step = {
-        s: {(r.prompt, r.reference): r.output for r in run.samples if r.step == s}
-        for s in (first, last)
+        step: {(s.prompt, s.reference): s.output for s in run.samples if s.step == step}
+        for step in (first, last)
     }
-    keys = list(dict.fromkeys([*by_step[last], *by_step[first]]))
-    has_before = first < last or last == 0
-    has_after = last > 0
-    return (
-        [
-            SamplePair(
-                *key,
-                by_step[first].get(key) if has_before else None,
-                by_step[last].get(key) if has_after else None,
-            )
-            for key in keys
-        ],
-        first,
-        last,
-    )
+    before = by_step[first] if first < last or last == 0 else {}
+    after = by_step[last] if last > 0 else {}
+    keys = dict.fromkeys([*by_step[last], *by_step[first]])
+    return [SamplePair(*key, before.get(key), after.get(key)) for key in keys], first, last
