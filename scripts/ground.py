@@ -108,15 +108,15 @@ def our_trainer(
 ) -> Iterator[tuple[Any, Any]]:
     """The trainer as the recipe builds it, without evaluations, checkpoints and export."""
     from finetune.display import Display
-    from finetune.divergence import DivergenceGuard
+    from finetune.distributed.engines import prepare
     from finetune.optim import build_lr_scheduler, build_optimizer
-    from finetune.recipes.engines import prepare
     from finetune.recipes.material import read_material
     from finetune.recipes.optimizer import optimizer_options
     from finetune.recipes.parts import assemble, make_accelerator
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
-    from finetune.trainer import Cadence, Trainer
+    from finetune.training.stopping import DivergenceGuard
+    from finetune.training.trainer import Cadence, Trainer
 
     class NoCheckpoints:
         def save(self, *_: Any, **__: Any) -> None:

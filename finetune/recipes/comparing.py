@@ -31,7 +31,7 @@ from finetune.recipes.searching import search
 from finetune.recipes.trials import run_trial
 from finetune.run.files import write_text
 from finetune.run.folder import RunDir
-from finetune.trainer import Stopped
+from finetune.training.trainer import Stopped
 
 EVALUATIONS = 10  # of a run, where evaluation.every does not say
 

@@ -18,7 +18,7 @@ from finetune.recipes.training import run_training
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, read_samples
-from finetune.trainer import Stopped
+from finetune.training.trainer import Stopped
 
 SHORT = (
     "training.max_steps=3",

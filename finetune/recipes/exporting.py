@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import find_checkpoint, load
 from finetune.config import RunConfig, dump_config, load_config
 from finetune.data.sources import Rows
 from finetune.display import Display
@@ -27,7 +26,8 @@ from finetune.recipes.vocabulary import apply_saved_vocabulary
 from finetune.run.folder import RunDir, step_of
 from finetune.run.metrics import METRICS
 from finetune.run.records import DataCounts, Environment, Vocabulary, evaluations_by_step
-from finetune.trainer import restore
+from finetune.training.checkpoint import find_checkpoint, load
+from finetune.training.trainer import restore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,7 +15,7 @@ from finetune.recipes.parts import Parts
 from finetune.report import write_report
 from finetune.run.folder import RunDir, is_complete
 from finetune.run.records import Environment, Evaluations, Vocabulary
-from finetune.trainer import Stopped, Trainer
+from finetune.training.trainer import Stopped, Trainer
 
 
 def finish_run(

@@ -22,11 +22,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from finetune.checkpoint import find_checkpoint
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.run.folder import RunDir
+from finetune.training.checkpoint import find_checkpoint
 
 USER_ERROR, SIGNALLED = 2, 130  # exit codes of a worker, as of the command line
 SAVING_TIME = 600  # seconds that the processes have to save after a signal, before they are killed

@@ -21,11 +21,11 @@ from finetune.data.sources import Rows
 from finetune.data.stream import StreamingBatches
 from finetune.data.types import Format
 from finetune.display import Display
+from finetune.distributed.engines import check_engine, settle_engine, waiting_time
 from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.precision import resolve_precision
 from finetune.models.speed import compile_decoder, enable_activation_checkpointing
-from finetune.recipes.engines import check_engine, settle_engine, waiting_time
 from finetune.recipes.material import Material
 from finetune.recipes.model import adapt_model, make_model, model_fingerprint
 from finetune.recipes.vocabulary import (
@@ -95,7 +95,7 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
             DistributedDataParallelKwargs(
                 broadcast_buffers=False
             ),  # none changes while a language model trains
-            waiting_time(config),
+            waiting_time(config.training.timeout),
         ],
     )
     display.enabled = display.enabled and accelerator.is_main_process

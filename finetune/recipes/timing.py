@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 
+from finetune.distributed.engines import prepare
 from finetune.optim import build_optimizer
-from finetune.recipes.engines import prepare
 from finetune.recipes.evaluations import evaluator_of
 from finetune.recipes.evaluator import Evaluator
 from finetune.recipes.optimizer import optimizer_options

@@ -14,17 +14,15 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from finetune.checkpoint import CheckpointStore, find_checkpoint
 from finetune.config import RunConfig, dump_config
 from finetune.data.stream import StreamingBatches
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display
-from finetune.divergence import DivergenceGuard
+from finetune.distributed.engines import let_go, prepare, reading
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.data import generation_metrics
-from finetune.recipes.engines import agree_on_checkpoint, let_go, prepare, reading
 from finetune.recipes.evaluations import RunEvaluations, check_best
 from finetune.recipes.finishing import finish_run
 from finetune.recipes.material import read_material
@@ -41,7 +39,9 @@ from finetune.run.records import (
     read_config,
     write_config,
 )
-from finetune.trainer import Cadence, Stopped, Trainer, check_identity
+from finetune.training.checkpoint import CheckpointStore, agree_on_checkpoint, find_checkpoint
+from finetune.training.stopping import DivergenceGuard
+from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
 
 
 class Observer(Protocol):

@@ -18,7 +18,6 @@ from finetune.data.loader import TrainingBatches
 from finetune.data.sources import load_rows
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
-from finetune.divergence import Diverged
 from finetune.memory import tensor_bytes
 from finetune.models.describe import inner_model, token_tables
 from finetune.models.language_model import evaluating
@@ -31,6 +30,7 @@ from finetune.recipes.training import run_training
 from finetune.run.folder import RunDir
 from finetune.run.log import Listener
 from finetune.run.records import Evaluation, StepRecord
+from finetune.training.stopping import Diverged
 
 UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights
 

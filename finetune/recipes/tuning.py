@@ -21,7 +21,7 @@ from finetune.recipes.candidates import check_candidates, section_for, take_list
 from finetune.recipes.comparing import best_of, prepare, stopped, tune
 from finetune.recipes.optimizer import optimizer_options
 from finetune.run.files import write_text
-from finetune.trainer import Stopped
+from finetune.training.trainer import Stopped
 
 
 def tune_optimizer(

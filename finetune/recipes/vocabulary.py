@@ -31,7 +31,7 @@ from finetune.models.vocabulary import (
     why_not_active,
 )
 from finetune.optim import optimizer_info
-from finetune.trainer import step_seed
+from finetune.training.trainer import step_seed
 
 SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream
 MEASURED_TOKENS = (

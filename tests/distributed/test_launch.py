@@ -24,13 +24,13 @@ from finetune.recipes.launching import (
 )
 from finetune.recipes.training import run_training
 from finetune.recipes.worker import work
-from finetune.stopping import StopSignal
+from finetune.training.stopping import StopSignal
 from tests.conftest import PYTHIA, conversation
 
 SITE = """
 import os, pathlib, signal
 if "RANK" in os.environ:
-    from finetune.trainer import Trainer
+    from finetune.training.trainer import Trainer
     step, first_time = Trainer._step, not pathlib.Path("killed").exists()
     def step_with_an_accident(self, *args, **kwargs):
         if first_time and os.environ["RANK"] == "1" and self.progress.step == 5:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.checkpoint import CheckpointStore, load
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.training import run_training
+from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import PYTHIA
 
 

@@ -20,17 +20,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
-from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, options_of
 from finetune.run.folder import is_complete
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
-from finetune.stopping import StopSignal
+from finetune.training.checkpoint import CheckpointStore, load
 from finetune.training.step import StepResult, take_step
+from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
 
 Stopped = Literal["finished", "early stopping", "signal"]
 

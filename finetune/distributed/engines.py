@@ -12,11 +12,9 @@ with what is in `docs/scaling.md`.
 """
 
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,25 +22,21 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.config import RunConfig
 from finetune.display import Display
 from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.distributed.sharding import whole
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
 from finetune.optim import LazyAdamW
-from finetune.run.folder import is_complete
 
 
-def waiting_time(config: RunConfig) -> InitProcessGroupKwargs:
-    """How long a process waits for another one that does not answer, for `Accelerator(kwargs_handlers=[...])`."""
-    return InitProcessGroupKwargs(timeout=timedelta(seconds=config.training.timeout))
+def waiting_time(seconds: float) -> InitProcessGroupKwargs:
+    """Return how long a process waits for another, for `Accelerator(kwargs_handlers=[...])`."""
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
 def check_engine() -> None:
@@ -143,22 +137,6 @@ def reading(
             return read(step)
 
     return read_whole
-
-
-def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Path | None:
-    """The checkpoint that process 0 found, for all. Raises UserError where a process does not see it."""
-    if accelerator.num_processes == 1:
-        return checkpoint
-    chosen = broadcast_object_list([None if checkpoint is None else str(checkpoint)])[0]
-    sees = chosen is None or is_complete(Path(chosen))
-    blind = gather_object(
-        [] if sees else [f"process {accelerator.process_index} on {socket.gethostname()}"]
-    )
-    if blind:
-        raise UserError(
-            f"the checkpoint {chosen} is not there for {', '.join(blind)}; output_dir must lie on a disk that all hosts share"
-        )
-    return None if chosen is None else Path(chosen)
 
 
 def _asked_for(variable: str) -> bool:

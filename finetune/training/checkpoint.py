@@ -4,7 +4,7 @@ Floor 2. A killed process leaves at most a folder named `.step-…`, which nothi
 `complete.json`, lists every file with its size, so a folder that was cut short by a copy or a full disk does not count either.
 
 Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead, written by the processes that hold
-them (`finetune.distributed.shard_files`); `load` puts the two together, so nothing else has to know which kind a checkpoint is.
+them (`finetune.training.shards`); `load` puts the two together, so nothing else has to know which kind a checkpoint is.
 """
 
 import errno
@@ -19,15 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 
-from finetune.distributed.shard_files import (
-    SHARDS,
-    Own,
-    put_in_shards,
-    refusals_of_the_disk,
-    take_out_shards,
-    write_shards,
-)
 from finetune.errors import UserError
 from finetune.run.folder import (
     MARK,
@@ -35,6 +29,14 @@ from finetune.run.folder import (
     complete_steps,
     is_complete,
     newest_checkpoint,
+)
+from finetune.training.shards import (
+    SHARDS,
+    Own,
+    put_in_shards,
+    refusals_of_the_disk,
+    take_out_shards,
+    write_shards,
 )
 
 
@@ -175,3 +177,19 @@ def _check_shared(folder: Path) -> None:
             errno.ENOENT,
             f"{socket.gethostname()} does not see it; output_dir must lie on a disk that all hosts share",
         )
+
+
+def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that process 0 found, for all. Raises UserError where a process does not see it."""
+    if accelerator.num_processes == 1:
+        return checkpoint
+    chosen = broadcast_object_list([None if checkpoint is None else str(checkpoint)])[0]
+    sees = chosen is None or is_complete(Path(chosen))
+    blind = gather_object(
+        [] if sees else [f"process {accelerator.process_index} on {socket.gethostname()}"]
+    )
+    if blind:
+        raise UserError(
+            f"the checkpoint {chosen} is not there for {', '.join(blind)}; output_dir must lie on a disk that all hosts share"
+        )
+    return None if chosen is None else Path(chosen)
