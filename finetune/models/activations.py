@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
-from finetune.losses import FrozenRows, linear_cross_entropy
+from finetune.compute.gates import fuse_gates
+from finetune.compute.loss import FrozenRows, linear_cross_entropy
+from finetune.compute.norms import fuse_norms
 from finetune.memory import StepMemory
 from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import BY_EXAMPLE, attend_by_example
 from finetune.models.describe import inner_model
-from finetune.models.gates import fuse_gates
-from finetune.models.norms import fuse_norms
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
 
 Floor 2. `LanguageModel` is what Accelerate wraps, so that every use of a parameter is inside its `forward`. The decoder gives
-hidden states, `finetune.losses` turns them and the output head into the loss, and the logits of a batch are never held.
+hidden states, `finetune.compute.loss` turns them and the output head into the loss, and the logits of a batch are never held.
 
 Packing. Where `position_ids` restart at 0, a new example begins, and examples must not see each other. transformers builds the
 block mask from the position ids by itself, a sliding window included, but only without an attention mask and without a cache
@@ -19,19 +19,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.data.types import IGNORE_INDEX
-from finetune.errors import UserError
-from finetune.losses import (
+from finetune.compute.gates import fuse_gates
+from finetune.compute.loss import (
     FrozenRows,
     causal_lm_loss,
     causal_lm_loss_of_logits,
     frozen_square_probabilities,
 )
+from finetune.compute.norms import fuse_norms
+from finetune.data.types import IGNORE_INDEX
+from finetune.errors import UserError
 from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
-from finetune.models.gates import fuse_gates
-from finetune.models.norms import fuse_norms
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from finetune.buffers import release
+from finetune.compute.products import release
 from finetune.config import RunConfig
 from finetune.data.collate import collate
 from finetune.data.encode import EncodedDataset
