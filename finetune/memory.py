@@ -1,6 +1,6 @@
 """What a run needs of memory and disk, added up from counts, and what this machine has.
 
-Floor 1. `finetune.models.activations` measures what a step holds beside weights and optimizer state; here is the arithmetic.
+Floor 1. `finetune.models.rehearsal` measures what a step holds beside weights and optimizer state; here is the arithmetic.
 """
 
 from collections.abc import Iterable

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
-from finetune.models.precision import resolve_precision
+from finetune.models.speed import resolve_precision
 
 Loss = Callable[
     [Tensor, Tensor, Tensor], Tensor

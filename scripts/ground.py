@@ -50,7 +50,7 @@ def our_flops(model: Any, sample: Any) -> dict[str, int]:
 
     model: the causal language model while it trains; sample: of frozen rows, or None.
     """
-    from finetune.models.active_rows import ActiveHead
+    from finetune.models.vocabulary.rows import ActiveHead
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(p) for part in (embedding, head) for p in part.parameters()}
@@ -202,7 +202,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.data.types import Prompt
     from finetune.evaluation import evaluate_generation, evaluate_loss
     from finetune.models.language_model import LanguageModel
-    from finetune.models.vocabulary import activate_vocabulary
+    from finetune.models.vocabulary.activate import activate_vocabulary
     from finetune.recipes.parts import pad_id
     from finetune.recipes.vocabulary import active_ids
 

@@ -29,9 +29,9 @@ from finetune.compute.loss import (
 from finetune.compute.norms import fuse_norms
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import attend_by_example
 from finetune.models.describe import inner_model, token_tables
+from finetune.models.vocabulary.rows import ActiveHead
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from finetune.models.tokenizers import (
     load_tokenizer,
     train_tokenizer,
 )
-from finetune.models.vocabulary import active_modules
+from finetune.models.vocabulary.activate import active_modules
 
 
 def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:

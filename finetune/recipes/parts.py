@@ -23,8 +23,11 @@ from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
-from finetune.models.precision import resolve_precision
-from finetune.models.speed import compile_decoder, enable_activation_checkpointing
+from finetune.models.speed import (
+    compile_decoder,
+    enable_activation_checkpointing,
+    resolve_precision,
+)
 from finetune.models.tokenizers import set_template
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time

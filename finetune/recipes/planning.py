@@ -1,6 +1,6 @@
 """`finetune plan`: what a run needs of memory, time and disk, before it is started.
 
-Floor 5. Memory is worked out on a model without data (see `finetune.models.activations`), so a plan costs little itself. Only where
+Floor 5. Memory is worked out on a model without data (see `finetune.models.rehearsal`), so a plan costs little itself. Only where
 the run fits is the real model loaded and a few of its steps are timed.
 """
 
@@ -30,10 +30,10 @@ from finetune.memory import (
     process_memory,
     tensor_bytes,
 )
-from finetune.models.activations import Rehearsal
 from finetune.models.describe import describe_model
 from finetune.models.load import load_skeleton
-from finetune.models.precision import resolve_precision
+from finetune.models.rehearsal import Rehearsal
+from finetune.models.speed import resolve_precision
 from finetune.models.tokenizers import set_template
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings

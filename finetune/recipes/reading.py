@@ -23,7 +23,7 @@ from finetune.errors import UserError
 from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
-from finetune.models.precision import resolve_precision
+from finetune.models.speed import resolve_precision
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
 from finetune.recipes.data import (
     encode_rows,

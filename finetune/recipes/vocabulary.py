@@ -19,17 +19,17 @@ from finetune.data.encode import EncodedDataset
 from finetune.data.steps import StepBatch
 from finetune.data.types import Batch
 from finetune.errors import UserError
-from finetune.models.active_rows import NO_TOKEN
 from finetune.models.describe import token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens, template_tokens
-from finetune.models.vocabulary import (
+from finetune.models.vocabulary.activate import (
     activate_as_saved,
     activate_vocabulary,
     active_modules,
     why_not_active,
 )
+from finetune.models.vocabulary.rows import NO_TOKEN
 from finetune.optim import optimizer_info
 from finetune.trainer import step_seed
 

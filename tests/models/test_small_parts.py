@@ -13,9 +13,14 @@ from finetune.models.adapters import add_lora
 from finetune.models.card import license_of, model_card
 from finetune.models.describe import describe_model
 from finetune.models.language_model import LanguageModel
-from finetune.models.precision import has_native_bf16, resolve_precision
-from finetune.models.speed import compile_decoder, enable_activation_checkpointing, uncompiled
-from finetune.models.vocabulary import activate_vocabulary, active_modules
+from finetune.models.speed import (
+    compile_decoder,
+    enable_activation_checkpointing,
+    has_native_bf16,
+    resolve_precision,
+    uncompiled,
+)
+from finetune.models.vocabulary.activate import activate_vocabulary, active_modules
 
 BF16_CPU, PLAIN_CPU = (
     {"avx512_bf16": True, "avx2": True},

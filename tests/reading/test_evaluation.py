@@ -17,7 +17,7 @@ from finetune.generation import generate
 from finetune.metrics import bits_per_byte, perplexity, text_metrics
 from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
-from finetune.models.vocabulary import activate_vocabulary
+from finetune.models.vocabulary.activate import activate_vocabulary
 from tests.reading.conftest import tiny_model
 
 CPU = torch.device("cpu")

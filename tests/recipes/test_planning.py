@@ -15,10 +15,10 @@ from finetune.compute import products
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.models.activations import LiveBytes, Rehearsal
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_skeleton
 from finetune.models.locate import resolve_name
+from finetune.models.rehearsal import LiveBytes, Rehearsal
 from finetune.recipes import planning
 from finetune.recipes.planning import Plan, Planner, plan_run
 from tests.conftest import LLAMA, PYTHIA

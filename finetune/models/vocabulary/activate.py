@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from finetune.compute.subclass import derived_class
 from finetune.errors import UserError
-from finetune.models.active_rows import NO_TOKEN, ActiveEmbedding, ActiveHead, ActiveVocabulary
 from finetune.models.describe import token_tables
+from finetune.models.vocabulary.rows import NO_TOKEN, ActiveEmbedding, ActiveHead, ActiveVocabulary
 
 
 def activate_vocabulary(

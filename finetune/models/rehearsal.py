@@ -24,9 +24,9 @@ from finetune.compute.gates import fuse_gates
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.compute.norms import fuse_norms
 from finetune.memory import StepMemory
-from finetune.models.active_rows import ActiveHead
 from finetune.models.attention import BY_EXAMPLE, attend_by_example
 from finetune.models.describe import inner_model
+from finetune.models.vocabulary.rows import ActiveHead
 
 
 class LiveBytes(TorchDispatchMode):
