@@ -4,6 +4,7 @@ Floor 3. Sum over sum: the nats of all target tokens divided by their number, so
 cut into batches nor on the number of processes (up to the rounding of the forward pass).
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -13,7 +14,6 @@ import torch
 from finetune.data.rendering import Tokenizer
 from finetune.data.types import IGNORE_INDEX, Batch
 from finetune.errors import UserError
-from finetune.metrics import bits_per_byte, perplexity
 from finetune.models.language_model import evaluating
 
 MASS_BINS = 1000
@@ -132,3 +132,16 @@ def count_target_bytes(labels: torch.Tensor, tokenizer: Tokenizer) -> int:
                 num_bytes += len(tokenizer.decode(span, skip_special_tokens=True).encode())
                 span = []
     return num_bytes
+
+
+def perplexity(loss: float) -> float:
+    """Return exp of a loss in nats per token; infinity where that is more than a float can hold."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Return `nats` (a sum over tokens) as bits per byte of their text: comparable between tokenizers; NaN without bytes."""
+    return nats / math.log(2) / num_bytes if num_bytes else math.nan

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from finetune.conversation import Conversation
 from finetune.data.rendering import ChatTemplate
 from finetune.display import Display, differences
 from finetune.errors import UserError
-from finetune.generation import generate
+from finetune.inference.conversation import Conversation
+from finetune.inference.generation import generate
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.reading import open_target
 

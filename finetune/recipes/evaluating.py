@@ -18,7 +18,7 @@ from finetune.data.types import Prompt
 from finetune.display import differences, format_metrics
 from finetune.errors import UserError
 from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
-from finetune.generation import SamplingSettings
+from finetune.inference.generation import SamplingSettings
 from finetune.models.speed import uncompiled
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.parts import Parts

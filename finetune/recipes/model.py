@@ -12,7 +12,7 @@ import torch
 
 from finetune.config.schema import ModelSection, NewTokenizerSection
 from finetune.errors import UserError
-from finetune.generation import context_length
+from finetune.inference.generation import context_length
 from finetune.models.adapters import add_lora
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import (

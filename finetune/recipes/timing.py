@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from finetune.evaluation import evaluate_loss
-from finetune.generation import SamplingSettings, generate
+from finetune.inference.generation import SamplingSettings, generate
 from finetune.models.language_model import LanguageModel
 from finetune.optim import build_optimizer, clip_grad_norm_
 from finetune.recipes.data import first_prompts, generation_metrics

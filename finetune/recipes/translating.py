@@ -13,11 +13,11 @@ from finetune.data.files import read_lines
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display, differences
 from finetune.errors import UserError
+from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.answering import stdin_lines
 from finetune.recipes.evaluating import sampling
 from finetune.recipes.reading import Opened, open_target
 from finetune.run_dir import RunDir
-from finetune.translate import translate_file, translate_lines
 
 
 def translate_text(

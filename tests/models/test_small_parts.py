@@ -8,7 +8,7 @@ import yaml
 
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-from finetune.generation import generate
+from finetune.inference.generation import generate
 from finetune.models.adapters import add_lora
 from finetune.models.card import license_of, model_card
 from finetune.models.describe import describe_model

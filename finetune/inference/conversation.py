@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from finetune.data.rendering import ChatTemplate, Message, Tokenizer
 from finetune.errors import UserError
-from finetune.generation import SamplingSettings, context_length, stream
+from finetune.inference.generation import SamplingSettings, context_length, stream
 
 
 class Conversation:

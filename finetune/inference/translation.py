@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from finetune.data.rendering import Tokenizer
 from finetune.errors import UserError
-from finetune.generation import SamplingSettings, generate
+from finetune.inference.generation import SamplingSettings, generate
 
 CHUNK_BATCHES = 8  # batches read ahead, so that lines of like length can run together
 

@@ -12,13 +12,13 @@ from finetune.data.rendering import encode_text
 from finetune.data.types import IGNORE_INDEX, Prompt
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_generation, evaluate_loss
-from finetune.evaluation.loss import count_target_bytes
-from finetune.generation import generate
-from finetune.metrics import bits_per_byte, perplexity, text_metrics
+from finetune.evaluation.answers import text_metrics
+from finetune.evaluation.loss import bits_per_byte, count_target_bytes, perplexity
+from finetune.inference.generation import generate
 from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
 from finetune.models.vocabulary.activate import activate_vocabulary
-from tests.reading.conftest import tiny_model
+from tests.inference.conftest import tiny_model
 
 CPU = torch.device("cpu")
 SENTENCES = [

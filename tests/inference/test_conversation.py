@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from finetune.conversation import Conversation
 from finetune.errors import UserError
-from finetune.generation import generate
+from finetune.inference.conversation import Conversation
+from finetune.inference.generation import generate
+from finetune.inference.translation import translate_file, translate_lines
 from finetune.models.load import ModelSpec, load_model
-from finetune.translate import translate_file, translate_lines
 
 SAMPLING = {
     "max_new_tokens": 10,

@@ -6,12 +6,15 @@ Floor 3.
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
+from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 
 from finetune.data.rendering import Tokenizer
 from finetune.data.types import Prompt
-from finetune.generation import SamplingSettings, generate
-from finetune.metrics import text_metrics
+from finetune.errors import UserError, did_you_mean
+from finetune.inference.generation import SamplingSettings, generate
+
+TEXT_METRICS = {"chrf": CHRF, "bleu": BLEU}
 
 
 class Sample(TypedDict):
@@ -59,3 +62,27 @@ def evaluate_generation(
         outside = gather([bool(inactive[token]) for answer in answers for token in answer])
         scores["generated_outside"] = sum(outside) / max(1, len(outside))
     return scores, samples
+
+
+def text_metrics(
+    names: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+) -> dict[str, float | str]:
+    """Score a corpus: `{"chrf": 34.4, "chrf_signature": "nrefs:1|...", ...}` for each of `names`, from 0 to 100.
+
+    An empty output is a wrong one. Raises UserError for an unknown name, and where there is nothing to score.
+    """
+    assert len(outputs) == len(references), (len(outputs), len(references))
+    scores: dict[str, float | str] = {}
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise UserError(
+                f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are {', '.join(TEXT_METRICS)}"
+            )
+        if not outputs:
+            raise UserError(
+                f"there is no output to compute {name} from: the held-out data gave no prompt"
+            )
+        metric = TEXT_METRICS[name]()
+        scores[name] = metric.corpus_score(outputs, [references]).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores

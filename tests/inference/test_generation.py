@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from finetune.generation import generate, stream, text_pieces
+from finetune.inference.generation import generate, stream, text_pieces
 
 GREEDY = {
     "max_new_tokens": 9,
