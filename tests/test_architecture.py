@@ -14,7 +14,7 @@ FLOORS = {  # the longest matching prefix counts
     "run_dir": 0,
     "compute": 1,
     "optim": 1,
-    "memory": 1,
+    "memory": 3,
     "divergence": 1,
     "stopping": 1,
     "report": 1,

@@ -1,10 +1,12 @@
 """Metrics of the answers that a model writes to held-out prompts.
 
-Floor 3.
+chrF (https://aclanthology.org/W15-3049) and BLEU (https://aclanthology.org/P02-1040) are those of
+sacrebleu. Each comes with the signature that makes a score comparable with another one
+(https://aclanthology.org/W18-6319).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
@@ -12,7 +14,8 @@ from torch import Tensor
 from finetune.data.rendering import Tokenizer
 from finetune.data.types import Prompt
 from finetune.errors import UserError, did_you_mean
-from finetune.inference.generation import SamplingSettings, generate
+from finetune.inference.generation import GenerationSettings, generate
+from finetune.models.describe import CausalLM
 
 TEXT_METRICS = {"chrf": CHRF, "bleu": BLEU}
 
@@ -26,29 +29,30 @@ class Sample(TypedDict):
 
 
 def evaluate_generation(
-    model: Any,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
     metrics: Sequence[str],
+    settings: GenerationSettings,
     batch_size: int,
     inactive: Tensor | None = None,
     gather: Callable[[list[Any]], list[Any]] = lambda own: own,
     on_progress: Callable[[int, int], None] | None = None,
-    **settings: Unpack[SamplingSettings],
 ) -> tuple[dict[str, float | str], list[Sample]]:
-    """Answer `prompts` and score the answers: the metrics with their signatures (see `text_metrics`), and all samples.
+    """Answer `prompts`, and return the scores of the answers and the answers themselves.
 
-    `prompts` are this process's share (a block of the whole, so that the samples keep their order); `gather` joins the lists of all
-    processes. `metrics` may be empty, for the samples alone. `inactive`: [V] bool; the scores then have `generated_outside`, the
-    share of such tokens in all that was generated.
+    `prompts` are this process's share: a block of the whole, so that the answers keep their order.
+    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone; the
+    scores are those of `text_metrics`. With `inactive` ([V] bool) the scores also have
+    `generated_outside`: the share of such tokens among all generated ones.
     """
     answers = generate(
         model,
         [prompt.input_ids for prompt in prompts],
+        settings=settings,
         batch_size=batch_size,
         on_progress=on_progress,
-        **settings,
     )
     texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
     own = [
@@ -67,16 +71,18 @@ def evaluate_generation(
 def text_metrics(
     names: Sequence[str], outputs: Sequence[str], references: Sequence[str]
 ) -> dict[str, float | str]:
-    """Score a corpus: `{"chrf": 34.4, "chrf_signature": "nrefs:1|...", ...}` for each of `names`, from 0 to 100.
+    """Return the scores of a corpus for each metric in `names`, with the metric's signature.
 
-    An empty output is a wrong one. Raises UserError for an unknown name, and where there is nothing to score.
+    For example `{"chrf": 34.4, "chrf_signature": "nrefs:1|..."}`, from 0 to 100. An empty output is a wrong one. Raises UserError for
+    an unknown name, or if there is nothing to score.
     """
     assert len(outputs) == len(references), (len(outputs), len(references))
     scores: dict[str, float | str] = {}
     for name in names:
         if name not in TEXT_METRICS:
             raise UserError(
-                f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are {', '.join(TEXT_METRICS)}"
+                f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are "
+                f"{', '.join(TEXT_METRICS)}"
             )
         if not outputs:
             raise UserError(

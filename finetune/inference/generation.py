@@ -1,24 +1,29 @@
 """Batched generation with a key-value cache, and streaming of one answer as text.
 
-Floor 3. Prompts are sorted by length and padded on the left, so that all rows of a batch grow at the same end. What the prompts of
-a batch have in common at their start (the template, the system prompt, the instruction) is read once for all of them; rows leave
-the batch when they finish; logits are computed for the last position only. Up to rounding, an answer depends neither on the batch
-size nor on the other prompts. transformers' own `generate` does none of these but the last.
+Prompts are sorted by length and padded on the left, so that all prompts of a batch grow at the same
+end. The start that the prompts of a batch share (the template, the system prompt, the instruction)
+is read once for all of them. A prompt leaves the batch when its answer is finished. Logits are
+computed for the last position only. Up to rounding, an answer depends neither on the batch size nor
+on the other prompts. transformers' own `generate` does only the last of these.
 """
 
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NotRequired, TypedDict, Unpack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetune.data.rendering import Tokenizer
 from finetune.errors import UserError
+from finetune.models.describe import CausalLM, context_length
 from finetune.models.language_model import evaluating
 
 
-class SamplingSettings(TypedDict):
-    """How an answer is drawn; the same words everywhere."""
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How an answer is drawn."""
 
     max_new_tokens: int
     temperature: float  # 0: greedy
@@ -26,29 +31,22 @@ class SamplingSettings(TypedDict):
     top_k: int  # 0: off
     repetition_penalty: float  # 1: off
     stop_ids: Sequence[int]  # the answer ends before the first of these tokens
-    seed: NotRequired[
-        int | None
-    ]  # None: different answers each time (where the temperature is not 0)
-
-
-def context_length(model: Any) -> int | None:
-    """Return the number of positions of a causal language model, None where it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    seed: int | None = None  # None: another answer each time, unless the temperature is 0
 
 
 def generate(
-    model: Any,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
+    settings: GenerationSettings,
     batch_size: int,
     on_progress: Callable[[int, int], None] | None = None,
-    **settings: Unpack[SamplingSettings],
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, in the order of the prompts, without the stop token.
 
-    `model` is a transformers causal language model, on its device, in any mode (evaluation mode is set and the old one restored).
-    `batch_size` prompts run at a time. `on_progress(done, total)` is called each time some prompts are finished.
-    Raises UserError for a prompt that is empty or leaves no room for an answer.
+    `model` is on its device, in any mode: it is evaluated in evaluation mode, then put back.
+    `batch_size` prompts run at a time. `on_progress(done, total)` is called each time some prompts
+    are finished. Raises UserError for a prompt that is empty or leaves no room for an answer.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     longest_first = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -56,38 +54,41 @@ def generate(
     with evaluating(model):
         for start in range(0, len(prompts), batch_size):
             members = longest_first[start : start + batch_size]
-            decoder = _Decoder(model, {i: prompts[i] for i in members}, **settings)
+            decoder = _Decoder(model, {i: prompts[i] for i in members}, settings)
             while decoder.active:
                 for i, token in decoder.step():
                     answers[i].append(token)
-                if on_progress is not None and done != (
-                    now := start + len(members) - len(decoder.active)
-                ):
+                now = start + len(members) - len(decoder.active)
+                if on_progress is not None and done != now:
                     done = now
                     on_progress(done, len(prompts))
     return answers
 
 
 def stream(
-    model: Any, tokenizer: Tokenizer, prompt: Sequence[int], **settings: Unpack[SamplingSettings]
+    model: CausalLM, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings
 ) -> Iterator[str]:
-    """Yield the answer to one prompt in pieces of text that join to the whole answer; a character is never cut in two."""
+    """Yield the answer to one prompt in pieces of text that join to the whole answer.
+
+    No character is cut in two. Raises UserError as `generate` does.
+    """
     with evaluating(model):
-        decoder = _Decoder(model, {0: prompt}, **settings)
+        decoder = _Decoder(model, {0: prompt}, settings)
         yield from text_pieces(decoder.tokens(), tokenizer)
 
 
 def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Turn tokens into pieces of text, holding back a character until all of its bytes are there.
+    """Yield the text of `tokens` in pieces, each character once all of its bytes have come.
 
-    A piece is what the newest tokens add to the text of those shortly before them, since a token alone may decode differently
-    (SentencePiece drops the space at the start of a text). Idea: `stream` of Hugging Face's text-generation-inference.
+    A piece is what the newest tokens add to the text of those shortly before them. A token alone may
+    decode differently: SentencePiece drops the space at the start of a text. The idea is `stream`
+    of Hugging Face's text-generation-inference.
     """
 
     def decode(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    context: list[int] = []  # tokens whose text is out already
+    context: list[int] = []  # tokens whose text was yielded already
     pending: list[int] = []
     for token in tokens:
         pending.append(token)
@@ -101,43 +102,31 @@ def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 class _Decoder:
-    """A batch of prompts on its way through the model, one token a step. `active` names the rows that are not finished."""
+    """A batch of prompts, one token further at each step. `active` has the unfinished prompts."""
 
     def __init__(
-        self,
-        model: Any,
-        prompts: dict[int, Sequence[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        repetition_penalty: float,
-        stop_ids: Sequence[int],
-        seed: int | None = None,
+        self, model: CausalLM, prompts: dict[int, Sequence[int]], settings: GenerationSettings
     ) -> None:
-        self.model, self.device = model, model.device
-        self.temperature, self.top_p, self.top_k, self.repetition_penalty = (
-            temperature,
-            top_p,
-            top_k,
-            repetition_penalty,
-        )
-        self.stop_ids = frozenset(stop_ids)
+        self.model, self.device, self.settings = model, model.device, settings
+        self.stop_ids = frozenset(settings.stop_ids)
         self.active = list(prompts)
         limit = context_length(model)
-        self.room = {i: _room(prompt, max_new_tokens, limit) for i, prompt in prompts.items()}
-        seed = (
-            secrets.randbits(32) if seed is None else seed
-        )  # not torch's own stream: a training run must not notice us
+        self.room = {
+            i: _room(prompt, settings.max_new_tokens, limit) for i, prompt in prompts.items()
+        }
+        # Not from torch's own random state: a training run must not be changed by its evaluations.
+        seed = secrets.randbits(32) if settings.seed is None else settings.seed
         self.generators = {i: torch.Generator().manual_seed(seed + i) for i in prompts}
-        self.seen: torch.Tensor | None = None
+        self.seen: Tensor | None = None
         self.cache: Any = None
         self._read(list(prompts.values()), shared=_shared_length(prompts.values(), model.config))
 
     @torch.inference_mode()
     def _read(self, prompts: list[Sequence[int]], *, shared: int) -> None:
-        """Read the first `shared` tokens, the same in all prompts, and lay out the rest, padded on the left, as the first input."""
+        """Read the `shared` tokens at the start, and make the rest the first input.
+
+        The rest is padded on the left.
+        """
         if shared:
             start = torch.tensor([list(prompts[0][:shared])], device=self.device)
             self.cache = self.model(
@@ -148,18 +137,14 @@ class _Decoder:
         padding = [width - len(prompt) for prompt in prompts]
         rest = [[0] * pad + list(prompt[shared:]) for pad, prompt in zip(padding, prompts)]
         mask = [[1] * shared + [0] * pad + [1] * (width - shared - pad) for pad in padding]
-        self.input_ids = torch.tensor(rest, device=self.device)  # [rows, width - shared]
-        self.mask = torch.tensor(mask, device=self.device)  # [rows, width]
+        self.input_ids = torch.tensor(rest, device=self.device)  # [prompts, width - shared]
+        self.mask = torch.tensor(mask, device=self.device)  # [prompts, width]
         self.position_ids = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-        if self.repetition_penalty != 1.0:
-            self.seen = torch.zeros(
-                len(prompts),
-                self.model.config.get_text_config().vocab_size,
-                dtype=torch.bool,
-                device=self.device,
-            )
-            for row, prompt in zip(self.seen, prompts):
-                row[torch.tensor(prompt, device=self.device)] = True
+        if self.settings.repetition_penalty != 1.0:
+            num_tokens = self.model.config.get_text_config().vocab_size
+            self.seen = torch.zeros(len(prompts), num_tokens, dtype=torch.bool, device=self.device)
+            for seen, prompt in zip(self.seen, prompts):
+                seen[torch.tensor(prompt, device=self.device)] = True
 
     def tokens(self) -> Iterator[int]:
         """Yield the tokens of the answers as they come."""
@@ -168,7 +153,10 @@ class _Decoder:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
-        """Return (row, next token) for each row that does not stop here. Not to be called once all rows are finished."""
+        """Return (prompt, next token) for each active prompt whose answer does not stop here.
+
+        Must not be called once all answers are finished.
+        """
         output = self.model(
             input_ids=self.input_ids,
             attention_mask=self.mask,
@@ -187,23 +175,23 @@ class _Decoder:
         for i, _ in tokens:
             self.room[i] -= 1
         going_on = {i for i, _ in tokens if self.room[i] > 0}
-        self._advance(chosen, [row for row, i in enumerate(self.active) if i in going_on])
+        self._advance(chosen, [place for place, i in enumerate(self.active) if i in going_on])
         return tokens
 
-    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+    def _choose(self, logits: Tensor) -> Tensor:
+        settings = self.settings
         if self.seen is not None:
-            logits = penalise_repetition(logits, self.seen, self.repetition_penalty)
-        generators = [self.generators[i] for i in self.active]
+            logits = penalise_repetition(logits, self.seen, settings.repetition_penalty)
         return next_tokens(
             logits,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            generators=generators,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            generators=[self.generators[i] for i in self.active],
         )
 
-    def _advance(self, chosen: torch.Tensor, kept: list[int]) -> None:
-        """Make the chosen tokens the next input, without the rows that are finished."""
+    def _advance(self, chosen: Tensor, kept: list[int]) -> None:
+        """Make the chosen tokens the next input, without the prompts that are finished."""
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
@@ -211,15 +199,12 @@ class _Decoder:
         if len(kept) == len(self.active) or not kept:
             self.active = self.active if kept else []
             return
-        rows = torch.tensor(kept, device=self.device)
-        self.input_ids, self.position_ids, self.mask = (
-            self.input_ids[rows],
-            self.position_ids[rows],
-            self.mask[rows],
-        )
-        self.seen = None if self.seen is None else self.seen[rows]
-        self.cache.batch_select_indices(rows)
-        self.active = [self.active[row] for row in kept]
+        places = torch.tensor(kept, device=self.device)
+        self.input_ids, self.mask = self.input_ids[places], self.mask[places]
+        self.position_ids = self.position_ids[places]
+        self.seen = None if self.seen is None else self.seen[places]
+        self.cache.batch_select_indices(places)
+        self.active = [self.active[place] for place in kept]
 
 
 def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
@@ -232,49 +217,52 @@ def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
         return max_new_tokens
     if len(prompt) >= limit:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the text"
+            f"the prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the "
+            "text"
         )
-    # The newest token needs no position of its own until it is read again, but a limit that holds everywhere is easier to explain.
+    # The newest token needs no position until it is read again. But a limit that always holds is
+    # easier to explain.
     return min(max_new_tokens, limit - len(prompt))
 
 
 def _shared_length(prompts: Collection[Sequence[int]], config: Any) -> int:
-    """Return how many tokens at the start are the same in all prompts, at most all but one, or 0 where sharing is no gain.
+    """Return how many tokens at the start are the same in all prompts, at most all but one.
 
-    The padding then comes after the shared tokens. Full attention does not mind, as the mask and the positions tell it; a sliding
-    window counts places, padding included, so a model that has one shares nothing.
+    The padding then comes after the shared tokens. Full attention is told so by the mask and the
+    positions. A sliding window counts places, padding included, so a model with one shares nothing.
     """
     if len(prompts) == 1 or getattr(config.get_text_config(), "sliding_window", None) is not None:
         return 0
-    first, last = (
-        min(map(list, prompts)),
-        max(map(list, prompts)),
-    )  # in lexical order: what these two share, all share
+    # In lexical order: what the first and the last share, all share.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
     limit = min(len(prompt) for prompt in prompts) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make tokens that already occurred less likely: positive logits are divided by `penalty`, negative ones multiplied.
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return `logits` with the tokens that already occurred made less likely.
 
-    `logits` and the boolean `seen` are [rows, vocabulary]. Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
+    Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
+    `seen` are [prompts, V]. Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
 
 
 def next_tokens(
-    logits: torch.Tensor,
+    logits: Tensor,
     *,
     temperature: float,
     top_p: float,
     top_k: int,
     generators: Sequence[torch.Generator],
-) -> torch.Tensor:
-    """Choose one token a row, [rows] int64, from `logits` [rows, vocabulary].
+) -> Tensor:
+    """Return one token for each prompt, [prompts] int64, from `logits` [prompts, V].
 
-    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all of them); `top_p` then keeps the fewest of those whose
-    probabilities reach `top_p` (https://arxiv.org/abs/1904.09751; 1: all of them). `generators` holds one CPU generator a row.
+    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all of them). `top_p` then keeps
+    the fewest of those whose probabilities reach `top_p` (1: all of them;
+    https://arxiv.org/abs/1904.09751). `generators` has one CPU generator for each prompt, so an
+    answer does not depend on the prompts next to it.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -282,15 +270,14 @@ def next_tokens(
     sorted_logits, tokens = logits.float().topk(num_kept, dim=-1)
     probabilities = torch.softmax(sorted_logits / temperature, dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
-    # A token stays while those before it have not reached top_p: the likeliest one always does.
+    # A token stays if those before it have not reached top_p. The likeliest one always stays.
     probabilities = probabilities.masked_fill(cumulative - probabilities >= top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(
         logits.device
     )
-    # Inverse transform sampling: the first place where the cumulative probability passes the uniform number.
+    # Inverse transform sampling: the first place whose cumulative probability exceeds `uniform`.
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    last_kept = (probabilities > 0).sum(
-        dim=-1, keepdim=True
-    ) - 1  # guards against rounding at the very end
+    # The bound guards against rounding at the very end.
+    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
     return tokens.gather(1, torch.minimum(place, last_kept)).squeeze(1)

@@ -25,7 +25,7 @@ from finetune.compute.loss import (
 )
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-from finetune.models.describe import inner_model, token_tables
+from finetune.models.describe import CausalLM, inner_model, token_tables
 from finetune.models.fuse import fuse, has_plain_head, output_head
 from finetune.models.vocabulary.rows import ActiveHead
 
@@ -184,7 +184,7 @@ def check_packing(language_model: LanguageModel) -> None:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module | CausalLM) -> Iterator[None]:
     """Evaluation mode for a while; afterwards every submodule is in the mode that it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

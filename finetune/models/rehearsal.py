@@ -8,6 +8,7 @@ computed. A dispatch mode sees every new storage and, through a weak reference, 
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +21,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
-from finetune.memory import StepMemory
 from finetune.models.describe import inner_model
 from finetune.models.fuse import BY_EXAMPLE, fuse, has_plain_head, output_head
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one optimizer step allocates in addition to weights and optimizer state, in bytes."""
+
+    activations: int  # kept for the backward at the end of the forward
+    loss: int  # the most that the loss adds: one chunk of logits, and the gradient of the head
+    peak: int  # the most alive at once, with gradients; they come as activations go
 
 
 class LiveBytes(TorchDispatchMode):

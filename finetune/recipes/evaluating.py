@@ -6,7 +6,7 @@ Floor 5.
 import json
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +18,10 @@ from finetune.data.types import Prompt
 from finetune.display import differences, format_metrics
 from finetune.errors import UserError
 from finetune.evaluation import LossResult, Sample, evaluate_generation, evaluate_loss
-from finetune.inference.generation import SamplingSettings
+from finetune.inference.generation import GenerationSettings
+from finetune.models.describe import CausalLM
 from finetune.models.speed import uncompiled
+from finetune.models.tokenizers import stop_ids
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.parts import Parts
 from finetune.run_dir import RunDir
@@ -113,7 +115,9 @@ class Evaluator:
                 if parts.accelerator.num_processes > 1
                 else (lambda own: own),
                 on_progress=differences(advance),
-                **sampling(config.generation, parts.language_model.model, seed=config.seed),
+                settings=generation_settings(
+                    config.generation, parts.language_model.model, seed=config.seed
+                ),
             )
         if parts.accelerator.is_main_process:
             write_samples(self.run, step, samples[: config.evaluation.samples])
@@ -147,18 +151,12 @@ class Evaluator:
                 )
 
 
-def sampling(section: GenerationSection, model: Any, *, seed: int | None) -> SamplingSettings:
-    """The settings of generation, with the tokens that the model stops at."""
-    return cast(
-        SamplingSettings,
-        {**section.model_dump(exclude={"batch_size"}), "stop_ids": stop_ids(model), "seed": seed},
-    )
-
-
-def stop_ids(model: Any) -> list[int]:
-    """The tokens that end an answer, from the generation config."""
-    stop = model.generation_config.eos_token_id
-    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+def generation_settings(
+    section: GenerationSection, model: CausalLM, *, seed: int | None
+) -> GenerationSettings:
+    """Return the settings of `section`, with the tokens that end an answer of `model`."""
+    settings = section.model_dump(exclude={"batch_size"})
+    return GenerationSettings(**settings, stop_ids=stop_ids(model), seed=seed)
 
 
 def own_block(prompts: Sequence[Prompt], accelerator: Accelerator) -> list[Prompt]:

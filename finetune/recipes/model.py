@@ -12,8 +12,8 @@ import torch
 
 from finetune.config.schema import ModelSection, NewTokenizerSection
 from finetune.errors import UserError
-from finetune.inference.generation import context_length
 from finetune.models.adapters import add_lora
+from finetune.models.describe import context_length
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import (
     ChatTokens,

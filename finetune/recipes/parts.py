@@ -28,7 +28,7 @@ from finetune.models.speed import (
     enable_activation_checkpointing,
     resolve_precision,
 )
-from finetune.models.tokenizers import set_template
+from finetune.models.tokenizers import pad_id, set_template
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time
 from finetune.recipes.model import (
@@ -205,10 +205,6 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         vocabulary=keeper,
         identity=identity,
     )
-
-
-def pad_id(tokenizer: Any) -> int:
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _make_batches(

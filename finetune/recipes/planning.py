@@ -28,19 +28,18 @@ from finetune.memory import (
     machine_memory,
     optimizer_state_bytes,
     process_memory,
-    tensor_bytes,
 )
-from finetune.models.describe import describe_model
+from finetune.models.describe import describe_model, tensor_bytes
 from finetune.models.load import load_skeleton
 from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
-from finetune.models.tokenizers import set_template
+from finetune.models.tokenizers import pad_id, set_template
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
 from finetune.recipes.model import adapt_model, check_length, make_tokenizer, model_spec
 from finetune.recipes.optimizer import optimizer_options
-from finetune.recipes.parts import build_parts, make_accelerator, pad_id
+from finetune.recipes.parts import build_parts, make_accelerator
 from finetune.recipes.plan_text import make_console, print_plan
 from finetune.recipes.timing import TimeEstimate, time_run
 from finetune.recipes.vocabulary import apply_vocabulary, plan_vocabulary

@@ -24,7 +24,7 @@ from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.speed import resolve_precision
-from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
+from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, pad_id, set_template
 from finetune.recipes.data import (
     encode_rows,
     first_prompts,
@@ -33,9 +33,8 @@ from finetune.recipes.data import (
     make_format,
     unrelated_text,
 )
-from finetune.recipes.evaluating import sampling
+from finetune.recipes.evaluating import generation_settings
 from finetune.recipes.model import check_length, load_trained
-from finetune.recipes.parts import pad_id
 from finetune.run_dir import RunDir
 from finetune.tracking import finite
 
@@ -201,6 +200,6 @@ def _scores_on(
             batch_size=config.generation.batch_size,
             inactive=inactive,
             on_progress=differences(advance),
-            **sampling(config.generation, opened.model, seed=config.seed),
+            settings=generation_settings(config.generation, opened.model, seed=config.seed),
         )
     return {**scores, "num_generated": len(prompts)}

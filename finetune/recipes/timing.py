@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from finetune.evaluation import evaluate_loss
-from finetune.inference.generation import SamplingSettings, generate
+from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.language_model import LanguageModel
 from finetune.optim import build_optimizer, clip_grad_norm_
 from finetune.recipes.data import first_prompts, generation_metrics
@@ -113,12 +113,11 @@ def _time_generation(parts: Parts) -> float:
     settings = config.generation.model_dump(exclude={"batch_size"}) | {"max_new_tokens": new_tokens}
     started = time.perf_counter()
     with parts.accelerator.autocast():
-        sampling = SamplingSettings(**settings, stop_ids=[], seed=0)  # type: ignore[typeddict-item]
         generate(
             _module(parts).model,
             [prompt.input_ids for prompt in first],
             batch_size=len(first),
-            **sampling,
+            settings=GenerationSettings(**settings, stop_ids=[], seed=0),
         )
     seconds = time.perf_counter() - started
     return seconds * config.generation.max_new_tokens / new_tokens * len(prompts) / len(first)

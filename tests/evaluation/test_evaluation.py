@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.evaluation import evaluate_generation, evaluate_loss
 from finetune.evaluation.answers import text_metrics
 from finetune.evaluation.loss import bits_per_byte, count_target_bytes, perplexity
-from finetune.inference.generation import generate
+from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
 from finetune.models.vocabulary.activate import activate_vocabulary
@@ -29,14 +29,9 @@ SENTENCES = [
     "日本語 🙂 mixed",
     "one two three",
 ]
-GREEDY = {
-    "max_new_tokens": 6,
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-    "stop_ids": [1],
-}
+GREEDY = GenerationSettings(
+    max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[1]
+)
 
 
 @pytest.fixture
@@ -182,17 +177,18 @@ def test_of_two_hundred_positions_the_third_largest_mass_is_the_99th_percentile(
 
 def test_the_share_of_generated_tokens_outside(llama, tokenizer, examples):
     prompts = [Prompt(input_ids=tuple(e.input_ids[:4]), text="", reference="a") for e in examples]
-    answers = generate(llama, [p.input_ids for p in prompts], batch_size=4, **GREEDY)
+    answers = generate(llama, [p.input_ids for p in prompts], batch_size=4, settings=GREEDY)
     tokens = [token for answer in answers for token in answer]
     inactive = torch.zeros(len(llama.get_input_embeddings().weight), dtype=torch.bool)
     inactive[tokens[0]] = True
     scores, _ = evaluate_generation(
-        llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, **GREEDY
+        llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, settings=GREEDY
     )
     assert scores == {"generated_outside": tokens.count(tokens[0]) / len(tokens)}
     assert 0 < scores["generated_outside"] <= 1
     assert (
-        evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, **GREEDY)[0] == {}
+        evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, settings=GREEDY)[0]
+        == {}
     )
 
 
@@ -277,11 +273,13 @@ def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
     texts = ["Where is the café?", "The file", "Ja.", "one two"]
     prompts = [Prompt(tokenizer(text)["input_ids"], text, text.upper()) for text in texts]
     scores, samples = evaluate_generation(
-        llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, **GREEDY
+        llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, settings=GREEDY
     )
     assert [sample["prompt"] for sample in samples] == texts
     assert [sample["reference"] for sample in samples] == [text.upper() for text in texts]
-    answers = generate(llama, [prompt.input_ids for prompt in prompts], batch_size=1, **GREEDY)
+    answers = generate(
+        llama, [prompt.input_ids for prompt in prompts], batch_size=1, settings=GREEDY
+    )
     assert [sample["output"] for sample in samples] == [
         tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers
     ]
@@ -289,9 +287,9 @@ def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
         ["chrf"], [s["output"] for s in samples], [s["reference"] for s in samples]
     )
 
-    first = evaluate_generation(llama, tokenizer, prompts[:2], metrics=(), batch_size=3, **GREEDY)[
-        1
-    ]
+    first = evaluate_generation(
+        llama, tokenizer, prompts[:2], metrics=(), batch_size=3, settings=GREEDY
+    )[1]
     joined = evaluate_generation(
         llama,
         tokenizer,
@@ -299,6 +297,6 @@ def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
         metrics=["chrf"],
         batch_size=3,
         gather=lambda own: first + own,
-        **GREEDY,
+        settings=GREEDY,
     )
     assert joined == (scores, samples)
