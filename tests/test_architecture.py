@@ -27,7 +27,6 @@ FLOORS = {  # the longest matching prefix counts
     "tracking": 2,
     "display": 2,
     "distributed": 2,
-    "distributed.wire": 1,
     "integrations": 2,
     "evaluation": 3,
     "inference": 3,

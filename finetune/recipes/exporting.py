@@ -101,7 +101,7 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str,
         else None,
         data=[
             *(f"{source.path} ({counts['format']})" for source in config.data.train),
-            *filter(None, [chosen]),
+            *([f"vocabulary: {chosen}"] if chosen else []),
         ],
         metrics={
             when: {metric.name: metric.value(record) for metric in shown}

@@ -57,7 +57,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     console.print(_figures(report, streamed=config.data.streaming))
     console.print(_histogram(report))
     corpora = [train, *([held_out] if held_out is not None else [])]
-    console.print(plan_vocabulary(config, skeleton, tokenizer, corpora, added).line())
+    plan = plan_vocabulary(config, skeleton, tokenizer, corpora, added)
+    console.print(f"vocabulary: {plan.line()}")
     return report
 
 

@@ -162,7 +162,7 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
     corpora = [sample, *([validation] if validation else [])]
     sharded = accelerator.distributed_type is DistributedType.FSDP
     vocabulary = plan_vocabulary(config, model, tokenizer, corpora, new_tokens, sharded=sharded)
-    display.note(vocabulary.line())
+    display.note(f"vocabulary: {vocabulary.line()}")
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
     model = adapt_model(model, config.model, new_tokens, seed=config.seed)
     language_model = LanguageModel(model)
