@@ -1,6 +1,9 @@
-"""Reading a model: loss over held-out data, metrics over generated text."""
+"""The evaluation of a model: the loss on held-out data, and metrics over the answers it writes.
+
+Read `loss` first, then `answers`.
+"""
 
 from finetune.evaluation.answers import Sample, evaluate_generation
-from finetune.evaluation.loss import LossResult, evaluate_loss
+from finetune.evaluation.loss import GroupLoss, LossResult, evaluate_loss
 
-__all__ = ["LossResult", "Sample", "evaluate_generation", "evaluate_loss"]
+__all__ = ["GroupLoss", "LossResult", "Sample", "evaluate_generation", "evaluate_loss"]

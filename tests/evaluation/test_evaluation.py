@@ -133,9 +133,33 @@ def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, f
     assert result.loss == pytest.approx(both) == pytest.approx(by_hand(llama, examples), rel=1e-5)
 
 
+def test_the_loss_by_groups_of_target_tokens_is_that_counted_by_hand(llama, tokenizer, examples):
+    groups = torch.arange(len(llama.get_input_embeddings().weight)) % 4
+    groups[groups == 2] = 3  # no token is in group 2
+    nats, counts = [0.0] * 4, [0] * 4
+    for example in examples:
+        with torch.no_grad():
+            logits = llama(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
+        logs = torch.log_softmax(logits.double(), 1)
+        for i, label in enumerate(example.labels[1:]):
+            if label != IGNORE_INDEX:
+                nats[groups[label]] -= float(logs[i, label])
+                counts[groups[label]] += 1
+    module, batches = LanguageModel(llama), batches_of(examples, 3, packed=True)
+    result = evaluate_loss(module, batches, groups=groups, tokenizer=tokenizer, device=CPU)
+    assert [group.num_target_tokens for group in result.by_group] == counts
+    assert counts[2] == 0 < min(counts[0], counts[1], counts[3])
+    assert [group.nats for group in result.by_group] == pytest.approx(nats, rel=1e-5)
+    assert sum(nats) / sum(counts) == pytest.approx(result.loss, rel=1e-5)
+    assert "by_group" not in result.as_dict()
+    plain = evaluate_loss(module, batches, tokenizer=tokenizer, device=CPU)
+    assert (plain.loss, plain.by_group) == (result.loss, ())
+
+
 def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenizer, examples):
     module, batches = LanguageModel(llama), batches_of(examples, 1)
-    one = evaluate_loss(module, batches, tokenizer=tokenizer, device=CPU)
+    options = {"tokenizer": tokenizer, "device": CPU, "groups": torch.arange(320) % 3}
+    one = evaluate_loss(module, batches, **options)
     shares = []
 
     def keep(sums):
@@ -143,18 +167,18 @@ def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenize
         return sums
 
     for share in (batches[:4], batches[4:]):
-        evaluate_loss(module, share, tokenizer=tokenizer, device=CPU, reduce=keep)
+        evaluate_loss(module, share, reduce=keep, **options)
     empty = collate(
         [], pad_id=0, packed=False, pad_to_multiple_of=1
     )  # the filling of a process that has run out
     both = evaluate_loss(
         module,
         [empty],
-        tokenizer=tokenizer,
-        device=CPU,
         reduce=lambda own: own + shares[0] + shares[1],
+        **options,
     )
     assert both == one
+    assert all(group.num_target_tokens for group in one.by_group)
     assert shares[0].dtype == torch.float64
 
 
