@@ -10,7 +10,6 @@ them (`finetune.distributed.shard_files`); `load` puts the two together, so noth
 import errno
 import json
 import os
-import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +29,13 @@ from finetune.distributed.shard_files import (
     write_shards,
 )
 from finetune.errors import UserError
-
-MARK = "complete.json"
+from finetune.run.folder import (
+    MARK,
+    checkpoint_path,
+    complete_steps,
+    is_complete,
+    newest_checkpoint,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class CheckpointStore:
     gather: Callable[[list[str]], list[str]] = list
 
     def path(self, step: int) -> Path:
-        return self.root / f"step-{step:08d}"
+        return checkpoint_path(self.root, step)
 
     def save(self, step: int, files: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`, then remove those no longer kept.
@@ -75,15 +79,10 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
-        folders = self.root.glob("step-*") if self.root.is_dir() else ()
-        found = (re.fullmatch(r"step-(\d{8,})", folder.name) for folder in folders)
-        return sorted(
-            int(match[1]) for match in found if match and is_complete(self.root / match[0])
-        )
+        return complete_steps(self.root)
 
     def newest(self) -> Path | None:
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+        return newest_checkpoint(self.root)
 
     def _begin(self, temporary: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -138,34 +137,20 @@ def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
     return put_in_shards(tree, folder / SHARDS, name, own)
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether every file that the mark lists is there with its size."""
-    try:
-        sizes = json.loads((folder / MARK).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def step_of(folder: Path) -> int:
-    """The optimizer step after which a complete checkpoint was taken, whatever its folder is called now."""
-    return json.loads((folder / MARK).read_text())["step"]
-
-
 def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
     """The folder that `--resume auto|PATH` means; None where `auto` finds no complete checkpoint.
 
     PATH is a checkpoint, or a run's folder (its newest complete checkpoint). Raises UserError.
     """
     if resume == "auto":
-        return CheckpointStore(checkpoints, keep=1).newest()
+        return newest_checkpoint(checkpoints)
     folder = Path(resume)
     if not folder.is_dir():
         raise UserError(
             f"there is no checkpoint at {folder}; give a folder such as {checkpoints / 'step-00000100'}, or auto"
         )
     if (folder / "checkpoints").is_dir():
-        newest = CheckpointStore(folder / "checkpoints", keep=1).newest()
+        newest = newest_checkpoint(folder / "checkpoints")
         if newest is None:
             raise UserError(f"the run {folder} has no complete checkpoint to resume from")
         return newest

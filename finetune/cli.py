@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 import finetune
-from finetune.errors import UserError
+from finetune.errors import UserError, disk_refusal
 
 app = typer.Typer(
     add_completion=False,
@@ -435,11 +435,9 @@ def _given(**settings: float | int | None) -> dict[str, float | int]:
 
 
 def _sentence(error: Exception) -> str | None:
-    """A mistake, or a full disk, as one sentence; None where it is a bug."""
+    """Return a mistake, or a full disk, as one sentence; None if it is a bug."""
     if isinstance(error, OSError):
-        from finetune.recipes.disk import refusal
-
-        return refusal(error)
+        return disk_refusal(error)
     if not isinstance(error, typer.TyperException):
         return str(error) if isinstance(error, UserError) else None
     message = (

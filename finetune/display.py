@@ -19,6 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from finetune.run.log import Listener
+from finetune.run.metrics import METRICS
+from finetune.run.records import Evaluation, StepRecord
+
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
 
 
@@ -70,20 +74,16 @@ class Display:
             yield advance
 
     @contextmanager
-    def steps(
-        self, num_steps: int, first_step: int
-    ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    def steps(self, num_steps: int, first_step: int) -> Iterator[Listener]:
         """A listener for the trainer's records: step, loss, lr, tokens/s and the time left."""
         with self._progress("training", num_steps, start=first_step) as update:
 
-            def listen(record: Mapping[str, Any]) -> None:
-                if "evaluation" in record:
-                    self.say(
-                        f"step {record['step']}: held-out " + format_metrics(record["evaluation"])
-                    )
+            def listen(record: StepRecord | Evaluation) -> None:
+                if isinstance(record, Evaluation):
+                    self.say(f"step {record.step}: held-out {format_metrics(record.metrics)}")
                 else:
-                    facts = f"loss {record['loss']:.3f}  lr {record['lr']:.1e}  {record['tokens_per_second']:.0f} tokens/s"
-                    update(record["step"], facts)
+                    speed = f"{record.tokens_per_second:.0f} tokens/s"
+                    update(record.step, f"loss {record.loss:.3f}  lr {record.lr:.1e}  {speed}")
 
             yield listen
 
@@ -140,17 +140,11 @@ class _NoteHandler(logging.Handler):
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """As one line the metrics that a person at a terminal goes by, as far as they were measured."""
-    shown = [
-        ("loss", "loss", ".3f"),
-        ("perplexity", "perplexity", ".2f"),
-        ("chrf", "chrF", ".1f"),
-        ("bleu", "BLEU", ".1f"),
-        ("inactive_mass", "inactive mass", ".2%"),
-        ("unrelated_loss", "unrelated loss", ".3f"),
-    ]
+    """Return on one line the figures that a person at a terminal goes by, if they were measured."""
     return "  ".join(
-        f"{label} {metrics[key]:{form}}" for key, label, form in shown if key in metrics
+        f"{metric.short} {metric.show(metrics)}{'%' if metric.is_share else ''}"
+        for metric in METRICS
+        if metric.short and metric.key in metrics
     )
 
 

@@ -2,10 +2,6 @@
 
 Floor 4.
 
-**Loss.** Every target token weighs the same however a step is cut: the sum of the token losses of each micro-batch is divided by
-the number of target tokens of the whole step, over all micro-batches and processes. Data-parallel engines average gradients over
-processes, hence the factor `num_processes`. So 1 x 8 = 8 x 1 = 2 x 4 rows, on one process or on many.
-
 **Randomness.** The generators are seeded from (seed, step, process) at each step. Nothing that happens between steps (evaluation,
 generation, saving) can change the run, and a resumed run needs no saved generator state.
 """
@@ -15,23 +11,26 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from finetune.checkpoint import CheckpointStore, is_complete, load
+from finetune.checkpoint import CheckpointStore, load
 from finetune.data.loader import StepBatch, TrainingBatches
 from finetune.data.stream import StreamingBatches
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
-from finetune.optim import LazyAdamW, clip_grad_norm_, options_of
+from finetune.optim import LazyAdamW, options_of
+from finetune.run.folder import is_complete
+from finetune.run.log import MetricLogger
+from finetune.run.records import StepRecord
 from finetune.stopping import StopSignal
-from finetune.tracking import MetricLogger
+from finetune.training.step import StepResult, take_step
 
 Stopped = Literal["finished", "early stopping", "signal"]
 
@@ -110,7 +109,8 @@ class Trainer:
         steps = iter(self.batches)
         with StopSignal() as signal:
             while self.progress.step < self.cadence.num_steps:
-                record, signalled = self._step(next(steps), stop=signal.received)
+                record = self._step(next(steps))
+                signalled = self._on_any_process(signal.received)
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
                 improved = self._evaluate_if_due()
@@ -122,68 +122,49 @@ class Trainer:
                     return "early stopping"
         return "finished"
 
-    def _step(self, batch: StepBatch, *, stop: bool) -> tuple[dict[str, Any], bool]:
+    def _step(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
-        torch.manual_seed(step_seed(self.seed, self.progress.step, self.accelerator.process_index))
-        self.before_step(self.progress.step, batch)
-        self.model.train()
-        self.optimizer.train()  # for optimizers that train at one point and are read at another (schedule-free)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        scale = self.accelerator.num_processes / batch.num_target_tokens
-        for last, micro_batch in _mark_last(batch.micro_batches):
-            on_device = {
-                key: value.to(self.accelerator.device, non_blocking=True)
-                for key, value in micro_batch.items()
-            }
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.model(**on_device)
-                self.accelerator.backward(loss * scale)
-            loss_sum += loss.detach()
-        self.average_rows()
-        if self.accelerator.scaler is not None:
-            self.accelerator.unscale_gradients(self.optimizer)
-        norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm or math.inf)
-        loss_mean, signalled = self._agree(
-            loss_sum, batch.num_target_tokens, stop
-        )  # waits for the GPU
-        grad_norm = float(norm)
-        self._stop_if_diverged(loss_mean, grad_norm, batch)
+        progress = self.progress
+        torch.manual_seed(step_seed(self.seed, progress.step, self.accelerator.process_index))
+        self.before_step(progress.step, batch)
         lr = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        if not getattr(self.optimizer, "step_was_skipped", False):
-            self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.progress.step += 1
-        self.progress.num_target_tokens += batch.num_target_tokens
-        seconds = time.perf_counter() - started
-        record = {
-            "step": self.progress.step,
-            "epoch": round(batch.epoch, 4),
-            "loss": loss_mean,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "num_target_tokens": batch.num_target_tokens,
-            "num_tokens": batch.num_tokens,
-            "tokens_per_second": batch.num_tokens / seconds,
-            "seconds": seconds,
-        }
-        return record, signalled
-
-    def _agree(
-        self, loss_sum: torch.Tensor, num_target_tokens: int, stop: bool
-    ) -> tuple[float, bool]:
-        """The step's mean loss, and whether any process was told to stop: the same answer on every process."""
-        shared = torch.stack(
-            [loss_sum, torch.tensor(float(stop), dtype=torch.float64, device=loss_sum.device)]
+        result = take_step(
+            self.model,
+            self.optimizer,
+            batch,
+            accelerator=self.accelerator,
+            max_grad_norm=self.max_grad_norm,
+            average_rows=self.average_rows,
+            check=lambda result: self._stop_if_diverged(result, batch),
         )
-        total, stops = self.accelerator.reduce(shared, reduction="sum").tolist()
-        return total / num_target_tokens, stops > 0
+        if not result.skipped:
+            self.scheduler.step()
+        progress.step += 1
+        progress.num_target_tokens += batch.num_target_tokens
+        seconds = time.perf_counter() - started
+        return StepRecord(
+            step=progress.step,
+            epoch=round(batch.epoch, 4),
+            loss=result.loss,
+            lr=float(lr),
+            grad_norm=result.grad_norm,
+            num_target_tokens=batch.num_target_tokens,
+            num_tokens=batch.num_tokens,
+            tokens_per_second=batch.num_tokens / seconds,
+            seconds=seconds,
+        )
 
-    def _stop_if_diverged(self, loss: float, grad_norm: float, batch: StepBatch) -> None:
-        scaled = self.accelerator.scaler is not None and math.isfinite(loss)
-        problem = self.guard.problem(
-            loss, 0.0 if scaled else grad_norm
-        )  # the fp16 scaler itself skips overflowing steps
+    def _on_any_process(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any process: the same answer on every process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, reduction="sum") > 0)
+
+    def _stop_if_diverged(self, result: StepResult, batch: StepBatch) -> None:
+        # the fp16 scaler itself skips steps that overflow
+        scaled = self.accelerator.scaler is not None and math.isfinite(result.loss)
+        problem = self.guard.problem(result.loss, 0.0 if scaled else result.grad_norm)
         if problem is None:
             return
         kept = f"is in {self.bad_batch_path}"
@@ -342,7 +323,3 @@ def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextM
     """Within it the state dicts of model and optimizer show the rows of a lazy table as they are stored, not as they are read."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.deferred() if isinstance(inner, LazyAdamW) else contextlib.nullcontext()
-
-
-def _mark_last(items: list[Any]) -> Iterator[tuple[bool, Any]]:
-    return ((index == len(items) - 1, item) for index, item in enumerate(items))

@@ -49,9 +49,9 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     watch = Stopwatch(args.clock, peak_memory)
 
     def on_record(record: Any) -> None:
-        watch.tokens.append(record["num_tokens"])
-        watch.targets.append(record["num_target_tokens"])
-        watch.step(record["loss"])
+        watch.tokens.append(record.num_tokens)
+        watch.targets.append(record.num_target_tokens)
+        watch.step(record.loss)
         if len(watch.ends) == 1:
             watch.phases.clear()
 

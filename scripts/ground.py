@@ -110,10 +110,12 @@ def our_trainer(
     from finetune.display import Display
     from finetune.divergence import DivergenceGuard
     from finetune.optim import build_lr_scheduler, build_optimizer
+    from finetune.recipes.engines import prepare
+    from finetune.recipes.material import read_material
     from finetune.recipes.optimizer import optimizer_options
-    from finetune.recipes.parts import build_parts, make_accelerator
-    from finetune.run_dir import RunDir
-    from finetune.tracking import MetricLogger
+    from finetune.recipes.parts import assemble, make_accelerator
+    from finetune.run.folder import RunDir
+    from finetune.run.log import MetricLogger
     from finetune.trainer import Cadence, Trainer
 
     class NoCheckpoints:
@@ -122,12 +124,13 @@ def our_trainer(
 
     config, display = our_config(args), Display(enabled=False)
     accelerator = make_accelerator(config, display)
-    parts = build_parts(config, accelerator=accelerator, display=display)
+    material = read_material(config, display)
+    parts = assemble(material, accelerator=accelerator, display=display)
     optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
     scheduler = build_lr_scheduler(
         optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0
     )
-    module, optimizer = accelerator.prepare(parts.language_model, optimizer)
+    module, optimizer, average_rows = prepare(accelerator, parts.language_model, optimizer, display)
     run = RunDir(args.folder)
     yield (
         Trainer(
@@ -145,6 +148,7 @@ def our_trainer(
             seed=config.seed,
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
+            average_rows=average_rows,
             before_step=parts.vocabulary.before_step,
         ),
         parts,
@@ -153,29 +157,15 @@ def our_trainer(
 
 def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
     """Tokenizer and encoded training examples: what our recipe reads, for those who do not use it."""
-    tokenizer, train, _ = _data(args)
-    return tokenizer, train
+    material = _material(args)
+    return material.tokenizer, material.train
 
 
-def _data(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from finetune.models.load import ModelSpec, load_skeleton
-    from finetune.models.tokenizers import load_tokenizer, set_template
-    from finetune.recipes.data import encode_rows, load_raw_data, make_format
+def _material(args: argparse.Namespace) -> Any:
+    from finetune.display import Display
+    from finetune.recipes.material import read_material
 
-    config = our_config(args)
-    tokenizer = load_tokenizer(ModelSpec(name=str(args.model)))
-    set_template(tokenizer, config.model.chat_template)
-    raw = load_raw_data(config.data, seed=0)
-    format = make_format(config.data, tokenizer, raw.first_row)
-    rows = max(
-        load_skeleton(ModelSpec(name=str(args.model))).get_input_embeddings().weight.shape[0],
-        len(tokenizer),
-    )
-    train, validation = (
-        encode_rows(part, format, config.data, vocab_size=rows)
-        for part in (raw.train, raw.validation)
-    )
-    return tokenizer, train, validation
+    return read_material(our_config(args), Display(enabled=False))
 
 
 def load_plain(args: argparse.Namespace) -> Any:
@@ -207,7 +197,8 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.models.vocabulary.activate import activate_vocabulary
     from finetune.recipes.vocabulary import active_ids
 
-    tokenizer, train, validation = _data(args)
+    material = _material(args)
+    tokenizer, train, validation = material.tokenizer, material.train, material.validation
     base = load_plain(args).get_input_embeddings().weight
     ids = sorted(i for i in active_ids(tokenizer, [train, validation], ()) if i < len(base))
     inactive = torch.ones(len(base), dtype=torch.bool)

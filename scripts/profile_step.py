@@ -24,7 +24,7 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of each part of our step, then the operators of one more step."""
     import torch
 
-    import finetune.trainer as trainer_module
+    import finetune.training.step as step_module
 
     clock = CLOCKS[args.clock]
     parts: dict[str, float] = {}
@@ -51,8 +51,8 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
         usage.append(resource.getrusage(resource.RUSAGE_SELF))
         if len(ends) > 1:
             known = dict(parts) | {
-                "tokens": record["num_tokens"],
-                "targets": record["num_target_tokens"],
+                "tokens": record.num_tokens,
+                "targets": record.num_target_tokens,
             }
             total = ends[-1] - ends[-2]
             known |= {"everything else": total - sum(parts.values()), "step": total}
@@ -68,7 +68,7 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
     with our_trainer(args, on_record) as (trainer, built):
         trainer.model.forward = timed("forward (with the loss's gradient)", trainer.model.forward)
         trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
-        trainer_module.clip_grad_norm_ = timed("clip", trainer_module.clip_grad_norm_)
+        step_module.clip_grad_norm_ = timed("clip", step_module.clip_grad_norm_)
         trainer.optimizer.step = timed("optimizer", trainer.optimizer.step)
         trainer.optimizer.zero_grad = timed("zero_grad", trainer.optimizer.zero_grad)
         source = trainer.batches

@@ -85,7 +85,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for train in (lambda: None, trainer.train):
             train()
             with trainer.accelerator.autocast():
-                sample = sample_batches(parts.batches.dataset, pad_id=pad_id(parts.tokenizer))
+                sample = sample_batches(
+                    parts.batches.dataset, pad_id=pad_id(parts.material.tokenizer)
+                )
                 measured.append(measure_frozen_rows(language_model, sample))
         kinds = {"before": measured[0], "now": measured[1], "even": torch.zeros_like(measured[0])}
         ways = {

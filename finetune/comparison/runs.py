@@ -1,36 +1,50 @@
-"""What a comparison knows of one run: its settings and outcome, and its curves, read from the run's folder.
+"""What a comparison knows of one run: its settings and outcome, and its curves.
 
-Floor 1. Beside the files of every run (`finetune.run_dir`) such a folder holds `result.json`, written last, and `updates.jsonl`.
+They are read from the run's folder, which in a comparison also holds result.json, written last, and
+updates.jsonl.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from finetune.run_dir import RunDir
+from finetune.run.files import append_lines, read_lines
+from finetune.run.folder import RunDir
+from finetune.run.records import Evaluation, JsonRecord, read_metrics
 
 Phase = Literal["tuning", "reported"]
 
 
 @dataclass(frozen=True)
-class Result:
-    """The outcome of one run. `test` is None for a run that only served to choose a learning rate, or that diverged."""
+class Result(JsonRecord):
+    """result.json: the outcome of one run, written when the run is over.
+
+    `test` is None for a run that diverged, or that only served to choose a learning rate.
+    """
 
     optimizer: str
     phase: Phase
     seed: int
     settings: dict[str, Any]  # every option that the optimizer was built with
-    problem: str  # why the run diverged, "" where it did not
+    problem: str  # why the run diverged, "" if it did not
     start: dict[str, str]  # hashes of the weights and of the training data that it began with
     state_bytes: int = 0  # of the optimizer, after the last step
-    test: dict[str, float] | None = (
-        None  # nats per target token: "all", and by bin "head", "body", "tail"
-    )
-    bins: dict[str, dict[str, int]] | None = (
-        None  # by bin: "tokens" of the vocabulary, "targets" in the test data
-    )
+    # nats per target token: "all", and by bin "head", "body", "tail"
+    test: dict[str, float] | None = None
+    # by bin: "tokens" of the vocabulary, "targets" in the test data
+    bins: dict[str, dict[str, int]] | None = None
+
+    @classmethod
+    def path(cls, run: RunDir) -> Path:
+        return run.result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        test = values.get("test") or {}  # NaN and infinity are text in the file
+        losses = {name: float(loss) for name, loss in test.items()} or None
+        return super().from_dict({**values, "test": losses})
 
     @property
     def lr(self) -> float:
@@ -39,7 +53,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Point:
-    """A held-out loss, nats per target token, and what training had cost until then. Evaluations are off the clock."""
+    """A held-out loss, nats per target token, and what training had cost until then.
+
+    The time of evaluations does not count.
+    """
 
     step: int
     loss: float
@@ -54,9 +71,8 @@ class Run:
     folder: str
     result: Result
     points: list[Point]
-    updates: list[tuple[int, float]] = field(
-        default_factory=list
-    )  # (step, norm of the update over norm of the weights)
+    # (step, norm of the update over norm of the weights)
+    updates: list[tuple[int, float]] = field(default_factory=list)
     steps: int = 0  # taken
 
     @property
@@ -65,64 +81,40 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """The held-out loss after the last step; infinite where the run diverged."""
+        """The held-out loss after the last step; infinite if the run diverged."""
         return math.inf if self.diverged else self.points[-1].loss
 
     @property
     def test_loss(self) -> float:
-        """The loss on the test data; infinite where the run diverged."""
+        """The loss on the test data; infinite if the run diverged."""
         return math.inf if self.diverged or self.result.test is None else self.result.test["all"]
 
     def first_at(self, target: float) -> Point | None:
-        """The first evaluation at or below `target`."""
+        """Return the first evaluation at or below `target`, or None."""
         return next((point for point in self.points if point.loss <= target), None)
 
 
-def result_path(folder: Path) -> Path:
-    return folder / "result.json"
+def keep_update(run: RunDir, step: int, ratio: float) -> None:
+    """Append the norm of an update over the norm of the weights. Raises UserError."""
+    append_lines(run.updates, [{"step": step, "ratio": ratio}])
 
 
-def updates_path(folder: Path) -> Path:
-    return folder / "updates.jsonl"
+def read_trial(folder: Path) -> Run | None:
+    """Return the run in `folder`, or None if it is not over.
 
-
-def write_result(folder: Path, result: Result) -> None:
-    """Mark the run in `folder` as over: whole or not there."""
-    temporary = result_path(folder).with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(result), indent=2), encoding="utf-8")
-    temporary.replace(result_path(folder))
-
-
-def read_run(folder: Path) -> Run | None:
-    """The run in `folder`, or None where it is not over."""
-    if not result_path(folder).is_file():
+    Raises UserError if one of its files is damaged.
+    """
+    run = RunDir(folder)
+    if not run.result.is_file():
         return None
-    result = Result(**json.loads(result_path(folder).read_text(encoding="utf-8")))
     points, steps, tokens, seconds = [], 0, 0, 0.0
-    for record in _lines(RunDir(folder).metrics):
-        if "evaluation" in record:
-            points.append(
-                Point(record["step"], float(record["evaluation"]["loss"]), tokens, seconds)
-            )
+    for record in read_metrics(run)[0]:
+        if isinstance(record, Evaluation):
+            points.append(Point(record.step, float(record.metrics["loss"]), tokens, seconds))
         else:
-            steps, tokens, seconds = (
-                record["step"],
-                tokens + record["num_tokens"],
-                seconds + record["seconds"],
-            )
-    updates = {
-        record["step"]: float(record["ratio"]) for record in _lines(updates_path(folder))
-    }  # a resumed step stands twice
-    return Run(folder.name, result, points, sorted(updates.items()), steps)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # cut short when the process was killed; the step was taken again
-    return records
+            steps = record.step
+            tokens += record.num_tokens
+            seconds += record.seconds
+    lines, _ = read_lines(run.updates)
+    updates = {line["step"]: float(line["ratio"]) for line in lines}  # the last of a repeated step
+    return Run(folder.name, Result.read(run), points, sorted(updates.items()), steps)

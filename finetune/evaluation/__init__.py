@@ -3,7 +3,7 @@
 Read `loss` first, then `answers`.
 """
 
-from finetune.evaluation.answers import Sample, evaluate_generation
+from finetune.evaluation.answers import Answer, evaluate_generation
 from finetune.evaluation.loss import GroupLoss, LossResult, evaluate_loss
 
-__all__ = ["GroupLoss", "LossResult", "Sample", "evaluate_generation", "evaluate_loss"]
+__all__ = ["Answer", "GroupLoss", "LossResult", "evaluate_generation", "evaluate_loss"]

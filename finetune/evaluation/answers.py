@@ -20,7 +20,7 @@ from finetune.models.describe import CausalLM
 TEXT_METRICS = {"chrf": CHRF, "bleu": BLEU}
 
 
-class Sample(TypedDict):
+class Answer(TypedDict):
     """A held-out prompt, the answer in the data, and the model's answer."""
 
     prompt: str
@@ -39,33 +39,33 @@ def evaluate_generation(
     inactive: Tensor | None = None,
     gather: Callable[[list[Any]], list[Any]] = lambda own: own,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, float | str], list[Sample]]:
-    """Answer `prompts`, and return the scores of the answers and the answers themselves.
+) -> tuple[dict[str, float | str], list[Answer]]:
+    """Answer `prompts`; return the metrics (see `text_metrics`) and all answers.
 
-    `prompts` are this process's share: a block of the whole, so that the answers keep their order.
-    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone; the
-    scores are those of `text_metrics`. With `inactive` ([V] bool) the scores also have
-    `generated_outside`: the share of such tokens among all generated ones.
+    `prompts` are this process's share, a block of the whole, so that the answers keep their order.
+    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone.
+    `inactive`: [V] bool; the scores then have `generated_outside`, the share of such tokens in all
+    that was generated.
     """
-    answers = generate(
+    generated = generate(
         model,
         [prompt.input_ids for prompt in prompts],
         settings=settings,
         batch_size=batch_size,
         on_progress=on_progress,
     )
-    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
     own = [
-        Sample(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)
+        Answer(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)
     ]
-    samples = gather(own)
+    answers = gather(own)
     scores = text_metrics(
-        metrics, [s["output"] for s in samples], [s["reference"] for s in samples]
+        metrics, [a["output"] for a in answers], [a["reference"] for a in answers]
     )
     if inactive is not None:
-        outside = gather([bool(inactive[token]) for answer in answers for token in answer])
+        outside = gather([bool(inactive[token]) for tokens in generated for token in tokens])
         scores["generated_outside"] = sum(outside) / max(1, len(outside))
-    return scores, samples
+    return scores, answers
 
 
 def text_metrics(

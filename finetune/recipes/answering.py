@@ -13,7 +13,7 @@ from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.inference.conversation import Conversation
 from finetune.inference.generation import generate
-from finetune.recipes.evaluating import generation_settings
+from finetune.recipes.model import generation_settings
 from finetune.recipes.reading import open_target
 
 

@@ -29,7 +29,8 @@ from finetune.recipes.holding_out import hold_out, rule
 from finetune.recipes.parts import make_accelerator
 from finetune.recipes.searching import search
 from finetune.recipes.trials import run_trial
-from finetune.run_dir import RunDir
+from finetune.run.files import write_text
+from finetune.run.folder import RunDir
 from finetune.trainer import Stopped
 
 EVALUATIONS = 10  # of a run, where evaluation.every does not say
@@ -208,7 +209,7 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
     elif RunDir(root).is_run():
         raise UserError(f"{root} holds a training run: name another output_dir")
     root.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
 def _check_starts(reported: dict[str, list[Run]], root: Path) -> None:

@@ -4,7 +4,6 @@ Floor 5.
 """
 
 import csv
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 from finetune.comparison import grids
 from finetune.comparison.verdict import listed
 from finetune.config import RunConfig, dump_config
-from finetune.recipes.environment import environment
 from finetune.report.comparison_page import write_comparison
-from finetune.run_dir import RunDir
-from finetune.tracking import finite
+from finetune.run.environment import collect_environment
+from finetune.run.files import write_json
+from finetune.run.folder import RunDir
+from finetune.run.records import Environment
 
 
 def conclude(
@@ -33,16 +33,12 @@ def conclude(
     """
     root = base.output_dir
     records = {
-        name: json.loads(
-            RunDir(root / "runs" / name / f"seed-{base.seed + 1}").environment.read_text(
-                encoding="utf-8"
-            )
-        )
+        name: Environment.read(RunDir(root / "runs" / name / f"seed-{base.seed + 1}"))
         for name in summary["optimizers"]
     }
     first = next(iter(records.values()))
     noted = {
-        note: [name for name, record in records.items() if note in record["notes"]]
+        note: [name for name, record in records.items() if note in record.notes]
         for note in _notes(records.values())
     }
     found = [
@@ -63,20 +59,19 @@ def conclude(
         "schedule": base.scheduler.name,
         "max_grad_norm": base.training.max_grad_norm,
         "divergence_threshold": base.training.divergence_threshold,
-        "precision": first["precision"],
+        "precision": first.precision,
     }
+    now = collect_environment(processes=1, device=first.device, precision=first.precision).as_dict()
     record = {
         "name": root.resolve().name,
         **summary,
         "protocol": protocol,
         "notes": [*notes, *found],
-        "model": first["model"],
-        "environment": environment(
-            processes=1, device=first["device"], precision=first["precision"]
-        ),
+        "model": first.model,
+        "environment": {key: now[key] for key in now if key not in ("model", "notes")},
         "config": dump_config(base),
     }
-    (root / "comparison.json").write_text(json.dumps(finite(record), indent=1), encoding="utf-8")
+    write_json(root / "comparison.json", record, indent=1)
     with (root / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(summary["runs"][0]))
         writer.writeheader()
@@ -84,6 +79,6 @@ def conclude(
     return write_comparison(root)
 
 
-def _notes(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Every note of the runs, once."""
-    return list(dict.fromkeys(note for record in records for note in record["notes"]))
+def _notes(records: Iterable[Environment]) -> list[str]:
+    """Return every note of the runs, once."""
+    return list(dict.fromkeys(note for record in records for note in record.notes))

@@ -15,7 +15,9 @@ from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.training import run_training
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
+from finetune.run.metrics import METRICS
+from finetune.run.records import Evaluations, read_samples
 from finetune.trainer import Stopped
 
 SHORT = (
@@ -25,6 +27,7 @@ SHORT = (
     "evaluation.samples=2",
     "generation.max_new_tokens=16",
 )
+SHOWN = ("loss", "perplexity", "chrf", "bleu")  # what someone who has just arrived knows
 
 
 def run_demo(
@@ -52,30 +55,26 @@ def run_demo(
 
 def _print_result(run: RunDir) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    summary = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    summary = Evaluations.read(run)
+    before, after = (part.metrics if part else {} for part in (summary.before, summary.after))
     table = Table(title="held-out data", title_justify="left")
     for name in ("", "before", "after"):
         table.add_column(name, justify="left" if not name else "right")
-    for key, label, digits in (
-        ("loss", "loss (nats per token)", 3),
-        ("perplexity", "perplexity", 2),
-        ("chrf", "chrF", 1),
-        ("bleu", "BLEU", 1),
-    ):
-        if key in summary["after"]:
-            table.add_row(
-                label, *(f"{summary[when][key]:.{digits}f}" for when in ("before", "after"))
-            )
+    for metric in METRICS:
+        if metric.key in SHOWN and metric.key in after:
+            label = f"{metric.short} ({metric.unit})"
+            table.add_row(label, metric.show(before), metric.show(after))
     console.print(table)
-    samples = [json.loads(line) for line in run.samples.read_text(encoding="utf-8").splitlines()]
-    before = {sample["prompt"]: sample["output"] for sample in samples if sample["step"] == 0}
+    samples, _ = read_samples(run)
+    last = summary.after.step if summary.after else None
+    first = {sample.prompt: sample.output for sample in samples if sample.step == 0}
     for sample in samples:
-        if sample["step"] == summary["after"]["step"] and sample["prompt"] in before:
-            console.print(f"\n[bold]{_line(sample['prompt'])}[/bold]")
-            console.print(f"  before:    {_line(before[sample['prompt']])}", markup=False)
-            console.print(f"  after:     {_line(sample['output'])}", markup=False)
-            console.print(f"  reference: {_line(sample['reference'])}", markup=False)
-    use = "translate" if "chrf" in summary["after"] else "chat"
+        if sample.step == last and sample.prompt in first:
+            console.print(f"\n[bold]{_line(sample.prompt)}[/bold]")
+            console.print(f"  before:    {_line(first[sample.prompt])}", markup=False)
+            console.print(f"  after:     {_line(sample.output)}", markup=False)
+            console.print(f"  reference: {_line(sample.reference)}", markup=False)
+    use = "translate" if "chrf" in after else "chat"
     console.print(f"\nThe whole report: {run.report}\nTry the model:    finetune {use} {run.root}")
 
 

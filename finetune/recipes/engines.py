@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -30,13 +30,14 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.checkpoint import is_complete
 from finetune.config import RunConfig
 from finetune.display import Display
+from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.distributed.sharding import whole
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
 from finetune.optim import LazyAdamW
+from finetune.run.folder import is_complete
 
 
 def waiting_time(config: RunConfig) -> InitProcessGroupKwargs:
@@ -83,13 +84,22 @@ def settle_engine(accelerator: Accelerator, display: Display) -> None:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
 
 
+class Prepared(NamedTuple):
+    """What a step takes, after the engine has the model."""
+
+    module: Any
+    optimizer: Any
+    average_rows: Callable[[], None]  # row-sparse gradients over the processes
+
+
 def prepare(
     accelerator: Accelerator,
     language_model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     display: Display,
-) -> Any:
-    """`accelerator.prepare`, after which the engine has the model: (module, optimizer)."""
+) -> Prepared:
+    """Give the model and the optimizer to Accelerate's engine, lazy tables kept out of it."""
+    keep_tables_out_of_ddp(language_model, optimizer)
     if accelerator.distributed_type is DistributedType.FSDP:
         tables = lazy_modules(language_model, optimizer)
         accelerator.state.fsdp_plugin.ignored_modules = tables or None
@@ -107,7 +117,8 @@ def prepare(
         warnings.filterwarnings(
             "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
         )
-        return accelerator.prepare(language_model, optimizer)
+        module, prepared = accelerator.prepare(language_model, optimizer)
+    return Prepared(module, prepared, RowGradients(optimizer, say=display.note).average)
 
 
 def lazy_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Module]:

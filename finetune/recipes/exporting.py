@@ -3,14 +3,13 @@
 Floor 5.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.checkpoint import find_checkpoint, load, step_of
+from finetune.checkpoint import find_checkpoint, load
 from finetune.config import RunConfig, dump_config, load_config
 from finetune.data.sources import Rows
 from finetune.display import Display
@@ -21,13 +20,13 @@ from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
 from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.optim import build_optimizer
-from finetune.recipes.data import encode_rows, load_raw_data, make_format
-from finetune.recipes.evaluating import logged_evaluations
+from finetune.recipes.material import read_material
 from finetune.recipes.model import adapt_model, load_trained, make_model, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.vocabulary import apply_saved_vocabulary
-from finetune.report.facts import METRICS
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir, step_of
+from finetune.run.metrics import METRICS
+from finetune.run.records import DataCounts, Environment, Vocabulary, evaluations_by_step
 from finetune.trainer import restore
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,12 +60,12 @@ def export_run(
         assert folder is not None
         tokenizer = _tokenizer_of(run, config, folder)
         model = model_of_checkpoint(run, folder, tokenizer)
-        step, evaluations = step_of(folder), logged_evaluations(run)
+        step, evaluations = step_of(folder), evaluations_by_step(run)
         card = run_card(
             run,
             config,
             {
-                f"step {number}": evaluations[number]
+                f"step {number}": evaluations[number].metrics
                 for number in (0, step)
                 if number in evaluations
             },
@@ -79,20 +78,13 @@ def export_run(
     )
 
 
-def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str, Any]]) -> str:
-    """The model card of a run, from what lies in its folder. `evaluations`: when -> what was measured then."""
+def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the model card of a run, from its records. `evaluations`: when -> the figures then."""
     name = config.model.name
     shown = [
         metric for metric in METRICS if all(metric.key in record for record in evaluations.values())
     ]
-    chosen = (
-        json.loads(run.vocabulary.read_text(encoding="utf-8")).get("chosen")
-        if run.vocabulary.is_file()
-        else None
-    )
-    counts, environment = (
-        json.loads(path.read_text(encoding="utf-8")) for path in (run.data, run.environment)
-    )
+    kind = DataCounts.read(run).format
     return model_card(
         title=run.root.resolve().name,
         base_model=name,
@@ -100,15 +92,15 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, dict[str,
         if name is not None
         else None,
         data=[
-            *(f"{source.path} ({counts['format']})" for source in config.data.train),
-            *([f"vocabulary: {chosen}"] if chosen else []),
+            *(source.path + (f" ({kind})" if kind else "") for source in config.data.train),
+            *([f"vocabulary: {chosen}"] if (chosen := Vocabulary.read(run).chosen) else []),
         ],
         metrics={
             when: {metric.name: metric.value(record) for metric in shown}
             for when, record in evaluations.items()
         },
         config=dump_config(config),
-        command=environment["command"],
+        command=Environment.read(run).command,
     )
 
 
@@ -118,21 +110,19 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         return load_tokenizer(
             ModelSpec(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
         )
-    raw = load_raw_data(config.data, seed=config.seed) if config.model.name is None else None
-    tokenizer = make_tokenizer(config.model, () if raw is None else raw.texts())
-    set_template(tokenizer, config.model.chat_template)
-    if raw is not None and isinstance(raw.train, Rows):  # from other data comes another tokenizer
-        encoded = encode_rows(
-            raw.train,
-            make_format(config.data, tokenizer, raw.first_row),
-            config.data,
-            vocab_size=len(tokenizer),
-        )
-        if encoded.fingerprint != load(checkpoint, "training.pt")["identity"]["the training data"]:
+    if config.model.name is not None:
+        tokenizer = make_tokenizer(config.model, ())
+        set_template(tokenizer, config.model.chat_template)
+        return tokenizer
+    material = read_material(config, Display(enabled=False))
+    if isinstance(material.raw.train, Rows):
+        then = load(checkpoint, "training.pt")["identity"]["the training data"]
+        if material.train.fingerprint != then:  # other data makes another tokenizer
             raise UserError(
-                f"the training data of {run.root} changed, so its tokenizer cannot be made again: restore the data"
+                f"the training data of {run.root} changed, so its tokenizer cannot be made again: "
+                "restore the data"
             )
-    return tokenizer
+    return material.tokenizer
 
 
 def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:

@@ -3,22 +3,23 @@
 Floor 5.
 """
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from finetune.checkpoint import is_complete
 from finetune.distributed.sharding import is_sharded
 from finetune.models.export import export_model
-from finetune.recipes.evaluating import Evaluator
+from finetune.recipes.evaluations import RunEvaluations
 from finetune.recipes.exporting import model_of_checkpoint, run_card
 from finetune.recipes.parts import Parts
 from finetune.report import write_report
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir, is_complete
+from finetune.run.records import Environment, Evaluations, Vocabulary
 from finetune.trainer import Stopped, Trainer
 
 
 def finish_run(
-    parts: Parts, run: RunDir, trainer: Trainer, evaluator: Evaluator, stopped: Stopped
+    parts: Parts, run: RunDir, trainer: Trainer, evaluations: RunEvaluations, stopped: Stopped
 ) -> None:
     """Leave `model/`, evaluation.json and report.html behind."""
     progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
@@ -37,44 +38,33 @@ def finish_run(
         trainer.restore(checkpoint)
     if accelerator.is_main_process:
         _write_vocabulary(parts, run)
-        evaluator.write_summary(best_step=progress.best_step, last_step=progress.step)
+        summary = evaluations.write_summary(best_step=progress.best_step, last_step=progress.step)
         export_model(
             # of a sharded model no process has the whole, but a checkpoint has
-            model_of_checkpoint(run, checkpoint, parts.tokenizer)
+            model_of_checkpoint(run, checkpoint, parts.material.tokenizer)
             if sharded
             else parts.language_model.model,
-            parts.tokenizer,
+            parts.material.tokenizer,
             run.model,
-            card=run_card(
-                run,
-                parts.config,
-                _named(json.loads(run.evaluation.read_text(encoding="utf-8")), chosen),
-            ),
+            card=run_card(run, parts.config, _named(summary, chosen)),
         )
-        _add_notes(run, display.notes)
+        replace(Environment.read(run), notes=display.notes).write(run)
         write_report(run.root)
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")
     accelerator.wait_for_everyone()
 
 
-def _named(evaluations: dict[str, dict[str, Any]], chosen: int) -> dict[str, dict[str, Any]]:
-    """With the step for a name, and which one the model is of."""
-    steps = {record["step"]: record for record in evaluations.values()}
+def _named(summary: Evaluations, chosen: int) -> dict[str, Mapping[str, Any]]:
+    """Return the figures under the name of their step, and say which are those of the model."""
+    found = [part for part in (summary.before, summary.after, summary.best) if part is not None]
     return {
-        f"step {step}{', this model' if step == chosen else ''}": record
-        for step, record in steps.items()
+        f"step {part.step}{', this model' if part.step == chosen else ''}": part.metrics
+        for part in found
     }
 
 
 def _write_vocabulary(parts: Parts, run: RunDir) -> None:
     inactive, plan = parts.vocabulary.inactive_tokens(), parts.vocabulary.plan
     used = list(range(plan.rows)) if inactive is None else (~inactive).nonzero()[:, 0].tolist()
-    run.vocabulary.write_text(
-        json.dumps({"chosen": parts.vocabulary.line(), "used": used}), encoding="utf-8"
-    )
-
-
-def _add_notes(run: RunDir, notes: list[str]) -> None:
-    record = json.loads(run.environment.read_text(encoding="utf-8"))
-    run.environment.write_text(json.dumps({**record, "notes": notes}, indent=2), encoding="utf-8")
+    Vocabulary(chosen=parts.vocabulary.line(), used=used).write(run)

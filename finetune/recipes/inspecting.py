@@ -12,11 +12,8 @@ from rich.text import Text
 from finetune.config import RunConfig
 from finetune.data.statistics import DataReport, pieces, report_on
 from finetune.display import Display
-from finetune.models.describe import token_tables
-from finetune.models.load import load_skeleton
-from finetune.models.tokenizers import set_template
-from finetune.recipes.data import STREAM_SAMPLE, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import check_length, make_tokenizer, model_spec
+from finetune.recipes.data import STREAM_SAMPLE
+from finetune.recipes.material import read_material
 from finetune.recipes.vocabulary import plan_vocabulary
 
 
@@ -24,22 +21,12 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     """Print rendered examples with their targets coloured, then the figures. The weights are not loaded. Raises UserError."""
     console = console or Console(highlight=False)
     display = Display()
-    raw = load_raw_data(config.data, seed=config.seed)
-    tokenizer = make_tokenizer(config.model, raw.texts())
-    added = set_template(tokenizer, config.model.chat_template).added
-    format = make_format(config.data, tokenizer, raw.first_row)
-    skeleton = load_skeleton(model_spec(config.model, tokenizer))
-    check_length(skeleton, config.data.max_length)
-    rows = max(token_tables(skeleton)[0].shape[0], 1 + max(added, default=0))
-    display.say(f"encoding the data as {format.name}")
-    train, held_out = (
-        None
-        if part is None
-        else encode_rows(part, format, config.data, vocab_size=rows, display=display)
-        for part in (raw.train, raw.validation)
+    material = read_material(config, display)
+    display.say(f"encoding the data as {material.format.name}")
+    train, tokenizer = material.train, material.tokenizer
+    report = report_on(
+        train, material.validation, tokenizer=tokenizer, vocab_size=material.table_rows
     )
-    assert train is not None
-    report = report_on(train, held_out, tokenizer=tokenizer, vocab_size=rows)
     for number in range(min(examples, len(train))):
         console.rule(
             f"example {number + 1}: {len(train[number])} tokens, {train[number].num_target_tokens} targets",
@@ -56,9 +43,10 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         )
     console.print(_figures(report, streamed=config.data.streaming))
     console.print(_histogram(report))
-    corpora = [train, *([held_out] if held_out is not None else [])]
-    plan = plan_vocabulary(config, skeleton, tokenizer, corpora, added)
-    console.print(f"vocabulary: {plan.line()}")
+    vocabulary = plan_vocabulary(
+        config, material.skeleton, tokenizer, material.corpora, material.tokens.added
+    )
+    console.print(f"vocabulary: {vocabulary.line()}")
     return report
 
 

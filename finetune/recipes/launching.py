@@ -26,7 +26,7 @@ from finetune.checkpoint import find_checkpoint
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
 
 USER_ERROR, SIGNALLED = 2, 130  # exit codes of a worker, as of the command line
 SAVING_TIME = 600  # seconds that the processes have to save after a signal, before they are killed

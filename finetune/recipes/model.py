@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from finetune.config.schema import ModelSection, NewTokenizerSection
+from finetune.config.schema import GenerationSection, ModelSection, NewTokenizerSection
 from finetune.errors import UserError
+from finetune.inference.generation import GenerationSettings
 from finetune.models.adapters import add_lora
 from finetune.models.describe import context_length
 from finetune.models.load import ModelSpec, load_model
@@ -19,6 +20,7 @@ from finetune.models.tokenizers import (
     ChatTokens,
     fit_to_tokenizer,
     load_tokenizer,
+    stop_ids,
     train_tokenizer,
 )
 from finetune.models.vocabulary.activate import active_modules
@@ -67,6 +69,14 @@ def load_trained(folder: Path, section: ModelSection) -> tuple[Any, Any]:
         attn_implementation="eager" if section.attn_implementation == "eager" else None,
     )
     return load_model(spec), load_tokenizer(spec)
+
+
+def generation_settings(
+    section: GenerationSection, model: Any, *, seed: int | None
+) -> GenerationSettings:
+    """Return the settings of generation, with the tokens that end the model's answers."""
+    settings = section.model_dump(exclude={"batch_size"})
+    return GenerationSettings(**settings, stop_ids=stop_ids(model), seed=seed)
 
 
 def check_length(model: Any, max_length: int) -> None:

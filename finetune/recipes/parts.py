@@ -1,6 +1,6 @@
-"""What a run is made of, built from its config: data, tokenizer, model, format, batches.
+"""What a run is made of: the second stage, with a model and its batches.
 
-Floor 5.
+`finetune.recipes.material` makes the first stage, without weights.
 """
 
 import math
@@ -15,8 +15,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
-from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
-from finetune.data.loader import EvaluationBatches, TrainingBatches
+from finetune.data.encode import DataStatistics, RowEncoder
+from finetune.data.loader import TrainingBatches
 from finetune.data.sources import Rows
 from finetune.data.stream import StreamingBatches
 from finetune.data.types import Format
@@ -28,16 +28,10 @@ from finetune.models.speed import (
     enable_activation_checkpointing,
     resolve_precision,
 )
-from finetune.models.tokenizers import pad_id, set_template
-from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format, unrelated_text
+from finetune.models.tokenizers import pad_id
 from finetune.recipes.engines import check_engine, settle_engine, waiting_time
-from finetune.recipes.model import (
-    adapt_model,
-    check_length,
-    make_model,
-    make_tokenizer,
-    model_fingerprint,
-)
+from finetune.recipes.material import Material
+from finetune.recipes.model import adapt_model, make_model, model_fingerprint
 from finetune.recipes.vocabulary import (
     VocabularyKeeper,
     apply_vocabulary,
@@ -50,40 +44,40 @@ from finetune.recipes.vocabulary import (
 class Parts:
     """Everything that a run is made of, built but not started."""
 
-    config: RunConfig
+    material: Material
     accelerator: Accelerator
     display: Display
-    tokenizer: Any
-    model: Any  # the transformers (or peft) model inside `language_model`
     language_model: LanguageModel
-    format: Format
     batches: TrainingBatches | StreamingBatches
     statistics: DataStatistics  # of the training data; a stream's grow as it is read
-    raw: RawData
-    validation: EncodedDataset | None
-    unrelated: EncodedDataset | None  # text of another kind
     vocabulary: VocabularyKeeper
-    identity: dict[str, str]  # what a resumed run must have in common with the one it goes on with
+    identity: dict[str, str]  # what a resumed run must have in common with the one it continues
+
+    @property
+    def config(self) -> RunConfig:
+        return self.material.config
+
+    @property
+    def model(self) -> Any:
+        """The transformers (or peft) model inside `language_model`."""
+        return self.language_model.model
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        if self.config.training.max_steps is not None:
-            return self.config.training.max_steps
-        assert isinstance(self.batches, TrainingBatches), "a stream has max_steps"
-        return max(1, math.ceil(self.config.training.epochs * self.batches.steps_per_epoch))
+        return count_steps(self.config, self.batches.steps_per_epoch)
 
-    def evaluation_batches(self, dataset: EncodedDataset) -> EvaluationBatches:
-        """This process's batches of held-out data."""
-        return EvaluationBatches(
-            dataset,
-            max_length=self.config.data.max_length,
-            packing=self.config.data.packing,
-            batch_size=self.config.evaluation.batch_size,
-            pad_id=pad_id(self.tokenizer),
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
+
+def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
+    """Return the optimizer steps of a whole run; `steps_per_epoch`: None for a stream.
+
+    Raises UserError for a stream without `training.max_steps`.
+    """
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    if steps_per_epoch is None:
+        raise UserError("a stream has no known length: set training.max_steps")
+    return max(1, math.ceil(config.training.epochs * steps_per_epoch))
 
 
 def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
@@ -129,49 +123,31 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display) -> Parts:
-    """Read the data, load tokenizer and model, encode. Raises UserError for anything wrong with them."""
-    raw = load_raw_data(config.data, seed=config.seed)
-    display.say(
-        f"loading {config.model.name or 'a random ' + str((config.model.config or {}).get('model_type'))}"
-    )
-    tokenizer = make_tokenizer(config.model, raw.texts())
-    tokens = set_template(tokenizer, config.model.chat_template)
-    new_tokens = tokens.added
-    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
-    check_length(model, config.data.max_length)
-    start = model_fingerprint(
-        model
-    )  # before the optimizer's name has a say in which rows are kept apart
-    format = make_format(config.data, tokenizer, raw.first_row)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    batches, statistics, sample = _make_batches(
-        config, raw, format, tokenizer, vocab_size, accelerator, display
-    )
-    validation = None
-    if raw.validation is not None:
-        validation = encode_rows(
-            raw.validation, format, config.data, vocab_size=vocab_size, display=display
-        )
-    for part, counts in (
-        ("training", statistics),
-        ("held-out", validation.statistics if validation else None),
-    ):
+def assemble(material: Material, *, accelerator: Accelerator, display: Display) -> Parts:
+    """Load the model and make the batches of a run. Raises UserError for anything wrong with them.
+
+    The order is part of the result. The vocabulary is chosen for the model without LoRA, and LoRA
+    then freezes all but the rows that train.
+    """
+    config = material.config
+    batches, statistics = _make_batches(material, accelerator)
+    held_out = material.validation.statistics if material.validation is not None else None
+    for part, counts in (("training", statistics), ("held-out", held_out)):
         if counts is not None:
-            say_counts(display, part, format, counts, config)
-    corpora = [sample, *([validation] if validation else [])]
+            say_counts(display, part, material.format, counts, config)
+    _ = material.unrelated  # what is wrong with it is said before the weights are loaded
+    display.say(f"loading {config.model.name or 'a random ' + model_type(config)}")
+    tokens = material.tokens
+    model = make_model(config.model, material.tokenizer, tokens, seed=config.seed)
+    start = model_fingerprint(model)  # the same for every vocabulary and optimizer
     sharded = accelerator.distributed_type is DistributedType.FSDP
-    vocabulary = plan_vocabulary(config, model, tokenizer, corpora, new_tokens, sharded=sharded)
+    vocabulary = plan_vocabulary(
+        config, model, material.tokenizer, material.corpora, tokens.added, sharded=sharded
+    )
     display.note(f"vocabulary: {vocabulary.line()}")
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
-    model = adapt_model(model, config.model, new_tokens, seed=config.seed)
-    language_model = LanguageModel(model)
-    if config.training.activation_checkpointing:
-        enable_activation_checkpointing(language_model)
-    if config.data.packing:
-        check_packing(language_model)
-    if config.training.compile:
-        compile_decoder(language_model)
+    model = adapt_model(model, config.model, tokens.added, seed=config.seed)
+    language_model = _wrap(model, config)
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),
@@ -185,62 +161,60 @@ def build_parts(config: RunConfig, *, accelerator: Accelerator, display: Display
         config,
         vocabulary,
         language_model,
-        lambda: sample_batches(sample, pad_id=pad_id(tokenizer)),
+        lambda: sample_batches(material.train, pad_id=pad_id(material.tokenizer)),
         accelerator,
         display.note,
     )
     return Parts(
-        config=config,
-        accelerator=accelerator,
-        display=display,
-        tokenizer=tokenizer,
-        model=model,
-        language_model=language_model,
-        format=format,
-        batches=batches,
-        statistics=statistics,
-        raw=raw,
-        validation=validation,
-        unrelated=unrelated_text(config, tokenizer, vocab_size),
-        vocabulary=keeper,
-        identity=identity,
+        material, accelerator, display, language_model, batches, statistics, keeper, identity
     )
 
 
+def model_type(config: RunConfig) -> str:
+    """Return the architecture of a random model."""
+    return str((config.model.config or {}).get("model_type"))
+
+
+def _wrap(model: Any, config: RunConfig) -> LanguageModel:
+    """Return the module that maps a batch to its loss, sped up and checked as the config says."""
+    language_model = LanguageModel(model)
+    if config.training.activation_checkpointing:
+        enable_activation_checkpointing(language_model)
+    if config.data.packing:
+        check_packing(language_model)
+    if config.training.compile:
+        compile_decoder(language_model)
+    return language_model
+
+
 def _make_batches(
-    config: RunConfig,
-    raw: RawData,
-    format: Format,
-    tokenizer: Any,
-    vocab_size: int,
-    accelerator: Accelerator,
-    display: Display,
-) -> tuple[TrainingBatches | StreamingBatches, DataStatistics, EncodedDataset]:
-    """The batches, the counts that go with them, and the data itself, or the first rows of a stream."""
-    data = config.data
+    material: Material, accelerator: Accelerator
+) -> tuple[TrainingBatches | StreamingBatches, DataStatistics]:
+    """Return this process's batches, and the counts of the data that they are made from."""
+    config, data = material.config, material.config.data
     cut: dict[str, Any] = {
         "packing": data.packing,
         "batch_size": config.training.batch_size,
         "micro_batch_size": config.training.micro_batch_size,
-        "pad_id": pad_id(tokenizer),
+        "pad_id": pad_id(material.tokenizer),
         "seed": config.seed,
         "rank": accelerator.process_index,
         "num_processes": accelerator.num_processes,
     }
-    if isinstance(raw.train, Rows):
-        train = encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display)
-        return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics, train
-    if config.training.max_steps is None:
-        raise UserError("a stream has no known length: set training.max_steps")
+    if isinstance(material.raw.train, Rows):
+        batches = TrainingBatches(material.train, max_length=data.max_length, **cut)
+        return batches, material.train.statistics
+    count_steps(config, None)
     encoder = RowEncoder(
-        format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size
+        material.format,
+        max_length=data.max_length,
+        overlong=data.overlong,
+        vocab_size=material.table_rows,
     )
-    stream = StreamingBatches(raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut)
-    return (
-        stream,
-        encoder.statistics,
-        encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display),
+    stream = StreamingBatches(
+        material.raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut
     )
+    return stream, encoder.statistics
 
 
 def say_counts(

@@ -13,8 +13,6 @@ import torch
 from rich.console import Console
 
 from finetune.config import RunConfig
-from finetune.config.schema import DataSection
-from finetune.data.encode import EncodedDataset
 from finetune.data.loader import TrainingBatches
 from finetune.data.statistics import coverage
 from finetune.data.types import IGNORE_INDEX
@@ -33,13 +31,13 @@ from finetune.models.describe import describe_model, tensor_bytes
 from finetune.models.load import load_skeleton
 from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
-from finetune.models.tokenizers import pad_id, set_template
+from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
-from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
-from finetune.recipes.model import adapt_model, check_length, make_tokenizer, model_spec
+from finetune.recipes.material import Material, read_material
+from finetune.recipes.model import adapt_model, model_spec
 from finetune.recipes.optimizer import optimizer_options
-from finetune.recipes.parts import build_parts, make_accelerator
+from finetune.recipes.parts import assemble, count_steps, make_accelerator
 from finetune.recipes.plan_text import make_console, print_plan
 from finetune.recipes.timing import TimeEstimate, time_run
 from finetune.recipes.vocabulary import apply_vocabulary, plan_vocabulary
@@ -94,14 +92,14 @@ def plan_run(
     Where the run does not fit, no step is taken, and what to change is told instead. Raises UserError as training would.
     """
     check_optimizer(config.optimizer.name, optimizer_options(config))
-    if config.data.streaming and config.training.max_steps is None:
-        raise UserError("a stream has no known length: set training.max_steps")
+    if config.data.streaming:
+        count_steps(config, None)
     display = Display()
     with display.warnings():
         planner = Planner(config, display, memory_limit)
         plan = planner.plan()
         if plan.fits:
-            plan = replace(plan, time=_time(config, plan.work, display))
+            plan = replace(plan, time=_time(planner.material, plan.work, display))
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
@@ -116,25 +114,15 @@ class Planner:
     ) -> None:
         self.config, self.display, self.memory_limit = config, display, memory_limit
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.raw: RawData = load_raw_data(config.data, seed=config.seed)
-        self.tokenizer = make_tokenizer(config.model, self.raw.texts())
-        self.new_tokens = set_template(self.tokenizer, config.model.chat_template).added
-        self.format = make_format(config.data, self.tokenizer, self.raw.first_row)
-        skeleton = self._skeleton(config)
-        check_length(skeleton, config.data.max_length)
-        self.table_rows = skeleton.get_input_embeddings().weight.shape[0]
-        self.corpora: list[EncodedDataset] = []
-        self._encoded: dict[
-            int, tuple[EncodedDataset, EncodedDataset | None]
-        ] = {}  # by data.max_length
-        self.work = self._work(config)
+        self.material = read_material(config, display)
+        self.work = work_of(self.material)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
     def plan(self) -> Plan:
         """Everything but the time and the advice."""
         config = self.config
         self.display.say("working out the memory of a step")
-        description, memory, checkpoint = self.estimate(config, self.work)
+        description, memory, checkpoint = self.estimate(self.material, self.work)
         total, free = (
             machine_memory(self.device)
             if self.memory_limit is None
@@ -157,14 +145,19 @@ class Planner:
             advice=(),
         )
 
-    def estimate(self, config: RunConfig, work: Work) -> tuple[dict[str, Any], MemoryEstimate, int]:
-        """The model's description, its memory, and the size of a checkpoint."""
-        model, info = self._skeleton(config), optimizer_info(config.optimizer.name)
-        vocabulary = plan_vocabulary(config, model, self.tokenizer, self.corpora, self.new_tokens)
+    def estimate(
+        self, material: Material, work: Work
+    ) -> tuple[dict[str, Any], MemoryEstimate, int]:
+        """Return the model's description, its memory, and the size of a checkpoint."""
+        config, tokens = material.config, material.tokens
+        model, info = fitted_skeleton(material), optimizer_info(config.optimizer.name)
+        vocabulary = plan_vocabulary(
+            config, model, material.tokenizer, material.corpora, tokens.added
+        )
         precision, _ = resolve_precision(config.training.precision, self.device)
         apply_vocabulary(vocabulary, model, config, bf16=precision == "bf16")
         with torch.device("meta"):
-            model = adapt_model(model, config.model, self.new_tokens, seed=config.seed)
+            model = adapt_model(model, config.model, tokens.added, seed=config.seed)
         tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_state_bytes(
@@ -231,84 +224,68 @@ class Planner:
             )
         return found
 
-    def _skeleton(self, config: RunConfig) -> Any:
-        model: Any = load_skeleton(model_spec(config.model, self.tokenizer))
-        needed = max(self.tokenizer.get_vocab().values()) + 1
-        with torch.device("meta"):
-            if needed > model.get_input_embeddings().weight.shape[0]:
-                model.resize_token_embeddings(needed, mean_resizing=False)
-            if config.training.activation_checkpointing:
-                model.activation_checkpointing_enable(
-                    {"use_reentrant": False, "preserve_rng_state": False}
-                )
-        return model
-
-    def _work(self, config: RunConfig) -> Work:
-        train, held_out = self._encode(config.data)
-        self.corpora = [train, *([held_out] if held_out is not None else [])]
-        batches = TrainingBatches(
-            train,
-            max_length=config.data.max_length,
-            packing=config.data.packing,
-            batch_size=config.training.batch_size,
-            micro_batch_size=config.training.micro_batch_size,
-            pad_id=pad_id(self.tokenizer),
-            seed=config.seed,
-            rank=0,
-            num_processes=1,
-        )
-        num_steps = config.training.max_steps or max(
-            1, math.ceil(config.training.epochs * batches.steps_per_epoch)
-        )
-        steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
-        micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
-        rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
-        every = config.evaluation.every or (
-            num_steps if config.data.streaming else batches.steps_per_epoch
-        )
-        return Work(
-            rows=rows,
-            length=length,
-            num_targets=max(
-                int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches
-            ),
-            accumulates=any(len(step.micro_batches) > 1 for step in steps),
-            num_steps=num_steps,
-            tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
-            num_evaluations=0
-            if held_out is None
-            else config.evaluation.before + math.ceil(num_steps / every),
-            used_rows=len(set(train.token_ids)),
-            coverage=coverage(train, held_out),
-            prompt_length=max(held_out.lengths) if held_out is not None else 0,
-        )
-
-    def _encode(self, data: DataSection) -> tuple[EncodedDataset, EncodedDataset | None]:
-        """Training and held-out data; of all that is tried, `data.max_length` alone makes others of them."""
-        if data.max_length not in self._encoded:
-            train, held_out = (
-                None
-                if rows is None
-                else encode_rows(
-                    rows, self.format, data, vocab_size=self.table_rows, display=self.display
-                )
-                for rows in (self.raw.train, self.raw.validation)
-            )
-            assert train is not None
-            self._encoded[data.max_length] = train, held_out
-        return self._encoded[data.max_length]
-
     def advice(self, peak: int) -> tuple[tuple[str, int], ...]:
         """What each change alone would save, worked out like the plan itself."""
         found = []
         for change, config in changes(self.config):
             self.display.say(f"trying {change}")
             try:
-                _, memory, _ = self.estimate(config, self._work(config))
+                material = self.material.with_config(config)
+                _, memory, _ = self.estimate(material, work_of(material))
             except UserError:  # a change that this data or model does not take is no advice
                 continue
             found.append((change, peak - memory.peak))
         return tuple(sorted((item for item in found if item[1] > 0), key=lambda item: -item[1]))
+
+
+def fitted_skeleton(material: Material) -> Any:
+    """Return the model on the meta device, with a row for each token, as it is trained."""
+    config = material.config
+    model: Any = load_skeleton(model_spec(config.model, material.tokenizer))
+    with torch.device("meta"):
+        if material.table_rows > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(material.table_rows, mean_resizing=False)
+        if config.training.activation_checkpointing:
+            model.activation_checkpointing_enable(
+                {"use_reentrant": False, "preserve_rng_state": False}
+            )
+    return model
+
+
+def work_of(material: Material) -> Work:
+    """Return what a run on one process goes through."""
+    config, train, held_out = material.config, material.train, material.validation
+    batches = TrainingBatches(
+        train,
+        max_length=config.data.max_length,
+        packing=config.data.packing,
+        batch_size=config.training.batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        pad_id=pad_id(material.tokenizer),
+        seed=config.seed,
+        rank=0,
+        num_processes=1,
+    )
+    per_epoch = None if config.data.streaming else batches.steps_per_epoch
+    num_steps = count_steps(config, per_epoch)
+    steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
+    micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
+    rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+    every = config.evaluation.every or per_epoch or num_steps
+    return Work(
+        rows=rows,
+        length=length,
+        num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),
+        accumulates=any(len(step.micro_batches) > 1 for step in steps),
+        num_steps=num_steps,
+        tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
+        num_evaluations=0
+        if held_out is None
+        else config.evaluation.before + math.ceil(num_steps / every),
+        used_rows=len(set(train.token_ids)),
+        coverage=coverage(train, held_out),
+        prompt_length=max(held_out.lengths) if held_out is not None else 0,
+    )
 
 
 def changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
@@ -347,11 +324,10 @@ def _changed(tree: dict[str, Any], sections: dict[str, Any], change: str) -> Run
     return RunConfig.model_validate({**tree, **changed})
 
 
-def _time(config: RunConfig, work: Work, display: Display) -> TimeEstimate:
+def _time(material: Material, work: Work, display: Display) -> TimeEstimate:
     display.say("it fits: timing a few steps of the real model")
-    parts = build_parts(
-        config, accelerator=make_accelerator(config, display), display=Display(enabled=False)
-    )
+    accelerator = make_accelerator(material.config, display)
+    parts = assemble(material, accelerator=accelerator, display=Display(enabled=False))
     return time_run(
         parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations
     )

@@ -5,7 +5,7 @@ Floor 5.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,19 @@ import torch
 from finetune.config import RunConfig, load_config
 from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
-from finetune.data.encode import EncodedDataset
-from finetune.data.loader import EvaluationBatches
-from finetune.data.sources import Rows
-from finetune.data.types import Format
-from finetune.display import Display, differences
+from finetune.display import Display
 from finetune.errors import UserError
-from finetune.evaluation import LossResult, evaluate_generation, evaluate_loss
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
-from finetune.models.speed import resolve_precision
-from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, pad_id, set_template
-from finetune.recipes.data import (
-    encode_rows,
-    first_prompts,
-    generation_metrics,
-    load_raw_data,
-    make_format,
-    unrelated_text,
-)
-from finetune.recipes.evaluating import generation_settings
-from finetune.recipes.model import check_length, load_trained
-from finetune.run_dir import RunDir
-from finetune.tracking import finite
+from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
+from finetune.recipes.data import generation_metrics
+from finetune.recipes.evaluator import Evaluator
+from finetune.recipes.material import read_material
+from finetune.recipes.model import load_trained
+from finetune.recipes.parts import make_accelerator
+from finetune.run.files import finite
+from finetune.run.folder import RunDir
+from finetune.run.records import Evaluations, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -77,8 +67,10 @@ def open_target(target: str) -> Opened:
 def evaluate_target(
     target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
 ) -> dict[str, Any]:
-    """Metrics on data.test, or on the held-out rows where the config names no test data; printed as JSON. For a run evaluated on
-    its own config they are added to its evaluation.json as "test"."""
+    """Evaluate on data.test, or on the held-out data if there is none; print the metrics as JSON.
+
+    For a run that is evaluated on its own config they are added to its evaluation.json as "test".
+    """
     display = display or Display()
     opened = open_target(target)
     if config is None and opened.run is None:
@@ -86,65 +78,63 @@ def evaluate_target(
             f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE"
         )
     settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
-    data = settings.data
-    check_length(opened.model, data.max_length)
-    if data.test is not None:
-        data = data.model_copy(update={"validation": data.test, "max_validation_rows": None})
-    raw = load_raw_data(data, seed=settings.seed)
-    if raw.validation is None:
+    material = read_material(
+        _evaluated(settings, opened.model.device.type),
+        display,
+        trained=(opened.model, opened.tokenizer),
+    )
+    if material.raw.validation is None:
         raise UserError(
-            "the config names no held-out data: set data.test, data.validation or data.validation_fraction"
+            "the config names no held-out data: set data.test, data.validation or "
+            "data.validation_fraction"
         )
-    format = make_format(data, opened.tokenizer, raw.first_row)
-    precision, autocast = _precision(settings, opened.model.device)
+    accelerator = make_accelerator(material.config, Display(enabled=False))
+    unused = _unused_tokens(opened.run, material.table_rows)
+    scored = generation_metrics(settings, material.format)
+    evaluator = Evaluator(
+        material,
+        LanguageModel(opened.model),
+        accelerator,
+        num_answers=settings.evaluation.generate if scored else 0,
+        display=display,
+        inactive=lambda: unused,
+    )
     results = {
         "data": _said_data(settings),
-        "num_rows": len(raw.validation),
-        "precision": precision,
+        "num_rows": len(material.raw.validation),
+        "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
     }
-    vocab_size = opened.model.get_input_embeddings().weight.shape[0]
-    dataset = encode_rows(raw.validation, format, data, vocab_size=vocab_size, display=display)
-    unrelated, inactive = (
-        unrelated_text(settings, opened.tokenizer, vocab_size),
-        _unused_tokens(opened.run, vocab_size),
-    )
-    with autocast:
-        results |= _loss_on(opened, dataset, settings, display, inactive).as_dict()
-        if unrelated is not None:
-            results["unrelated_loss"] = _loss_on(opened, unrelated, settings, display).loss
-        results |= _scores_on(opened, raw.validation, format, settings, display, inactive)
+    results |= evaluator.evaluate()[0]
+    if evaluator.prompts:
+        results["num_generated"] = len(evaluator.prompts)
     print(json.dumps(finite(results), indent=2))
     if opened.run is not None and config is None and not overrides:
-        summary = (
-            json.loads(opened.run.evaluation.read_text(encoding="utf-8"))
-            if opened.run.evaluation.is_file()
-            else {}
-        )
-        opened.run.evaluation.write_text(
-            json.dumps({**summary, "test": finite(results)}, indent=2), encoding="utf-8"
-        )
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
     return results
+
+
+def _evaluated(config: RunConfig, device: str) -> RunConfig:
+    """Return the config with its test data held out, if it has any, and what training alone needs left out.
+
+    The precision is that of the run's own evaluations; float32 for fp16 without CUDA.
+    """
+    changes: dict[str, Any] = {"tracking": ()}
+    if config.data.test is not None:
+        test = {"validation": config.data.test, "max_validation_rows": None}
+        changes["data"] = config.data.model_copy(update=test)
+    off_cuda = config.training.precision == "fp16" and device != "cuda"
+    precision = {"precision": "fp32"} if off_cuda else {}
+    changes["training"] = config.training.model_copy(update={"compile": False, **precision})
+    return config.model_copy(update=changes)
 
 
 def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
     """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
-    if run is None or not run.vocabulary.is_file():
+    if run is None or not (used := Vocabulary.read(run).used):
         return None
     unused = torch.ones(vocab_size, dtype=torch.bool)
-    unused[json.loads(run.vocabulary.read_text(encoding="utf-8"))["used"]] = False
+    unused[list(used)] = False
     return unused if unused.any() else None
-
-
-def _precision(config: RunConfig, device: torch.device) -> tuple[str, torch.autocast]:
-    """That of the run's own evaluations; float32 for fp16 off CUDA."""
-    wanted = config.training.precision
-    precision = (
-        "fp32"
-        if wanted == "fp16" and device.type != "cuda"
-        else resolve_precision(wanted, device)[0]
-    )
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return precision, torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def _said_data(config: RunConfig) -> str:
@@ -154,52 +144,3 @@ def _said_data(config: RunConfig) -> str:
     if sources is None:
         return f"{data.validation_fraction:g} of data.train, held out"
     return f"data.{'validation' if data.test is None else 'test'}: {', '.join(source.path for source in sources)}"
-
-
-def _loss_on(
-    opened: Opened,
-    dataset: EncodedDataset,
-    config: RunConfig,
-    display: Display,
-    inactive: Any = None,
-) -> LossResult:
-    batches = EvaluationBatches(
-        dataset,
-        max_length=config.data.max_length,
-        packing=False,
-        batch_size=config.evaluation.batch_size,
-        pad_id=pad_id(opened.tokenizer),
-        rank=0,
-        num_processes=1,
-    )
-    with display.bar("evaluating the loss", len(batches)) as advance:
-        return evaluate_loss(
-            LanguageModel(opened.model),
-            batches,
-            tokenizer=opened.tokenizer,
-            device=opened.model.device,
-            inactive=inactive,
-            on_progress=lambda done: advance(1),
-        )
-
-
-def _scores_on(
-    opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display, inactive: Any
-) -> dict[str, Any]:
-    metrics = generation_metrics(config, format)
-    count, room = config.evaluation.generate if metrics else 0, config.generation.max_new_tokens
-    prompts = first_prompts(rows, format, count, model=opened.model, room=room, note=display.note)
-    if not prompts:
-        return {}
-    with display.bar("generating", len(prompts)) as advance:
-        scores, _ = evaluate_generation(
-            opened.model,
-            opened.tokenizer,
-            prompts,
-            metrics=metrics,
-            batch_size=config.generation.batch_size,
-            inactive=inactive,
-            on_progress=differences(advance),
-            settings=generation_settings(config.generation, opened.model, seed=config.seed),
-        )
-    return {**scores, "num_generated": len(prompts)}

@@ -3,21 +3,17 @@
 Floor 5. Nothing is written, and the model that was timed is thrown away.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
 
-import torch
-
-from finetune.evaluation import evaluate_loss
-from finetune.inference.generation import GenerationSettings, generate
-from finetune.models.language_model import LanguageModel
-from finetune.optim import build_optimizer, clip_grad_norm_
-from finetune.recipes.data import first_prompts, generation_metrics
+from finetune.optim import build_optimizer
+from finetune.recipes.engines import prepare
+from finetune.recipes.evaluations import evaluator_of
+from finetune.recipes.evaluator import Evaluator
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts
+from finetune.training.step import take_step
 
 TIMED_STEPS = 3  # after one that is not counted, in which the optimizer makes its state
 TIMED_TOKENS = 8  # of each answer
@@ -41,9 +37,12 @@ class TimeEstimate:
 
 def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> TimeEstimate:
     """Take a few steps, read one batch of held-out data, begin one batch of answers, and extrapolate."""
-    evaluation, generation = (
-        (_time_evaluation(parts), _time_generation(parts)) if num_evaluations else (0.0, 0.0)
-    )
+    parts.language_model.to(parts.accelerator.device)
+    evaluation = generation = 0.0
+    if num_evaluations:
+        evaluator = evaluator_of(parts)
+        evaluation = _time_evaluation(parts, evaluator)
+        generation = _time_generation(parts, evaluator)
     speed = _training_speed(parts)
     step = tokens_per_step / speed
     return TimeEstimate(
@@ -52,76 +51,43 @@ def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> T
 
 
 def _training_speed(parts: Parts) -> float:
-    """Tokens per second of forward, backward, clip and optimizer step."""
+    """Return the tokens per second of whole optimizer steps, as the trainer takes them."""
     config, accelerator = parts.config, parts.accelerator
-    optimizer: Any = build_optimizer(
-        parts.model, config.optimizer.name, **optimizer_options(config)
-    )
-    module, optimizer = accelerator.prepare(parts.language_model, optimizer)
-    module.train()
+    raw = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    module, optimizer, average_rows = prepare(accelerator, parts.language_model, raw, parts.display)
     seconds, tokens = 0.0, 0
     for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS)):
         started = time.perf_counter()
         parts.vocabulary.before_step(number, batch)
-        for micro_batch in batch.micro_batches:
-            tensors = cast(dict[str, torch.Tensor], micro_batch)
-            loss = module(**{key: value.to(accelerator.device) for key, value in tensors.items()})
-            accelerator.backward(loss / batch.num_target_tokens)
-        float(
-            clip_grad_norm_(module.parameters(), config.training.max_grad_norm or math.inf)
-        )  # waits for the device
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(
+            module,
+            optimizer,
+            batch,
+            accelerator=accelerator,
+            max_grad_norm=config.training.max_grad_norm,
+            average_rows=average_rows,
+        )
         if number:
             seconds += time.perf_counter() - started
             tokens += batch.num_tokens
     return tokens / seconds
 
 
-def _time_evaluation(parts: Parts) -> float:
-    assert parts.validation is not None
-    batches = list(parts.evaluation_batches(parts.validation))
+def _time_evaluation(parts: Parts, evaluator: Evaluator) -> float:
+    assert parts.material.validation is not None
+    sizes = [batch["input_ids"].numel() for batch in evaluator.batches(parts.material.validation)]
     started = time.perf_counter()
-    with parts.accelerator.autocast():
-        evaluate_loss(
-            _module(parts), batches[:1], tokenizer=parts.tokenizer, device=parts.accelerator.device
-        )
-    sizes = [batch["input_ids"].numel() for batch in batches]
+    evaluator.loss(parts.material.validation, num_batches=1)
     return (time.perf_counter() - started) * sum(sizes) / sizes[0]
 
 
-def _time_generation(parts: Parts) -> float:
-    config = parts.config
-    count = (
-        config.evaluation.generate
-        if generation_metrics(config, parts.format)
-        else config.evaluation.samples
-    )
-    room = config.generation.max_new_tokens
-    prompts = first_prompts(
-        parts.raw.validation,
-        parts.format,
-        count,
-        model=parts.model,
-        room=room,
-        note=parts.display.note,
-    )
-    if not prompts or not (config.evaluation.generate or config.evaluation.samples):
+def _time_generation(parts: Parts, evaluator: Evaluator) -> float:
+    generation, prompts = parts.config.generation, evaluator.prompts
+    if not prompts:
         return 0.0
-    first = prompts[: config.generation.batch_size]
-    new_tokens = min(TIMED_TOKENS, config.generation.max_new_tokens)
-    settings = config.generation.model_dump(exclude={"batch_size"}) | {"max_new_tokens": new_tokens}
+    first = prompts[: generation.batch_size]
+    num_tokens = min(TIMED_TOKENS, generation.max_new_tokens)
     started = time.perf_counter()
-    with parts.accelerator.autocast():
-        generate(
-            _module(parts).model,
-            [prompt.input_ids for prompt in first],
-            batch_size=len(first),
-            settings=GenerationSettings(**settings, stop_ids=[], seed=0),
-        )
+    evaluator.begin_answers(first, num_tokens)
     seconds = time.perf_counter() - started
-    return seconds * config.generation.max_new_tokens / new_tokens * len(prompts) / len(first)
-
-
-def _module(parts: Parts) -> LanguageModel:
-    return cast(LanguageModel, parts.language_model.to(parts.accelerator.device))
+    return seconds * generation.max_new_tokens / num_tokens * len(prompts) / len(first)

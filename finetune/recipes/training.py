@@ -3,11 +3,9 @@
 Floor 5.
 """
 
-import json
 import math
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,25 +14,33 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from finetune.checkpoint import CheckpointStore, find_checkpoint, step_of
+from finetune.checkpoint import CheckpointStore, find_checkpoint
 from finetune.config import RunConfig, dump_config
 from finetune.data.stream import StreamingBatches
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display
-from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.divergence import DivergenceGuard
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.data import generation_metrics
 from finetune.recipes.engines import agree_on_checkpoint, let_go, prepare, reading
-from finetune.recipes.environment import environment
-from finetune.recipes.evaluating import Evaluator, check_best
+from finetune.recipes.evaluations import RunEvaluations, check_best
 from finetune.recipes.finishing import finish_run
+from finetune.recipes.material import read_material
 from finetune.recipes.optimizer import optimizer_options
-from finetune.recipes.parts import Parts, build_parts, make_accelerator, say_counts
-from finetune.run_dir import RunDir
-from finetune.tracking import MetricLogger, forget_after, tracker_values
+from finetune.recipes.parts import Parts, assemble, make_accelerator, say_counts
+from finetune.run.environment import collect_environment
+from finetune.run.folder import RunDir, step_of
+from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
+from finetune.run.records import (
+    DataCounts,
+    Environment,
+    Evaluation,
+    StepRecord,
+    read_config,
+    write_config,
+)
 from finetune.trainer import Cadence, Stopped, Trainer, check_identity
 
 
@@ -44,7 +50,7 @@ class Observer(Protocol):
 
     def start(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None: ...
 
-    def __call__(self, record: Mapping[str, Any]) -> None: ...
+    def __call__(self, record: StepRecord | Evaluation) -> None: ...
 
     def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None: ...
 
@@ -72,9 +78,12 @@ def run_training(
     if not dry_run:
         _refuse_occupied(run, config, accelerator, resuming=resuming)
     with display.warnings():
-        parts = build_parts(config, accelerator=accelerator, display=display)
+        material = read_material(config, display)
+        parts = assemble(material, accelerator=accelerator, display=display)
         optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
-        check_best(config, generation_metrics(config, parts.format), parts.validation is not None)
+        check_best(
+            config, generation_metrics(config, material.format), material.validation is not None
+        )
         if dry_run:
             display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
             if accelerator.is_main_process:
@@ -97,16 +106,17 @@ def _train(
 ) -> Stopped:
     config, accelerator = parts.config, parts.accelerator
     scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
-    keep_tables_out_of_ddp(parts.language_model, raw_optimizer)
-    module, optimizer = prepare(accelerator, parts.language_model, raw_optimizer, parts.display)
+    module, optimizer, average_rows = prepare(
+        accelerator, parts.language_model, raw_optimizer, parts.display
+    )
     with parts.display.steps(
         parts.num_steps, 0 if checkpoint is None else step_of(checkpoint)
     ) as show:
         logger = MetricLogger(
             run.metrics, listeners=(show, *_trackers(parts, run), *([observer] if observer else []))
         )
-        evaluator = Evaluator(parts, run, logger)
-        evaluate = reading(accelerator, module, evaluator)
+        evaluations = RunEvaluations(parts, run, logger)
+        evaluate = reading(accelerator, module, evaluations)
         trainer = Trainer(
             accelerator=accelerator,
             model=module,
@@ -127,7 +137,7 @@ def _train(
             seed=config.seed,
             identity=parts.identity,
             bad_batch_path=run.bad_batch,
-            average_rows=RowGradients(raw_optimizer, say=parts.display.note).average,
+            average_rows=average_rows,
             before_step=parts.vocabulary.before_step,
         )
         if checkpoint is not None:
@@ -139,15 +149,14 @@ def _train(
                 )
         if accelerator.is_main_process:
             _write_records(parts, run)
-            forget_after(run.metrics, trainer.progress.step if checkpoint is not None else -1)
-            forget_after(run.samples, trainer.progress.step if checkpoint is not None else -1)
+            forget_after(run, trainer.progress.step if checkpoint is not None else -1)
         if observer is not None:
             observer.start(parts, raw_optimizer)
         if config.evaluation.before and checkpoint is None:
             evaluate(0)
         stopped = trainer.train()
     if isinstance(parts.batches, StreamingBatches) and accelerator.is_main_process:
-        say_counts(parts.display, "training", parts.format, parts.statistics, config)
+        say_counts(parts.display, "training", parts.material.format, parts.statistics, config)
         _write_counts(parts, run)
     if stopped == "signal":
         parts.display.say(
@@ -156,7 +165,7 @@ def _train(
     elif observer is not None:
         observer.finish(parts, raw_optimizer)
     else:
-        finish_run(parts, run, trainer, evaluator, stopped)
+        finish_run(parts, run, trainer, evaluations, stopped)
     let_go(module)
     accelerator.end_training()
     return stopped
@@ -215,20 +224,7 @@ def _claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
     """Make the folder ours, once everything else is known to be in order. Process 0 acts, the others wait."""
     if accelerator.is_main_process:
         if run.is_run() and not resuming:
-            for path in (run.checkpoints, run.model):
-                shutil.rmtree(path, ignore_errors=True)
-            for path in (
-                run.config,
-                run.metrics,
-                run.samples,
-                run.evaluation,
-                run.vocabulary,
-                run.report,
-                run.environment,
-                run.data,
-                run.bad_batch,
-            ):
-                path.unlink(missing_ok=True)
+            run.clear()
         try:
             run.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=run.root):
@@ -242,10 +238,11 @@ def _claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
 
 def _say_changes(run: RunDir, config: RunConfig, display: Display) -> None:
     """Name the settings that differ from those that the run was started with."""
-    then, now = (
-        _flat(yaml.safe_load(run.config.read_text(encoding="utf-8"))),
-        _flat(yaml.safe_load(dump_config(config))),
-    )
+    try:
+        then = _flat(yaml.safe_load(read_config(run)))
+    except yaml.YAMLError as error:
+        raise UserError(f"{run.config} is not valid YAML: restore it, or remove it") from error
+    now = _flat(yaml.safe_load(dump_config(config)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if changed:
         display.note(
@@ -269,34 +266,37 @@ def _write_records(parts: Parts, run: RunDir) -> None:
     accelerator = parts.accelerator
     if run.is_run():
         _say_changes(run, parts.config, parts.display)
-    run.config.write_text(dump_config(parts.config), encoding="utf-8")
-    record = environment(
+    write_config(run, dump_config(parts.config))
+    record = collect_environment(
         processes=accelerator.num_processes,
         device=str(accelerator.device),
         precision=accelerator.mixed_precision.replace("no", "fp32"),
     )
-    record |= {"model": describe_model(parts.model), "notes": parts.display.notes}
-    if run.environment.is_file():
-        record["command"] = json.loads(run.environment.read_text(encoding="utf-8"))["command"]
-    run.environment.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    replace(
+        record,
+        command=Environment.read(run).command or record.command,
+        model=describe_model(parts.model),
+        notes=parts.display.notes,
+    ).write(run)
     _write_counts(parts, run)
 
 
 def _write_counts(parts: Parts, run: RunDir) -> None:
     """What was read and what became of it; of a stream so far."""
-    counts: dict[str, Any] = {"format": parts.format.name, "train": parts.statistics.as_dict()}
-    if isinstance(parts.format, TranslationFormat):
-        counts["languages"] = parts.format.languages
-    if parts.validation is not None:
-        counts["validation"] = parts.validation.statistics.as_dict()
-    run.data.write_text(json.dumps(counts, indent=2), encoding="utf-8")
+    format, held_out = parts.material.format, parts.material.validation
+    DataCounts(
+        format=format.name,
+        train=parts.statistics.as_dict(),
+        languages=format.languages if isinstance(format, TranslationFormat) else None,
+        validation=None if held_out is None else held_out.statistics.as_dict(),
+    ).write(run)
 
 
-def _trackers(parts: Parts, run: RunDir) -> tuple[Callable[[Mapping[str, Any]], None], ...]:
+def _trackers(parts: Parts, run: RunDir) -> tuple[Listener, ...]:
     if not parts.config.tracking:
         return ()
     settings = {
         key: str(value) for key, value in _flat(parts.config.model_dump(mode="json")).items()
     }
     parts.accelerator.init_trackers(run.root.name, config=settings)
-    return (lambda record: parts.accelerator.log(tracker_values(record), step=record["step"]),)
+    return (lambda record: parts.accelerator.log(tracker_values(record), step=record.step),)

@@ -4,7 +4,6 @@ Floor 5.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.answering import stdin_lines
-from finetune.recipes.evaluating import generation_settings
+from finetune.recipes.model import generation_settings
 from finetune.recipes.reading import Opened, open_target
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
+from finetune.run.records import DataCounts
 
 
 def translate_text(
@@ -95,5 +95,4 @@ def _translation_format(opened: Opened, source: str | None, to: str | None) -> T
 
 
 def _trained_languages(run: RunDir) -> Sequence[str | None]:
-    counts = json.loads(run.data.read_text(encoding="utf-8")) if run.data.is_file() else {}
-    return counts.get("languages", (None, None))
+    return DataCounts.read(run).languages or (None, None)

@@ -6,14 +6,13 @@ Floor 5. A run that was stopped goes on from its last checkpoint; one that is ov
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.comparison.frequency import BINS, add_up, bins_of
-from finetune.comparison.runs import Phase, Result, Run, read_run, updates_path, write_result
+from finetune.comparison.runs import Phase, Result, Run, keep_update, read_trial
 from finetune.config import RunConfig
 from finetune.data.loader import TrainingBatches
 from finetune.data.sources import load_rows
@@ -23,11 +22,14 @@ from finetune.divergence import Diverged
 from finetune.models.describe import inner_model, tensor_bytes, token_tables
 from finetune.models.language_model import evaluating
 from finetune.optim import optimizer_info
-from finetune.recipes.data import as_sources, encode_rows
+from finetune.recipes.data import as_sources
+from finetune.recipes.evaluations import evaluator_of
 from finetune.recipes.optimizer import optimizer_options
 from finetune.recipes.parts import Parts
 from finetune.recipes.training import run_training
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
+from finetune.run.log import Listener
+from finetune.run.records import Evaluation, StepRecord
 
 UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights
 
@@ -38,7 +40,7 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     A reported run is also measured on data.test; of a run that diverged there is nothing to measure.
     """
     folder = config.output_dir
-    if (done := read_run(folder)) is not None:
+    if (done := read_trial(folder)) is not None:
         return done
     name = config.optimizer.name
     seen = RunObserver(folder, test=phase == "reported")
@@ -65,10 +67,8 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
         )
     )
     measured = {} if problem else seen.measured
-    write_result(
-        folder, Result(name, phase, config.seed, settings, problem, seen.began_with, **measured)
-    )
-    return read_run(folder)
+    Result(name, phase, config.seed, settings, problem, seen.began_with, **measured).write(run)
+    return read_trial(folder)
 
 
 class RunObserver:
@@ -78,10 +78,10 @@ class RunObserver:
     """
 
     def __init__(self, folder: Path, *, test: bool) -> None:
-        self.show: Callable[[Mapping[str, Any]], None] = lambda record: None
+        self.show: Listener = lambda record: None
         self.began_with: dict[str, str] = {}
         self.measured: dict[str, Any] = {}
-        self._updates, self._test = updates_path(folder), test
+        self._run, self._test = RunDir(folder), test
         self._weights: list[torch.Tensor] = []
         self._before: list[torch.Tensor] | None = None
 
@@ -95,15 +95,14 @@ class RunObserver:
         self._every = max(1, math.ceil(parts.num_steps / UPDATE_POINTS))
         self._before = self._copy()
 
-    def __call__(self, record: Mapping[str, Any]) -> None:
-        if "evaluation" in record:
+    def __call__(self, record: StepRecord | Evaluation) -> None:
+        if isinstance(record, Evaluation):
             return
         self.show(record)
-        step = record["step"]
+        step = record.step
         if self._before is not None and (step - 1) % self._every == 0 and self._weights:
             moved = _norm(now - then for now, then in zip(self._weights, self._before))
-            with self._updates.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "ratio": moved / _norm(self._before)}) + "\n")
+            keep_update(self._run, step, moved / _norm(self._before))
         self._before = self._copy() if step % self._every == 0 else None
 
     def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
@@ -130,14 +129,12 @@ def _test(parts: Parts) -> dict[str, Any]:
     config = parts.config
     assert config.data.test is not None
     size = inner_model(parts.model).config.get_text_config().vocab_size
-    dataset = encode_rows(
-        load_rows(as_sources(config.data.test)), parts.format, config.data, vocab_size=size
-    )
+    dataset = parts.material.encode(load_rows(as_sources(config.data.test)))
     bins = bins_of(_target_counts(parts, size))
     sums = torch.zeros(2, len(BINS), dtype=torch.float64)
     device = parts.accelerator.device
     with evaluating(parts.language_model), parts.accelerator.autocast(), torch.inference_mode():
-        for batch in parts.evaluation_batches(dataset):
+        for batch in evaluator_of(parts).batches(dataset):
             on_device = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
             following = batch["labels"][:, 1:]
             losses = parts.language_model.token_losses(**on_device).cpu()

@@ -20,6 +20,7 @@ from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.candidates import check_candidates, section_for, take_list
 from finetune.recipes.comparing import best_of, prepare, stopped, tune
 from finetune.recipes.optimizer import optimizer_options
+from finetune.run.files import write_text
 from finetune.trainer import Stopped
 
 
@@ -59,7 +60,7 @@ def tune_optimizer(
             f"all {len(runs)} runs diverged, the one with the lowest lr of {best.result.lr:g} as well: begin lower"
         )
     chosen = config.output_dir / "best.yaml"
-    chosen.write_text(dump_config(_best_config(config, best, budget, path)), encoding="utf-8")
+    write_text(chosen, dump_config(_best_config(config, best, budget, path)))
     _print(name, runs, best, trials * max(1, len(tried)))
     display.say(
         f"{name} {said_settings(best)} did best of {len(runs)} runs, with one seed; go on with: finetune train {chosen}"

@@ -12,8 +12,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from finetune.config import load_config
-from finetune.errors import UserError
-from finetune.recipes.disk import refusal
+from finetune.errors import UserError, disk_refusal
 from finetune.recipes.launching import SIGNALLED, USER_ERROR
 from finetune.recipes.training import run_training
 
@@ -27,7 +26,7 @@ def work(task: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:  # before the first step
         return SIGNALLED
     except Exception as error:
-        if isinstance(error, OSError) and (said := refusal(error)) is not None:
+        if isinstance(error, OSError) and (said := disk_refusal(error)) is not None:
             error = UserError(said)
         ErrorHandler().record_exception(error)
         return USER_ERROR if isinstance(error, UserError) else 1

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from finetune.report.curves import Curve, Points, draw, points_of, smooth
-from finetune.report.records import RunRecords
+from finetune.run.records import RunRecords
 
 _TEXT_METRICS = [("chrf", "chrF", "line"), ("bleu", "BLEU", "dashed")]
 _TRAINING = [

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from finetune.run.records import Evaluation, StepRecord
+
 INK, GRID, FIRST, SECOND = "#0a0b0c", "#0a0b0d", "#0a0b0e", "#0a0b0f"
 VARIABLES = {
     INK: "var(--muted)",
@@ -59,13 +61,12 @@ class Curve:
     look: str
 
 
-def points_of(records: Sequence[dict[str, Any]], key: str) -> Points:
+def points_of(records: Sequence[StepRecord | Evaluation], key: str) -> Points:
     """Return (step, value) wherever `key` is a number. NaN and infinity leave a gap."""
     points = []
     for record in records:
-        if key in record and record[key] is not None:
-            value = float(record[key])
-            points.append((float(record["step"]), value if math.isfinite(value) else math.nan))
+        if (value := record.number(key)) is not None:
+            points.append((float(record.step), value if math.isfinite(value) else math.nan))
     return points
 
 

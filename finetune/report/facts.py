@@ -4,71 +4,12 @@ Floor 1.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.report.records import Record, RunRecords
-
-MISSING = "–"
-
-
-@dataclass(frozen=True)
-class Metric:
-    key: str
-    name: str
-    unit: str
-    decimals: int
-    higher_is_better: bool = False
-    is_share: bool = False  # shown in percent
-    has_tile: bool = True  # at the top of the page, beside its row in the table of evaluations
-
-    def value(self, record: Record | None) -> float | None:
-        """The value in `record`, in the unit that is shown."""
-        value = number(record, self.key)
-        return 100 * value if value is not None and self.is_share else value
-
-    def show(self, record: Record | None) -> str:
-        """The value in `record`, rounded; a dash where there is none."""
-        value = self.value(record)
-        return MISSING if value is None else f"{value:,.{self.decimals}f}"
-
-
-METRICS = (
-    Metric("loss", "Held-out loss", "nats per target token", 3),
-    Metric("perplexity", "Perplexity", "exp of the loss", 2),
-    Metric("bits_per_byte", "Bits per byte", "of the target text", 3),
-    Metric("chrf", "chrF", "0 to 100", 1, higher_is_better=True),
-    Metric("bleu", "BLEU", "0 to 100", 1, higher_is_better=True),
-    Metric("active_tokens", "Active tokens", "tokens that the run uses", 0, has_tile=False),
-    Metric("loss_inside", "Active loss", "nats per target token that is active", 3, has_tile=False),
-    Metric("loss_outside", "Inactive loss", "nats per target token that is not", 3, has_tile=False),
-    Metric(
-        "share_outside",
-        "Inactive targets, %",
-        "of the target tokens",
-        2,
-        is_share=True,
-        has_tile=False,
-    ),
-    Metric("inactive_mass", "Inactive mass, %", "of the probability", 2, is_share=True),
-    Metric(
-        "inactive_mass_p99",
-        "Inactive mass, %, p99",
-        "of the probability",
-        1,
-        is_share=True,
-        has_tile=False,
-    ),
-    Metric(
-        "generated_outside",
-        "Inactive answers, %",
-        "of the tokens generated",
-        2,
-        is_share=True,
-        has_tile=False,
-    ),
-    Metric("unrelated_loss", "Unrelated loss", "nats per token of other text", 3),
-)
+from finetune.run.metrics import METRICS, MISSING, Metric, number
+from finetune.run.records import RunRecords
 
 
 @dataclass(frozen=True)
@@ -82,25 +23,17 @@ class Change:
     verdict: str
 
 
-def number(record: Record | None, key: str) -> float | None:
-    """The number under `key`; JSON has no NaN and no infinity, so these may stand there as text."""
-    value = (record or {}).get(key)
-    return None if value is None else float(value)
-
-
 def changes(run: RunRecords) -> list[Change]:
     """How each metric that was measured and has a tile has changed."""
+    before, after = (part.metrics if part else {} for part in (run.before, run.after))
     return [
-        _change(metric, run.before, run.after)
+        _change(metric, before, after)
         for metric in METRICS
-        if metric.has_tile
-        and (
-            number(run.before, metric.key) is not None or number(run.after, metric.key) is not None
-        )
+        if metric.has_tile and (metric.value(before), metric.value(after)) != (None, None)
     ]
 
 
-def _change(metric: Metric, before: Record | None, after: Record | None) -> Change:
+def _change(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
     old, new = metric.value(before), metric.value(after)
     shown = metric.show(before), metric.show(after)
     if old is None or new is None or not math.isfinite(new - old):
@@ -111,7 +44,7 @@ def _change(metric: Metric, before: Record | None, after: Record | None) -> Chan
         return Change(metric, *shown, "", "")
     if shown[0] == shown[1]:
         return Change(metric, *shown, "no change", "same")
-    difference = f"{new - old:+,.{metric.decimals}f}".replace("-", "−")
+    difference = f"{new - old:+,.{metric.digits}f}".replace("-", "−")
     return Change(
         metric, *shown, difference, "better" if (new > old) == metric.higher_is_better else "worse"
     )
@@ -127,7 +60,7 @@ def verdict(run: RunRecords) -> str:
     if not told:
         return "No evaluation was recorded, so there is nothing to say about the model yet."
     if run.before is None or run.after is None:
-        which = "Before training" if run.after is None else f"After step {run.after['step']}"
+        which = "Before training" if run.after is None else f"After step {run.after.step}"
         return (
             f"{which}: "
             + _listed(
@@ -135,7 +68,7 @@ def verdict(run: RunRecords) -> str:
             )
             + "."
         )
-    return f"In {run.after['step']:,} steps {_listed([_told(change) for change in told])}."
+    return f"In {run.after.step:,} steps {_listed([_told(change) for change in told])}."
 
 
 def _told(change: Change) -> str:
@@ -156,7 +89,7 @@ def _listed(parts: list[str]) -> str:
 
 def state(run: RunRecords) -> str:
     """Whether the run came to its end."""
-    last = run.steps[-1]["step"] if run.steps else 0
+    last = run.steps[-1].step if run.steps else 0
     if run.diverged:
         return f"stopped at step {last:,}: the loss was NaN or diverged"
     return (
@@ -166,8 +99,8 @@ def state(run: RunRecords) -> str:
 
 def duration(run: RunRecords) -> str:
     """Time spent in steps and in evaluations."""
-    training = sum(number(step, "seconds") or 0.0 for step in run.steps)
-    evaluating = sum(number(evaluation, "seconds") or 0.0 for evaluation in run.evaluations)
+    training = sum(step.seconds for step in run.steps)
+    evaluating = sum(evaluation.number("seconds") or 0.0 for evaluation in run.evaluations)
     if not training:
         return ""
     return f"{clock(training)} of training" + (
@@ -201,7 +134,7 @@ def counts(records: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str
     return [in_words(name) for name in sections], rows
 
 
-def pairs(record: Record) -> list[tuple[str, str]]:
+def pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The scalars of a record as (name, value) for a list; a share is given in percent."""
     return [
         (in_words(key), f"{value:.1%}" if key.endswith("_share") else plain(value))
@@ -241,11 +174,11 @@ def sample_pairs(run: RunRecords) -> tuple[list[SamplePair], int, int]:
     """The samples of the first and of the last step that has any, side by side, and these two steps (equal: there is only one)."""
     if not run.samples:
         return [], 0, 0
-    steps = [sample["step"] for sample in run.samples]
+    steps = [sample.step for sample in run.samples]
     first, last = min(steps), max(steps)
     # The same prompt may occur twice, with different references: the reference is part of the key.
     by_step = {
-        s: {(r["prompt"], r["reference"]): r["output"] for r in run.samples if r["step"] == s}
+        s: {(r.prompt, r.reference): r.output for r in run.samples if r.step == s}
         for s in (first, last)
     }
     keys = list(dict.fromkeys([*by_step[last], *by_step[first]]))

@@ -3,7 +3,6 @@
 Floor 1. It needs no network, no script and no other file; its content security policy forbids them.
 """
 
-import shlex
 from pathlib import Path
 
 from markupsafe import Markup
@@ -11,8 +10,9 @@ from markupsafe import Markup
 from finetune.report import facts
 from finetune.report.charts import charts_of
 from finetune.report.pages import fill, write_page
-from finetune.report.records import RunRecords, read_run
-from finetune.run_dir import RunDir
+from finetune.run.folder import RunDir
+from finetune.run.metrics import METRICS
+from finetune.run.records import RunRecords, read_run
 
 
 def write_report(root: Path) -> Path:
@@ -25,10 +25,9 @@ def write_report(root: Path) -> Path:
 
 def render(run: RunRecords) -> str:
     """Return the page."""
-    evaluated = [*run.evaluations, *([run.test] if run.test else [])]
+    evaluated = [*(evaluation.metrics for evaluation in run.evaluations), run.test]
     samples, first, last = facts.sample_pairs(run)
     environment = run.environment
-    command = environment.get("command", "")
     return fill(
         "report.html.jinja",
         styles=("report.css",),
@@ -44,42 +43,43 @@ def render(run: RunRecords) -> str:
         last_step=last,
         metrics=[
             metric
-            for metric in facts.METRICS
-            if any(facts.number(e, metric.key) is not None for e in evaluated)
+            for metric in METRICS
+            if any(metric.value(figures) is not None for figures in evaluated)
         ],
         signatures=_signatures(run),
-        data_columns=facts.counts(run.data)[0],
-        data_rows=facts.counts(run.data)[1],
-        data_facts=facts.pairs(run.data),
-        model_facts=facts.pairs(environment.get("model", {})),
-        versions=environment.get("versions", {}),
-        machine_facts=facts.pairs(environment.get("machine", {})) + _run_facts(run),
-        command=command if isinstance(command, str) else shlex.join(command),
+        data_columns=facts.counts(run.data.as_dict())[0],
+        data_rows=facts.counts(run.data.as_dict())[1],
+        data_facts=facts.pairs(run.data.as_dict()),
+        model_facts=facts.pairs(environment.model),
+        versions=environment.versions,
+        machine_facts=facts.pairs(environment.machine) + _run_facts(run),
+        command=environment.command,
     )
 
 
 def _subtitle(run: RunRecords) -> list[str]:
     """What stands under the title: model, kind of data, date."""
-    model = run.environment.get("model", {})
+    model = run.environment.model
     named = model.get("architecture", "")
     if size := model.get("parameters", 0):
         named += f", {size / 1e6:,.1f} M parameters" if size >= 1e6 else f", {size:,} parameters"
-    parts = [named, run.data.get("format", "")]
-    return [part for part in [*parts, run.environment.get("started", "")[:10]] if part]
+    parts = [named, run.data.format, run.environment.started[:10]]
+    return [part for part in parts if part]
 
 
 def _run_facts(run: RunRecords) -> list[tuple[str, str]]:
     keys = ("device", "precision", "processes", "started")
-    return facts.pairs({key: run.environment[key] for key in keys if key in run.environment})
+    known = run.environment.as_dict()
+    return facts.pairs({key: known[key] for key in keys if known.get(key)})
 
 
 def _signatures(run: RunRecords) -> list[tuple[str, str]]:
     """sacrebleu's signatures of the last evaluation that has any."""
     known = [
         [
-            (metric.name, evaluation[f"{metric.key}_signature"])
-            for metric in facts.METRICS
-            if f"{metric.key}_signature" in evaluation
+            (metric.name, evaluation.metrics[f"{metric.key}_signature"])
+            for metric in METRICS
+            if f"{metric.key}_signature" in evaluation.metrics
         ]
         for evaluation in run.evaluations
     ]

@@ -397,9 +397,11 @@ def test_out_of_disk_leaves_the_previous_checkpoint_and_a_run_that_resumes(copy)
     "name", ["metrics.jsonl", "samples.jsonl", "environment.json", "data.json", "evaluation.json"]
 )
 def test_out_of_disk_in_any_file_of_a_run(copy, name):
-    """The file is a link to a device that is always full."""
-    (copy / "run" / name).unlink()
-    (copy / "run" / name).symlink_to("/dev/full")
+    """The file that is written is a link to a device that is always full."""
+    written = copy / "run" / (name if name.endswith(".jsonl") else f"{name}.tmp")
+    written.unlink(missing_ok=True)
+    written.symlink_to("/dev/full")
+    kept = (copy / "run" / name).read_text() if name.endswith(".json") else None
     checkpoint = snapshot(copy / "run" / "checkpoints" / "step-00000002")
     result = finetune(
         "train",
@@ -415,6 +417,8 @@ def test_out_of_disk_in_any_file_of_a_run(copy, name):
         result, f"run/{name} could not be written: No space left on device", f"{step} is untouched"
     )
     assert snapshot(copy / "run" / "checkpoints" / "step-00000002") == checkpoint
+    if kept is not None:
+        assert (copy / "run" / name).read_text() == kept
 
 
 def test_out_of_disk_outside_of_a_run(folder):
@@ -432,7 +436,7 @@ def test_out_of_disk_outside_of_a_run(folder):
         "out",
     )
     assert result.code == 2
-    assert result.err == "finetune: out/beale.svg could not be written: No space left on device\n"
+    assert result.err == "finetune: a file could not be written: No space left on device\n"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 
 from finetune.comparison.runs import Point, Result, Run
 from finetune.comparison.summary import summarise
-from finetune.tracking import finite
+from finetune.run.files import finite
 
 BINS = {
     "head": {"tokens": 20, "targets": 500},

@@ -17,11 +17,11 @@ from tests.conftest import LLAMA, PYTHIA, conversation
 
 KILL_IN_THE_SECOND_REPORTED_RUN = """
 import os, signal
-from finetune.tracking import MetricLogger
+from finetune.run.log import MetricLogger
 log = MetricLogger.log
 def log_then_die(self, record):
     log(self, record)
-    if record["step"] == 4 and "loss" in record and "adam/seed-1" in str(self._path):
+    if record.step == 4 and hasattr(record, "loss") and "adam/seed-1" in str(self._path):
         os.kill(os.getpid(), signal.SIGKILL)
 MetricLogger.log = log_then_die
 """

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from finetune.comparison.runs import Point, Result, Run, read_run, write_result
+from finetune.comparison.runs import Point, Result, Run, read_trial
 from finetune.comparison.summary import summarise, target_loss
+from finetune.run.folder import RunDir
 from tests.comparison.conftest import BINS, made_run
 
 
@@ -93,7 +94,7 @@ def test_a_loss_that_is_no_number_at_the_end_is_divergence():
 
 
 def test_a_run_is_read_from_its_folder(tmp_path):
-    assert read_run(tmp_path) is None
+    assert read_trial(tmp_path) is None
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "evaluation": {"loss": 4.0}}\n'
         '{"step": 1, "loss": 4.0, "num_tokens": 100, "seconds": 0.5}\n'
@@ -104,8 +105,8 @@ def test_a_run_is_read_from_its_folder(tmp_path):
         '{"step": 1, "ratio": 0.1}\n{"step": 2, "ratio": 0.3}\n{"step": 2, "ratio": 0.2}\n{"st'
     )
     result = Result("adam", "reported", 1, {"lr": 1e-3}, "", {}, 16, {"all": 2.0}, BINS)
-    write_result(tmp_path, result)
-    run = read_run(tmp_path)
+    result.write(RunDir(tmp_path))
+    run = read_trial(tmp_path)
     assert isinstance(run, Run)
     assert run.result == result
     assert run.points == [Point(0, 4.0, 0, 0.0), Point(2, math.inf, 150, 0.75)]

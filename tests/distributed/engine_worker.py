@@ -33,14 +33,14 @@ def run(config: str, *overrides: str, resume: str | None = None) -> None:
     shares = {}
 
     def prepare_and_look(*arguments: Any) -> Any:
-        module, optimizer = engines.prepare(*arguments)
-        for name, parameter in module.named_parameters():
+        prepared = engines.prepare(*arguments)
+        for name, parameter in prepared.module.named_parameters():
             shares[name] = (
                 parameter.to_local().numel() / parameter.numel()
                 if hasattr(parameter, "to_local")
                 else 1.0
             )
-        return module, optimizer
+        return prepared
 
     training.prepare = prepare_and_look
     settings = load_config(Path(config), overrides)

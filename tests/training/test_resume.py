@@ -13,11 +13,11 @@ from tests.conftest import LLAMA, PYTHIA, conversation
 
 KILL_AFTER_LOGGING = """
 import os, signal
-from finetune.tracking import MetricLogger
+from finetune.run.log import MetricLogger
 log = MetricLogger.log
 def log_then_die(self, record):
     log(self, record)
-    if record["step"] == 5 and "loss" in record:
+    if record.step == 5 and hasattr(record, "loss"):
         os.kill(os.getpid(), signal.SIGKILL)
 MetricLogger.log = log_then_die
 """

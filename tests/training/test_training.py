@@ -193,13 +193,13 @@ def test_a_diverging_loss_stops_the_run(tiny):
 def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatch, number):
     tree = tiny(training={"max_steps": 5})
     train({**tree, "output_dir": str(tmp_path / "whole")})
-    from finetune.tracking import MetricLogger
+    from finetune.run.log import MetricLogger
 
     log = MetricLogger.log
 
     def log_and_terminate(self, record):
         log(self, record)
-        if record["step"] == 2:
+        if record.step == 2:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(MetricLogger, "log", log_and_terminate)
@@ -339,16 +339,16 @@ def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(
     tiny, tmp_path, monkeypatch, best, step
 ):
     """Whatever the model does: the evaluations' values are given."""
-    from finetune.recipes.evaluating import Evaluator
+    from finetune.recipes.evaluations import RunEvaluations
 
-    evaluate = Evaluator.__call__
+    evaluate = RunEvaluations.__call__
     values = {
         1: {"chrf": 10.0, "loss": 1.0},
         2: {"chrf": 30.0, "loss": 3.0},
         3: {"chrf": 20.0, "loss": 2.0},
     }
     monkeypatch.setattr(
-        Evaluator, "__call__", lambda self, at: {**evaluate(self, at), **values[at]}
+        RunEvaluations, "__call__", lambda self, at: {**evaluate(self, at), **values[at]}
     )
     metrics = {"metrics": ["chrf"], "generate": 2}
     tree = tiny(

@@ -1,7 +1,4 @@
-"""What a run was made with: versions, machine, command.
-
-Floor 5.
-"""
+"""What a run is made with: versions, machine, command line, start time."""
 
 import datetime
 import importlib.metadata
@@ -10,9 +7,10 @@ import platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from finetune.run.records import Environment
 
 PACKAGES = (
     "finetune-rows",
@@ -27,15 +25,15 @@ PACKAGES = (
 )
 
 
-def environment(*, processes: int, device: str, precision: str) -> dict[str, Any]:
-    """The record for environment.json; the recipes add the model's facts and the notes."""
-    return {
-        "command": command_line(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processes": processes,
-        "device": device,
-        "precision": precision,
-        "machine": {
+def collect_environment(*, processes: int, device: str, precision: str) -> Environment:
+    """Return the record of this process. The caller adds the model's facts and the notes."""
+    return Environment(
+        command=command_line(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        processes=processes,
+        device=device,
+        precision=precision,
+        machine={
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),
             "cores": len(os.sched_getaffinity(0))
@@ -45,15 +43,15 @@ def environment(*, processes: int, device: str, precision: str) -> dict[str, Any
             "memory_gib": _memory_gib(),
             "accelerator": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         },
-        "versions": {
+        versions={
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
         },
-    }
+    )
 
 
 def command_line() -> str:
-    """What this process was started with, to be typed again."""
+    """Return what this process was started with, to be typed again."""
     name = Path(sys.argv[0]).name
     started = ["python", "-m", Path(sys.argv[0]).parent.name] if name == "__main__.py" else [name]
     return shlex.join([*started, *sys.argv[1:]])

@@ -1,0 +1,147 @@
+"""How a record gets to the disk and back: whole or not at all, and a refusal is one sentence."""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.run.folder import RunDir, newest_checkpoint
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` in the place of the file at `path`.
+
+    A process that dies on the way leaves the old file whole. Raises UserError if the disk refuses.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with _refusals(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    """Put `values` in the place of the JSON file at `path`. Raises UserError as `write_text`."""
+    write_text(path, json.dumps(finite(values), indent=indent))
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add one JSON object a line to the file at `path`. Raises UserError if the disk refuses.
+
+    It does not wait for the disk: a killed process may leave a line that is cut short.
+    """
+    with _refusals(path), path.open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder at `path` if it is not there. Raises UserError if the disk refuses."""
+    with _refusals(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of the file at `path`. Raises UserError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`, an empty one if there is no such file.
+
+    Raises UserError if the file holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    text = read_text(path)
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is no valid JSON object ({error}): restore it, or remove it to do without"
+        ) from error
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the JSON objects in the file at `path`, one a line, and how many lines are none.
+
+    A process that was killed leaves a last line that is cut short. Raises UserError if the file
+    cannot be read; a file that is not there has no lines.
+    """
+    objects, unreadable = [], 0
+    for line in raw_lines(path):
+        try:
+            objects.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            unreadable += 1
+    return objects, unreadable
+
+
+def raw_lines(path: Path) -> list[bytes]:
+    """Return the lines of the file at `path`, none if there is no such file.
+
+    Only a line feed ends a line: an answer may hold other separators of Unicode.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with NaN and infinity as text, because JSON has no such numbers."""
+    return {
+        key: finite(value)
+        if isinstance(value, Mapping)
+        else str(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in values.items()
+    }
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raise a UserError for an OSError: the file, the reason, and what is left of the run."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} could not be written: {reason}{_left(path)}") from error
+
+
+def _left(path: Path) -> str:
+    run = RunDir(path.parent)
+    if not run.is_run():
+        return ""
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        return "; there is no checkpoint yet"
+    return f"; the last complete checkpoint {newest} is untouched: go on with --resume auto"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk keep the new name of a file, on systems that can open a folder."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,313 @@
+"""The records of a run: each file as a dataclass that is written and read here and nowhere else.
+
+A key that this version does not know is kept when a file is read and written again. A key that is
+missing, as in the file of an earlier run, has its default.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from finetune.errors import UserError
+from finetune.run.files import read_json, read_lines, read_text, write_json, write_text
+from finetune.run.folder import RunDir
+
+
+@dataclass(frozen=True)
+class JsonRecord:
+    """A file of one JSON object whose keys are the fields. A field that is None is left out."""
+
+    indent: ClassVar[int | None] = 2
+
+    more: Mapping[str, Any] = field(default_factory=dict, kw_only=True)  # keys not known here
+
+    @classmethod
+    def path(cls, run: RunDir) -> Path:
+        """Return the file that holds this record of `run`."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, run: RunDir) -> Self:
+        """Return the record of `run`, with every default if there is no such file.
+
+        Raises UserError if the file is damaged.
+        """
+        path = cls.path(run)
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not what a run writes ({error}): restore it, or remove it to do without"
+            ) from error
+
+    def write(self, run: RunDir) -> None:
+        """Put this record in the place of that of `run`. Raises UserError if the disk refuses."""
+        write_json(self.path(run), self.as_dict(), indent=self.indent)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record whose file holds `values`."""
+        known = {item.name for item in fields(cls)} - {"more"}
+        found = {key: value for key, value in values.items() if key in known and value is not None}
+        return cls(**found, more={key: values[key] for key in values if key not in known})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values |= values.pop("more")
+        return {key: value for key, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Environment(JsonRecord):
+    """environment.json: what a run was made with, and what its reader should know."""
+
+    command: str = ""  # to be typed again
+    started: str = ""  # ISO 8601
+    processes: int | None = None
+    device: str = ""
+    precision: str = ""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)  # its shape and parameters, counted
+    notes: Sequence[str] = ()  # choices made, things left out
+
+    @classmethod
+    def path(cls, run: RunDir) -> Path:
+        return run.environment
+
+
+@dataclass(frozen=True)
+class DataCounts(JsonRecord):
+    """data.json: what was read and what became of it."""
+
+    format: str | None = None
+    train: Mapping[str, int] | None = None  # what is counted -> how many
+    languages: Sequence[str] | None = None  # source and target, of translation data
+    validation: Mapping[str, int] | None = None
+
+    @classmethod
+    def path(cls, run: RunDir) -> Path:
+        return run.data
+
+
+@dataclass(frozen=True)
+class Vocabulary(JsonRecord):
+    """vocabulary.json: the tokens that a run uses, written at its end."""
+
+    indent = None  # the ids are many
+
+    chosen: str | None = None  # one line that says which rows train
+    used: Sequence[int] = ()  # ids, ascending
+
+    @classmethod
+    def path(cls, run: RunDir) -> Path:
+        return run.vocabulary
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The line of metrics.jsonl for one step. NaN and 0 stand for what a file does not say."""
+
+    step: int
+    epoch: float = math.nan
+    loss: float = math.nan  # nats per target token
+    lr: float = math.nan
+    grad_norm: float = math.nan  # before clipping
+    num_target_tokens: int = 0
+    num_tokens: int = 0
+    tokens_per_second: float = math.nan
+    seconds: float = 0.0
+
+    def number(self, key: str) -> float | None:
+        """Return the number under `key`."""
+        return getattr(self, key)
+
+    def as_line(self) -> dict[str, Any]:
+        """Return what the line holds."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures measured after a step, by the keys of METRICS, with signatures and seconds."""
+
+    step: int
+    metrics: Mapping[str, Any]
+
+    def number(self, key: str) -> float | None:
+        """Return the number under `key`, or None if it was not measured."""
+        value = self.metrics.get(key)
+        return None if value is None else float(value)
+
+    def as_line(self) -> dict[str, Any]:
+        """Return what the line of metrics.jsonl holds."""
+        return {"step": self.step, "evaluation": self.metrics}
+
+
+@dataclass(frozen=True)
+class Evaluations(JsonRecord):
+    """evaluation.json: the evaluations that a reader compares."""
+
+    before: Evaluation | None = None
+    after: Evaluation | None = None
+    best: Evaluation | None = None
+    test: Mapping[str, Any] | None = None  # the figures on test data, measured after the run
+
+    @classmethod
+    def path(cls, run: RunDir) -> Path:
+        return run.evaluation
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        parts = dict(values)
+        for name in ("before", "after", "best"):
+            if parts.get(name) is not None:
+                metrics = dict(parts[name])
+                parts[name] = Evaluation(metrics.pop("step"), metrics)
+        return super().from_dict(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            name: {"step": part.step, **part.metrics} if isinstance(part, Evaluation) else part
+            for name, part in super().as_dict().items()
+        }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of samples.jsonl: a held-out prompt, the answer in the data, and the model's."""
+
+    step: int
+    prompt: str
+    reference: str
+    output: str
+
+
+def write_config(run: RunDir, text: str) -> None:
+    """Write the resolved config, as YAML. Raises UserError if the disk refuses."""
+    write_text(run.config, text)
+
+
+def read_config(run: RunDir) -> str:
+    """Return the resolved config, as YAML. Raises UserError if it cannot be read."""
+    return read_text(run.config)
+
+
+def read_metrics(run: RunDir) -> tuple[list[StepRecord | Evaluation], int]:
+    """Return what was logged, in the order of the file, and how many of its lines are none.
+
+    Raises UserError if the file cannot be read; there is nothing if the run has not begun.
+    """
+    lines, unreadable = read_lines(run.metrics)
+    records: list[StepRecord | Evaluation] = []
+    for line in lines:
+        try:
+            records.append(_metrics_of(line))
+        except (KeyError, TypeError, ValueError):
+            unreadable += 1
+    return records, unreadable
+
+
+def _metrics_of(line: Mapping[str, Any]) -> StepRecord | Evaluation:
+    if "evaluation" in line:
+        return Evaluation(line["step"], dict(line["evaluation"]))
+    known = {item.name for item in fields(StepRecord)}
+    numbers: dict[str, Any] = {
+        key: float(value) if isinstance(value, str) else value  # NaN and infinity are text
+        for key, value in line.items()
+        if key in known and value is not None
+    }
+    return StepRecord(**numbers)
+
+
+def evaluations_by_step(run: RunDir) -> dict[int, Evaluation]:
+    """Return the evaluations that were logged, under their steps."""
+    records, _ = read_metrics(run)
+    return {record.step: record for record in records if isinstance(record, Evaluation)}
+
+
+def read_samples(run: RunDir) -> tuple[list[Sample], int]:
+    """Return the samples that were kept, in the order of the file, and how many lines are none.
+
+    Raises UserError if the file cannot be read.
+    """
+    lines, unreadable = read_lines(run.samples)
+    known = [item.name for item in fields(Sample)]
+    whole = [line for line in lines if all(key in line for key in known)]
+    return [Sample(**{key: line[key] for key in known}) for line in whole], (
+        unreadable + len(lines) - len(whole)
+    )
+
+
+@dataclass
+class RunRecords:
+    """What a run has written so far.
+
+    All but the config may be missing: the run goes on, was broken off, or had no evaluation.
+    """
+
+    name: str
+    config: str  # YAML, as in the file
+    environment: Environment
+    data: DataCounts
+    steps: list[StepRecord]
+    evaluations: list[Evaluation]  # in the order of steps
+    samples: list[Sample]
+    before: Evaluation | None  # before the first step
+    after: Evaluation | None  # the last one
+    best: Evaluation | None
+    test: Mapping[str, Any] | None  # on test data, after the run
+    finished: bool
+    diverged: bool
+    notes: list[str]
+
+
+def read_run(root: Path) -> RunRecords:
+    """Return the records of the run in `root`.
+
+    Raises UserError if there is none, or if one of its files cannot be read.
+    """
+    run = RunDir(root)
+    if not run.is_run():
+        what = "holds no run (it has no config.yaml)" if root.is_dir() else "does not exist"
+        raise UserError(
+            f"{root} {what}: name the folder that a training run has written, the output_dir of "
+            "its config"
+        )
+    environment, summary = Environment.read(run), Evaluations.read(run)
+    logged, lost_metrics = read_metrics(run)
+    samples, lost_samples = read_samples(run)
+    evaluations = [record for record in logged if isinstance(record, Evaluation)]
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+    return RunRecords(
+        name=root.resolve().name,
+        config=read_config(run),
+        environment=environment,
+        data=DataCounts.read(run),
+        steps=[record for record in logged if isinstance(record, StepRecord)],
+        evaluations=evaluations,
+        samples=samples,
+        before=summary.before or (first if first and first.step == 0 else None),
+        after=summary.after or (last if last and last.step > 0 else None),
+        best=summary.best,
+        test=summary.test,
+        # the run itself writes more at its end, or nothing
+        finished=run.evaluation.is_file() and summary.as_dict().keys() != {"test"},
+        diverged=run.bad_batch.is_file(),
+        notes=[
+            *map(str, environment.notes),
+            *_said_lost(run.metrics, lost_metrics),
+            *_said_lost(run.samples, lost_samples),
+        ],
+    )
+
+
+def _said_lost(path: Path, lost: int) -> list[str]:
+    if not lost:
+        return []
+    lines = "1 line" if lost == 1 else f"{lost} lines"
+    return [f"{path.name}: {lines} could not be read and had to be left out."]
