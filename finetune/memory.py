@@ -1,6 +1,6 @@
 """What a run needs of memory and disk, added up from counts, and what this machine has.
 
-Floor 1. `finetune.models.activations` measures what a step holds beside weights and optimizer state; here is the arithmetic.
+Floor 1. `finetune.models.rehearsal` measures what a step holds beside weights and optimizer state; here is the arithmetic.
 """
 
 from collections.abc import Iterable
@@ -11,21 +11,14 @@ import psutil
 import torch
 from torch import nn
 
+from finetune.models.rehearsal import StepMemory
+
 FP32 = 4  # bytes; master weights, gradients and checkpoints
 CUDA_CONTEXT = 600 * 2**20  # bytes: the context and the workspaces of cuBLAS, an assumption
 HOLES = {"cpu": 0.5, "cuda": 0.1}
 """Memory that the allocator holds and cannot use, as a share of the activations: they are freed one by one while gradients of other
 sizes come. For glibc's heap measured on SmolLM2-135M (seven runs, full and LoRA, packed and padded: 0.3 to 0.8); for CUDA an
 assumption."""
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """What one optimizer step allocates beside weights and optimizer state, in bytes."""
-
-    activations: int  # held for the backward when the forward is over
-    loss: int  # the most that the loss adds to them: one chunk of logits, and the gradient of the head
-    peak: int  # the most alive at once, gradients included; less than the sum, as activations go while gradients come
 
 
 @dataclass(frozen=True)
@@ -64,14 +57,6 @@ def add_up(
         moments["export"] = standing + export
     return MemoryEstimate(
         baseline, weights, gradients, optimizer_state, step.activations, step.loss, moments
-    )
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the distinct tensors."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in {id(tensor): tensor for tensor in tensors}.values()
     )
 
 

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from finetune.losses import FrozenRows, linear_cross_entropy
-from finetune.models.precision import resolve_precision
+from finetune.compute.loss import FrozenRows, linear_cross_entropy
+from finetune.models.speed import resolve_precision
 
 Loss = Callable[
     [Tensor, Tensor, Tensor], Tensor

@@ -1,7 +1,7 @@
 """What the speed benchmarks compare: this project, a bare PyTorch loop, and TRL's SFTTrainer, each the main function of a process.
 
 All of them get the same weights, the same examples (the shipped conversations, where no others are given), AdamW (fused, no weight
-decay, the learning rate falling linearly to 0), clipping at 1.0, and bf16 only where `finetune.models.precision` says that the chip
+decay, the learning rate falling linearly to 0), clipping at 1.0, and bf16 only where `finetune.models.speed` says that the chip
 multiplies it:
 
 - finetune      the recipes' own parts and Trainer, packed rows, examples isolated from each other, loss on the assistant's turns;
@@ -44,7 +44,7 @@ from harness import CLOCKS, Stopwatch, add_arguments
 
 def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     import finetune.models.language_model as language_model
-    from finetune.models.vocabulary import deactivate_vocabulary
+    from finetune.models.vocabulary.activate import deactivate_vocabulary
 
     watch = Stopwatch(args.clock, peak_memory)
 
@@ -70,7 +70,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
 def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from finetune.models.precision import resolve_precision
+    from finetune.models.speed import resolve_precision
 
     _, train = read_data(args)
     ids = torch.tensor(
@@ -105,7 +105,7 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from finetune.models.precision import resolve_precision
+    from finetune.models.speed import resolve_precision
 
     tokenizer, train = read_data(args)
     examples = [train[i] for i in shuffled(len(train), args.seed)]
@@ -181,7 +181,7 @@ def run_peak(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune.models.precision import resolve_precision
+    from finetune.models.speed import resolve_precision
 
     config = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):

@@ -50,7 +50,7 @@ def our_flops(model: Any, sample: Any) -> dict[str, int]:
 
     model: the causal language model while it trains; sample: of frozen rows, or None.
     """
-    from finetune.models.active_rows import ActiveHead
+    from finetune.models.vocabulary.rows import ActiveHead
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     apart = {id(p) for part in (embedding, head) for p in part.parameters()}
@@ -191,9 +191,10 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.data.text import TextFormat
     from finetune.data.types import Prompt
     from finetune.evaluation import evaluate_generation, evaluate_loss
+    from finetune.inference.generation import GenerationSettings
     from finetune.models.language_model import LanguageModel
-    from finetune.models.vocabulary import activate_vocabulary
-    from finetune.recipes.parts import pad_id
+    from finetune.models.tokenizers import pad_id
+    from finetune.models.vocabulary.activate import activate_vocabulary
     from finetune.recipes.vocabulary import active_ids
 
     material = _material(args)
@@ -230,8 +231,11 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
         for example, start in zip(examples, starts, strict=True)
     ]
     scores, _ = evaluate_generation(
-        model, tokenizer, prompts, metrics=(), inactive=unseen, batch_size=ANSWERS, max_new_tokens=32, temperature=0.0, top_p=1.0,
-        top_k=0, repetition_penalty=1.0, stop_ids=[tokenizer.eos_token_id],
+        model, tokenizer, prompts, metrics=(), inactive=unseen, batch_size=ANSWERS,
+        settings=GenerationSettings(
+            max_new_tokens=32, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
+            stop_ids=[tokenizer.eos_token_id],
+        ),
     )  # fmt: skip
     found |= scores
     if args.unrelated:

@@ -13,10 +13,10 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune.losses import FrozenRows, linear_cross_entropy
+from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import compile_decoder
-from finetune.models.vocabulary import activate_vocabulary
+from finetune.models.vocabulary.activate import activate_vocabulary
 from finetune.optim import LazyAdamW, clip_grad_norm_
 from tests.conftest import LLAMA, PYTHIA, conversation
 

@@ -4,7 +4,7 @@ Floor 0.
 
 **Labels.** `labels[i]` is the token that should stand at position i (so it equals `input_ids[i]`), or `IGNORE_INDEX` where
 nothing is to be learnt. They are *not* shifted: the loss compares the prediction made at position i - 1 with `labels[i]`, and
-that shift happens in one place, `finetune.losses`. Position 0 is predicted by nothing, hence `labels[0]` is always
+that shift happens in one place, `finetune.compute.loss`. Position 0 is predicted by nothing, hence `labels[0]` is always
 `IGNORE_INDEX`; so the number of target tokens of an example is just the number of labels that are not `IGNORE_INDEX`, also after
 packing.
 """

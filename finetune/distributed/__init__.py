@@ -1,6 +1,7 @@
-"""What processes of one run tell each other beside what torch's engines do.
+"""Communication between the processes of a run that torch's own engines do not cover.
 
-Floor 2.
+`row_gradients` averages the row-sparse gradients of lazily stepped tables; `sharding` reads a model
+whose parameters FSDP2 shards.
 """
 
 from finetune.distributed.row_gradients import RowGradients, keep_tables_out_of_ddp

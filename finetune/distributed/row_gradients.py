@@ -1,13 +1,16 @@
 """The row-sparse gradients of lazily stepped tables, averaged over the processes as rows.
 
-Floor 2 (torch.distributed).  torch's DistributedDataParallel all-reduces a sparse gradient by a collective that NCCL does not have
-(https://github.com/pytorch/pytorch/issues/22400), and raises where one process used no row of a table.  So the tables are kept out
-of it, and their gradients are averaged once a step, after accumulation and before clipping, by dense collectives alone: all-gathers
-of counts, of ids, and then, whichever costs fewer bytes (wire.py has the formula), an all-gather of the values or an all-reduce of
-the rows that any process used.  It needs no engine around the model: the same call serves a table that FSDP leaves alone.
+torch's DistributedDataParallel all-reduces a sparse gradient by a collective that NCCL does not have
+(https://github.com/pytorch/pytorch/issues/22400), and raises if one process used no row of a table.
+So the tables are kept out of it. Their gradients are averaged once a step, after accumulation and
+before clipping, by dense collectives alone: all-gathers of counts and of ids, and then an all-gather
+of the values or an all-reduce of the rows that any process used. The way that costs fewer bytes is
+taken (`scripts/bench_sync.py` has the formula). No engine around the model is needed: the same call
+serves a table that FSDP leaves alone.
 
-Every process ends up with the same bits: gathered rows are added in the order of the processes, each process's ids being distinct
-(so no atomic addition decides an order on a GPU), and an all-reduce hands everybody one result.
+Every process ends up with the same bits. Gathered rows are added in the order of the processes, and
+each process's ids are distinct, so no atomic addition decides an order on a GPU. An all-reduce gives
+all processes one result.
 """
 
 from collections.abc import Callable
@@ -18,15 +21,15 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.distributed.wire import gathering_is_cheaper, gathering_may_be_cheaper
 from finetune.optim import LazyAdamW
 from finetune.optim.row_gradient import coalesce
 
 
 def keep_tables_out_of_ddp(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Have DistributedDataParallel, when it comes to wrap `module`, leave alone the tables that `optimizer` steps lazily.
+    """Have DistributedDataParallel, when it wraps `module`, ignore the tables stepped lazily.
 
-    Their gradients, and their weights at the start, are `RowGradients`' business then.
+    They are those of `optimizer`. `RowGradients` then handles their gradients, and their weights at
+    the start.
     """
     tables = {id(weight) for weight in _tables(optimizer)}
     names = [
@@ -38,10 +41,11 @@ def keep_tables_out_of_ddp(module: nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 class RowGradients:
-    """Averages the gradients of the tables that a LazyAdamW steps over the processes; of any other optimizer there are none.
+    """The average over the processes of the gradients of the tables that a LazyAdamW steps.
 
-    To be made by every process when the model is on its device: the tables become those of process 0.  `say` is told once if, for
-    the number of rows that the processes use, a dense all-reduce is the cheaper way.
+    Any other optimizer has no such tables. Every process makes one when the model is on its device:
+    the tables become those of process 0. `say` gets one sentence, once, if a dense all-reduce is
+    the cheaper way for the number of rows that the processes use.
     """
 
     @torch.no_grad()
@@ -57,17 +61,17 @@ class RowGradients:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Give every table the average gradient: coalesced, rows ascending, the same bits on every process.
+        """Give every table the average gradient: coalesced, rows ascending, on every process.
 
-        Every process calls it at every step, also one that used no row (its `grad` may be None; a table with None everywhere keeps
-        it and is not stepped).  Waits for the device twice a table, for the counts and for the size of the union.
+        Every process must call this at every step, even if it used no row: its `grad` may be None.
+        A table with None on all processes keeps None and is not stepped. Waits for the device twice
+        for each table: for the counts and for the size of the union.
         """
         if self.num_processes == 1:
             return
         for weight in _tables(self.optimizer):
-            if (
-                weight.grad is None or weight.grad.is_sparse
-            ):  # the optimizer refuses a dense one, with the reason
+            # The optimizer refuses a dense gradient, with the reason.
+            if weight.grad is None or weight.grad.is_sparse:
                 weight.grad = self._averaged(weight)
 
     def _averaged(self, weight: Tensor) -> Tensor | None:
@@ -104,10 +108,27 @@ class RowGradients:
         if not self._said:
             self._said = True
             self._say(
-                f"row gradients: {self.num_processes} processes used up to {most:,} rows each, {union:,} together, of an "
-                f"embedding's {len(weight):,}: a dense all-reduce of those {union:,} costs less than sending each process's rows "
-                f"to all, so it is done; which costs less is decided at each step, and said only now"
+                f"row gradients: {self.num_processes} processes used up to {most:,} rows each, "
+                f"{union:,} together, of an embedding's {len(weight):,}. A dense all-reduce of "
+                f"those {union:,} is cheaper here than gathering each process's rows. The choice "
+                "is made at every step and reported only once."
             )
+
+
+def gathering_is_cheaper(processes: int, most_rows: float, union_rows: float) -> bool:
+    """Return whether to gather the values of rows sends at most what an all-reduce of them sends.
+
+    `most_rows`: of one process; `union_rows`: of all.
+    """
+    return processes * most_rows <= 2 * union_rows
+
+
+def gathering_may_be_cheaper(processes: int, most_rows: float, vocabulary: int) -> bool:
+    """Return whether a union could be large enough for gathering to be cheaper.
+
+    Only then is it worth knowing which process used which row.
+    """
+    return gathering_is_cheaper(processes, most_rows, union_rows=vocabulary)
 
 
 def _tables(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -116,34 +137,35 @@ def _tables(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _own(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [n] int32, ascending, and their gradients [n, d], as they are sent: in float32 at least, whatever the weight is in."""
+    """Return this process's rows [n] int32, ascending, and their gradients [n, d], as sent.
+
+    The gradients are in float32 at least, for any dtype of the weight.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if weight.grad is None:
-        return weight.new_empty(0, dtype=torch.int32), weight.new_empty(
-            0, weight.shape[1], dtype=dtype
-        )
+        rows = weight.new_empty(0, dtype=torch.int32)
+        return rows, weight.new_empty(0, weight.shape[1], dtype=dtype)
     grad = coalesce(weight.grad)
     return grad.indices()[0].int(), grad.values().to(dtype)
 
 
 def _gather(own: Tensor) -> Tensor:
-    """The tensors of all processes, [P, ...]."""
-    all_gather = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # torch 2.13 renamed it
+    """Return the tensors of all processes, [P, ...]."""
+    # torch 2.13 renamed it.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     everybodys = own.new_empty(dist.get_world_size(), *own.shape)
     all_gather(everybodys.view(-1), own.contiguous().view(-1))
     return everybodys
 
 
 def _gather_parts(own: Tensor, counts: list[int]) -> list[Tensor]:
-    """The tensors of all processes, of which the p-th has counts[p] rows."""
+    """Return the tensors of all processes, of which the p-th has counts[p] rows."""
     padding = [0, 0] * (own.ndim - 1) + [0, max(counts) - len(own)]
     return [part[:count] for part, count in zip(_gather(pad(own, padding)), counts)]
 
 
 def _marked_anywhere(rows: Tensor, length: int) -> Tensor:
-    """The rows that any process has, ascending, by a mark for each of so many."""
+    """Return the rows that any process has, ascending, by a mark for each of `length` rows."""
     marks = rows.new_zeros(length, dtype=torch.uint8).index_fill_(0, rows.long(), 1)
     dist.all_reduce(marks, op=dist.ReduceOp.MAX)
     return marks.nonzero()[:, 0].int()

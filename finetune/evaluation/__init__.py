@@ -1,6 +1,9 @@
-"""Reading a model: loss over held-out data, metrics over generated text."""
+"""The evaluation of a model: the loss on held-out data, and metrics over the answers it writes.
 
-from finetune.evaluation.loss import LossResult, evaluate_loss
-from finetune.evaluation.text import Answer, evaluate_generation
+Read `loss` first, then `answers`.
+"""
 
-__all__ = ["Answer", "LossResult", "evaluate_generation", "evaluate_loss"]
+from finetune.evaluation.answers import Answer, evaluate_generation
+from finetune.evaluation.loss import GroupLoss, LossResult, evaluate_loss
+
+__all__ = ["Answer", "GroupLoss", "LossResult", "evaluate_generation", "evaluate_loss"]

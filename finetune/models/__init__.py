@@ -1,7 +1,7 @@
 """Borders to transformers and peft: loading, tokenizers, adapters, the active vocabulary, export.
 
 For library users, loaded when first used: `activate_vocabulary(model, ids)`, `deactivate_vocabulary(model)` and `with
-full_vocabulary(model):` (vocabulary.py), `LanguageModel` (language_model.py), and for the sampled loss `measure_frozen_rows`,
+full_vocabulary(model):` (vocabulary/activate.py), `LanguageModel` (language_model.py), and for the sampled loss `measure_frozen_rows`,
 `inclusion_chances` and `FrozenSampler` (frozen_sample.py). `examples/sampled_vocabulary.py` has them in a loop.
 
 transformers' own progress bars (per tensor, per shard) are off: the command line shows progress of its own. Downloads keep theirs.
@@ -15,7 +15,7 @@ from transformers.utils import logging
 if TYPE_CHECKING:
     from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.models.language_model import LanguageModel
-    from finetune.models.vocabulary import (
+    from finetune.models.vocabulary.activate import (
         activate_vocabulary,
         deactivate_vocabulary,
         full_vocabulary,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "frozen_sample": ("FrozenSampler", "inclusion_chances", "measure_frozen_rows"),
     "language_model": ("LanguageModel",),
-    "vocabulary": ("activate_vocabulary", "deactivate_vocabulary", "full_vocabulary"),
+    "vocabulary.activate": ("activate_vocabulary", "deactivate_vocabulary", "full_vocabulary"),
 }
 
 __all__ = [

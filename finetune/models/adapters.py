@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import UserError
-from finetune.models.active_rows import ActiveHead
 from finetune.models.describe import token_tables
+from finetune.models.vocabulary.rows import ActiveHead
 
 
 def add_lora(

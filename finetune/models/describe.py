@@ -1,10 +1,28 @@
-"""What a model is, in numbers: for the plan, the report and the environment. Floor 2."""
+"""What a model is: its shape and size in numbers, its tables, and what this project uses of it."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+class CausalLM(Protocol):
+    """What this project uses of a causal language model of transformers, in peft's wrapper or not."""
+
+    config: Any
+    generation_config: Any
+
+    @property
+    def device(self) -> torch.device: ...
+    def get_input_embeddings(self) -> nn.Module: ...
+    def get_output_embeddings(self) -> nn.Module | None: ...
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
@@ -45,7 +63,20 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return inner
 
 
-def token_tables(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
+def context_length(model: CausalLM) -> int | None:
+    """Return the number of positions of a causal language model; None if it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct tensors."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in {id(tensor): tensor for tensor in tensors}.values()
+    )
+
+
+def token_tables(model: CausalLM) -> tuple[Tensor, Tensor | None]:
     """The weights [V, d] of the input embedding and of the output head (None where there is none), behind any wrapper of peft."""
     table = _weight(model.get_input_embeddings())
     assert table is not None

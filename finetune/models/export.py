@@ -25,7 +25,7 @@ from finetune.errors import UserError
 from finetune.models.adapters import merge_lora
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
-from finetune.models.vocabulary import full_vocabulary
+from finetune.models.vocabulary.activate import full_vocabulary
 
 
 def export_model(

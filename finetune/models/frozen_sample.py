@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.compute.loss import FrozenRows
 from finetune.data.types import Batch
 from finetune.errors import UserError
-from finetune.losses import FrozenRows
-from finetune.models.active_rows import ActiveHead
 from finetune.models.language_model import NOT_SAMPLED, LanguageModel, evaluating
+from finetune.models.vocabulary.rows import ActiveHead
 
 SPREAD = 0.25
 """Share of the sample that goes evenly over all frozen rows."""

@@ -1,7 +1,7 @@
 """A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
 
 Floor 2. `LanguageModel` is what Accelerate wraps, so that every use of a parameter is inside its `forward`. The decoder gives
-hidden states, `finetune.losses` turns them and the output head into the loss, and the logits of a batch are never held.
+hidden states, `finetune.compute.loss` turns them and the output head into the loss, and the logits of a batch are never held.
 
 Packing. Where `position_ids` restart at 0, a new example begins, and examples must not see each other. transformers builds the
 block mask from the position ids by itself, a sliding window included, but only without an attention mask and without a cache
@@ -11,27 +11,23 @@ block mask from the position ids by itself, a sliding window included, but only 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from finetune.data.types import IGNORE_INDEX
-from finetune.errors import UserError
-from finetune.losses import (
+from finetune.compute.loss import (
     FrozenRows,
     causal_lm_loss,
     causal_lm_loss_of_logits,
     frozen_square_probabilities,
 )
-from finetune.models.active_rows import ActiveHead
-from finetune.models.attention import attend_by_example
-from finetune.models.describe import inner_model, token_tables
-from finetune.models.gates import fuse_gates
-from finetune.models.norms import fuse_norms
+from finetune.data.types import IGNORE_INDEX
+from finetune.errors import UserError
+from finetune.models.describe import CausalLM, inner_model, token_tables
+from finetune.models.fuse import fuse, has_plain_head, output_head
+from finetune.models.vocabulary.rows import ActiveHead
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +46,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
-        attend_by_example(self.causal_lm)
-        fuse_norms(self.causal_lm)
-        fuse_gates(self.causal_lm)
-        config = self.causal_lm.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        fuse(self.causal_lm)
         self.sample: tuple[FrozenRows, Tensor] | None = (
             None  # of frozen rows, for training; and where every token's row is then
         )
@@ -86,31 +75,23 @@ class LanguageModel(nn.Module):
             logits = self._run(self.causal_lm, input_ids, position_ids).logits
             return causal_lm_loss_of_logits(logits, labels, reduction=reduction, inactive=inactive)
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
-        head: Any = self.causal_lm.get_output_embeddings()
-        weight, frozen = head.weight, None
-        if isinstance(head, ActiveHead):
-            weight = head.rows
-            frozen, row_of_id = head.vocabulary.frozen_rows(), head.vocabulary.row_of_id
+        head = output_head(self.causal_lm)
+        module = self.causal_lm.get_output_embeddings()
+        if isinstance(module, ActiveHead):
+            vocabulary = module.vocabulary
+            row_of_id = vocabulary.row_of_id
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
+                head = head._replace(frozen=frozen)
                 _check_sample(labels[:, 1:], row_of_id)
             labels = torch.where(
                 labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)]
             )
             if inactive is not None:
-                inactive = inactive[
-                    torch.cat([head.vocabulary.active_ids.clamp(min=0), head.vocabulary.frozen_ids])
-                ]
+                ids = torch.cat([vocabulary.active_ids.clamp(min=0), vocabulary.frozen_ids])
+                inactive = inactive[ids]
         return causal_lm_loss(
-            hidden,
-            labels,
-            weight,
-            bias=getattr(head, "bias", None),
-            frozen=frozen,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            reduction=reduction,
-            inactive=inactive,
+            hidden, labels, **head._asdict(), reduction=reduction, inactive=inactive
         )
 
     @torch.no_grad()
@@ -125,15 +106,16 @@ class LanguageModel(nn.Module):
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, int]:
         """The squared probability of each frozen row, summed over the target positions, [F] float32; and the number of these."""
-        head: Any = self.causal_lm.get_output_embeddings()
+        head = output_head(self.causal_lm)
+        assert head.frozen is not None
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         return frozen_square_probabilities(
             hidden,
             labels,
-            head.rows,
-            head.vocabulary.frozen_rows(),
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
+            head.weight,
+            head.frozen,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
         )
 
     @property
@@ -149,17 +131,18 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def _logits_are_understood(self) -> bool:
         model = self.causal_lm
-        head = model.get_output_embeddings()
-        if head is None or isinstance(head, BaseTunerLayer) or model.base_model is model:
-            return False  # no head, a head with LoRA, or no decoder apart from the head
+        if not has_plain_head(model):
+            return False
+        head, rule = model.get_output_embeddings(), output_head(model)
         with evaluating(model):
             ids = torch.arange(8, device=model.device)[None] % token_tables(model)[0].shape[0]
             theirs = self._run(model, ids, None).logits.float()
             hidden = getattr(self._run(model.base_model, ids, None), "last_hidden_state", None)
-            if hidden is None or hidden.shape[-1] != head.weight.shape[-1]:
+            if hidden is None or hidden.shape[-1] != rule.weight.shape[-1]:
                 return False
-            ours = head(hidden).float() * self.logit_scale
-            ours = ours if self.softcap is None else self.softcap * torch.tanh(ours / self.softcap)
+            ours = head(hidden).float() * rule.logit_scale
+            if rule.softcap is not None:
+                ours = rule.softcap * torch.tanh(ours / rule.softcap)
         return ours.shape == theirs.shape and bool(
             (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
         )
@@ -201,7 +184,7 @@ def check_packing(language_model: LanguageModel) -> None:
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module | CausalLM) -> Iterator[None]:
     """Evaluation mode for a while; afterwards every submodule is in the mode that it was in."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

@@ -1,6 +1,6 @@
 """Models in, as transformers makes them: pretrained or random, always with float32 weights.
 
-Floor 2. Master weights are float32 whatever the precision of the matrix products (see `precision.py`): in bf16 an update smaller
+Floor 2. Master weights are float32 whatever the precision of the matrix products (see `speed.py`): in bf16 an update smaller
 than 1/256 of a weight would be lost.
 """
 

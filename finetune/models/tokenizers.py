@@ -22,7 +22,7 @@ from transformers import (
 
 from finetune.data.rendering import ChatTemplate, encode_text
 from finetune.errors import UserError
-from finetune.models.describe import token_tables
+from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
 
@@ -195,6 +195,17 @@ def _set_stops(
     model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Return the id that fills padding: the tokenizer's, or 0 if it has none."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def stop_ids(model: CausalLM) -> list[int]:
+    """Return the tokens that end an answer, from the generation config of `model`."""
+    stop = model.generation_config.eos_token_id
+    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
 
 
 def byte_tokens(tokenizer: Any) -> set[int]:

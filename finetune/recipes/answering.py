@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from finetune.conversation import Conversation
 from finetune.data.rendering import ChatTemplate
 from finetune.display import Display, differences
 from finetune.errors import UserError
-from finetune.generation import generate
+from finetune.inference.conversation import Conversation
+from finetune.inference.generation import generate
 from finetune.recipes.model import generation_settings
 from finetune.recipes.reading import open_target
 
@@ -41,7 +41,7 @@ def generate_answers(
                 [encode(text) for text in texts],
                 batch_size=section.batch_size,
                 on_progress=differences(advance),
-                **generation_settings(section, opened.model, seed=seed),
+                settings=generation_settings(section, opened.model, seed=seed),
             )
         yield from zip(
             texts,
@@ -60,7 +60,7 @@ def chat_in_terminal(
         opened.tokenizer,
         system_prompt=system_prompt,
         notify=display.say,
-        **generation_settings(opened.settings(settings), opened.model, seed=seed),
+        settings=generation_settings(opened.settings(settings), opened.model, seed=seed),
     )
     display.say("Ask something; /reset forgets the conversation, /exit ends it.")
     while (question := _ask()) not in (None, "/exit", "/quit"):

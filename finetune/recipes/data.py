@@ -16,7 +16,7 @@ from finetune.data.text import TextFormat
 from finetune.data.types import Format, Prompt, Row
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.generation import context_length
+from finetune.models.describe import context_length
 
 STREAM_SAMPLE = 1000  # rows that are read of a stream to look at it
 ADVANCE = 1000  # rows that the bar moves by

@@ -5,6 +5,7 @@ A run's own evaluations, `finetune evaluate`, a comparison's test loss and the t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,13 +19,13 @@ from finetune.data.types import Prompt
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.evaluation import Answer, LossResult, evaluate_generation, evaluate_loss
-from finetune.generation import SamplingSettings
+from finetune.inference.generation import GenerationSettings
 from finetune.models.language_model import LanguageModel
 from finetune.models.speed import uncompiled
+from finetune.models.tokenizers import pad_id
 from finetune.recipes.data import first_prompts, generation_metrics
 from finetune.recipes.material import Material
 from finetune.recipes.model import generation_settings
-from finetune.recipes.parts import pad_id
 
 
 class Evaluator:
@@ -127,10 +128,10 @@ class Evaluator:
         """Generate the first tokens of the answers to `prompts`, to see how long that takes."""
         section = self.material.config.generation.model_copy(update={"max_new_tokens": num_tokens})
         settings = generation_settings(section, self.language_model.model, seed=0)
-        self._answer(prompts, settings | {"stop_ids": []}, ())
+        self._answer(prompts, replace(settings, stop_ids=[]), ())
 
     def _answer(
-        self, prompts: Sequence[Prompt], settings: SamplingSettings, metrics: Sequence[str]
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, metrics: Sequence[str]
     ) -> tuple[dict[str, Any], list[Answer]]:
         if not prompts:
             return {}, []
@@ -148,7 +149,7 @@ class Evaluator:
                 inactive=self.inactive(),
                 gather=gather_object if accelerator.num_processes > 1 else list,
                 on_progress=differences(advance),
-                **settings,
+                settings=settings,
             )
         return dict(scores), answers
 

@@ -93,7 +93,7 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[s
         else None,
         data=[
             *(source.path + (f" ({kind})" if kind else "") for source in config.data.train),
-            *filter(None, [Vocabulary.read(run).chosen]),
+            *([f"vocabulary: {chosen}"] if (chosen := Vocabulary.read(run).chosen) else []),
         ],
         metrics={
             when: {metric.name: metric.value(record) for metric in shown}

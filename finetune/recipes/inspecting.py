@@ -46,7 +46,7 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     vocabulary = plan_vocabulary(
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
-    console.print(vocabulary.line())
+    console.print(f"vocabulary: {vocabulary.line()}")
     return report
 
 

@@ -6,22 +6,24 @@ Floor 5.
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from finetune.config.schema import GenerationSection, ModelSection, NewTokenizerSection
 from finetune.errors import UserError
-from finetune.generation import SamplingSettings, context_length
+from finetune.inference.generation import GenerationSettings
 from finetune.models.adapters import add_lora
+from finetune.models.describe import context_length
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import (
     ChatTokens,
     fit_to_tokenizer,
     load_tokenizer,
+    stop_ids,
     train_tokenizer,
 )
-from finetune.models.vocabulary import active_modules
+from finetune.models.vocabulary.activate import active_modules
 
 
 def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:
@@ -71,16 +73,10 @@ def load_trained(folder: Path, section: ModelSection) -> tuple[Any, Any]:
 
 def generation_settings(
     section: GenerationSection, model: Any, *, seed: int | None
-) -> SamplingSettings:
+) -> GenerationSettings:
     """Return the settings of generation, with the tokens that end the model's answers."""
     settings = section.model_dump(exclude={"batch_size"})
-    return cast(SamplingSettings, {**settings, "stop_ids": stop_ids(model), "seed": seed})
-
-
-def stop_ids(model: Any) -> list[int]:
-    """Return the tokens that end an answer, from the generation config."""
-    stop = model.generation_config.eos_token_id
-    return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    return GenerationSettings(**settings, stop_ids=stop_ids(model), seed=seed)
 
 
 def check_length(model: Any, max_length: int) -> None:

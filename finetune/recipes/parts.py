@@ -24,8 +24,12 @@ from finetune.display import Display
 from finetune.distributed.engines import check_engine, settle_engine, waiting_time
 from finetune.errors import UserError, did_you_mean
 from finetune.models.language_model import LanguageModel, check_packing
-from finetune.models.precision import resolve_precision
-from finetune.models.speed import compile_decoder, enable_activation_checkpointing
+from finetune.models.speed import (
+    compile_decoder,
+    enable_activation_checkpointing,
+    resolve_precision,
+)
+from finetune.models.tokenizers import pad_id
 from finetune.recipes.material import Material
 from finetune.recipes.model import adapt_model, make_model, model_fingerprint
 from finetune.recipes.vocabulary import (
@@ -140,7 +144,7 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     vocabulary = plan_vocabulary(
         config, model, material.tokenizer, material.corpora, tokens.added, sharded=sharded
     )
-    display.note(vocabulary.line())
+    display.note(f"vocabulary: {vocabulary.line()}")
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     language_model = _wrap(model, config)
@@ -181,10 +185,6 @@ def _wrap(model: Any, config: RunConfig) -> LanguageModel:
     if config.training.compile:
         compile_decoder(language_model)
     return language_model
-
-
-def pad_id(tokenizer: Any) -> int:
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _make_batches(

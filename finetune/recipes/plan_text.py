@@ -67,7 +67,7 @@ def _model(plan: "Plan") -> Table:
     table.add_row(
         "rows that the training data uses", f"{used:,} of {rows:,} ({used / rows:.1%}){covered}"
     )
-    table.add_row("vocabulary", model["vocabulary"].removeprefix("vocabulary: "))
+    table.add_row("vocabulary", model["vocabulary"])
     return table
 
 

@@ -1,6 +1,6 @@
 """`finetune plan`: what a run needs of memory, time and disk, before it is started.
 
-Floor 5. Memory is worked out on a model without data (see `finetune.models.activations`), so a plan costs little itself. Only where
+Floor 5. Memory is worked out on a model without data (see `finetune.models.rehearsal`), so a plan costs little itself. Only where
 the run fits is the real model loaded and a few of its steps are timed.
 """
 
@@ -26,18 +26,18 @@ from finetune.memory import (
     machine_memory,
     optimizer_state_bytes,
     process_memory,
-    tensor_bytes,
 )
-from finetune.models.activations import Rehearsal
-from finetune.models.describe import describe_model
+from finetune.models.describe import describe_model, tensor_bytes
 from finetune.models.load import load_skeleton
-from finetune.models.precision import resolve_precision
+from finetune.models.rehearsal import Rehearsal
+from finetune.models.speed import resolve_precision
+from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.recipes.material import Material, read_material
 from finetune.recipes.model import adapt_model, model_spec
 from finetune.recipes.optimizer import optimizer_options
-from finetune.recipes.parts import assemble, count_steps, make_accelerator, pad_id
+from finetune.recipes.parts import assemble, count_steps, make_accelerator
 from finetune.recipes.plan_text import make_console, print_plan
 from finetune.recipes.timing import TimeEstimate, time_run
 from finetune.recipes.vocabulary import apply_vocabulary, plan_vocabulary

@@ -3,6 +3,7 @@
 Floor 5.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from finetune.data.files import read_lines
 from finetune.data.translation import TranslationFormat
 from finetune.display import Display, differences
 from finetune.errors import UserError
+from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.answering import stdin_lines
 from finetune.recipes.model import generation_settings
 from finetune.recipes.reading import Opened, open_target
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
-from finetune.translate import translate_file, translate_lines
 
 
 def translate_text(
@@ -45,23 +46,24 @@ def translate_text(
         display.say(
             f"note: this run was trained on {' and '.join(map(str, trained))}, not on {' and '.join(format.languages)}"
         )
-    options = {
-        "model": opened.model,
-        "tokenizer": opened.tokenizer,
-        "prompt_of": lambda text: format.prompt(text, reverse=False).input_ids,
-        "batch_size": section.batch_size,
-        **generation_settings(section, opened.model, seed=0),
-    }
+    translate = functools.partial(
+        translate_lines,
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        prompt_of=lambda text: format.prompt(text, reverse=False).input_ids,
+        settings=generation_settings(section, opened.model, seed=0),
+        batch_size=section.batch_size,
+    )
     if input is not None and output is not None:
         with display.bar("translating", None) as advance:
-            translate_file(input, output, on_progress=differences(advance), **options)
+            translate_file(input, output, translate, on_progress=differences(advance))
         return
     lines = (
         read_lines(input)
         if input is not None
         else texts or stdin_lines(display, "a sentence a line")
     )
-    for line in translate_lines(lines, **options):
+    for line in translate(lines):
         print(line, flush=True)
 
 

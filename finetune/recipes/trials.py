@@ -18,8 +18,7 @@ from finetune.data.loader import TrainingBatches
 from finetune.data.sources import load_rows
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
-from finetune.memory import tensor_bytes
-from finetune.models.describe import inner_model, token_tables
+from finetune.models.describe import inner_model, tensor_bytes, token_tables
 from finetune.models.language_model import evaluating
 from finetune.optim import optimizer_info
 from finetune.recipes.data import as_sources

@@ -3,33 +3,32 @@
 Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `finetune.models.frozen_sample` for the sampled loss.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from finetune.buffers import release
+from finetune.compute.products import release
 from finetune.config import RunConfig
 from finetune.data.collate import collate
 from finetune.data.encode import EncodedDataset
 from finetune.data.steps import StepBatch
 from finetune.data.types import Batch
 from finetune.errors import UserError
-from finetune.models.active_rows import NO_TOKEN
 from finetune.models.describe import token_tables
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import byte_tokens, template_tokens
-from finetune.models.vocabulary import (
+from finetune.models.vocabulary.activate import (
     activate_as_saved,
     activate_vocabulary,
     active_modules,
     why_not_active,
 )
+from finetune.models.vocabulary.choice import VocabularyPlan
+from finetune.models.vocabulary.rows import NO_TOKEN
 from finetune.optim import optimizer_info
 from finetune.training.trainer import step_seed
 
@@ -40,54 +39,6 @@ MEASURED_TOKENS = (
 MEASURED_AT = frozenset(16 * 4**k for k in range(16))
 """Steps before which they are measured again, beside the first: the mass moves most at the start."""
 LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole where the run uses more of it
-
-
-@dataclass(frozen=True)
-class VocabularyPlan:
-    """What was chosen and what it saves."""
-
-    mode: str  # full, active, sampled or frozen
-    reason: str  # why, where `auto` chose
-    ids: tuple[
-        int, ...
-    ]  # tokens whose rows train; empty for full, and for frozen without new tokens and any to keep
-    used: tuple[
-        int, ...
-    ]  # tokens of the data and those beside them (see `active_ids`), whichever rows train
-    spare: int  # rows kept for tokens that turn up later in a stream
-    rows: int  # of the table
-    saved_bytes: (
-        int  # of gradients and optimizer state; below 0 beside LoRA, which alone would train no row
-    )
-    whole_input: bool  # the input table is one of its own, and trains whole, row by row
-    num_sampled: int | None  # frozen rows drawn for a step; None: all take part
-
-    def line(self) -> str:
-        """One line for the log and the report."""
-        why = f" ({self.reason})" if self.reason else ""
-        count = len(self.used if self.mode == "full" else self.ids)
-        rows = f"{count:,} of {self.rows:,} rows ({count / self.rows:.1%})"
-        if self.mode == "full":
-            return f"vocabulary: full{why}; the run uses {rows}"
-        room = f", with room for {self.spare:,} that turn up later" if self.spare else ""
-        table = "of the output table " if self.whole_input else ""
-        drawn = f", {self.num_sampled:,} of which take part in a step" if self.num_sampled else ""
-        rest = "; the input table trains whole, row by row" if self.whole_input else ""
-        cost = "saved" if self.saved_bytes >= 0 else "for them, beside LoRA's"
-        size = f"{abs(self.saved_bytes) / 1e6:,.0f} MB of gradients and optimizer state {cost}"
-        trained = (
-            f"{rows} train{room}, the others {table}stay" if count else "no row trains, all stay"
-        )
-        return f"vocabulary: {self.mode}{why}: {trained} bit for bit what they are{drawn}{rest}; {size}"
-
-    def identity(self) -> str:
-        """What a resumed run must have in common with the one it goes on with: the mode, and which rows train."""
-        rows = f"{self.mode}, {len(self.ids)} rows"
-        return (
-            f"{rows}, their ids hashed {hashlib.sha256(repr(self.ids).encode()).hexdigest()[:8]}"
-            if self.ids
-            else rows
-        )
 
 
 def plan_vocabulary(

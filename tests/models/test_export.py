@@ -14,7 +14,7 @@ from finetune.models.describe import token_tables
 from finetune.models.export import export_model, verify_export
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import fit_to_tokenizer, set_template
-from finetune.models.vocabulary import activate_vocabulary, active_modules
+from finetune.models.vocabulary.activate import activate_vocabulary, active_modules
 
 IDS = [5, 9, 3, 7, 11]
 

@@ -8,14 +8,19 @@ import yaml
 
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-from finetune.generation import generate
+from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.adapters import add_lora
 from finetune.models.card import license_of, model_card
 from finetune.models.describe import describe_model
 from finetune.models.language_model import LanguageModel
-from finetune.models.precision import has_native_bf16, resolve_precision
-from finetune.models.speed import compile_decoder, enable_activation_checkpointing, uncompiled
-from finetune.models.vocabulary import activate_vocabulary, active_modules
+from finetune.models.speed import (
+    compile_decoder,
+    enable_activation_checkpointing,
+    has_native_bf16,
+    resolve_precision,
+    uncompiled,
+)
+from finetune.models.vocabulary.activate import activate_vocabulary, active_modules
 
 BF16_CPU, PLAIN_CPU = (
     {"avx512_bf16": True, "avx2": True},
@@ -202,18 +207,19 @@ def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(
     assert len(graphs) == 1
     assert sum(part._compiled_call_impl is not None for part in language_model.modules()) == 4
     assert list(language_model.state_dict()) == names
-    settings = {
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "repetition_penalty": 1.0,
-        "stop_ids": [],
-    }
+    settings = GenerationSettings(
+        max_new_tokens=4,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=1.0,
+        stop_ids=[],
+    )
     with uncompiled(True):
-        generate(language_model.causal_lm, [[1, 2, 3]], batch_size=1, max_new_tokens=4, **settings)
+        generate(language_model.causal_lm, [[1, 2, 3]], settings=settings, batch_size=1)
     assert len(graphs) == 1
     with uncompiled(False):
-        generate(language_model.causal_lm, [[1, 2, 3]], batch_size=1, max_new_tokens=4, **settings)
+        generate(language_model.causal_lm, [[1, 2, 3]], settings=settings, batch_size=1)
     assert len(graphs) > 1  # what it is there to avoid
 
 

@@ -17,7 +17,7 @@ from finetune.models.frozen_sample import (
 )
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import enable_activation_checkpointing
-from finetune.models.vocabulary import (
+from finetune.models.vocabulary.activate import (
     activate_vocabulary,
     active_modules,
     deactivate_vocabulary,

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune import buffers
+from finetune.compute import products
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.models.activations import LiveBytes, Rehearsal
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_skeleton
 from finetune.models.locate import resolve_name
+from finetune.models.rehearsal import LiveBytes, Rehearsal
 from finetune.recipes import planning
 from finetune.recipes.planning import Plan, Planner, plan_run
 from tests.conftest import LLAMA, PYTHIA
@@ -176,10 +176,10 @@ def test_checkpointing_and_accumulation_change_what_a_step_holds():
 def test_the_peak_is_that_of_a_real_step():
     """The same count over real tensors; the model of both has its loss in chunks."""
     found = rehearse(MODELS["llama"])
-    from finetune.losses import linear_cross_entropy
+    from finetune.compute.loss import linear_cross_entropy
 
     real = as_trained("llama")
-    buffers.release()  # what earlier tests left there would not be counted
+    products.release()  # what earlier tests left there would not be counted
     live = LiveBytes([*real.parameters(), *real.buffers()])
     with live:
         hidden = real.base_model(

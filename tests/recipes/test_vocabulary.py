@@ -460,7 +460,7 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
     )
     assert later > 2
     recorded = json.loads((run / "vocabulary.json").read_text())["chosen"]
-    assert recorded == f"{chosen}; {end.removeprefix('vocabulary: ')}"
+    assert f"vocabulary: {recorded}" == f"{chosen}; {end.removeprefix('vocabulary: ')}"
     assert recorded in (run / "model" / "README.md").read_text()
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert (table(base) != table(run / "model")).any(1)[ids].all()
@@ -613,7 +613,7 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
         (["data.streaming=true"], "would be kept for what turns up later)"),
         (
             ["vocabulary.mode=active", "model.lora.rank=2"],
-            "0 MB of gradients and optimizer state for them, beside LoRA's",
+            "0 MB of gradients and optimizer state for them, in addition to LoRA's",
         ),
         (["vocabulary.mode=active", "data.streaming=true"], "train, with room for 1"),
         (
@@ -667,7 +667,7 @@ def test_plan_counts_the_rows_that_train(base, tmp_path):
     assert active.memory.optimizer_state < full.memory.optimizer_state
     assert active.memory.gradients < full.memory.gradients
     assert active.model["parameters"] == full.model["parameters"]
-    assert active.model["vocabulary"].startswith("vocabulary: active")
+    assert active.model["vocabulary"].startswith("active:")
 
 
 @pytest.mark.parametrize("mode", ["full", "active"])

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 native_dropout_backward = torch.ops.aten.native_dropout_backward
 
-BY_EXAMPLE = "sdpa_by_example"
 QUERIES = 256
 """Queries of an example in one product; they see the keys up to the last of them, so half of a long example is left out."""
 SCORES = 2**21
@@ -31,12 +26,6 @@ LENGTHS = (64, 128, 256)
 each shape of a product that it meets."""
 ALIKE = 0.75
 """An example joins a group whose longest it has at least this share of: padding costs less than one more product."""
-
-
-def attend_by_example(model: PreTrainedModel) -> None:
-    """Let a model that uses sdpa attend as said above on a CPU; in place. Results stay the same up to rounding."""
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(BY_EXAMPLE)
 
 
 @dataclass(frozen=True)
@@ -49,86 +38,36 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How a micro-batch is taken apart, the same in all layers that share a mask."""
 
     groups: list[_Group]
     bias: Tensor  # [longest, longest] float32, added to the scores of every example: 0 or -inf
 
 
-def _forward(
-    module: nn.Module,
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """query [rows, heads, length, d], key and value [rows, fewer heads, length, d] to [rows, length, heads, d]."""
-    layout = None
-    if (
-        query.device.type == "cpu"
-        and key.shape[2] == query.shape[2] > 1
-        and not torch.compiler.is_compiling()
-    ):
-        layout = _layout_of(module, query, attention_mask, options)
-    if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    layout: Layout,
+    *,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attend within the examples of `layout`, in the dtype of the query or of autocast, on a CPU.
+
+    query [sequences, heads, length, d] and key and value [sequences, fewer heads, length, d] give
+    [sequences, length, heads, d]. `scale`: of the scores; None: d to the power of -1/2.
+    """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast("cpu", enabled=False):
         tokens = [_end_to_end(tensor.to(dtype)) for tensor in (query, key, value)]
-        output = _Attention.apply(*tokens, layout, scale, options.get("dropout", 0.0))
-    return output.view(len(query), -1, *output.shape[1:]), None
+        output = _Attention.apply(*tokens, layout, scale, dropout)
+    return output.view(len(query), -1, *output.shape[1:])
 
 
-def _layout_of(
-    module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> _Layout | None:
-    """None where the mask is not that of examples one after the other in rows, all of one pattern."""
-    if options.get("position_bias") is not None or not getattr(module, "is_causal", True):
-        return None
-    rows, heads, length, _ = query.shape
-    if mask is None or isinstance(
-        mask, FakeTensor
-    ):  # tensors without data stand in for any: what is kept is the same
-        causal = options.get("is_causal")
-        return (
-            _layout([length] * rows, _causal(length), heads) if causal is None or causal else None
-        )
-    if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
-        mask._layout = _read_layout(mask, options.get("position_ids"), rows, length, heads)  # type: ignore[attr-defined]
-    return mask._layout  # type: ignore[attr-defined]
-
-
-def _read_layout(
-    mask: Tensor, positions: Tensor | None, rows: int, length: int, heads: int
-) -> _Layout | None:
-    """mask [rows or 1, 1, length, length] bool, positions [rows or 1, length]."""
-    if (
-        positions is None
-        or mask.dtype != torch.bool
-        or mask.shape[1:] != (1, length, length)
-        or positions.shape[1] != length
-    ):
-        return None
-    first = positions.expand(rows, length) == 0
-    first[:, 0] = True
-    starts = first.flatten().nonzero()[:, 0]
-    lengths = torch.diff(starts, append=starts.new_tensor([rows * length])).tolist()
-    corners = [
-        mask[min(start // length, len(mask) - 1), 0, start % length :, start % length :]
-        for start in starts.tolist()
-    ]
-    squares = [corner[:n, :n] for corner, n in zip(corners, lengths, strict=True)]
-    seen = max(squares, key=len)
-    alike = all(torch.equal(square, seen[: len(square), : len(square)]) for square in squares)
-    causal = bool(seen.diagonal().all()) and not seen.triu(1).any()
-    return _layout(lengths, seen, heads) if alike and causal else None
-
-
-def _layout(lengths: Sequence[int], seen: Tensor, heads: int) -> _Layout:
+def plan_layout(lengths: Sequence[int], seen: Tensor, heads: int) -> Layout:
     starts = torch.tensor([0, *lengths]).cumsum(0)
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -146,7 +85,7 @@ def _layout(lengths: Sequence[int], seen: Tensor, heads: int) -> _Layout:
         1
     )  # what padding sees does not count, but it must see something
     bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
-    return _Layout(
+    return Layout(
         [
             _group([lengths[i] for i in part], starts[part])
             for group in groups
@@ -180,7 +119,7 @@ def _group(lengths: Sequence[int], starts: Tensor) -> _Group:
     return _Group((len(lengths), longest), tokens.flatten(), slots)
 
 
-def _causal(length: int) -> Tensor:
+def causal_square(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril_()
 
 
@@ -193,7 +132,7 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        layout: _Layout,
+        layout: Layout,
         scale: float,
         dropout: float,
     ) -> Tensor:
@@ -293,7 +232,3 @@ def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Te
     """query [B, n, queries, d], key [B, keys, d], bias [queries, keys] to [B, n * queries, keys]."""
     bias = bias.to(query.dtype).expand(query.shape[1], -1, -1).flatten(0, 1)
     return torch.baddbmm(bias, query.flatten(1, 2), key.transpose(1, 2), alpha=scale).softmax(-1)
-
-
-AttentionInterface.register(BY_EXAMPLE, _forward)
-AttentionMaskInterface.register(BY_EXAMPLE, sdpa_mask)

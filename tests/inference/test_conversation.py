@@ -1,24 +1,25 @@
 """Conversations and lines of text with a real (random) model."""
 
+import functools
 import itertools
 
 import pytest
 
-from finetune.conversation import Conversation
 from finetune.errors import UserError
-from finetune.generation import generate
+from finetune.inference.conversation import Conversation
+from finetune.inference.generation import GenerationSettings, generate
+from finetune.inference.translation import translate_file, translate_lines
 from finetune.models.load import ModelSpec, load_model
-from finetune.translate import translate_file, translate_lines
 
-SAMPLING = {
-    "max_new_tokens": 10,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-    "stop_ids": [],
-    "seed": 5,
-}
+SAMPLING = GenerationSettings(
+    max_new_tokens=10,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    repetition_penalty=1.0,
+    stop_ids=[],
+    seed=5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def model():
 def start(model, tokenizer, system_prompt=None):
     notes = []
     return Conversation(
-        model, tokenizer, system_prompt=system_prompt, notify=notes.append, **SAMPLING
+        model, tokenizer, settings=SAMPLING, system_prompt=system_prompt, notify=notes.append
     ), notes
 
 
@@ -58,7 +59,7 @@ def test_each_answer_is_asked_for_with_all_turns_before_it(model, tokenizer):
     ]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert second == tokenizer.decode(
-        generate(model, [prompt], batch_size=1, **SAMPLING)[0], skip_special_tokens=True
+        generate(model, [prompt], batch_size=1, settings=SAMPLING)[0], skip_special_tokens=True
     )
     assert [turn["role"] for turn in chat.turns] == ["user", "assistant"] * 2
     assert notes == []
@@ -112,17 +113,18 @@ def test_a_template_without_system_prompts_refuses_one(model, tokenizer, monkeyp
 
 
 @pytest.fixture
-def options(model, tokenizer):
-    return {
-        "model": model,
-        "tokenizer": tokenizer,
-        "prompt_of": lambda text: tokenizer(text)["input_ids"],
-        "batch_size": 2,
-        **SAMPLING,
-    }
+def translate(model, tokenizer):
+    return functools.partial(
+        translate_lines,
+        model=model,
+        tokenizer=tokenizer,
+        prompt_of=lambda text: tokenizer(text)["input_ids"],
+        settings=SAMPLING,
+        batch_size=2,
+    )
 
 
-def test_lines_keep_their_order_and_blank_ones_stay_empty(model, tokenizer, options):
+def test_lines_keep_their_order_and_blank_ones_stay_empty(translate):
     lines = [
         "one two",
         "",
@@ -130,18 +132,18 @@ def test_lines_keep_their_order_and_blank_ones_stay_empty(model, tokenizer, opti
         "\n",
         "Ja.",
     ] * 5  # more than one chunk of 8 batches
-    translations = list(translate_lines(lines, **options))
+    translations = list(translate(lines))
     assert [bool(t) for t in translations] == [bool(line.strip()) for line in lines]
     assert all("\n" not in t for t in translations)
-    alone = list(translate_lines(lines[:1], **options))
+    alone = list(translate(lines[:1]))
     assert translations[0] == alone[0]
 
 
-def test_a_file_becomes_a_file_with_as_many_lines(tmp_path, options):
+def test_a_file_becomes_a_file_with_as_many_lines(tmp_path, translate):
     source, target, seen = tmp_path / "in.txt", tmp_path / "out.txt", []
     source.write_text("Où est le café ?\n\nThe file\nJa.", encoding="utf-8")
     assert (
-        translate_file(source, target, on_progress=lambda *counts: seen.append(counts), **options)
+        translate_file(source, target, translate, on_progress=lambda *counts: seen.append(counts))
         == 4
     )
     assert target.read_text(encoding="utf-8").split("\n")[1] == ""
@@ -149,15 +151,15 @@ def test_a_file_becomes_a_file_with_as_many_lines(tmp_path, options):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_files_that_cannot_be_translated_are_explained(tmp_path, options):
+def test_files_that_cannot_be_translated_are_explained(tmp_path, translate):
     source, target = tmp_path / "in.txt", tmp_path / "out.txt"
     with pytest.raises(UserError, match="No such file"):
-        translate_file(source, target, **options)
+        translate_file(source, target, translate)
     source.write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match="not UTF-8"):
-        translate_file(source, target, **options)
+        translate_file(source, target, translate)
     with pytest.raises(UserError, match="source itself"):
-        translate_file(source, source, **options)
+        translate_file(source, source, translate)
     source.write_text("fine\n" + "x y " * 100)
     with pytest.raises(UserError, match=r"lines 1 to 2 .*at most 150"):
-        translate_file(source, target, **options)
+        translate_file(source, target, translate)

@@ -1,33 +1,32 @@
-"""Translation of lines, in batches: text in, the same number of lines out.
-
-Floor 3.
-"""
+"""Translation of lines, in batches: text in, the same number of lines out."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack
 
 from finetune.data.rendering import Tokenizer
 from finetune.errors import UserError
-from finetune.generation import SamplingSettings, generate
+from finetune.inference.generation import GenerationSettings, generate
+from finetune.models.describe import CausalLM
 
-CHUNK_BATCHES = 8  # batches read ahead, so that lines of like length can run together
+CHUNK_BATCHES = 8
+"""Batches read ahead, so that lines of similar length can run together."""
 
 
 def translate_lines(
     lines: Iterable[str],
     *,
-    model: Any,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompt_of: Callable[[str], Sequence[int]],
+    settings: GenerationSettings,
     batch_size: int,
-    **settings: Unpack[SamplingSettings],
 ) -> Iterator[str]:
-    """Yield the translation of each line, in order, each on one line; a blank line stays an empty one.
+    """Yield the translation of each line, in order, each on one line; a blank line stays empty.
 
-    `prompt_of` makes the prompt's token ids from a sentence, as in training (`TranslationFormat.prompt`).
-    Raises UserError, naming the lines, where one is too long for the model.
+    `prompt_of` makes the prompt's token ids from a sentence, as in training
+    (`TranslationFormat.prompt`). Raises UserError, which names the lines, if one is too long for
+    the model.
     """
     texts = (line.strip() for line in lines)
     first = 1
@@ -35,7 +34,7 @@ def translate_lines(
         numbers = [number for number, text in enumerate(chunk) if text]
         prompts = [prompt_of(chunk[number]) for number in numbers]
         try:
-            answers = generate(model, prompts, batch_size=batch_size, **settings)
+            answers = generate(model, prompts, settings=settings, batch_size=batch_size)
         except UserError as error:
             raise UserError(
                 f"lines {first} to {first + len(chunk) - 1} cannot be translated: {error}"
@@ -43,23 +42,23 @@ def translate_lines(
         translations = dict(zip(numbers, answers))
         for number in range(len(chunk)):
             answer = tokenizer.decode(translations.get(number, []), skip_special_tokens=True)
-            yield " ".join(
-                line.strip() for line in answer.splitlines()
-            ).strip()  # not split(): French has spaces of its own
+            # Not split(): French has spaces of its own.
+            yield " ".join(line.strip() for line in answer.splitlines()).strip()
         first += len(chunk)
 
 
 def translate_file(
     source: Path,
     target: Path,
+    translate: Callable[[Iterable[str]], Iterable[str]],
     *,
     on_progress: Callable[[int, int], None] | None = None,
-    **options: Any,
 ) -> int:
-    """Translate the UTF-8 file `source` line by line into `target` and return the number of lines.
+    """Write the translation of the UTF-8 file `source` to `target`; return the number of lines.
 
-    `options` are those of `translate_lines`. Lines are written as they come, so what is done is kept if the work is broken off.
-    `on_progress(done, total)` counts lines. Raises UserError where a file cannot be read or written.
+    `translate` yields a translation for each line: `translate_lines` with its other arguments bound.
+    Each line is written as soon as it is there, so an interrupted translation keeps what is done.
+    `on_progress(done, total)` counts lines. Raises UserError if a file cannot be read or written.
     """
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the source itself: name another file for the translation")
@@ -68,7 +67,7 @@ def translate_file(
             total = sum(1 for _ in lines)
             lines.seek(0)
             with target.open("w", encoding="utf-8") as out:
-                for done, translation in enumerate(translate_lines(lines, **options), start=1):
+                for done, translation in enumerate(translate(lines), start=1):
                     out.write(translation + "\n")
                     out.flush()
                     if on_progress is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from finetune.losses import FrozenRows
+from finetune.compute.loss import FrozenRows
 
 NO_TOKEN = -1
 

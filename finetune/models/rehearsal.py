@@ -8,25 +8,30 @@ computed. A dispatch mode sees every new storage and, through a weak reference, 
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
-from finetune.losses import FrozenRows, linear_cross_entropy
-from finetune.memory import StepMemory
-from finetune.models.active_rows import ActiveHead
-from finetune.models.attention import BY_EXAMPLE, attend_by_example
+from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.models.describe import inner_model
-from finetune.models.gates import fuse_gates
-from finetune.models.norms import fuse_norms
+from finetune.models.fuse import BY_EXAMPLE, fuse, has_plain_head, output_head
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one optimizer step allocates in addition to weights and optimizer state, in bytes."""
+
+    activations: int  # kept for the backward at the end of the forward
+    loss: int  # the most that the loss adds: one chunk of logits, and the gradient of the head
+    peak: int  # the most alive at once, with gradients; they come as activations go
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,9 +84,7 @@ class Rehearsal:
             None  # rows that stand for the frozen ones of an active vocabulary
         )
         self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
-        attend_by_example(inner_model(skeleton))  # as `LanguageModel` does, and so the next
-        fuse_norms(inner_model(skeleton))
-        fuse_gates(inner_model(skeleton))
+        fuse(inner_model(skeleton))  # as `LanguageModel` does
         self.mode = FakeTensorMode()
         with self.mode:
             _without_data(skeleton, device)
@@ -136,7 +139,7 @@ class Rehearsal:
         model = inner_model(self.model)
         ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
         positions = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
-        if _is_fused(model):
+        if has_plain_head(model):
             return model.base_model(
                 input_ids=ids, position_ids=positions, use_cache=False
             ).last_hidden_state
@@ -146,38 +149,20 @@ class Rehearsal:
         model = inner_model(self.model)
         targets = torch.zeros(num_targets, dtype=torch.int64, device=self.device)
         chosen = states.index_select(0, targets)
-        if not _is_fused(model):
+        if not has_plain_head(model):
             return F.cross_entropy(chosen.float(), targets, reduction="sum")
-        head = model.get_output_embeddings()
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        weight, frozen = head.weight, None
-        if isinstance(head, ActiveHead):
-            weight = head.rows
-            rows = head.vocabulary.frozen.detach()
-            frozen = FrozenRows(
-                rows if self.num_sampled is None else rows[: self.num_sampled].clone()
-            )
+        head = output_head(model)
+        frozen = head.frozen
+        if frozen is not None and self.num_sampled is not None:
+            frozen = FrozenRows(frozen.weight[: self.num_sampled].clone())
         return linear_cross_entropy(
-            chosen,
-            weight,
-            targets,
-            bias=getattr(head, "bias", None),
-            frozen=frozen,
-            softcap=softcap,
+            chosen, head.weight, targets, bias=head.bias, frozen=frozen, softcap=head.softcap
         )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device, dtype=self.autocast)
-
-
-def _is_fused(model: PreTrainedModel) -> bool:
-    """As far as the structure tells, whether the loss takes the logits in chunks (see `LanguageModel`)."""
-    head = model.get_output_embeddings()
-    return (
-        head is not None and not isinstance(head, BaseTunerLayer) and model.base_model is not model
-    )
 
 
 def _without_data(model: nn.Module, device: str) -> None:

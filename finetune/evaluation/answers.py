@@ -1,17 +1,23 @@
 """Metrics of the answers that a model writes to held-out prompts.
 
-Floor 3.
+chrF (https://aclanthology.org/W15-3049) and BLEU (https://aclanthology.org/P02-1040) are those of
+sacrebleu. Each comes with the signature that makes a score comparable with another one
+(https://aclanthology.org/W18-6319).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
+from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 
 from finetune.data.rendering import Tokenizer
 from finetune.data.types import Prompt
-from finetune.generation import SamplingSettings, generate
-from finetune.metrics import text_metrics
+from finetune.errors import UserError, did_you_mean
+from finetune.inference.generation import GenerationSettings, generate
+from finetune.models.describe import CausalLM
+
+TEXT_METRICS = {"chrf": CHRF, "bleu": BLEU}
 
 
 class Answer(TypedDict):
@@ -23,16 +29,16 @@ class Answer(TypedDict):
 
 
 def evaluate_generation(
-    model: Any,
+    model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
     metrics: Sequence[str],
+    settings: GenerationSettings,
     batch_size: int,
     inactive: Tensor | None = None,
     gather: Callable[[list[Any]], list[Any]] = lambda own: own,
     on_progress: Callable[[int, int], None] | None = None,
-    **settings: Unpack[SamplingSettings],
 ) -> tuple[dict[str, float | str], list[Answer]]:
     """Answer `prompts`; return the metrics (see `text_metrics`) and all answers.
 
@@ -44,9 +50,9 @@ def evaluate_generation(
     generated = generate(
         model,
         [prompt.input_ids for prompt in prompts],
+        settings=settings,
         batch_size=batch_size,
         on_progress=on_progress,
-        **settings,
     )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
     own = [
@@ -60,3 +66,29 @@ def evaluate_generation(
         outside = gather([bool(inactive[token]) for tokens in generated for token in tokens])
         scores["generated_outside"] = sum(outside) / max(1, len(outside))
     return scores, answers
+
+
+def text_metrics(
+    names: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+) -> dict[str, float | str]:
+    """Return the scores of a corpus for each metric in `names`, with the metric's signature.
+
+    For example `{"chrf": 34.4, "chrf_signature": "nrefs:1|..."}`, from 0 to 100. An empty output is a wrong one. Raises UserError for
+    an unknown name, or if there is nothing to score.
+    """
+    assert len(outputs) == len(references), (len(outputs), len(references))
+    scores: dict[str, float | str] = {}
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise UserError(
+                f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are "
+                f"{', '.join(TEXT_METRICS)}"
+            )
+        if not outputs:
+            raise UserError(
+                f"there is no output to compute {name} from: the held-out data gave no prompt"
+            )
+        metric = TEXT_METRICS[name]()
+        scores[name] = metric.corpus_score(outputs, [references]).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune import buffers
+from finetune.compute import products
+from finetune.compute.loss import FrozenRows, causal_lm_loss, linear_cross_entropy, token_scores
 from finetune.data.types import IGNORE_INDEX
-from finetune.losses import FrozenRows, causal_lm_loss, linear_cross_entropy, token_scores
 
 
 def problem(tokens=37, width=8, vocabulary=23, seed=0, dtype=torch.float32):
@@ -296,7 +296,7 @@ def test_the_logits_of_all_tokens_are_never_held(softcap):
 def test_the_memory_that_is_kept_carries_nothing_from_one_loss_to_the_next():
     """Of other sizes and dtypes, in the first place under inference mode."""
     hidden, weight, _, targets = problem()
-    buffers.release()
+    products.release()
     with torch.inference_mode():
         token_scores(hidden, weight, targets)
     for tokens, vocabulary, dtype in (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.models.norms import FusedRMSNorm, fuse_norms
+from finetune.compute.norms import FusedRMSNorm, fuse_norms
 
 WITH_RMS = {
     "llama": 5,

@@ -12,13 +12,13 @@ from finetune.data.rendering import encode_text
 from finetune.data.types import IGNORE_INDEX, Prompt
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_generation, evaluate_loss
-from finetune.evaluation.loss import count_target_bytes
-from finetune.generation import generate
-from finetune.metrics import bits_per_byte, perplexity, text_metrics
+from finetune.evaluation.answers import text_metrics
+from finetune.evaluation.loss import bits_per_byte, count_target_bytes, perplexity
+from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
-from finetune.models.vocabulary import activate_vocabulary
-from tests.reading.conftest import tiny_model
+from finetune.models.vocabulary.activate import activate_vocabulary
+from tests.inference.conftest import tiny_model
 
 CPU = torch.device("cpu")
 SENTENCES = [
@@ -29,14 +29,9 @@ SENTENCES = [
     "日本語 🙂 mixed",
     "one two three",
 ]
-GREEDY = {
-    "max_new_tokens": 6,
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-    "stop_ids": [1],
-}
+GREEDY = GenerationSettings(
+    max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[1]
+)
 
 
 @pytest.fixture
@@ -138,9 +133,33 @@ def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, f
     assert result.loss == pytest.approx(both) == pytest.approx(by_hand(llama, examples), rel=1e-5)
 
 
+def test_the_loss_by_groups_of_target_tokens_is_that_counted_by_hand(llama, tokenizer, examples):
+    groups = torch.arange(len(llama.get_input_embeddings().weight)) % 4
+    groups[groups == 2] = 3  # no token is in group 2
+    nats, counts = [0.0] * 4, [0] * 4
+    for example in examples:
+        with torch.no_grad():
+            logits = llama(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
+        logs = torch.log_softmax(logits.double(), 1)
+        for i, label in enumerate(example.labels[1:]):
+            if label != IGNORE_INDEX:
+                nats[groups[label]] -= float(logs[i, label])
+                counts[groups[label]] += 1
+    module, batches = LanguageModel(llama), batches_of(examples, 3, packed=True)
+    result = evaluate_loss(module, batches, groups=groups, tokenizer=tokenizer, device=CPU)
+    assert [group.num_target_tokens for group in result.by_group] == counts
+    assert counts[2] == 0 < min(counts[0], counts[1], counts[3])
+    assert [group.nats for group in result.by_group] == pytest.approx(nats, rel=1e-5)
+    assert sum(nats) / sum(counts) == pytest.approx(result.loss, rel=1e-5)
+    assert "by_group" not in result.as_dict()
+    plain = evaluate_loss(module, batches, tokenizer=tokenizer, device=CPU)
+    assert (plain.loss, plain.by_group) == (result.loss, ())
+
+
 def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenizer, examples):
     module, batches = LanguageModel(llama), batches_of(examples, 1)
-    one = evaluate_loss(module, batches, tokenizer=tokenizer, device=CPU)
+    options = {"tokenizer": tokenizer, "device": CPU, "groups": torch.arange(320) % 3}
+    one = evaluate_loss(module, batches, **options)
     shares = []
 
     def keep(sums):
@@ -148,18 +167,18 @@ def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenize
         return sums
 
     for share in (batches[:4], batches[4:]):
-        evaluate_loss(module, share, tokenizer=tokenizer, device=CPU, reduce=keep)
+        evaluate_loss(module, share, reduce=keep, **options)
     empty = collate(
         [], pad_id=0, packed=False, pad_to_multiple_of=1
     )  # the filling of a process that has run out
     both = evaluate_loss(
         module,
         [empty],
-        tokenizer=tokenizer,
-        device=CPU,
         reduce=lambda own: own + shares[0] + shares[1],
+        **options,
     )
     assert both == one
+    assert all(group.num_target_tokens for group in one.by_group)
     assert shares[0].dtype == torch.float64
 
 
@@ -182,17 +201,18 @@ def test_of_two_hundred_positions_the_third_largest_mass_is_the_99th_percentile(
 
 def test_the_share_of_generated_tokens_outside(llama, tokenizer, examples):
     prompts = [Prompt(input_ids=tuple(e.input_ids[:4]), text="", reference="a") for e in examples]
-    answers = generate(llama, [p.input_ids for p in prompts], batch_size=4, **GREEDY)
+    answers = generate(llama, [p.input_ids for p in prompts], batch_size=4, settings=GREEDY)
     tokens = [token for answer in answers for token in answer]
     inactive = torch.zeros(len(llama.get_input_embeddings().weight), dtype=torch.bool)
     inactive[tokens[0]] = True
     scores, _ = evaluate_generation(
-        llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, **GREEDY
+        llama, tokenizer, prompts, metrics=(), batch_size=4, inactive=inactive, settings=GREEDY
     )
     assert scores == {"generated_outside": tokens.count(tokens[0]) / len(tokens)}
     assert 0 < scores["generated_outside"] <= 1
     assert (
-        evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, **GREEDY)[0] == {}
+        evaluate_generation(llama, tokenizer, prompts, metrics=(), batch_size=4, settings=GREEDY)[0]
+        == {}
     )
 
 
@@ -277,11 +297,13 @@ def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
     texts = ["Where is the café?", "The file", "Ja.", "one two"]
     prompts = [Prompt(tokenizer(text)["input_ids"], text, text.upper()) for text in texts]
     scores, samples = evaluate_generation(
-        llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, **GREEDY
+        llama, tokenizer, prompts, metrics=["chrf"], batch_size=3, settings=GREEDY
     )
     assert [sample["prompt"] for sample in samples] == texts
     assert [sample["reference"] for sample in samples] == [text.upper() for text in texts]
-    answers = generate(llama, [prompt.input_ids for prompt in prompts], batch_size=1, **GREEDY)
+    answers = generate(
+        llama, [prompt.input_ids for prompt in prompts], batch_size=1, settings=GREEDY
+    )
     assert [sample["output"] for sample in samples] == [
         tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers
     ]
@@ -289,9 +311,9 @@ def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
         ["chrf"], [s["output"] for s in samples], [s["reference"] for s in samples]
     )
 
-    first = evaluate_generation(llama, tokenizer, prompts[:2], metrics=(), batch_size=3, **GREEDY)[
-        1
-    ]
+    first = evaluate_generation(
+        llama, tokenizer, prompts[:2], metrics=(), batch_size=3, settings=GREEDY
+    )[1]
     joined = evaluate_generation(
         llama,
         tokenizer,
@@ -299,6 +321,6 @@ def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):
         metrics=["chrf"],
         batch_size=3,
         gather=lambda own: first + own,
-        **GREEDY,
+        settings=GREEDY,
     )
     assert joined == (scores, samples)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.compute.gates import FusedMLP, fuse_gates
 from finetune.models.adapters import add_lora
-from finetune.models.gates import FusedMLP, fuse_gates
 
 WITH_GATES = {"llama": "silu", "qwen2": "silu", "gemma3": "gelu_tanh", "granite": "silu"}
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from finetune.models import attention
+from finetune.compute import attention
+from finetune.models import fuse
 from finetune.models.language_model import LanguageModel
 
 PACKABLE = ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]
@@ -22,7 +23,7 @@ def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
     language_model = LanguageModel(model)
     with monkeypatch.context() as patch:
         if kernel:
-            patch.setattr(attention, "_layout_of", lambda *_: None)
+            patch.setattr(fuse, "_layout_of", lambda *_: None)
         apply = attention._Attention.apply
         patch.setattr(
             attention._Attention,
@@ -88,7 +89,7 @@ def test_bf16_products_are_as_near_to_fp32_as_the_kernels(make_model, monkeypatc
 def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_kept():
     torch.manual_seed(0)
     tokens = [torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    layout = attention._layout([4, 2], attention._causal(4), heads=2)
+    layout = attention.plan_layout([4, 2], attention.causal_square(4), heads=2)
 
     def attend(*tensors):
         torch.manual_seed(1)
@@ -96,7 +97,7 @@ def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_
 
     assert torch.autograd.gradcheck(attend, tokens, fast_mode=False)
     value = torch.ones(400, 1, 1)
-    layout = attention._layout([1] * 400, attention._causal(1), heads=1)
+    layout = attention.plan_layout([1] * 400, attention.causal_square(1), heads=1)
     kept = attention._Attention.apply(value, value, value, layout, 1.0, 0.3)
     assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
     assert 0.2 < (kept == 0).float().mean() < 0.4
@@ -107,7 +108,7 @@ def test_the_shapes_of_the_products_are_few():
     generator, sizes = torch.Generator().manual_seed(0), set()
     for _ in range(200):
         lengths = torch.randint(1, 257, (30,), generator=generator).tolist()
-        groups = attention._layout(lengths, attention._causal(256), heads=4).groups
+        groups = attention.plan_layout(lengths, attention.causal_square(256), heads=4).groups
         tokens = torch.cat(
             [group.tokens if group.slots is None else group.tokens[group.slots] for group in groups]
         )
@@ -132,7 +133,7 @@ def test_what_is_no_row_of_examples_goes_to_the_kernel(make_model, monkeypatch):
         ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0
     )
     assert not calls
-    monkeypatch.setattr(attention, "_layout_of", lambda *_: None)
+    monkeypatch.setattr(fuse, "_layout_of", lambda *_: None)
     assert torch.equal(
         written,
         model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0),

@@ -1,6 +1,7 @@
 """Generation against the slow way (the whole sequence through the model for each token, one prompt at a time)."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,16 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from finetune.generation import generate, stream, text_pieces
+from finetune.inference.generation import GenerationSettings, generate, stream, text_pieces
 
-GREEDY = {
-    "max_new_tokens": 9,
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "repetition_penalty": 1.0,
-    "stop_ids": [],
-}
+GREEDY = GenerationSettings(
+    max_new_tokens=9, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[]
+)
 
 
 def prompts_of(lengths, shared=0, seed=0):
@@ -46,7 +42,7 @@ def slow_greedy(model, prompt, max_new_tokens, stop_ids=(), penalty=1.0):
 @pytest.mark.parametrize("batch_size", [3, 16])
 def test_greedy_answers_are_those_of_the_slow_way_whatever_the_batch(any_model, batch_size, shared):
     prompts = prompts_of([4, 1, 15, 7, 2, 9, 1], shared=shared)
-    answers = generate(any_model, prompts, batch_size=batch_size, **GREEDY)
+    answers = generate(any_model, prompts, batch_size=batch_size, settings=GREEDY)
     expected = [slow_greedy(any_model, prompt, 9) for prompt in prompts]
     assert answers == expected
     assert len({tuple(answer) for answer in expected}) > 3  # the model does tell the prompts apart
@@ -54,10 +50,10 @@ def test_greedy_answers_are_those_of_the_slow_way_whatever_the_batch(any_model, 
 
 def test_rows_stop_at_their_own_stop_token_and_the_others_go_on(any_model):
     prompts = prompts_of([5, 8, 3, 11])
-    free = generate(any_model, prompts, batch_size=4, **GREEDY)
+    free = generate(any_model, prompts, batch_size=4, settings=GREEDY)
     stops = [free[0][3], free[1][6]]
     expected = [slow_greedy(any_model, prompt, 9, stop_ids=stops) for prompt in prompts]
-    answers = generate(any_model, prompts, batch_size=4, **GREEDY | {"stop_ids": stops})
+    answers = generate(any_model, prompts, batch_size=4, settings=replace(GREEDY, stop_ids=stops))
     assert answers == expected
     assert len({len(answer) for answer in answers}) > 1
     assert not any(stop in answer for stop in stops for answer in answers)
@@ -65,19 +61,21 @@ def test_rows_stop_at_their_own_stop_token_and_the_others_go_on(any_model):
 
 def test_repetition_penalty_is_that_of_the_slow_way(any_model):
     prompts = prompts_of([6, 2, 9], shared=3)
-    answers = generate(any_model, prompts, batch_size=3, **GREEDY | {"repetition_penalty": 1.8})
+    answers = generate(
+        any_model, prompts, batch_size=3, settings=replace(GREEDY, repetition_penalty=1.8)
+    )
     assert answers == [slow_greedy(any_model, prompt, 9, penalty=1.8) for prompt in prompts]
-    assert answers != generate(any_model, prompts, batch_size=3, **GREEDY)
+    assert answers != generate(any_model, prompts, batch_size=3, settings=GREEDY)
 
 
 def test_sampled_answers_are_fixed_by_the_seed_and_not_by_the_batch(llama):
     prompts = prompts_of([4, 9, 2, 6])
-    sampling = GREEDY | {"temperature": 1.5, "top_p": 0.95, "top_k": 50, "seed": 7}
-    answers = generate(llama, prompts, batch_size=4, **sampling)
-    assert answers == generate(llama, prompts, batch_size=1, **sampling)
-    assert answers != generate(llama, prompts, batch_size=4, **sampling | {"seed": 8})
+    sampling = replace(GREEDY, temperature=1.5, top_p=0.95, top_k=50, seed=7)
+    answers = generate(llama, prompts, batch_size=4, settings=sampling)
+    assert answers == generate(llama, prompts, batch_size=1, settings=sampling)
+    assert answers != generate(llama, prompts, batch_size=4, settings=replace(sampling, seed=8))
     state = torch.get_rng_state()
-    generate(llama, prompts, batch_size=4, **sampling | {"seed": None})
+    generate(llama, prompts, batch_size=4, settings=replace(sampling, seed=None))
     assert torch.equal(
         state, torch.get_rng_state()
     )  # training goes on as if nothing had been generated
@@ -85,15 +83,17 @@ def test_sampled_answers_are_fixed_by_the_seed_and_not_by_the_batch(llama):
 
 def test_an_answer_ends_where_the_context_ends(llama):
     long, short = prompts_of([60, 3])
-    settings = GREEDY | {"max_new_tokens": 100}
-    assert [len(answer) for answer in generate(llama, [long, short], batch_size=2, **settings)] == [
+    settings = replace(GREEDY, max_new_tokens=100)
+    assert [
+        len(answer) for answer in generate(llama, [long, short], batch_size=2, settings=settings)
+    ] == [
         4,
         61,
     ]
     with pytest.raises(UserError, match="64 tokens and the model reads at most 64"):
-        generate(llama, prompts_of([64]), batch_size=1, **settings)
+        generate(llama, prompts_of([64]), batch_size=1, settings=settings)
     with pytest.raises(UserError, match="prompt is empty"):
-        generate(llama, [[]], batch_size=1, **settings)
+        generate(llama, [[]], batch_size=1, settings=settings)
 
 
 def test_progress_counts_to_the_end_and_the_mode_comes_back(llama):
@@ -104,12 +104,12 @@ def test_progress_counts_to_the_end_and_the_mode_comes_back(llama):
         prompts_of([3, 4, 5, 6, 7]),
         batch_size=2,
         on_progress=lambda *counts: seen.append(counts),
-        **GREEDY,
+        settings=GREEDY,
     )
     assert llama.training
     llama.eval()
     assert seen == [(2, 5), (4, 5), (5, 5)]
-    assert generate(llama, [], batch_size=2, **GREEDY) == []
+    assert generate(llama, [], batch_size=2, settings=GREEDY) == []
 
 
 def test_the_head_sees_one_position_a_row(llama):
@@ -117,16 +117,16 @@ def test_the_head_sees_one_position_a_row(llama):
     hook = llama.lm_head.register_forward_hook(
         lambda module, args, output: positions.append(output.shape[1])
     )
-    generate(llama, prompts_of([9, 4], shared=5), batch_size=2, **GREEDY)
+    generate(llama, prompts_of([9, 4], shared=5), batch_size=2, settings=GREEDY)
     hook.remove()
     assert set(positions) == {1}
 
 
 def test_streamed_pieces_join_to_the_generated_answer(llama, tokenizer):
     prompt = prompts_of([6])[0]
-    settings = GREEDY | {"temperature": 1.0, "seed": 3, "max_new_tokens": 40}
-    pieces = list(stream(llama, tokenizer, prompt, **settings))
-    answer = generate(llama, [prompt], batch_size=1, **settings)[0]
+    settings = replace(GREEDY, temperature=1.0, seed=3, max_new_tokens=40)
+    pieces = list(stream(llama, tokenizer, prompt, settings))
+    answer = generate(llama, [prompt], batch_size=1, settings=settings)[0]
     assert "".join(pieces) == tokenizer.decode(answer, skip_special_tokens=True)
     assert len(pieces) > 5
 

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.buffers import buffer, converted
+from finetune.compute.products import add_product, buffer, converted, widens, write_product
 from finetune.data.types import IGNORE_INDEX
-from finetune.products import add_product, widens, write_product
 
 CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**27)}
 """Tokens per chunk, at least and at most, and the logits aimed at in between. Each chunk reads and writes the whole V x d weight

@@ -1,0 +1,150 @@
+"""The arithmetic of `finetune.compute`, put into a model of transformers in place.
+
+`fuse` changes how attention, norms and gated MLPs are computed; parameters and results stay the
+same, up to rounding. `output_head` reads from a model what the loss needs, so that the loss can
+take the place of the model's own product with its head.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from finetune.compute.attention import Layout, attend, causal_square, plan_layout
+from finetune.compute.gates import fuse_gates
+from finetune.compute.loss import FrozenRows
+from finetune.compute.norms import fuse_norms
+from finetune.models.vocabulary.rows import ActiveHead
+
+BY_EXAMPLE = "sdpa_by_example"
+"""The name of our attention among transformers' implementations."""
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Let attention, RMS norms and gated MLPs of `model` compute as `finetune.compute` does.
+
+    A part that is not understood, or not faster this way on its device, computes as before.
+    """
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(BY_EXAMPLE)
+    fuse_norms(model)
+    fuse_gates(model)
+
+
+class OutputHead(NamedTuple):
+    """What turns hidden states into logits (see `finetune.compute.loss.causal_lm_loss`)."""
+
+    weight: Tensor  # [V, d], or [A, d]: the rows that train
+    bias: Tensor | None  # [V]
+    frozen: FrozenRows | None  # the other rows of an active vocabulary
+    softcap: float | None
+    logit_scale: float
+
+
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """Return the output head of `model` as it is now; soft cap and scale as its config has them."""
+    head: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    weight, frozen = head.weight, None
+    if isinstance(head, ActiveHead):
+        weight, frozen = head.rows, head.vocabulary.frozen_rows()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    return OutputHead(
+        weight,
+        getattr(head, "bias", None),
+        frozen,
+        getattr(config, "final_logit_softcapping", None),  # Gemma
+        scale or 1 / (divisor or 1.0),
+    )
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Return whether `model` has a head without LoRA, and a decoder apart from that head."""
+    head = model.get_output_embeddings()
+    return (
+        head is not None and not isinstance(head, BaseTunerLayer) and model.base_model is not model
+    )
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks its implementations to.
+
+    query [sequences, heads, length, d] and key and value [sequences, fewer heads, length, d] give
+    [sequences, length, heads, d].
+    """
+    layout = None
+    if (
+        query.device.type == "cpu"
+        and key.shape[2] == query.shape[2] > 1
+        and not torch.compiler.is_compiling()
+    ):
+        layout = _layout_of(module, query, attention_mask, options)
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale, dropout = options.get("scaling"), options.get("dropout", 0.0)
+    return attend(query, key, value, layout, scale=scale, dropout=dropout), None
+
+
+def _layout_of(
+    module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Layout | None:
+    """Return how the micro-batch is taken apart; None if its mask is not understood."""
+    if options.get("position_bias") is not None or not getattr(module, "is_causal", True):
+        return None
+    sequences, heads, length, _ = query.shape
+    # A mask without data (in a rehearsal) may have any layout: what is kept is the same.
+    if mask is None or isinstance(mask, FakeTensor):
+        if options.get("is_causal") is False:
+            return None
+        return plan_layout([length] * sequences, causal_square(length), heads)
+    if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
+        positions = options.get("position_ids")
+        mask._layout = _read_layout(mask, positions, sequences, length, heads)  # type: ignore[attr-defined]
+    return mask._layout  # type: ignore[attr-defined]
+
+
+def _read_layout(
+    mask: Tensor, positions: Tensor | None, sequences: int, length: int, heads: int
+) -> Layout | None:
+    """Return the layout that a mask and the positions describe.
+
+    mask [sequences or 1, 1, length, length] bool, positions [sequences or 1, length]. None unless
+    the mask is that of examples one after the other in their sequences, all of one causal pattern.
+    """
+    if (
+        positions is None
+        or mask.dtype != torch.bool
+        or mask.shape[1:] != (1, length, length)
+        or positions.shape[1] != length
+    ):
+        return None
+    first = positions.expand(sequences, length) == 0
+    first[:, 0] = True
+    starts = first.flatten().nonzero()[:, 0]
+    lengths = torch.diff(starts, append=starts.new_tensor([sequences * length])).tolist()
+    corners = [
+        mask[min(start // length, len(mask) - 1), 0, start % length :, start % length :]
+        for start in starts.tolist()
+    ]
+    squares = [corner[:n, :n] for corner, n in zip(corners, lengths, strict=True)]
+    seen = max(squares, key=len)
+    alike = all(torch.equal(square, seen[: len(square), : len(square)]) for square in squares)
+    causal = bool(seen.diagonal().all()) and not seen.triu(1).any()
+    return plan_layout(lengths, seen, heads) if alike and causal else None
+
+
+AttentionInterface.register(BY_EXAMPLE, _forward)
+AttentionMaskInterface.register(BY_EXAMPLE, sdpa_mask)
