@@ -12,6 +12,7 @@ FLOORS = {  # the longest matching prefix counts
     "data": 1,
     "data.types": 0,
     "run_dir": 0,
+    "compute": 1,
     "optim": 1,
     "losses": 1,
     "buffers": 1,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.models.subclass import put_before
+from finetune.compute.subclass import put_before
 
 
 def fuse_norms(model: nn.Module) -> None:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.compute.subclass import derived_class
 from finetune.errors import UserError
 from finetune.models.active_rows import NO_TOKEN, ActiveEmbedding, ActiveHead, ActiveVocabulary
 from finetune.models.describe import token_tables
-from finetune.models.subclass import derived_class
 
 
 def activate_vocabulary(

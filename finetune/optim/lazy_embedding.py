@@ -6,13 +6,13 @@ scaled embedding) works unchanged, and the module can be deep-copied, pickled an
 they were last stepped: whoever reads it directly does so inside `LazyAdamW.flushed()`.
 """
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.compute.subclass import derived_class
 from finetune.optim.row_table import RowTable
 from finetune.optim.saved_rows import check_witness, weight_was_loaded
 
@@ -89,27 +89,14 @@ class RowLookup(nn.Embedding):
         self.row_table.follow(self.weight)
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class is made on the fly, so it is named by the one it was made from.
-        return _instance, (self.original_class,), self.__dict__
-
-
-@functools.cache
-def _lazy_class(cls: Any) -> Any:
-    bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
-    return type(f"Lazy{cls.__name__}", bases, {"original_class": cls})
-
-
-def _instance(cls: Any) -> nn.Module:
-    lazy = _lazy_class(cls)
-    return lazy.__new__(lazy)
-
 
 def make_lazy(module: nn.Embedding, table: RowTable) -> None:
     """Make `module` look its rows up through `table` and give row-sparse gradients."""
     lazy: Any = module
     lazy.was_sparse, lazy.row_table, lazy.sparse = module.sparse, table, True
-    lazy.__class__ = _lazy_class(lazy.__class__)
+    cls = type(module)
+    bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
+    lazy.__class__ = derived_class(f"Lazy{cls.__name__}", bases, original_class=cls)
 
 
 def make_plain(module: RowLookup) -> None:
