@@ -7,6 +7,8 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim.lazy_checks import floats
+from finetune.optim.state import RowState
 
 _NOT_OPTIONS = (
     "params",
@@ -76,14 +78,7 @@ def _dense(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 def _row_state(entry: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Any]:
     exp_avg, exp_avg_sq = entry["exp_avg"], entry["exp_avg_sq"]
     rows = (exp_avg.any(1) | exp_avg_sq.any(1)).nonzero()[:, 0]
-    return {
-        "step": torch.as_tensor(float(entry["step"])),
-        "rows": rows,
-        "last_step": torch.full_like(rows, int(entry["step"])),
-        "exp_avg": exp_avg[rows],
-        "exp_avg_sq": exp_avg_sq[rows],
-        "lr": torch.empty(0),
-        "weight_decay": torch.empty(0),
-        "betas": tuple(float(beta) for beta in group["betas"]),
-        "eps": group["eps"],
-    }
+    options: dict[str, Any] = {"betas": floats(group["betas"]), "eps": group["eps"]}
+    return RowState.up_to_date(
+        int(entry["step"]), rows, exp_avg[rows], exp_avg_sq[rows], **options
+    ).as_dict()

@@ -23,7 +23,8 @@ from finetune.optim.lazy_checks import (
 )
 from finetune.optim.lazy_embedding import RowLookup, make_lazy, make_plain
 from finetune.optim.row_table import RowTable
-from finetune.optim.saved_rows import check_witness, restore, saved_state
+from finetune.optim.saved_rows import check_witness, restore_table, saved_state
+from finetune.optim.state import RowState, Showing
 
 
 class LazyAdamW(Optimizer):
@@ -191,23 +192,10 @@ class LazyAdamW(Optimizer):
 
         For code that reads weights itself.  What is written to the tables inside is lost, and `step` must not be called.
         """
-        tables = {
-            weight: table
-            for weight, table in self._check_tables().items()
-            if not table.read_as_stored
-        }
-        stored = [weight.detach().clone() for weight in tables]
-        with torch.no_grad():
-            for weight, table in tables.items():
-                weight.copy_(table.dense(weight))
-                table.read_as_stored = True
-        try:
+        with contextlib.ExitStack() as stack:
+            for weight, table in self._check_tables().items():
+                stack.enter_context(table.flushed(weight))
             yield
-        finally:
-            with torch.no_grad():
-                for (weight, table), rows in zip(tables.items(), stored):
-                    weight.copy_(rows)
-                    table.read_as_stored = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -216,14 +204,10 @@ class LazyAdamW(Optimizer):
         Such a pair resumes bit by bit as if the run had not stopped.  Outside, the pair shows every row brought up to now: it goes
         on along the same trajectory, to rounding.  A model from inside with an optimizer from outside, or the reverse, is refused.
         """
-        tables = [table for _, table in self._tables]
-        for table in tables:
-            table.show_stored = True
-        try:
+        with contextlib.ExitStack() as stack:
+            for _, table in self._tables:
+                stack.enter_context(table.deferred())
             yield
-        finally:
-            for table in tables:
-                table.show_stored = False
 
     def release(self) -> None:
         """Flush and turn the registered embeddings back into what they were.  This optimizer steps them no more."""
@@ -243,13 +227,15 @@ class LazyAdamW(Optimizer):
         packed = super().state_dict()
         for index, weight, table in self._table_entries():
             if table.step_count:
-                packed["state"][index] = saved_state(table, weight)
+                packed["state"][index] = saved_state(table, weight).as_dict()
         return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.  Tables keep their integers and float32 moments whatever the parameter's dtype."""
         entries = list(self._table_entries())
+        if any(table.showing is Showing.FLUSHED for _, _, table in entries):
+            raise UserError("no state can be loaded inside `optimizer.flushed()`. Load it outside")
         own = {index: state_dict["state"].get(index) for index, _, _ in entries}
         for state in own.values():
             if state is not None and "last_step" not in state:
@@ -262,11 +248,11 @@ class LazyAdamW(Optimizer):
         for index, weight, table in entries:
             self.state.pop(weight, None)
             if (state := own[index]) is not None:
-                restore(table, weight, state)
+                restore_table(table, weight, RowState.from_dict(state))
                 self.state[weight] = table.live_state()
             else:
                 table.flush(weight)
-                table.clear(floats(groups[weight]["betas"]), groups[weight]["eps"])
+                table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
 
     # Embeddings
 
@@ -308,7 +294,7 @@ class LazyAdamW(Optimizer):
                     "model replaced it); build the optimizer afterwards, and keep registered embeddings out of FSDP"
                 )
             group, grad = groups[module.weight], module.weight.grad
-            if table.read_as_stored and grad is not None:
+            if table.showing is Showing.FLUSHED and grad is not None:
                 raise UserError("no step can be taken inside `optimizer.flushed()`")
             if grad is not None and not grad.is_sparse:
                 raise UserError(

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from finetune.compute.subclass import derived_class
 from finetune.optim.row_table import RowTable
 from finetune.optim.saved_rows import check_witness, weight_was_loaded
+from finetune.optim.state import Showing
 
 
 class _Rows(torch.autograd.Function):
@@ -61,7 +62,7 @@ class RowLookup(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         table, weight = self.row_table, self.weight
         check_witness(table, weight)
-        if table.is_current or table.read_as_stored:
+        if table.weight_is_current:
             return F.embedding(input, weight, self.padding_idx, sparse=True)
         rows, inverse = torch.unique(input, return_inverse=True)
         keep = torch.is_grad_enabled()
@@ -75,7 +76,7 @@ class RowLookup(nn.Embedding):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table = self.row_table
         check_witness(table, self.weight)
-        if not (table.is_current or table.read_as_stored or table.show_stored):
+        if not (table.weight_is_current or table.showing is Showing.DEFERRED):
             destination[prefix + "weight"] = table.dense(self.weight.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -94,7 +95,7 @@ def make_lazy(module: nn.Embedding, table: RowTable) -> None:
     """Make `module` look its rows up through `table` and give row-sparse gradients."""
     lazy: Any = module
     lazy.was_sparse, lazy.row_table, lazy.sparse = module.sparse, table, True
-    cls = type(module)
+    cls: Any = type(module)
     bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
     lazy.__class__ = derived_class(f"Lazy{cls.__name__}", bases, original_class=cls)
 

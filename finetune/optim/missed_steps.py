@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from finetune.optim.gauss import grow_rule, horizon, missed_atoms, nodes_needed
+from finetune.optim.scratch import outlives_inference_mode
+from finetune.optim.state import RowState
 
 _LONGEST_HORIZON = 4096
 
@@ -203,9 +205,7 @@ class GaussRules:
         ]
         return [self._nodes(min(step, window)) for step in longest]
 
-    @torch.inference_mode(
-        False
-    )  # an evaluation may be the first to ask, and its tensors could not be written to later
+    @outlives_inference_mode
     @torch.no_grad()
     def grow(self) -> None:
         """Take the steps recorded since the last time into the rules."""
@@ -258,20 +258,27 @@ class GaussRules:
             self.masses = torch.nn.functional.pad(self.masses, (0, 0, 0, pad))
             self.shifts = torch.nn.functional.pad(self.shifts, (0, 0, 0, pad), value=1.0)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what `load` needs beside the history."""
+    def add_to(self, state: RowState) -> RowState:
+        """Return `state`, which has the same history, together with what `load` needs."""
         self.grow()
         length = len(self.history.lr) + 1
-        window = {"window_masses": self.window_masses, "window_nodes": self.window_nodes}
-        return {"rule_masses": self.masses[:length], "rule_shifts": self.shifts[:length], **window}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state` made with the same history."""
-        length = len(state["rule_masses"])
-        self._reserve(length)
-        self.masses[:length], self.shifts[:length] = state["rule_masses"], state["rule_shifts"]
-        self.window_masses, self.window_nodes = (
-            state[key].cpu().double() for key in ("window_masses", "window_nodes")
+        return state._replace(
+            rule_masses=self.masses[:length],
+            rule_shifts=self.shifts[:length],
+            window_masses=self.window_masses,
+            window_nodes=self.window_nodes,
         )
+
+    def load(self, state: RowState) -> None:
+        """Take over the rules in a state with the same history; if it has none, they are grown."""
+        if state.rule_masses is None or state.rule_shifts is None:
+            return
+        assert state.window_masses is not None
+        assert state.window_nodes is not None
+        length = len(state.rule_masses)
+        self._reserve(length)
+        self.masses[:length], self.shifts[:length] = state.rule_masses, state.rule_shifts
+        self.window_masses = state.window_masses.cpu().double()
+        self.window_nodes = state.window_nodes.cpu().double()
         self.log_decay[:length] = torch.tensor(self.history.log_decay, dtype=torch.float64)
         self.known = self.history.step

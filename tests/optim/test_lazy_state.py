@@ -12,6 +12,13 @@ from finetune.errors import UserError
 from finetune.optim.lazy_adamw import LazyAdamW
 
 ROWS, WIDTH = 50, 8
+RULES = {"rule_masses", "rule_shifts", "window_masses", "window_nodes"}
+KEYS = {  # of a table's entry in a state dict: checkpoints on disk have them
+    torch.float32: RULES
+    | {"step", "rows", "last_step", "exp_avg", "exp_avg_sq", "lr", "weight_decay", "betas", "eps"}
+    | {"witness_rows", "witness"}
+}
+KEYS[torch.bfloat16] = KEYS[torch.float32] | {"master"}
 
 
 class Model(nn.Module):
@@ -176,6 +183,53 @@ def test_flush_and_flushed(uninterrupted):
     assert torch.equal(model.embed.weight, now)
     run(model, optimizer, range(20, 40))
     assert_close(model, uninterrupted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pair_of_state_dicts_from_inside_flushed_shows_rows_as_of_now(dtype):
+    model, optimizer = build(dtype=dtype)
+    run(model, optimizer, range(20))
+    outside = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with optimizer.flushed():
+        inside = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert inside[1]["state"][0].keys() == KEYS[dtype] - RULES
+    torch.testing.assert_close(inside[1]["state"][0], outside[1]["state"][0], rtol=0, atol=0)
+    assert torch.equal(outside[0]["embed.weight"], inside[0]["embed.weight"])
+    other, resumed = build(dtype=dtype, seed=1)
+    other.load_state_dict(inside[0])
+    resumed.load_state_dict(inside[1])
+    assert torch.equal(other.embed(torch.arange(ROWS)), model.embed(torch.arange(ROWS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deferred_state_keeps_its_keys_on_disk(dtype):
+    model, optimizer = build(dtype=dtype)
+    run(model, optimizer, range(5))
+    with optimizer.deferred():
+        state = through_file(optimizer.state_dict())["state"][0]
+    assert state.keys() == KEYS[dtype]
+
+
+def test_showing_is_as_before_when_a_block_ends():
+    model, optimizer = build()
+    run(model, optimizer, range(20))
+    optimizer.zero_grad()
+    with optimizer.deferred():
+        stored = optimizer.state_dict()["state"][0]["last_step"]
+        with optimizer.deferred(), optimizer.flushed(), optimizer.flushed():
+            assert optimizer.state_dict()["state"][0]["last_step"].unique().tolist() == [20]
+        assert torch.equal(optimizer.state_dict()["state"][0]["last_step"], stored)
+    assert optimizer.state_dict()["state"][0]["last_step"].unique().tolist() == [20]
+
+
+def test_flushed_has_no_stored_rows_to_show_and_loads_no_state():
+    model, optimizer = build()
+    run(model, optimizer, range(3))
+    with optimizer.flushed():
+        with pytest.raises(UserError, match="Leave `flushed"), optimizer.deferred():
+            pass
+        with pytest.raises(UserError, match="Load it outside"):
+            optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_no_step_while_flushed():
