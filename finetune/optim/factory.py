@@ -39,8 +39,8 @@ def build_optimizer(
     option or value.
     """
     info = optimizer_info(name)
-    check_options(info, options, also_taken=GROUP_OPTIONS)
     takes = info.options
+    check_options(info, options, allowed=[*takes, *GROUP_OPTIONS])
     options = {option: value for option, value in options.items() if option in takes}
     groups = build_groups(
         model_or_params,
@@ -70,7 +70,7 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     check_options(
         info,
         {key: value for key, value in options.items() if key not in GROUP_OPTIONS},
-        also_taken=GROUP_OPTIONS,
+        allowed=[*info.config_options, *GROUP_OPTIONS],
     )
     check_group_options(
         no_decay=options.get("no_decay") or (),

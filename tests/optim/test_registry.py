@@ -171,6 +171,18 @@ def test_wrong_options_are_found_before_there_is_a_model(name, options, sentence
     assert str(at_build.value) == str(before.value)
 
 
+def test_modules_are_an_option_of_build_optimizer_that_no_config_is_offered():
+    info = optimizer_info("lazy_adamw")
+    assert info.options.keys() - info.config_options.keys() == {"embeddings"}
+    with pytest.raises(UserError, match="leave it out"):
+        check_optimizer("lazy_adamw", {"embeddings": []})
+    with pytest.raises(UserError, match="does not take 'embedings'") as in_config:
+        check_optimizer("lazy_adamw", {"embedings": []})
+    assert "embeddings" not in str(in_config.value)
+    with pytest.raises(UserError, match="did you mean 'embeddings'"):
+        build_optimizer(torch.nn.Linear(2, 2), "lazy_adamw", embedings=[])
+
+
 def test_good_options_pass_the_check():
     check_optimizer(
         "AdamW", {"lr": 1e-3, "betas": [0.9, 0.95], "no_decay": ("bias",), "layer_decay": 0.9}
