@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.optim import LazyAdamW
-from finetune.optim.state import RowState
+from finetune.optim.lazy.state import RowState
 
 STEP = 3000  # of the steady state that is set up
 SHAPES = [

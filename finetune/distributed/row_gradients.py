@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from finetune.distributed.wire import gathering_is_cheaper, gathering_may_be_cheaper
 from finetune.optim import LazyAdamW
-from finetune.optim.row_gradient import coalesce
+from finetune.optim.gradients import coalesce
 
 
 def keep_tables_out_of_ddp(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -4,10 +4,9 @@ Floor 1.
 """
 
 from finetune.optim import catalogue as catalogue  # fills the registry
-from finetune.optim.clip import clip_grad_norm_
 from finetune.optim.factory import build_optimizer, check_optimizer
-from finetune.optim.lazy_adamw import LazyAdamW
-from finetune.optim.options import options_of
+from finetune.optim.gradients import clip_grad_norm_
+from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.registry import (
     OptimizerInfo,
     list_optimizers,
@@ -16,6 +15,7 @@ from finetune.optim.registry import (
     register_optimizer,
 )
 from finetune.optim.schedules import SCHEDULES, build_lr_scheduler
+from finetune.optim.stamp import options_of
 
 __all__ = [
     "SCHEDULES",

@@ -87,7 +87,7 @@ register_optimizer(
 )
 register_optimizer(
     "lazy_adamw",
-    "finetune.optim.lazy_adamw:LazyAdamW",
+    "finetune.optim.lazy.adamw:LazyAdamW",
     what="AdamW whose embedding rows cost only when used, with AdamW's result; state for rows ever used",
     paper="https://arxiv.org/abs/1711.05101",
     sparse="exact",

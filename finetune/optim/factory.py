@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.optim.groups import build_groups, check_group_options
+from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.optim.registry import OptimizerInfo, check_options, optimizer_info
 from finetune.optim.stamp import stamp
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.optim.registry import optimizer_info
 
 KEY = "optimizer"
 
@@ -21,6 +22,18 @@ def stamp(optimizer: torch.optim.Optimizer, name: str) -> None:
     for group in optimizer.param_groups:
         group[KEY] = name
     optimizer.register_load_state_dict_pre_hook(_refuse_another)
+
+
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each group of an optimizer that `build_optimizer` made: lr, weight_decay, betas ...
+
+    `load_state_dict` puts those of the saved state in their place, as torch does, together with what some optimizers count in their
+    groups (schedule-free its weights' sum); `group.update` with these gives the groups their own options back, and no more.
+    """
+    names = optimizer_info(optimizer.defaults[KEY]).options
+    return [
+        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
+    ]
 
 
 def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

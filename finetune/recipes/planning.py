@@ -36,7 +36,7 @@ from finetune.models.precision import resolve_precision
 from finetune.models.skeleton import load_skeleton
 from finetune.models.tokenizers import prepare_chat
 from finetune.optim import check_optimizer, optimizer_info
-from finetune.optim.embeddings import row_sparse_embeddings
+from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.recipes.data import RawData, encode_rows, load_raw_data, make_format
 from finetune.recipes.model import adapt_model, check_length, make_tokenizer
 from finetune.recipes.optimizer import optimizer_options

@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from finetune.errors import UserError
 from finetune.optim import build_optimizer
-from finetune.optim.convert import from_adamw_state, to_adamw_state
+from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
 
 # peft 0.21 reads every attribute of a transformers 5 model, a deprecated one among them
 PEFT_WARNING = pytest.mark.filterwarnings(
@@ -112,7 +112,7 @@ def test_the_warning_reaches_a_user_who_set_up_no_logging():
     program = """
 from torch import nn
 from finetune.optim import build_optimizer
-from finetune.optim.convert import from_adamw_state, to_adamw_state
+from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
 model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
 model[1].weight = model[0].weight
 build_optimizer(model, "lazy_adamw")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim.convert import from_adamw_state, to_adamw_state
-from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
 
 
 class Model(nn.Module):

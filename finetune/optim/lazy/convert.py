@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.lazy_adamw import LazyAdamW
-from finetune.optim.lazy_checks import floats
-from finetune.optim.state import RowState
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.eligible import floats
+from finetune.optim.lazy.state import RowState
 
 _NOT_OPTIONS = (
     "params",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim.lazy.adamw import LazyAdamW
 
 ROWS, WIDTH = 50, 8
 RULES = {"rule_masses", "rule_shifts", "window_masses", "window_nodes"}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.row_table import RowTable
-from finetune.optim.state import RowState, Showing
+from finetune.optim.lazy.state import RowState, Showing
+from finetune.optim.lazy.table import RowTable
 
 _WITNESSES = 16
 

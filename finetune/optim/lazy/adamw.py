@@ -14,17 +14,17 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from finetune.errors import UserError
-from finetune.optim.lazy_checks import (
+from finetune.optim.lazy.eligible import (
     check_embedding,
     check_missed_steps,
     check_mode,
     check_options,
     floats,
 )
-from finetune.optim.lazy_embedding import RowLookup, make_lazy, make_plain
-from finetune.optim.row_table import RowTable
-from finetune.optim.saved_rows import check_witness, restore_table, saved_state
-from finetune.optim.state import RowState, Showing
+from finetune.optim.lazy.embedding import RowLookup, make_lazy, make_plain
+from finetune.optim.lazy.saved import check_witness, restore_table, saved_state
+from finetune.optim.lazy.state import RowState, Showing
+from finetune.optim.lazy.table import RowTable
 
 
 class LazyAdamW(Optimizer):
@@ -240,7 +240,7 @@ class LazyAdamW(Optimizer):
         for state in own.values():
             if state is not None and "last_step" not in state:
                 raise UserError(
-                    "this is not the state of a LazyAdamW; for one of AdamW use finetune.optim.convert.from_adamw_state"
+                    "this is not the state of a LazyAdamW; for one of AdamW use finetune.optim.lazy.convert.from_adamw_state"
                 )
         dense = {index: state for index, state in state_dict["state"].items() if index not in own}
         super().load_state_dict({**state_dict, "state": dense})

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from finetune.optim.gauss import gauss_rule, grow_rule, horizon, missed_atoms
-from finetune.optim.lazy_adamw import LazyAdamW
-from finetune.optim.missed_steps import GaussRules, History, replay_
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.gauss import gauss_rule, grow_rule, horizon, missed_atoms
+from finetune.optim.lazy.missed_steps import GaussRules, History, replay_
 
 ROWS, WIDTH = 300, 6
 SCALES = torch.tensor([1.0, 1.0, 1e-3, 1e-3, 1e-6, 1e-6])  # of the gradient, by column

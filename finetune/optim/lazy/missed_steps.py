@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.optim.gauss import grow_rule, horizon, missed_atoms, nodes_needed
-from finetune.optim.scratch import outlives_inference_mode
-from finetune.optim.state import RowState
+from finetune.optim.lazy.gauss import grow_rule, horizon, missed_atoms, nodes_needed
+from finetune.optim.lazy.scratch import outlives_inference_mode
+from finetune.optim.lazy.state import RowState
 
 _LONGEST_HORIZON = 4096
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.compute.subclass import derived_class
-from finetune.optim.row_table import RowTable
-from finetune.optim.saved_rows import check_witness, weight_was_loaded
-from finetune.optim.state import Showing
+from finetune.optim.lazy.saved import check_witness, weight_was_loaded
+from finetune.optim.lazy.state import Showing
+from finetune.optim.lazy.table import RowTable
 
 
 class _Rows(torch.autograd.Function):

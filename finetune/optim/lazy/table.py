@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.missed_steps import GaussRules, History, adamw_step_, replay_
-from finetune.optim.row_gradient import coalesce
-from finetune.optim.scratch import Block, Memo, Scratch
-from finetune.optim.state import RowState, Showing
+from finetune.optim.gradients import coalesce
+from finetune.optim.lazy.missed_steps import GaussRules, History, adamw_step_, replay_
+from finetune.optim.lazy.scratch import Block, Memo, Scratch
+from finetune.optim.lazy.state import RowState, Showing
 
 MISSED_STEPS = ("exact", "replay", "skip")
 

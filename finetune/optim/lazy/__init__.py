@@ -1,0 +1,1 @@
+"""AdamW whose embedding rows cost something only when a batch uses them."""
