@@ -1,7 +1,7 @@
-"""Clipping by the global norm over dense and row-sparse gradients together.  Floor 1.
+"""Row-sparse gradients: one entry a row, and clipping them together with dense ones.
 
-torch.nn.utils.clip_grad_norm_ refuses sparse gradients, and the norm of one that is not coalesced is wrong: a row hit twice counts
-twice instead of by its sum.
+torch.nn.utils.clip_grad_norm_ refuses sparse gradients. The norm of one that is not coalesced would
+be wrong: a row that occurs twice would count twice instead of by its sum.
 """
 
 from collections.abc import Iterable
@@ -14,8 +14,9 @@ from torch import Tensor
 def coalesce(grad: Tensor) -> Tensor:
     """Return `grad` with the entries of each row summed, in float32 at least, and rows ascending.
 
-    Accumulation appends, so gradients arrive with rows repeated; in bfloat16 a thousand repeats of 1.0 would sum to 256.  The
-    result keeps float32 values for a gradient of lower precision that had to be summed.  (Waits for the device on CUDA.)
+    Accumulation appends, so gradients arrive with repeated rows. In bfloat16 a thousand repeats of
+    1.0 would sum to 256, so a gradient of lower precision that had to be summed keeps float32
+    values. On CUDA, summing waits for the device.
     """
     if grad.is_coalesced():
         return grad
@@ -33,12 +34,14 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale all gradients in place so that their norm, taken as one vector, is at most `max_norm`; return the norm before.
+    """Scale all gradients in place so that their norm as one vector is at most `max_norm`.
 
-    As torch.nn.utils.clip_grad_norm_ would on the dense equivalents.  A sparse gradient is coalesced (summed in float32 at least)
-    and the coalesced one becomes `param.grad`.  Where an engine shards some gradients (DTensors), every process calls it, and the
-    norm is that of the whole.  Does not wait for the device, but for what coalescing and sharding do, unless `error_if_nonfinite`,
-    which raises RuntimeError where the norm is not finite.
+    Returns the norm before scaling. The result is that of torch.nn.utils.clip_grad_norm_ on the
+    dense equivalents. A sparse gradient is coalesced (summed in float32 at least), and the
+    coalesced one becomes `param.grad`. If an engine shards some gradients (DTensors), every process
+    must call it, and the norm is that of the whole. Only coalescing, sharding and
+    `error_if_nonfinite` wait for the device. The last raises RuntimeError for a norm that is not
+    finite.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     dense: list[Tensor] = []  # parameters with a plain gradient
@@ -65,9 +68,7 @@ def clip_grad_norm_(
         norm = torch.linalg.vector_norm(
             torch.stack([norm_of_sharded.full_tensor(), norm.to(norm_of_sharded.device)]), norm_type
         )
-    torch.nn.utils.clip_grads_with_norm_(
-        dense, max_norm, norm
-    )  # on CUDA in a few kernels for all of them
+    torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm)  # on CUDA a few kernels for all
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for value in rows + sharded:
         value.mul_(scale.to(value.device))

@@ -85,8 +85,8 @@ class OptimizerInfo:
         """Return the class. Raises UserError if its library is not installed."""
         if self.missing:
             raise UserError(
-                f"optimizer {self.name!r} needs {self.missing}, which is not installed; "
-                f"pip install {self.missing}"
+                f"optimizer {self.name!r} needs {self.missing}, which is not installed. "
+                f"Run: pip install {self.missing}"
             )
         if not isinstance(self.optimizer, str):
             return self.optimizer
@@ -113,7 +113,7 @@ def register_optimizer(
         if key in _BY_SPELLING:
             taken = _BY_SPELLING[key].name
             raise UserError(
-                f"the optimizer name {spelling!r} is taken by {taken!r}; choose another name"
+                f"the optimizer name {spelling!r} is taken by {taken!r}. Choose another name"
             )
     _BY_NAME[name] = info
     _BY_SPELLING.update(dict.fromkeys(spellings, info))

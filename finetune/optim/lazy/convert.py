@@ -1,4 +1,4 @@
-"""A run can change from torch.optim.AdamW to LazyAdamW and back, and go on along the same trajectory.  Floor 1."""
+"""A run can change from torch.optim.AdamW to LazyAdamW and back, on the same trajectory."""
 
 from typing import Any
 
@@ -10,20 +10,16 @@ from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.eligible import floats
 from finetune.optim.lazy.state import RowState
 
-_NOT_OPTIONS = (
-    "params",
-    "param_names",
-    "name",
-    "initial_lr",
-)  # what else goes over with a parameter group
+# What else goes over with a parameter group:
+_NOT_OPTIONS = ("params", "param_names", "name", "initial_lr")
 
 
 @torch.no_grad()
 def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
     """Return the state for a torch.optim.AdamW over the same parameters in the same groups.
 
-    Flushes `optimizer`: from here the weights are those that AdamW would have.  To go on in this process, call
-    `optimizer.release()` as well, which makes the embeddings give dense gradients again.
+    Flushes `optimizer`, so the weights become those that AdamW would have. To go on in this
+    process, also call `optimizer.release()`, which makes the embeddings give dense gradients again.
     """
     optimizer.flush()
     state = optimizer.state_dict()
@@ -45,12 +41,16 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
 
 @torch.no_grad()
 def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
-    """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups; the weights are loaded by you.
+    """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups.
 
-    Rows of registered tables whose moments are all zero get no state.  Raises UserError for amsgrad.
+    It does not load the weights. Rows of registered tables whose moments are all zero get no state.
+    Raises UserError for a state with amsgrad.
     """
     if any(group.get("amsgrad") for group in state["param_groups"]):
-        raise UserError("LazyAdamW has no amsgrad, and the state is of an AdamW with it")
+        raise UserError(
+            "the state is of an AdamW with amsgrad, which LazyAdamW does not have. Load the state "
+            "of an AdamW without it"
+        )
     own = optimizer.state_dict()["param_groups"]
     entries = dict(state["state"])
     index_of = [index for group in state["param_groups"] for index in group["params"]]

@@ -1,9 +1,10 @@
-"""An nn.Embedding whose rows are stepped lazily: it looks rows up as dense AdamW would have them now.  Floor 1.
+"""An nn.Embedding whose rows are stepped lazily: its lookup gives them as dense AdamW would.
 
-Registering an embedding with `LazyAdamW` changes the class of that one module object, in place, to one with `RowLookup` between it
-and nn.Embedding: parameters, names and the module's identity stay, a subclass whose forward calls `super().forward(ids)` (Gemma's
-scaled embedding) works unchanged, and the module can be deep-copied, pickled and saved as before.  `weight` itself holds rows as
-they were last stepped: whoever reads it directly does so inside `LazyAdamW.flushed()`.
+Registering an embedding with `LazyAdamW` changes the class of that one module, in place, to one
+with `RowLookup` between it and nn.Embedding. Parameters, names and the module's identity stay. A
+subclass whose forward calls `super().forward(ids)` (Gemma's scaled embedding) works unchanged. The
+module can be deep-copied, pickled and saved as before. `weight` itself holds rows as they were last
+stepped, so code that reads it directly must do so inside `LazyAdamW.flushed()`.
 """
 
 from typing import Any
@@ -19,7 +20,10 @@ from finetune.optim.lazy.table import RowTable
 
 
 class _Rows(torch.autograd.Function):
-    """The lookup of distinct `rows` [u] in `weight`, whose value is `current` [u, d]; the gradient goes to the rows."""
+    """The lookup of distinct `rows` [u] in `weight`, whose values are `current` [u, d].
+
+    The gradient of the weight is row-sparse.
+    """
 
     @staticmethod
     def forward(
@@ -48,12 +52,14 @@ class _Rows(torch.autograd.Function):
         sparse = torch.sparse_coo_tensor(
             rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False
         )
-        ctx.kept = sparse  # autograd copies what somebody else holds; the rest it takes over without the mark that it is coalesced
+        # Autograd copies a gradient that somebody else holds too. Of any other it takes over the
+        # contents, without the mark that it is coalesced.
+        ctx.kept = sparse
         return sparse, None, None, None, None
 
 
 class RowLookup(nn.Embedding):
-    """The lookup that sits below a registered embedding's own class.  See the module's docstring."""
+    """The lookup below a registered embedding's own class; see the module's docstring."""
 
     row_table: RowTable
     was_sparse: bool

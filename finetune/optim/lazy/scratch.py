@@ -17,7 +17,7 @@ and a tensor made in inference mode could not be written to later."""
 
 
 class Block(NamedTuple):
-    """Copies of the parameters and moments of some rows, and three tensors to work in, each [k, d]."""
+    """Copies of parameters and moments of some rows, and three tensors to work in, each [k, d]."""
 
     param: Tensor
     exp_avg: Tensor

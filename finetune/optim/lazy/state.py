@@ -11,11 +11,13 @@ from torch import Tensor
 class Showing(Enum):
     """Which rows a table shows, and to whom. A lookup always gives rows as of now.
 
-    | showing  | when                | the weight holds | the model's and the optimizer's state dicts |
-    |----------|---------------------|------------------|---------------------------------------------|
-    | CURRENT  | as a rule           | rows as stored   | as of now                                   |
-    | DEFERRED | inside `deferred()` | rows as stored   | as stored                                   |
-    | FLUSHED  | inside `flushed()`  | rows as of now   | as of now                                   |
+    | showing  | when                | the weight holds | the state dicts show |
+    |----------|---------------------|------------------|----------------------|
+    | CURRENT  | as a rule           | rows as stored   | rows as of now       |
+    | DEFERRED | inside `deferred()` | rows as stored   | rows as stored       |
+    | FLUSHED  | inside `flushed()`  | rows as of now   | rows as of now       |
+
+    The state dicts are those of the model and of the optimizer, which always go together.
     """
 
     CURRENT = "current"

@@ -36,14 +36,14 @@ _CACHE_LINE = 16  # float32 numbers; see missed_steps.adamw_step_
 
 
 class RowTable:
-    """Slots of moments for the rows of a [V, d] weight that had a gradient, and the steps so far."""
+    """Moments of the rows of a [V, d] weight that had a gradient, and the history of the steps."""
 
     def __init__(
         self, weight: Tensor, *, missed_steps: str, betas: tuple[float, float], eps: float
     ) -> None:
         self.missed_steps = missed_steps
         self.showing = Showing.CURRENT
-        self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved_rows
+        self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved.py
         self.clear(weight, betas, eps)
 
     def clear(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
@@ -228,7 +228,7 @@ class RowTable:
         return out
 
     def dense(self, weight: Tensor) -> Tensor:
-        """Return the whole table as of now, [V, d], as dense AdamW would have it. Writes nothing."""
+        """Return the whole table [V, d] as dense AdamW would have it now. Writes nothing."""
         rows = torch.arange(len(weight), device=self.device)
         return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
 

@@ -1,4 +1,4 @@
-"""State, saving and resuming of LazyAdamW, and what may go wrong around a table with deferred rows."""
+"""State, saving and resuming of LazyAdamW, and what may go wrong while rows are deferred."""
 
 import copy
 import io
@@ -440,7 +440,10 @@ def test_hooks_run_once_a_step():
 
 
 def test_bfloat16_weights_decay_as_their_float32_masters():
-    """lr * weight_decay is far below half a unit in the last place of bfloat16: without masters nothing would ever decay."""
+    """Without masters nothing would ever decay.
+
+    lr * weight_decay is far below half a unit in the last place of bfloat16.
+    """
     start, results = torch.randn(6, 4).bfloat16(), {}
     for dtype in (torch.float32, torch.bfloat16):
         module = nn.Embedding(6, 4, dtype=dtype)
@@ -554,7 +557,7 @@ def test_a_read_in_inference_mode_leaves_nothing_behind_that_training_trips_over
 
 
 def test_gradients_of_lookups_arrive_coalesced():
-    """Once rows lag behind: to add up rows that are there twice, a step on a GPU would have to wait for it."""
+    """Once rows lag behind. To sum repeated rows, a step on a GPU would have to wait for it."""
     module = nn.Embedding(50, 4)
     optimizer = LazyAdamW(module.parameters(), embeddings=[module])
     module(torch.tensor([3, 1, 3])).sum().backward()
