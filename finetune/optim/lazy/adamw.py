@@ -137,6 +137,11 @@ class LazyAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         tables = self._check_tables()
+        if any(
+            table.showing is Showing.FLUSHED and weight.grad is not None
+            for weight, table in tables.items()
+        ):
+            raise UserError("no step can be taken inside `optimizer.flushed()`. Take it outside")
         for group in self.param_groups:
             dense = []
             for param in group["params"]:
@@ -319,10 +324,6 @@ class LazyAdamW(Optimizer):
                     "afterwards, and keep registered embeddings out of FSDP"
                 )
             group, grad = groups[module.weight], module.weight.grad
-            if table.showing is Showing.FLUSHED and grad is not None:
-                raise UserError(
-                    "no step can be taken inside `optimizer.flushed()`. Take it outside"
-                )
             if grad is not None and not grad.is_sparse:
                 raise UserError(
                     "a registered embedding got a dense gradient: other code reads its weight, in "

@@ -25,11 +25,12 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
     state = optimizer.state_dict()
     for index, weight in optimizer.registered_weights().items():
         if index in state["state"]:
-            rows = state["state"][index]
-            moments = {
-                key: _dense(weight, rows["rows"], rows[key]) for key in ("exp_avg", "exp_avg_sq")
+            of_rows = RowState.from_dict(state["state"][index])
+            state["state"][index] = {
+                "step": of_rows.step,
+                "exp_avg": _dense(weight, of_rows.rows, of_rows.exp_avg),
+                "exp_avg_sq": _dense(weight, of_rows.rows, of_rows.exp_avg_sq),
             }
-            state["state"][index] = {"step": rows["step"], **moments}
     options = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
     known = {*options, *_NOT_OPTIONS}
     groups = [

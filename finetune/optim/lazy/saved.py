@@ -46,7 +46,7 @@ def restore_table(table: RowTable, weight: Tensor, state: RowState) -> None:
 def weight_was_loaded(table: RowTable, weight: Tensor) -> None:
     """Take the rows that were just loaded into `weight` for rows as of now.
 
-    Unless they are the stored rows that the state at hand belongs to.
+    If they are the stored rows that the state at hand belongs to, nothing is to be done.
     """
     if table.showing is not Showing.CURRENT or (table.witness and _matches(weight, table.witness)):
         return

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 outlives_inference_mode = torch.inference_mode(False)
-"""Decorator of what makes tensors that are kept. An evaluation may be the first to ask for them,
-and a tensor made in inference mode could not be written to later."""
+"""Decorator for functions that make tensors to be kept. An evaluation may be the first to ask for
+them, and a tensor made in inference mode could not be written to later."""
 
 
 class Block(NamedTuple):

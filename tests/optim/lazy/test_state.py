@@ -213,7 +213,6 @@ def test_a_deferred_state_keeps_its_keys_on_disk(dtype):
 def test_showing_is_as_before_when_a_block_ends():
     model, optimizer = build()
     run(model, optimizer, range(20))
-    optimizer.zero_grad()
     with optimizer.deferred():
         stored = optimizer.state_dict()["state"][0]["last_step"]
         with optimizer.deferred(), optimizer.flushed(), optimizer.flushed():
