@@ -84,7 +84,7 @@ def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:
         takers = [name for name in names if option in optimizer_info(name).options]
         others = [name for name in names if name not in takers]
         if not takers:
-            known = sorted({key for name in names for key in optimizer_info(name).options})
+            known = sorted({key for name in names for key in optimizer_info(name).config_options})
             near = did_you_mean(option, known) or ";"
             raise UserError(
                 f"none of {listed(list(names))} takes {option!r}{near} they take {', '.join(known)}"

@@ -17,7 +17,7 @@ def print_optimizers(pattern: str) -> None:
     for row in rows:
         print(f"{row['name']}: {row['what']}")
         if row["available"] == "yes":
-            options = optimizer_info(row["name"]).options
+            options = optimizer_info(row["name"]).config_options
             print(
                 "    takes "
                 + ", ".join(

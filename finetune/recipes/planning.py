@@ -33,7 +33,7 @@ from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
 from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer, optimizer_info
-from finetune.optim.embeddings import row_sparse_embeddings
+from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.recipes.material import Material, read_material
 from finetune.recipes.model import adapt_model, model_spec
 from finetune.recipes.optimizer import optimizer_options

@@ -184,7 +184,7 @@ CASES = {
     "beta left out": override("unknown optimizer or option", "optimizer.betas=[0.9]", "betas is [0.9]", "give 2 numbers"),
     "beta too many": override("unknown optimizer or option", "optimizer.betas=[0.9, 0.99, 0.9]", "give 2 numbers"),
     "eps in words": override("unknown optimizer or option", "optimizer.eps=small", "eps is 'small'", "give a number"),
-    "modules in a config": override("unknown optimizer or option", "optimizer.embeddings=[embed]", "embeddings", "leave it out"),
+    "modules in a config": override("unknown optimizer or option", "optimizer.embeddings=[embed]", "embeddings", "Leave it out"),
     "optimizer of sparse gradients": override("unknown optimizer or option", "optimizer.name=sparse_adam", "'sparse_adam'", "choose lazy_adamw"),
     "pattern without a parameter": override("unknown optimizer or option", "optimizer.overrides=[{pattern: 'nothing.*', lr: 1e-5}]", "nothing.*"),
     "unknown schedule": override("unknown optimizer or option", "scheduler.name=step", "scheduler.name = 'step'", "'linear'"),

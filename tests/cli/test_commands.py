@@ -605,4 +605,6 @@ def test_optimizers_lists_them_all():
     assert "betas=(0.9, 0.999)" in result.out
     few = finetune("optimizers", "lazy*").out
     assert "lazy_adamw" in few
+    assert "missed_steps=exact" in few
+    assert "embeddings=" not in few
     assert "muon" not in few

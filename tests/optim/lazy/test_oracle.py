@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from finetune.optim.gauss import gauss_rule, grow_rule, horizon, missed_atoms
-from finetune.optim.lazy_adamw import LazyAdamW
-from finetune.optim.missed_steps import GaussRules, History, replay_
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.gauss import gauss_rule, grow_rule, horizon, missed_atoms
+from finetune.optim.lazy.missed_steps import GaussRules, History, replay_
 
 ROWS, WIDTH = 300, 6
 SCALES = torch.tensor([1.0, 1.0, 1e-3, 1e-3, 1e-6, 1e-6])  # of the gradient, by column
@@ -37,7 +37,7 @@ def schedule(step, steps):
 
 
 def train(kind, dtype, *, steps=500, visit=None, **options):
-    """Train a table on Zipf ids with a gradient that depends on the rows read; return the first and the last table."""
+    """Train a table on Zipf ids by a gradient of the rows read; return it before and after."""
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64) * 0.02
     target = torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_is_dense_adamw(betas, eps, weight_decay):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [1, 7, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_gives_a_row_the_same_bits_whatever_is_stepped_beside_it(width, threads, dtype):
+def test_a_step_gives_a_row_the_same_bits_with_any_other_rows(width, threads, dtype):
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     grads = torch.randn(3, 3000, width, dtype=dtype, generator=generator)
@@ -174,7 +174,7 @@ def catch_up(rules, rows, last_step):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("width", [1, 7, 20, 64])
 def test_a_row_has_the_same_bits_wherever_it_is_gathered(width, threads):
-    """Vector body and scalar tail, and the seams between threads, must not show: ranks gather other rows beside it."""
+    """Vector body, scalar tail and seams between threads must not show: ranks gather other rows."""
     torch.set_num_threads(threads)
     history = History((0.9, 0.999), 1e-8)
     for step in range(1, 60):
@@ -228,7 +228,7 @@ def test_rules_do_what_replaying_does(seed, steps, betas, eps, rates, weight_dec
     idle=st.integers(0, 150),
 )
 def test_any_ids_any_gaps_any_schedule(touched, rates, idle):
-    """Ids repeated within a batch, empty batches, rows idle for long, rates that jump and vanish."""
+    """Repeated ids in a batch, empty batches, rows idle for long, rates that jump and vanish."""
     start = torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(10, 4)
     modules = [nn.Embedding(10, 4, _weight=start.clone()) for _ in range(2)]
     options = {"betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -246,7 +246,10 @@ def test_any_ids_any_gaps_any_schedule(touched, rates, idle):
 
 
 def test_gauss_rule_by_hand():
-    """Two equal masses at 1 and 3: one node at their mean; two nodes are the atoms; more nodes than atoms stay finite."""
+    """Two equal masses at 1 and 3: one node is at their mean, and two nodes are the atoms.
+
+    More nodes than atoms stay finite.
+    """
     masses, places = (
         torch.tensor([[0.5, 0.5, 0.0]]).double(),
         torch.tensor([[1.0, 3.0, 2.0]]).double(),
@@ -279,7 +282,10 @@ def test_a_grown_rule_is_the_rule_of_all_its_atoms():
 
 
 def test_what_the_forward_computed_serves_the_step_bit_for_bit():
-    """Rows read in training are kept for a step in the same rows; a look in between makes the step compute them again."""
+    """Rows read in training are kept for a step in the same rows.
+
+    A look in between makes the step compute them again.
+    """
 
     class Watched(nn.Embedding):
         def forward(self, ids):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.optim.clip import clip_grad_norm_
+from finetune.optim.gradients import clip_grad_norm_
 
 
 def gradients(dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""A run can change from torch.optim.AdamW to LazyAdamW and back, and go on along the same trajectory.  Floor 1."""
+"""A run can change from torch.optim.AdamW to LazyAdamW and back, on the same trajectory."""
 
 from typing import Any
 
@@ -6,32 +6,31 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
-from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.eligible import floats
+from finetune.optim.lazy.state import RowState
 
-_NOT_OPTIONS = (
-    "params",
-    "param_names",
-    "name",
-    "initial_lr",
-)  # what else goes over with a parameter group
+# What else goes over with a parameter group:
+_NOT_OPTIONS = ("params", "param_names", "name", "initial_lr")
 
 
 @torch.no_grad()
 def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
     """Return the state for a torch.optim.AdamW over the same parameters in the same groups.
 
-    Flushes `optimizer`: from here the weights are those that AdamW would have.  To go on in this process, call
-    `optimizer.release()` as well, which makes the embeddings give dense gradients again.
+    Flushes `optimizer`, so the weights become those that AdamW would have. To go on in this
+    process, also call `optimizer.release()`, which makes the embeddings give dense gradients again.
     """
     optimizer.flush()
     state = optimizer.state_dict()
     for index, weight in optimizer.registered_weights().items():
         if index in state["state"]:
-            rows = state["state"][index]
-            moments = {
-                key: _dense(weight, rows["rows"], rows[key]) for key in ("exp_avg", "exp_avg_sq")
+            of_rows = RowState.from_dict(state["state"][index])
+            state["state"][index] = {
+                "step": of_rows.step,
+                "exp_avg": _dense(weight, of_rows.rows, of_rows.exp_avg),
+                "exp_avg_sq": _dense(weight, of_rows.rows, of_rows.exp_avg_sq),
             }
-            state["state"][index] = {"step": rows["step"], **moments}
     options = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
     known = {*options, *_NOT_OPTIONS}
     groups = [
@@ -43,12 +42,16 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
 
 @torch.no_grad()
 def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
-    """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups; the weights are loaded by you.
+    """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups.
 
-    Rows of registered tables whose moments are all zero get no state.  Raises UserError for amsgrad.
+    It does not load the weights. Rows of registered tables whose moments are all zero get no state.
+    Raises UserError for a state with amsgrad.
     """
     if any(group.get("amsgrad") for group in state["param_groups"]):
-        raise UserError("LazyAdamW has no amsgrad, and the state is of an AdamW with it")
+        raise UserError(
+            "the state is of an AdamW with amsgrad, which LazyAdamW does not have. Load the state "
+            "of an AdamW without it"
+        )
     own = optimizer.state_dict()["param_groups"]
     entries = dict(state["state"])
     index_of = [index for group in state["param_groups"] for index in group["params"]]
@@ -76,14 +79,7 @@ def _dense(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 def _row_state(entry: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Any]:
     exp_avg, exp_avg_sq = entry["exp_avg"], entry["exp_avg_sq"]
     rows = (exp_avg.any(1) | exp_avg_sq.any(1)).nonzero()[:, 0]
-    return {
-        "step": torch.as_tensor(float(entry["step"])),
-        "rows": rows,
-        "last_step": torch.full_like(rows, int(entry["step"])),
-        "exp_avg": exp_avg[rows],
-        "exp_avg_sq": exp_avg_sq[rows],
-        "lr": torch.empty(0),
-        "weight_decay": torch.empty(0),
-        "betas": tuple(float(beta) for beta in group["betas"]),
-        "eps": group["eps"],
-    }
+    options: dict[str, Any] = {"betas": floats(group["betas"]), "eps": group["eps"]}
+    return RowState.up_to_date(
+        int(entry["step"]), rows, exp_avg[rows], exp_avg_sq[rows], **options
+    ).as_dict()

@@ -1,4 +1,4 @@
-"""State, saving and resuming of LazyAdamW, and what may go wrong around a table with deferred rows."""
+"""State, saving and resuming of LazyAdamW, and what may go wrong while rows are deferred."""
 
 import copy
 import io
@@ -9,9 +9,16 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim.lazy.adamw import LazyAdamW
 
 ROWS, WIDTH = 50, 8
+RULES = {"rule_masses", "rule_shifts", "window_masses", "window_nodes"}
+KEYS = {  # of a table's entry in a state dict: checkpoints on disk have them
+    torch.float32: RULES
+    | {"step", "rows", "last_step", "exp_avg", "exp_avg_sq", "lr", "weight_decay", "betas", "eps"}
+    | {"witness_rows", "witness"}
+}
+KEYS[torch.bfloat16] = KEYS[torch.float32] | {"master"}
 
 
 class Model(nn.Module):
@@ -176,6 +183,52 @@ def test_flush_and_flushed(uninterrupted):
     assert torch.equal(model.embed.weight, now)
     run(model, optimizer, range(20, 40))
     assert_close(model, uninterrupted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pair_of_state_dicts_from_inside_flushed_shows_rows_as_of_now(dtype):
+    model, optimizer = build(dtype=dtype)
+    run(model, optimizer, range(20))
+    outside = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with optimizer.flushed():
+        inside = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert inside[1]["state"][0].keys() == KEYS[dtype] - RULES
+    torch.testing.assert_close(inside[1]["state"][0], outside[1]["state"][0], rtol=0, atol=0)
+    assert torch.equal(outside[0]["embed.weight"], inside[0]["embed.weight"])
+    other, resumed = build(dtype=dtype, seed=1)
+    other.load_state_dict(inside[0])
+    resumed.load_state_dict(inside[1])
+    assert torch.equal(other.embed(torch.arange(ROWS)), model.embed(torch.arange(ROWS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deferred_state_keeps_its_keys_on_disk(dtype):
+    model, optimizer = build(dtype=dtype)
+    run(model, optimizer, range(5))
+    with optimizer.deferred():
+        state = through_file(optimizer.state_dict())["state"][0]
+    assert state.keys() == KEYS[dtype]
+
+
+def test_showing_is_as_before_when_a_block_ends():
+    model, optimizer = build()
+    run(model, optimizer, range(20))
+    with optimizer.deferred():
+        stored = optimizer.state_dict()["state"][0]["last_step"]
+        with optimizer.deferred(), optimizer.flushed(), optimizer.flushed():
+            assert optimizer.state_dict()["state"][0]["last_step"].unique().tolist() == [20]
+        assert torch.equal(optimizer.state_dict()["state"][0]["last_step"], stored)
+    assert optimizer.state_dict()["state"][0]["last_step"].unique().tolist() == [20]
+
+
+def test_flushed_has_no_stored_rows_to_show_and_loads_no_state():
+    model, optimizer = build()
+    run(model, optimizer, range(3))
+    with optimizer.flushed():
+        with pytest.raises(UserError, match="Leave `flushed"), optimizer.deferred():
+            pass
+        with pytest.raises(UserError, match="Load it outside"):
+            optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_no_step_while_flushed():
@@ -386,7 +439,10 @@ def test_hooks_run_once_a_step():
 
 
 def test_bfloat16_weights_decay_as_their_float32_masters():
-    """lr * weight_decay is far below half a unit in the last place of bfloat16: without masters nothing would ever decay."""
+    """Without masters nothing would ever decay.
+
+    lr * weight_decay is far below half a unit in the last place of bfloat16.
+    """
     start, results = torch.randn(6, 4).bfloat16(), {}
     for dtype in (torch.float32, torch.bfloat16):
         module = nn.Embedding(6, 4, dtype=dtype)
@@ -500,7 +556,7 @@ def test_a_read_in_inference_mode_leaves_nothing_behind_that_training_trips_over
 
 
 def test_gradients_of_lookups_arrive_coalesced():
-    """Once rows lag behind: to add up rows that are there twice, a step on a GPU would have to wait for it."""
+    """Once rows lag behind. To sum repeated rows, a step on a GPU would have to wait for it."""
     module = nn.Embedding(50, 4)
     optimizer = LazyAdamW(module.parameters(), embeddings=[module])
     module(torch.tensor([3, 1, 3])).sum().backward()

@@ -1,16 +1,18 @@
-"""AdamW for rows that are not stepped every time: the history, one step, and how missed steps are made up.  Floor 1.
+"""AdamW for rows that are not stepped every time: the history, one step, and the missed steps.
 
-Everything here works on gathered rows [k, d] in float32 or float64 and knows nothing of tables, modules or optimizers.  The one
-arithmetic, `adamw_step_`, is that of torch.optim.AdamW(foreach=False), operation for operation (Loshchilov and Hutter, "Decoupled
-Weight Decay Regularization", https://arxiv.org/abs/1711.05101).  A missed step is such a step with a zero gradient.  Two ways to
-make up the steps missed since each row's `last_step` [k] (int64):
+Everything here works on gathered rows [k, d] in float32 or float64, and knows nothing of tables,
+modules or optimizers. The one arithmetic, `adamw_step_`, is that of
+torch.optim.AdamW(foreach=False), operation for operation (Loshchilov and Hutter, "Decoupled Weight
+Decay Regularization", https://arxiv.org/abs/1711.05101). A missed step is such a step with a zero
+gradient. There are two ways to make up the steps missed since each row's `last_step` [k] (int64):
 
-- `GaussRules`: all at once, a constant number of operations (see gauss.py).
+- `GaussRules`: all at once, in a constant number of operations (see gauss.py).
 - `replay_`: one by one, bitwise what dense AdamW would have done.
 
-Every operation is one that rounds an element the same wherever it stands in a tensor, so a row has one value no matter which rows
-are gathered beside it.  (The vector body and the scalar tail of torch's fused kernel differ in the last bit of exp_avg_sq, so
-it is for rows of whole cache lines, which leave no tail.)
+Every operation is one that rounds an element in the same way at every place in a tensor. So a row
+has one value, no matter which other rows are gathered with it. (torch's fused kernel rounds
+exp_avg_sq otherwise in its scalar tail than in its vector body. So it is used only for rows of
+whole cache lines, which leave no tail.)
 """
 
 import math
@@ -21,16 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.optim.gauss import grow_rule, horizon, missed_atoms, nodes_needed
+from finetune.optim.lazy.gauss import grow_rule, horizon, missed_atoms, nodes_needed
+from finetune.optim.lazy.scratch import outlives_inference_mode
+from finetune.optim.lazy.state import RowState
 
 _LONGEST_HORIZON = 4096
 
 
 @dataclass
 class History:
-    """The steps applied since step `since`, when every row was up to date: what a missed step needs to know, as Python floats.
+    """The steps applied since step `since`, when every row was up to date, as Python floats.
 
-    `lr[i]` and `weight_decay[i]` belong to step since + 1 + i; `log_decay[i]` is the sum of log(1 - lr weight_decay) before it.
+    `lr[i]` and `weight_decay[i]` belong to step since + 1 + i. `log_decay[i]` is the sum of
+    log(1 - lr weight_decay) over the steps before it.
     """
 
     betas: tuple[float, float]
@@ -42,7 +47,7 @@ class History:
 
     @property
     def step(self) -> int:
-        """Steps applied so far, from the beginning of training."""
+        """The steps applied so far, from the beginning of training."""
         return self.since + len(self.lr)
 
     def record(self, lr: float, weight_decay: float) -> None:
@@ -66,15 +71,18 @@ def adamw_step_(
     work: Tensor | None = None,
     fused: bool = False,
 ) -> None:
-    """Apply AdamW's step number `step` (from 1) in place; `grad` may be a broadcast zero, `work` [k, d] is written over.
+    """Apply AdamW's step number `step` (from 1) in place.
 
-    `fused`: by torch's fused kernel, the same to rounding in one pass over the memory; `grad` is then contiguous, as all are.
+    All tensors are [k, d], but `grad` may be a broadcast zero. `work` is overwritten. `fused`: use
+    torch's fused kernel, which does the same to rounding in one pass over the memory. It needs
+    every tensor, also `grad`, to be contiguous.
     """
     beta1, beta2 = betas
     if fused:
+        number = torch.full((), float(step), device=param.device)
         torch._fused_adamw_(
-            [param], [grad], [exp_avg], [exp_avg_sq], [], [torch.full((), float(step), device=param.device)], amsgrad=False,
-            maximize=False, lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps,
+            [param], [grad], [exp_avg], [exp_avg_sq], [], [number], amsgrad=False, maximize=False,
+            lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps,
         )  # fmt: skip
         return
     if weight_decay != 0:
@@ -88,23 +96,16 @@ def adamw_step_(
 def replay_(
     param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, last_step: Tensor, history: History
 ) -> None:
-    """Bring rows up to history.step in place, step by step; the cost is that of every step missed."""
-    order = last_step.argsort(stable=True)
-    p, m, v = (
-        x[order] for x in (param, exp_avg, exp_avg_sq)
-    )  # at each step the rows behind it come first
+    """Bring rows [k, d] up to history.step in place, at the cost of every step missed."""
+    order = last_step.argsort(stable=True)  # so that the rows to be stepped come first
+    p, m, v = (x[order] for x in (param, exp_avg, exp_avg_sq))
     zero = param.new_zeros(())
     first = int(last_step.min()) + 1
     steps = torch.arange(first, history.step + 1, device=last_step.device)
+    options: dict[str, Any] = {"betas": history.betas, "eps": history.eps}
     for step, behind in zip(steps.tolist(), torch.searchsorted(last_step[order], steps).tolist()):
         i = step - 1 - history.since
-        lr, weight_decay = history.lr[i], history.weight_decay[i]
-        options: dict[str, Any] = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "betas": history.betas,
-            "eps": history.eps,
-        }
+        options |= {"lr": history.lr[i], "weight_decay": history.weight_decay[i]}
         adamw_step_(p[:behind], m[:behind], v[:behind], zero, step=step, **options)
     for x, replayed in zip((param, exp_avg, exp_avg_sq), (p, m, v)):
         x[order] = replayed
@@ -112,13 +113,13 @@ def replay_(
 
 @dataclass
 class RowCoefficients:
-    """Columns [k, 1] (masses and shifts [k, nodes]) with which rows [k, d] are brought up to date."""
+    """The numbers with which rows [k, d] are brought up to date."""
 
-    masses: Tensor
-    shifts: Tensor
-    decay: Tensor  # minus one
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    masses: Tensor  # [k, nodes]
+    shifts: Tensor  # [k, nodes]: eps / node
+    decay: Tensor  # [k, 1]: minus one
+    exp_avg: Tensor  # [k, 1]
+    exp_avg_sq: Tensor  # [k, 1]
 
     def catch_up_(
         self,
@@ -127,7 +128,10 @@ class RowCoefficients:
         exp_avg_sq: Tensor,
         work: Sequence[Tensor | None] = (None,) * 3,
     ) -> None:
-        """Bring parameters and moments [k, d] up to date in place; `work`, three such tensors, is written over."""
+        """Bring parameters and moments [k, d] up to date in place.
+
+        `work`, three such tensors, is overwritten.
+        """
         root = torch.sqrt(exp_avg_sq, out=work[0])
         nodes = zip(self.masses.split(1, dim=1), self.shifts.split(1, dim=1), strict=True)
         mass, shift = next(nodes)
@@ -142,11 +146,12 @@ class RowCoefficients:
 
 
 class GaussRules:
-    """The Gauss rules of every step a row may have been left at, on the device of the rows; row i for a row left at step since + i.
+    """The Gauss rules of every step at which a row may have been left, on the device of the rows.
 
-    The sum over a row's missed steps has an end, the horizon, after which only decay goes on.  So each step changes only the rules
-    of the last `length` steps, the window.  It is kept on the host in float64 and grown from the history alone: the device is not
-    asked which rows need what.
+    `masses[i]` and `shifts[i]` are for a row that was left at step since + i. After the horizon a
+    missed step adds only decay to a row's sum. So each step changes only the rules of the last
+    `length` steps, the window. The window is kept on the host in float64 and grown from the history
+    alone, so that the device is not asked which rows need what.
     """
 
     def __init__(self, history: History, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -162,13 +167,16 @@ class GaussRules:
 
     @staticmethod
     def supports(betas: tuple[float, float]) -> bool:
-        """Whether the sum over missed steps dies out soon enough: beta1 < sqrt(beta2), by a margin."""
+        """Return whether the sum over missed steps dies out soon enough.
+
+        It does if beta1 < sqrt(beta2), by a margin.
+        """
         return betas[0] == 0 or (
             betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON
         )
 
     def coefficients(self, last_step: Tensor, size: int) -> list[RowCoefficients]:
-        """Return what brings rows from `last_step` up to history.step, for `size` rows at a time."""
+        """Return what brings rows from `last_step` [k] up to history.step, for `size` at a time."""
         self.grow()
         if not len(last_step):
             return []
@@ -192,10 +200,10 @@ class GaussRules:
         ]
 
     def _widths(self, last_step: Tensor, size: int) -> list[int]:
-        """Return how many nodes each `size` rows need.  Only a CPU is asked (one waits for other devices): elsewhere all count."""
+        """Return how many nodes each `size` rows need; on a device that one must wait for, all."""
         if self.device.type != "cpu":
             return [self.most] * -(-len(last_step) // size)
-        # The longest missed row decides.  A row never stepped (step 0) has no drift and needs none.
+        # The longest missed row decides. A row never stepped (step 0) does not drift.
         window, steps = self._window_start(self.history.step), last_step.tolist()
         longest = [
             min(filter(None, steps[i : i + size]), default=window)
@@ -203,12 +211,10 @@ class GaussRules:
         ]
         return [self._nodes(min(step, window)) for step in longest]
 
-    @torch.inference_mode(
-        False
-    )  # an evaluation may be the first to ask, and its tensors could not be written to later
+    @outlives_inference_mode
     @torch.no_grad()
     def grow(self) -> None:
-        """Take the steps recorded since the last time into the rules."""
+        """Take the steps that were recorded since the last call into the rules."""
         history = self.history
         for step in range(self.known + 1, history.step + 1):
             i = step - history.since
@@ -231,7 +237,10 @@ class GaussRules:
             self.known = step
 
     def _window_start(self, step: int) -> int:
-        """Return the first step in the window that ends with rows left at step - 1; all the window has the nodes that it needs."""
+        """Return the first step in the window that ends with rows left at step - 1.
+
+        The whole window has as many nodes as that first step needs.
+        """
         return max(self.history.since, step - self.length)
 
     def _nodes(self, last_step: int) -> int:
@@ -245,10 +254,8 @@ class GaussRules:
             (self.shifts, self.history.eps / self.window_nodes, 1.0),
         ):
             source = torch.nn.functional.pad(window.to(table.dtype), pad, value=value)
-            if self.device.type == "cuda":
-                source = (
-                    source.pin_memory()
-                )  # a copy from pageable memory would wait for the device
+            if self.device.type == "cuda":  # a copy from pageable memory would wait for the device
+                source = source.pin_memory()
             table[index : index + len(source)].copy_(source, non_blocking=True)
 
     def _reserve(self, length: int) -> None:
@@ -258,20 +265,27 @@ class GaussRules:
             self.masses = torch.nn.functional.pad(self.masses, (0, 0, 0, pad))
             self.shifts = torch.nn.functional.pad(self.shifts, (0, 0, 0, pad), value=1.0)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what `load` needs beside the history."""
+    def add_to(self, state: RowState) -> RowState:
+        """Return `state`, which has the same history, together with what `load` needs."""
         self.grow()
         length = len(self.history.lr) + 1
-        window = {"window_masses": self.window_masses, "window_nodes": self.window_nodes}
-        return {"rule_masses": self.masses[:length], "rule_shifts": self.shifts[:length], **window}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state` made with the same history."""
-        length = len(state["rule_masses"])
-        self._reserve(length)
-        self.masses[:length], self.shifts[:length] = state["rule_masses"], state["rule_shifts"]
-        self.window_masses, self.window_nodes = (
-            state[key].cpu().double() for key in ("window_masses", "window_nodes")
+        return state._replace(
+            rule_masses=self.masses[:length],
+            rule_shifts=self.shifts[:length],
+            window_masses=self.window_masses,
+            window_nodes=self.window_nodes,
         )
+
+    def load(self, state: RowState) -> None:
+        """Take over the rules in a state with the same history; if it has none, they are grown."""
+        if state.rule_masses is None or state.rule_shifts is None:
+            return
+        assert state.window_masses is not None
+        assert state.window_nodes is not None
+        length = len(state.rule_masses)
+        self._reserve(length)
+        self.masses[:length], self.shifts[:length] = state.rule_masses, state.rule_shifts
+        self.window_masses = state.window_masses.cpu().double()
+        self.window_nodes = state.window_nodes.cpu().double()
         self.log_decay[:length] = torch.tensor(self.history.log_decay, dtype=torch.float64)
         self.known = self.history.step

@@ -1,7 +1,7 @@
-"""LazyAdamW: dense AdamW's result for embeddings whose rows cost something only when a batch uses them.  Floor 1.
+"""LazyAdamW: dense AdamW's result for embeddings whose rows cost time only when a batch uses them.
 
-AdamW: I. Loshchilov and F. Hutter, https://arxiv.org/abs/1711.05101.  The mathematics of the missed steps is in gauss.py and
-missed_steps.py, the state of a table in row_table.py, the lookup in lazy_embedding.py; this file is the torch.optim.Optimizer.
+AdamW: I. Loshchilov and F. Hutter, https://arxiv.org/abs/1711.05101. This file is the
+torch.optim.Optimizer; the package's docstring says where the rest is.
 """
 
 import contextlib
@@ -14,55 +14,65 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from finetune.errors import UserError
-from finetune.optim.lazy_checks import (
+from finetune.optim.lazy.eligible import (
     check_embedding,
+    check_group,
     check_missed_steps,
     check_mode,
-    check_options,
     floats,
 )
-from finetune.optim.lazy_embedding import RowLookup, make_lazy, make_plain
-from finetune.optim.row_table import RowTable
-from finetune.optim.saved_rows import check_witness, restore, saved_state
+from finetune.optim.lazy.embedding import RowLookup, make_lazy, make_plain
+from finetune.optim.lazy.saved import check_witness, restore_table, saved_state
+from finetune.optim.lazy.state import RowState, Showing
+from finetune.optim.lazy.table import RowTable
 
 
 class LazyAdamW(Optimizer):
     r"""AdamW over dense parameters and, row by row, over the tables of registered embeddings.
 
-    Dense AdamW moves every row of an embedding at every step: a row that the batch did not use still decays, and drifts on by its
-    momentum. LazyAdamW steps only the rows in the gradient, and makes up what the others missed when they are next looked at:
+    Dense AdamW moves every row of an embedding at every step. A row that the batch did not use
+    still decays, and its momentum still moves it. LazyAdamW steps only the rows in the gradient,
+    and makes up what the others missed when they are next read:
 
-    - ``missed_steps="exact"``: as dense AdamW, to rounding, at a constant cost for any number of missed steps.  The reference is
-      AdamW in float64: float32 rows stay as near to it as dense float32 AdamW does.
-    - ``missed_steps="replay"``: one by one.  Bitwise ``torch.optim.AdamW(foreach=False)`` in float32 and float64, and slow.
-    - ``missed_steps="skip"``: never.  Unused rows are frozen: no drift, no decay.  These are the semantics of TensorFlow's
-      LazyAdam and torch's SparseAdam, and **train another model than AdamW does**.
+    - ``missed_steps="exact"``: as dense AdamW to rounding, at a constant cost for any number of
+      missed steps. The reference is AdamW in float64; float32 rows stay as near to it as dense
+      float32 AdamW does.
+    - ``missed_steps="replay"``: one by one. Bitwise ``torch.optim.AdamW(foreach=False)`` in float32
+      and float64, and slow.
+    - ``missed_steps="skip"``: never. Unused rows are frozen: no drift, no decay. TensorFlow's
+      LazyAdam and torch's SparseAdam do this. It **trains another model than AdamW does**.
 
-    Looking rows up is pure: the module's forward returns rows as they are now and stores nothing, so evaluating or saving changes
-    not one bit of the run. Only ``step`` writes. ``model.state_dict()``, hence saving and exporting, shows the rows as they are
-    now. Code that reads ``embedding.weight`` itself (weight averaging, resizing, tying) does so inside ``with
-    optimizer.flushed():`` or after ``optimizer.flush()``. For a checkpoint that resumes bit by bit take both state dicts inside
-    ``with optimizer.deferred():``.
+    Reading rows is pure: the module's forward returns rows as of now and stores nothing. So
+    evaluating or saving changes not one bit of the run; only ``step`` writes.
+    ``model.state_dict()``, and therefore saving and exporting, shows rows as of now. Code that
+    reads ``embedding.weight`` itself (weight averaging, resizing, tying) must do so inside
+    ``with optimizer.flushed():`` or after ``optimizer.flush()``. For a checkpoint that resumes bit
+    by bit, take both state dicts inside ``with optimizer.deferred():``.
 
-    A table whose ``grad`` is None misses nothing: as in torch the parameter is not stepped and its clock stands. A gradient
-    without entries is a step. A dense gradient at a registered table is an error: it comes from code that read rows not up to
-    date. Changing lr or weight_decay between steps costs nothing; changing betas or eps flushes the table first. An embedding
-    that is resized is a new table: flush, resize, and build a new optimizer.
+    A table whose ``grad`` is None misses nothing: as in torch, the parameter is not stepped and its
+    step count does not grow. A gradient without entries is a step. A dense gradient at a registered
+    table is an error: it comes from code that read rows that were not up to date. Changing lr or
+    weight_decay between steps costs nothing; changing betas or eps flushes the table first. A
+    resized embedding is a new table: flush, resize, and build a new optimizer.
 
-    float32 and float64 weights; bfloat16 and float16 weights of registered tables keep float32 master rows (dense parameters
-    follow torch.optim.AdamW, state in the parameter's dtype). On CUDA the step waits for the device only to coalesce a gradient
-    that is not yet coalesced and when a table may have to grow; a tensor ``lr`` is read on the host; ``replay`` and the lookup's
+    Weights may be float32 or float64. Registered tables in bfloat16 or float16 keep float32 master
+    rows. (Dense parameters follow torch.optim.AdamW: their state has the parameter's dtype.) On
+    CUDA the step waits for the device only to coalesce a gradient that is not coalesced, and when a
+    table may have to grow. A tensor ``lr`` is read on the host. ``replay`` and the lookup's
     ``unique`` wait too.
 
     Args:
-        params: parameters or parameter groups, as for torch's optimizers.  A group may have its own ``embeddings``.
-        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.  lr * weight_decay must be below 1 at every step.
-        embeddings: nn.Embedding modules, their weights among ``params`` and used by no other module.
+        params: parameters or parameter groups, as for torch's optimizers. A group may have its own
+            ``embeddings``.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW. lr * weight_decay must be
+            below 1 at every step.
+        embeddings: nn.Embedding modules whose weights are among ``params`` and used by no other
+            module.
         missed_steps: "exact", "replay" or "skip".
 
     Raises:
-        UserError: an option is out of its range, or an embedding cannot be stepped lazily (max_norm, scale_grad_by_freq, frozen,
-            complex, not among the parameters).
+        UserError: an option is out of its range, or an embedding cannot be stepped lazily
+            (max_norm, scale_grad_by_freq, frozen, complex, not among the parameters).
     """
 
     def __init__(
@@ -107,22 +117,31 @@ class LazyAdamW(Optimizer):
             {key: value for key, value in param_group.items() if key != "embeddings"}
         )
         group = self.param_groups[-1]
-        check_options(group)
+        check_group(group)
         if any(param.is_complex() for param in group["params"]):
             raise UserError(
-                "LazyAdamW does not take complex parameters; use torch.optim.AdamW for them"
+                "LazyAdamW does not take complex parameters. Use torch.optim.AdamW for them"
             )
         for module in embeddings:
             self._register(module)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply one step; returns what `closure`, which computes the loss and the gradients anew, returns."""
+        """Apply one step and return the loss that `closure` returns, if it is given.
+
+        `closure` computes the loss and the gradients anew. Raises UserError if a table cannot be
+        stepped.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         tables = self._check_tables()
+        if any(
+            table.showing is Showing.FLUSHED and weight.grad is not None
+            for weight, table in tables.items()
+        ):
+            raise UserError("no step can be taken inside `optimizer.flushed()`. Take it outside")
         for group in self.param_groups:
             dense = []
             for param in group["params"]:
@@ -146,7 +165,10 @@ class LazyAdamW(Optimizer):
         self.state[weight] = table.live_state()
 
     def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """torch's own AdamW: the fused kernel, or in "replay" the loop whose operations the rows are stepped with."""
+        """Apply torch's own AdamW.
+
+        In "replay" it is the loop whose operations step the rows, else the fused kernel.
+        """
         for param in params:
             if not self.state[param]:
                 self.state[param] = {
@@ -154,79 +176,61 @@ class LazyAdamW(Optimizer):
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }
-        # The fused kernel walks over memory as it lies, so parameter and gradient must lie alike; torch does not check.
-        fused = self.missed_steps != "replay"
-        alike = [
-            fused and param.is_contiguous() and param.grad.is_contiguous()
-            for param in params
-            if param.grad is not None
-        ]
-        _adamw(
-            self.state,
-            [param for param, is_alike in zip(params, alike) if is_alike],
-            group,
-            fused=True,
-        )
-        _adamw(
-            self.state,
-            [param for param, is_alike in zip(params, alike) if not is_alike],
-            group,
-            fused=False,
-        )
+        # The fused kernel walks over memory as it lies, and torch does not check strides. So a
+        # parameter and its gradient must both be contiguous.
+        alike: list[Tensor] = []
+        others: list[Tensor] = []
+        for param in params:
+            contiguous = (
+                param.is_contiguous() and param.grad is not None and param.grad.is_contiguous()
+            )
+            (alike if contiguous and self.missed_steps != "replay" else others).append(param)
+        _adamw(self.state, alike, group, fused=True)
+        _adamw(self.state, others, group, fused=False)
 
-    # Rows as they are now
+    # Rows as of now
 
     @torch.no_grad()
     def flush(self) -> None:
         """Store in every registered table what dense AdamW would have there now.
 
-        For good: what follows may differ in the last bits from a run that was not flushed.  To look without a trace use `flushed`.
+        What follows may differ in the last bits from a run that was not flushed. `flushed` leaves
+        no such trace.
         """
         for weight, table in self._check_tables().items():
             table.flush(weight)
 
     @contextlib.contextmanager
     def flushed(self) -> Iterator[None]:
-        """Inside, `embedding.weight` of every registered table is what dense AdamW would have; afterwards every bit is as before.
+        """Inside, `embedding.weight` of every registered table is what dense AdamW would have.
 
-        For code that reads weights itself.  What is written to the tables inside is lost, and `step` must not be called.
+        Afterwards every bit is as before. It is for code that reads weights itself. What is written
+        to the tables inside is lost. Inside, `step` and `load_state_dict` raise UserError.
         """
-        tables = {
-            weight: table
-            for weight, table in self._check_tables().items()
-            if not table.read_as_stored
-        }
-        stored = [weight.detach().clone() for weight in tables]
-        with torch.no_grad():
-            for weight, table in tables.items():
-                weight.copy_(table.dense(weight))
-                table.read_as_stored = True
-        try:
+        with contextlib.ExitStack() as stack:
+            for weight, table in self._check_tables().items():
+                stack.enter_context(table.flushed(weight))
             yield
-        finally:
-            with torch.no_grad():
-                for (weight, table), rows in zip(tables.items(), stored):
-                    weight.copy_(rows)
-                    table.read_as_stored = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, the state dicts of model and optimizer show, and load, rows as they are stored, left at their last steps.
+        """Inside, the state dicts of model and optimizer show, and load, rows as they are stored.
 
-        Such a pair resumes bit by bit as if the run had not stopped.  Outside, the pair shows every row brought up to now: it goes
-        on along the same trajectory, to rounding.  A model from inside with an optimizer from outside, or the reverse, is refused.
+        Stored rows are left at their own last steps, and such a pair resumes bit by bit as if the
+        run had not stopped. Outside, the pair shows every row brought up to now, and it goes on
+        along the same trajectory to rounding. A model from inside with an optimizer from outside,
+        or the reverse, is refused with UserError. So is the use of `deferred` inside `flushed`.
         """
-        tables = [table for _, table in self._tables]
-        for table in tables:
-            table.show_stored = True
-        try:
+        with contextlib.ExitStack() as stack:
+            for _, table in self._tables:
+                stack.enter_context(table.deferred())
             yield
-        finally:
-            for table in tables:
-                table.show_stored = False
 
     def release(self) -> None:
-        """Flush and turn the registered embeddings back into what they were.  This optimizer steps them no more."""
+        """Flush, and turn the registered embeddings back into what they were.
+
+        This optimizer does not step them any more.
+        """
         self.flush()
         for module, _ in self._tables:
             make_plain(module)
@@ -239,22 +243,29 @@ class LazyAdamW(Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, as torch does; of a registered table: `step`, and `exp_avg`, `exp_avg_sq` of its touched `rows`."""
+        """Return the state as torch does; that of a registered table is a `RowState` as a dict."""
         packed = super().state_dict()
         for index, weight, table in self._table_entries():
             if table.step_count:
-                packed["state"][index] = saved_state(table, weight)
+                packed["state"][index] = saved_state(table, weight).as_dict()
         return packed
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.  Tables keep their integers and float32 moments whatever the parameter's dtype."""
+        """Load what `state_dict` returned.
+
+        Tables keep their integers and float32 moments, also if the parameter's dtype is another.
+        Raises UserError for the state of another optimizer, and inside `flushed`.
+        """
         entries = list(self._table_entries())
+        if any(table.showing is Showing.FLUSHED for _, _, table in entries):
+            raise UserError("no state can be loaded inside `optimizer.flushed()`. Load it outside")
         own = {index: state_dict["state"].get(index) for index, _, _ in entries}
         for state in own.values():
             if state is not None and "last_step" not in state:
                 raise UserError(
-                    "this is not the state of a LazyAdamW; for one of AdamW use finetune.optim.convert.from_adamw_state"
+                    "this is not the state of a LazyAdamW. To load the state of an AdamW, use "
+                    "finetune.optim.from_adamw_state"
                 )
         dense = {index: state for index, state in state_dict["state"].items() if index not in own}
         super().load_state_dict({**state_dict, "state": dense})
@@ -262,11 +273,11 @@ class LazyAdamW(Optimizer):
         for index, weight, table in entries:
             self.state.pop(weight, None)
             if (state := own[index]) is not None:
-                restore(table, weight, state)
+                restore_table(table, weight, RowState.from_dict(state))
                 self.state[weight] = table.live_state()
             else:
                 table.flush(weight)
-                table.clear(floats(groups[weight]["betas"]), groups[weight]["eps"])
+                table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
 
     # Embeddings
 
@@ -295,29 +306,34 @@ class LazyAdamW(Optimizer):
         self._tables.append((module, table))
 
     def _check_tables(self) -> dict[Tensor, RowTable]:
-        """Return the tables by weight, after making sure that modules, parameters and gradients are still what was registered."""
+        """Return the tables by weight.
+
+        Raises UserError if modules, parameters or gradients are not those that were registered.
+        """
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for module, table in self._tables:
             if getattr(module, "row_table", None) is not table:
                 raise UserError(
-                    "a registered embedding was released or given to another optimizer; build a new optimizer"
+                    "a registered embedding was released or given to another optimizer. Build a "
+                    "new optimizer"
                 )
             if module.weight not in groups:
                 raise UserError(
-                    "the weight of a registered embedding is no longer among the optimizer's parameters (resizing or sharding the "
-                    "model replaced it); build the optimizer afterwards, and keep registered embeddings out of FSDP"
+                    "the weight of a registered embedding is no longer among the optimizer's "
+                    "parameters: resizing or sharding the model replaced it. Build the optimizer "
+                    "afterwards, and keep registered embeddings out of FSDP"
                 )
             group, grad = groups[module.weight], module.weight.grad
-            if table.read_as_stored and grad is not None:
-                raise UserError("no step can be taken inside `optimizer.flushed()`")
             if grad is not None and not grad.is_sparse:
                 raise UserError(
-                    "a registered embedding got a dense gradient: other code reads its weight, where rows may not be up to date "
-                    "(a tied output head, a penalty on the weights); leave it out of `embeddings`"
+                    "a registered embedding got a dense gradient: other code reads its weight, in "
+                    "which rows may not be up to date (a tied output head, a penalty on the "
+                    "weights). Leave it out of `embeddings`"
                 )
             if float(group["lr"]) * group["weight_decay"] >= 1:
                 raise UserError(
-                    f"lr * weight_decay must be below 1, not {float(group['lr'])} * {group['weight_decay']}"
+                    f"lr * weight_decay must be below 1, not {float(group['lr'])} * "
+                    f"{group['weight_decay']}"
                 )
             check_missed_steps(self.missed_steps, floats(group["betas"]), group["eps"])
         tables = {module.weight: table for module, table in self._tables}
@@ -326,7 +342,8 @@ class LazyAdamW(Optimizer):
             for param in groups
         ):
             raise UserError(
-                "a parameter that is not a registered embedding got a sparse gradient; name its module in `embeddings`"
+                "a parameter that is not a registered embedding got a sparse gradient. Name its "
+                "module in `embeddings`"
             )
         return tables
 

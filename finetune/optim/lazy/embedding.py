@@ -1,9 +1,10 @@
-"""An nn.Embedding whose rows are stepped lazily: it looks rows up as dense AdamW would have them now.  Floor 1.
+"""An nn.Embedding whose rows are stepped lazily: its lookup gives them as dense AdamW would.
 
-Registering an embedding with `LazyAdamW` changes the class of that one module object, in place, to one with `RowLookup` between it
-and nn.Embedding: parameters, names and the module's identity stay, a subclass whose forward calls `super().forward(ids)` (Gemma's
-scaled embedding) works unchanged, and the module can be deep-copied, pickled and saved as before.  `weight` itself holds rows as
-they were last stepped: whoever reads it directly does so inside `LazyAdamW.flushed()`.
+Registering an embedding with `LazyAdamW` changes the class of that one module, in place, to one
+with `RowLookup` between it and nn.Embedding. Parameters, names and the module's identity stay. A
+subclass whose forward calls `super().forward(ids)` (Gemma's scaled embedding) works unchanged. The
+module can be deep-copied, pickled and saved as before. `weight` itself holds rows as they were last
+stepped, so code that reads it directly must do so inside `LazyAdamW.flushed()`.
 """
 
 from typing import Any
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.compute.subclass import derived_class
-from finetune.optim.row_table import RowTable
-from finetune.optim.saved_rows import check_witness, weight_was_loaded
+from finetune.optim.lazy.saved import check_witness, weight_was_loaded
+from finetune.optim.lazy.state import Showing
+from finetune.optim.lazy.table import RowTable
 
 
 class _Rows(torch.autograd.Function):
-    """The lookup of distinct `rows` [u] in `weight`, whose value is `current` [u, d]; the gradient goes to the rows."""
+    """The lookup of distinct `rows` [u] in `weight`, whose values are `current` [u, d].
+
+    The gradient of the weight is row-sparse.
+    """
 
     @staticmethod
     def forward(
@@ -47,12 +52,14 @@ class _Rows(torch.autograd.Function):
         sparse = torch.sparse_coo_tensor(
             rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False
         )
-        ctx.kept = sparse  # autograd copies what somebody else holds; the rest it takes over without the mark that it is coalesced
+        # Autograd copies a gradient that somebody else holds too. Of any other it takes over the
+        # contents, without the mark that it is coalesced.
+        ctx.kept = sparse
         return sparse, None, None, None, None
 
 
 class RowLookup(nn.Embedding):
-    """The lookup that sits below a registered embedding's own class.  See the module's docstring."""
+    """The lookup below a registered embedding's own class; see the module's docstring."""
 
     row_table: RowTable
     was_sparse: bool
@@ -61,7 +68,7 @@ class RowLookup(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         table, weight = self.row_table, self.weight
         check_witness(table, weight)
-        if table.is_current or table.read_as_stored:
+        if table.weight_is_current:
             return F.embedding(input, weight, self.padding_idx, sparse=True)
         rows, inverse = torch.unique(input, return_inverse=True)
         keep = torch.is_grad_enabled()
@@ -75,7 +82,7 @@ class RowLookup(nn.Embedding):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table = self.row_table
         check_witness(table, self.weight)
-        if not (table.is_current or table.read_as_stored or table.show_stored):
+        if not (table.weight_is_current or table.showing is Showing.DEFERRED):
             destination[prefix + "weight"] = table.dense(self.weight.detach())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -94,7 +101,7 @@ def make_lazy(module: nn.Embedding, table: RowTable) -> None:
     """Make `module` look its rows up through `table` and give row-sparse gradients."""
     lazy: Any = module
     lazy.was_sparse, lazy.row_table, lazy.sparse = module.sparse, table, True
-    cls = type(module)
+    cls: Any = type(module)
     bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
     lazy.__class__ = derived_class(f"Lazy{cls.__name__}", bases, original_class=cls)
 
