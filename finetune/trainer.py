@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from finetune.checkpoint import CheckpointStore, is_complete, load
-from finetune.data.loader import StepBatch, TrainingBatches
-from finetune.data.stream import StreamingBatches
+from finetune.data.batches.dataset import StepBatch, TrainingBatches
+from finetune.data.batches.stream import StreamingBatches
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, options_of

@@ -197,10 +197,10 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     rows of inactive ones moved."""
     import torch
 
+    from finetune.data.batches.dataset import EvaluationBatches
     from finetune.data.encode import encode
-    from finetune.data.loader import EvaluationBatches
+    from finetune.data.formats.text import TextFormat
     from finetune.data.sources import Source, load_rows
-    from finetune.data.text import TextFormat
     from finetune.data.types import Prompt
     from finetune.evaluation import evaluate_generation, evaluate_loss
     from finetune.models.language_model import LanguageModel

@@ -26,7 +26,6 @@ FLOORS = {  # the longest matching prefix counts
     "comparison": 1,
     "models": 2,
     "data.sources": 2,
-    "data.loader": 2,
     "checkpoint": 2,
     "tracking": 2,
     "display": 2,

@@ -10,7 +10,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from finetune.data.encode import EncodedDataset
-from finetune.data.rendering import Tokenizer
+from finetune.data.formats.rendering import Tokenizer
 from finetune.data.types import IGNORE_INDEX, Example
 
 _WORD_EXAMPLES = 1000  # examples read for tokens per word

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from finetune.conversation import Conversation
-from finetune.data.rendering import ChatTemplate
+from finetune.data.formats.rendering import ChatTemplate
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.generation import generate

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
-from finetune.data.detect import build_format
 from finetune.data.encode import EncodedDataset, encode
+from finetune.data.formats.detect import build_format
+from finetune.data.formats.text import TextFormat
 from finetune.data.sources import Rows, RowStream, Source, load_rows, split_held_out, stream_rows
-from finetune.data.text import TextFormat
 from finetune.data.types import Format, Prompt, Row
 from finetune.display import Display
 from finetune.errors import UserError

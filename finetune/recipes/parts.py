@@ -15,10 +15,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
+from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
+from finetune.data.batches.stream import StreamingBatches
 from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
-from finetune.data.loader import EvaluationBatches, TrainingBatches
 from finetune.data.sources import Rows
-from finetune.data.stream import StreamingBatches
 from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError, did_you_mean

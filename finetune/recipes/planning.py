@@ -14,8 +14,8 @@ from rich.console import Console
 
 from finetune.config import RunConfig
 from finetune.config.schema import DataSection
+from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.encode import EncodedDataset
-from finetune.data.loader import TrainingBatches
 from finetune.data.statistics import coverage
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display

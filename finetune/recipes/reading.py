@@ -14,8 +14,8 @@ import torch
 from finetune.config import RunConfig, load_config
 from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
+from finetune.data.batches.dataset import EvaluationBatches
 from finetune.data.encode import EncodedDataset
-from finetune.data.loader import EvaluationBatches
 from finetune.data.sources import Rows
 from finetune.data.types import Format
 from finetune.display import Display, differences

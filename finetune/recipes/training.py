@@ -18,8 +18,8 @@ from accelerate.utils import gather_object
 
 from finetune.checkpoint import CheckpointStore, find_checkpoint, step_of
 from finetune.config import RunConfig, dump_config
-from finetune.data.stream import StreamingBatches
-from finetune.data.translation import TranslationFormat
+from finetune.data.batches.stream import StreamingBatches
+from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.divergence import DivergenceGuard
 from finetune.errors import UserError

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.detect import build_format
-from finetune.data.files import read_lines
-from finetune.data.translation import TranslationFormat
+from finetune.data.formats.detect import build_format
+from finetune.data.formats.translation import TranslationFormat
+from finetune.data.sources.files import read_lines
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.recipes.answering import stdin_lines

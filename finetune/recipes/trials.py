@@ -15,7 +15,7 @@ import torch
 from finetune.comparison.frequency import BINS, add_up, bins_of
 from finetune.comparison.runs import Phase, Result, Run, read_run, updates_path, write_result
 from finetune.config import RunConfig
-from finetune.data.loader import TrainingBatches
+from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.sources import load_rows
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data.chat import ChatFormat
-from finetune.data.detect import build_format
+from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.detect import build_format
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
 

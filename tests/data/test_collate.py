@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.collate import collate
+from finetune.data.batches.collate import collate
 from finetune.data.types import IGNORE_INDEX, Example
 
 

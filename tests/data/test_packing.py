@@ -7,7 +7,7 @@ from itertools import permutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import pack
+from finetune.data.batches.packing import pack
 
 LENGTHS = st.integers(1, 64).flatmap(
     lambda limit: st.tuples(st.lists(st.integers(1, limit), max_size=60), st.just(limit))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.sources import Rows, Source, load_rows, split_held_out, stream_rows
-from finetune.data.sources.rows import _interleave
+from finetune.data.sources.records import _interleave
 from finetune.errors import UserError
 
 PAIRS = [{"en": f"Sentence {i}", "fr": f"Phrase {i}"} for i in range(7)]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.detect import build_format
+from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
 from finetune.data.encode import EncodedDataset, encode
-from finetune.data.loader import EvaluationBatches, TrainingBatches
+from finetune.data.formats.detect import build_format
 from finetune.data.sources import Source, load_rows
 from finetune.data.statistics import histogram, pieces, report_on
 from finetune.data.types import IGNORE_INDEX, Example

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.data.batches.steps import StepBatch
+from finetune.data.batches.stream import StreamingBatches
 from finetune.data.encode import RowEncoder
+from finetune.data.formats.text import TextFormat
 from finetune.data.sources import Source, stream_rows
-from finetune.data.steps import StepBatch
-from finetune.data.stream import StreamingBatches
-from finetune.data.text import TextFormat
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 

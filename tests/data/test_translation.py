@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data.detect import build_format
-from finetune.data.languages import is_language, language_name
+from finetune.data.formats.detect import build_format
+from finetune.data.formats.languages import is_language, language_name
 from finetune.data.types import IGNORE_INDEX, Row
 from finetune.errors import UserError
 

@@ -4,6 +4,6 @@ Floor 2: the door to `datasets`.
 """
 
 from finetune.data.sources.opening import Source
-from finetune.data.sources.rows import Rows, RowStream, load_rows, split_held_out, stream_rows
+from finetune.data.sources.records import Rows, RowStream, load_rows, split_held_out, stream_rows
 
 __all__ = ["RowStream", "Rows", "Source", "load_rows", "split_held_out", "stream_rows"]

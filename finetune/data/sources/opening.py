@@ -16,8 +16,15 @@ from datasets.table import CastError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from finetune.data.files import KINDS, check_json, kind_of, local_files, read_lines, table_options
-from finetune.data.languages import is_language
+from finetune.data.formats.languages import is_language
+from finetune.data.sources.files import (
+    KINDS,
+    check_json,
+    kind_of,
+    local_files,
+    read_lines,
+    table_options,
+)
 from finetune.errors import UserError
 
 _HUB_TIMEOUT = 5.0  # seconds until the hub counts as out of reach
@@ -36,7 +43,7 @@ class Source:
     max_rows: int | None = None
 
     def files(self) -> list[Path]:
-        """Those of `path` on this machine; see `finetune.data.files.local_files`."""
+        """Those of `path` on this machine; see `finetune.data.sources.files.local_files`."""
         return local_files(self.path, is_text=self.target_path is not None)
 
     def __str__(self) -> str:

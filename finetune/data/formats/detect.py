@@ -5,12 +5,12 @@ Floor 1.
 
 from collections.abc import Mapping, Sequence
 
-from finetune.data.chat import SHAPES as CHAT_SHAPES
-from finetune.data.chat import ChatFormat
-from finetune.data.languages import is_language
-from finetune.data.rendering import Tokenizer
-from finetune.data.text import TextFormat
-from finetune.data.translation import TranslationFormat
+from finetune.data.formats.chat import SHAPES as CHAT_SHAPES
+from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.languages import is_language
+from finetune.data.formats.rendering import Tokenizer
+from finetune.data.formats.text import TextFormat
+from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import Format, Row
 from finetune.errors import UserError, did_you_mean
 

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
-from finetune.data.collate import collate
+from finetune.data.batches.collate import collate
+from finetune.data.batches.packing import pack
+from finetune.data.batches.steps import StepBatch, group_by_length, share
 from finetune.data.encode import RowEncoder, require_targets
-from finetune.data.packing import pack
-from finetune.data.steps import StepBatch, group_by_length, share
 from finetune.data.types import Example, Row
 from finetune.errors import UserError
 

@@ -7,10 +7,10 @@ Floor 2. No workers and no look-ahead: a batch costs well under a millisecond to
 from collections.abc import Iterator
 from typing import Any
 
-from finetune.data.collate import collate
+from finetune.data.batches.collate import collate
+from finetune.data.batches.packing import pack
+from finetune.data.batches.steps import Rows, StepBatch, plan_epoch, share
 from finetune.data.encode import EncodedDataset
-from finetune.data.packing import pack
-from finetune.data.steps import Rows, StepBatch, plan_epoch, share
 from finetune.data.types import Batch
 from finetune.errors import UserError
 
@@ -18,7 +18,7 @@ __all__ = ["EvaluationBatches", "StepBatch", "TrainingBatches"]
 
 
 class TrainingBatches:
-    """The optimizer steps of each epoch for one process; see `finetune.data.steps` for how they are planned.
+    """The optimizer steps of each epoch for one process; see `finetune.data.batches.steps` for how they are planned.
 
     `batch_size`: rows per optimizer step over all processes; `micro_batch_size`: rows per forward.
     """

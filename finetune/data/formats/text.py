@@ -5,8 +5,8 @@ Floor 1.
 
 from collections.abc import Mapping
 
-from finetune.data.columns import text_column
-from finetune.data.rendering import PlainText, Tokenizer
+from finetune.data.formats.columns import text_column
+from finetune.data.formats.rendering import PlainText, Tokenizer
 from finetune.data.types import Example, Prompt, Row
 
 

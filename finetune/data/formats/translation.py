@@ -9,9 +9,9 @@ the pair is plain text: "English: ...", a line break, "French: ..." and EOS.
 import string
 from collections.abc import Mapping
 
-from finetune.data.columns import column
-from finetune.data.languages import language_name
-from finetune.data.rendering import ChatTemplate, Message, PlainText, Tokenizer
+from finetune.data.formats.columns import column
+from finetune.data.formats.languages import language_name
+from finetune.data.formats.rendering import ChatTemplate, Message, PlainText, Tokenizer
 from finetune.data.types import Example, Prompt, Row
 from finetune.errors import UserError
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.data.packing import pack
+from finetune.data.batches.packing import pack
 from finetune.data.types import Batch
 
 Rows = list[list[int]]

@@ -10,8 +10,8 @@ Floor 1. Accepted shapes:
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from finetune.data.columns import column, text_column
-from finetune.data.rendering import ChatTemplate, Message, Tokenizer
+from finetune.data.formats.columns import column, text_column
+from finetune.data.formats.rendering import ChatTemplate, Message, Tokenizer
 from finetune.data.types import Example, Prompt, Row
 from finetune.errors import UserError
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
+from finetune.data.batches.steps import StepBatch, group_by_length, share
 from finetune.data.encode import EncodedDataset
-from finetune.data.loader import EvaluationBatches, TrainingBatches
-from finetune.data.steps import StepBatch, group_by_length, share
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 from finetune.errors import UserError
 
