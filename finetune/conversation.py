@@ -6,7 +6,8 @@ Floor 3. Knows no terminal: a command line or a server prints what it yields.
 from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
-from finetune.data.formats.rendering import ChatTemplate, Message, Tokenizer
+from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
 from finetune.generation import SamplingSettings, context_length, stream
 

@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict, Unpack
 
 import torch
 
-from finetune.data.formats.rendering import Tokenizer
+from finetune.data.types import Tokenizer
 from finetune.errors import UserError
 from finetune.models.language_model import evaluating
 from finetune.sampling import next_tokens, penalise_repetition

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from finetune.checkpoint import CheckpointStore, is_complete, load
-from finetune.data.batches.dataset import StepBatch, TrainingBatches
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
 from finetune.divergence import Diverged, DivergenceGuard
 from finetune.errors import UserError

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
-from finetune.data.formats.rendering import Tokenizer
+from finetune.data.types import Tokenizer
 from finetune.errors import UserError
 from finetune.generation import SamplingSettings, generate
 

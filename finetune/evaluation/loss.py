@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from finetune.data.formats.rendering import Tokenizer
-from finetune.data.types import IGNORE_INDEX, Batch
+from finetune.data.types import IGNORE_INDEX, Batch, Tokenizer
 from finetune.errors import UserError
 from finetune.metrics import bits_per_byte, perplexity
 from finetune.models.language_model import evaluating

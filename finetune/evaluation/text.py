@@ -8,8 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
-from finetune.data.formats.rendering import Tokenizer
-from finetune.data.types import Prompt
+from finetune.data.types import Prompt, Tokenizer
 from finetune.generation import SamplingSettings, generate
 from finetune.metrics import text_metrics
 

@@ -12,7 +12,7 @@ import torch
 
 from finetune.checkpoint import find_checkpoint, load, step_of
 from finetune.config import RunConfig, dump_config, load_config
-from finetune.data.sources import Rows
+from finetune.data.sources import Records
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.card import license_of, model_card
@@ -121,7 +121,7 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
     raw = load_raw_data(config.data, seed=config.seed) if config.model.name is None else None
     tokenizer = make_tokenizer(config.model, () if raw is None else raw.texts())
     set_template(tokenizer, config.model.chat_template)
-    if raw is not None and isinstance(raw.train, Rows):  # from other data comes another tokenizer
+    if raw is not None and isinstance(raw.train, Records):  # other data makes another tokenizer
         encoded = encode_rows(
             raw.train,
             make_format(config.data, tokenizer, raw.first_row),

@@ -16,9 +16,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
+from finetune.data.batches.steps import BatchShape
 from finetune.data.batches.stream import StreamingBatches
-from finetune.data.encode import DataStatistics, EncodedDataset, RowEncoder
-from finetune.data.sources import Rows
+from finetune.data.encode import DataStatistics, EncodedDataset, RecordEncoder
+from finetune.data.sources import Records
 from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError, did_you_mean
@@ -219,24 +220,24 @@ def _make_batches(
 ) -> tuple[TrainingBatches | StreamingBatches, DataStatistics, EncodedDataset]:
     """The batches, the counts that go with them, and the data itself, or the first rows of a stream."""
     data = config.data
-    cut: dict[str, Any] = {
-        "packing": data.packing,
-        "batch_size": config.training.batch_size,
-        "micro_batch_size": config.training.micro_batch_size,
-        "pad_id": pad_id(tokenizer),
-        "seed": config.seed,
-        "rank": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-    }
-    if isinstance(raw.train, Rows):
+    shape = BatchShape(
+        packing=data.packing,
+        batch_size=config.training.batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        pad_id=pad_id(tokenizer),
+        seed=config.seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    if isinstance(raw.train, Records):
         train = encode_rows(raw.train, format, data, vocab_size=vocab_size, display=display)
-        return TrainingBatches(train, max_length=data.max_length, **cut), train.statistics, train
+        return TrainingBatches(train, shape, max_length=data.max_length), train.statistics, train
     if config.training.max_steps is None:
         raise UserError("a stream has no known length: set training.max_steps")
-    encoder = RowEncoder(
+    encoder = RecordEncoder(
         format, max_length=data.max_length, overlong=data.overlong, vocab_size=vocab_size
     )
-    stream = StreamingBatches(raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut)
+    stream = StreamingBatches(raw.train, encoder, shape, shuffle_buffer=data.shuffle_buffer)
     return (
         stream,
         encoder.statistics,
@@ -248,7 +249,7 @@ def say_counts(
     display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig
 ) -> None:
     """How much data there is, and what was cut or left out."""
-    if counts.rows:
+    if counts.records:
         share = counts.target_tokens / max(1, counts.tokens)
         display.say(
             f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets"

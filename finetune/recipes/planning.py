@@ -15,6 +15,7 @@ from rich.console import Console
 from finetune.config import RunConfig
 from finetune.config.schema import DataSection
 from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import BatchShape
 from finetune.data.encode import EncodedDataset
 from finetune.data.statistics import coverage
 from finetune.data.types import IGNORE_INDEX
@@ -247,17 +248,14 @@ class Planner:
     def _work(self, config: RunConfig) -> Work:
         train, held_out = self._encode(config.data)
         self.corpora = [train, *([held_out] if held_out is not None else [])]
-        batches = TrainingBatches(
-            train,
-            max_length=config.data.max_length,
+        shape = BatchShape(
             packing=config.data.packing,
             batch_size=config.training.batch_size,
             micro_batch_size=config.training.micro_batch_size,
             pad_id=pad_id(self.tokenizer),
             seed=config.seed,
-            rank=0,
-            num_processes=1,
         )
+        batches = TrainingBatches(train, shape, max_length=config.data.max_length)
         num_steps = config.training.max_steps or max(
             1, math.ceil(config.training.epochs * batches.steps_per_epoch)
         )

@@ -16,7 +16,7 @@ from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
 from finetune.data.batches.dataset import EvaluationBatches
 from finetune.data.encode import EncodedDataset
-from finetune.data.sources import Rows
+from finetune.data.sources import Records
 from finetune.data.types import Format
 from finetune.display import Display, differences
 from finetune.errors import UserError
@@ -90,7 +90,7 @@ def evaluate_target(
     data = settings.data
     check_length(opened.model, data.max_length)
     if data.test is not None:
-        data = data.model_copy(update={"validation": data.test, "max_validation_rows": None})
+        data = data.model_copy(update={"validation": data.test, "max_validation_records": None})
     raw = load_raw_data(data, seed=settings.seed)
     if raw.validation is None:
         raise UserError(
@@ -100,7 +100,7 @@ def evaluate_target(
     precision, autocast = _precision(settings, opened.model.device)
     results = {
         "data": _said_data(settings),
-        "num_rows": len(raw.validation),
+        "num_records": len(raw.validation),
         "precision": precision,
     }
     vocab_size = opened.model.get_input_embeddings().weight.shape[0]
@@ -170,8 +170,6 @@ def _loss_on(
         packing=False,
         batch_size=config.evaluation.batch_size,
         pad_id=pad_id(opened.tokenizer),
-        rank=0,
-        num_processes=1,
     )
     with display.bar("evaluating the loss", len(batches)) as advance:
         return evaluate_loss(
@@ -185,7 +183,12 @@ def _loss_on(
 
 
 def _scores_on(
-    opened: Opened, rows: Rows, format: Format, config: RunConfig, display: Display, inactive: Any
+    opened: Opened,
+    rows: Records,
+    format: Format,
+    config: RunConfig,
+    display: Display,
+    inactive: Any,
 ) -> dict[str, Any]:
     metrics = generation_metrics(config, format)
     count, room = config.evaluation.generate if metrics else 0, config.generation.max_new_tokens

@@ -16,7 +16,7 @@ from finetune.comparison.frequency import BINS, add_up, bins_of
 from finetune.comparison.runs import Phase, Result, Run, read_run, updates_path, write_result
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
-from finetune.data.sources import load_rows
+from finetune.data.sources import load_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.divergence import Diverged
@@ -132,7 +132,7 @@ def _test(parts: Parts) -> dict[str, Any]:
     assert config.data.test is not None
     size = inner_model(parts.model).config.get_text_config().vocab_size
     dataset = encode_rows(
-        load_rows(as_sources(config.data.test)), parts.format, config.data, vocab_size=size
+        load_records(as_sources(config.data.test)), parts.format, config.data, vocab_size=size
     )
     bins = bins_of(_target_counts(parts, size))
     sums = torch.zeros(2, len(BINS), dtype=torch.float64)

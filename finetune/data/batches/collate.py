@@ -1,8 +1,9 @@
-"""Rows of examples to the tensors of one micro-batch.
+"""Sequences of examples become the tensors of one micro-batch.
 
-Floor 1. Rows are padded on the right. In packed rows `position_ids` restart at 0 with each example, which is how a model knows
-where one ends; the padding is a segment of its own whose positions restart as well, so that no example is seen from it or sees
-it, and each of its positions attends to something (no NaN).
+Sequences are padded on the right. In packed sequences `position_ids` restart at 0 with each example,
+which shows the model where an example begins. The padding is a segment of its own, whose positions
+also restart. So no example attends to the padding or is attended to from it, and each position of the
+padding attends to something, which avoids NaN.
 """
 
 from array import array
@@ -14,40 +15,41 @@ from torch import Tensor
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 
 MULTIPLE = 8
-"""Rows have lengths that are multiples of this: matrix units like them, and oneDNN keeps 2 MB of code for each shape it meets."""
+"""Lengths are multiples of this: matrix units prefer them, and oneDNN keeps 2 MB of code a shape."""
 
 
 def collate(
-    rows: Sequence[Sequence[Example]],
+    sequences: Sequence[Sequence[Example]],
     *,
     pad_id: int,
     packed: bool,
     max_length: int | None = None,
     pad_to_multiple_of: int = MULTIPLE,
 ) -> Batch:
-    """Rows of examples as tensors of shape [rows, length], the length of the longest row rounded up to `pad_to_multiple_of`, but
-    not beyond `max_length`, where a model may have no positions left.
+    """Return sequences of examples as tensors of shape [sequences, length].
 
-    No rows give one row of padding tokens without a target.
+    The length is that of the longest sequence, rounded up to `pad_to_multiple_of`. It is not rounded
+    beyond `max_length`, where a model may have no positions left. Without sequences the result is one
+    sequence of padding without a target.
     """
-    assert packed or all(len(row) == 1 for row in rows), "a padded row holds one example"
-    longest = max([1, *(sum(map(len, row)) for row in rows)])
-    rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
-    shape = (
-        max(1, len(rows)),
-        rounded if max_length is None else max(longest, min(rounded, max_length)),
+    assert packed or all(len(sequence) == 1 for sequence in sequences), (
+        "a padded sequence holds one example"
     )
-    ids, labels, positions = array("i"), array("i"), array("i")  # end to end, row by row
-    steps = array("i", range(shape[1]))
-    for number, row in enumerate(rows or [()], start=1):
-        for example in row:
+    longest = max([1, *(sum(map(len, sequence)) for sequence in sequences)])
+    rounded = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    length = rounded if max_length is None else max(longest, min(rounded, max_length))
+    shape = (max(1, len(sequences)), length)
+    ids, labels, positions = array("i"), array("i"), array("i")  # one sequence after another
+    counting = array("i", range(length))
+    for number, sequence in enumerate(sequences or [()], start=1):
+        for example in sequence:
             ids.extend(example.input_ids)
             labels.extend(example.labels)
-            positions.extend(steps[: len(example)])
-        missing = number * shape[1] - len(ids)
+            positions.extend(counting[: len(example)])
+        missing = number * length - len(ids)
         ids.extend([pad_id] * missing)
         labels.extend([IGNORE_INDEX] * missing)
-        positions.extend(steps[:missing])
+        positions.extend(counting[:missing])
     batch: Batch = {"input_ids": _tensor(ids, shape), "labels": _tensor(labels, shape)}
     if packed:
         batch["position_ids"] = _tensor(positions, shape)

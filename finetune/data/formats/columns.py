@@ -1,28 +1,29 @@
-"""Reading a column of a row by the name the format gives it.
+"""Columns of a record, read by the name that the format gives them.
 
-Floor 1. `columns` maps what a format calls a column to what the data calls it, e.g. {"prompt": "question"}.
+`columns` maps what a format calls a column to what the data calls it, e.g. {"prompt": "question"}.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.data.types import Row
+from finetune.data.types import Record
 from finetune.errors import UserError, did_you_mean
 
 
-def column(row: Row, name: str, columns: Mapping[str, str]) -> Any:
-    """The value of the column. Raises UserError if it is missing, with the columns there are."""
+def column(record: Record, name: str, columns: Mapping[str, str]) -> Any:
+    """Return the value of the column. Raises UserError, which lists the columns, if it is missing."""
     given = columns.get(name, name)
-    if given not in row:
+    if given not in record:
         raise UserError(
-            f"column {given!r} is missing; the columns are {', '.join(row) or 'none'}{did_you_mean(given, row)}"
+            f"column {given!r} is missing; the columns are {', '.join(record) or 'none'}"
+            f"{did_you_mean(given, record)}"
         )
-    return row[given]
+    return record[given]
 
 
-def text_column(row: Row, name: str, columns: Mapping[str, str]) -> str:
-    """The value of a column of text; a missing value (null) reads as empty."""
-    value = column(row, name, columns)
+def text_column(record: Record, name: str, columns: Mapping[str, str]) -> str:
+    """Return the value of a column of text; a missing value (null) reads as empty."""
+    value = column(record, name, columns)
     if value is None:
         return ""
     if not isinstance(value, str):

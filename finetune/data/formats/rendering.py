@@ -1,64 +1,43 @@
-"""From text to token ids and labels: a conversation through a chat template, or a prompt and its answer as plain text.
+"""Text becomes token ids and labels: a conversation through a chat template, or a prompt and its answer.
 
-Floor 1: the tokenizer comes in as a plain object.
+**How the assistant's turns are found.** Stock chat templates do not mark which part of their output the
+assistant wrote. So prefixes of the conversation are rendered. The prompt of an answer is the rendering
+of the turns before it, with the generation prompt. The answer is what the rendering of the same turns
+*with* the answer adds to that.
 
-**Where the assistant's turns are.** Stock chat templates do not say which part of their output the assistant wrote, so it is
-found by rendering prefixes. What a model is given when it is to answer is the rendering of the turns before, with the
-generation prompt; what it should answer is whatever the rendering of the same turns *with* the answer has beyond that. Where
-all these renderings are prefixes of the rendering of the whole conversation, the conversation is one example with several spans
-of targets. Where a template writes earlier turns differently once later ones follow (it strips their thoughts, or moves the
-system message to the last question), each answered turn becomes an example of its own, which is exactly what the model meets
-when it is used.
+If all these renderings are prefixes of the rendering of the whole conversation, the conversation is one
+example with several spans of targets. Some templates write earlier turns differently once later ones
+follow: they strip the thoughts, or move the system message to the last question. Then each answered
+turn becomes an example of its own, which is exactly what the model sees when it is used.
 
-Spans are found on the text and carried over to tokens by the tokenizer's character offsets, because tokens do not concatenate:
-a SentencePiece tokenizer writes another first token for "answer" alone than for "answer" after a prompt.
+Spans are found in the text and carried over to tokens by the tokenizer's character offsets, because
+tokens do not concatenate. A SentencePiece tokenizer, for instance, begins "answer" with another token
+if it comes alone than if it comes after a prompt.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
-from finetune.data.types import IGNORE_INDEX, Example
+from finetune.data.types import IGNORE_INDEX, Example, Message, Tokenizer
 from finetune.errors import UserError
-
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}."""
 
 Span = tuple[int, int]
 """Characters [start, end) of a text."""
 
 
-class Tokenizer(Protocol):
-    """What the data path needs of a (fast) Hugging Face tokenizer."""
-
-    is_fast: bool
-    chat_template: Any
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-    def __call__(self, text: str, **options: Any) -> Any: ...
-
-    def __len__(self) -> int: ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
-
-    def decode(self, token_ids: Any, **options: Any) -> Any: ...
-
-    def get_added_vocab(self) -> Mapping[str, int]: ...
-
-
 class ChatTemplate:
-    """Conversations through the tokenizer's chat template. Raises UserError where there is none."""
+    """Conversations through the tokenizer's chat template. Raises UserError if it has none."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                'the tokenizer has no chat template; set model.chat_template: "chatml", or the path of a Jinja file'
+                "the tokenizer has no chat template. Set model.chat_template to chatml, or to the path "
+                "of a Jinja file"
             )
         self.tokenizer = tokenizer
         self._marks = frozenset(tokenizer.get_added_vocab().values())
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as the template writes it. Raises UserError where the template refuses it."""
+        """Return the conversation as the template writes it. Raises UserError if the template fails."""
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -68,7 +47,10 @@ class ChatTemplate:
         return str(text)
 
     def writes_system_messages(self) -> bool:
-        """Whether a system message is written as given (Gemma's template refuses it, others leave it out)."""
+        """Return whether the template writes a system message as given.
+
+        Gemma's template refuses it, others leave it out.
+        """
         try:
             return "Zwqx" in self.render(
                 [{"role": "system", "content": "Zwqx"}, {"role": "user", "content": "a"}]
@@ -77,17 +59,14 @@ class ChatTemplate:
             return False
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the conversation up to where the assistant is to answer."""
-        return list(
-            encode_text(
-                self.tokenizer, self.render(messages, add_generation_prompt=True), []
-            ).input_ids
-        )
+        """Return the token ids of the conversation up to the place where the assistant answers."""
+        text = self.render(messages, add_generation_prompt=True)
+        return list(encode_text(self.tokenizer, text, []).input_ids)
 
     def examples(self, messages: Sequence[Message], *, targets: str) -> list[Example]:
-        """One example for the conversation, or one for each assistant turn (see the module's text).
+        """Return one example for the conversation, or one for each assistant turn (see the module).
 
-        `targets`: "assistant" (its turns with their end mark) or "all" (every token but the first).
+        `targets` is "assistant" (its turns with their end mark) or "all" (every token but the first).
         """
         whole = self.render(messages)
         if targets == "all":
@@ -99,32 +78,36 @@ class ChatTemplate:
         ]
         if all(whole.startswith(text) for text, _ in turns):
             turns = [(whole, [span for _, spans in turns for span in spans])]
-        return [
-            self._example(text[: spans[-1][1]], spans) for text, spans in turns
-        ]  # what follows the last target teaches nothing
+        # Text after the last target teaches nothing.
+        return [self._example(text[: spans[-1][1]], spans) for text, spans in turns]
 
     def _answer(
         self, messages: Sequence[Message], index: int, whole: str
     ) -> tuple[str, list[Span]]:
-        """The text up to the end of the assistant turn messages[index], and the span of that turn in it."""
+        """Return the text up to the end of the assistant turn messages[index], and that turn's span."""
         prompt = self.render(messages[:index], add_generation_prompt=True)
         text = whole if index + 1 == len(messages) else self.render(messages[: index + 1])
         if not text.startswith(prompt):
             raise UserError(
-                f"the chat template cannot be split before an answer: it asks the model to go on from {prompt[-40:]!r}, but the "
-                "same turns with the answer do not begin like that; give another (model.chat_template), or set data.targets: all"
+                "the chat template cannot be split before an answer: it asks the model to continue "
+                f"after {prompt[-40:]!r}, but the same turns with the answer do not begin like that. "
+                "Give another template (model.chat_template), or set data.targets to all"
             )
-        end = len(
-            text.rstrip()
-        )  # the line break after the end mark is nothing to learn: generation has stopped by then
+        # Nothing is learnt of the line break after the end mark: generation has stopped by then.
+        end = len(text.rstrip())
         if end <= len(prompt):
             raise UserError(
-                f"the chat template leaves out the assistant's answer {messages[index]['content'][:60]!r}"
+                "the chat template leaves out the assistant's answer "
+                f"{messages[index]['content'][:60]!r}"
             )
         return text, [(len(prompt), end)]
 
     def _example(self, text: str, spans: list[Span]) -> Example:
-        """Encode, and raise UserError if a turn does not end in a token of its own: a model trained so would never stop."""
+        """Return the text as an example.
+
+        Raises UserError if a turn does not end in a special token: a model trained on it would never
+        stop.
+        """
         example = encode_text(self.tokenizer, text, spans)
         following = [*example.labels[1:], IGNORE_INDEX]
         ends = [
@@ -132,19 +115,24 @@ class ChatTemplate:
         ]
         if not self._marks.issuperset(ends):
             raise UserError(
-                f"the chat template ends the assistant's turn with {text[-40:]!r}, which is no special token, so a model trained "
-                'with it would never stop; give a template that writes one (model.chat_template: "chatml")'
+                f"the chat template ends the assistant's turn with {text[-40:]!r}, which is not a "
+                "special token, so a model trained with it would never stop. Give a template that "
+                "writes one, e.g. model.chat_template: chatml"
             )
         return example
 
 
 class PlainText:
-    """Text without a chat template: (BOS where the tokenizer itself begins with it) prompt, answer, EOS."""
+    """Text without a chat template: prompt, answer, EOS.
+
+    BOS comes first if the tokenizer itself begins with it.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                'the tokenizer has no end-of-text token, so a model would never stop; set model.chat_template: "chatml"'
+                "the tokenizer has no end-of-text token, so a model would never stop. Set "
+                "model.chat_template to chatml"
             )
         self.tokenizer = tokenizer
         first = list(tokenizer("a", add_special_tokens=True)["input_ids"])[:1]
@@ -152,27 +140,27 @@ class PlainText:
         self._eos = [tokenizer.eos_token_id]
 
     def prompt(self, prompt: str) -> list[int]:
-        """Token ids to generate from: what `example` begins with."""
+        """Return the token ids to generate from, with which `example` begins."""
         return [*self._bos, *encode_text(self.tokenizer, prompt, []).input_ids]
 
     def example(self, prompt: str, answer: str, *, targets: str) -> Example:
-        """Learnt are the answer and EOS ("assistant"), or every token but the first ("all")."""
-        body = encode_text(
-            self.tokenizer, prompt + answer, [(len(prompt), len(prompt) + len(answer))]
-        )
+        """Return prompt and answer as an example.
+
+        `targets` is "assistant" (the answer and EOS) or "all" (every token but the first).
+        """
+        span = (len(prompt), len(prompt) + len(answer))
+        body = encode_text(self.tokenizer, prompt + answer, [span])
         ids = [*self._bos, *body.input_ids, *self._eos]
-        labels = (
-            ids
-            if targets == "all"
-            else [*[IGNORE_INDEX] * len(self._bos), *body.labels, *self._eos]
-        )
+        before = [IGNORE_INDEX] * len(self._bos)
+        labels = ids if targets == "all" else [*before, *body.labels, *self._eos]
         return Example(ids, [IGNORE_INDEX, *labels[1:]])
 
 
 def encode_text(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
-    """Token ids of `text` as it stands (nothing added: a template writes its own BOS), with the characters in `spans` as targets.
+    """Return the token ids of `text`, with the characters in `spans` as targets.
 
-    A token that lies across the start of a span belongs to it. `spans` are in order and do not overlap.
+    Nothing is added to the text: a template writes its own BOS. A token that lies across the start of a
+    span belongs to it. `spans` are in order and do not overlap.
     """
     assert tokenizer.is_fast, "a tokenizer without character offsets"
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,17 +1,14 @@
-"""Plain text: each row is one text, every token of it is learnt.
-
-Floor 1.
-"""
+"""Plain text: each record is one text, and every token of it is learnt."""
 
 from collections.abc import Mapping
 
 from finetune.data.formats.columns import text_column
-from finetune.data.formats.rendering import PlainText, Tokenizer
-from finetune.data.types import Example, Prompt, Row
+from finetune.data.formats.rendering import PlainText
+from finetune.data.types import Example, Prompt, Record, Tokenizer
 
 
 class TextFormat:
-    """The column `text`, followed by EOS. A blank text gives no example (it is counted)."""
+    """The column `text`, followed by EOS. A blank text gives no example, and is counted as blank."""
 
     name = "text"
 
@@ -19,9 +16,9 @@ class TextFormat:
         self._plain = PlainText(tokenizer)
         self.columns = columns
 
-    def examples(self, row: Row) -> list[Example]:
-        text = text_column(row, "text", self.columns)
+    def examples(self, record: Record) -> list[Example]:
+        text = text_column(record, "text", self.columns)
         return [self._plain.example("", text, targets="all")] if text.strip() else []
 
-    def prompts(self, row: Row) -> list[Prompt]:
+    def prompts(self, record: Record) -> list[Prompt]:
         return []

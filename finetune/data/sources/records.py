@@ -1,11 +1,12 @@
-"""Rows from several sources: held in tables, or read as a stream.
+"""Records from several sources: held in tables, or read as a stream.
 
-Floor 2.
+**Several sources.** They are interleaved evenly, always in the same order.
 
-**Several sources.** They are interleaved evenly, always in the same order. Without weights each row comes once: a source is
-drawn in proportion to its size (streams, whose size is not known, take turns; when one has run out, the others go on). With
-weights the shares are exact, and the mix ends when the first source has run out: no row comes twice, and what the others still
-had is left for no one.
+Without weights each record comes once: sources are drawn in proportion to their size. Streams, whose
+size is not known, take turns; when one has ended, the others continue.
+
+With weights the shares are exact, and the mix ends when the first source has ended. No record comes
+twice, and what is left of the other sources is not used.
 """
 
 import copy
@@ -17,61 +18,66 @@ from random import Random
 from typing import Any
 
 from finetune.data.sources.opening import Source, explained, open_source
-from finetune.data.types import Row
+from finetune.data.types import Record
 from finetune.errors import UserError
 
-_CHUNK = 1000  # rows fetched at a time: several times as fast as one by one
+_CHUNK = 1000  # records fetched at a time: several times as fast as one by one
 
 
-class Rows:
-    """Rows in memory-mapped tables, each known by its source and number there. Iterating gives (where, row)."""
+class Records:
+    """Records in memory-mapped tables, each known by its source and its number there.
+
+    Iterating gives (where, record).
+    """
 
     def __init__(
         self, tables: Sequence[Any], labels: Sequence[str], picks: Iterable[tuple[int, int]]
     ) -> None:
         self._tables, self._labels = tables, labels
-        self._table_of, self._row_of = array("i"), array("q")
-        for table, row in picks:
+        self._table_of, self._number_of = array("i"), array("q")
+        for table, number in picks:
             self._table_of.append(table)
-            self._row_of.append(row)
+            self._number_of.append(number)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self._number_of)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._tables[self._table_of[index]][self._row_of[index]]
+        return self._tables[self._table_of[index]][self._number_of[index]]
 
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
+    def __iter__(self) -> Iterator[tuple[str, Record]]:
         for start in range(0, len(self), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(self)))
             wanted: dict[int, list[int]] = {}
             for i in chunk:
-                wanted.setdefault(self._table_of[i], []).append(self._row_of[i])
+                wanted.setdefault(self._table_of[i], []).append(self._number_of[i])
             found = {
-                table: iter(self._tables[table].__getitems__(rows))
-                for table, rows in wanted.items()
+                table: iter(self._tables[table].__getitems__(numbers))
+                for table, numbers in wanted.items()
             }
             for i in chunk:
                 yield self.describe(i), next(found[self._table_of[i]])
 
     def describe(self, index: int) -> str:
-        """Where the row is, e.g. "train.jsonl, row 12" (counted from 1)."""
-        return f"{self._labels[self._table_of[index]]}, row {self._row_of[index] + 1}"
+        """Return where the record is, e.g. "train.csv, row 12" (counted from 1)."""
+        return f"{self._labels[self._table_of[index]]}, row {self._number_of[index] + 1}"
 
-    def select(self, indices: Sequence[int]) -> "Rows":
-        return Rows(
-            self._tables, self._labels, ((self._table_of[i], self._row_of[i]) for i in indices)
-        )
+    def select(self, indices: Sequence[int]) -> "Records":
+        picks = ((self._table_of[i], self._number_of[i]) for i in indices)
+        return Records(self._tables, self._labels, picks)
 
-    def take(self, count: int | None) -> "Rows":
-        """The first so many rows; None: all."""
+    def take(self, count: int | None) -> "Records":
+        """Return the first `count` records, or all of them for None."""
         return self if count is None else self.select(range(min(count, len(self))))
 
 
-class RowStream:
-    """Rows read as they are needed. Each iteration is one pass; (where, row). The state is the one after the row last given."""
+class RecordStream:
+    """Records read as they are needed. Each iteration is one pass and gives (where, record).
+
+    The state is the place after the last record given.
+    """
 
     def __init__(
         self,
@@ -85,9 +91,9 @@ class RowStream:
         self._counts: list[int] = []
         self._resume: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
-        # Copied here and not when the first row is asked for: that may happen in another thread, where fsspec fills the cache of
-        # file systems that is being copied.
+    def __iter__(self) -> Iterator[tuple[str, Record]]:
+        # Copied here and not when the first record is asked for: that may happen in another thread,
+        # where fsspec fills the cache of file systems that is being copied.
         state, self._resume = self._resume, None
         live = [copy.deepcopy(stream) for stream in self._streams]
         self._counts = [0] * len(live)
@@ -96,78 +102,81 @@ class RowStream:
             self._counts = list(state["counts"])
             for k, place in enumerate(state["places"]):
                 live[k].load_state_dict(place)
-                self._places[k] = partial(
-                    copy.deepcopy, place
-                )  # a stream that is not read yet forgets what it was told to load
+                # A stream that is not read yet forgets the state that it has loaded.
+                self._places[k] = partial(copy.deepcopy, place)
         return self._read(live)
 
-    def _read(self, live: Sequence[Any]) -> Iterator[tuple[str, Row]]:
+    def _read(self, live: Sequence[Any]) -> Iterator[tuple[str, Record]]:
         iterators = [iter(stream) for stream in live]
         active = list(range(len(iterators)))
         shares = self._weights or [1.0] * len(iterators)
         while active:
             k = min(active, key=lambda k: (self._counts[k] + 1) / shares[k])
             with explained(self._labels[k], self._files[k]):
-                row = next(iterators[k], None)
+                record = next(iterators[k], None)
             self._places[k] = live[k].state_dict
-            if row is not None:
+            if record is not None:
                 self._counts[k] += 1
-                yield f"{self._labels[k]}, row {self._counts[k]}", row
+                yield f"{self._labels[k]}, row {self._counts[k]}", record
             elif self._weights is None:
                 active.remove(k)
             else:
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in each source, as plain values."""
-        if self._resume is not None:  # told where to go on, and not read since
+        """Return the place in each source, as plain values."""
+        if self._resume is not None:  # a place was loaded, and nothing has been read since
             return copy.deepcopy(self._resume)
         return {"counts": list(self._counts), "places": [place() for place in self._places]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration goes on from there."""
+        """Let the next iteration continue at the place in `state`."""
         self._resume = copy.deepcopy(state)
 
 
-def load_rows(sources: Sequence[Source]) -> Rows:
-    """All rows of the sources, interleaved. Raises UserError where a source cannot be read."""
+def load_records(sources: Sequence[Source]) -> Records:
+    """Return all records of the sources, interleaved. Raises UserError if one cannot be read."""
     weights = _weights(sources)
     tables = [open_source(source, streaming=False) for source in sources]
     sizes = [
-        min(len(table), source.max_rows or len(table)) for source, table in zip(sources, tables)
+        min(len(table), source.max_records or len(table)) for source, table in zip(sources, tables)
     ]
     for source, size in zip(sources, sizes):
         if size == 0:
-            raise UserError(f"{source} is empty: there are no rows in it")
-    return Rows(tables, [str(source) for source in sources], _interleave(sizes, weights))
+            raise UserError(f"{source} is empty: it has no rows")
+    return Records(tables, [str(source) for source in sources], _interleave(sizes, weights))
 
 
-def stream_rows(sources: Sequence[Source]) -> RowStream:
-    """The rows of the sources as a stream. Raises UserError where a source cannot be opened; later, where a row cannot be read."""
+def stream_records(sources: Sequence[Source]) -> RecordStream:
+    """Return the records of the sources as a stream.
+
+    Raises UserError if a source cannot be opened; reading raises one if a record cannot be read.
+    """
     weights = _weights(sources)
     opened = [open_source(source, streaming=True) for source in sources]
     streams = [
-        stream if source.max_rows is None else stream.take(source.max_rows)
+        stream if source.max_records is None else stream.take(source.max_records)
         for source, stream in zip(sources, opened)
     ]
-    return RowStream(
-        streams,
-        [str(source) for source in sources],
-        weights,
-        [source.files() for source in sources],
-    )
+    labels = [str(source) for source in sources]
+    return RecordStream(streams, labels, weights, [source.files() for source in sources])
 
 
-def split_held_out(rows: Rows, *, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """(The rest, a random `fraction` of the rows held out): at least one row each; those held out in random order."""
-    if len(rows) < 2:
+def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Records, Records]:
+    """Return (the rest, a random `fraction` of the records, held out).
+
+    Each has at least one record. Those held out are in random order.
+    """
+    if len(records) < 2:
         raise UserError(
-            "there is one row only, so none can be held out; give data.validation, or set data.validation_fraction: 0"
+            "there is only one record, so none can be held out. Give data.validation, or set "
+            "data.validation_fraction to 0"
         )
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    held_out = Random(f"{seed}/held out").sample(range(len(rows)), count)
+    count = min(max(1, round(fraction * len(records))), len(records) - 1)
+    held_out = Random(f"{seed}/held out").sample(range(len(records)), count)
     taken = set(held_out)
-    return rows.select([i for i in range(len(rows)) if i not in taken]), rows.select(held_out)
+    rest = [i for i in range(len(records)) if i not in taken]
+    return records.select(rest), records.select(held_out)
 
 
 def _weights(sources: Sequence[Source]) -> list[float] | None:
@@ -178,7 +187,7 @@ def _weights(sources: Sequence[Source]) -> list[float] | None:
 
 
 def _interleave(sizes: Sequence[int], weights: Sequence[float] | None) -> Iterator[tuple[int, int]]:
-    """(source, row) in the order of the mix; see the module's text."""
+    """Yield (source, number in it) in the order of the mix; see the module's text."""
     shares = weights or sizes
     counts = [0] * len(sizes)
     while True:
