@@ -37,8 +37,9 @@ class DataStatistics:
 class RecordEncoder:
     """An encoder that turns one record after another into examples and counts them in `statistics`.
 
-    `overlong` decides about an example of more than `max_length` tokens: "truncate" keeps its start,
-    "drop" leaves it out, "error" raises. `vocab_size` is the number of rows of the model's embedding.
+    `overlong` decides about an example of more than `max_length` tokens: "truncate" keeps its
+    start, "drop" leaves it out, "error" raises. `vocab_size` is the number of rows of the model's
+    embedding.
     """
 
     def __init__(self, format: Format, *, max_length: int, overlong: str, vocab_size: int) -> None:
@@ -71,8 +72,8 @@ class RecordEncoder:
         """Return the example within the limits, or None if it is dropped."""
         if (largest := max(*example.input_ids, *example.labels)) >= self.vocab_size:
             raise UserError(
-                f"token id {largest} is outside the model's vocabulary of {self.vocab_size} rows, so "
-                "the tokenizer does not belong to the model. Use the one that comes with it"
+                f"token id {largest} is outside the model's vocabulary of {self.vocab_size} rows, "
+                "so the tokenizer does not belong to the model. Use the one that comes with it"
             )
         self.statistics.longest = max(self.statistics.longest, len(example))
         if len(example) <= self.max_length:
@@ -80,7 +81,8 @@ class RecordEncoder:
         if self.overlong == "error":
             raise UserError(
                 f"the text has {len(example)} tokens, more than data.max_length = "
-                f"{self.max_length}. Raise data.max_length, or set data.overlong to truncate or drop"
+                f"{self.max_length}. Raise data.max_length, or set data.overlong to truncate or "
+                "drop"
             )
         if self.overlong == "drop":
             self.statistics.dropped += 1
@@ -186,8 +188,8 @@ def require_targets(counts: DataStatistics, *, max_length: int) -> None:
             (counts.blank_records, "blank"),
         )
         raise UserError(
-            f"no target tokens in {counts.records} record{'s' * (counts.records != 1)}, so there is "
-            "nothing to learn: "
+            f"no target tokens in {counts.records} record{'s' * (counts.records != 1)}, so there "
+            "is nothing to learn: "
             + ", ".join(f"{count} {what}" for count, what in reasons if count)
             + (". Raise data.max_length" if counts.dropped + counts.without_target else "")
         )

@@ -1,6 +1,7 @@
 """Figures about the data, for `finetune inspect` and `finetune plan`.
 
-How examples read, how long they are, what repeats, and which tokens they use. Nothing is printed here.
+How examples read, how long they are, what repeats, and which tokens they use. Nothing is printed
+here.
 """
 
 from collections import Counter
@@ -51,7 +52,7 @@ def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | 
 def report_on(
     train: EncodedDataset, held_out: EncodedDataset | None, *, tokenizer: Tokenizer, vocab_size: int
 ) -> DataReport:
-    """Return the figures of the encoded data. `vocab_size` is the number of rows of the embedding."""
+    """Return the figures of the encoded data. `vocab_size` is the rows of the embedding."""
     lengths = sorted(train.lengths)
     known = Counter(train.key(i) for i in range(len(train)))
     leaked = None

@@ -1,11 +1,11 @@
 """The types of the data path, and the convention for labels.
 
 **Labels.** `labels[i]` is the token that belongs at position i, so it equals `input_ids[i]`. It is
-`IGNORE_INDEX` if nothing is learnt there. Labels are *not* shifted: the loss compares the prediction
-made at position i - 1 with `labels[i]`, and `finetune.losses` is the only place where that shift
-happens. Nothing predicts position 0, so `labels[0]` is always `IGNORE_INDEX`. The number of target
-tokens of an example is therefore the number of its labels that are not `IGNORE_INDEX`. Packing does
-not change that number.
+`IGNORE_INDEX` if nothing is learnt there. Labels are *not* shifted: the loss compares the
+prediction made at position i - 1 with `labels[i]`, and `finetune.losses` is the only place where
+that shift happens. Nothing predicts position 0, so `labels[0]` is always `IGNORE_INDEX`. The number
+of target tokens of an example is therefore the number of its labels that are not `IGNORE_INDEX`.
+Packing does not change that number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -67,10 +67,11 @@ class Example:
 
 
 class Batch(TypedDict, total=False):
-    """One micro-batch. Only packed sequences have `position_ids`, which restart at 0 with each example.
+    """One micro-batch. Only packed sequences have `position_ids`.
 
-    Padded sequences are padded on the right and need no attention mask. Under causal attention no
-    real token attends to the padding after it, and the labels of the padding are `IGNORE_INDEX`.
+    Positions restart at 0 with each example. Padded sequences are padded on the right and need no
+    attention mask. Under causal attention no real token attends to the padding after it, and the
+    labels of the padding are `IGNORE_INDEX`.
     """
 
     input_ids: torch.Tensor  # [sequences, length] int64

@@ -1,4 +1,4 @@
-"""Settings for the tests: those of a config in short, with what a test does not care about filled in."""
+"""Settings in short, with the ones that a test does not care about filled in."""
 
 from pathlib import Path
 from typing import Any

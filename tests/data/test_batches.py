@@ -1,4 +1,4 @@
-"""Batches: the same steps for any number of processes, every example once an epoch, resumable at any step."""
+"""Batches: the same for any number of processes, each example once an epoch, resumable."""
 
 import random
 from itertools import islice

@@ -11,7 +11,7 @@ from finetune.errors import UserError
 
 
 class Given:
-    """A format whose records are examples already: {"ids": [...], "prompt": tokens that are no target}."""
+    """A format whose records are examples: {"ids": [...], "prompt": tokens not learnt}."""
 
     name = "given"
 
@@ -50,8 +50,8 @@ def test_truncation_keeps_the_start_and_is_counted() -> None:
     assert [list(e.input_ids) for e in dataset] == [[0, 1, 2, 3], list(range(10))]
     assert list(dataset[1].labels) == [-100, -100, -100, 3, 4, 5, 6, 7, 8, 9]
     assert dataset.statistics.as_dict() == {
-        "records": 4, "blank_records": 1, "examples": 2, "tokens": 14, "target_tokens": 10, "truncated": 2, "without_target": 1,
-        "dropped": 0, "longest": 14,
+        "records": 4, "blank_records": 1, "examples": 2, "tokens": 14, "target_tokens": 10,
+        "truncated": 2, "without_target": 1, "dropped": 0, "longest": 14,
     }  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def test_overlong_examples_can_be_dropped() -> None:
 def test_overlong_examples_can_be_an_error() -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.jsonl, row 2: the text has 14 tokens, more than data\.max_length = 10\. Raise data\.max_length,",
+        match=r"data\.jsonl, row 2: the text has 14 tokens, more than data\.max_length = 10\. "
+        r"Raise data\.max_length,",
     ):
         run(records(record(4), record(14)), overlong="error")
 
@@ -116,7 +117,8 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
 def test_no_target_at_all_is_an_error() -> None:
     with pytest.raises(
         UserError,
-        match=r"no target tokens in 2 records, so there is nothing to learn: 2 without a target after the cut to data.max_length = 10",
+        match="no target tokens in 2 records, so there is nothing to learn: 2 without a target "
+        r"after the cut to data\.max_length = 10\. Raise data\.max_length",
     ):
         run(records(record(14, prompt=11), record(12, prompt=11)))
     with pytest.raises(UserError, match=r"2 over data.max_length = 10 and dropped"):

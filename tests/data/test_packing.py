@@ -66,7 +66,8 @@ def test_fuller_than_first_fit_on_lengths_as_text_has_them() -> None:
 
 
 def test_a_case_by_hand() -> None:
-    # 6 opens a sequence (4 left), 5 another (5 left), 4 goes where it fits best, and 3 and 2 fill the second
+    # 6 opens a sequence (4 left), 5 another (5 left); 4 fits best into the first,
+    # 3 and 2 fill the second
     assert pack([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
     assert pack([], 10) == []
     assert pack([10, 10], 10) == [[0], [1]]

@@ -1,4 +1,4 @@
-"""Records from real files of every kind, mixed, held out, streamed; and what is said of files that cannot be read."""
+"""Records from files of every kind, mixed, held out, streamed; and files that cannot be read."""
 
 import gc
 import json
@@ -65,7 +65,7 @@ def test_local_files_of_every_kind(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.tsv"])
 def test_text_stays_as_it_is(name: str, tmp_path: Path) -> None:
-    """Not "None" to nothing, nor "1989" to a number, nor a quotation mark in a TSV to the start of a field."""
+    """Not "None" to nothing, nor "1989" to a number, nor a mark in a TSV to a quotation."""
     records = ODD if name != "data.jsonl" else ODD[:2]
     assert read(source(write(tmp_path, name, records))) == records
 
@@ -124,7 +124,8 @@ def test_the_demo_data_of_the_package() -> None:
     assert set(records[0]) == {"translation", "source"}
     with pytest.raises(
         UserError,
-        match=r"has no data 'chat\.en\.tset'; it has chat\.en\.test, .*did you mean 'chat\.en\.test'",
+        match=r"has no data 'chat\.en\.tset'; it has chat\.en\.test, "
+        r".*did you mean 'chat\.en\.test'",
     ):
         load_records([source("package:chat.en.tset")])
 
@@ -232,7 +233,8 @@ BROKEN = {
     "ragged.csv": ("en,fr\na,b\nc,d,e\n", "ragged.csv cannot be read"),
     "data.xml": (
         "<a/>",
-        "data.xml has the unknown ending '.xml'; known are .json, .jsonl, .csv, .tsv, .parquet, .txt",
+        "data.xml has the unknown ending '.xml'; known are .json, .jsonl, .csv, .tsv, .parquet, "
+        ".txt",
     ),
     "data.parquet": ("no parquet at all", "data.parquet cannot be read"),
 }
@@ -280,7 +282,7 @@ MISSING = {
     "nowhere.jsonl": "there is no file or folder 'nowhere.jsonl' (looked in ",
     "./nowhere": "there is no file or folder './nowhere'",
     "nowhere/*.jsonl": "no file matches 'nowhere/*.jsonl' (looked in ",
-    "nobody/nothing": "dataset 'nobody/nothing' not found: it is not a file or folder here (looked in ",
+    "nobody/nothing": "'nobody/nothing' not found: it is not a file or folder here (looked in ",
     "no/such/name/at all": "not found: it is not a file or folder here",
 }
 
@@ -305,7 +307,8 @@ def test_a_missing_split_lists_those_there_are(name: str, tmp_path: Path) -> Non
     write(tmp_path, name, PAIRS)
     with pytest.raises(
         UserError,
-        match=r"data\.\w+ \(validation\): unknown split .validation.; it should be one of \['train'\]",
+        match=r"data\.\w+ \(validation\): unknown split .validation.; "
+        r"it should be one of \['train'\]",
     ):
         load_records([source(tmp_path / name, split="validation")])
 

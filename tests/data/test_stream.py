@@ -1,4 +1,4 @@
-"""Training from a stream: bit-identical after a resume at any step, the same for any number of processes, nothing lost."""
+"""Training from a stream: resumed bit for bit, the same for any number of processes."""
 
 import io
 import json
@@ -27,7 +27,7 @@ MAX_LENGTH = 24
 
 @pytest.fixture
 def make(tmp_path: Path, make_tokenizer: MakeTokenizer) -> Any:
-    """A function that makes the batches anew, as a new process would; record i of two files has a text of its own."""
+    """A function that makes the batches as a new process would; each record has its own text."""
     tokenizer = make_tokenizer()
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for f, file in enumerate(files):

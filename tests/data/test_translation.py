@@ -23,7 +23,7 @@ def build(tokenizer: Any, record: Record = PAIR, *, kind: str = "auto", **option
 
 
 def shown(format: Any, tokenizer: Any, record: Record = PAIR) -> list[tuple[str, str]]:
-    """(What is not learnt, what is) of each example of the record; the prompt must be the first of the two."""
+    """(What is not learnt, what is) of each example of the record; the first is the prompt."""
     texts = []
     for example, prompt in zip(format.examples(record), format.prompts(record), strict=True):
         n = len(prompt.input_ids)
@@ -43,7 +43,8 @@ def test_a_chat_turn_with_a_short_instruction_in_place_of_the_default_one(
     make_tokenizer: MakeTokenizer,
 ) -> None:
     tokenizer = make_tokenizer(stock.DEFAULT_SYSTEM)
-    prompt = "<|im_start|>system\nTranslate English to French.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
+    prompt = "<|im_start|>system\nTranslate English to French.<|im_end|>\n"
+    prompt += "<|im_start|>user\nHello there<|im_end|>\n"
     prompt += "<|im_start|>assistant\n"
     assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<|im_end|>")]
 
@@ -52,7 +53,8 @@ def test_a_template_without_system_messages_has_the_instruction_in_the_users_tur
     make_tokenizer: MakeTokenizer,
 ) -> None:
     tokenizer = make_tokenizer(stock.GEMMA, adds_bos=True)
-    prompt = "<s><start_of_turn>user\nTranslate English to French.\nHello there<end_of_turn>\n<start_of_turn>model\n"
+    prompt = "<s><start_of_turn>user\nTranslate English to French.\nHello there<end_of_turn>\n"
+    prompt += "<start_of_turn>model\n"
     assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<end_of_turn>")]
 
 

@@ -1,9 +1,9 @@
 """Sequences of examples become the tensors of one micro-batch.
 
-Sequences are padded on the right. In packed sequences `position_ids` restart at 0 with each example,
-which shows the model where an example begins. The padding is a segment of its own, whose positions
-also restart. So no example attends to the padding or is attended to from it, and each position of the
-padding attends to something, which avoids NaN.
+Sequences are padded on the right. In packed sequences `position_ids` restart at 0 with each
+example, which shows the model where an example begins. The padding is a segment of its own, whose
+positions also restart. So no example attends to the padding or is attended to from it, and each
+position of the padding attends to something, which avoids NaN.
 """
 
 from array import array
@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 
 MULTIPLE = 8
-"""Lengths are multiples of this: matrix units prefer them, and oneDNN keeps 2 MB of code a shape."""
+"""Lengths are multiples of this: matrix units prefer them, and oneDNN keeps 2 MB a shape."""
 
 
 def collate(
@@ -28,9 +28,9 @@ def collate(
 ) -> Batch:
     """Return sequences of examples as tensors of shape [sequences, length].
 
-    The length is that of the longest sequence, rounded up to `pad_to_multiple_of`. It is not rounded
-    beyond `max_length`, where a model may have no positions left. Without sequences the result is one
-    sequence of padding without a target.
+    The length is that of the longest sequence, rounded up to `pad_to_multiple_of`. It is not
+    rounded beyond `max_length`, where a model may have no positions left. Without sequences the
+    result is one sequence of padding without a target.
     """
     assert packed or all(len(sequence) == 1 for sequence in sequences), (
         "a padded sequence holds one example"

@@ -1,8 +1,8 @@
 """The batches of a dataset that is held in memory, for training and for evaluation.
 
 Training batches come in an order that can be resumed at any step. There are no workers and no
-look-ahead: collating a batch takes well under a millisecond. So the place in the data that `state_dict`
-returns is always the one after the last step taken.
+look-ahead: collating a batch takes well under a millisecond. So the place in the data that
+`state_dict` returns is always the one after the last step taken.
 """
 
 from collections.abc import Iterator
@@ -57,9 +57,9 @@ class TrainingBatches:
         """
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
-                "the training data is not the one that this run began with (or its format, tokenizer "
-                "or max_length changed), so the run cannot be resumed. Restore the data, or start a "
-                "new run in another output_dir"
+                "the training data is not the one that this run began with (or its format, "
+                "tokenizer or max_length changed), so the run cannot be resumed. Restore the data, "
+                "or start a new run in another output_dir"
             )
         self._place = (state["epoch"], state["step"])
 

@@ -1,12 +1,12 @@
-"""Packing: as few sequences of at most `max_length` tokens as possible, from examples of any length.
+"""Packing: as few sequences of at most `max_length` tokens as possible, from given examples.
 
-The algorithm is best-fit decreasing. The longest example comes first, and each goes into the sequence
-with the least room that still holds it. It needs at most 11/9 of the best possible number of sequences
-(Johnson, Demers, Ullman, Garey and Graham 1974, https://doi.org/10.1137/0203025).
+The algorithm is best-fit decreasing. The longest example comes first, and each goes into the
+sequence with the least room that still holds it. It needs at most 11/9 of the best possible number
+of sequences (Johnson, Demers, Ullman, Garey and Graham 1974, https://doi.org/10.1137/0203025).
 
-Room is an integer from 0 to `max_length`, so there is one stack of sequences for each amount of room.
-The amounts that occur are the set bits of one integer: the least room that is enough is its lowest bit
-from `length` on. A million examples take seconds.
+Room is an integer from 0 to `max_length`, so there is one stack of sequences for each amount of
+room. The amounts that occur are the set bits of one integer: the least room that is enough is its
+lowest bit from `length` on. A million examples take seconds.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """How sequences are distributed over optimizer steps, the same for any number of processes.
 
-A *sequence* is a list of example numbers: one example if it is padded, one or more if it is packed. An
-epoch is a seeded order of sequences. Each `batch_size` of them make one optimizer step. A step is cut
-into micro-batches, which the processes take in turn. Every process works out the whole plan and keeps
-its share. So processes need not communicate, no sequence is lost and none comes twice.
+A *sequence* is a list of example numbers: one example if it is padded, one or more if it is packed.
+An epoch is a seeded order of sequences. Each `batch_size` of them make one optimizer step. A step
+is cut into micro-batches, which the processes take in turn. Every process works out the whole plan
+and keeps its share. So processes need not communicate, no sequence is lost and none comes twice.
 """
 
 import random
@@ -34,8 +34,8 @@ class StepBatch:
     """The work of one process in one optimizer step. All processes have equally many micro-batches.
 
     The two counts are over all processes. Divide the summed loss by `num_target_tokens`, times the
-    number of processes if gradients are averaged over them. Then every target token weighs the same,
-    however the step is cut.
+    number of processes if gradients are averaged over them. Then every target token weighs the
+    same, however the step is cut.
     """
 
     micro_batches: list[Batch]
@@ -54,8 +54,8 @@ def plan_epoch(
 
     With packing, each epoch packs the examples from another order. The sequences are as full and as
     many, only the companions change. Without packing, each step has sequences of similar length,
-    shorter ones first, and the order of the steps is random. In both cases the steps do not depend on
-    how they are cut into micro-batches.
+    shorter ones first, and the order of the steps is random. In both cases the steps do not depend
+    on how they are cut into micro-batches.
     """
     generator = random.Random(f"{shape.seed}/{epoch}")
     order = list(range(len(lengths)))
@@ -78,10 +78,10 @@ def group_by_length(
     group: int,
     generator: random.Random,
 ) -> list[int]:
-    """Return `order` rearranged within each window, so that groups of neighbours have similar lengths.
+    """Return `order` rearranged, so that groups of neighbours have similar lengths.
 
-    Each group has `group` members, and the order of the groups is random. An incomplete group stays
-    at the end of its window.
+    Examples move within their window only. Each group has `group` members, and the order of the
+    groups is random. An incomplete group stays at the end of its window.
     """
     result: list[int] = []
     for start in range(0, len(order), window):

@@ -1,12 +1,12 @@
 """Training batches from a stream of records that is too long to hold in memory.
 
-Records are encoded as they come and pass three buffers: a shuffle buffer, a window of examples that are
-packed (or sorted by length) together, and the sequences made of it. Every process reads the whole
-stream and keeps its share of each step. So each process tokenizes all records, and the steps are the
-same as for one process without any communication.
+Records are encoded as they come and pass three buffers: a shuffle buffer, a window of examples that
+are packed (or sorted by length) together, and the sequences made of it. Every process reads the
+whole stream and keeps its share of each step. So each process tokenizes all records, and the steps
+are the same as for one process without any communication.
 
-The state holds the place in the stream, the contents of the buffers and the random generator. A resumed
-run therefore continues with the very next batch and reads nothing twice.
+The state holds the place in the stream, the contents of the buffers and the random generator. A
+resumed run therefore continues with the very next batch and reads nothing twice.
 """
 
 import hashlib
@@ -41,8 +41,9 @@ class RecordSource(Protocol):
 class StreamingBatches:
     """Optimizer steps without end, pass after pass over the stream.
 
-    The last step of a pass may be smaller. `shuffle_buffer` is the number of examples held back, from
-    which the next one is drawn at random. `fingerprint` is a hash of the first records' tokens.
+    The last step of a pass may be smaller. `shuffle_buffer` is the number of examples held back,
+    from which the next one is drawn at random. `fingerprint` is a hash of the first records'
+    tokens.
     """
 
     steps_per_epoch = None
@@ -97,9 +98,9 @@ class StreamingBatches:
         """Continue from `state`. Raises UserError if the stream begins differently now."""
         if state["fingerprint"] != self.fingerprint:
             raise UserError(
-                "the training data does not begin as it did when this run was started (or its format, "
-                "tokenizer or max_length changed), so the run cannot be resumed. Restore the data, or "
-                "start a new run in another output_dir"
+                "the training data does not begin as it did when this run was started (or its "
+                "format, tokenizer or max_length changed), so the run cannot be resumed. Restore "
+                "the data, or start a new run in another output_dir"
             )
         self._epoch = state["epoch"]
         self._source = None

@@ -1,8 +1,9 @@
-"""Conversations: messages, prompt and completion, or instruction and output, through a chat template.
+"""Conversations, rendered with a chat template.
 
 Accepted shapes of a record:
 
-- `messages` (or `conversations`): a list of {"role", "content"} (OpenAI) or {"from", "value"} (ShareGPT);
+- `messages` or `conversations`: a list of {"role", "content"} (OpenAI) or {"from", "value"}
+  (ShareGPT);
 - `prompt` and `completion`: both strings or both lists of messages;
 - `instruction` and `output`: with an optional `input`, which is written below the instruction.
 """
@@ -36,8 +37,8 @@ CHAT_SHAPES: dict[str, list[str]] = {
 class ChatFormat:
     """Records become conversations, and conversations become examples.
 
-    `shape` is one of CHAT_SHAPES. It is used for a record whose columns fit several shapes or none; any
-    other record is read in the shape that fits.
+    `shape` is one of CHAT_SHAPES. It is used for a record whose columns fit several shapes or none;
+    any other record is read in the shape that fits.
     `columns` maps what this format calls a column to what the data calls it.
     `targets` is "assistant" (the assistant's turns with their end mark) or "all".
     `system_prompt` is put before conversations that have no system message.
@@ -90,7 +91,7 @@ class ChatFormat:
         return self.template.examples(self.messages(record), targets=self.targets)
 
     def prompts(self, record: Record) -> list[Prompt]:
-        """Return the conversation up to its last assistant turn, with that turn as the reference."""
+        """Return the conversation up to its last assistant turn; that turn is the reference."""
         *before, answer = self.messages(record)
         return [Prompt(self.template.prompt(before), before[-1]["content"], answer["content"])]
 
@@ -138,8 +139,9 @@ def _check_order(messages: list[Message]) -> None:
         if message["role"] != expected:
             after = f"after {messages[number - 2]['role']}" if number > 1 else "at the start"
             raise UserError(
-                f"roles out of order: message {number} is from {message['role']} {after}, but must be "
-                f"from {expected}; user and assistant take turns, after an optional system message"
+                f"roles out of order: message {number} is from {message['role']} {after}, but must "
+                f"be from {expected}; user and assistant take turns, after an optional system "
+                "message"
             )
         if not message["content"].strip():
             raise UserError(f"message {number} ({message['role']}) is empty")

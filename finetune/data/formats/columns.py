@@ -11,7 +11,7 @@ from finetune.errors import UserError, did_you_mean
 
 
 def column(record: Record, name: str, columns: Mapping[str, str]) -> Any:
-    """Return the value of the column. Raises UserError, which lists the columns, if it is missing."""
+    """Return the value of the column. Raises UserError if it is missing."""
     given = columns.get(name, name)
     if given not in record:
         raise UserError(

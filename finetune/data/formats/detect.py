@@ -44,9 +44,10 @@ class FormatOptions:
 def build_format(
     kind: str, options: FormatOptions, *, tokenizer: Tokenizer, first_record: Record
 ) -> Format:
-    """Return the format `kind`: "chat", "translation", "text", or "auto" for that of `first_record`.
+    """Return the format `kind`: "chat", "translation" or "text".
 
-    Raises UserError if the columns of `first_record` fit no accepted shape.
+    For "auto" it is the one that fits the columns of `first_record`. Raises UserError if the
+    columns of `first_record` fit no accepted shape.
     """
     _check_columns(options, first_record)
     kind, shape = _detect(kind, first_record, options)
@@ -98,8 +99,8 @@ def _detect(kind: str, record: Record, options: FormatOptions) -> tuple[str, str
         accepted += "; or two columns named by languages (en, fr)"
     what = "no format fits" if kind == "auto" else f"the format {kind!r} does not fit"
     raise UserError(
-        f"{what} the columns ({', '.join(record) or 'none'}); accepted are: {accepted}. If yours have "
-        "other names, set data.columns, e.g. to {prompt: question, completion: answer}"
+        f"{what} the columns ({', '.join(record) or 'none'}); accepted are: {accepted}. If yours "
+        "have other names, set data.columns, e.g. to {prompt: question, completion: answer}"
     )
 
 
@@ -159,6 +160,6 @@ def _check_columns(options: FormatOptions, record: Record) -> None:
             )
         if given not in record:
             raise UserError(
-                f"data.columns takes {name!r} from column {given!r}, which is missing; the columns are "
-                f"{', '.join(record)}{did_you_mean(given, record)}"
+                f"data.columns takes {name!r} from column {given!r}, which is missing; the columns "
+                f"are {', '.join(record)}{did_you_mean(given, record)}"
             )

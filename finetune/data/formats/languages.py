@@ -1,7 +1,7 @@
 """English names of languages by their ISO 639-1 codes, for prompts that a model can read.
 
-A code with a region or script ("pt-BR", "zh_Hans") has the name of its language. An unknown code is its
-own name.
+A code with a region or script ("pt-BR", "zh_Hans") has the name of its language. An unknown code is
+its own name.
 """
 
 import re
@@ -27,7 +27,7 @@ LANGUAGES = {
 
 
 def is_language(code: str) -> bool:
-    """Return whether this is a language's code: two known letters, optionally a region or script."""
+    """Return whether this is a known language's code, with or without a region or script."""
     return bool(re.fullmatch(r"[A-Za-z]{2}([-_][A-Za-z]{2,4})?", code)) and _base(code) in LANGUAGES
 
 

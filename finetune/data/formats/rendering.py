@@ -1,18 +1,18 @@
-"""Text becomes token ids and labels: a conversation through a chat template, or a prompt and its answer.
+"""Text becomes token ids and labels: a conversation through a chat template, or plain text.
 
-**How the assistant's turns are found.** Stock chat templates do not mark which part of their output the
-assistant wrote. So prefixes of the conversation are rendered. The prompt of an answer is the rendering
-of the turns before it, with the generation prompt. The answer is what the rendering of the same turns
-*with* the answer adds to that.
+**How the assistant's turns are found.** Stock chat templates do not mark which part of their output
+the assistant wrote. So prefixes of the conversation are rendered. The prompt of an answer is the
+rendering of the turns before it, with the generation prompt. The answer is what the rendering of
+the same turns *with* the answer adds to that.
 
-If all these renderings are prefixes of the rendering of the whole conversation, the conversation is one
-example with several spans of targets. Some templates write earlier turns differently once later ones
-follow: they strip the thoughts, or move the system message to the last question. Then each answered
-turn becomes an example of its own, which is exactly what the model sees when it is used.
+If all these renderings are prefixes of the rendering of the whole conversation, the conversation is
+one example with several spans of targets. Some templates write earlier turns differently once later
+ones follow: they strip the thoughts, or move the system message to the last question. Then each
+answered turn becomes an example of its own, which is exactly what the model sees when it is used.
 
 Spans are found in the text and carried over to tokens by the tokenizer's character offsets, because
-tokens do not concatenate. A SentencePiece tokenizer, for instance, begins "answer" with another token
-if it comes alone than if it comes after a prompt.
+tokens do not concatenate. A SentencePiece tokenizer, for instance, begins "answer" with another
+token if it comes alone than if it comes after a prompt.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                "the tokenizer has no chat template. Set model.chat_template to chatml, or to the path "
-                "of a Jinja file"
+                "the tokenizer has no chat template. Set model.chat_template to chatml, or to the "
+                "path of a Jinja file"
             )
         self.tokenizer = tokenizer
         self._marks = frozenset(tokenizer.get_added_vocab().values())
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """Return the conversation as the template writes it. Raises UserError if the template fails."""
+        """Return the conversation as text. Raises UserError if the template fails."""
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
@@ -66,7 +66,8 @@ class ChatTemplate:
     def examples(self, messages: Sequence[Message], *, targets: str) -> list[Example]:
         """Return one example for the conversation, or one for each assistant turn (see the module).
 
-        `targets` is "assistant" (its turns with their end mark) or "all" (every token but the first).
+        `targets` is "assistant" (its turns with their end mark) or "all" (every token but the
+        first).
         """
         whole = self.render(messages)
         if targets == "all":
@@ -84,14 +85,14 @@ class ChatTemplate:
     def _answer(
         self, messages: Sequence[Message], index: int, whole: str
     ) -> tuple[str, list[Span]]:
-        """Return the text up to the end of the assistant turn messages[index], and that turn's span."""
+        """Return the text up to the end of the turn messages[index], and the span of that turn."""
         prompt = self.render(messages[:index], add_generation_prompt=True)
         text = whole if index + 1 == len(messages) else self.render(messages[: index + 1])
         if not text.startswith(prompt):
             raise UserError(
                 "the chat template cannot be split before an answer: it asks the model to continue "
-                f"after {prompt[-40:]!r}, but the same turns with the answer do not begin like that. "
-                "Give another template (model.chat_template), or set data.targets to all"
+                f"after {prompt[-40:]!r}, but the same turns with the answer do not begin like "
+                "that. Give another template (model.chat_template), or set data.targets to all"
             )
         # Nothing is learnt of the line break after the end mark: generation has stopped by then.
         end = len(text.rstrip())
@@ -105,8 +106,8 @@ class ChatTemplate:
     def _example(self, text: str, spans: list[Span]) -> Example:
         """Return the text as an example.
 
-        Raises UserError if a turn does not end in a special token: a model trained on it would never
-        stop.
+        Raises UserError if a turn does not end in a special token: a model trained on it would
+        never stop.
         """
         example = encode_text(self.tokenizer, text, spans)
         following = [*example.labels[1:], IGNORE_INDEX]
@@ -159,8 +160,8 @@ class PlainText:
 def encode_text(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
     """Return the token ids of `text`, with the characters in `spans` as targets.
 
-    Nothing is added to the text: a template writes its own BOS. A token that lies across the start of a
-    span belongs to it. `spans` are in order and do not overlap.
+    Nothing is added to the text: a template writes its own BOS. A token that lies across the start
+    of a span belongs to it. `spans` are in order and do not overlap.
     """
     assert tokenizer.is_fast, "a tokenizer without character offsets"
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -8,7 +8,7 @@ from finetune.data.types import Example, Prompt, Record, Tokenizer
 
 
 class TextFormat:
-    """The column `text`, followed by EOS. A blank text gives no example, and is counted as blank."""
+    """The column `text`, followed by EOS. A blank text gives no example; it is counted as blank."""
 
     name = "text"
 

@@ -1,11 +1,12 @@
 """Pairs of sentences: a source and its translation, as one question and one answer.
 
 With a chat template, the pair is a chat turn. The instruction is a short system message of its own
-("Translate English to French."). It replaces the default one that many templates insert, which costs 25
-tokens in every pair with SmolLM2. If the template knows no system message, the instruction is written
-above the sentence in the user's turn.
+("Translate English to French."). It replaces the default one that many templates insert, which
+costs 25 tokens in every pair with SmolLM2. If the template knows no system message, the instruction
+is written above the sentence in the user's turn.
 
-Without a chat template, the pair is plain text: "English: ...", a line break, "French: ..." and EOS.
+Without a chat template, the pair is plain text: "English: ...", a line break, "French: ..." and
+EOS.
 """
 
 import string
@@ -124,8 +125,8 @@ class TranslationFormat:
         sides = record if self.pair_column is None else column(record, self.pair_column, {})
         if not isinstance(sides, Mapping):
             raise UserError(
-                f"column {self.pair_column!r} must hold an object such as {{'en': ..., 'fr': ...}}, "
-                f"not {sides!r:.80}"
+                f"column {self.pair_column!r} must hold an object such as {{'en': ..., 'fr': ...}}"
+                f", not {sides!r:.80}"
             )
         return _side(sides, self.sides[0]), _side(sides, self.sides[1])
 
@@ -153,5 +154,6 @@ def _check_template(template: str) -> None:
         )
     if "source" not in fields:
         raise UserError(
-            f"data.translation.template {template!r} must contain {{source}}; known fields are {known}"
+            f"data.translation.template {template!r} must contain {{source}}; known fields are "
+            f"{known}"
         )

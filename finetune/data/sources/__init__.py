@@ -1,4 +1,4 @@
-"""Where records come from: the Hugging Face hub, local files and folders, the demo data of the package.
+"""Where records come from: the Hugging Face hub, local files and folders, the demo data.
 
 Read `files` (local names and what can be wrong with them), `opening` (the only file that imports
 `datasets`), then `records` (several sources as one dataset or one stream). Import from here.

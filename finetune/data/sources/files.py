@@ -24,8 +24,8 @@ PACKAGE = "package:"
 def local_files(path: str, *, is_text: bool = False) -> list[Path]:
     """Return the files that `path` names: a file, a glob, or package:NAME for the demo data.
 
-    The result is empty for a folder or the name of a hub dataset. With `is_text`, files of any ending
-    are text. Raises UserError for a local name without a file, or for an empty file.
+    The result is empty for a folder or the name of a hub dataset. With `is_text`, files of any
+    ending are text. Raises UserError for a local name without a file, or for an empty file.
     """
     if path.startswith(PACKAGE):
         return [_package_file(path)]
@@ -70,7 +70,8 @@ def _package_file(path: str) -> Path:
     name = path.removeprefix(PACKAGE)
     if name not in names:
         raise UserError(
-            f"the package has no data {name!r}; it has {', '.join(names)}{did_you_mean(name, names)}"
+            f"the package has no data {name!r}; it has {', '.join(names)}"
+            f"{did_you_mean(name, names)}"
         )
     return Path(str(folder / f"{name}.jsonl"))
 
@@ -89,9 +90,10 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def table_options(file: Path, kind: str) -> dict[str, Any]:
-    """Return how a CSV or TSV file is to be read, with the names of its `columns`; {} for other kinds.
+    """Return how a CSV or TSV file is to be read, with the names of its `columns`.
 
-    TSV has no quotes: a quotation mark is plain text, and each line is a row.
+    For other kinds the result is empty. TSV has no quotes: a quotation mark is plain text, and each
+    line is a row.
     """
     if kind not in ("csv", "tsv"):
         return {}

@@ -1,4 +1,4 @@
-"""One source of records, opened with Hugging Face `datasets`, or a sentence why it cannot be opened.
+"""One source of records, opened with `datasets`, or a sentence why it cannot be opened.
 
 This is the only file that imports `datasets`.
 """
@@ -32,7 +32,7 @@ _HUB_TIMEOUT = 5.0  # seconds after which the hub counts as unreachable
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of records. `finetune.config.schema.SourceSection` has the meaning and defaults."""
+    """One source of records; see `finetune.config.schema.SourceSection` for its fields."""
 
     path: str
     name: str | None
@@ -230,8 +230,8 @@ def _explanation(label: str, error: Exception) -> str:
             ", ".join(names) for names in (cause.requested_column_names, cause.table_column_names)
         )
         return (
-            f"{label}: its rows do not have the same columns ({first}; further on {other}). Put each "
-            "kind into files of its own, and list these as several sources"
+            f"{label}: its rows do not have the same columns ({first}; further on {other}). Put "
+            "each kind into files of its own, and list these as several sources"
         )
     if "corresponds to no data" in message:
         return f"{label} is empty: it has no rows"

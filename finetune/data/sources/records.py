@@ -2,8 +2,8 @@
 
 **Several sources.** They are interleaved evenly, always in the same order.
 
-Without weights each record comes once: sources are drawn in proportion to their size. Streams, whose
-size is not known, take turns; when one has ended, the others continue.
+Without weights each record comes once: sources are drawn in proportion to their size. Streams,
+whose size is not known, take turns; when one has ended, the others continue.
 
 With weights the shares are exact, and the mix ends when the first source has ended. No record comes
 twice, and what is left of the other sources is not used.
