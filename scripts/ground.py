@@ -87,7 +87,7 @@ def our_config(args: argparse.Namespace) -> Any:
                 "train": str(args.train or "package:chat.en.train"),
                 "validation": str(args.validation or "package:chat.en.test"),
                 "max_length": args.length,
-                "max_validation_rows": args.held_out,
+                "max_validation_records": args.held_out,
             },
             "optimizer": {"name": "adamw", "lr": args.lr, "weight_decay": 0.0},
             "scheduler": {"name": "linear", "warmup_steps": 0},
@@ -185,16 +185,18 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     rows of inactive ones moved."""
     import torch
 
+    from finetune.config.schema import SourceSection
+    from finetune.data.batches.dataset import EvaluationBatches
     from finetune.data.encode import encode
-    from finetune.data.loader import EvaluationBatches
-    from finetune.data.sources import Source, load_rows
-    from finetune.data.text import TextFormat
+    from finetune.data.formats.text import TextFormat
+    from finetune.data.sources import load_records
     from finetune.data.types import Prompt
     from finetune.evaluation import evaluate_generation, evaluate_loss
     from finetune.inference.generation import GenerationSettings
     from finetune.models.language_model import LanguageModel
     from finetune.models.tokenizers import pad_id
     from finetune.models.vocabulary.activate import activate_vocabulary
+    from finetune.recipes.data import as_sources
     from finetune.recipes.vocabulary import active_ids
 
     material = _material(args)
@@ -212,7 +214,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
 
     def loss_on(dataset: Any, mask: Any) -> dict[str, float]:
         batches = EvaluationBatches(
-            dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer), rank=0, num_processes=1
+            dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer)
         )  # fmt: skip
         return evaluate_loss(
             wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())
@@ -239,7 +241,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     )  # fmt: skip
     found |= scores
     if args.unrelated:
-        rows = load_rows([Source(path=str(args.unrelated))]).take(100)
+        rows = load_records(as_sources([SourceSection(path=str(args.unrelated))])).take(100)
         text = encode(
             rows,
             TextFormat(tokenizer=tokenizer, columns={}),

@@ -20,7 +20,6 @@ FLOORS = {  # the longest matching prefix counts
     "comparison": 1,
     "models": 2,
     "data.sources": 2,
-    "data.loader": 2,
     "display": 2,
     "distributed": 2,
     "integrations": 2,

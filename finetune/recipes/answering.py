@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from finetune.data.rendering import ChatTemplate
+from finetune.data.formats.rendering import ChatTemplate
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.inference.conversation import Conversation

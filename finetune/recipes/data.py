@@ -9,11 +9,18 @@ from itertools import islice
 from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
-from finetune.data.detect import build_format
 from finetune.data.encode import EncodedDataset, encode
-from finetune.data.sources import Rows, RowStream, Source, load_rows, split_held_out, stream_rows
-from finetune.data.text import TextFormat
-from finetune.data.types import Format, Prompt, Row
+from finetune.data.formats.detect import FormatOptions, build_format
+from finetune.data.formats.text import TextFormat
+from finetune.data.sources import (
+    Records,
+    RecordStream,
+    Source,
+    load_records,
+    split_held_out,
+    stream_records,
+)
+from finetune.data.types import Format, Prompt, Record
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import context_length
@@ -27,9 +34,9 @@ TOKENIZER_ROWS = 20_000  # rows that a new tokenizer is trained on, at most
 class RawData:
     """The rows of a run, not yet tokenised."""
 
-    train: Rows | RowStream
-    validation: Rows | None
-    first_row: Row
+    train: Records | RecordStream
+    validation: Records | None
+    first_row: Record
 
     def texts(self) -> Iterator[str]:
         """Every text in the first training rows, for a new tokenizer, which may read them in another thread."""
@@ -44,23 +51,23 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
             raise UserError(
                 "a stream cannot be split: give data.validation, or set data.validation_fraction=0"
             )
-        stream = stream_rows(as_sources(config.train))
-        first = next(iter(stream_rows(as_sources(config.train))), None)
+        stream = stream_records(as_sources(config.train))
+        first = next(iter(stream_records(as_sources(config.train))), None)
         if first is None:
             raise UserError(f"{config.train[0].path} is empty: there are no rows in it")
         return RawData(stream, _validation(config), first[1])
-    rows, validation = load_rows(as_sources(config.train)), _validation(config)
+    rows, validation = load_records(as_sources(config.train)), _validation(config)
     if validation is None and config.validation_fraction > 0:
         rows, validation = split_held_out(rows, fraction=config.validation_fraction, seed=seed)
-        validation = validation.take(config.max_validation_rows)
+        validation = validation.take(config.max_validation_records)
     return RawData(rows, validation, rows[0])
 
 
-def _validation(config: DataSection) -> Rows | None:
+def _validation(config: DataSection) -> Records | None:
     return (
         None
         if config.validation is None
-        else load_rows(as_sources(config.validation)).take(config.max_validation_rows)
+        else load_records(as_sources(config.validation)).take(config.max_validation_records)
     )
 
 
@@ -68,13 +75,10 @@ def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
     return [Source(**section.model_dump()) for section in sections]
 
 
-def make_format(config: DataSection, tokenizer: Any, first_row: Row) -> Format:
+def make_format(config: DataSection, tokenizer: Any, first_row: Record) -> Format:
     """The format that the config names, or that the first row is in."""
     pair = config.translation
-    return build_format(
-        config.format,
-        tokenizer=tokenizer,
-        first_row=first_row,
+    options = FormatOptions(
         columns=config.columns,
         targets=config.targets,
         system_prompt=config.system_prompt,
@@ -83,10 +87,11 @@ def make_format(config: DataSection, tokenizer: Any, first_row: Row) -> Format:
         direction=pair.direction,
         template=pair.template,
     )
+    return build_format(config.format, options, tokenizer=tokenizer, first_record=first_row)
 
 
 def encode_rows(
-    rows: Rows | RowStream,
+    rows: Records | RecordStream,
     format: Format,
     config: DataSection,
     *,
@@ -94,7 +99,7 @@ def encode_rows(
     display: Display | None = None,
 ) -> EncodedDataset:
     """All rows, or the first STREAM_SAMPLE of a stream; `display` shows how far it is."""
-    count = STREAM_SAMPLE if isinstance(rows, RowStream) else len(rows)
+    count = STREAM_SAMPLE if isinstance(rows, RecordStream) else len(rows)
     with (display or Display(enabled=False)).bar("encoding", count, unit="rows") as advance:
         return encode(
             _watched(islice(rows, count), advance),
@@ -106,8 +111,8 @@ def encode_rows(
 
 
 def _watched(
-    rows: Iterable[tuple[str, Row]], advance: Callable[[int], None]
-) -> Iterator[tuple[str, Row]]:
+    rows: Iterable[tuple[str, Record]], advance: Callable[[int], None]
+) -> Iterator[tuple[str, Record]]:
     """The rows, telling `advance` whenever ADVANCE of them have been read."""
     for number, row in enumerate(rows):
         if number and number % ADVANCE == 0:
@@ -121,7 +126,7 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
     if data.unrelated is None:
         return None
     try:
-        rows = load_rows(as_sources(data.unrelated)).take(data.max_validation_rows)
+        rows = load_records(as_sources(data.unrelated)).take(data.max_validation_records)
         format = TextFormat(tokenizer=tokenizer, columns={})
         return encode(
             rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size
@@ -131,7 +136,7 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
 
 
 def first_prompts(
-    rows: Rows | None,
+    rows: Records | None,
     format: Format,
     count: int,
     *,

@@ -22,7 +22,7 @@ from finetune.training.trainer import Stopped
 
 SHORT = (
     "training.max_steps=3",
-    "data.max_validation_rows=8",
+    "data.max_validation_records=8",
     "evaluation.generate=4",
     "evaluation.samples=2",
     "generation.max_new_tokens=16",

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from finetune.data.batches.dataset import EvaluationBatches
 from finetune.data.encode import EncodedDataset
-from finetune.data.loader import EvaluationBatches
 from finetune.data.types import Prompt
 from finetune.display import Display, differences
 from finetune.errors import UserError

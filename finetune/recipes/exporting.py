@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from finetune.config import RunConfig, dump_config, load_config
-from finetune.data.sources import Rows
+from finetune.data.sources import Records
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.card import license_of, model_card
@@ -115,7 +115,7 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         set_template(tokenizer, config.model.chat_template)
         return tokenizer
     material = read_material(config, Display(enabled=False))
-    if isinstance(material.raw.train, Rows):
+    if isinstance(material.raw.train, Records):
         then = load(checkpoint, "training.pt")["identity"]["the training data"]
         if material.train.fingerprint != then:  # other data makes another tokenizer
             raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.config.schema import DataSection, SourceSection
-from finetune.data.sources import Rows, load_rows
+from finetune.data.sources import Records, load_records
 from finetune.errors import UserError
 from finetune.recipes.data import as_sources, load_raw_data
 
@@ -19,7 +19,7 @@ OWN_TEST = "the held-out rows choose, data.test is the test data"
 def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataSection:
     """The data section for the runs of a comparison; with `test`, its data.test is rows that its data.validation has not.
 
-    Rows are written to `folder` unless they stand there already; the training rows only where others were split off from them.
+    Records are written to `folder` unless they stand there already; the training records only where others were split off from them.
     Raises UserError where there is nothing to hold out.
     """
     if data.streaming:
@@ -38,7 +38,7 @@ def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataS
             raise UserError(
                 "a comparison needs held-out data: set data.validation or data.validation_fraction"
             )
-        assert isinstance(raw.train, Rows)
+        assert isinstance(raw.train, Records)
         chosen, tested = _parts(raw.validation, data) if test else (raw.validation, None)
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in (("validation", chosen), ("test", tested), ("train", raw.train)):
@@ -46,7 +46,7 @@ def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataS
                 _write(paths[name], rows)
     sources = {name: (SourceSection(path=str(path)),) for name, path in paths.items()}
     return data.model_copy(
-        update={"validation_fraction": 0.0, "max_validation_rows": None, **sources}
+        update={"validation_fraction": 0.0, "max_validation_records": None, **sources}
     )
 
 
@@ -55,9 +55,9 @@ def rule(data: DataSection) -> str:
     return HALVES if data.test is None else OWN_TEST
 
 
-def _parts(held_out: Rows, data: DataSection) -> tuple[Rows, Rows]:
+def _parts(held_out: Records, data: DataSection) -> tuple[Records, Records]:
     if data.test is not None:
-        return held_out, load_rows(as_sources(data.test)).take(data.max_validation_rows)
+        return held_out, load_records(as_sources(data.test)).take(data.max_validation_records)
     if len(held_out) < 2:
         raise UserError(
             "one held-out row cannot both choose and be reported on: give data.test, or hold out more"

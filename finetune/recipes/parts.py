@@ -15,10 +15,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
-from finetune.data.encode import DataStatistics, RowEncoder
-from finetune.data.loader import TrainingBatches
-from finetune.data.sources import Rows
-from finetune.data.stream import StreamingBatches
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import BatchShape
+from finetune.data.batches.stream import StreamingBatches
+from finetune.data.encode import DataStatistics, RecordEncoder
+from finetune.data.sources import Records
 from finetune.data.types import Format
 from finetune.display import Display
 from finetune.distributed.engines import check_engine, settle_engine, waiting_time
@@ -192,27 +193,27 @@ def _make_batches(
 ) -> tuple[TrainingBatches | StreamingBatches, DataStatistics]:
     """Return this process's batches, and the counts of the data that they are made from."""
     config, data = material.config, material.config.data
-    cut: dict[str, Any] = {
-        "packing": data.packing,
-        "batch_size": config.training.batch_size,
-        "micro_batch_size": config.training.micro_batch_size,
-        "pad_id": pad_id(material.tokenizer),
-        "seed": config.seed,
-        "rank": accelerator.process_index,
-        "num_processes": accelerator.num_processes,
-    }
-    if isinstance(material.raw.train, Rows):
-        batches = TrainingBatches(material.train, max_length=data.max_length, **cut)
+    shape = BatchShape(
+        packing=data.packing,
+        batch_size=config.training.batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        pad_id=pad_id(material.tokenizer),
+        seed=config.seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    if isinstance(material.raw.train, Records):
+        batches = TrainingBatches(material.train, shape, max_length=data.max_length)
         return batches, material.train.statistics
     count_steps(config, None)
-    encoder = RowEncoder(
+    encoder = RecordEncoder(
         material.format,
         max_length=data.max_length,
         overlong=data.overlong,
         vocab_size=material.table_rows,
     )
     stream = StreamingBatches(
-        material.raw.train, encoder, shuffle_buffer=data.shuffle_buffer, **cut
+        material.raw.train, encoder, shape, shuffle_buffer=data.shuffle_buffer
     )
     return stream, encoder.statistics
 
@@ -221,7 +222,7 @@ def say_counts(
     display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig
 ) -> None:
     """How much data there is, and what was cut or left out."""
-    if counts.rows:
+    if counts.records:
         share = counts.target_tokens / max(1, counts.tokens)
         display.say(
             f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets"

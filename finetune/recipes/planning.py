@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from finetune.config import RunConfig
-from finetune.data.loader import TrainingBatches
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import BatchShape
 from finetune.data.statistics import coverage
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
@@ -255,17 +256,14 @@ def fitted_skeleton(material: Material) -> Any:
 def work_of(material: Material) -> Work:
     """Return what a run on one process goes through."""
     config, train, held_out = material.config, material.train, material.validation
-    batches = TrainingBatches(
-        train,
-        max_length=config.data.max_length,
+    shape = BatchShape(
         packing=config.data.packing,
         batch_size=config.training.batch_size,
         micro_batch_size=config.training.micro_batch_size,
         pad_id=pad_id(material.tokenizer),
         seed=config.seed,
-        rank=0,
-        num_processes=1,
     )
+    batches = TrainingBatches(train, shape, max_length=config.data.max_length)
     per_epoch = None if config.data.streaming else batches.steps_per_epoch
     num_steps = count_steps(config, per_epoch)
     steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))

@@ -101,7 +101,7 @@ def evaluate_target(
     )
     results = {
         "data": _said_data(settings),
-        "num_rows": len(material.raw.validation),
+        "num_records": len(material.raw.validation),
         "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
     }
     results |= evaluator.evaluate()[0]
@@ -120,7 +120,7 @@ def _evaluated(config: RunConfig, device: str) -> RunConfig:
     """
     changes: dict[str, Any] = {"tracking": ()}
     if config.data.test is not None:
-        test = {"validation": config.data.test, "max_validation_rows": None}
+        test = {"validation": config.data.test, "max_validation_records": None}
         changes["data"] = config.data.model_copy(update=test)
     off_cuda = config.training.precision == "fp16" and device != "cuda"
     precision = {"precision": "fp32"} if off_cuda else {}

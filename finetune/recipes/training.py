@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetune.config import RunConfig, dump_config
-from finetune.data.stream import StreamingBatches
-from finetune.data.translation import TranslationFormat
+from finetune.data.batches.stream import StreamingBatches
+from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, reading
 from finetune.errors import UserError

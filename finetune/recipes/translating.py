@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.detect import build_format
-from finetune.data.files import read_lines
-from finetune.data.translation import TranslationFormat
+from finetune.data.formats.translation import TranslationFormat
+from finetune.data.sources.files import read_lines
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.inference.translation import translate_file, translate_lines
@@ -78,20 +77,14 @@ def _translation_format(opened: Opened, source: str | None, to: str | None) -> T
     source, to = source or trained[0], to or trained[1]
     if source is None or to is None:
         raise UserError("which languages? give --from and --to, e.g. --from en --to fr")
-    format = build_format(
-        "translation",
+    return TranslationFormat(
         tokenizer=opened.tokenizer,
-        first_row={"translation": {source: "", to: ""}},
-        columns={},
-        targets="assistant",
-        system_prompt=opened.config.data.system_prompt if opened.config is not None else None,
-        source_language=source,
-        target_language=to,
+        languages=(source, to),
         direction="forward",
         template=pair.template if pair is not None else None,
+        targets="assistant",
+        system_prompt=opened.config.data.system_prompt if opened.config is not None else None,
     )
-    assert isinstance(format, TranslationFormat)
-    return format
 
 
 def _trained_languages(run: RunDir) -> Sequence[str | None]:

@@ -14,8 +14,8 @@ import torch
 from finetune.comparison.frequency import BINS, add_up_by_bin, bins_of
 from finetune.comparison.runs import Phase, Result, Run, keep_update, read_trial
 from finetune.config import RunConfig
-from finetune.data.loader import TrainingBatches
-from finetune.data.sources import load_rows
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.sources import load_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.models.describe import inner_model, tensor_bytes, token_tables
@@ -129,7 +129,7 @@ def _test(parts: Parts) -> dict[str, Any]:
     config = parts.config
     assert config.data.test is not None
     size = inner_model(parts.model).config.get_text_config().vocab_size
-    dataset = parts.material.encode(load_rows(as_sources(config.data.test)))
+    dataset = parts.material.encode(load_records(as_sources(config.data.test)))
     bins = bins_of(_target_counts(parts, size))
     sums = torch.zeros(2, len(BINS), dtype=torch.float64)
     device = parts.accelerator.device

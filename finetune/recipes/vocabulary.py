@@ -12,9 +12,9 @@ from accelerate.utils import gather_object
 
 from finetune.compute.products import release
 from finetune.config import RunConfig
-from finetune.data.collate import collate
+from finetune.data.batches.collate import collate
+from finetune.data.batches.steps import StepBatch
 from finetune.data.encode import EncodedDataset
-from finetune.data.steps import StepBatch
 from finetune.data.types import Batch
 from finetune.errors import UserError
 from finetune.models.describe import token_tables

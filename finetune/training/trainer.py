@@ -20,8 +20,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from finetune.data.loader import StepBatch, TrainingBatches
-from finetune.data.stream import StreamingBatches
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import StepBatch
+from finetune.data.batches.stream import StreamingBatches
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, options_of
 from finetune.run.folder import is_complete

@@ -23,7 +23,7 @@ SMALL = [
     "data.max_length=128",
     "training.batch_size=2",
     "training.micro_batch_size=2",
-    "data.max_validation_rows=40",
+    "data.max_validation_records=40",
 ]
 
 

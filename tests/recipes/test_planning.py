@@ -279,7 +279,7 @@ def test_a_wrong_config_is_one_sentence(tiny, sections, said):
 
 SHORT = [
     "training.max_steps=2",
-    "data.max_validation_rows=4",
+    "data.max_validation_records=4",
     "evaluation.generate=2",
     "evaluation.before=false",
 ]

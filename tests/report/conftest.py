@@ -100,7 +100,7 @@ def write_run(root, num_steps=52, finished=True):
     }
     (root / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
     train = {
-        "rows": 1200,
+        "records": 1200,
         "examples": 1200,
         "tokens": 52_310,
         "target_tokens": 24_014,
@@ -109,7 +109,7 @@ def write_run(root, num_steps=52, finished=True):
         "longest": 141,
     }
     held_out = {
-        "rows": 120,
+        "records": 120,
         "examples": 120,
         "tokens": 5170,
         "target_tokens": 2391,

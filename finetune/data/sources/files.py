@@ -1,7 +1,4 @@
-"""Local data files: which kind a name is, and what is wrong with a file that cannot be read.
-
-Floor 1.
-"""
+"""Local data files: which kind a name is, and what is wrong with a file that cannot be read."""
 
 import csv
 import glob
@@ -25,9 +22,10 @@ PACKAGE = "package:"
 
 
 def local_files(path: str, *, is_text: bool = False) -> list[Path]:
-    """The files that `path` means: a file, a glob, or package:NAME for the demo data; [] for a folder or the name of a hub dataset.
+    """Return the files that `path` names: a file, a glob, or package:NAME for the demo data.
 
-    `is_text`: they are text whatever their ending. Raises UserError for a local name that means nothing, or an empty file.
+    The result is empty for a folder or the name of a hub dataset. With `is_text`, files of any
+    ending are text. Raises UserError for a local name without a file, or for an empty file.
     """
     if path.startswith(PACKAGE):
         return [_package_file(path)]
@@ -54,7 +52,7 @@ def local_files(path: str, *, is_text: bool = False) -> list[Path]:
 
 
 def kind_of(file: Path) -> str:
-    """The kind of a data file by its ending."""
+    """Return the kind of a data file by its ending."""
     if file.suffix not in KINDS:
         raise UserError(
             f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}"
@@ -72,13 +70,17 @@ def _package_file(path: str) -> Path:
     name = path.removeprefix(PACKAGE)
     if name not in names:
         raise UserError(
-            f"the package has no data {name!r}; it has {', '.join(names)}{did_you_mean(name, names)}"
+            f"the package has no data {name!r}; it has {', '.join(names)}"
+            f"{did_you_mean(name, names)}"
         )
     return Path(str(folder / f"{name}.jsonl"))
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, without their line breaks (only \\n and \\r\\n end a line, as `wc -l` counts)."""
+    """Yield the lines of a text file without their line breaks.
+
+    Only \\n and \\r\\n end a line, as `wc -l` counts.
+    """
     try:
         with file.open(encoding="utf-8", newline="\n") as lines:
             for line in lines:
@@ -88,32 +90,24 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def table_options(file: Path, kind: str) -> dict[str, Any]:
-    """How a CSV or TSV file is to be read, with the names of its `columns`; {} for other kinds.
+    """Return how a CSV or TSV file is to be read, with the names of its `columns`.
 
-    TSV has no quotes: a quotation mark is one, and a line is always a row.
+    For other kinds the result is empty. TSV has no quotes: a quotation mark is plain text, and each
+    line is a row.
     """
     if kind not in ("csv", "tsv"):
         return {}
     options: dict[str, Any] = (
         {"sep": ","} if kind == "csv" else {"sep": "\t", "quoting": csv.QUOTE_NONE}
     )
-    first = next(
-        csv.reader(
-            read_lines(file),
-            delimiter=options["sep"],
-            quoting=options.get("quoting", csv.QUOTE_MINIMAL),
-        ),
-        [],
-    )
-    return {
-        **options,
-        "columns": [name.removeprefix("\ufeff") for name in first],
-        "keep_default_na": False,
-    }
+    quoting = options.get("quoting", csv.QUOTE_MINIMAL)
+    header = next(csv.reader(read_lines(file), delimiter=options["sep"], quoting=quoting), [])
+    columns = [name.removeprefix("\ufeff") for name in header]
+    return {**options, "columns": columns, "keep_default_na": False}
 
 
 def check_json(file: Path) -> None:
-    """Raise UserError where a JSON file is broken: neither one object a line nor a list of objects."""
+    """Raise UserError if a JSON file is broken: neither one object a line nor a list of objects."""
     first_error: UserError | None = None
     for number, line in enumerate(read_lines(file), start=1):
         if not line.strip():

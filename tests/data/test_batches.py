@@ -1,4 +1,4 @@
-"""Batches: the same steps for any number of processes, every example once an epoch, resumable at any step."""
+"""Batches: the same for any number of processes, each example once an epoch, resumable."""
 
 import random
 from itertools import islice
@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
+from finetune.data.batches.steps import StepBatch, cut_step, group_by_length
 from finetune.data.encode import EncodedDataset
-from finetune.data.loader import EvaluationBatches, TrainingBatches
-from finetune.data.steps import StepBatch, group_by_length, share
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 from finetune.errors import UserError
+
+from .settings import batch_shape
 
 
 def dataset_of(num_examples: int, *, seed: int = 0, longest: int = 30) -> EncodedDataset:
@@ -21,33 +23,24 @@ def dataset_of(num_examples: int, *, seed: int = 0, longest: int = 30) -> Encode
     dataset = EncodedDataset()
     for i in range(num_examples):
         ids = [i + 1] * generator.randint(2, longest)  # an example's tokens tell its number
-        dataset.append(Example(ids, [IGNORE_INDEX, *ids[1:]]), row=i)
+        dataset.append(Example(ids, [IGNORE_INDEX, *ids[1:]]))
     return dataset
 
 
-def training(dataset: EncodedDataset, **options: Any) -> TrainingBatches:
-    defaults: dict[str, Any] = {
-        "max_length": 32,
-        "packing": True,
-        "batch_size": 6,
-        "micro_batch_size": 2,
-        "pad_id": 0,
-        "seed": 1,
-    }
-    defaults |= {"rank": 0, "num_processes": 1}
-    return TrainingBatches(dataset, **(defaults | options))
+def training(dataset: EncodedDataset, *, max_length: int = 32, **options: Any) -> TrainingBatches:
+    return TrainingBatches(dataset, batch_shape(**options), max_length=max_length)
 
 
 def numbers(batch: Batch) -> list[list[int]]:
-    """The examples of each row, from its tokens."""
+    """The examples of each sequence, from its tokens."""
     return [
-        list(dict.fromkeys(token - 1 for token in row if token))
-        for row in batch["input_ids"].tolist()
+        list(dict.fromkeys(token - 1 for token in sequence if token))
+        for sequence in batch["input_ids"].tolist()
     ]
 
 
-def rows_of(step: StepBatch) -> list[list[int]]:
-    return [row for batch in step.micro_batches for row in numbers(batch) if row]
+def sequences_of(step: StepBatch) -> list[list[int]]:
+    return [sequence for batch in step.micro_batches for sequence in numbers(batch) if sequence]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -65,8 +58,10 @@ def test_the_union_over_processes_is_the_same_step(num_processes: int, packing: 
             "as many forwards on every process"
         )
         rounds = zip(*(part.micro_batches for part in parts), strict=True)
-        union = [row for batches in rounds for batch in batches for row in numbers(batch) if row]
-        assert union == rows_of(expected), "no row lost or doubled, and the order is the same"
+        union = [ids for batches in rounds for batch in batches for ids in numbers(batch) if ids]
+        assert union == sequences_of(expected), (
+            "no sequence lost or doubled, and the order is the same"
+        )
         targets = sum(
             int((batch["labels"] != IGNORE_INDEX).sum())
             for part in parts
@@ -83,20 +78,23 @@ def test_the_union_over_processes_is_the_same_step(num_processes: int, packing: 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 9))
 def test_shares_cut_a_step_exactly(
-    num_rows: int, micro_batch_size: int, num_processes: int
+    num_sequences: int, micro_batch_size: int, num_processes: int
 ) -> None:
     shares = [
-        share(num_rows, micro_batch_size=micro_batch_size, rank=r, num_processes=num_processes)
+        cut_step(
+            num_sequences,
+            batch_shape(micro_batch_size=micro_batch_size, rank=r, num_processes=num_processes),
+        )
         for r in range(num_processes)
     ]
     assert len({len(part) for part in shares}) == 1
     assert [i for batches in zip(*shares, strict=True) for batch in batches for i in batch] == list(
-        range(num_rows)
+        range(num_sequences)
     )
     assert max(len(batch) for part in shares for batch in part) <= micro_batch_size
-    if num_rows >= num_processes:
+    if num_sequences >= num_processes:
         assert all(len(part[0]) for part in shares), (
-            "no process is idle where there are rows enough"
+            "no process is idle if there are sequences enough"
         )
 
 
@@ -114,10 +112,10 @@ def test_each_example_once_an_epoch(
     for epoch in range(2):
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps_per_epoch
-        assert sorted(i for step in steps for row in rows_of(step) for i in row) == list(
-            range(num_examples)
-        )
-        sizes = [len(rows_of(step)) for step in steps]
+        assert sorted(
+            i for step in steps for sequence in sequences_of(step) for i in sequence
+        ) == list(range(num_examples))
+        sizes = [len(sequences_of(step)) for step in steps]
         assert all(size == batch_size for size in sizes[:-1])
         assert steps[-1].epoch == epoch + 1
 
@@ -128,7 +126,8 @@ def test_epochs_differ_and_seeds_differ_and_runs_do_not(packing: bool) -> None:
 
     def order(seed: int, epoch: int) -> list[Any]:
         return [
-            rows_of(step) for step in training(dataset, packing=packing, seed=seed).epoch(epoch)
+            sequences_of(step)
+            for step in training(dataset, packing=packing, seed=seed).epoch(epoch)
         ]
 
     assert order(1, 0) == order(1, 0)
@@ -169,12 +168,12 @@ def test_resuming_with_other_data_is_refused() -> None:
         training(dataset_of(40, seed=1)).load_state_dict(state)
 
 
-def test_packed_rows_are_full_and_as_many_in_every_epoch() -> None:
+def test_packed_sequences_are_full_and_as_many_in_every_epoch() -> None:
     batches = training(dataset_of(400, longest=16), batch_size=4)
     for epoch in range(3):
         steps = list(batches.epoch(epoch))
         assert len(steps) == batches.steps_per_epoch
-        assert sum(step.num_tokens for step in steps) / (32 * batches.num_rows) > 0.97
+        assert sum(step.num_tokens for step in steps) / (32 * batches.num_sequences) > 0.97
 
 
 def test_length_grouping_saves_padding_and_leaves_steps_in_random_order() -> None:
@@ -218,7 +217,7 @@ def test_evaluation_sees_each_example_once(
         for r in range(num_processes)
     ]
     assert len({len(part) for part in parts}) == 1
-    seen = [i for part in parts for batch in part for row in numbers(batch) for i in row]
+    seen = [i for part in parts for batch in part for ids in numbers(batch) for i in ids]
     assert sorted(seen) == list(range(50))
     assert all(len(batch["input_ids"]) <= batch_size for part in parts for batch in part)
     targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for part in parts for batch in part)
