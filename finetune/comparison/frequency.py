@@ -26,13 +26,3 @@ def bins_of(counts: Tensor) -> Tensor:
     bins[order] = torch.bucketize(before, torch.tensor(UP_TO, dtype=torch.float64), right=True)
     bins[counts == 0] = len(UP_TO)
     return bins
-
-
-def add_up_by_bin(losses: Tensor, targets: Tensor, bins: Tensor) -> Tensor:
-    """Return the sum of the losses and the number of tokens of each bin, [2, 3] float64.
-
-    `losses` and `targets` are [N]; `bins` is what `bins_of` returns.
-    """
-    which = bins[targets]
-    sums = torch.bincount(which, weights=losses.double(), minlength=len(BINS))
-    return torch.stack([sums, torch.bincount(which, minlength=len(BINS)).double()])

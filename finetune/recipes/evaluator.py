@@ -86,9 +86,13 @@ class Evaluator:
         dataset: EncodedDataset,
         *,
         inactive: torch.Tensor | None = None,
+        groups: torch.Tensor | None = None,
         num_batches: int | None = None,
     ) -> LossResult:
-        """Return the loss on `dataset`, or on the first `num_batches` of its batches."""
+        """Return the loss on `dataset`, or on the first `num_batches` of its batches.
+
+        `inactive` and `groups` split the loss by target token, as in `evaluate_loss`.
+        """
         accelerator, batches = self.accelerator, self.batches(dataset)
         count = len(batches) if num_batches is None else num_batches
         bar = self.display.bar("evaluating the loss", count)
@@ -100,6 +104,7 @@ class Evaluator:
                 device=accelerator.device,
                 reduce=self._add_up,
                 inactive=inactive,
+                groups=groups,
                 on_progress=lambda done: advance(1),
             )
 

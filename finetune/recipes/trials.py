@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from finetune.comparison.frequency import BINS, add_up_by_bin, bins_of
+from finetune.comparison.frequency import BINS, bins_of
 from finetune.comparison.runs import Phase, Result, Run, keep_update, read_trial
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
@@ -19,7 +19,6 @@ from finetune.data.sources import load_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.models.describe import inner_model, tensor_bytes, token_tables
-from finetune.models.language_model import evaluating
 from finetune.optim import optimizer_info
 from finetune.recipes.data import as_sources
 from finetune.recipes.evaluations import evaluator_of
@@ -125,34 +124,33 @@ def _norm(tensors: Any) -> float:
 
 
 def _test(parts: Parts) -> dict[str, Any]:
-    """The loss on data.test: over all target tokens, and by how often the token is a target of the training data."""
+    """Return the loss on data.test, over all target tokens and by their frequency in training."""
     config = parts.config
     assert config.data.test is not None
-    size = inner_model(parts.model).config.get_text_config().vocab_size
+    bins = bins_of(_target_counts(parts, parts.material.table_rows))
     dataset = parts.material.encode(load_records(as_sources(config.data.test)))
-    bins = bins_of(_target_counts(parts, size))
-    sums = torch.zeros(2, len(BINS), dtype=torch.float64)
-    device = parts.accelerator.device
-    with evaluating(parts.language_model), parts.accelerator.autocast(), torch.inference_mode():
-        for batch in evaluator_of(parts).batches(dataset):
-            on_device = {name: tensor.to(device) for name, tensor in batch.items()}  # type: ignore[attr-defined]
-            following = batch["labels"][:, 1:]
-            losses = parts.language_model.token_losses(**on_device).cpu()
-            sums += add_up_by_bin(losses, following[following != IGNORE_INDEX], bins)
-    nats, tokens = sums
-    test = {"all": float(nats.sum() / tokens.sum())}
-    test |= {name: float(nats[i] / tokens[i]) for i, name in enumerate(BINS) if tokens[i]}
+    result = evaluator_of(parts).loss(dataset, groups=bins)
+    found = dict(zip(BINS, result.by_group))
     sizes = torch.bincount(bins, minlength=len(BINS)).tolist()
+    losses = {
+        name: group.nats / group.num_target_tokens
+        for name, group in found.items()
+        if group.num_target_tokens
+    }
     return {
-        "test": test,
+        "test": {"all": result.loss, **losses},
         "bins": {
-            name: {"tokens": sizes[i], "targets": int(tokens[i])} for i, name in enumerate(BINS)
+            name: {
+                "tokens": sizes[i],
+                "targets": found[name].num_target_tokens if name in found else 0,
+            }
+            for i, name in enumerate(BINS)
         },
     }
 
 
 def _target_counts(parts: Parts, size: int) -> torch.Tensor:
-    """How often each token is a target of the training data, [V]."""
+    """Return how often each token is a target of the training data, [V]."""
     assert isinstance(parts.batches, TrainingBatches), "a comparison does not stream"
     labels = [
         label
