@@ -408,7 +408,7 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
     ):
         with pytest.raises(
             UserError,
-            match=r"Falcon.* computes its logits in a way of its own.*set vocabulary.mode to active, or",
+            match=r"Falcon.* computes its logits in a way of its own.*Set vocabulary.mode to active, or",
         ):
             sample()
     logits = model(input_ids=ids[0], use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -423,7 +423,7 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
 
 def test_bad_input_for_a_sample_is_refused():
     language_model, ids = LanguageModel(make("llama")), batch()
-    with pytest.raises(UserError, match="no frozen rows to sample: call activate_vocabulary"):
+    with pytest.raises(UserError, match="no frozen rows to draw from: call activate_vocabulary"):
         FrozenSampler(language_model, torch.ones(V))
     activate_vocabulary(language_model.model, ACTIVE)
     with pytest.raises(UserError, match="needs batches with target tokens"):
@@ -457,7 +457,7 @@ def test_bad_input_for_a_sample_is_refused():
     sampler.before_step(0)
     with pytest.raises(
         UserError,
-        match=r"the target token 3 does not train and is not in the sample.*FrozenSampler.before_step",
+        match=r"the target token 3 does not train and was not drawn.*FrozenSampler.before_step",
     ):
         language_model(ids[0], labels)
     assert language_model(*ids) > 0
