@@ -1,38 +1,39 @@
-"""What it costs to average an embedding's gradient over processes: a dense all-reduce, and our rows.
+"""What averaging an embedding's gradient over processes costs: a dense all-reduce, and our rows.
 
     python scripts/bench_sync.py              2, 3 and 4 processes, vocabularies of 32k to 256k
                                               (about 4 GB of memory, minutes)
     python scripts/bench_sync.py --quick      2 processes, 32k and 256k, under a minute
     python scripts/bench_sync.py --svg FILE   also draws the projection
 
-At each step each process draws `--tokens` Zipf ids (the i-th most frequent with a chance of 1/i), and
-averages the gradient of those rows, gloo over loopback. Time: the median of the steps, on the slowest
-process; "dense" is the bare all-reduce, without filling a dense gradient. Bytes: what the kernel
-counted on the loopback device, for each process and step, in a network namespace of its own if the
-system lets one be made. The last line is JSON.
+At each step each process draws `--tokens` Zipf ids (the i-th most frequent with a chance of 1/i).
+It averages the gradient of those rows, gloo over loopback. Time: the median of the steps, on the
+slowest process; "dense" is the bare all-reduce, without filling a dense gradient. Bytes: what the
+kernel counted on the loopback device, for each process and step, in a network namespace of its own
+if the system lets one be made. The last line is JSON.
 
-The formula. A table has V rows of d values of e bytes. Each of P processes used some rows, the busiest
-of them k, and all together U <= V. Each process sends (and receives) in one step:
+The formula. A table has V rows of d values of e bytes. Each of P processes used some rows, the
+busiest of them k, and all together U <= V. Each process sends (and receives) in one step:
 
-    dense     2 (P-1)/P V d e                    a ring all-reduce, or any other optimal in bytes
-    counts    8 (P-1)                            how many rows each process used, always first
-    ids       4 (P-1) k   or   2 (P-1)/P V       everybody's, padded to k; if P k > 2 V, an all-reduced
-                                                 mark of a byte for each row
-    gather    (P-1) k d e                        the values, padded to k rows, from all to all
-    reduce    2 (P-1)/P U d e                    a dense all-reduce of the rows that any process used
+    dense     2 (P-1)/P V d e                a ring all-reduce, or any other optimal in bytes
+    counts    8 (P-1)                        how many rows each process used, always first
+    ids       4 (P-1) k  or  2 (P-1)/P V     everybody's, padded to k; if P k > 2 V, an
+                                             all-reduced mark of a byte for each row
+    gather    (P-1) k d e                    the values, padded to k rows, from all to all
+    reduce    2 (P-1)/P U d e                a dense all-reduce of the rows that any process used
 
-Rows cost counts + ids + the cheaper of the last two. Every process knows k and U by then, so all take
-the same way:
+Rows cost counts + ids + the cheaper of the last two. Every process knows k and U by then, so all
+take the same way:
 
     gather if P k <= 2 U, else reduce
 
-Two processes always gather (k <= U). The more processes, the more their rows overlap, and reduce takes
-over. If the union is the whole table, reduce *is* the dense all-reduce. So rows never cost more than
-dense by over 4 / (d e) of it, 0.2 % for 640 float32 values, for any number of processes. SparCML also
-changes over from sparse to dense: C. Renggli et al., https://arxiv.org/abs/1802.08021. Ring
-all-reduce: P. Patarasuk and X. Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002.
+Two processes always gather (k <= U). The more processes, the more their rows overlap, and reduce
+takes over. If the union is the whole table, reduce *is* the dense all-reduce. So rows never cost
+more than dense by over 4 / (d e) of it, 0.2 % for 640 float32 values, for any number of processes.
+SparCML also changes over from sparse to dense: C. Renggli et al., https://arxiv.org/abs/1802.08021.
+Ring all-reduce: P. Patarasuk and X. Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002.
 
-The formula is then carried on, with the rows to be expected of Zipf ids, to 8, 64 and 1,024 processes.
+The formula is then projected to 8, 64 and 1,024 processes, with the rows to be expected of Zipf
+ids.
 """
 
 import argparse
@@ -234,7 +235,10 @@ def projection(processes: int, vocabulary: int, width: int, tokens: int) -> dict
 def crossing(
     vocabulary: int, args: argparse.Namespace, passed: Callable[[dict[str, Any]], bool]
 ) -> int | None:
-    """The smallest number of processes, up to 2^20, for which the projection has `passed`; it stays so beyond."""
+    """Return the smallest number of processes, up to 2^20, for which the projection has `passed`.
+
+    It stays so beyond.
+    """
     at = lambda processes: passed(projection(processes, vocabulary, args.width, args.tokens))  # noqa: E731
     low, high = 1, 2
     while not at(high):
@@ -263,7 +267,8 @@ def crossings(vocabulary: int, args: argparse.Namespace) -> dict[str, int | None
 
 def print_measured(results: list[dict[str, Any]]) -> None:
     print(
-        "\nprocesses  vocabulary   rows   union   dense MB (formula)   rows MB (formula)   share   dense ms  rows ms   share"
+        "\nprocesses  vocabulary   rows   union   dense MB (formula)   rows MB (formula)   share   "
+        "dense ms  rows ms   share"
     )
     for r in results:
         dense, rows = (
@@ -284,7 +289,8 @@ def print_projected(
     projected: list[dict[str, Any]], found: dict[int, dict[str, int | None]]
 ) -> None:
     print(
-        "\nprojected  vocabulary   rows    union    ids MB  gather MB  reduce MB   dense MB   taken   share of dense"
+        "\nprojected  vocabulary   rows    union    ids MB  gather MB  reduce MB   dense MB   "
+        "taken   share of dense"
     )
     for p in projected:
         taken = "gather" if p["gather_bytes"] <= p["reduce_bytes"] else "reduce"
@@ -297,8 +303,9 @@ def print_projected(
         print(f"{counts} {sizes}   {taken}   {p['row_bytes'] / p['dense_bytes']:.3f}")
     for vocabulary, at in found.items():
         print(
-            f"{vocabulary:,}: reduce takes over from gather at {at['reduce_below_gather']} processes (gather alone would pass "
-            f"dense at {at['gather_above_dense']}); rows reach half of the dense bytes at {at['rows_above_half_dense']}"
+            f"{vocabulary:,}: reduce takes over from gather at {at['reduce_below_gather']} "
+            f"processes (gather alone would pass dense at {at['gather_above_dense']}); rows reach "
+            f"half of the dense bytes at {at['rows_above_half_dense']}"
         )
 
 
@@ -347,7 +354,10 @@ def draw(
 
 
 def move_to_own_namespace() -> bool:
-    """Start this script again where nobody else uses the loopback device; True where it is, False where that cannot be had."""
+    """Start this script again in a namespace in which nobody else uses the loopback device.
+
+    Return True if it is in one, False if there can be none.
+    """
     if OWN_NAMESPACE in os.environ:
         return True
     enter = ["unshare", "--user", "--map-root-user", "--net"]
@@ -379,11 +389,13 @@ def main() -> None:
     args = parser.parse_args()
     if not move_to_own_namespace():
         print(
-            "no network namespace could be made: the bytes are those of everything on this machine's loopback device"
+            "no network namespace could be made: the bytes are those of everything on this "
+            "machine's loopback device"
         )
     vocabularies, counts = QUICK if args.quick else (VOCABULARIES, PROCESSES)
     print(
-        f"{args.tokens:,} Zipf tokens per process, width {args.width}, float32, gloo over loopback, {os.cpu_count()} cores"
+        f"{args.tokens:,} Zipf tokens per process, width {args.width}, float32, gloo over "
+        f"loopback, {os.cpu_count()} cores"
     )
     results = [result for processes in counts for result in launch(processes, vocabularies, args)]
     projected = [

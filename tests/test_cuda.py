@@ -1,4 +1,4 @@
-"""On a GPU: the optimizer, the loss and the packing against the same on a CPU, and whole runs of the command line."""
+"""On a GPU: optimizer, loss and packing against the same on a CPU, and whole runs of the CLI."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def full_float32():
 
 
 def steps_of_a_table(make_optimizer, *, device, dtype, num_steps=200):
-    """A table trained on Zipf ids with dense layers behind it, clipped, with a decaying rate; all of its rows at the end."""
+    """All rows of a table that was trained on Zipf ids, clipped, with a decaying rate."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(500, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)

@@ -1,10 +1,11 @@
-"""Attention on a CPU, as matrix products over the examples of packed rows.
+"""Attention on a CPU, as matrix products over the examples of packed sequences.
 
-Floor 2. torch's fused kernel for the CPU visits every pair of positions in a row, also those that the mask forbids, and in bf16
-it takes six times as long as the same by `torch.bmm` (`LOG.md`). Here the examples of a micro-batch are sorted into groups of
-about one length, padded, and attended to with one product for each group and block of queries. Nothing but queries, keys and
-values is kept for the backward pass, which computes the probabilities once more, as the fused kernel does
-(https://arxiv.org/abs/2205.14135); key and value heads are shared by queries without being repeated.
+torch's fused kernel for the CPU visits every pair of positions in a sequence, also those that the
+mask forbids. In bf16 it takes six times as long as the same by `torch.bmm` (`LOG.md`). Here the
+examples of a micro-batch are sorted into groups of similar length and padded. Each group and block
+of queries takes one product. Only queries, keys and values are kept for the backward pass. It
+computes the probabilities again, as the fused kernel does (https://arxiv.org/abs/2205.14135).
+Queries share key and value heads without copies of these.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,22 @@ from torch.autograd.function import once_differentiable
 native_dropout_backward = torch.ops.aten.native_dropout_backward
 
 QUERIES = 256
-"""Queries of an example in one product; they see the keys up to the last of them, so half of a long example is left out."""
+"""Queries of an example in one product.
+
+They see the keys up to the last of them, so half of a long example is left out.
+"""
 SCORES = 2**21
-"""The most scores in one product: what stays in the caches between product and softmax."""
+"""The most scores in one product: as many as stay in the caches between product and softmax."""
 LENGTHS = (64, 128, 256)
-"""What the lengths of examples are padded to, above that to a multiple of 128. Few shapes: oneDNN makes and keeps 2 MB of code for
-each shape of a product that it meets."""
+"""What the lengths of examples are padded to; above that, to a multiple of 128.
+
+There are few of them because oneDNN makes and keeps 2 MB of code for each shape of a product.
+"""
 ALIKE = 0.75
-"""An example joins a group whose longest it has at least this share of: padding costs less than one more product."""
+"""The share of a group's longest example that another one needs to join it.
+
+Padding then costs less than one more product.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,10 @@ class _Group:
     """G examples, padded to one length L."""
 
     size: tuple[int, int]  # G, L
-    tokens: Tensor  # [G * L] int64, where in the rows laid end to end each token is; padding names the example's first token
-    slots: Tensor | None  # [n] int64, which of them are no padding; None: all
+    # [G * L] int64: each token's place in the sequences laid end to end; padding has the place of
+    # its example's first token.
+    tokens: Tensor
+    slots: Tensor | None  # [n] int64: those that are not padding; None: all
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,10 @@ def attend(
 
 
 def plan_layout(lengths: Sequence[int], seen: Tensor, heads: int) -> Layout:
+    """Return how examples of `lengths` that follow each other are taken apart.
+
+    `seen`: [longest, longest] bool, the keys that each query of an example sees.
+    """
     starts = torch.tensor([0, *lengths]).cumsum(0)
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -81,9 +96,8 @@ def plan_layout(lengths: Sequence[int], seen: Tensor, heads: int) -> Layout:
             groups[-1].append(i)
         else:
             groups.append([i])
-    bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(
-        1
-    )  # what padding sees does not count, but it must see something
+    # What padding sees does not count, but it must see something.
+    bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(1)
     bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
     return Layout(
         [
@@ -100,7 +114,7 @@ def _padded(length: int) -> int:
 
 
 def _cut(group: list[int]) -> Iterator[list[int]]:
-    """A group in parts of one, two, four ... examples."""
+    """Yield a group in parts of one, two, four ... examples."""
     while group:
         size = 1 << (len(group).bit_length() - 1)
         yield group[:size]
@@ -120,11 +134,12 @@ def _group(lengths: Sequence[int], starts: Tensor) -> _Group:
 
 
 def causal_square(length: int) -> Tensor:
+    """Return what each query sees in causal attention: [length, length] bool."""
     return torch.ones(length, length, dtype=torch.bool).tril_()
 
 
 class _Attention(torch.autograd.Function):
-    """query [N, heads, d], key and value [N, fewer heads, d] to [N, heads, d], N all tokens of the rows."""
+    """query [N, heads, d], key and value [N, fewer heads, d] to [N, heads, d], of N tokens."""
 
     @staticmethod
     def forward(
@@ -190,12 +205,15 @@ class _Attention(torch.autograd.Function):
 
 
 def _end_to_end(tensor: Tensor) -> Tensor:
-    """[rows, heads, length, d] to [rows * length, heads, d]."""
+    """Return [sequences, heads, length, d] as [sequences * length, heads, d]."""
     return tensor.transpose(1, 2).flatten(0, 1)
 
 
 def _take(tensor: Tensor, group: _Group, shared: int, *, zero_padding: bool = False) -> Tensor:
-    """The group's tokens of [N, heads, d] as [G * shared, heads / shared, L, d], `shared` being the number of key heads."""
+    """Return the group's tokens of [N, heads, d] as [G * shared, heads / shared, L, d].
+
+    `shared` is the number of key heads.
+    """
     (size, length), width = group.size, tensor.shape[2]
     taken = tensor.index_select(0, group.tokens)
     if zero_padding and group.slots is not None:
@@ -208,7 +226,7 @@ def _take(tensor: Tensor, group: _Group, shared: int, *, zero_padding: bool = Fa
 
 
 def _put(into: Tensor, part: Tensor, group: _Group) -> None:
-    """What `_take` took, back into [N, heads, d]."""
+    """Write what `_take` took back into [N, heads, d]."""
     (size, length), (_, heads, width) = group.size, into.shape
     tokens, back = (
         group.tokens,
@@ -222,13 +240,16 @@ def _put(into: Tensor, part: Tensor, group: _Group) -> None:
 
 
 def _blocks(group: _Group) -> Iterator[tuple[slice, slice]]:
-    """Queries, and the keys that they may see."""
+    """Yield queries, and the keys that they may see."""
     for start in range(0, group.size[1], QUERIES):
         end = min(group.size[1], start + QUERIES)
         yield slice(start, end), slice(0, end)
 
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """query [B, n, queries, d], key [B, keys, d], bias [queries, keys] to [B, n * queries, keys]."""
+    """Return the probabilities [B, n * queries, keys] of the keys.
+
+    query [B, n, queries, d], key [B, keys, d], bias [queries, keys].
+    """
     bias = bias.to(query.dtype).expand(query.shape[1], -1, -1).flatten(0, 1)
     return torch.baddbmm(bias, query.flatten(1, 2), key.transpose(1, 2), alpha=scale).softmax(-1)

@@ -1,8 +1,8 @@
-"""Gated MLPs (SwiGLU, GeGLU: https://arxiv.org/abs/2002.05202) keeping half as much for the backward.
+"""Gated MLPs (SwiGLU, GeGLU: https://arxiv.org/abs/2002.05202) that keep half for the backward.
 
-Floor 2. `down(act(gate(x)) * up(x))` keeps four tensors of the inner width: what gate and up give, the activation, and the product
-that goes into down. Here the first two are kept, and the backward computes the others once more, so that results are the same to
-the bit.
+`down(act(gate(x)) * up(x))` keeps four tensors of the inner width: the outputs of gate and up, the
+activation, and the product that goes into down. Here the first two are kept. The backward computes
+the others again, so results are the same to the bit.
 """
 
 import copy
@@ -25,10 +25,11 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[
 
 
 def fuse_gates(model: nn.Module) -> None:
-    """Let the gated MLPs of `model` compute as said above, in place; results stay the same up to rounding.
+    """Let the gated MLPs of `model` compute in this way, in place.
 
-    A module is taken for one by its class's name and its layers, and is tried on random numbers first; where it does anything else,
-    it stays. So does one whose layers are wrapped (LoRA), from then on. `down_proj` is not called: a hook on it does not run.
+    A module counts as one by its class's name and its layers, if it gives the same on random
+    numbers up to rounding. Any other module stays as it is, and so does one whose layers are
+    wrapped later (LoRA). `down_proj` is not called: a hook on it does not run.
     """
     tried: dict[type, str | None] = {}
     for module in model.modules():
@@ -41,7 +42,7 @@ def fuse_gates(model: nn.Module) -> None:
 
 
 class FusedMLP(nn.Module):
-    """What sits before a gated MLP's own class."""
+    """The class that is put before a gated MLP's own class."""
 
     activation: str
     gate_proj: nn.Linear
@@ -90,7 +91,10 @@ def _is_plain(module: Any) -> bool:
 
 @torch.no_grad()
 def _activation(module: Any) -> str | None:
-    """The activation between the layers of `module`, which may be without data; None: one not known, or there is more to it."""
+    """Return the activation between the layers of `module`, which may be without data.
+
+    None if it is not a known one, or if the module does anything else.
+    """
     probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in probe.parameters():

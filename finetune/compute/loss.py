@@ -1,18 +1,23 @@
 """The loss of a causal language model, computed without ever holding the logits of all tokens.
 
-Floor 1: torch only. The shift between hidden states and labels happens here and nowhere else (see `finetune.data.types`).
+The shift between hidden states and labels happens here and nowhere else (see
+`finetune.data.types`).
 
-A vocabulary of V rows and N target tokens make N x V logits, by far the largest tensor of a small model's step. Here the tokens
-go through the output head in chunks, and each chunk's gradients are taken while its logits are at hand: 6NVd flops as in the plain
-way, no recomputation, chunk x V memory. The idea is Liger's fused linear cross-entropy (https://arxiv.org/abs/2410.10989).
-Positions without a target are dropped before the first matrix product.
+A vocabulary of V rows and N target tokens make N x V logits, by far the largest tensor of a small
+model's step. Here the tokens go through the output head in chunks, and each chunk's gradients are
+taken while its logits are at hand. That takes 6NVd flops, as in the plain way, no recomputation,
+and chunk x V memory. The idea is Liger's fused linear cross-entropy
+(https://arxiv.org/abs/2410.10989). Positions without a target are dropped before the first matrix
+product.
 
-Rows of the head that do not train (`FrozenRows`) take part in the softmax and get no gradient: 4NVd + 2NAd flops where A of V rows
-train. Where they are a sample of K, each with its logit raised by -log(the chance that it was sampled), the partition function is
-estimated without bias (Horvitz-Thompson; sampled softmax: Jean et al., https://arxiv.org/abs/1412.2007): 6NAd + 4NKd.
+Rows of the head that do not train (`FrozenRows`) take part in the softmax and get no gradient. If A
+of V rows train, that takes 4NVd + 2NAd flops. The frozen rows may be K that are drawn, each with
+its logit raised by -log(its chance to be drawn). The partition function is then estimated without
+bias, in 6NAd + 4NKd flops (Horvitz-Thompson; sampled softmax: Jean et al.,
+https://arxiv.org/abs/1412.2007).
 
-Why not `torch.nn.functional.linear_cross_entropy`: it is no faster than the plain way on a CPU (`scripts/bench_loss.py`), and has
-neither frozen rows nor a soft cap.
+Why not `torch.nn.functional.linear_cross_entropy`: it is no faster than the plain way on a CPU
+(`scripts/bench_loss.py`), and has neither frozen rows nor a soft cap.
 """
 
 from dataclasses import dataclass
@@ -27,21 +32,30 @@ from finetune.compute.products import add_product, buffer, converted, widens, wr
 from finetune.data.types import IGNORE_INDEX
 
 CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**27)}
-"""Tokens per chunk, at least and at most, and the logits aimed at in between. Each chunk reads and writes the whole V x d weight
-gradient, so that smaller ones cost time, and larger ones memory: 128 x V x 4 bytes are 134 MB for V = 262,144. On a GPU a chunk is
-some twenty kernels whatever its size, and to start one takes longer than to run it; its logits are 537 MB there."""
+"""Tokens per chunk, at least and at most, and the number of logits aimed at in between.
+
+Each chunk reads and writes the whole V x d weight gradient, so smaller chunks cost time. Larger
+ones cost memory: 128 x V x 4 bytes are 134 MB for V = 262,144. On a GPU a chunk of any size is
+about twenty kernels, and starting a kernel takes longer than running it. Its logits are 537 MB
+there.
+"""
 MULTIPLE = 64
-"""bfloat16 chunks are padded to a multiple of this, since oneDNN keeps 2 MB of code for each shape of a product that it meets."""
+"""What the length of bfloat16 chunks is padded to a multiple of.
+
+oneDNN keeps 2 MB of code for each shape of a product.
+"""
 
 
 @dataclass(frozen=True)
 class FrozenRows:
-    """Rows of the output head beside the A that train; together they are all of the vocabulary, or stand for it."""
+    """Rows of the output head in addition to the A that train.
+
+    Together they are the whole vocabulary, or an estimate of it.
+    """
 
     weight: Tensor  # [F, d], no gradients
-    offset: Tensor | None = (
-        None  # [A + F], float32: added to the logits after the soft cap; -inf takes a row out
-    )
+    # [A + F] float32, added to the logits after the soft cap; -inf takes a row out.
+    offset: Tensor | None = None
 
 
 def causal_lm_loss(
@@ -57,13 +71,15 @@ def causal_lm_loss(
     inactive: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of the prediction made at each position with the label of the next.
+    """Return the cross-entropy, in nats, of each position's prediction with the next label.
 
-    hidden [rows, length, d], labels [rows, length] int64 (not shifted; IGNORE_INDEX: no target), weight [V, d], bias [V].
-    The logits are `softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`, without the tanh where softcap is None.
-    With `frozen`, labels below A are rows of `weight` [A, d] and the others are A + a row of `frozen.weight`.
-    Returns, in nats, the sum over target tokens ("sum": a scalar with gradients), or what `token_scores` does ("none": [N, 2], no
-    gradients, in the order of the rows; `inactive` as there).
+    hidden [sequences, length, d], labels [sequences, length] int64 (not shifted; IGNORE_INDEX: no
+    target), weight [V, d], bias [V]. The logits are `softcap * tanh(logit_scale * (hidden @
+    weight.T + bias) / softcap)`; if softcap is None there is no tanh. With `frozen`, labels below A
+    are rows of `weight` [A, d], and the others are A + a row of `frozen.weight`.
+
+    `reduction`: "sum" gives the sum over target tokens, a scalar with gradients. "none" gives what
+    `token_scores` does: [N, 2] without gradients, in the order of the sequences, with `inactive`.
     """
     predicting, targets = _predictions(labels)
     hidden = hidden.flatten(0, 1).index_select(0, predicting)
@@ -87,7 +103,7 @@ def causal_lm_loss(
 def causal_lm_loss_of_logits(
     logits: Tensor, labels: Tensor, *, reduction: str = "sum", inactive: Tensor | None = None
 ) -> Tensor:
-    """As `causal_lm_loss`, from logits [rows, length, V] that a model computes in a way of its own."""
+    """Return what `causal_lm_loss` does, from the logits [sequences, length, V] of a model."""
     assert reduction in ("sum", "none"), reduction
     predicting, targets = _predictions(labels)
     chosen = logits.flatten(0, 1).index_select(0, predicting)
@@ -113,7 +129,10 @@ def frozen_square_probabilities(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, int]:
-    """The squared probability of each frozen row, summed over the N positions that predict a target, [F] float32; and N."""
+    """Return the squared probability of each frozen row, summed over N positions, and N.
+
+    The first is [F] float32. The N positions are those that predict a target.
+    """
     predicting, _ = _predictions(labels)
     hidden = hidden.flatten(0, 1).index_select(0, predicting) * logit_scale
     dtype = _matmul_dtype(hidden, weight)
@@ -131,9 +150,12 @@ def frozen_square_probabilities(
 
 
 def _predictions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The shift: the N positions (in the flattened batch) that predict a target token, and those tokens, both [N]."""
-    rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    return rows * labels.shape[1] + positions, labels[rows, positions + 1]
+    """Return the N positions that predict a target token, and those tokens, both [N]: the shift.
+
+    The positions are those in the flattened batch.
+    """
+    sequences, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return sequences * labels.shape[1] + positions, labels[sequences, positions + 1]
 
 
 def linear_cross_entropy(
@@ -146,12 +168,13 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Sum over N tokens of the cross-entropy of `hidden @ weight.T + bias` with `targets`; a float32 scalar.
+    """Return the sum over N tokens of the cross-entropy of `hidden @ weight.T + bias`, in nats.
 
-    hidden [N, d], weight [V, d], targets [N] int64, bias [V]; `frozen` as in `causal_lm_loss`, not together with a bias. Gradients
-    flow to hidden, weight and bias, where they are asked for. Under autocast the matrix products are in its dtype; the softmax and
-    the sum of the weight gradient over chunks are in float32.
-    The gradients are handed out once: a second `backward` through the same loss raises an AssertionError.
+    hidden [N, d], weight [V, d], targets [N] int64, bias [V]; `frozen` as in `causal_lm_loss`, not
+    together with a bias. The result is a float32 scalar. Gradients flow to those of hidden, weight
+    and bias that require them. Under autocast the matrix products are in its dtype; the softmax and
+    the sum of the weight gradient over chunks are in float32. The gradients are handed out once: a
+    second `backward` through the same loss raises an AssertionError.
     """
     wanted = (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -182,10 +205,11 @@ def token_scores(
     inactive: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Of each of N tokens the cross-entropy, and the probability that goes to `inactive` rows: [N, 2] float32, without gradients.
+    """Return for each of N tokens the cross-entropy and the probability of `inactive` rows.
 
-    `inactive`: bool, of all rows, those of `frozen` behind those of `weight`; without it the second figure is 0. The other
-    arguments are those of `linear_cross_entropy`.
+    The result is [N, 2] float32, without gradients. `inactive`: bool, for all rows, those of
+    `frozen` after those of `weight`; without it the second figure is 0. The other arguments are
+    those of `linear_cross_entropy`.
     """
     dtype = _matmul_dtype(hidden, weight)
     scores = hidden.new_zeros(len(targets), 2, dtype=_softmax_dtype(dtype))
@@ -200,6 +224,8 @@ def token_scores(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """`linear_cross_entropy`, with the gradients computed in the forward, chunk by chunk."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -293,14 +319,18 @@ def _head(
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
-    """The summed loss of one chunk and its gradient with respect to the logits before the soft cap, [n, V] as the logits, which it
-    overwrites; there may be fewer targets than n: the rest is padding."""
+    """Return the summed loss of one chunk, and its gradient before the soft cap.
+
+    The gradient is [n, V], as the logits are, and overwrites them. There may be fewer targets than
+    n: the rest is padding.
+    """
     whole, logits, targets = logits, logits[: len(targets)], targets[:, None]
     target_logits = logits.gather(1, targets)
     top, argmax = logits.max(1, keepdim=True)
     slope = None if head.softcap is None else _slope(logits, head)
     probabilities = torch.softmax(logits, 1, out=logits)
-    # log-sum-exp from the largest probability, which is at least 1 / V: one pass over the logits less than taking it apart.
+    # log-sum-exp from the largest probability, which is at least 1 / V. Computing it by itself
+    # would take one more pass over the logits.
     loss = (top - probabilities.gather(1, argmax).log() - target_logits).sum()
     gradient = probabilities.scatter_add_(1, targets, -torch.ones_like(target_logits))
     if slope is not None:
@@ -310,17 +340,19 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, head: _Head) -> tuple[Te
 
 
 def _slope(logits: Tensor, head: _Head) -> Tensor:
-    """The derivative of the soft cap's tanh, from capped logits."""
+    """Return the derivative of the soft cap's tanh, from capped logits."""
     assert head.softcap is not None
-    if (
-        head.offset is not None
-    ):  # a row taken out has -inf - -inf; its gradient is zero whatever the slope
+    # A row taken out has -inf - -inf here; its gradient is zero for any slope.
+    if head.offset is not None:
         logits = (logits - head.offset).nan_to_num_()
     return torch.addcmul(logits.new_ones(()), logits, logits, value=-1 / head.softcap**2)
 
 
 def _logits(hidden: Tensor, head: _Head) -> Tensor:
-    """The logits of one chunk, [n, V], in float32 (float64 for float64); the buffers of the next chunk's are the same."""
+    """Return the logits of one chunk, [n, V], in float32 (float64 for float64).
+
+    The next chunk's are in the same buffers.
+    """
     trained, dtype = len(head.weight), _softmax_dtype(hidden.dtype)
     name, own = ("logits", dtype) if widens(hidden) else ("products", hidden.dtype)
     products = buffer(name, (len(hidden), head.num_rows), own, hidden)
@@ -344,7 +376,7 @@ def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:
 
 
 def _padded(states: Tensor) -> Tensor:
-    """States [n, d] of a chunk, in the dtype of the products, with rows of zeros at the end."""
+    """Return the states [n, d] of a chunk, in the dtype of the products, with zeros at the end."""
     missing = (
         -len(states) % MULTIPLE
         if states.dtype == torch.bfloat16 and states.device.type == "cpu"

@@ -1,8 +1,10 @@
-"""RMS normalisation (https://arxiv.org/abs/1910.07467) in fewer passes over memory, keeping less for the backward.
+"""RMS normalisation (https://arxiv.org/abs/1910.07467) in fewer passes over memory.
 
-Floor 2. The modules of transformers are a handful of operators each, which keep the input, the normalised input and, under
-autocast, one narrow copy of the output for every linear layer that reads it: 14 bytes a number. Here the input alone is kept, and
-under autocast the output comes in its dtype, so that those layers share it: 6 bytes. On CUDA torch has one kernel for it.
+It also keeps less for the backward. The modules of transformers are about five operators each. They
+keep the input, the normalised input and, under autocast, one narrow copy of the output for every
+linear layer that reads it: 14 bytes a number. Here only the input is kept. Under autocast the
+output comes in its dtype, so those layers share it: 6 bytes. On CUDA torch has one kernel for
+it.
 """
 
 import copy
@@ -17,9 +19,10 @@ from finetune.compute.subclass import put_before
 
 
 def fuse_norms(model: nn.Module) -> None:
-    """Let the RMS norms of `model` compute as said above, in place; results stay the same up to rounding.
+    """Let the RMS norms of `model` compute in this way, in place.
 
-    A module is taken for one by its class's name, and is tried on random numbers first; where it does anything else, it stays.
+    A module counts as one by its class's name, if it gives the same on random numbers up to
+    rounding. Any other module stays as it is.
     """
     tried: dict[type, bool | None] = {}
     for module in model.modules():
@@ -32,13 +35,16 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 class FusedRMSNorm(nn.Module):
-    """What sits before a norm's own class: x / sqrt(mean(x²) + eps) · weight, or · (1 + weight) where `one_is_added` (Gemma)."""
+    """The class that is put before a norm's own class: x / sqrt(mean(x²) + eps) · weight.
+
+    If `one_is_added` (Gemma), the factor is 1 + weight.
+    """
 
     one_is_added: bool
     weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] to the same shape; float32 inside, and out in the dtype of x or of autocast."""
+        """x [..., d] to the same shape, in the dtype of x or of autocast; float32 inside."""
         device = x.device.type
         if device not in ("cpu", "cuda") or torch.compiler.is_compiling():
             return super().forward(x)
@@ -80,7 +86,10 @@ def _epsilon(module: Any) -> float:
 
 @torch.no_grad()
 def _one_is_added(module: Any) -> bool | None:
-    """Which of the two formulas the class of `module` computes; None: neither. `module` may be without data."""
+    """Return whether the class of `module` adds one to its weight; None if it is neither formula.
+
+    `module` may be without data.
+    """
     weight = getattr(module, "weight", None)
     if (
         weight is None

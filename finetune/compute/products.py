@@ -1,12 +1,13 @@
-"""Matrix products of 16-bit factors with results in float32, and memory that is kept for large results.
+"""Matrix products of 16-bit factors with results in float32, and memory kept for large results.
 
 `out_dtype` of `torch.mm` and `torch.addmm` exists for CUDA alone
-(https://docs.pytorch.org/docs/stable/generated/torch.mm.html). A float32 result costs no extra pass there, and its sums are
-not rounded to 16 bits on the way. On a CPU the result is copied.
+(https://docs.pytorch.org/docs/stable/generated/torch.mm.html). A float32 result costs no extra pass
+there, and its sums are not rounded to 16 bits on the way. On a CPU the result is copied.
 
-Buffers. A CPU's allocator returns large blocks to the system as soon as they are free. It then fetches them again page by page
-and fills each page with zeros: half of the time of the loss over 262,144 tokens. So `buffer` keeps the memory from step to
-step. (`LOG.md` says why glibc is not told to keep all freed memory.) Other devices have allocators that keep memory.
+Buffers. A CPU's allocator returns large blocks to the system as soon as they are free. It then
+fetches them again page by page, each filled with zeros: half of the time of the loss over 262,144
+tokens. So `buffer` keeps the memory from step to step. (`LOG.md` has why glibc is not set to keep
+all freed memory.) Other devices have allocators that keep memory.
 """
 
 import math

@@ -1,16 +1,16 @@
 """The row-sparse gradients of lazily stepped tables, averaged over the processes as rows.
 
-torch's DistributedDataParallel all-reduces a sparse gradient by a collective that NCCL does not have
-(https://github.com/pytorch/pytorch/issues/22400), and raises if one process used no row of a table.
-So the tables are kept out of it. Their gradients are averaged once a step, after accumulation and
-before clipping, by dense collectives alone: all-gathers of counts and of ids, and then an all-gather
-of the values or an all-reduce of the rows that any process used. The way that costs fewer bytes is
-taken (`scripts/bench_sync.py` has the formula). No engine around the model is needed: the same call
-serves a table that FSDP leaves alone.
+torch's DistributedDataParallel all-reduces a sparse gradient by a collective that NCCL does not
+have (https://github.com/pytorch/pytorch/issues/22400), and raises if one process used no row of a
+table. So the tables are kept out of it. Their gradients are averaged once a step, after
+accumulation and before clipping, by dense collectives alone: all-gathers of counts and of ids, and
+then an all-gather of the values or an all-reduce of the rows that any process used. The way that
+costs fewer bytes is taken (`scripts/bench_sync.py` has the formula). No engine around the model is
+needed: the same call serves a table that FSDP leaves alone.
 
 Every process ends up with the same bits. Gathered rows are added in the order of the processes, and
-each process's ids are distinct, so no atomic addition decides an order on a GPU. An all-reduce gives
-all processes one result.
+each process's ids are distinct, so no atomic addition decides an order on a GPU. An all-reduce
+gives all processes one result.
 """
 
 from collections.abc import Callable

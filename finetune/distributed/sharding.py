@@ -1,6 +1,6 @@
 """A model whose parameters an engine (FSDP2) shards over the processes.
 
-Floor 2 (torch.distributed). A shard is a DTensor: the part of a parameter that this process has, which knows of the whole
+A shard is a DTensor: the part of a parameter that this process has, with a description of the whole
 (https://docs.pytorch.org/docs/stable/distributed.tensor.html,
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
 """
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 
 def is_shard(value: Any) -> bool:
-    """Whether it is a tensor that is only in part on this process."""
+    """Return whether `value` is a tensor that is only in part on this process."""
     return hasattr(value, "full_tensor")
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether any parameter is only in part on this process."""
+    """Return whether any parameter is only in part on this process."""
     return any(is_shard(parameter) for parameter in model.parameters())
 
 
 def shard_like(own: Any, full: Tensor) -> Tensor:
-    """This process's shard of `full`, which every process has, cut as the shard `own` is."""
+    """Return this process's shard of `full`, which every process has, cut as `own` is."""
     from torch.distributed.tensor import distribute_tensor  # here: it takes a second to import
 
     return distribute_tensor(
@@ -33,11 +33,12 @@ def shard_like(own: Any, full: Tensor) -> Tensor:
 
 @contextmanager
 def whole(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
-    """Within it every process holds the whole of a model that FSDP2 shards, and can read it for itself, for as long as it likes.
+    """Give every process the whole of a model that FSDP2 shards, for a while.
 
-    Generating needs this: the processes have answers of different lengths, and a forward through shards is a joint act. Every
-    process has to enter it; the first forward of all must be that of `model` itself. `reshard_after_forward`: what the engine was
-    set to for the parts below the root.
+    Each can then run it on its own. Generation needs this: the processes have answers of different
+    lengths, and a forward through shards takes all of them. Every process must enter the context,
+    and its first forward must be that of `model` itself. `reshard_after_forward`: the setting of
+    the engine for the parts below the root.
     """
     from torch.distributed.fsdp import FSDPModule  # here: it takes a second to import
 
@@ -48,11 +49,12 @@ def whole(model: nn.Module, *, reshard_after_forward: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        parts[
-            0
-        ].reset_iter_state()  # the order of the forwards within, each process's own, must not guide the next backward
+        # The order of the forwards here differs between processes. It must not guide the next
+        # backward.
+        parts[0].reset_iter_state()
         for part in parts:
             part.reshard()
+            # For the root, torch's default is False.
             part.set_reshard_after_forward(
                 reshard_after_forward and part is not model, recurse=False
-            )  # the root: torch's default
+            )

@@ -72,8 +72,9 @@ def text_metrics(
 ) -> dict[str, float | str]:
     """Return the scores of a corpus for each metric in `names`, with the metric's signature.
 
-    For example `{"chrf": 34.4, "chrf_signature": "nrefs:1|..."}`, from 0 to 100. An empty output is a wrong one. Raises UserError for
-    an unknown name, or if there is nothing to score.
+    For example `{"chrf": 34.4, "chrf_signature": "nrefs:1|..."}`, from 0 to 100.
+    An empty output is a wrong one. Raises UserError for an unknown name, or if there is nothing to
+    score.
     """
     assert len(outputs) == len(references), (len(outputs), len(references))
     scores: dict[str, float | str] = {}

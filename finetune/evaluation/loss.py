@@ -84,8 +84,8 @@ def evaluate_loss(
     """Return the loss over all target tokens of `batches`.
 
     `loss_module(input_ids=, labels=[, position_ids=], reduction="none"[, inactive=])` returns the
-    scores of each target token of a batch, as `LanguageModel` does. It is put in evaluation mode and
-    back. `batches` are this process's share; `reduce` adds a float64 tensor of sums up over the
+    scores of each target token of a batch, as `LanguageModel` does. It is put in evaluation mode
+    and back. `batches` are this process's share; `reduce` adds a float64 tensor of sums up over the
     processes. `on_progress(n)` is called after the n-th batch.
 
     `inactive`: [V] bool, the tokens outside, to have the loss apart for them. `groups`: [V] int64,

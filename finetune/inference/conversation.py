@@ -15,9 +15,9 @@ from finetune.models.describe import CausalLM, context_length
 class Conversation:
     """One conversation with `model`, which is on its device.
 
-    `turns` holds the questions and answers so far. When they outgrow the model's context, the oldest
-    pair is dropped, and `notify` gets a sentence that says so. Raises UserError if the tokenizer has
-    no chat template, or one that cannot hold the system prompt.
+    `turns` holds the questions and answers so far. When they outgrow the model's context, the
+    oldest pair is dropped, and `notify` gets a sentence about it. Raises UserError if the
+    tokenizer has no chat template, or one that cannot hold the system prompt.
     """
 
     def __init__(

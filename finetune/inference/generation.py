@@ -80,9 +80,9 @@ def stream(
 def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the text of `tokens` in pieces, each character once all of its bytes have come.
 
-    A piece is what the newest tokens add to the text of those shortly before them. A token alone may
-    decode differently: SentencePiece drops the space at the start of a text. The idea is `stream`
-    of Hugging Face's text-generation-inference.
+    A piece is what the newest tokens add to the text of those shortly before them. A token alone
+    may decode differently: SentencePiece drops the space at the start of a text. The idea is
+    `stream` of Hugging Face's text-generation-inference.
     """
 
     def decode(ids: list[int]) -> str:
@@ -259,8 +259,8 @@ def next_tokens(
 ) -> Tensor:
     """Return one token for each prompt, [prompts] int64, from `logits` [prompts, V].
 
-    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all of them). `top_p` then keeps
-    the fewest of those whose probabilities reach `top_p` (1: all of them;
+    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all of them). `top_p` then
+    keeps the fewest of those whose probabilities reach `top_p` (1: all of them;
     https://arxiv.org/abs/1904.09751). `generators` has one CPU generator for each prompt, so an
     answer does not depend on the prompts next to it.
     """

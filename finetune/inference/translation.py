@@ -56,9 +56,10 @@ def translate_file(
 ) -> int:
     """Write the translation of the UTF-8 file `source` to `target`; return the number of lines.
 
-    `translate` yields a translation for each line: `translate_lines` with its other arguments bound.
-    Each line is written as soon as it is there, so an interrupted translation keeps what is done.
-    `on_progress(done, total)` counts lines. Raises UserError if a file cannot be read or written.
+    `translate` yields a translation for each line: `translate_lines` with its other arguments
+    bound. Each line is written as soon as it is there, so an interrupted translation keeps what is
+    done. `on_progress(done, total)` counts lines. Raises UserError if a file cannot be read or
+    written.
     """
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the source itself: name another file for the translation")

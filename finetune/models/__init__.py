@@ -1,10 +1,12 @@
-"""Borders to transformers and peft: loading, tokenizers, adapters, the active vocabulary, export.
+"""Models and tokenizers: the border to transformers and peft.
 
-For library users, loaded when first used: `activate_vocabulary(model, ids)`, `deactivate_vocabulary(model)` and `with
-full_vocabulary(model):` (vocabulary/activate.py), `LanguageModel` (language_model.py), and for the sampled loss `measure_frozen_rows`,
-`inclusion_chances` and `FrozenSampler` (frozen_sample.py). `examples/sampled_vocabulary.py` has them in a loop.
+Read `load` and `tokenizers` (in), `language_model` (a batch to its loss), `fuse`, `adapters`,
+`vocabulary/`, `rehearsal` (memory without data), `export` and `card` (out).
 
-transformers' own progress bars (per tensor, per shard) are off: the command line shows progress of its own. Downloads keep theirs.
+For library users, loaded when first used: `activate_vocabulary(model, ids)`,
+`deactivate_vocabulary(model)`, `with full_vocabulary(model):` and `LanguageModel`; for the loss
+with drawn frozen rows also `measure_frozen_rows`, `inclusion_chances` and `FrozenSampler`
+(`examples/sampled_vocabulary.py`).
 """
 
 from importlib import import_module
@@ -37,6 +39,7 @@ __all__ = [
     "measure_frozen_rows",
 ]
 
+# The command line shows progress of its own. Downloads keep their bars.
 logging.disable_progress_bar()
 
 

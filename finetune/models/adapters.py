@@ -1,8 +1,9 @@
 """LoRA through peft (https://arxiv.org/abs/2106.09685).
 
-Floor 2. Rows of tokens that were added to the vocabulary know nothing yet, and a frozen table would leave them so: they are trained
-besides, alone, through peft's trainable token indices, which keep a tied head tied. (Training the whole table through
-`modules_to_save` unties it without a word, and the merged model is then wrong after reloading.)
+The rows of added tokens know nothing yet, and a frozen table would leave them so. They alone are
+also trained, through peft's trainable token indices, which keep a tied head tied.
+(`modules_to_save` would train the whole table. It unties the table silently, and the merged model
+is then wrong after reloading.)
 """
 
 import copy
@@ -28,11 +29,12 @@ def add_lora(
     target_modules: str | Sequence[str],
     new_token_ids: Sequence[int] = (),
 ) -> PeftModel:
-    """Freeze the model and put trainable low-rank adapters beside `target_modules`; changes `model` in place and wraps it.
+    """Freeze the model and add trainable low-rank adapters to `target_modules`.
 
-    `target_modules`: "all-linear" (every linear layer but the head) or ends of module names. `new_token_ids`: rows of the token
-    table (and of an untied head) that are trained too. Raises UserError where no module has such a name, or where it is an output
-    head with active rows.
+    Changes `model` in place and wraps it. `target_modules`: ends of module names, or "all-linear"
+    (every linear layer but the head). `new_token_ids`: rows of the token table (and of an untied
+    head) that are trained too. Raises UserError if no module has such a name, or if the module is
+    an output head with active rows.
     """
     linear = {
         name: module
@@ -49,24 +51,24 @@ def add_lora(
         ]
         if any(isinstance(module, ActiveHead) for module in chosen):
             raise UserError(
-                f"model.lora.target_modules: {target!r} is the output head, of which an active vocabulary trains rows; leave it "
-                "out, or set vocabulary.mode to full"
+                f"model.lora.target_modules: {target!r} is the output head, and an active "
+                "vocabulary trains rows of it; leave it out, or set vocabulary.mode to full"
             )
         if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
-                f'model.lora.target_modules: {target!r} is no linear layer of this model; give "all-linear", or some of {ends}'
+                f"model.lora.target_modules: {target!r} is not a linear layer of this model; give "
+                f'"all-linear", or some of {ends}'
             )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int and takes a float
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and takes a float
         lora_dropout=dropout,
         target_modules="all-linear" if every else targets,
         trainable_token_indices=_rows(model, new_token_ids),
-        fan_in_fan_out=any(
-            isinstance(module, Conv1D) for module in linear.values()
-        ),  # GPT-2 stores its weights transposed
+        # GPT-2 stores its weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 a question by its old name
         warnings.filterwarnings(
@@ -78,7 +80,10 @@ def add_lora(
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """A copy of the model with its adapters and new rows added into its weights; `model` itself stays as it is."""
+    """Return a copy of the model with its adapters and new rows added into its weights.
+
+    `model` itself stays as it is.
+    """
     return copy.deepcopy(model).merge_and_unload()
 
 
@@ -88,7 +93,8 @@ def _rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]] | 
     table, head = token_tables(model)
     if head is not table and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(
-            "LoRA beside added tokens drops the bias of this model's head (a limit of peft): train without model.lora"
+            "LoRA with added tokens drops the bias of this model's head (a limit of peft): train "
+            "without model.lora"
         )
     modules = [model.get_input_embeddings()] + (
         [] if head is None or head is table else [model.get_output_embeddings()]

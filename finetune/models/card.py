@@ -1,6 +1,6 @@
-"""The model card of an export: README.md with the front matter that the hub reads (https://huggingface.co/docs/hub/model-cards).
+"""The model card of an export: README.md with the front matter that the hub reads.
 
-Floor 2.
+https://huggingface.co/docs/hub/model-cards
 """
 
 import json
@@ -73,10 +73,11 @@ def model_card(
     config: str,
     command: str,
 ) -> str:
-    """The card as Markdown.
+    """Return the card as Markdown.
 
-    `base_model`: None for random initial weights. `data`: one line for each source. `metrics`: {"step 0": {"Held-out loss":
-    2.6, ...}, "step 40": {...}}, the same metrics in each. `config`: the run's YAML. `command`: what reproduces the run.
+    `base_model`: None for random initial weights. `data`: one line for each source. `metrics`:
+    {"step 0": {"Held-out loss": 2.6, ...}, "step 40": {...}}, the same metrics in each. `config`:
+    the run's YAML. `command`: what reproduces the run.
     """
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -94,7 +95,7 @@ def model_card(
 
 
 def license_of(folder: str) -> str | None:
-    """The licence that the front matter of a model folder's README.md names; None where it names none."""
+    """Return the licence in the front matter of a model folder's README.md, or None."""
     readme = Path(folder) / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 
 class CausalLM(Protocol):
-    """What this project uses of a causal language model of transformers, in peft's wrapper or not."""
+    """What this project uses of a causal language model of transformers, in peft's wrapper or
+    not.
+    """
 
     config: Any
     generation_config: Any
@@ -26,10 +28,10 @@ class CausalLM(Protocol):
 
 
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """Counts of parameters (shared ones once) and the shape of the model, which works on the meta device too.
+    """Return counts of parameters (shared ones once) and the shape of the model.
 
-    `trainable_parameters` has the spare rows and the shift of an active vocabulary (`finetune.models.vocabulary`); `parameters`,
-    which are the model's, has not.
+    Works on the meta device too. `trainable_parameters` includes the spare rows and the shift of an
+    active vocabulary (`finetune.models.vocabulary`). `parameters`, those of the model, does not.
     """
     inner = inner_model(model)
     config = inner.config.get_text_config()
@@ -40,7 +42,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     in_tables = rows * table.shape[1] + (
         0 if tied or head is None else _rows(inner.get_output_embeddings()) * head.shape[1]
     )
-    total = sum(parameter.numel() for parameter in parameters) - _beside_rows(inner)
+    total = sum(parameter.numel() for parameter in parameters) - _extra_parameters(inner)
     return {
         "architecture": type(inner).__name__,
         "parameters": total,
@@ -58,7 +60,7 @@ def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
 
 
 def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model of transformers, inside peft's wrapper where there is one."""
+    """Return the model of transformers, inside peft's wrapper if there is one."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner
 
@@ -77,14 +79,17 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def token_tables(model: CausalLM) -> tuple[Tensor, Tensor | None]:
-    """The weights [V, d] of the input embedding and of the output head (None where there is none), behind any wrapper of peft."""
+    """Return the weights [V, d] of the input embedding and of the output head, if there is one.
+
+    They are taken from behind any wrapper of peft.
+    """
     table = _weight(model.get_input_embeddings())
     assert table is not None
     return table, _weight(model.get_output_embeddings())
 
 
-def _beside_rows(model: PreTrainedModel) -> int:
-    """Parameters of active vocabularies that are no row of the full table: spare rows and the shift."""
+def _extra_parameters(model: PreTrainedModel) -> int:
+    """Return the parameters of active vocabularies outside of the full table: spare rows, shift."""
     modules: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
     compact = {
         id(module.vocabulary): module for module in modules if hasattr(module, "vocabulary")
@@ -101,7 +106,7 @@ def _beside_rows(model: PreTrainedModel) -> int:
 
 
 def _rows(module: Any) -> int:
-    """Rows of a table, those of an active vocabulary that do not train included."""
+    """Return the number of rows of a table, frozen rows of an active vocabulary included."""
     vocabulary = getattr(module, "vocabulary", None)
     weight = _weight(module)
     assert weight is not None

@@ -1,6 +1,8 @@
-"""A trained model out, as a plain Hugging Face folder: weights in safetensors, tokenizer, template, generation config, model card.
+"""The export of a trained model, as a plain Hugging Face folder.
 
-Floor 2. The folder is written beside its place and renamed, so that an earlier export is whole until the new one is.
+It has the weights in safetensors, the tokenizer, the template, the generation config and a model
+card. The folder is written next to its place and renamed, so an earlier export is whole until the
+new one is.
 """
 
 import json
@@ -36,11 +38,12 @@ def export_model(
     card: str,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, replacing an earlier export there.
+    """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, over an earlier export.
 
-    LoRA is merged into a copy, and an active vocabulary written back into the full table; the model in memory stays as it is.
-    `card`: the text of README.md (see `card.model_card`). `dtype`: of the saved weights; None: as they are. Raises UserError where
-    the disk refuses, or where `dest` is a folder that holds no model.
+    LoRA is merged into a copy, and an active vocabulary is written back into the full table; the
+    model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
+    of the saved weights; None: as they are. Raises UserError if the disk refuses, or if `dest` has
+    other files than a model's.
     """
     if (
         dest.exists()
@@ -48,7 +51,8 @@ def export_model(
         and (dest.is_file() or any(dest.iterdir()))
     ):
         raise UserError(
-            f"the export's destination {dest} is there and holds no model; give an empty or a new folder"
+            f"the export's destination {dest} exists and is not a model; give an empty or a new "
+            "folder"
         )
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +88,11 @@ def verify_export(
     *,
     trust_remote_code: bool = False,
 ) -> float:
-    """Reload the folder and compare: the largest difference of a logit on `sample_ids`, as a share of the largest logit.
+    """Reload the folder and return the largest difference of a logit on `sample_ids`.
 
-    Raises UserError where the model does not load, the logits differ by more than rounding (1e-4; 0.05 for 16-bit weights), or a
-    tie is lost or made up.
+    It is a share of the largest logit. Raises UserError if the model does not load, if the logits
+    differ by more than rounding (1e-4; 0.05 for 16-bit weights), or if input and output are tied in
+    one model alone.
     """
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -106,7 +111,8 @@ def verify_export(
     table, head = token_tables(reloaded)
     if (head is table) != bool(reloaded.config.get_text_config().tie_word_embeddings):
         raise UserError(
-            f"the export {dest} says tie_word_embeddings = {reloaded.config.tie_word_embeddings}, and its weights do not"
+            f"the config of the export {dest} has tie_word_embeddings = "
+            f"{reloaded.config.tie_word_embeddings}, and its weights do not agree"
         )
     difference = (
         float((ours - theirs).abs().max() / ours.abs().max())
@@ -115,7 +121,8 @@ def verify_export(
     )
     if not difference <= bound:
         raise UserError(
-            f"the export {dest} is not the trained model: its logits differ by {difference:.2g} of the largest"
+            f"the export {dest} is not the trained model: its logits differ by {difference:.2g} of "
+            "the largest"
         )
     return difference
 
@@ -127,9 +134,8 @@ def _write(
     card: str,
     dtype: torch.dtype | None,
 ) -> None:
-    state = (
-        model.state_dict()
-    )  # not the parameters themselves: a lazily trained table is brought up to date here
+    # Not the parameters themselves: a lazily trained table is brought up to date here.
+    state = model.state_dict()
     if dtype is not None:
         tables: dict[int, torch.Tensor] = {}  # a shared tensor stays shared
         state = {
@@ -149,7 +155,10 @@ def _write(
 
 
 def _replace(dest: Path, work: Path) -> None:
-    """Put `work` where `dest` is. A folder cannot replace a full one in one step, so the old one steps aside first."""
+    """Put `work` in the place of `dest`.
+
+    A folder cannot replace a full one in one step, so the old one is moved aside first.
+    """
     if not dest.exists():
         work.rename(dest)
         return

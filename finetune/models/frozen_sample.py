@@ -1,13 +1,16 @@
-"""A sample of the frozen rows that stands for all of them in the softmax of a step: the fast mode for large vocabularies.
+"""Frozen rows drawn to stand for all of them in the softmax of a step: for large vocabularies.
 
-Floor 2. Row j is drawn with chance pi_j, and its logit raised by -log pi_j, so that the sum over the sample estimates the sum over
-all frozen rows without bias (Horvitz and Thompson, 1952). The chances follow the probability that the model gives each token
-on some of the training data: proportional to its root mean square over positions, which makes the variance of the sum least, with a
-share spread evenly, since training moves probability to tokens that had none. Rows that matter most have chance 1.
+Row j is drawn with chance pi_j, and its logit is raised by -log pi_j. So the sum over the drawn
+rows estimates the sum over all frozen rows without bias (Horvitz and Thompson, 1952). The chances
+follow the probability that the model gives each token on some of the training data. They are
+proportional to its root mean square over positions, which minimises the variance of the sum. A
+share is spread evenly, because training moves probability to tokens that had none. The rows that
+matter most have chance 1.
 
-The chances are measured before training, and best again now and then, since a token that has become likely and is hardly ever drawn
-makes a step rough when it is (`FrozenSampler.chances` may change between steps). Each step draws anew, systematically and in random
-order, so that every sample has the same size, from a generator of its own: the same rows on every process and however a step is
+The chances are measured before training, and best again now and then. A token that has become
+likely but is hardly ever drawn makes a step rough when it is. (`FrozenSampler.chances` may change
+between steps.) Each step draws anew, systematically and in random order, so that every draw has the
+same size. The generator is one of its own: the same rows on every process and however a step is
 cut.
 """
 
@@ -24,21 +27,23 @@ from finetune.models.language_model import NOT_SAMPLED, LanguageModel, evaluatin
 from finetune.models.vocabulary.rows import ActiveHead
 
 SPREAD = 0.25
-"""Share of the sample that goes evenly over all frozen rows."""
+"""The share of the drawn rows that is spread evenly over all frozen rows."""
 
 
 def inclusion_chances(weights: Tensor, count: int) -> Tensor:
-    """Chances [F] in (0, 1], float64, that add up to `count` (at most F) and follow `weights` [F] >= 0, save for the even share.
+    """Return chances [F] in (0, 1], float64, that add up to `count` (at most F).
 
-    Raises UserError for a `count` below 1, and for weights that are negative or no numbers.
+    They follow `weights` [F] >= 0, except for the even share. Raises UserError for a `count` below
+    1, and for weights that are negative, infinite or NaN.
     """
     weights, rows = weights.double(), len(weights)
     if not bool((weights >= 0).all() & weights.isfinite().all()):
         raise UserError(
-            "the chances of a sample follow weights from 0 up, and some of those given are negative, infinite or NaN"
+            "the chances of the frozen rows follow weights from 0 up, and some of those given are "
+            "negative, infinite or NaN"
         )
     if count < 1:
-        raise UserError(f"a sample of {count} frozen rows stands for nothing: draw at least one")
+        raise UserError(f"{count} frozen rows drawn stand for nothing: draw at least one")
     if count >= rows:
         return torch.ones_like(weights)
     even = torch.full_like(weights, 1 / rows)
@@ -53,7 +58,10 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
 
 
 def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows [K] int64, each with its chance; K is the sum of the chances (up to rounding), the same for every draw."""
+    """Return rows [K] int64, each with its chance.
+
+    K is the sum of the chances (up to rounding), the same for every draw.
+    """
     order = torch.randperm(len(chances), generator=generator)
     ends = chances[order].cumsum(0)
     count = round(float(ends[-1]))
@@ -67,9 +75,10 @@ def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch]) -> Tensor:
-    """The root mean square over the target positions of `batches` of each frozen row's probability: [F] float64 on the CPU.
+    """Return the root mean square of each frozen row's probability: [F] float64 on the CPU.
 
-    Raises UserError as FrozenSampler does, and where there is no target.
+    The mean is over the target positions of `batches`. Raises UserError as FrozenSampler does, and
+    if there is no target.
     """
     _require_known_logits(language_model)
     device = language_model.causal_lm.device
@@ -89,11 +98,12 @@ def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch])
 
 
 class FrozenSampler:
-    """Puts a fresh sample into a LanguageModel before each step.
+    """Frozen rows drawn anew for a LanguageModel before each step.
 
-    The model has an active vocabulary (`activate_vocabulary`), and `chances` [F] come from `inclusion_chances`. The sample counts
-    in training mode alone: in evaluation mode the loss is the exact one. Raises UserError where the model makes its logits by
-    itself, and for chances that are not one for each frozen row, above 0 and at most 1.
+    The model has an active vocabulary (`activate_vocabulary`), and `chances` [F] come from
+    `inclusion_chances`. The drawn rows are used in training mode only: in evaluation mode the loss
+    is exact. Raises UserError if the model makes its logits in its own way. Also raises it unless
+    there is one chance for each frozen row, above 0 and at most 1.
     """
 
     def __init__(self, language_model: LanguageModel, chances: Tensor) -> None:
@@ -102,7 +112,7 @@ class FrozenSampler:
 
     @property
     def chances(self) -> Tensor:
-        """[F], see `inclusion_chances`; may be given anew between steps."""
+        """The chances [F] (see `inclusion_chances`); may be set anew between steps."""
         return self._chances
 
     @chances.setter
@@ -112,23 +122,24 @@ class FrozenSampler:
         if chances.shape != (rows,) or not bool(((chances > 0) & (chances <= 1)).all()):
             given = f"{len(chances)} chances" if chances.shape != (rows,) else "some that are not"
             raise UserError(
-                f"a sample needs a chance above 0 and at most 1 for each of the {rows} frozen rows, and was given {given}; "
-                "inclusion_chances makes them"
+                f"each of the {rows} frozen rows needs a chance above 0 and at most 1 to be drawn, "
+                f"and there are {given}; make them with inclusion_chances"
             )
         self._chances = chances
 
     @torch.no_grad()
     def before_step(self, seed: int, targets: Tensor | None = None) -> None:
-        """Draw the sample of one step from `seed`; the tokens `targets` [n] are in it.
+        """Draw the rows of one step from `seed`, those of the tokens `targets` [n] among them.
 
-        Without them, the targets of the step must all be active: the LanguageModel refuses one that is neither that nor drawn.
+        Without `targets`, all targets of the step must be active: the LanguageModel refuses one
+        that is neither active nor drawn.
         """
         head = self.language_model.causal_lm.get_output_embeddings()
         assert isinstance(head, ActiveHead)
         vocabulary, compact = head.vocabulary, len(head.weight)
         chances = self.chances
         rows = draw(chances, torch.Generator().manual_seed(seed))
-        if targets is not None:  # they are there for certain, so they stand for themselves alone
+        if targets is not None:  # they are certain to be there, so they stand for themselves alone
             wanted = vocabulary.row_of_id[targets.to(vocabulary.row_of_id.device)].cpu() - compact
             wanted = wanted[wanted >= 0]
             rows, chances = torch.cat([rows, wanted]).unique(), chances.index_fill(0, wanted, 1.0)
@@ -140,9 +151,8 @@ class FrozenSampler:
         )
         row_of_id = vocabulary.row_of_id.masked_fill(vocabulary.row_of_id >= compact, NOT_SAMPLED)
         frozen = vocabulary.frozen_ids[rows]
-        still = (
-            vocabulary.row_of_id[frozen] >= compact
-        )  # a token that has become active keeps its compact row
+        # A token that has become active keeps its compact row.
+        still = vocabulary.row_of_id[frozen] >= compact
         row_of_id[frozen[still]] = compact + torch.arange(len(rows), device=device)[still]
         self.language_model.sample = (
             FrozenRows(vocabulary.frozen.index_select(0, rows), offset),
@@ -153,10 +163,11 @@ class FrozenSampler:
 def _require_known_logits(language_model: LanguageModel) -> None:
     if not isinstance(language_model.causal_lm.get_output_embeddings(), ActiveHead):
         raise UserError(
-            "there are no frozen rows to sample: call activate_vocabulary on the model first"
+            "there are no frozen rows to draw from: call activate_vocabulary on the model first"
         )
     if not language_model.fused:
         raise UserError(
-            f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, all of them at once, so a sample "
-            "of the frozen rows cannot stand for the rest (vocabulary.mode=sampled); set vocabulary.mode to active, or to full"
+            f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, "
+            "all of them at once, so drawn frozen rows cannot stand for the rest "
+            "(vocabulary.mode=sampled). Set vocabulary.mode to active, or to full."
         )

@@ -1,6 +1,6 @@
-"""From a quantised .gguf file to a plain Hugging Face folder, once.
+"""The conversion of a quantised .gguf file to a plain Hugging Face folder, once.
 
-Floor 2. The folder is written beside its final place and renamed, so that a reader sees all of it or nothing.
+The folder is written next to its final place and renamed, so a reader sees all of it or nothing.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from finetune.errors import UserError
 
-LAYOUT = 2  # raise it when the conversion changes: the folders of older layouts are then left alone
+LAYOUT = 2  # raise it if the conversion changes: folders of older layouts are then not used
 
 
 def cache_dir() -> Path:
-    """$FINETUNE_CACHE, or ~/.cache/finetune."""
+    """Return $FINETUNE_CACHE, or ~/.cache/finetune."""
     return Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
 
 
 def convert_gguf(file: Path) -> Path:
-    """The folder with the model in float32 and its tokenizer, converted now or earlier.
+    """Return the folder with the model in float32 and its tokenizer, converted now or earlier.
 
-    A file is known by its name, size and time of change. Raises UserError where the file cannot be read or converted, or the cache
-    cannot be written.
+    A file is known by its name, size and time of change. Raises UserError if the file cannot be
+    read or converted, or if the cache cannot be written.
     """
     stat = file.stat()
     key = f"{LAYOUT} {file.name} {stat.st_size} {stat.st_mtime_ns}"
@@ -39,7 +39,8 @@ def convert_gguf(file: Path) -> Path:
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise UserError(
-            f"the cache folder {folder.parent} cannot be written ({error}); set FINETUNE_CACHE to another"
+            f"the cache folder {folder.parent} cannot be written ({error}); set FINETUNE_CACHE to "
+            "another folder"
         ) from error
     try:
         _convert(file, work)

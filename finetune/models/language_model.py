@@ -1,11 +1,14 @@
 """A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
 
-Floor 2. `LanguageModel` is what Accelerate wraps, so that every use of a parameter is inside its `forward`. The decoder gives
-hidden states, `finetune.compute.loss` turns them and the output head into the loss, and the logits of a batch are never held.
+`LanguageModel` is what Accelerate wraps, so every use of a parameter is inside its `forward`. The
+decoder gives hidden states, and `finetune.compute.loss` turns them and the output head into the
+loss. The logits of a batch are never held.
 
-Packing. Where `position_ids` restart at 0, a new example begins, and examples must not see each other. transformers builds the
-block mask from the position ids by itself, a sliding window included, but only without an attention mask and without a cache
-(`transformers.masking_utils.find_packed_sequence_indices`), and not in every architecture: `check_packing` looks.
+Packing. A new example begins at each position id of 0, and examples must not see each other.
+transformers builds the block mask from the position ids by itself, a sliding window included. It
+does so only without an attention mask and without a cache
+(`transformers.masking_utils.find_packed_sequence_indices`), and not in every architecture:
+`check_packing` checks it.
 """
 
 import logging
@@ -32,14 +35,15 @@ from finetune.models.vocabulary.rows import ActiveHead
 logger = logging.getLogger(__name__)
 
 NOT_SAMPLED = -1
-"""In the place of a row's number: that row is frozen and not in the sample."""
+"""In the place of a row's number: that row is frozen and was not drawn."""
 
 
 class LanguageModel(nn.Module):
-    """Wraps a causal language model of transformers, with or without LoRA, which stays reachable as `.model`.
+    """A causal language model of transformers, with or without LoRA, as a map to its loss.
 
-    Some models do more to their logits than one matrix product. A soft cap (Gemma), a scale (Granite, Cohere) and a bias (Phi) are
-    known; that nothing else happens is checked once, here, on a few tokens. Otherwise `fused` is False: the model's own
+    The model itself is `.model`. Some models do more to their logits than one matrix product. A
+    soft cap (Gemma), a scale (Granite, Cohere) and a bias (Phi) are known. Whether anything else
+    happens is checked once, at the start, on a few tokens. If so, `fused` is False: the model's own
     forward then makes all logits at once, which costs memory.
     """
 
@@ -47,13 +51,13 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         fuse(self.causal_lm)
-        self.sample: tuple[FrozenRows, Tensor] | None = (
-            None  # of frozen rows, for training; and where every token's row is then
-        )
+        # Frozen rows drawn for a training step, and the place of every token's row then.
+        self.sample: tuple[FrozenRows, Tensor] | None = None
         self.fused = self._logits_are_understood()
         if not self.fused:
             logger.warning(
-                "%s computes its logits in a way of its own: the loss takes them all at once, which costs memory",
+                "%s computes its logits in a way of its own: the loss takes them all at once, "
+                "which costs memory",
                 type(self.causal_lm).__name__,
             )
 
@@ -65,11 +69,13 @@ class LanguageModel(nn.Module):
         reduction: str = "sum",
         inactive: Tensor | None = None,
     ) -> Tensor:
-        """input_ids, labels, position_ids [rows, length], as in `finetune.data.types.Batch`.
+        """Return the loss of a batch in nats: summed over target tokens, or of each of them.
 
-        Returns the loss in nats summed over target tokens, a float32 scalar ("sum"), or without gradients the scores of each of
-        them, [N, 2] float32, in the order of the rows ("none"): its loss, and the probability that goes to the tokens `inactive`
-        ([V] bool; 0 without them). Raises UserError for a target that training with a sample of the frozen rows has left out.
+        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.Batch`.
+        "sum" gives the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32
+        in the order of the sequences: the loss of each target token, and the probability of the
+        tokens `inactive` ([V] bool; 0 without them). Raises UserError for a target that is neither
+        active nor among the frozen rows drawn for the step.
         """
         if not self.fused:
             logits = self._run(self.causal_lm, input_ids, position_ids).logits
@@ -98,14 +104,20 @@ class LanguageModel(nn.Module):
     def token_losses(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:
-        """The loss of each target token in nats, [N] float32, in the order of the rows. Sets no mode: call `eval()` before."""
+        """Return the loss of each target token in nats, [N] float32, in the sequences' order.
+
+        Sets no mode: call `eval()` before.
+        """
         return self(input_ids, labels, position_ids, reduction="none")[:, 0]
 
     @torch.no_grad()
     def frozen_square_probabilities(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """The squared probability of each frozen row, summed over the target positions, [F] float32; and the number of these."""
+        """Return each frozen row's squared probability, summed over N target positions, and N.
+
+        The first is [F] float32.
+        """
         head = output_head(self.causal_lm)
         assert head.frozen is not None
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
@@ -120,7 +132,7 @@ class LanguageModel(nn.Module):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """The model of transformers, inside peft's wrapper where there is one."""
+        """The model of transformers, inside peft's wrapper if there is one."""
         return inner_model(self.model)
 
     @staticmethod
@@ -152,15 +164,16 @@ def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
     missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
     if len(missing):
         raise UserError(
-            f"the target token {int(missing[0])} does not train and is not in the sample of this step: make it active, or give the "
-            "step's targets to FrozenSampler.before_step"
+            f"the target token {int(missing[0])} does not train and was not drawn for this step: "
+            "make it active, or give the step's targets to FrozenSampler.before_step"
         )
 
 
 def check_packing(language_model: LanguageModel) -> None:
-    """Raise UserError unless examples packed into one row get the losses that they get alone.
+    """Raise UserError unless examples packed into one sequence have the losses they have alone.
 
-    Some architectures (Bloom, whose alibi knows no positions) or attention implementations let them see each other.
+    Some architectures (Bloom, whose alibi knows no positions) or attention implementations let them
+    see each other.
     """
     model = language_model.causal_lm
     vocabulary, device = token_tables(model)[0].shape[0], model.device
@@ -171,21 +184,20 @@ def check_packing(language_model: LanguageModel) -> None:
     with evaluating(language_model):
         packed = language_model.token_losses(ids, labels, positions)
         pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
-        alone = torch.cat(
-            [language_model.token_losses(row, row_labels) for row, row_labels in pieces]
-        )
+        alone = torch.cat([language_model.token_losses(*piece) for piece in pieces])
         mixed = language_model.token_losses(ids, labels)
     error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
     if not error <= 0.1 * leak + 1e-5:  # NaN is refused too
         raise UserError(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed examples see each other "
-            f"(losses differ by up to {error:.2g} nats from those of the examples alone); set data.packing: false"
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
+            f"packed examples see each other (losses differ by up to {error:.2g} nats from those "
+            "of the examples alone); set data.packing: false"
         )
 
 
 @contextmanager
 def evaluating(module: nn.Module | CausalLM) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every submodule is in the mode that it was in."""
+    """Put `module` in evaluation mode for a while, then each submodule back in its own mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

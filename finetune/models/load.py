@@ -1,7 +1,7 @@
-"""Models in, as transformers makes them: pretrained or random, always with float32 weights.
+"""Models as transformers makes them, pretrained or random, always with float32 weights.
 
-Floor 2. Master weights are float32 whatever the precision of the matrix products (see `speed.py`): in bf16 an update smaller
-than 1/256 of a weight would be lost.
+Master weights are float32 for any precision of the matrix products (see `speed.py`): in bf16 an
+update smaller than 1/256 of a weight would be lost.
 """
 
 from collections.abc import Mapping
@@ -99,14 +99,13 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(
             model_config, attn_implementation=spec.attn_implementation, dtype=torch.float32
         )
-    except KeyError as error:  # a name that stands in none of transformers' tables
+    except KeyError as error:  # a name that is in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
         raise UserError(
             f"{error} is not known to transformers: change {' or '.join(wrong or ['model.config'])}"
         ) from error
-    except (
-        Exception
-    ) as error:  # transformers checks few of the values, so a wrong one may end anywhere
+    # transformers checks few of the values, so a wrong one may raise anything.
+    except Exception as error:
         raise UserError(
             f"no {config['model_type']} model can be made from model.config: {first_line(error)}"
         ) from error
@@ -114,13 +113,17 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
-    """transformers takes any key without a word; here an unknown one is an error."""
+    """Return the config of a random model. Raises UserError for a key that is not known.
+
+    transformers accepts any key silently.
+    """
     options = dict(given)
     model_type = options.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         near = did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise UserError(
-            f"model.config.model_type {model_type!r} is not a causal language model of transformers (e.g. llama, gpt2){near}"
+            f"model.config.model_type {model_type!r} is not a causal language model of "
+            f"transformers (e.g. llama, gpt2){near}"
         )
     config_class = CONFIG_MAPPING[model_type]
     standard = config_class()
@@ -135,9 +138,8 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
         if isinstance(value := options.get(key), int) and value < 1:
             raise UserError(f"model.config.{key} is {value}: give 1 or more")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        options.setdefault(
-            token, None
-        )  # the default is the full-size model's, and any token in another vocabulary
+        # The default is the full-size model's, which is another token in this vocabulary.
+        options.setdefault(token, None)
     try:
         made = config_class(**options)
     except Exception as error:  # as in _random_model
@@ -150,15 +152,16 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     )
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise UserError(
-            f"model.config: num_attention_heads is {heads}, which num_key_value_heads = {groups} does not divide"
+            f"model.config: num_attention_heads is {heads}, which num_key_value_heads = {groups} "
+            "does not divide"
         )
     return made
 
 
 def first_line(error: Exception) -> str:
-    if "scaled_dot_product_attention" in str(
-        error
-    ):  # transformers' own sentence asks to open an issue
+    """Return the first line of an error of transformers, or a clearer sentence."""
+    # transformers' own sentence asks to open an issue.
+    if "scaled_dot_product_attention" in str(error):
         return "its architecture has no sdpa attention; set model.attn_implementation: eager"
     return next(
         (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__

@@ -1,8 +1,10 @@
-"""How much memory a step of a model takes, found by running it on tensors without data.
+"""How much memory a step of a model takes, measured by running it on tensors without data.
 
-Floor 2. The model runs forward, loss and backward under torch's FakeTensorMode (https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html):
-every operation is dispatched as on the real device, autocast and the choice of attention kernel included, and only shapes are
-computed. A dispatch mode sees every new storage and, through a weak reference, its end, so the bytes alive at any moment are known.
+The model runs forward, loss and backward under torch's FakeTensorMode
+(https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html). Every operation is
+dispatched as on the real device, autocast and the choice of attention kernel included, and only
+shapes are computed. A dispatch mode sees every new storage and, through a weak reference, its end.
+So the bytes alive at any moment are known.
 """
 
 import contextlib
@@ -35,14 +37,13 @@ class StepMemory:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside it make, while they live."""
+    """The bytes of the storages that operations inside it make, while they live."""
 
     def __init__(self, known: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: dict[int, Any] = {
-            tensor.untyped_storage()._cdata: None for tensor in known
-        }  # not counted
+        # Those that are known already are not counted.
+        self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -66,9 +67,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Rehearsal:
-    """A skeleton (see `load_skeleton`) made to run without data, as on `device`; the skeleton itself becomes that model.
+    """A skeleton (see `load_skeleton`) that runs without data, as on `device`.
 
-    `sparse_tables`: embeddings that get row-sparse gradients.
+    The skeleton itself becomes that model. `sparse_tables`: embeddings that get row-sparse
+    gradients.
     """
 
     def __init__(
@@ -80,36 +82,34 @@ class Rehearsal:
         sparse_tables: Sequence[nn.Embedding],
     ) -> None:
         self.model, self.device, self.autocast = skeleton, device, autocast
-        self.num_sampled: int | None = (
-            None  # rows that stand for the frozen ones of an active vocabulary
-        )
+        # How many frozen rows of an active vocabulary are drawn for a step; None: all take part.
+        self.num_sampled: int | None = None
         self.sparse_width = sum(table.embedding_dim for table in sparse_tables)
         fuse(inner_model(skeleton))  # as `LanguageModel` does
         self.mode = FakeTensorMode()
         with self.mode:
             _without_data(skeleton, device)
         for table in sparse_tables:
-            table.weight.requires_grad_(
-                False
-            )  # a fake tensor cannot be sparse: its gradient is added by hand
+            # A fake tensor cannot be sparse: its gradient is added by hand.
+            table.weight.requires_grad_(False)
 
     def step(
-        self, *, rows: int, length: int, num_targets: int, packed: bool, accumulates: bool
+        self, *, sequences: int, length: int, num_targets: int, packed: bool, accumulates: bool
     ) -> StepMemory:
-        """Forward, loss and backward of a micro-batch [rows, length] with `num_targets` target tokens.
+        """Return the memory of forward, loss and backward of a micro-batch.
 
-        `accumulates`: the gradients of an earlier micro-batch are there already.
+        It has `sequences` of `length` tokens, and `num_targets` target tokens. `accumulates`: the
+        gradients of an earlier micro-batch exist already.
         """
         self.model.train()
-        packed = (
-            packed and inner_model(self.model).config._attn_implementation != BY_EXAMPLE
-        )  # which keeps the same for both
+        # Attention by example keeps the same for packed and padded sequences.
+        packed = packed and inner_model(self.model).config._attn_implementation != BY_EXAMPLE
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
         with self.mode, live, _packing(packed):
             for _ in range(2 if accumulates else 1):
                 before, live.peak = live.now, live.now
                 with self._autocast():
-                    states = self._decoder(rows, length).flatten(0, 1)
+                    states = self._decoder(sequences, length).flatten(0, 1)
                     activations, live.peak = live.now - before, live.now
                     loss = self._loss(states, num_targets)
                 del states
@@ -118,16 +118,19 @@ class Rehearsal:
                 del loss
             peak = live.peak
         self.model.zero_grad()
-        rows_gradient = rows * length * self.sparse_width * 4
-        return StepMemory(activations, in_loss, peak + rows_gradient)
+        sparse_gradients = sequences * length * self.sparse_width * 4
+        return StepMemory(activations, in_loss, peak + sparse_gradients)
 
-    def reading(self, *, rows: int, length: int, num_logits: int, use_cache: bool) -> int:
-        """The most that a forward without gradients allocates, with the logits of `num_logits` tokens at once, in bytes."""
+    def inference(self, *, sequences: int, length: int, num_logits: int, use_cache: bool) -> int:
+        """Return the most that a forward without gradients allocates, in bytes.
+
+        It makes the logits of `num_logits` tokens at once.
+        """
         self.model.eval()
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
         with self.mode, live, _packing(False), torch.no_grad(), self._autocast():
             decoder = inner_model(self.model).base_model
-            ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+            ids = torch.zeros(sequences, length, dtype=torch.int64, device=self.device)
             output = decoder(input_ids=ids, use_cache=use_cache)
             head = inner_model(self.model).get_output_embeddings()
             if head is not None:
@@ -135,10 +138,10 @@ class Rehearsal:
                 del logits
             return live.peak
 
-    def _decoder(self, rows: int, length: int) -> Tensor:
+    def _decoder(self, sequences: int, length: int) -> Tensor:
         model = inner_model(self.model)
-        ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
-        positions = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+        ids = torch.zeros(sequences, length, dtype=torch.int64, device=self.device)
+        positions = torch.zeros(sequences, length, dtype=torch.int64, device=self.device)
         if has_plain_head(model):
             return model.base_model(
                 input_ids=ids, position_ids=positions, use_cache=False
@@ -166,7 +169,7 @@ class Rehearsal:
 
 
 def _without_data(model: nn.Module, device: str) -> None:
-    """Put a fake tensor in the place of every parameter and buffer; what is shared stays shared."""
+    """Put a fake tensor in the place of every parameter and buffer; shared ones stay shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -185,7 +188,10 @@ def _without_data(model: nn.Module, device: str) -> None:
 
 @contextlib.contextmanager
 def _packing(packed: bool) -> Iterator[None]:
-    """Tell transformers whether rows are packed: it looks at the values of the position ids, which are not there."""
+    """Let transformers know whether sequences are packed.
+
+    It reads that from the values of the position ids, and a fake tensor has none.
+    """
     find = masking_utils.find_packed_sequence_indices
     if not packed:
         masking_utils.find_packed_sequence_indices = lambda position_ids: None

@@ -1,8 +1,9 @@
-"""Tokenizers: loaded with their model, or trained on a run's own data; and what makes one ready for chat.
+"""Tokenizers: loaded with their model, or trained on a run's own data; and made ready for chat.
 
-Floor 2. A model stops where its end-of-text token comes, so the mark that the chat template writes after an assistant's turn must
-be that token, in the tokenizer, the model's config and its generation config. A base model has neither markers nor template:
-ChatML (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
+A model stops at its end-of-text token. So the mark that the chat template writes after an
+assistant's turn must be that token, in the tokenizer, the model's config and its generation config.
+A base model has neither markers nor template: ChatML
+(https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
 """
 
 import re
@@ -51,17 +52,18 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocab_size` entries, with ChatML's markers and template.
+    """Return a byte-level BPE tokenizer of at most `vocab_size` entries.
 
-    Any text can be encoded, since all 256 bytes are entries. Raises UserError where `vocab_size` has no room for them and the
-    markers.
+    It has ChatML's markers and template. Any text can be encoded, since all 256 bytes are entries.
+    Raises UserError if `vocab_size` has no room for them and the markers.
     """
     special = [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(alphabet) + len(special)
     if vocab_size < least:
         raise UserError(
-            f"model.tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {least}"
+            f"model.tokenizer.vocab_size is {vocab_size}; a byte-level tokenizer needs at least "
+            f"{least}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -111,7 +113,8 @@ def set_template(
             tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be read: {error}'
+                f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be '
+                f"read: {error}"
             ) from error
     stop = end_of_turn(tokenizer) if tokenizer.chat_template else None
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -119,9 +122,8 @@ def set_template(
         tokenizer.eos_token = stop
         stops = list(dict.fromkeys([tokenizer.eos_token_id, *stops]))
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # never learnt: the labels of padding are IGNORE_INDEX
+        # Never learnt: the labels of padding are IGNORE_INDEX.
+        tokenizer.pad_token = tokenizer.eos_token
     added = sorted(set(tokenizer.get_vocab().values()) - before)
     return ChatTokens(tuple(added), tuple(stops))
 
@@ -139,7 +141,7 @@ def fit_to_tokenizer(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token that the chat template writes right after an assistant's answer; None where it writes none."""
+    """Return the special token that the chat template writes right after an answer, or None."""
     answer = "Yes."
     try:
         text = tokenizer.apply_chat_template(
@@ -161,9 +163,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _fit_rows(model: PreTrainedModel, added: list[int]) -> None:
-    """Make room for the added ids, never less than there is (Qwen's and Gemma's tables are padded), and start their rows.
+    """Make room for the added ids and start their rows.
 
-    Without added ids nothing is resized: a tokenizer that is larger than the table is another model's, which encoding will say.
+    The table never shrinks: Qwen's and Gemma's are padded. Without added ids nothing is resized: a
+    tokenizer that is larger than the table is another model's, and encoding will report that.
     """
     if not added:
         return
@@ -189,9 +192,8 @@ def _set_stops(
     if stops:
         model.config.eos_token_id = stops[0]
         settings.eos_token_id = stops if len(stops) > 1 else stops[0]
-    settings._from_model_config = (
-        False  # it says more than the config now: transformers must not derive it again
-    )
+    # It has more than the config now: transformers must not derive it again.
+    settings._from_model_config = False
     model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
@@ -209,7 +211,10 @@ def stop_ids(model: CausalLM) -> list[int]:
 
 
 def byte_tokens(tokenizer: Any) -> set[int]:
-    """The tokens that stand for single bytes, from which any text can be spelt: of byte-level BPE, or sentencepiece's <0xNN>."""
+    """Return the tokens of single bytes, from which any text can be spelt.
+
+    They are those of byte-level BPE, or sentencepiece's <0xNN>.
+    """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     return {
         i
@@ -219,7 +224,10 @@ def byte_tokens(tokenizer: Any) -> set[int]:
 
 
 def template_tokens(tokenizer: Any) -> set[int]:
-    """The tokens that the chat template writes around turns of all roles, such as their names; none without a template."""
+    """Return the tokens that the chat template writes around turns of all roles.
+
+    The names of the roles are among them. Without a template there are none.
+    """
     if not tokenizer.chat_template:
         return set()
     template = ChatTemplate(tokenizer)

@@ -180,7 +180,7 @@ class Planner:
         )
         rehearsal.num_sampled = vocabulary.num_sampled
         step = rehearsal.step(
-            rows=work.rows,
+            sequences=work.rows,
             length=work.length,
             num_targets=work.num_targets,
             packed=config.data.packing,
@@ -212,16 +212,16 @@ class Planner:
         rows = config.evaluation.batch_size
         length = config.data.max_length if config.data.packing else work.prompt_length
         found = {
-            "evaluation": rehearsal.reading(
-                rows=rows, length=length, num_logits=256, use_cache=False
+            "evaluation": rehearsal.inference(
+                sequences=rows, length=length, num_logits=256, use_cache=False
             )
         }
         answers = config.evaluation.generate or config.evaluation.samples
         if answers:
             rows = min(answers, config.generation.batch_size)
             length = work.prompt_length + config.generation.max_new_tokens
-            found["generation"] = rehearsal.reading(
-                rows=rows, length=length, num_logits=rows, use_cache=True
+            found["generation"] = rehearsal.inference(
+                sequences=rows, length=length, num_logits=rows, use_cache=True
             )
         return found
 

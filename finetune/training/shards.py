@@ -1,10 +1,12 @@
-"""The part of a checkpoint that an engine shards: each process writes what it holds, through torch.distributed.checkpoint.
+"""The part of a checkpoint that an engine shards: each process writes what it holds.
 
-Floor 2 (torch.distributed). A checkpoint's files are trees of one shape, whatever wrote them. Where a tensor is sharded the tree
-has a hole, a meta tensor of the full shape, and the folder `shards/` has the content, with the place in the tree as its key
-(`optimizer.pt/state/3/exp_avg`). Reading needs no process group: each process reads for itself what it lacks, its own part or,
-where nothing is sharded, all. So a run goes on with any number of processes, under any engine, and torch's own tools can read the
-folder (https://docs.pytorch.org/docs/stable/distributed.checkpoint.html).
+It goes through torch.distributed.checkpoint. A checkpoint's files are trees of one shape for every
+engine. In the place of a sharded tensor the tree has a hole, a meta tensor of the full shape. The
+folder `shards/` has the content, with the place in the tree as its key
+(`optimizer.pt/state/3/exp_avg`). Reading needs no process group: each process reads what it lacks,
+its own part or, if nothing is sharded, all. So a run continues with any number of processes, under
+any engine, and torch's own tools can read the folder
+(https://docs.pytorch.org/docs/stable/distributed.checkpoint.html).
 """
 
 import warnings
@@ -25,7 +27,7 @@ Own = Callable[[Place], Any]  # the tensor that this process has for a place, if
 
 
 def take_out_shards(files: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`files` with a hole in the place of each shard, and the shards."""
+    """Return `files` with a hole in the place of each shard, and the shards."""
     shards: dict[str, Tensor] = {}
 
     def hole(place: Place, leaf: Any) -> Any:
@@ -38,9 +40,9 @@ def take_out_shards(files: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def write_shards(folder: Path, shards: Mapping[str, Tensor]) -> None:
-    """Write `shards` to `folder`, which all processes see. Every process has to call it.
+    """Write `shards` to `folder`, which all processes see. Every process must call it.
 
-    Raises on every process what went wrong on any: OSError where a disk refused.
+    Raises on every process the error of any: OSError if a disk refused.
     """
     import torch.distributed.checkpoint as dcp  # here: it takes a second to import
 
@@ -59,9 +61,9 @@ def write_shards(folder: Path, shards: Mapping[str, Tensor]) -> None:
 
 
 def put_in_shards(tree: Any, folder: Path, name: str, own: Own = lambda place: None) -> Any:
-    """The `tree` of the file `name` on this process, with its holes filled from `folder`.
+    """Return the `tree` of the file `name`, with its holes filled from `folder`.
 
-    Where `own` gives a shard the result is its like, else it is whole.
+    If `own` gives a shard, the tensor is cut as that shard is; else it is whole.
     """
     holes: dict[str, Any] = {}
 
@@ -84,16 +86,18 @@ def put_in_shards(tree: Any, folder: Path, name: str, own: Own = lambda place: N
         import torch.distributed.checkpoint as dcp
 
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="torch.distributed is disabled"
-            )  # as asked for
+            # As asked for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(holes, checkpoint_id=folder, no_dist=True)
     return fitted_tree
 
 
 @contextmanager
 def refusals_of_the_disk() -> Iterator[None]:
-    """Around `torch.save`, which closes its archive on the way out and hides an OSError behind what goes wrong with that."""
+    """Raise the OSError that `torch.save` hides.
+
+    It closes its archive on the way out, and an error of that hides the first one.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Attention as products over examples against one masked call of torch's kernel for the whole batch."""
+"""Attention as products over examples against one masked call of torch's kernel for the batch."""
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ def packed_batch():
 
 
 def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
-    """The loss, its gradients, and how often our attention was called; `kernel`: torch's does all of it instead."""
+    """The loss, its gradients, and how often our attention was called.
+
+    `kernel`: torch's kernel does all of it instead.
+    """
     calls = []
     language_model = LanguageModel(model)
     with monkeypatch.context() as patch:

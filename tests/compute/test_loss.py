@@ -1,4 +1,4 @@
-"""The chunked loss against plain cross-entropy: values, gradients, dtypes, and the memory that it is there to save."""
+"""The chunked loss against plain cross-entropy: values, gradients, dtypes, and the memory saved."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
-"""One process of the tests of row gradients: `python row_worker.py FOLDER`, once per rank, with torch's environment variables.
+"""One process of the tests of row gradients: `python row_worker.py FOLDER`, once for each rank.
 
-Does everything that needs more than one process, in one start, and leaves what it found in FOLDER/rank<r>.pt.  The tests read it.
+It is started with torch's environment variables. It does everything that needs more than one
+process, in one start, and leaves what it found in FOLDER/rank<r>.pt. The tests read it.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ def gradient(case: str, rank: int, num_processes: int, dtype: torch.dtype) -> Te
 
 
 def averages(dtype: torch.dtype) -> dict[str, Any]:
-    """For each case: whether the average is coalesced, its rows, its values, and what was said for the first time."""
+    """For each case: whether the average is coalesced, its rows and values, the first message."""
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # other weights everywhere
     table = nn.Embedding(VOCABULARY, WIDTH, dtype=dtype)
@@ -100,7 +101,7 @@ class Classifier(nn.Module):
 
 
 def micro_batches(step: int, rank: int) -> list[Tensor]:
-    """Two, of Zipf ids; every fourth step one process has none at all, and every tenth step all have the same few."""
+    """Two, of Zipf ids; every fourth step one process has none, every tenth all have the same."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     size = 0 if step % 4 == 3 and step // 4 % 3 == rank else 8 + step % 5
     if step % 10 == 5:
@@ -112,7 +113,10 @@ def micro_batches(step: int, rank: int) -> list[Tensor]:
 def train_classifier(
     ranks: range, num_processes: int, optimizer_class: Any = LazyAdamW
 ) -> tuple[Classifier, list[float]]:
-    """NUM_STEPS steps over the batches of the processes `ranks` of so many; the model, its rows up to date, and the norms."""
+    """NUM_STEPS steps over the batches of the processes `ranks` of so many.
+
+    Gives the model, its rows up to date, and the norms.
+    """
     classifier = Classifier(
         seed=ranks[0]
     )  # other weights everywhere: those of process 0 are what all train
@@ -159,7 +163,7 @@ class Run(NamedTuple):
 
 @contextlib.contextmanager
 def digests() -> Iterator[list[Digest]]:
-    """Within it, after each step of any optimizer, every bit of its parameters and of its state, hashed."""
+    """Hash all bits of parameters and state after each step of any optimizer within it."""
     steps: list[Digest] = []
 
     @torch.no_grad()

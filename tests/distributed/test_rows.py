@@ -1,6 +1,7 @@
-"""Row gradients over real processes (gloo, loopback): the same bits everywhere, and the run of one process.
+"""Row gradients over real processes (gloo, loopback): the same bits, and the run of one process.
 
-Two and three processes are started once each, do everything (row_worker.py), and the tests look at what they left.
+Two and three processes are started once each and do everything (row_worker.py). The tests look at
+what they left.
 """
 
 import json
@@ -24,7 +25,10 @@ Launched = tuple[Path, list[dict[str, Any]]]  # the folder of the runs, and what
 def start(
     folder: Path, num_processes: int, runs: dict[str, tuple[dict[str, Any], dict[str, Any]]]
 ) -> Launched:
-    """Let so many processes do the runs, name -> (config tree, options of run_training), and everything else."""
+    """Let so many processes do everything, the runs included.
+
+    The runs are name -> (config tree, options of run_training).
+    """
     *ports, port = free_ports(len(runs) + 1)
     plan = [
         row_worker.Run(name, tree, options, port)
@@ -39,7 +43,10 @@ def start(
 
 
 def lazy_tree(data: Path, output_dir: Path) -> dict[str, Any]:
-    """Untied, stepped lazily, clipped; steps of four rows in micro-batches of one, the last step of an epoch with a single row."""
+    """Untied, stepped lazily, clipped.
+
+    Steps of four sequences in micro-batches of one; the last step of an epoch has one.
+    """
     return {
         "output_dir": str(output_dir),
         "model": {"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 400}},
@@ -83,7 +90,7 @@ def before_the_end(run: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Launched]:
-    """By the number of processes.  The run `resumed` goes on from the checkpoint of another number of processes."""
+    """By the number of processes. The run `resumed` continues a checkpoint of another number."""
     data = tmp_path_factory.mktemp("data")
     (data / "train.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(21))
@@ -204,7 +211,7 @@ def test_a_run_leaves_the_same_bits_on_every_process(
 def test_any_number_of_processes_trains_what_one_does(
     found: dict[int, Launched], n: int, run: str
 ) -> None:
-    """The loss of each step, the tokens in it, the norm of its gradient, and the evaluations, also where a run was resumed."""
+    """Loss, tokens and gradient norm of each step, and the evaluations, resumed or not."""
     one, many = found[1][0] / ("tied" if run == "tied" else "lazy"), found[n][0] / run
     expected, steps = records(one, "step"), records(many, "step")
     assert [step["step"] for step in steps] == list(range(1, len(expected) + 1))

@@ -1,4 +1,4 @@
-"""The bytes on the wire that row gradients are to cost: hand-computed, the cheaper way, and never much more than dense."""
+"""The bytes that row gradients are to send: by hand, the cheaper way, little over dense."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +7,10 @@ from scripts import bench_sync
 
 
 def test_bytes_of_three_processes_by_hand() -> None:
-    """4 rows each at most, 6 together, of 100; 10 float32 values a row: each process sends its part to two others."""
+    """4 rows each at most, 6 together, of 100, with 10 float32 values a row.
+
+    Each process sends its part to two others.
+    """
     assert bench_sync.formula_dense(3, 100, 10) == 2 * 2 / 3 * 100 * 40
     assert bench_sync.formula_ids(3, 4, 100) == 2 * 8 + 2 * 4 * 4
     assert bench_sync.formula_gather(3, 4, 10) == 2 * 4 * 40
@@ -49,7 +52,7 @@ def test_rows_take_the_cheaper_way_and_cost_at_most_dense_and_ids(
 
 
 def test_the_bar_two_processes_a_large_vocabulary() -> None:
-    """4,096 tokens a process use 2,254 rows of 262,144: under 1/20 of the dense bytes; so would 12,000 rows."""
+    """4,096 tokens a process use 2,254 rows of 262,144: under 1/20 of dense; so do 12,000."""
     for rows in (2254, 12_000):
         assert (
             bench_sync.formula_rows(2, rows, 2 * rows, 1 << 18, 640)

@@ -12,7 +12,8 @@ LLAMA_LIKE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
-    "initializer_range": 0.4,  # far above the usual 0.02, so that answers differ and do not hang on rounding
+    # Far above the usual 0.02, so that answers differ and do not depend on rounding.
+    "initializer_range": 0.4,
 }
 CONFIGS = {
     "gpt2": {

@@ -74,7 +74,8 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_a_note_says_so(model, 
         if notes:
             break
     assert notes == [
-        "the conversation is longer than the model's 150 tokens: the oldest question and its answer are left out"
+        "the conversation is longer than the model's 150 tokens: the oldest question and its "
+        "answer are left out"
     ]
     assert chat.turns[0]["content"] == "question 1"
     assert chat.turns[-2]["content"] == f"question {number}"
@@ -105,7 +106,10 @@ def test_a_model_without_turns_is_refused(model, tokenizer, monkeypatch):
 
 
 def test_a_template_without_system_prompts_refuses_one(model, tokenizer, monkeypatch):
-    turns = "{% for m in messages if m.role != 'system' %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}assistant"
+    turns = (
+        "{% for m in messages if m.role != 'system' %}"
+        "{{ m.role + m.content + '<|im_end|>' }}{% endfor %}assistant"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", turns)
     with pytest.raises(UserError, match="no system prompt"):
         start(model, tokenizer, system_prompt="Be brief.")

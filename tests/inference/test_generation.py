@@ -1,4 +1,4 @@
-"""Generation against the slow way (the whole sequence through the model for each token, one prompt at a time)."""
+"""Generation against the slow way: one prompt at a time, all of its tokens for each new one."""
 
 import random
 from dataclasses import replace

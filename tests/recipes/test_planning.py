@@ -202,7 +202,7 @@ def rehearse(config, *, packed=False, autocast=None, checkpointing=False, accumu
         )
     rehearsal = Rehearsal(skeleton, device="cpu", autocast=autocast, sparse_tables=[])
     return rehearsal.step(
-        rows=4, length=64, num_targets=100, packed=packed, accumulates=accumulates
+        sequences=4, length=64, num_targets=100, packed=packed, accumulates=accumulates
     )
 
 

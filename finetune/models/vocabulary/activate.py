@@ -1,19 +1,24 @@
-"""The active vocabulary: of a model's token table only the rows that a run uses train; the others cost no gradient and no state.
+"""The active vocabulary of a model: its tables made compact, shown whole for a while, given back.
 
-Floor 2. `activate_vocabulary` makes the weight of the input embedding (and, tied or not, of the output head) a compact parameter
-[A, d], whose row i belongs to token `active_ids[i]`; the other rows are kept beside it, frozen, so that the model still reads and
-predicts every token. Token ids, tokenizer, config and the names of the parameters stay as they were. The classes of the two modules
-are changed in place to ones whose lookup and product know where a token's row is; a subclass with a forward of its own (Gemma's
-scaled embedding) keeps it. `full_vocabulary` shows the model with its full table for a while (`save_pretrained` does so by
-itself); `deactivate_vocabulary` gives it back for good.
+`activate_vocabulary` makes the weight of the input embedding (and of the output head, tied or not)
+a compact parameter [A, d], whose row i belongs to token `active_ids[i]`. The other rows are kept
+apart and frozen, so the model still reads and predicts every token. They cost no gradient and no
+optimizer state. Token ids, tokenizer, config and the names of the parameters stay as they were. The
+classes of the two modules are changed in place to ones whose lookup and product know the place of
+each token's row. A subclass with a forward of its own (Gemma's scaled embedding) keeps it.
+`full_vocabulary` shows the model with its full table for a while; `save_pretrained` does so by
+itself. `deactivate_vocabulary` gives the full table back for good.
 
-The shift. An optimizer whose steps do not follow the gradient's scale (AdamW) moves even the rows that get next to no gradient,
-all of them by about lr a step and against the hidden states: so training the whole table takes probability from unused tokens.
-Frozen rows cannot move, but the softmax knows only differences, so the active ones can move the other way together: `shift` [d] is
-added to each of them, in the lookup and in the product, and trains at the same learning rate by what the product alone says: its
-gradient is minus the sum of the unused rows', which are never looked up.
+The shift. An optimizer whose steps do not follow the gradient's scale (AdamW) also moves rows that
+get almost no gradient, each by about lr a step and against the hidden states. So training the whole
+table takes probability from unused tokens. Frozen rows cannot move. But the softmax depends on
+differences only, so the active rows can move the other way together. `shift` [d] is added to each
+of them, in the lookup and in the product, and trains at the same learning rate. Its gradient comes
+from the product alone: minus the sum of the gradients of the unused rows, which are never looked
+up.
 
-A table may have room for `spare` rows that belong to no token yet: `ActiveVocabulary.grow` gives them to tokens that turn up later.
+A table may have room for `spare` rows that belong to no token yet. `ActiveVocabulary.grow` gives
+them to tokens that turn up later.
 """
 
 import functools
@@ -42,21 +47,27 @@ def activate_vocabulary(
 ) -> None:
     """Train only the rows of `ids` in the token table of `model`, in place.
 
-    A tied table stays tied. Of an untied model the head is made compact, and with `compact_input` the input embedding as well
-    (without it, it stays whole: for lazy_adamw, to which unused rows cost nothing). `spare`: rows kept for tokens that turn up
-    later. `shift`: see above; leave it out for an optimizer whose steps follow the gradient's scale (SGD, with or without
-    momentum), for which the sum of all rows' gradients is far too long a step. `frozen_dtype`: that of the products under autocast;
-    the frozen rows are kept in it if that loses no bit of them (weights from a bfloat16 file), else in their own. Raises UserError
-    where an id is not in the table, or the model has active rows already, or a head that this does not know.
+    A tied table stays tied. In an untied model the head is made compact, and with `compact_input`
+    also the input embedding. Without it the input stays whole: unused rows cost lazy_adamw nothing.
+    `spare`: rows kept for tokens that turn up later. `shift`: see above. Leave it out for an
+    optimizer whose steps follow the gradient's scale (SGD, with or without momentum): the sum of
+    all rows' gradients is far too long a step for it. `frozen_dtype`: that of the products under
+    autocast. The frozen rows are kept in it if that loses no bit of them (weights from a bfloat16
+    file), else in their own dtype.
+
+    Raises UserError if an id is not in the table, if the model has active rows already, or if its
+    head is of an unknown kind.
     """
     if active_modules(model):
         raise UserError(
-            "the model has an active vocabulary already; deactivate_vocabulary gives it its full table back first"
+            "the model has an active vocabulary already; give it its full table back first, with "
+            "deactivate_vocabulary"
         )
     given = set(ids)
     if not all(isinstance(i, int) for i in given):
         raise UserError(
-            f"the active vocabulary takes token ids as a list of Python ints, and was given {given!r:.60}"
+            "the active vocabulary takes token ids as a list of Python ints, and was given "
+            f"{given!r:.60}"
         )
     wanted = torch.tensor(sorted(given), dtype=torch.int64)
     if (reason := why_not_active(model)) is not None:
@@ -66,7 +77,8 @@ def activate_vocabulary(
     table, head = token_tables(model)
     if not len(wanted) or int(wanted[0]) < 0 or int(wanted[-1]) >= len(table):
         raise UserError(
-            f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one of them"
+            f"the active vocabulary needs token ids from 0 to {len(table) - 1}, and at least one "
+            "of them"
         )
     embedding: Any = model.get_input_embeddings()
     output = model.get_output_embeddings()
@@ -90,7 +102,10 @@ def activate_vocabulary(
 
 
 def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Make the tables of `model` as compact as they were when the state dict `state` was taken, for it to be loaded."""
+    """Make the tables of `model` as compact as they were when `state` was taken.
+
+    The state dict can then be loaded into it.
+    """
     saved = {
         name: value for name, value in state.items() if name.endswith(".vocabulary.active_ids")
     }
@@ -110,7 +125,10 @@ def activate_as_saved(model: PreTrainedModel, state: Mapping[str, Tensor]) -> No
 
 
 def why_not_active(model: PreTrainedModel) -> str | None:
-    """Why the table of `model` can only train whole; None for one linear head without a bias over a plain embedding."""
+    """Return why the table of `model` can only train whole; None if it need not.
+
+    It need not if the model has a plain embedding and a linear head without a bias.
+    """
     head, name = model.get_output_embeddings(), type(model).__name__
     if not isinstance(head, nn.Linear) or not isinstance(
         model.get_input_embeddings(), nn.Embedding
@@ -120,7 +138,7 @@ def why_not_active(model: PreTrainedModel) -> str | None:
 
 
 def active_modules(model: nn.Module) -> list[Any]:
-    """The modules of `model` with a compact weight: none, the head, or input embedding and head."""
+    """Return the modules of `model` with a compact weight: none, head, or embedding and head."""
     return [
         module for module in model.modules() if isinstance(module, ActiveEmbedding | ActiveHead)
     ]
@@ -128,9 +146,10 @@ def active_modules(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def full_vocabulary(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is the plain model with its full table, tied as it was; what is written to it is lost.
+    """Make `model` the plain model with its full table for a while, tied as it was.
 
-    Costs the memory of a full table (two, where input and output are not tied).
+    What is written to the full table is lost. Costs the memory of a full table; of two if input and
+    output are not tied.
     """
     modules = active_modules(model)
     kept = [(module, type(module), module.weight, module.vocabulary) for module in modules]
@@ -144,7 +163,10 @@ def full_vocabulary(model: nn.Module) -> Iterator[None]:
 
 
 def deactivate_vocabulary(model: nn.Module) -> None:
-    """Give `model` its full table back, in place, tied as it was; the rows of frozen tokens are bit for bit what they were."""
+    """Give `model` its full table back, in place, tied as it was.
+
+    The rows of frozen tokens are bit for bit what they were.
+    """
     _make_plain(active_modules(model))
     for part in model.modules():
         part.__dict__.pop("save_pretrained", None)
@@ -154,14 +176,15 @@ def deactivate_vocabulary(model: nn.Module) -> None:
 def _save_whole(
     model: PreTrainedModel, *args: Any, state_dict: object = None, **kwargs: Any
 ) -> None:
-    """save_pretrained of a model with active rows: the plain model; a state dict that is given has the compact weights."""
+    """Save the plain model. `state_dict` is ignored: it has the compact weights."""
     with full_vocabulary(model):
         type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _refuse_resize(*args: Any, **kwargs: Any) -> Any:
     raise UserError(
-        "the model has an active vocabulary: resize its table before activate_vocabulary, or after deactivate_vocabulary"
+        "the model has an active vocabulary: resize its table before activate_vocabulary, or after "
+        "deactivate_vocabulary"
     )
 
 
@@ -194,7 +217,7 @@ def _make_active(module: Any, cls: Any, vocabulary: ActiveVocabulary, weight: nn
 
 
 def _count(module: Any, rows: int) -> None:
-    """nn.Embedding and nn.Linear say how many rows they have, for whoever prints them."""
+    """Set the number of rows that nn.Embedding and nn.Linear report when they are printed."""
     if isinstance(module, nn.Embedding):
         module.num_embeddings = rows
     else:

@@ -1,6 +1,6 @@
-"""The modules of an active vocabulary: a compact table that trains, and the frozen rows beside it.
+"""The modules of an active vocabulary: a compact table that trains, and the rows that are frozen.
 
-Floor 2. `finetune.models.vocabulary` says what it is, and puts these in the place of a model's own.
+`finetune.models.vocabulary.activate` puts them in the place of a model's own modules.
 """
 
 from typing import Any
@@ -16,28 +16,26 @@ NO_TOKEN = -1
 
 
 class ActiveVocabulary(nn.Module):
-    """Which tokens are active, where every token's row is, and the frozen rows [V - A, d] of one table."""
+    """The tokens that are active, the place of every token's row, and one table's frozen rows.
+
+    A tokens are active, and F = V - A rows are frozen at the start.
+    """
 
     active_ids: Tensor  # [A + spare] int64, NO_TOKEN for a spare row
-    row_of_id: Tensor  # [V] int64: below A + spare a row of the compact weight, else A + spare + a frozen row
+    # [V] int64: below A + spare, a row of the compact weight; else A + spare + a frozen row.
+    row_of_id: Tensor
     frozen_ids: Tensor  # [F] int64
-    offset: Tensor  # [A + spare + F] float32: -inf where a row stands for no token, else 0
-    is_whole: bool  # no row stands for no token
-    padding_row: (
-        int | None
-    )  # of the compact weight: the lookup gives it no gradient, as padding_idx does in a plain embedding
-    is_part_of_weight = (
-        True  # for finetune.optim: what is set for the table's weight holds for the shift
-    )
-    shift: (
-        nn.Parameter | None
-    )  # [d]: the row of an active token is that of the compact weight plus this
-    frozen_mass: (
-        Tensor | None
-    )  # [F] float32: what the chances of a sample of the frozen rows follow, kept here to be saved
-    _narrow: Tensor | None = (
-        None  # the frozen rows in the dtype of the products, where that is another
-    )
+    offset: Tensor  # [A + spare + F] float32: -inf for a row that belongs to no token, else 0
+    is_whole: bool  # every row belongs to a token
+    # A row of the compact weight that the lookup gives no gradient, like padding_idx in a plain
+    # embedding.
+    padding_row: int | None
+    # Read by finetune.optim.groups: overrides for the table's weight also apply to the shift.
+    is_part_of_weight = True
+    shift: nn.Parameter | None  # [d], added to every row of the compact weight
+    # [F] float32: what the chances of the frozen rows to be drawn follow; here it is saved.
+    frozen_mass: Tensor | None
+    _narrow: Tensor | None = None  # the frozen rows in the dtype of the products, if it is another
 
     def __init__(
         self,
@@ -67,21 +65,21 @@ class ActiveVocabulary(nn.Module):
             if padding_idx is not None and active[padding_idx]
             else None
         )
-        self.to(
-            table.device
-        )  # numbered before: a table on the meta device has a vocabulary too, for planning
-        # A parameter without gradient, and no buffer: data-parallel engines leave it alone after the start.
+        # After the numbering: a table on the meta device also has a vocabulary, for planning.
+        self.to(table.device)
+        # A parameter without gradient, not a buffer: data-parallel engines do not touch it after
+        # the start.
         frozen = _in_dtype(table.detach().index_select(0, self.frozen_ids), frozen_dtype)
         self.frozen = nn.Parameter(frozen, requires_grad=False)
         self.shift = nn.Parameter(torch.zeros_like(table[0])) if shift else None
 
     @property
     def num_active(self) -> int:
-        """A: the tokens whose rows train."""
+        """The number of tokens whose rows train, A."""
         return int((self.active_ids != NO_TOKEN).sum())
 
     def number(self) -> None:
-        """Work out where every token's row is, from `active_ids`."""
+        """Set the place of every token's row, from `active_ids`."""
         rows, used = len(self.active_ids), self.active_ids != NO_TOKEN
         ids = self.active_ids[used]
         self.row_of_id[self.frozen_ids] = torch.arange(
@@ -90,23 +88,23 @@ class ActiveVocabulary(nn.Module):
         self.row_of_id[ids] = used.nonzero()[:, 0]
         self.offset.zero_()
         self.offset[:rows][~used] = -torch.inf
-        self.offset[rows:][
-            torch.isin(self.frozen_ids, ids)
-        ] = -torch.inf  # of tokens that have become active
+        became_active = torch.isin(self.frozen_ids, ids)
+        self.offset[rows:][became_active] = -torch.inf
         self.is_whole = bool(self.offset.isfinite().all())
 
     def active_rows(self, weight: Tensor) -> Tensor:
-        """The rows [A + spare, d] that the compact `weight` stands for."""
+        """Return the rows [A + spare, d] of the compact `weight`, with the shift added."""
         return weight if self.shift is None else weight + self.shift
 
     def frozen_rows(self) -> FrozenRows:
-        """What the loss needs beside the compact weight: all frozen rows."""
+        """Return all frozen rows, which the loss needs in addition to the compact weight."""
         return FrozenRows(self.frozen_in_products(), None if self.is_whole else self.offset)
 
     def frozen_in_products(self) -> Tensor:
-        """The frozen rows [F, d] in the dtype of matrix products: autocast's, where it is on.
+        """Return the frozen rows [F, d] in the dtype of matrix products: that of autocast, if on.
 
-        They do not change, so a narrower copy is made once and kept: otherwise each step and each generated token would make one.
+        They do not change, so a narrower copy is made once and kept. Otherwise each step and each
+        generated token would make one.
         """
         frozen, device = self.frozen.detach(), self.frozen.device.type
         dtype = (
@@ -124,7 +122,10 @@ class ActiveVocabulary(nn.Module):
 
     @torch.no_grad()
     def grow(self, weight: Tensor, ids: Tensor) -> Tensor:
-        """Make `ids` [n] active as far as there are spare rows in the compact `weight`; returns those for which there was none."""
+        """Make `ids` [n] active, and return those for which there was no spare row.
+
+        The spare rows are those of the compact `weight`.
+        """
         new = ids[~torch.isin(ids, self.active_ids)].unique()
         room = (self.active_ids == NO_TOKEN).nonzero()[:, 0][: len(new)]
         taken = new[: len(room)]
@@ -135,7 +136,10 @@ class ActiveVocabulary(nn.Module):
         return new[len(room) :]
 
     def full_table(self, weight: Tensor) -> Tensor:
-        """[V, d] in the dtype of the compact `weight`; the rows of frozen tokens bit for bit as they came."""
+        """Return the full table [V, d] in the dtype of the compact `weight`.
+
+        The rows of frozen tokens are bit for bit as they came.
+        """
         full = weight.new_empty(len(self.row_of_id), weight.shape[1])
         full[self.frozen_ids] = self.frozen.to(weight.dtype)
         used = self.active_ids != NO_TOKEN
@@ -154,9 +158,9 @@ class ActiveVocabulary(nn.Module):
 
 
 class ActiveEmbedding(nn.Embedding):
-    """The lookup that sits below an embedding's own class; `weight` is [A + spare, d]."""
+    """The lookup that is put below an embedding's own class; `weight` is [A + spare, d]."""
 
-    compact = True  # for finetune.optim: there are no unused rows to leave out
+    compact = True  # read by finetune.optim: the table has no unused rows
     vocabulary: ActiveVocabulary
     plain_class: type[nn.Module]
 
@@ -172,14 +176,17 @@ class ActiveEmbedding(nn.Embedding):
 
 
 class ActiveHead(nn.Linear):
-    """The product with every row, [..., d] to logits [..., V] in the order of the token ids; `weight` is [A + spare, d]."""
+    """The product with every row, [..., d] to logits [..., V] in the order of the token ids.
+
+    `weight` is [A + spare, d].
+    """
 
     vocabulary: ActiveVocabulary
     plain_class: type[nn.Module]
 
     @property
     def rows(self) -> Tensor:
-        """[A + spare, d]: the weight of the product, before the frozen rows."""
+        """The weight of the product, [A + spare, d], without the frozen rows."""
         return self.vocabulary.active_rows(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
