@@ -110,9 +110,9 @@ def our_trainer(
     from finetune.display import Display
     from finetune.distributed.engines import prepare
     from finetune.optim import build_lr_scheduler, build_optimizer
-    from finetune.recipes.material import read_material
-    from finetune.recipes.optimizer import optimizer_options
-    from finetune.recipes.parts import assemble, make_accelerator
+    from finetune.recipes.build.material import read_material
+    from finetune.recipes.build.optimizer import optimizer_options
+    from finetune.recipes.build.parts import assemble, make_accelerator
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
     from finetune.training.stopping import DivergenceGuard
@@ -163,7 +163,7 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _material(args: argparse.Namespace) -> Any:
     from finetune.display import Display
-    from finetune.recipes.material import read_material
+    from finetune.recipes.build.material import read_material
 
     return read_material(our_config(args), Display(enabled=False))
 
@@ -171,7 +171,7 @@ def _material(args: argparse.Namespace) -> Any:
 def load_plain(args: argparse.Namespace) -> Any:
     """The model as its makers' library loads it, with rows for the template's new tokens."""
     from finetune.models.tokenizers import set_template
-    from finetune.recipes.model import make_model, make_tokenizer
+    from finetune.recipes.build.model import make_model, make_tokenizer
 
     config = our_config(args).model
     tokenizer = make_tokenizer(config, ())
@@ -196,8 +196,8 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     from finetune.models.language_model import LanguageModel
     from finetune.models.tokenizers import pad_id
     from finetune.models.vocabulary.activate import activate_vocabulary
-    from finetune.recipes.data import as_sources
-    from finetune.recipes.vocabulary import active_ids
+    from finetune.recipes.build.data import as_sources
+    from finetune.recipes.build.vocabulary import active_ids
 
     material = _material(args)
     tokenizer, train, validation = material.tokenizer, material.train, material.validation

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.cli import app
 from finetune.config import load_config
 from finetune.optim import list_optimizers
-from finetune.recipes.inspecting import inspect_data
+from finetune.recipes.inspect import inspect_data
 from tests.cli.conftest import finetune, snapshot
 from tests.conftest import conversation
 

@@ -15,15 +15,15 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.launching import (
+from finetune.recipes.train.launch import (
     USER_ERROR,
     launch_training,
     message,
     number_of_processes,
     root_cause,
 )
-from finetune.recipes.training import run_training
-from finetune.recipes.worker import work
+from finetune.recipes.train.run import run_training
+from finetune.recipes.train.worker import work
 from finetune.training.stopping import StopSignal
 from tests.conftest import PYTHIA, conversation
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.training import run_training
+from finetune.recipes.train.run import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import PYTHIA
 
@@ -339,7 +339,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(
     tiny, tmp_path, monkeypatch, best, step
 ):
     """Whatever the model does: the evaluations' values are given."""
-    from finetune.recipes.evaluations import RunEvaluations
+    from finetune.recipes.train.evaluations import RunEvaluations
 
     evaluate = RunEvaluations.__call__
     values = {
