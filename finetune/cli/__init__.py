@@ -9,8 +9,9 @@ import sys
 
 import typer
 
-# isort: off  (importing registers the commands, in the order of --help)
-from finetune.cli import compare, results, train, use  # noqa: F401
+# importing registers the commands, in the order of --help
+# isort: off
+from finetune.cli import train, use, results, compare  # noqa: F401
 
 # isort: on
 from finetune.cli.app import app
