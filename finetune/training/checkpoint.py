@@ -1,12 +1,13 @@
 """Checkpoints that are whole or not there.
 
-They are written to a temporary folder, marked complete, and renamed. A killed process leaves at most
-a folder named `.step-…`, which nothing reads and the next save removes. The mark, `complete.json`,
-lists every file with its size. So a folder that a copy or a full disk cut short does not count.
+They are written to a temporary folder, marked complete, and renamed. A killed process leaves at
+most a folder named `.step-…`, which nothing reads and the next save removes. The mark,
+`complete.json`, lists every file with its size. So a folder that a copy or a full disk cut short
+does not count.
 
-Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead, written
-by the processes that hold them (`shards`). `load` puts the two together, so nothing else has to know
-which kind a checkpoint is.
+Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead,
+written by the processes that hold them (`shards`). `load` puts the two together, so nothing else
+has to know which kind a checkpoint is.
 """
 
 import errno
@@ -142,8 +143,8 @@ class CheckpointStore:
 def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
     """Load one file of a checkpoint to the CPU.
 
-    `own(place)` may return this process's shard of the tensor at `place`. That tensor is then loaded
-    as a shard.
+    `own(place)` may return this process's shard of the tensor at `place`. That tensor is then
+    loaded as a shard.
     """
     tree = torch.load(folder / name, map_location="cpu", weights_only=True)
     return put_in_shards(tree, folder / SHARDS, name, own)

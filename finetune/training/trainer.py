@@ -1,8 +1,8 @@
 """The training loop. It uses what it is given and builds nothing.
 
-**Randomness.** The generators are seeded from (seed, step, process) at each step. So nothing between
-the steps (evaluation, generation, saving) can change the run, and a resumed run needs no saved
-generator state.
+**Randomness.** The generators are seeded from (seed, step, process) at each step. So nothing
+between the steps (evaluation, generation, saving) can change the run, and a resumed run needs no
+saved generator state.
 """
 
 import contextlib
