@@ -57,7 +57,7 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
         sure |= over
 
 
-def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
+def draw_rows(chances: Tensor, generator: torch.Generator) -> Tensor:
     """Return rows [K] int64, each with its chance.
 
     K is the sum of the chances (up to rounding), the same for every draw.
@@ -138,7 +138,7 @@ class FrozenSampler:
         assert isinstance(head, ActiveHead)
         vocabulary, compact = head.vocabulary, len(head.weight)
         chances = self.chances
-        rows = draw(chances, torch.Generator().manual_seed(seed))
+        rows = draw_rows(chances, torch.Generator().manual_seed(seed))
         if targets is not None:  # they are certain to be there, so they stand for themselves alone
             wanted = vocabulary.row_of_id[targets.to(vocabulary.row_of_id.device)].cpu() - compact
             wanted = wanted[wanted >= 0]

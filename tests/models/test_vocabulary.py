@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.models.adapters import add_lora, merge_lora
 from finetune.models.frozen_sample import (
     FrozenSampler,
-    draw,
+    draw_rows,
     inclusion_chances,
     measure_frozen_rows,
 )
@@ -360,7 +360,7 @@ def test_rows_are_drawn_with_their_chances():
     generator, draws = torch.Generator().manual_seed(0), 4000
     counts = torch.zeros(8)
     for _ in range(draws):
-        rows = draw(chances, generator)
+        rows = draw_rows(chances, generator)
         assert len(rows) == len(rows.unique()) == 4
         counts[rows] += 1
     assert (counts / draws - chances).abs().max() < 4 * 0.5 / draws**0.5
