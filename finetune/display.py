@@ -1,6 +1,6 @@
-"""What a person sees while something runs: a live line on a terminal, plain lines in a pipe or a file.
+"""What a person sees while a command runs: a live line on a terminal, plain lines elsewhere.
 
-Floor 2 (rich). Only the main process shows anything. Everything goes to stderr, so that stdout carries results alone.
+Only the main process shows anything. Everything goes to stderr, so that stdout has only results.
 """
 
 import logging
@@ -22,33 +22,33 @@ from rich.progress import (
 from finetune.run.log import Listener
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluation, StepRecord
+from finetune.run.wording import clock
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
 
 
 class Display:
-    """Progress and notes of one command."""
+    """The progress and the notes of one command."""
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.enabled = enabled
-        self.notes: list[
-            str
-        ] = []  # what a reader of the run should know; the recipes write it into environment.json
+        # What a reader of the run should know. The recipes write it into environment.json.
+        self.notes: list[str] = []
 
     def say(self, text: str) -> None:
-        """One line of what goes on."""
+        """Print one line about what happens."""
         if self.enabled:
             self._console.print(text, markup=False)
 
     def note(self, text: str) -> None:
-        """A line that also belongs into the run's record: a choice made, something left out."""
+        """Print a line that also belongs in the run's record, such as a choice that was made."""
         self.notes.append(text)
         self.say(text)
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Within it, what the package logs as a warning is a note."""
+        """Turn what the package logs as a warning into a note."""
         logger, handler = logging.getLogger("finetune"), _NoteHandler(self)
         logger.addHandler(handler)
         propagate, logger.propagate = logger.propagate, False
@@ -62,7 +62,7 @@ class Display:
     def bar(
         self, label: str, total: int | None, *, unit: str = ""
     ) -> Iterator[Callable[[int], None]]:
-        """A bar that the yielded function advances by so many units."""
+        """Show a bar. The yielded function advances it by a number of units."""
         with self._progress(label, total) as update:
             done = 0
 
@@ -75,7 +75,10 @@ class Display:
 
     @contextmanager
     def steps(self, num_steps: int, first_step: int) -> Iterator[Listener]:
-        """A listener for the trainer's records: step, loss, lr, tokens/s and the time left."""
+        """Show training. The yielded listener takes the trainer's records.
+
+        It shows the step, the loss, the learning rate, the speed and the time left.
+        """
         with self._progress("training", num_steps, start=first_step) as update:
 
             def listen(record: StepRecord | Evaluation) -> None:
@@ -115,17 +118,18 @@ class Display:
         def update(done: int, facts: str) -> None:
             nonlocal began, first, shown
             now = time.monotonic()
-            if not began:  # what came before the first update does not count into the rate
+            if not began:  # the rate does not count what came before the first update
                 began, first = now, done
             elif now - shown < PLAIN_INTERVAL and done != total:
                 return
             shown = now
             seconds = now - began
             if total and first < done < total:
-                clock = f"  {_clock((total - done) * seconds / (done - first))} left"
+                time_left = clock((total - done) * seconds / (done - first))
+                ending = f"  {time_left} left"
             else:
-                clock = f"  {_clock(seconds)}" if done == total else ""
-            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{clock}")
+                ending = f"  {clock(seconds)}" if done == total else ""
+            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
 
         return update
 
@@ -140,7 +144,7 @@ class _NoteHandler(logging.Handler):
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Return on one line the figures that a person at a terminal goes by, if they were measured."""
+    """Return on one line the metrics that a terminal shows, if they were measured."""
     return "  ".join(
         f"{metric.short} {metric.show(metrics)}{'%' if metric.is_share else ''}"
         for metric in METRICS
@@ -149,7 +153,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """From "so many are done" to "so many more are"."""
+    """Return a listener of (number done, total) that passes on how many are newly done."""
     seen = 0
 
     def progress(done: int, _: int) -> None:
@@ -158,9 +162,3 @@ def differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:
         seen = done
 
     return progress
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

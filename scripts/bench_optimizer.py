@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.optim.lazy_adamw import LazyAdamW
+from finetune.optim import LazyAdamW
+from finetune.optim.lazy.state import RowState
 
 STEP = 3000  # of the steady state that is set up
 SHAPES = [
@@ -92,18 +93,14 @@ class Shape:
         table = module.row_table
         moments = [torch.randn(len(rows), module.embedding_dim).mul_(1e-4)]
         moments.append(torch.full_like(moments[0], 1e-8))
-        table.load_state(
-            {
-                **table.stored_state(),
-                "step": torch.tensor(float(STEP)),
-                "rows": rows,
-                "last_step": STEP - gap[rows],
-                "exp_avg": moments[0],
-                "exp_avg_sq": moments[1],
-                "lr": torch.tensor(rates, dtype=torch.float64),
-                "weight_decay": torch.full((STEP,), 0.1, dtype=torch.float64),
-            }
+        history = {
+            "lr": torch.tensor(rates, dtype=torch.float64),
+            "weight_decay": torch.full((STEP,), 0.1, dtype=torch.float64),
+        }
+        now = RowState.up_to_date(
+            STEP, rows, *moments, betas=table.history.betas, eps=table.history.eps
         )
+        table.start(module.weight, now._replace(last_step=STEP - gap[rows], **history))
         table.rules.grow()
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -135,10 +132,10 @@ class Shape:
 
     def state_bytes(self, name: str) -> int:
         if name == "LazyAdamW":
-            state = self.module.row_table.stored_state()
-            kept = [state[key] for key in ("rows", "last_step", "exp_avg", "exp_avg_sq")] + [
-                self.module.row_table.slot_of_row
-            ]
+            table = self.module.row_table
+            state = table.stored_state()
+            moments = [state.exp_avg, state.exp_avg_sq]
+            kept = [state.rows, state.last_step, *moments, table.slot_of_row]
         else:
             kept = [
                 value

@@ -87,7 +87,7 @@ def our_config(args: argparse.Namespace) -> Any:
                 "train": str(args.train or "package:chat.en.train"),
                 "validation": str(args.validation or "package:chat.en.test"),
                 "max_length": args.length,
-                "max_validation_rows": args.held_out,
+                "max_validation_records": args.held_out,
             },
             "optimizer": {"name": "adamw", "lr": args.lr, "weight_decay": 0.0},
             "scheduler": {"name": "linear", "warmup_steps": 0},
@@ -108,15 +108,15 @@ def our_trainer(
 ) -> Iterator[tuple[Any, Any]]:
     """The trainer as the recipe builds it, without evaluations, checkpoints and export."""
     from finetune.display import Display
-    from finetune.divergence import DivergenceGuard
+    from finetune.distributed.engines import prepare
     from finetune.optim import build_lr_scheduler, build_optimizer
-    from finetune.recipes.engines import prepare
-    from finetune.recipes.material import read_material
-    from finetune.recipes.optimizer import optimizer_options
-    from finetune.recipes.parts import assemble, make_accelerator
+    from finetune.recipes.build.material import read_material
+    from finetune.recipes.build.optimizer import optimizer_options
+    from finetune.recipes.build.parts import assemble, make_accelerator
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
-    from finetune.trainer import Cadence, Trainer
+    from finetune.training.stopping import DivergenceGuard
+    from finetune.training.trainer import Cadence, Trainer
 
     class NoCheckpoints:
         def save(self, *_: Any, **__: Any) -> None:
@@ -163,7 +163,7 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _material(args: argparse.Namespace) -> Any:
     from finetune.display import Display
-    from finetune.recipes.material import read_material
+    from finetune.recipes.build.material import read_material
 
     return read_material(our_config(args), Display(enabled=False))
 
@@ -171,7 +171,7 @@ def _material(args: argparse.Namespace) -> Any:
 def load_plain(args: argparse.Namespace) -> Any:
     """The model as its makers' library loads it, with rows for the template's new tokens."""
     from finetune.models.tokenizers import set_template
-    from finetune.recipes.model import make_model, make_tokenizer
+    from finetune.recipes.build.model import make_model, make_tokenizer
 
     config = our_config(args).model
     tokenizer = make_tokenizer(config, ())
@@ -185,17 +185,19 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     rows of inactive ones moved."""
     import torch
 
+    from finetune.config.schema import SourceSection
+    from finetune.data.batches.dataset import EvaluationBatches
     from finetune.data.encode import encode
-    from finetune.data.loader import EvaluationBatches
-    from finetune.data.sources import Source, load_rows
-    from finetune.data.text import TextFormat
+    from finetune.data.formats.text import TextFormat
+    from finetune.data.sources import load_records
     from finetune.data.types import Prompt
     from finetune.evaluation import evaluate_generation, evaluate_loss
     from finetune.inference.generation import GenerationSettings
     from finetune.models.language_model import LanguageModel
     from finetune.models.tokenizers import pad_id
     from finetune.models.vocabulary.activate import activate_vocabulary
-    from finetune.recipes.vocabulary import active_ids
+    from finetune.recipes.build.data import as_sources
+    from finetune.recipes.build.vocabulary import active_ids
 
     material = _material(args)
     tokenizer, train, validation = material.tokenizer, material.train, material.validation
@@ -212,7 +214,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
 
     def loss_on(dataset: Any, mask: Any) -> dict[str, float]:
         batches = EvaluationBatches(
-            dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer), rank=0, num_processes=1
+            dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer)
         )  # fmt: skip
         return evaluate_loss(
             wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())
@@ -239,7 +241,7 @@ def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
     )  # fmt: skip
     found |= scores
     if args.unrelated:
-        rows = load_rows([Source(path=str(args.unrelated))]).take(100)
+        rows = load_records(as_sources([SourceSection(path=str(args.unrelated))])).take(100)
         text = encode(
             rows,
             TextFormat(tokenizer=tokenizer, columns={}),

@@ -96,8 +96,8 @@ def test_the_wheel_works_outside_the_repository(wheel, tmp_path):
         "output_dir": "run",
         "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
         "data": {
-            "train": {"path": "package:chat.en.train", "max_rows": 16},
-            "validation": {"path": "package:chat.en.test", "max_rows": 4},
+            "train": {"path": "package:chat.en.train", "max_records": 16},
+            "validation": {"path": "package:chat.en.test", "max_records": 4},
             "max_length": 96,
         },
         "training": {"max_steps": 2, "batch_size": 4},

@@ -1,5 +1,10 @@
-"""Comparing optimizers fairly: grids of learning rates, statistics over seeds, the verdict. Pure functions over runs' records.
+"""Comparing optimizers fairly: pure functions from the records of runs to a verdict.
 
-Floor 1. The protocol follows DeepOBS (https://arxiv.org/abs/1903.05499) in tuning on one seed and reporting on others, and Choi et
-al. (https://arxiv.org/abs/1910.05446) in tuning every optimizer, each on a grid of its own, with the same number of trials.
+Read in this order: `grids` (which learning rates are tried), `runs` (what is known of one run),
+`statistics` (means with intervals), `verdict` (who won), `summary` (everything as one dictionary),
+`frequency` (losses by how frequent a token is). Import from these files.
+
+Tuning on one seed and reporting on others follows DeepOBS (https://arxiv.org/abs/1903.05499). That
+every optimizer gets its own grid and the same number of trials follows Choi et al.
+(https://arxiv.org/abs/1910.05446).
 """

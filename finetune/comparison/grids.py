@@ -1,14 +1,11 @@
-"""Where the search for a learning rate begins, how it goes on, and when it is widened.
-
-Floor 1.
-"""
+"""The learning rates that a search tries: its middle, its grid, and when to widen it."""
 
 from collections.abc import Mapping
 
 from finetune.optim import optimizer_info
 
 ADAMW_LR = {"random": 3e-3, "pretrained": 1e-4, "lora": 3e-4}
-"""The middle of AdamW's grid, by what is trained: a model with random weights, a pretrained one, adapters of one."""
+"""The middle of AdamW's grid, by what is trained: random weights, a pretrained model, adapters."""
 
 TIMES_ADAMW = {
     "sgd": 300.0,
@@ -26,19 +23,25 @@ TIMES_ADAMW = {
     "muon": 10.0,
     "schedule_free_adamw": 3.0,
 }
-"""The middle of each optimizer's grid over that of AdamW. SGD's is high because the gradients are clipped to a norm of 1, which
-Adam's division by their size undoes and SGD's step does not. A grid that begins in the wrong place is widened. Best of
-their grids in 40 steps of configs/tiny_chat.yaml: sgd 0.9, momentum 0.09, adagrad 0.03, rmsprop 0.003, adam and adamw 0.009. On
-SmolLM2-135M, where SGD's grid lies around 0.03, SGD at 0.9 diverged in 5 steps."""
+"""The middle of each optimizer's grid divided by that of AdamW's.
 
-MAX_WIDENINGS = 4  # learning rates added at the ends of one grid, at most: two decades
+SGD's is high because gradients are clipped to a norm of 1. Adam divides by their size, which undoes
+the clipping; SGD does not. A grid that begins in the wrong place is widened.
+
+Measured, the best of their grids in 40 steps of configs/tiny_chat.yaml: sgd 0.9, momentum 0.09,
+adagrad 0.03, rmsprop 0.003, adam and adamw 0.009. On SmolLM2-135M SGD's grid is around 0.03, and
+SGD at 0.9 diverged in 5 steps.
+"""
+
+MAX_WIDENINGS = 4  # learning rates added to one grid, at most: two decades
 WEIGHT_DECAYS = (0.0, 0.01, 0.1)
 
 
 def centre(name: str, start: str) -> float:
-    """The middle of the grid of optimizer `name`, for a `start` of "random", "pretrained" or "lora".
+    """Return the middle of the grid of optimizer `name`.
 
-    For an optimizer that is not in the table, the learning rate that its class has by default.
+    `start` is "random", "pretrained" or "lora". An optimizer that is not in the table has the
+    default learning rate of its class.
     """
     if name in TIMES_ADAMW:
         return _rounded(ADAMW_LR[start] * TIMES_ADAMW[name])
@@ -46,9 +49,10 @@ def centre(name: str, start: str) -> float:
 
 
 def lr_grid(middle: float, count: int) -> list[float]:
-    """`count` learning rates around `middle`, half a decade apart: 3 and 10/3 times in turn, so that they are short numbers.
+    """Return `count` learning rates around `middle`, half a decade apart.
 
-    Of an even number one more lies below the middle than above.
+    The factors are 3 and 10/3 in turn, so that the numbers are short. If `count` is even, one more
+    of them is below the middle than above it.
     """
     return [
         _rounded(middle * 10 ** (k // 2) * (3 if k % 2 else 1))
@@ -57,10 +61,11 @@ def lr_grid(middle: float, count: int) -> list[float]:
 
 
 def wider(losses: Mapping[float, float]) -> float | None:
-    """The learning rate to try next because the best of those tried lies at an end of the grid; None where it does not.
+    """Return the learning rate to try next if the best so far is at an end of the grid, else None.
 
-    `losses`: of each learning rate tried, infinite where the run diverged. Of equal losses the lowest learning rate counts as the
-    best, so that a grid on which everything diverged goes on below. Fewer than three learning rates are no grid to widen.
+    `losses` has the loss of each learning rate tried, infinite if the run diverged. Of equal losses
+    the lowest learning rate counts as the best. So a grid on which everything diverged goes on
+    below. Fewer than three learning rates are never widened.
     """
     if len(losses) < 3:
         return None
@@ -72,5 +77,5 @@ def wider(losses: Mapping[float, float]) -> float | None:
 
 
 def _rounded(lr: float) -> float:
-    """To three digits: what is tried is what is shown."""
+    """Return three digits of `lr`, so that what is tried is what is shown."""
     return float(f"{lr:.3g}")

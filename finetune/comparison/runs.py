@@ -1,7 +1,7 @@
-"""What a comparison knows of one run: its settings and outcome, and its curves.
+"""What a comparison knows of one run: its settings, its outcome and its curves.
 
-They are read from the run's folder, which in a comparison also holds result.json, written last, and
-updates.jsonl.
+They are read from the run's folder. In a comparison the folder also holds `updates.jsonl` and
+`result.json`, which is written last.
 """
 
 import math
@@ -21,20 +21,18 @@ Phase = Literal["tuning", "reported"]
 class Result(JsonRecord):
     """result.json: the outcome of one run, written when the run is over.
 
-    `test` is None for a run that diverged, or that only served to choose a learning rate.
+    `test` is None for a tuning run, and for a run that diverged.
     """
 
     optimizer: str
     phase: Phase
     seed: int
-    settings: dict[str, Any]  # every option that the optimizer was built with
-    problem: str  # why the run diverged, "" if it did not
+    settings: dict[str, Any]  # all options that the optimizer was built with
+    problem: str  # why the run diverged; "" if it did not
     start: dict[str, str]  # hashes of the weights and of the training data that it began with
     state_bytes: int = 0  # of the optimizer, after the last step
-    # nats per target token: "all", and by bin "head", "body", "tail"
-    test: dict[str, float] | None = None
-    # by bin: "tokens" of the vocabulary, "targets" in the test data
-    bins: dict[str, dict[str, int]] | None = None
+    test: dict[str, float] | None = None  # nats per target token: "all", "head", "body", "tail"
+    bins: dict[str, dict[str, int]] | None = None  # "tokens" of the vocabulary, test "targets"
 
     @classmethod
     def path(cls, run: RunDir) -> Path:
@@ -53,9 +51,9 @@ class Result(JsonRecord):
 
 @dataclass(frozen=True)
 class Point:
-    """A held-out loss, nats per target token, and what training had cost until then.
+    """A held-out loss, in nats per target token, and what training had cost until then.
 
-    The time of evaluations does not count.
+    The cost does not include evaluations.
     """
 
     step: int
@@ -66,12 +64,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is over: its result and its curves."""
+    """A finished run: its result and its curves."""
 
     folder: str
     result: Result
     points: list[Point]
-    # (step, norm of the update over norm of the weights)
+    # (step, norm of the update divided by the norm of the weights)
     updates: list[tuple[int, float]] = field(default_factory=list)
     steps: int = 0  # taken
 

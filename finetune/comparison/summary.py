@@ -1,7 +1,4 @@
-"""From the runs of a comparison to what is reported: one dictionary of plain values, which comparison.json holds.
-
-Floor 1.
-"""
+"""From the runs of a comparison to what is reported: the plain values of comparison.json."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,16 +12,19 @@ from finetune.comparison.statistics import Interval, interval, paired
 from finetune.comparison.verdict import judge
 
 TARGET_SHARE = 0.9
-"""The target that steps are counted to: this share of the way from the held-out loss before training down to the lowest mean one
-after it."""
+"""Where the target is that steps are counted to.
+
+It is this share of the way from the held-out loss before training to the lowest mean one after it.
+"""
 
 
 def summarise(
     tuning: Mapping[str, Sequence[Run]], reported: Mapping[str, Sequence[Run]], *, grid_size: int
 ) -> dict[str, Any]:
-    """The whole comparison of the optimizers, in the order of `reported`; runs of one optimizer in the order of their seeds.
+    """Return the whole comparison, with the optimizers in the order of `reported`.
 
-    `tuning`: the runs that chose each learning rate, of which the first `grid_size` were planned and the rest are widening.
+    The runs of one optimizer are in the order of their seeds. `tuning` has the runs that chose each
+    learning rate. The first `grid_size` of them were planned; the others widened the grid.
     """
     target = target_loss(reported)
     tests = {name: _interval(runs) for name, runs in reported.items()}
@@ -32,8 +32,8 @@ def summarise(
         tests, {name: sum(run.diverged for run in runs) for name, runs in reported.items()}
     )
     best = verdict.ranking[0] if verdict.ranking else None
-    rows = {
-        name: _row(
+    entries = {
+        name: _entry(
             tuning[name],
             runs,
             grid_size=grid_size,
@@ -50,7 +50,7 @@ def summarise(
             "sentences": verdict.sentences,
         },
         "target": {"loss": target, "share": TARGET_SHARE},
-        "optimizers": rows,
+        "optimizers": entries,
         "bins": next(
             (run.result.bins for runs in reported.values() for run in runs if run.result.bins), None
         ),
@@ -67,7 +67,10 @@ def summarise(
 
 
 def target_loss(reported: Mapping[str, Sequence[Run]]) -> float | None:
-    """The held-out loss to count steps to, or None where no optimizer got below the loss before training."""
+    """Return the held-out loss to count steps to.
+
+    It is None if no optimizer got below the loss before training.
+    """
     starts = [
         run.points[0].loss
         for runs in reported.values()
@@ -80,7 +83,7 @@ def target_loss(reported: Mapping[str, Sequence[Run]]) -> float | None:
     return start - TARGET_SHARE * (start - lowest)
 
 
-def _row(
+def _entry(
     tuning: Sequence[Run],
     runs: Sequence[Run],
     *,
@@ -88,6 +91,7 @@ def _row(
     target: float | None,
     baseline: Sequence[Run] | None,
 ) -> dict[str, Any]:
+    """Return what is reported of one optimizer. `baseline` has the runs of the best one."""
     chosen = runs[0].result.lr
     lrs = sorted({run.result.lr for run in tuning})
     reached = [run.first_at(target) if target is not None else None for run in runs]
@@ -127,7 +131,10 @@ def _row(
 
 
 def _interval(runs: Sequence[Run], value: Any = lambda run: run.test_loss) -> Interval | None:
-    """None where a run diverged: a mean over the others would leave out what went wrong."""
+    """Return the mean with its interval; None if a run diverged.
+
+    A mean over the other runs would leave out what went wrong.
+    """
     return None if any(run.diverged for run in runs) else interval([value(run) for run in runs])
 
 
@@ -143,7 +150,7 @@ def _by_frequency(runs: Sequence[Run]) -> dict[str, Any] | None:
 
 
 def _median_to(reached: Sequence[Point | None], what: str) -> float | None:
-    """The median over seeds, a miss being infinite; None where that is a miss."""
+    """Return the median over seeds, in which a miss is infinite; None if the median is a miss."""
     value = median(
         [math.inf if point is None else float(getattr(point, what)) for point in reached]
     )
@@ -151,13 +158,16 @@ def _median_to(reached: Sequence[Point | None], what: str) -> float | None:
 
 
 def _curve(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The held-out loss where every seed has one: mean, lowest, highest, and the mean cost until then."""
-    rows = []
+    """Return the held-out loss as far as every seed has one.
+
+    Each point has the mean, the lowest and the highest loss, and the mean cost until then.
+    """
+    curve = []
     for points in zip(*(run.points for run in runs)):
         losses = [point.loss for point in points]
         if not all(map(math.isfinite, losses)):
             break
-        rows.append(
+        curve.append(
             {
                 "step": points[0].step,
                 "loss": fmean(losses),
@@ -167,7 +177,7 @@ def _curve(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "seconds": fmean(point.seconds for point in points),
             }
         )
-    return rows
+    return curve
 
 
 def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
@@ -175,7 +185,7 @@ def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int
 
 
 def _run(run: Run, target: float | None, *, widening: bool) -> dict[str, Any]:
-    """One line of comparison.csv."""
+    """Return one line of comparison.csv."""
     result, last = run.result, run.points[-1] if run.points else Point(0, math.inf, 0, 0.0)
     reached = run.first_at(target) if target is not None else None
     test = result.test or {}

@@ -46,16 +46,20 @@ ALIASES = {
 """Hugging Face's argument names (TrainingArguments, SFTConfig) that mean the same here, wherever in the file they stand."""
 
 NOT_ALIASES = {
-    "gradient_accumulation_steps": "it follows from training.batch_size (rows a step, all processes) and training.micro_batch_size",
-    "per_device_train_batch_size": "write training.batch_size for the rows of an optimizer step, over all processes (there: this "
-    "times the processes times gradient_accumulation_steps); training.micro_batch_size is how many of them go through at once",
+    "gradient_accumulation_steps": "it follows from training.batch_size (sequences a step, over all "
+    "processes) and training.micro_batch_size",
+    "per_device_train_batch_size": "write training.batch_size for the sequences of an optimizer step, "
+    "over all processes (there: this times the processes times gradient_accumulation_steps); "
+    "training.micro_batch_size is how many of them go through at once",
     "bf16": "write training.precision: bf16",
     "fp16": "write training.precision: fp16",
     "dataset_name": "write data.train: NAME",
     "load_best_model_at_end": "write checkpoint.save_best_model: true",
     "metric_for_best_model": "write evaluation.best: loss or chrf",
+    "max_rows": "write max_records",
+    "max_validation_rows": "write data.max_validation_records",
 }
-"""Hugging Face's names that do not map one to one, with what to write in their place."""
+"""Names of Hugging Face that do not map one to one, and former names, with what to write instead."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -173,7 +177,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             f"the value of the override {override!r} is not valid YAML: {_yaml_problem(error)}"
         ) from error
     leaf = key.rpartition(".")[2]
-    if key in NOT_ALIASES or (leaf in ALIASES and _field(key) is None):
+    if (leaf in ALIASES or leaf in NOT_ALIASES) and _field(key) is None:
         key, value = _alias(leaf, value, "override", RunConfig.model_fields)
     _set(tree, key, value, given=None)
 
@@ -240,6 +244,8 @@ def _sentence(problem: Any) -> str:
         path[:-1] if path and path[-1] in ("int", "str") else path
     )  # which of the kinds of value the problem is with
     dotted, given = ".".join(path) or "config", problem["input"]
+    if problem["type"] == "extra_forbidden" and path[-1] in NOT_ALIASES:
+        return f"{dotted!r} is not a key here: {NOT_ALIASES[path[-1]]}"
     if problem["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
         return f"{dotted!r} is not a key{did_you_mean(path[-1], known) or ';'} the keys there are {', '.join(known)}"

@@ -80,9 +80,9 @@ class SourceSection(Section):
     revision: str | None = None
     target_path: str | None = None  # the second of two aligned text files (translation)
     weight: Annotated[float, Field(gt=0)] | None = (
-        None  # share of this source in a mix; None for all: every row once
+        None  # share of this source in a mix; None for all: every record once
     )
-    max_rows: PositiveInt | None = None  # take only the first so many rows
+    max_records: PositiveInt | None = None  # read at most this many, from the start
 
 
 def _as_sources(value: Any, info: ValidationInfo) -> Any:
@@ -113,16 +113,14 @@ class TranslationSection(Section):
 
 class DataSection(Section):
     train: Sources
-    validation: Sources | None = (
-        None  # None: `validation_fraction` of the training rows is held out
-    )
-    test: Sources | None = None  # for `finetune evaluate`; None: the validation rows
+    validation: Sources | None = None  # None: `validation_fraction` of `train` is held out
+    test: Sources | None = None  # for `finetune evaluate`; None: the validation data
     unrelated: Sources | None = (
         None  # plain text of another kind: its loss, before and after, tells what is forgotten
     )
     validation_fraction: Fraction = 0.05
-    max_validation_rows: PositiveInt | None = (
-        500  # the first so many, of held-out and of unrelated text; test is read whole
+    max_validation_records: PositiveInt | None = (
+        500  # of held-out and of unrelated text; test data is read whole
     )
     format: Literal["auto", "chat", "translation", "text"] = "auto"
     columns: dict[
@@ -135,8 +133,10 @@ class DataSection(Section):
     translation: TranslationSection = TranslationSection()
     max_length: PositiveInt = 512  # tokens
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    packing: bool = True  # several examples a row, isolated from each other; False: padding, rows of like length together
-    streaming: bool = False  # read rows as training goes; needs training.max_steps
+    # True: several examples a sequence, isolated from each other. False: one example a sequence, padded,
+    # and sequences of similar length together.
+    packing: bool = True
+    streaming: bool = False  # read records during training; needs training.max_steps
     shuffle_buffer: PositiveInt = 2048  # examples, streaming only
 
 
@@ -192,9 +192,9 @@ class SchedulerSection(Section):
 class TrainingSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
-    batch_size: PositiveInt = 16  # rows per optimizer step, over all processes and micro-batches
+    batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
     micro_batch_size: PositiveInt = (
-        4  # rows per forward on one device; gradient accumulation follows from it
+        4  # sequences per forward on one device; gradient accumulation follows from it
     )
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
@@ -211,7 +211,7 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     every: PositiveInt | None = None  # steps; None: at the end of each epoch, and at the end
     before: bool = True  # also before the first step
-    batch_size: PositiveInt = 16  # rows per forward
+    batch_size: PositiveInt = 16  # sequences per forward
     metrics: tuple[Literal["chrf", "bleu"], ...] | None = (
         None  # beside the loss; None: both for translation, none else
     )

@@ -1,1 +1,10 @@
-"""Rows of any shape become token ids and labels: rows -> format -> examples -> packed rows -> batches."""
+"""Records become tensors. Read `types` first, then follow the flow; import from each module.
+
+record    {"prompt": "Hi", "completion": "Hello!"}    sources/: a file, a folder, the hub
+example   input_ids     5 9 3 8 2                     formats/: chat, translation or text
+          labels        _ _ 3 8 2                     encode: checked, cut, counted (_ is -100)
+sequence  [example 0, example 7]                      batches/packing: at most max_length tokens
+batch     input_ids     5 9 3 8 2  4 2  0             batches/collate: [sequences, length]
+          labels        _ _ 3 8 2  _ 2  _
+          position_ids  0 1 2 3 4  0 1  0             padding is a segment of its own
+"""

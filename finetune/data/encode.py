@@ -1,6 +1,6 @@
-"""Rows to checked examples of at most max_length tokens, and the examples of a whole dataset in flat arrays.
+"""Records become checked examples of at most `max_length` tokens, kept end to end in flat arrays.
 
-Floor 1. A dataset costs 8 bytes a token (32-bit ids and labels) beside 12 bytes an example, whatever the number of rows.
+A dataset costs 8 bytes a token (32-bit ids and labels) and 12 bytes an example.
 """
 
 import hashlib
@@ -8,33 +8,38 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from finetune.data.types import IGNORE_INDEX, Example, Format, Row
+from finetune.data.types import IGNORE_INDEX, Example, Format, Record
 from finetune.errors import UserError
 
 
 @dataclass
 class DataStatistics:
-    """Counts of what was read and what became of it. `tokens` and `target_tokens` are those of the examples kept."""
+    """Counts of the records read and of the examples made of them.
 
-    rows: int = 0
-    blank_rows: int = 0  # rows that hold no text (plain text only)
+    `tokens` and `target_tokens` count the examples that are kept. Of the truncated examples,
+    `truncated - without_target` are kept.
+    """
+
+    records: int = 0
+    blank_records: int = 0  # records without any text (plain text only)
     examples: int = 0  # kept
     tokens: int = 0
     target_tokens: int = 0
-    truncated: int = 0  # examples cut to max_length (their start is kept), of them kept: truncated - without_target
-    without_target: int = 0  # examples of which no target was left by the cut; dropped
-    dropped: int = 0  # examples over max_length that were dropped because overlong is "drop"
+    truncated: int = 0  # examples cut to max_length, which keeps their start
+    without_target: int = 0  # examples that had no target left after the cut; not kept
+    dropped: int = 0  # examples over max_length that were not kept because overlong is "drop"
     longest: int = 0  # tokens of the longest example before any cut
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 
 
-class RowEncoder:
-    """One row after another into examples, counted in `statistics`.
+class RecordEncoder:
+    """An encoder that turns one record after another into examples and counts them in `statistics`.
 
-    `overlong` says what happens to an example of more than `max_length` tokens: "truncate" keeps its start, "drop" leaves it out,
-    "error" raises. `vocab_size`: rows of the model's embedding.
+    `overlong` decides about an example of more than `max_length` tokens: "truncate" keeps its
+    start, "drop" leaves it out, "error" raises. `vocab_size` is the number of rows of the model's
+    embedding.
     """
 
     def __init__(self, format: Format, *, max_length: int, overlong: str, vocab_size: int) -> None:
@@ -45,35 +50,39 @@ class RowEncoder:
         self.vocab_size = vocab_size
         self.statistics = DataStatistics()
 
-    def __call__(self, where: str, row: Row) -> list[Example]:
-        """The examples of the row. Raises UserError with `where` in front for a row that the format cannot take."""
+    def __call__(self, where: str, record: Record) -> list[Example]:
+        """Return the examples of the record.
+
+        Raises UserError, with `where` in front, if the record does not fit the format.
+        """
         try:
-            found = self.format.examples(row)
+            found = self.format.examples(record)
             kept = [example for example in map(self._fit, found) if example is not None]
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         counts = self.statistics
-        counts.rows += 1
-        counts.blank_rows += not found
+        counts.records += 1
+        counts.blank_records += not found
         counts.examples += len(kept)
         counts.tokens += sum(map(len, kept))
         counts.target_tokens += sum(example.num_target_tokens for example in kept)
         return kept
 
     def _fit(self, example: Example) -> Example | None:
-        """The example within the limits, or None where it is dropped."""
+        """Return the example within the limits, or None if it is dropped."""
         if (largest := max(*example.input_ids, *example.labels)) >= self.vocab_size:
             raise UserError(
-                f"token id {largest} is outside the model's vocabulary of {self.vocab_size} rows: the tokenizer does not belong to "
-                "the model; use the one that comes with it"
+                f"token id {largest} is outside the model's vocabulary of {self.vocab_size} rows, "
+                "so the tokenizer does not belong to the model. Use the one that comes with it"
             )
         self.statistics.longest = max(self.statistics.longest, len(example))
         if len(example) <= self.max_length:
             return example
         if self.overlong == "error":
             raise UserError(
-                f"the text has {len(example)} tokens, more than data.max_length {self.max_length}; raise max_length, or set "
-                "data.overlong to truncate or drop"
+                f"the text has {len(example)} tokens, more than data.max_length = "
+                f"{self.max_length}. Raise data.max_length, or set data.overlong to truncate or "
+                "drop"
             )
         if self.overlong == "drop":
             self.statistics.dropped += 1
@@ -87,22 +96,20 @@ class RowEncoder:
 
 
 class EncodedDataset(Sequence[Example]):
-    """Examples end to end in flat arrays; an item is a view of its stretch."""
+    """Examples end to end in flat arrays. An item is a copy of its stretch."""
 
     def __init__(self) -> None:
         self._ids = array("i")
         self._labels = array("i")
         self._starts = array("q", [0])
         self._targets = array("i")
-        self._rows = array("i")
         self.statistics = DataStatistics()
 
-    def append(self, example: Example, *, row: int) -> None:
+    def append(self, example: Example) -> None:
         self._ids.extend(example.input_ids)
         self._labels.extend(example.labels)
         self._starts.append(len(self._ids))
         self._targets.append(example.num_target_tokens)
-        self._rows.append(row)
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -128,21 +135,17 @@ class EncodedDataset(Sequence[Example]):
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The token ids of all examples, end to end."""
+        """Token ids of all examples, end to end."""
         return self._ids
 
     def key(self, index: int) -> bytes:
-        """A hash of the example's tokens: equal for exact duplicates."""
+        """Return a hash of the example's tokens, which is equal for exact duplicates."""
         start, end = self._starts[index], self._starts[index + 1]
         return hashlib.blake2b(self._ids[start:end].tobytes(), digest_size=16).digest()
 
-    def row_of(self, index: int) -> int:
-        """Which row (counted from 0) the example came from."""
-        return self._rows[index]
-
     @property
     def fingerprint(self) -> str:
-        """A hash of every token, label and boundary: another one means other data."""
+        """A hash of every token, label and boundary. It differs if the data differs."""
         digest = hashlib.sha256()
         for part in (self._ids, self._labels, self._starts):
             digest.update(part.tobytes())
@@ -150,28 +153,31 @@ class EncodedDataset(Sequence[Example]):
 
 
 def encode(
-    rows: Iterable[tuple[str, Row]],
+    records: Iterable[tuple[str, Record]],
     format: Format,
     *,
     max_length: int,
     overlong: str,
     vocab_size: int,
 ) -> EncodedDataset:
-    """Encode all rows, given as (where it stands, row). Raises UserError for a bad row, or where nothing is left to learn."""
-    encoder = RowEncoder(format, max_length=max_length, overlong=overlong, vocab_size=vocab_size)
+    """Encode all records, each given as (where it comes from, record).
+
+    Raises UserError for a record that does not fit, or if the records hold no target token.
+    """
+    encoder = RecordEncoder(format, max_length=max_length, overlong=overlong, vocab_size=vocab_size)
     dataset = EncodedDataset()
-    for number, (where, row) in enumerate(rows):
-        for example in encoder(where, row):
-            dataset.append(example, row=number)
+    for where, record in records:
+        for example in encoder(where, record):
+            dataset.append(example)
     dataset.statistics = encoder.statistics
     require_targets(encoder.statistics, max_length=max_length)
     return dataset
 
 
 def require_targets(counts: DataStatistics, *, max_length: int) -> None:
-    """Raise UserError if there is no target token at all."""
-    if counts.rows == 0:
-        raise UserError("there are no rows in the data")
+    """Raise UserError if there is no target token."""
+    if counts.records == 0:
+        raise UserError("the data holds no records")
     if counts.target_tokens == 0:
         reasons = (
             (counts.dropped, f"over data.max_length = {max_length} and dropped"),
@@ -179,10 +185,11 @@ def require_targets(counts: DataStatistics, *, max_length: int) -> None:
                 counts.without_target,
                 f"without a target after the cut to data.max_length = {max_length}",
             ),
-            (counts.blank_rows, "blank"),
+            (counts.blank_records, "blank"),
         )
         raise UserError(
-            f"no target tokens in {counts.rows} row{'s' * (counts.rows != 1)}, so there is nothing to learn: "
+            f"no target tokens in {counts.records} record{'s' * (counts.records != 1)}, so there "
+            "is nothing to learn: "
             + ", ".join(f"{count} {what}" for count, what in reasons if count)
-            + ("; raise data.max_length" if counts.dropped + counts.without_target else "")
+            + (". Raise data.max_length" if counts.dropped + counts.without_target else "")
         )

@@ -1,6 +1,7 @@
-"""What is in the data, for `finetune inspect`: how examples read, how long they are, what repeats, which words they use.
+"""Figures about the data, for `finetune inspect` and `finetune plan`.
 
-Floor 1. Figures only; the command line prints them.
+How examples read, how long they are, what repeats, and which tokens they use. Nothing is printed
+here.
 """
 
 from collections import Counter
@@ -10,38 +11,38 @@ from itertools import groupby, islice
 from typing import Any
 
 from finetune.data.encode import EncodedDataset
-from finetune.data.rendering import Tokenizer
-from finetune.data.types import IGNORE_INDEX, Example
+from finetune.data.types import IGNORE_INDEX, Example, Tokenizer
 
 _WORD_EXAMPLES = 1000  # examples read for tokens per word
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """Figures of the training rows, and of the held-out rows beside them (None where there are none)."""
+    """Figures of the training data and of the held-out data (None if there is none)."""
 
     train: dict[str, int]  # DataStatistics
     held_out: dict[str, int] | None
     length_p50: int  # tokens
     length_p95: int
     length_max: int
-    length_histogram: list[
-        tuple[int, int, int]
-    ]  # lowest and highest length of a bin, examples in it
+    length_histogram: list[tuple[int, int, int]]  # shortest and longest of a bin, examples in it
     target_share: float  # target tokens / tokens
-    tokens_per_word: float  # a word is what stands between blanks
-    duplicates: int  # training examples that stand earlier in the training data as well
-    leaked: int | None  # held-out examples that are in the training data word for word
+    tokens_per_word: float  # words are separated by blanks
+    duplicates: int  # training examples that also occur earlier in the training data
+    leaked: int | None  # held-out examples that also occur in the training data, token for token
     vocabulary_rows: int  # rows of the embedding
-    vocabulary_rows_used: int  # of them met in the training data
-    held_out_coverage: float | None  # share of the held-out tokens whose row the training data uses
+    vocabulary_rows_used: int  # rows whose token occurs in the training data
+    held_out_coverage: float | None  # share of held-out tokens that occur in the training data
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | None:
-    """The share of the held-out tokens that stand in the training data too; None without held-out data."""
+    """Return the share of held-out tokens that also occur in the training data.
+
+    Without held-out data it is None.
+    """
     if held_out is None:
         return None
     used = set(train.token_ids)
@@ -51,7 +52,7 @@ def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | 
 def report_on(
     train: EncodedDataset, held_out: EncodedDataset | None, *, tokenizer: Tokenizer, vocab_size: int
 ) -> DataReport:
-    """Go through the encoded data once."""
+    """Return the figures of the encoded data. `vocab_size` is the rows of the embedding."""
     lengths = sorted(train.lengths)
     known = Counter(train.key(i) for i in range(len(train)))
     leaked = None
@@ -75,7 +76,7 @@ def report_on(
 
 
 def pieces(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The example as text, in stretches that are targets (True) or not."""
+    """Return the example as text, in stretches that are targets (True) or not (False)."""
     tokens = zip(example.input_ids, example.labels)
     stretches = groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX)
     return [
@@ -85,7 +86,10 @@ def pieces(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 
 def histogram(lengths: Sequence[int], *, bins: int = 10) -> list[tuple[int, int, int]]:
-    """(Lowest length, highest length, examples) of at most `bins` bins of equal width from the shortest to the longest."""
+    """Return (shortest length, longest length, examples) of each bin, from the shortest on.
+
+    There are at most `bins` bins, all of the same width.
+    """
     low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // bins)
     counts = Counter((length - low) // width for length in lengths)
@@ -96,7 +100,7 @@ def histogram(lengths: Sequence[int], *, bins: int = 10) -> list[tuple[int, int,
 
 
 def tokens_per_word(dataset: EncodedDataset, tokenizer: Tokenizer) -> float:
-    """Tokens over words of the first examples, special tokens left out."""
+    """Return tokens per word over the first examples, special tokens left out."""
     special = set(tokenizer.get_added_vocab().values())
     texts = [
         [token for token in example.input_ids if token not in special]

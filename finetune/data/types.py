@@ -1,12 +1,11 @@
-"""The words of the data path, and the label convention, said once.
+"""The types of the data path, and the convention for labels.
 
-Floor 0.
-
-**Labels.** `labels[i]` is the token that should stand at position i (so it equals `input_ids[i]`), or `IGNORE_INDEX` where
-nothing is to be learnt. They are *not* shifted: the loss compares the prediction made at position i - 1 with `labels[i]`, and
-that shift happens in one place, `finetune.compute.loss`. Position 0 is predicted by nothing, hence `labels[0]` is always
-`IGNORE_INDEX`; so the number of target tokens of an example is just the number of labels that are not `IGNORE_INDEX`, also after
-packing.
+**Labels.** `labels[i]` is the token that belongs at position i, so it equals `input_ids[i]`. It is
+`IGNORE_INDEX` if nothing is learnt there. Labels are *not* shifted: the loss compares the
+prediction made at position i - 1 with `labels[i]`, and `finetune.compute.loss` is the only place where
+that shift happens. Nothing predicts position 0, so `labels[0]` is always `IGNORE_INDEX`. The number
+of target tokens of an example is therefore the number of its labels that are not `IGNORE_INDEX`.
+Packing does not change that number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,38 @@ import torch
 
 IGNORE_INDEX = -100
 
-Row = Mapping[str, Any]
-"""One record of a dataset, as `datasets` yields it."""
+Record = Mapping[str, Any]
+"""One record of a dataset: column -> value."""
+
+Message = dict[str, str]
+"""One message of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+
+
+class Tokenizer(Protocol):
+    """The part of a fast Hugging Face tokenizer that this package uses for text."""
+
+    is_fast: bool
+    chat_template: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def decode(self, token_ids: Any, **options: Any) -> Any: ...
+
+    def get_added_vocab(self) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids and labels of one training example, both of shape [length]: lists of ints, or arrays of type "i"."""
+    """Token ids and labels of one training example, each of shape [length].
+
+    Both are lists of ints, or arrays of type "i".
+    """
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -43,38 +67,40 @@ class Example:
 
 
 class Batch(TypedDict, total=False):
-    """One micro-batch. `position_ids` is there only for packed rows, where it restarts at 0 with each example.
+    """One micro-batch. Only packed sequences have `position_ids`.
 
-    Padded rows are padded on the right and need no attention mask: under causal attention no real token sees what comes after it,
-    and the labels of the padding are `IGNORE_INDEX`.
+    Positions restart at 0 with each example. Padded sequences are padded on the right and need no
+    attention mask. Under causal attention no real token attends to the padding after it, and the
+    labels of the padding are `IGNORE_INDEX`.
     """
 
-    input_ids: torch.Tensor  # [rows, length] int64
-    labels: torch.Tensor  # [rows, length] int64, IGNORE_INDEX where there is no target
-    position_ids: torch.Tensor  # [rows, length] int64, packed rows only
-
-
-class Format(Protocol):
-    """What turns rows into examples: chat, translation, text."""
-
-    name: str
-
-    def examples(self, row: Row) -> list[Example]:
-        """The examples of one row, untruncated (two for a translation pair trained in both directions).
-
-        Raises UserError where the row is not what the format needs; the caller adds which row of which source it was.
-        """
-        ...
-
-    def prompts(self, row: Row) -> list["Prompt"]:
-        """What to ask a model in order to compare its answer with the row's (none for plain text)."""
-        ...
+    input_ids: torch.Tensor  # [sequences, length] int64
+    labels: torch.Tensor  # [sequences, length] int64, IGNORE_INDEX for tokens that are not targets
+    position_ids: torch.Tensor  # [sequences, length] int64, packed sequences only
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt for generation, the answer that the data gives, and both as a person reads them."""
+    """A prompt for generation, the answer in the data, and what a person reads of the prompt."""
 
     input_ids: Sequence[int]
-    text: str  # what a person sees as the input: the source sentence, the last user turn
+    text: str  # what a person reads as the input: the source sentence, the last user turn
     reference: str
+
+
+class Format(Protocol):
+    """A format turns records into examples. There are three: chat, translation, text."""
+
+    name: str
+
+    def examples(self, record: Record) -> list[Example]:
+        """Return the examples of one record, untruncated.
+
+        A translation pair that is trained in both directions gives two. Raises UserError if the
+        record does not fit the format. The caller adds where the record comes from.
+        """
+        ...
+
+    def prompts(self, record: Record) -> list[Prompt]:
+        """Return the prompts whose answers are compared with the record's; plain text has none."""
+        ...

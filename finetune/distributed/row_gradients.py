@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.optim import LazyAdamW
-from finetune.optim.row_gradient import coalesce
+from finetune.optim.gradients import coalesce
 
 
 def keep_tables_out_of_ddp(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -11,8 +11,7 @@ from typing import Any, TypedDict
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 
-from finetune.data.rendering import Tokenizer
-from finetune.data.types import Prompt
+from finetune.data.types import Prompt, Tokenizer
 from finetune.errors import UserError, did_you_mean
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.describe import CausalLM

@@ -13,8 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from finetune.data.rendering import Tokenizer
-from finetune.data.types import IGNORE_INDEX, Batch
+from finetune.data.types import IGNORE_INDEX, Batch, Tokenizer
 from finetune.errors import UserError
 from finetune.models.language_model import evaluating
 

@@ -5,7 +5,8 @@ It knows no terminal: a command line or a server prints what it yields.
 
 from collections.abc import Callable, Iterator
 
-from finetune.data.rendering import ChatTemplate, Message, Tokenizer
+from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, stream
 from finetune.models.describe import CausalLM, context_length

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.data.rendering import Tokenizer
+from finetune.data.types import Tokenizer
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, context_length
 from finetune.models.language_model import evaluating

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from finetune.data.rendering import Tokenizer
+from finetune.data.types import Tokenizer
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.describe import CausalLM

@@ -1,5 +1,7 @@
-"""The factory's optimizers in other people's trainers; one module a library, each a few lines over `build_optimizer`.
+"""The factory's optimizers in other libraries' trainers: one module per library, in any order.
 
-Floor 2. No module here imports the library that it serves: what they need is handed to them (a trainer, an accelerator, a base
+`accelerate`, `hugging_face` (transformers and TRL), `lightning`, `ultralytics`: import from the
+module of your library. Each is a thin layer over `finetune.optim.build_optimizer`. No module
+imports the library that it serves; you pass in what it needs (a trainer, an accelerator, a base
 class). Nothing else in the package imports them.
 """

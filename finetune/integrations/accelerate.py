@@ -1,7 +1,8 @@
-"""Row-sparse gradients under an `accelerate.Accelerator`, in a loop of your own or within Hugging Face's trainers.
+"""Row-sparse gradients under an `accelerate.Accelerator`, in your own loop or in a trainer.
 
-Floor 2. `Accelerator.clip_grad_norm_` ends in torch's (torch/nn/utils/clip_grad.py), which raises NotImplementedError on a sparse
-gradient, whatever the largest norm; it has no hook, so the one method of the one accelerator is replaced.
+`Accelerator.clip_grad_norm_` calls torch's (torch/nn/utils/clip_grad.py), which raises
+NotImplementedError on a sparse gradient, for any largest norm. It has no hook. So `clip_rows`
+replaces this one method, on one accelerator.
 """
 
 from collections.abc import Iterable
@@ -13,9 +14,10 @@ from finetune.optim import clip_grad_norm_
 
 
 def clip_rows(accelerator: Any) -> None:
-    """From now on `accelerator.clip_grad_norm_` takes row-sparse gradients, by the norm of all gradients as one vector.
+    """Make `accelerator.clip_grad_norm_` accept row-sparse gradients.
 
-    Where no gradient is sparse it does what it did before.
+    It clips by the norm of all gradients as one vector. If no gradient is sparse, it does what it
+    did before.
     """
     clip_dense = accelerator.clip_grad_norm_
 

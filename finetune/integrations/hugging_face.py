@@ -1,11 +1,13 @@
-"""The factory's optimizers in `transformers.Trainer` and the trainers made from it, such as TRL's `SFTTrainer`.
+"""The factory's optimizers in `transformers.Trainer` and subclasses such as TRL's `SFTTrainer`.
 
-Floor 2. The protocol is that of `optimizer_cls_and_kwargs` in transformers 5 (`Trainer.create_optimizer`): a first element that is
-no torch Optimizer class is called as `first()(model, **kwargs)`. `args.learning_rate` and `args.weight_decay` hold, and so do
-`args.adam_beta1`, `adam_beta2` and `adam_epsilon` where they were changed; `args.optim` and `args.optim_args` do not count.
+The protocol is that of `optimizer_cls_and_kwargs` in transformers 5 (`Trainer.create_optimizer`). A
+first element that is not a torch Optimizer class is called as `first()(model, **kwargs)`.
+`args.learning_rate` and `args.weight_decay` apply. `args.adam_beta1`, `adam_beta2` and
+`adam_epsilon` apply if they were changed. `args.optim` and `args.optim_args` are ignored.
 
-These trainers take the norm of the gradients at every step, also with `max_grad_norm=0`, by a function that refuses sparse ones.
-So an optimizer that lives on row-sparse gradients is brought in by `use_optimizer`, which sees to that too.
+These trainers compute the norm of the gradients at every step, even with `max_grad_norm=0`. The
+function that they use refuses sparse gradients. So an optimizer that needs row-sparse gradients is
+set by `use_optimizer`, which also replaces that function.
 """
 
 import dataclasses
@@ -20,12 +22,18 @@ from finetune.optim import LazyAdamW, build_optimizer, check_optimizer
 
 
 class BuildOptimizer:
-    """The first element of `optimizer_cls_and_kwargs`; an instance is a function of the model. Made by `optimizer_factory`."""
+    """The first element of `optimizer_cls_and_kwargs`, as `optimizer_factory` returns it.
+
+    An instance is a function of the model.
+    """
 
     def __call__(
         self, model: nn.Module, *, name: str, why_no_rows: str, **options: Any
     ) -> torch.optim.Optimizer:
-        """Build it. Raises UserError where the model's gradients would be row-sparse and `why_no_rows` says that they may not."""
+        """Return the optimizer called `name` for `model`.
+
+        Raises UserError if the model's gradients would be row-sparse and `why_no_rows` is not "".
+        """
         optimizer = build_optimizer(model, name, **options)
         tables = [
             label
@@ -38,7 +46,7 @@ class BuildOptimizer:
             if isinstance(optimizer, LazyAdamW):
                 optimizer.release()
             raise UserError(
-                f"{name} would train {', '.join(tables)} by row-sparse gradients, and {why_no_rows}"
+                f"{name} would train {', '.join(tables)} by row-sparse gradients, {why_no_rows}"
             )
         return optimizer
 
@@ -46,16 +54,18 @@ class BuildOptimizer:
 def optimizer_factory(
     name: str, args: Any, **options: Any
 ) -> tuple[type[BuildOptimizer], dict[str, Any]]:
-    """What a Trainer takes as `optimizer_cls_and_kwargs`, for an optimizer whose gradients are dense.
+    """Return a Trainer's `optimizer_cls_and_kwargs`, for an optimizer whose gradients are dense.
 
-    `args` are the Trainer's (TrainingArguments, SFTConfig ...); `options` are those of `build_optimizer`. Raises UserError for
-    what build_optimizer would refuse, and where lr or weight_decay stand among the options; as training starts, where the model's
+    `args` are the Trainer's (TrainingArguments, SFTConfig ...). `options` are those of
+    `build_optimizer`. Raises UserError for anything that build_optimizer would refuse, and if lr or
+    weight_decay is among the options. When training starts, a UserError is raised if the model's
     gradients would be row-sparse.
     """
     for option, argument in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if option in options:
             raise UserError(
-                f"{option} was given to the optimizer, but a Trainer's is args.{argument}; set it there alone"
+                f"{option} was given to the optimizer, but a Trainer's is args.{argument}. "
+                "Set it only there."
             )
     options |= {
         "lr": args.learning_rate,
@@ -64,26 +74,31 @@ def optimizer_factory(
     }
     check_optimizer(name, options)
     why_no_rows = (
-        "the trainer's clipping refuses those; leave optimizer_cls_and_kwargs away and, once the trainer is made, call "
-        f"finetune.integrations.hugging_face.use_optimizer(trainer, {name!r})"
+        "which the trainer's clipping refuses. Make the trainer without optimizer_cls_and_kwargs, "
+        f"then call finetune.integrations.hugging_face.use_optimizer(trainer, {name!r})."
     )
     return BuildOptimizer, {"name": name, "why_no_rows": why_no_rows, **options}
 
 
 def use_optimizer(trainer: Any, name: str, **options: Any) -> None:
-    """Let `trainer`, before its `train()`, train with the optimizer called `name`, row-sparse gradients included.
+    """Set the optimizer called `name` on `trainer`. Call it before `trainer.train()`.
 
-    `options` as for `optimizer_factory`. Gradients are clipped by args.max_grad_norm over dense and row-sparse ones together.
-    Raises UserError as optimizer_factory does, where the trainer has an optimizer already, and under DeepSpeed; as training starts,
-    where FSDP, DataParallel or NCCL would come between the optimizer and its rows.
+    Row-sparse gradients are supported. `options` are those of `optimizer_factory`. Gradients are
+    clipped to args.max_grad_norm, dense and row-sparse ones together.
+
+    Raises UserError as optimizer_factory does, if the trainer already has an optimizer, and under
+    DeepSpeed. When training starts, a UserError is raised if FSDP, DataParallel or NCCL would come
+    between the optimizer and the table's rows.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise UserError(
-            "the trainer has an optimizer already; make it without optimizers and optimizer_cls_and_kwargs"
+            "the trainer has an optimizer already. "
+            "Make it without optimizers and optimizer_cls_and_kwargs."
         )
     if trainer.is_deepspeed_enabled:
         raise UserError(
-            f"DeepSpeed brings an optimizer of its own, which would replace {name}; choose it in DeepSpeed's config"
+            f"DeepSpeed brings an optimizer of its own, which would replace {name}. "
+            "Choose the optimizer in DeepSpeed's config."
         )
     factory, settings = optimizer_factory(name, trainer.args, **options)
     whole = (
@@ -93,14 +108,15 @@ def use_optimizer(trainer: Any, name: str, **options: Any) -> None:
     why_no_rows = (
         ""
         if whole
-        else "that works in one process or over gloo, not with FSDP, DataParallel or NCCL; use adamw"
+        else "which work in one process or over gloo, not with FSDP, DataParallel or NCCL. "
+        "Use adamw."
     )
     trainer.optimizer_cls_and_kwargs = (factory, {**settings, "why_no_rows": why_no_rows})
     clip_rows(trainer.accelerator)
 
 
 def _changed_adam_options(args: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """betas and eps where `args` holds other values than its class does by default, and `options` does not set them."""
+    """Return betas and eps if `args` changes their defaults and `options` does not set them."""
     default = {field.name: field.default for field in dataclasses.fields(args)}
     changed: dict[str, Any] = {}
     if (args.adam_beta1, args.adam_beta2) != (default["adam_beta1"], default["adam_beta2"]):

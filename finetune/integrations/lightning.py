@@ -1,7 +1,8 @@
-"""Clipping of row-sparse gradients in Lightning, where `configure_optimizers` builds any optimizer of the factory as it is.
+"""Clipping of row-sparse gradients in Lightning.
 
-Floor 2. Lightning clips by torch's `clip_grad_norm_`, which raises NotImplementedError on a sparse gradient, in the hook
-`LightningModule.configure_gradient_clipping`, which is made to be overridden.
+`configure_optimizers` can build any optimizer of the factory without help. Only clipping needs it:
+Lightning uses torch's `clip_grad_norm_`, which raises NotImplementedError on a sparse gradient. It
+does so in `LightningModule.configure_gradient_clipping`, a hook that is made to be overridden.
 """
 
 import torch
@@ -11,7 +12,7 @@ from finetune.optim import clip_grad_norm_
 
 
 class ClipsRows:
-    """A base class to put before LightningModule: `gradient_clip_val` over dense and row-sparse gradients together."""
+    """A base class to put before LightningModule: clips dense and row-sparse gradients together."""
 
     def configure_gradient_clipping(
         self,
@@ -19,12 +20,16 @@ class ClipsRows:
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of `optimizer` by their norm. Raises UserError for gradient_clip_algorithm="value"."""
+        """Clip the gradients of `optimizer` to a norm of `gradient_clip_val`.
+
+        Raises UserError for gradient_clip_algorithm="value".
+        """
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(
-                f"gradient_clip_algorithm is {gradient_clip_algorithm!r}; row-sparse gradients are clipped by 'norm'"
+                f"gradient_clip_algorithm is {gradient_clip_algorithm!r}, but row-sparse gradients "
+                "can only be clipped by norm. Set it to 'norm'."
             )
         clip_grad_norm_(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],

@@ -1,7 +1,10 @@
-"""The factory's optimizers in Ultralytics' trainers: `model.train(trainer=with_factory(DetectionTrainer), optimizer="AdaGrad")`.
+"""The factory's optimizers in Ultralytics' trainers.
 
-Floor 2. Ultralytics is AGPL-3.0 and none of it is imported or copied here: the user's own code hands its trainer class in, and this
-module makes a subclass that overrides `build_optimizer`, the one method that sees the name.
+Use it as `model.train(trainer=with_factory(DetectionTrainer), optimizer="AdaGrad")`.
+
+Ultralytics is AGPL-3.0, and none of it is imported or copied here. The user's own code passes its
+trainer class in. This module makes a subclass that overrides `build_optimizer`, the one method that
+gets the optimizer's name.
 """
 
 from typing import Any
@@ -12,19 +15,24 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.optim import build_optimizer, optimizer_info
 
-THEIRS = ("auto", "MuSGD", "Adamax", "NAdam", "RAdam")  # names that only Ultralytics has, and keeps
+THEIRS = ("auto", "MuSGD", "Adamax", "NAdam", "RAdam")  # names that only Ultralytics has
 
 
 def with_factory(base_trainer: Any, **options: Any) -> type:
-    """A subclass of an Ultralytics trainer whose `optimizer=` takes the names of the factory; `options` go to `build_optimizer`.
+    """Return a subclass of an Ultralytics trainer whose `optimizer=` takes the factory's names.
 
-    lr0, lrf, weight_decay and the warm-up are the trainer's. A name means the factory's rule: "SGD" has no momentum, unlike
-    Ultralytics' own; `momentum=` and its warm-up go to the optimizers that have momentum by their rule, and never to Adam's beta1.
-    The names in THEIRS stay Ultralytics'. Raises UserError, when training starts, as build_optimizer does.
+    `options` go to `build_optimizer`; lr0, lrf, weight_decay and the warm-up are the trainer's. A
+    name means the factory's rule, so "SGD" has no momentum, unlike Ultralytics' own. `momentum=`
+    and its warm-up go to the optimizers that have momentum by their rule, and never to Adam's
+    beta1. The names in THEIRS are still Ultralytics' optimizers.
+
+    Raises UserError if `base_trainer` is not a trainer, or if `options` sets what the trainer sets.
+    When training starts, a UserError is raised as by build_optimizer.
     """
     if not callable(getattr(base_trainer, "build_optimizer", None)):
         raise UserError(
-            f"with_factory takes an Ultralytics trainer class such as DetectionTrainer, not {base_trainer!r}"
+            f"with_factory was given {base_trainer!r}; "
+            "it takes an Ultralytics trainer class such as DetectionTrainer"
         )
 
     for option, argument in (
@@ -34,7 +42,8 @@ def with_factory(base_trainer: Any, **options: Any) -> type:
     ):
         if option in options:
             raise UserError(
-                f"{option} was given to the optimizer, but train(...) has {argument}=; set it there alone"
+                f"{option} was given to the optimizer, but train(...) has {argument}=. "
+                "Set it only there."
             )
 
     def build(
@@ -61,7 +70,10 @@ def with_factory(base_trainer: Any, **options: Any) -> type:
 
 
 def _tagged_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Groups with the tags that the trainer's warm-up and weight decay go by: "weight", "bn" and "bias"."""
+    """Return groups with the tags that the trainer's warm-up and weight decay use.
+
+    The tags are "weight", "bn" and "bias".
+    """
     groups: dict[str, dict[str, Any]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -75,7 +87,10 @@ def _tagged_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _keep(optimizer: torch.optim.Optimizer, option: str) -> None:
-    """Set `option` back before every step: the warm-up writes momentum into whatever group has such a key, plain SGD's too."""
+    """Set `option` back before every step.
+
+    The warm-up writes momentum into every group that has such a key, also into that of plain SGD.
+    """
     values = [group.get(option) for group in optimizer.param_groups]
 
     def restore(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

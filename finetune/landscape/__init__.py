@@ -1,6 +1,8 @@
-"""`finetune landscape`: optimizers of the factory on the classic functions of two variables, drawn and animated.
+"""`finetune landscape`: optimizers of the factory on classic functions of two variables, drawn.
 
-Floor 1.
+Read in this order: `functions` (what is descended), `descents` (how an optimizer descends it),
+`pictures` (the drawings and their files), `animation` (how a still picture becomes a moving one).
+Import from here: `draw_landscapes` does everything; the descents can also be had as numbers.
 """
 
 from finetune.landscape.descents import Descent, descend, descend_by_default, descend_tuned, settles

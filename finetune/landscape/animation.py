@@ -1,7 +1,8 @@
-"""From a still SVG and the way of each descent to an SVG in which the descents run, over and over.
+"""From a still SVG and the path of each descent to an SVG in which the descents run, over and over.
 
-Floor 1. The trail of a descent is its whole line under a mask that a growing stroke uncovers; the head is its marker. The speed
-grows in the course of a run, as the first steps are the interesting ones; a bar at the foot fills evenly with the steps.
+The trail of a descent is its whole line under a mask. A growing stroke uncovers it, and the marker
+moves at its head. The speed grows during a run, as the first steps are the interesting ones. A bar
+at the foot fills evenly with the steps.
 """
 
 from collections.abc import Sequence
@@ -9,31 +10,41 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.markers import MarkerStyle
 
-from finetune.landscape.looks import LOOKS, Look
+from finetune.report.svg import Look
 
-SECONDS, HOLD, FRAMES, SPEED_UP = (
-    12.0,
-    0.2,
-    150,
-    1.6,
-)  # one run; how much of it shows the end; key frames; exponent of the time
-FAR = 4000.0  # points off the picture that a line still goes to
+LOOKS = (  # of the descents of a picture; Okabe and Ito's colours, without the yellow
+    Look("#0072b2", (), "o"),
+    Look("#d55e00", (7, 2.5), "s"),
+    Look("#009e73", (2, 2), "^"),
+    Look("#cc79a7", (8, 2, 2, 2), "D"),
+    Look("#000000", (4, 2), "v"),
+    Look("#e69f00", (), "X"),
+    Look("#56b4e9", (6, 2, 1, 2, 1, 2), "P"),
+)
+SECONDS = 12.0  # that one run takes
+HOLD = 0.2  # the share of a run that shows the end
+FRAMES = 150  # key frames
+SPEED_UP = 1.6  # exponent of the time
+FAR = 4000.0  # points outside the picture to which a line is still drawn
 
 Box = tuple[float, float, float, float]  # left, top, width, height
 
 
 def animate(svg: str, scenes: Sequence[tuple[Box, Sequence[np.ndarray]]], steps: int) -> str:
-    """Return `svg` with every path [points, 2] of every scene (a box of the picture) moving in it, in the picture's points."""
+    """Return `svg` with every path of every scene moving in it.
+
+    A scene is a box of the picture and its paths, each [points, 2], all in the picture's points.
+    """
     moving = (np.linspace(0, 1, round(FRAMES * (1 - HOLD))) ** SPEED_UP * steps).round().astype(int)
-    at = np.concatenate(
-        [moving, np.full(FRAMES - len(moving), steps)]
-    )  # the step that each key frame shows
+    # The step that each key frame shows.
+    at = np.concatenate([moving, np.full(FRAMES - len(moving), steps)])
     parts = []
     for number, (box, paths) in enumerate(scenes):
         left, top, width, height = box
         rectangle = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
         parts.append(
-            f'<clipPath id="scene{number}"><rect {rectangle}/></clipPath><g clip-path="url(#scene{number})">'
+            f'<clipPath id="scene{number}"><rect {rectangle}/></clipPath>'
+            f'<g clip-path="url(#scene{number})">'
         )
         for line, (path, look) in enumerate(zip(paths, LOOKS)):
             parts.append(
@@ -47,7 +58,7 @@ def animate(svg: str, scenes: Sequence[tuple[Box, Sequence[np.ndarray]]], steps:
 
 
 def _descent(name: str, path: np.ndarray, at: np.ndarray, look: Look, rectangle: str) -> str:
-    """A trail and its head. Frames after the end of a path that diverged show its end."""
+    """Return a trail and its head. If the path diverged, the frames after its end show its end."""
     at = np.minimum(at, len(path) - 1)
     along = np.concatenate([[0.0], np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()])
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
@@ -66,14 +77,17 @@ def _descent(name: str, path: np.ndarray, at: np.ndarray, look: Look, rectangle:
     head = " ".join(f"{9 * x:.2f},{-9 * y:.2f}" for x, y in corners)
     x, y = path[-1]
     return (
-        f'<mask id="{name}" maskUnits="userSpaceOnUse" {rectangle}><polyline points="{line}" fill="none" stroke="white" '
-        f'stroke-width="4" stroke-dasharray="{length:.1f} {length:.1f}">{hidden}</polyline></mask>\n'
-        f'<polyline points="{line}" fill="none" stroke="{look.colour}" stroke-width="1.8"{dashes} mask="url(#{name})"/>\n'
-        f'<polygon points="{head}" fill="{look.colour}" stroke="white" stroke-width="0.6" transform="translate({x:.1f},{y:.1f})">'
-        f"{moves}</polygon>"
+        f'<mask id="{name}" maskUnits="userSpaceOnUse" {rectangle}>'
+        f'<polyline points="{line}" fill="none" stroke="white" stroke-width="4" '
+        f'stroke-dasharray="{length:.1f} {length:.1f}">{hidden}</polyline></mask>\n'
+        f'<polyline points="{line}" fill="none" stroke="{look.colour}" stroke-width="1.8"{dashes} '
+        f'mask="url(#{name})"/>\n'
+        f'<polygon points="{head}" fill="{look.colour}" stroke="white" stroke-width="0.6" '
+        f'transform="translate({x:.1f},{y:.1f})">{moves}</polygon>'
     )
 
 
 def _animation(attribute: str, values: Sequence[str], *, translate: bool = False) -> str:
     element = 'animateTransform type="translate"' if translate else "animate"
-    return f'<{element} attributeName="{attribute}" dur="{SECONDS:g}s" repeatCount="indefinite" values="{";".join(values)}"/>'
+    timing = f'dur="{SECONDS:g}s" repeatCount="indefinite"'
+    return f'<{element} attributeName="{attribute}" {timing} values="{";".join(values)}"/>'

@@ -1,6 +1,6 @@
-"""An optimizer's way down a landscape, at the factory's default learning rate and at the best of a grid that is the same for all.
+"""An optimizer's way down a landscape: at its default learning rate, and at the best of a grid.
 
-Floor 1.
+The default is the factory's. The grid is the same for all optimizers.
 """
 
 import math
@@ -14,40 +14,45 @@ from finetune.errors import UserError
 from finetune.landscape.functions import Landscape
 from finetune.optim import build_optimizer, optimizer_info
 
-GRID = (
+LEARNING_RATES = (
     *(float(f"{mantissa}e{exponent}") for exponent in range(-5, 1) for mantissa in (1, 2, 5)),
     10.0,
 )
-CLOSE = 1e-3  # of the height between start and minimum: what counts as having arrived
-LOST = 1e6  # a coordinate beyond this has diverged
+CLOSE = 1e-3  # a descent has arrived below this share of the height of its start
+LOST = 1e6  # a descent with a coordinate beyond this has diverged
 
 
 @dataclass(frozen=True)
 class Descent:
-    """`points` [steps + 1, 2] from the start on, fewer where the descent diverged; `height` of the last one above the minimum."""
+    """One optimizer's way down one landscape."""
 
     optimizer: str
     lr: float
-    points: Tensor
-    height: float
+    points: Tensor  # [steps + 1, 2], from the start on; fewer if the descent diverged
+    height: float  # of the last point, above the minimum
     settled: int | None  # the step from which on it stayed close to a minimum's height
     diverged: bool
 
 
 def check_descent(name: str) -> None:
-    """Raise UserError where the optimizer called `name` is unknown, not installed, or is not itself on two plain numbers."""
+    """Raise UserError if the optimizer called `name` cannot descend a landscape.
+
+    It may be unknown, not installed, or made for matrices or for sparse gradients.
+    """
     info = optimizer_info(name)
     info.load()
     if info.sparse == "lazy" or info.must_know != "nothing":
         raise UserError(
-            f"optimizer {info.name!r} is made for a model's matrices; on a landscape of two numbers, take another"
+            f"optimizer {info.name!r} is made for a model's matrices, and a landscape has only two "
+            "numbers. Choose another optimizer."
         )
 
 
 def descend(landscape: Landscape, name: str, lrs: Sequence[float], steps: int) -> list[Descent]:
-    """Take `steps` steps of the factory's optimizer, in float64, at each of `lrs`; other options are its defaults.
+    """Return the descent of `steps` steps in float64 at each of `lrs`.
 
-    The descents know nothing of each other: they share the optimizer, as groups, only because that is faster.
+    Options other than the learning rate are the optimizer's defaults. The descents are independent.
+    They are groups of one optimizer only because that is faster.
     """
     positions = [
         torch.tensor(landscape.start, dtype=torch.float64, requires_grad=True) for _ in lrs
@@ -75,20 +80,23 @@ def _descent(landscape: Landscape, name: str, lr: float, points: Tensor) -> Desc
 
 
 def settles(heights: Tensor) -> int | None:
-    """Return the first step from which on every height is at most CLOSE of the first one, or None."""
+    """Return the first step from which on no height is above CLOSE of the first one, or None."""
     far = (heights > CLOSE * heights[0]).nonzero()
     step = int(far[-1]) + 1 if len(far) else 0
     return step if step < len(heights) else None
 
 
 def descend_by_default(landscape: Landscape, name: str, steps: int) -> Descent:
-    """The descent at the learning rate that the factory gives an optimizer when nobody says another."""
+    """Return the descent at the factory's default learning rate."""
     return descend(landscape, name, [optimizer_info(name).options["lr"]], steps)[0]
 
 
 def descend_tuned(landscape: Landscape, name: str, steps: int) -> Descent:
-    """The best descent over GRID: the one that settles first or, where none does, ends lowest."""
+    """Return the best descent over LEARNING_RATES.
+
+    It is the first to settle or, if none does, the one that ends lowest.
+    """
     return min(
-        descend(landscape, name, GRID, steps),
+        descend(landscape, name, LEARNING_RATES, steps),
         key=lambda d: (steps + 1 if d.settled is None else d.settled, d.height),
     )

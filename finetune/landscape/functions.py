@@ -1,7 +1,8 @@
-"""The functions: each with where its minima are, where a descent starts, and what part of the plane is worth looking at.
+"""The functions, each with its minima, the start of a descent, and the window that is drawn.
 
-Floor 1. Beale, Rosenbrock and Rastrigin as in https://www.sfu.ca/~ssurjano/optimization.html; the valley and the saddle after Alec
-Radford's animations (https://cs231n.github.io/neural-networks-3/).
+Beale, Rosenbrock and Rastrigin are those of https://www.sfu.ca/~ssurjano/optimization.html. The
+valley and the saddle follow Alec Radford's animations
+(https://cs231n.github.io/neural-networks-3/).
 """
 
 import math
@@ -10,41 +11,47 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Point = tuple[float, float]
+Position = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Landscape:
-    """A function of (x, y), elementwise over tensors, whose lowest value `lowest` is taken at `minima` and nowhere else."""
+    """A function of (x, y), elementwise over tensors.
+
+    Its lowest value is `lowest`. It has this value at `minima` and nowhere else.
+    """
 
     name: str
     title: str
     value: Callable[[Tensor, Tensor], Tensor]
-    minima: tuple[Point, ...]
+    minima: tuple[Position, ...]
     lowest: float
-    start: Point
+    start: Position
     window: tuple[float, float, float, float]  # left, right, bottom, top
 
 
 def beale(x: Tensor, y: Tensor) -> Tensor:
+    """Return Beale\'s function."""
     return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
 def rosenbrock(x: Tensor, y: Tensor) -> Tensor:
+    """Return Rosenbrock\'s function."""
     return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
 def rastrigin(x: Tensor, y: Tensor) -> Tensor:
+    """Return Rastrigin\'s function."""
     return 20 + x**2 - 10 * (2 * math.pi * x).cos() + y**2 - 10 * (2 * math.pi * y).cos()
 
 
 def valley(x: Tensor, y: Tensor) -> Tensor:
-    """A quadratic with curvatures 0.01 and 1: condition number 100."""
+    """Return a quadratic with curvatures 0.01 and 1: condition number 100."""
     return (0.01 * x**2 + y**2) / 2
 
 
 def saddle(x: Tensor, y: Tensor) -> Tensor:
-    """Falls away from the saddle at (0, 0) to two minima, so that there is something to arrive at."""
+    """Return a function with a saddle at (0, 0) and two minima, at which a descent can arrive."""
     return x**2 / 2 - y**2 / 2 + y**4 / 4
 
 

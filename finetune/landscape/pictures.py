@@ -1,8 +1,9 @@
-"""The descents as pictures: for each landscape a still SVG and an animated one, both in one self-contained file without scripts.
+"""The descents as pictures: for each landscape a still SVG and an animated one.
 
-Floor 1. matplotlib draws the still; the animation is the same drawing with its lines replaced by SVG's own animation elements
-(SMIL, https://www.w3.org/TR/SVG11/animate.html), so that it also moves as an image in a page. Where nothing can move, it shows
-the end. Methods differ in colour (Okabe and Ito, https://jfly.uni-koeln.de/color/), dashes and marker.
+Each is one self-contained file without scripts. matplotlib draws the still. In the animation SVG's
+own animation elements (SMIL, https://www.w3.org/TR/SVG11/animate.html) replace its lines, so that
+it also moves as an image in a page. A viewer that cannot animate shows the end. The descents differ
+in colour (Okabe and Ito's, https://jfly.uni-koeln.de/color/), dashes and marker.
 """
 
 import io
@@ -18,18 +19,18 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from finetune.errors import UserError, did_you_mean
-from finetune.landscape.animation import animate
+from finetune.landscape.animation import LOOKS, animate
 from finetune.landscape.descents import (
-    GRID,
+    LEARNING_RATES,
     Descent,
     check_descent,
     descend_by_default,
     descend_tuned,
 )
 from finetune.landscape.functions import LANDSCAPES, Landscape
-from finetune.landscape.looks import LOOKS, Look
+from finetune.report.svg import Look
 
-STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "finetune",  # the same descents give the same file
     "font.size": 10,
@@ -39,7 +40,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": "#5b6068",
 }
 LEVELS = 11  # contour lines
-GROUND_DPI = 110  # of the contours; everything else is lines and text
+GROUND_DPI = 110  # of the contours; everything else is vectors
 
 
 def draw_landscapes(
@@ -48,32 +49,35 @@ def draw_landscapes(
     functions: Sequence[str],
     optimizers: Sequence[str],
     steps: int,
-    said: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write NAME.svg and NAME-animated.svg for each of `functions` into `output` and return the paths.
+    """Write NAME.svg and NAME-animated.svg for each of `functions` into `output`; return the paths.
 
-    Every optimizer makes `steps` steps from the same start: once at the factory's default learning rate, once at the best of a grid
-    that is the same for all. `said` hears each descent in words. Raises UserError for an unknown function, for an optimizer that is
-    unknown or needs a model, and for more optimizers than can be told apart.
+    Every optimizer takes `steps` steps from the same start: once at its default learning rate, and
+    once at the best of a grid that is the same for all. `say` is called with each descent in words.
+
+    Raises UserError for an unknown function, for an optimizer that is unknown or needs a model, and
+    for more optimizers than a picture can distinguish.
     """
     _check(functions, optimizers, steps)
     output.mkdir(parents=True, exist_ok=True)
     written = []
+    grid = f"{_number(LEARNING_RATES[0])} to {_number(LEARNING_RATES[-1])}"
     for landscape in (LANDSCAPES[function] for function in functions):
         panels = {
             "at the default learning rates": [
                 descend_by_default(landscape, name, steps) for name in optimizers
             ],
-            f"at the best of the same {len(GRID)} learning rates, {_number(GRID[0])} to {_number(GRID[-1])}": [
+            f"at the best of the same {len(LEARNING_RATES)} learning rates, {grid}": [
                 descend_tuned(landscape, name, steps) for name in optimizers
             ],
         }
-        said(landscape.title)
+        say(landscape.title)
         for title, descents in panels.items():
-            said(f"  {title}")
+            say(f"  {title}")
             for descent in descents:
-                said(f"    {in_words(descent)}")
-        still, animated = draw(landscape, panels, steps)
+                say(f"    {descent_in_words(descent)}")
+        still, animated = _draw(landscape, panels, steps)
         for suffix, svg in (("", still), ("-animated", animated)):
             written.append(output / f"{landscape.name}{suffix}.svg")
             written[-1].write_text(svg, encoding="utf-8")
@@ -83,26 +87,28 @@ def draw_landscapes(
 def _check(functions: Sequence[str], optimizers: Sequence[str], steps: int) -> None:
     for function in functions:
         if function not in LANDSCAPES:
-            near = did_you_mean(function, LANDSCAPES) or ";"
+            near = did_you_mean(function, LANDSCAPES) or "."
             raise UserError(
-                f"there is no landscape {function!r}{near} the landscapes are {', '.join(LANDSCAPES)}"
+                f"there is no landscape {function!r}{near} "
+                f"The landscapes are {', '.join(LANDSCAPES)}."
             )
     for name in optimizers:
         check_descent(name)
     if not 1 <= len(optimizers) <= len(LOOKS) or len(set(optimizers)) < len(optimizers):
         given = ", ".join(optimizers) or "none"
         raise UserError(
-            f"optimizers {given}: a picture shows 1 to {len(LOOKS)} different ones; name fewer, or draw twice"
+            f"optimizers {given}: a picture shows 1 to {len(LOOKS)} different ones. "
+            "Name others, or draw two pictures."
         )
     if not functions:
-        raise UserError(f"no landscape was named; the landscapes are {', '.join(LANDSCAPES)}")
+        raise UserError(f"no landscape was named. The landscapes are {', '.join(LANDSCAPES)}.")
     if steps < 1:
-        raise UserError(f"--steps is {steps}; take at least 1")
+        raise UserError(f"--steps is {steps}; it must be at least 1")
 
 
-def in_words(descent: Descent) -> str:
-    """Which optimizer, at which learning rate, and where it came to."""
-    edge = " (an end of the grid)" if descent.lr in (GRID[0], GRID[-1]) else ""
+def descent_in_words(descent: Descent) -> str:
+    """Return the optimizer, its learning rate, and how the descent ended."""
+    edge = " (an end of the grid)" if descent.lr in (LEARNING_RATES[0], LEARNING_RATES[-1]) else ""
     if descent.diverged:
         end = f"diverges at step {len(descent.points)}"
     elif descent.settled is not None:
@@ -116,14 +122,15 @@ def _number(lr: float) -> str:
     return f"{lr:g}".replace("e-0", "e-")
 
 
-def draw(landscape: Landscape, panels: dict[str, list[Descent]], steps: int) -> tuple[str, str]:
-    """Return the still and the animated SVG of one landscape, a panel for each entry of `panels`."""
-    rows = max(len(descents) for descents in panels.values())
-    with mpl.rc_context(STYLE):
+def _draw(landscape: Landscape, panels: dict[str, list[Descent]], steps: int) -> tuple[str, str]:
+    """Return the still and the animated SVG of one landscape, with a panel for each of `panels`."""
+    most = max(len(descents) for descents in panels.values())
+    with mpl.rc_context(_STYLE):
         spaced = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1)  # inches
-        figure = Figure(figsize=(11, 5.6 + 0.2 * rows), dpi=72, facecolor="white", layout=spaced)
+        figure = Figure(figsize=(11, 5.6 + 0.2 * most), dpi=72, facecolor="white", layout=spaced)
         figure.suptitle(
-            f"{landscape.title}\n{steps} steps from the ring, minima at the stars; arrived: within 0.1 % of the starting height",
+            f"{landscape.title}\n{steps} steps from the ring, minima at the stars; "
+            "arrived: within 0.1 % of the starting height",
             fontsize=12,
         )
         drawn: list[Line2D] = []
@@ -160,14 +167,13 @@ def _draw_ground(axes: Axes, landscape: Landscape) -> None:
     left, right, bottom, top = landscape.window
     x, y = torch.linspace(left, right, 121).double(), torch.linspace(bottom, top, 121).double()
     height = landscape.value(x[None, :], y[:, None]) - landscape.lowest
-    levels = (
-        height.flatten().quantile(torch.linspace(0, 1, LEVELS).double()).tolist()
-    )  # as many contours on the floor as on walls
+    # By quantiles: as many contours on the floor as on walls.
+    levels = height.flatten().quantile(torch.linspace(0, 1, LEVELS).double()).tolist()
     greys = [str(0.78 + 0.2 * level / LEVELS) for level in range(LEVELS)]  # the lower, the darker
-    axes.contourf(x, y, height, levels=levels, colors=greys).set_rasterized(
-        True
-    )  # as paths they are megabytes
-    axes.contour(x, y, height, levels=levels, colors="#9aa0a8", linewidths=0.6).set_rasterized(True)
+    ground = axes.contourf(x, y, height, levels=levels, colors=greys)
+    contours = axes.contour(x, y, height, levels=levels, colors="#9aa0a8", linewidths=0.6)
+    for drawn in (ground, contours):
+        drawn.set_rasterized(True)  # as paths they would be megabytes
     axes.plot(
         *landscape.start,
         "o",
@@ -190,20 +196,20 @@ def _draw_ground(axes: Axes, landscape: Landscape) -> None:
 
 
 def _draw_descent(axes: Axes, descent: Descent, look: Look) -> tuple[Line2D, Line2D]:
-    """The way and, larger, where it ends."""
+    """Draw the path and a larger marker at its end; return both."""
     x, y = descent.points.unbind(1)
     (line,) = axes.plot(
         x.numpy(),
         y.numpy(),
         color=look.colour,
-        linestyle=(0, look.dashes) if look.dashes else "solid",
+        linestyle=look.line,
         linewidth=1.8,
         marker=look.marker,
         markersize=6.5,
         markeredgecolor="white",
         markeredgewidth=0.6,
         markevery=0.12,  # of the axes' diagonal, along the path
-        label=in_words(descent),
+        label=descent_in_words(descent),
     )
     (end,) = axes.plot(
         x[-1:].numpy(),

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune.data.rendering import ChatTemplate, encode_text
+from finetune.data.formats.rendering import ChatTemplate, encode_text
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec

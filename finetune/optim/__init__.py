@@ -1,13 +1,15 @@
-"""Optimizers by name, the exact lazy AdamW, clipping over dense and row-sparse gradients, learning-rate schedules.
+"""Optimizers by name, their parameter groups, clipping, and learning-rate schedules.
 
-Floor 1.
+`build_optimizer` (factory) looks a name up (registry, catalogue), sorts a model's parameters into
+groups (groups) and writes the name into the optimizer's state (stamp). A rule that torch does not
+have is in a file of its own (lion, muon) or, for the exact lazy AdamW, in `lazy/`.
 """
 
 from finetune.optim import catalogue as catalogue  # fills the registry
-from finetune.optim.clip import clip_grad_norm_
 from finetune.optim.factory import build_optimizer, check_optimizer
-from finetune.optim.lazy_adamw import LazyAdamW
-from finetune.optim.options import options_of
+from finetune.optim.gradients import clip_grad_norm_
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
 from finetune.optim.registry import (
     OptimizerInfo,
     list_optimizers,
@@ -16,6 +18,7 @@ from finetune.optim.registry import (
     register_optimizer,
 )
 from finetune.optim.schedules import SCHEDULES, build_lr_scheduler
+from finetune.optim.stamp import options_of
 
 __all__ = [
     "SCHEDULES",
@@ -25,9 +28,11 @@ __all__ = [
     "build_optimizer",
     "check_optimizer",
     "clip_grad_norm_",
+    "from_adamw_state",
     "list_optimizers",
     "optimizer_info",
     "optimizer_table",
     "options_of",
     "register_optimizer",
+    "to_adamw_state",
 ]

@@ -1,10 +1,12 @@
-"""The optimizers that come with the factory, one row each.
+"""The optimizers that come with the factory, one entry each.
 
-Floor 1. A plain name means the rule of its paper: `sgd` has no momentum, `adam` no decoupled decay. torch's own class wherever
-torch has one. Aliases are the spellings of Hugging Face's `optim=` and of timm, only where they mean the same rule.
+A plain name means the rule of its paper: `sgd` has no momentum, `adam` no decoupled decay. The
+class is torch's own if torch has one. Aliases are the spellings of Hugging Face's `optim=` and of
+timm, if they mean the same rule.
 
-Which rows choose torch's fused kernel: 30 M fp32 parameters, one AVX2 thread, milliseconds a step, default against fused: AdamW
-134 / 19, Adam 58 / 18. SGD is slower fused (8.5 / 12.6), and fused SGD and Adagrad refuse sparse gradients.
+torch's fused kernel is chosen if it pays. Milliseconds a step, default / fused, for 30 M float32
+parameters on one AVX2 thread: AdamW 134 / 19, Adam 58 / 18, SGD 8.5 / 12.6. Fused SGD and Adagrad
+also refuse sparse gradients.
 """
 
 from finetune.optim.registry import register_optimizer
@@ -46,7 +48,7 @@ register_optimizer(
 register_optimizer(
     "adagrad",
     "torch.optim:Adagrad",
-    what="step sizes per parameter from the sum of its squared gradients",
+    what="SGD with each element's step divided by the root of the sum of its squared gradients",
     paper="https://jmlr.org/papers/v12/duchi11a.html",
     sparse="exact",
     state_bytes=4,
@@ -54,7 +56,7 @@ register_optimizer(
 register_optimizer(
     "rmsprop",
     "torch.optim:RMSprop",
-    what="gradients over the running root mean square",
+    what="SGD with each element's step divided by a running root mean square of its gradients",
     paper="https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf",
     state_bytes=4,
 )
@@ -79,7 +81,7 @@ register_optimizer(
 register_optimizer(
     "sparse_adam",
     "torch.optim:SparseAdam",
-    what="Adam for row-sparse gradients only: rows without a gradient stay frozen, no weight decay",
+    what="Adam for row-sparse gradients only: rows without a gradient stay frozen; no weight decay",
     paper="https://arxiv.org/abs/1412.6980",
     sparse="lazy",
     state_bytes=8,
@@ -87,8 +89,9 @@ register_optimizer(
 )
 register_optimizer(
     "lazy_adamw",
-    "finetune.optim.lazy_adamw:LazyAdamW",
-    what="AdamW whose embedding rows cost only when used, with AdamW's result; state for rows ever used",
+    "finetune.optim.lazy.adamw:LazyAdamW",
+    what="AdamW that updates only used embedding rows, with the same result; "
+    "keeps state only for rows seen so far",
     paper="https://arxiv.org/abs/1711.05101",
     sparse="exact",
     state_bytes=8,
@@ -105,14 +108,15 @@ register_optimizer(
 register_optimizer(
     "adafactor",
     "torch.optim:Adafactor",
-    what="second moments of a matrix from its row and column sums; no first moment",
+    what="Adam without a first moment; keeps one vector of second moments per side of a matrix",
     paper="https://arxiv.org/abs/1804.04235",
     state_bytes=0.0079,
 )
 register_optimizer(
     "lion",
     "finetune.optim.lion:Lion",
-    what="the sign of an interpolated momentum; take lr 3 to 10 times smaller and weight_decay as much larger than AdamW's",
+    what="the sign of an interpolated momentum; "
+    "needs an lr 3 to 10 times smaller than AdamW's, and a weight_decay as much larger",
     paper="https://arxiv.org/abs/2302.06675",
     state_bytes=4,
     aliases=("lion_32bit",),
@@ -129,7 +133,8 @@ register_optimizer(
 register_optimizer(
     "schedule_free_adamw",
     "schedulefree:AdamWScheduleFree",
-    what="AdamW with averaging in place of a decaying lr; call optimizer.train() and .eval() beside the model's",
+    what="AdamW with averaging in place of a decaying lr; "
+    "call optimizer.train() and optimizer.eval() when you call the model's",
     paper="https://arxiv.org/abs/2405.15682",
     state_bytes=8,
     aliases=("adamw_schedule_free",),

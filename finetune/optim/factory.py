@@ -1,7 +1,4 @@
-"""`build_optimizer`: from a name and options to an optimizer over a model's parameter groups.
-
-Floor 1.
-"""
+"""`build_optimizer`: from a name and options to an optimizer over a model's parameter groups."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +8,8 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim.embeddings import row_sparse_embeddings
 from finetune.optim.groups import build_groups, check_group_options
+from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.optim.registry import OptimizerInfo, check_options, optimizer_info
 from finetune.optim.stamp import stamp
 
@@ -30,17 +27,20 @@ def build_optimizer(
     layer_decay: float | None = None,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer called `name` over a model, parameters, (name, parameter) pairs or torch's group dicts.
+    """Return the optimizer called `name` over a model or its parameters.
 
-    `options` are those of `optimizer_info(name).options` (lr, weight_decay, betas ...), with that optimizer's own defaults.
-    `no_decay` (default: biases, norms and embeddings), `overrides` and `layer_decay` shape the groups, see
-    `groups.build_groups`. Every group holds its final lr and weight_decay, its name, its parameters' names, and the optimizer's
-    name, which a checkpoint carries along: loading the state of another optimizer raises UserError, as does an unknown name,
-    option or value.
+    Parameters may also be (name, parameter) pairs or torch's group dicts. `options` are those of
+    `optimizer_info(name).options` (lr, weight_decay, betas ...), with that optimizer's own
+    defaults. `no_decay` (default: biases, norms and embeddings), `overrides` and `layer_decay`
+    shape the groups, see `groups.build_groups`. Every group holds its final lr and weight_decay,
+    its name and its parameters' names.
+
+    Raises UserError for an unknown name, option or value. Each group also holds the optimizer's
+    name, and a checkpoint keeps it, so loading the state of another optimizer raises UserError too.
     """
     info = optimizer_info(name)
-    check_options(info, options, also_taken=GROUP_OPTIONS)
     takes = info.options
+    check_options(info, options, allowed=[*takes, *GROUP_OPTIONS])
     options = {option: value for option, value in options.items() if option in takes}
     groups = build_groups(
         model_or_params,
@@ -61,16 +61,17 @@ def build_optimizer(
 
 
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
-    """Validate what build_optimizer would be called with, before there is a model. Raises UserError as build_optimizer would."""
+    """Raise the UserError that build_optimizer would raise, before there is a model."""
     info = optimizer_info(name)
     if "embeddings" in options:
         raise UserError(
-            "the option embeddings takes modules, which a config cannot name: leave it out, those of the model are found"
+            "the option embeddings takes modules, which a config cannot name. Leave it out: those "
+            "of the model are found"
         )
     check_options(
         info,
         {key: value for key, value in options.items() if key not in GROUP_OPTIONS},
-        also_taken=GROUP_OPTIONS,
+        allowed=[*info.config_options, *GROUP_OPTIONS],
     )
     check_group_options(
         no_decay=options.get("no_decay") or (),
@@ -84,7 +85,8 @@ def _embeddings(model_or_params: nn.Module | Iterable[Any]) -> list[nn.Embedding
     if isinstance(model_or_params, nn.Module):
         return row_sparse_embeddings(model_or_params)
     logger.warning(
-        "lazy_adamw was given parameters, not a model, so it knows no embedding and updates every row; give it the model"
+        "lazy_adamw was given parameters, not a model, so it knows no embedding and updates every "
+        "row. Give it the model"
     )
     return []
 
@@ -92,9 +94,10 @@ def _embeddings(model_or_params: nn.Module | Iterable[Any]) -> list[nn.Embedding
 def _can_fuse(
     info: OptimizerInfo, options: Mapping[str, Any], groups: list[dict[str, Any]]
 ) -> bool:
-    """Whether torch's fused kernel pays and is right here: nothing else was asked for, and every parameter is a contiguous float.
+    """Return whether torch's fused kernel pays here, and is right.
 
-    torch 2.13's CPU kernel walks memory and ignores strides: for a parameter laid out unlike its gradient the result is wrong.
+    It is if no other kernel was asked for and every parameter is a contiguous float. torch 2.13's
+    CPU kernel ignores strides: the result is wrong for a parameter laid out unlike its gradient.
     """
     if not info.fused_pays or options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
         return False

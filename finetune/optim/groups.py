@@ -1,7 +1,8 @@
-"""Parameter groups: every trainable parameter in exactly one, with its final learning rate and weight decay.
+"""Parameter groups: every trainable parameter in one, with its final learning rate and decay.
 
-Floor 1. What a parameter is follows from the module that holds it, never from its name. Groups hold a final `lr` (layer-wise
-decay is BEiT's, https://arxiv.org/abs/2106.08254, appendix), so that any scheduler can drive them.
+What a parameter is follows from the module that holds it, never from its name. Groups hold a final
+`lr`, so that any scheduler can drive them. Layer-wise decay is BEiT's,
+https://arxiv.org/abs/2106.08254, appendix.
 """
 
 import fnmatch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from finetune.errors import UserError, did_you_mean
 
-KINDS = ("embedding", "norm", "bias", "weight")
-"""embedding: the table of an nn.Embedding, tied to an output head or not. norm: every parameter of a normalisation. bias: every
-other vector or scalar (biases, layer scales). weight: the rest. Of several, as in a tied table, the first named here counts."""
+PARAMETER_KINDS = ("embedding", "norm", "bias", "weight")
+"""embedding: the table of an nn.Embedding, tied to an output head or not. norm: every parameter of
+a normalisation. bias: every other vector or scalar (biases, layer scales). weight: the rest. If a
+parameter is of several kinds, as a tied table is, the first in this order counts."""
 
 DEFAULT_NO_DECAY = ("bias", "norm", "embedding")
 
@@ -29,14 +31,30 @@ class _Member:
 
     name: str | None
     parameter: Tensor
-    kind: str = ""  # one of KINDS; "" where no model tells
+    kind: str = ""  # one of PARAMETER_KINDS; "" if no model was given
     hidden_matrix: bool = False  # a matrix that is neither an embedding nor the output head
-    layer: int | None = (
-        None  # 0 for what comes before the blocks, then one per block, then what follows them
-    )
+    layer: int | None = None  # 0 before the blocks, then one per block, then what follows them
     given: Mapping[str, Any] = field(default_factory=dict)  # the settings of the user's own group
     number: int = 0  # of the user's own group
-    table: str = ""  # the name of the weight that this is a part of, for overrides: the shift of an active vocabulary
+    part_of: str = ""  # the name of the weight whose overrides hold for this too
+
+
+def is_compact(module: nn.Module) -> bool:
+    """Return whether an embedding is marked `compact`: its table holds only rows that are in use.
+
+    With `is_part_of_weight` this is all that a module can declare to this package. Those of an
+    active vocabulary do (`finetune.models`).
+    """
+    return getattr(module, "compact", False)
+
+
+def is_part_of_weight(module: nn.Module) -> bool:
+    """Return whether a module is marked `is_part_of_weight`.
+
+    What is set for its parent's `weight` then also holds for its own parameters: the shift of an
+    active vocabulary goes with the table.
+    """
+    return getattr(module, "is_part_of_weight", False)
 
 
 def build_groups(
@@ -49,15 +67,23 @@ def build_groups(
     layer_decay: float | None = None,
     split_matrices: bool = False,
 ) -> list[dict[str, Any]]:
-    """Group a model's parameters for a torch optimizer: dicts of `params`, `name`, `lr` and, unless it is None, `weight_decay`.
+    """Group a model's parameters for a torch optimizer.
 
-    `source` may also be parameters, (name, parameter) pairs or torch's group dicts; all of those decay, as nothing tells what
-    they are. `no_decay`: the KINDS of a model without weight decay, DEFAULT_NO_DECAY where None. `layer_decay`: lr x
-    layer_decay ^ (number of layers from this one to the top). `overrides`: {"pattern", "lr", "weight_decay"} dicts; the pattern
-    is fnmatch over parameter names, what it sets is final, and of several that match the last wins. `split_matrices`: also a
-    `rule` per group, "muon" for hidden matrices or "adamw" (the output head is known where the model has
-    get_output_embeddings). Frozen parameters are left out, tied ones taken once. Raises UserError, also where nothing is
-    trainable.
+    Each group is a dict of `params`, `name`, `lr` and, unless it is None, `weight_decay`. Frozen
+    parameters are left out, and tied ones are taken once.
+
+    Args:
+        source: a model, parameters, (name, parameter) pairs or torch's group dicts. Without a model
+            all of them decay, as nothing shows what they are.
+        no_decay: the PARAMETER_KINDS without weight decay; None is DEFAULT_NO_DECAY for a model.
+        overrides: {"pattern", "lr", "weight_decay"} dicts. The pattern is fnmatch over parameter
+            names. What it sets is final, and of several that match the last wins.
+        layer_decay: lr is multiplied by layer_decay ^ (number of layers from this one to the top).
+        split_matrices: also set a `rule` in each group: "muon" for hidden matrices, else "adamw".
+            (The output head is known if the model has get_output_embeddings.)
+
+    Raises:
+        UserError: an option is out of its range, or nothing is trainable.
     """
     check_group_options(
         no_decay=no_decay or (),
@@ -72,14 +98,16 @@ def build_groups(
     else:
         if no_decay is not None or layer_decay is not None:
             raise UserError(
-                "no_decay and layer_decay go by the modules of a model; give build_optimizer the model, not its parameters"
+                "no_decay and layer_decay go by the modules of a model, but only parameters were "
+                "given. Give build_optimizer the model"
             )
         no_decay, scales, members = (), None, _bare_members(source)
     if not members:
         raise UserError(
-            "there is nothing to train: every parameter is frozen (requires_grad=False), or none was given"
+            "there is nothing to train: every parameter is frozen (requires_grad=False), or none "
+            "was given"
         )
-    matching = _match([(member.name or "", member.table) for member in members], overrides)
+    matching = _match([(member.name or "", member.part_of) for member in members], overrides)
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for member, matched in zip(members, matching):
         label, settings = _settings(member, lr, weight_decay, no_decay, scales, split_matrices)
@@ -87,9 +115,8 @@ def build_groups(
             settings |= {key: value for key, value in override.items() if key != "pattern"}
         name = ", ".join([*label, *(override["pattern"] for override in matched)]) or "all"
         group = groups.setdefault((member.number, name), {"params": [], **settings, "name": name})
-        group["params"].append(
-            member.parameter if member.name is None else (member.name, member.parameter)
-        )
+        named = member.parameter if member.name is None else (member.name, member.parameter)
+        group["params"].append(named)
     return list(groups.values())
 
 
@@ -101,7 +128,10 @@ def _settings(
     scales: Sequence[float] | None,
     split_matrices: bool,
 ) -> tuple[list[str], dict[str, Any]]:
-    """The words that name the member's group, and what holds in it. The words do not depend on values, so neither do the groups."""
+    """Return the words that name the member's group, and the settings of the group.
+
+    The words do not depend on the settings' values, so the grouping does not either.
+    """
     label = [member.given["name"]] if "name" in member.given else []
     settings: dict[str, Any] = {"lr": lr}
     if scales is not None and member.layer is not None:
@@ -119,8 +149,10 @@ def _settings(
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of blocks: the one outermost nn.ModuleList that holds parameters. Raises UserError where there is none, or
-    several."""
+    """Return name and module of the stack of blocks, the one outermost nn.ModuleList.
+
+    Only lists that hold parameters count. Raises UserError if there is none, or several.
+    """
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{stack}.") for stack in stacks)
@@ -133,13 +165,14 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(stacks) != 1:
         found = f"several: {', '.join(stacks)}" if stacks else "none"
         raise UserError(
-            f"layer_decay needs a model with one stack of layers (an nn.ModuleList), and found {found}; set lr by overrides"
+            "layer_decay needs a model with one stack of layers (an nn.ModuleList), and found "
+            f"{found}. Set lr by overrides"
         )
     return next(iter(stacks.items()))
 
 
 def _layer_scales(model: nn.Module, layer_decay: float | None) -> list[float] | None:
-    """The factor on lr by layer, from the embedding (the smallest) to what follows the blocks (1.0)."""
+    """Return the factor on lr by layer, from the embedding to what follows the blocks (1.0)."""
     if layer_decay is None:
         return None
     top = len(find_layers(model)[1]) + 1
@@ -147,18 +180,21 @@ def _layer_scales(model: nn.Module, layer_decay: float | None) -> list[float] | 
 
 
 def _model_members(model: nn.Module, stack: tuple[str, nn.ModuleList] | None) -> list[_Member]:
-    """The trainable parameters in the model's order, which tells what comes before the stack of blocks and what follows it."""
+    """Return the trainable parameters in the model's order.
+
+    The order shows what comes before the stack of blocks and what follows it.
+    """
     kinds: dict[Tensor, str] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             kind = _kind(module, parameter)
-            kinds[parameter] = min(kind, kinds.get(parameter, kind), key=KINDS.index)
+            kinds[parameter] = min(kind, kinds.get(parameter, kind), key=PARAMETER_KINDS.index)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     parts = {
         parameter: f"{name.rpartition('.')[0]}.weight"
         for name, module in model.named_modules()
-        if getattr(module, "is_part_of_weight", False)
+        if is_part_of_weight(module)
         for parameter in module.parameters(recurse=False)
     }
     head_parameters = set(head.parameters()) if isinstance(head, nn.Module) else set()
@@ -171,26 +207,21 @@ def _model_members(model: nn.Module, stack: tuple[str, nn.ModuleList] | None) ->
         if parameter.requires_grad:
             kind = kinds[parameter]
             hidden = kind == "weight" and parameter.ndim == 2 and parameter not in head_parameters
-            members.append(
-                _Member(
-                    name,
-                    parameter,
-                    kind,
-                    hidden,
-                    layer if stack else None,
-                    table=parts.get(parameter, ""),
-                )
-            )
+            place, part_of = layer if stack else None, parts.get(parameter, "")
+            members.append(_Member(name, parameter, kind, hidden, place, part_of=part_of))
     return members
 
 
 def _bare_members(source: Iterable[Any]) -> list[_Member]:
-    """The trainable ones of parameters, (name, parameter) pairs or group dicts; a repeated parameter counts once within a group."""
+    """Return the trainable ones of parameters, (name, parameter) pairs or group dicts.
+
+    A parameter that is repeated within a group counts once.
+    """
     given: list[Any] = [source] if isinstance(source, (Tensor, dict)) else list(source)
     if any(isinstance(item, dict) for item in given):
         if not all(isinstance(item, dict) for item in given):
             raise UserError(
-                "parameters and group dicts are mixed; give the optimizer one or the other"
+                "parameters and group dicts are mixed. Give the optimizer one or the other"
             )
         groups = [{"name": f"group {number}", **group} for number, group in enumerate(given)]
     else:
@@ -206,21 +237,18 @@ def _bare_members(source: Iterable[Any]) -> list[_Member]:
             name, parameter = item if isinstance(item, tuple) else (None, item)
             if not isinstance(parameter, Tensor):
                 raise UserError(
-                    f"an optimizer takes a model, parameters or parameter groups, but was given {type(parameter).__name__!r}"
+                    "an optimizer takes a model, parameters or parameter groups, but was given "
+                    f"{type(parameter).__name__!r}"
                 )
             if owner.get(parameter, number) != number:
                 raise UserError(
-                    f"a parameter stands in the groups {owner[parameter]} and {number}; each may stand in one"
+                    f"a parameter is in the groups {owner[parameter]} and {number}. "
+                    "Put each parameter in one group"
                 )
             if parameter.requires_grad and parameter not in owner:
+                matrix = parameter.ndim == 2
                 members.append(
-                    _Member(
-                        name,
-                        parameter,
-                        hidden_matrix=parameter.ndim == 2,
-                        given=settings,
-                        number=number,
-                    )
+                    _Member(name, parameter, hidden_matrix=matrix, given=settings, number=number)
                 )
             owner[parameter] = number
     return members
@@ -233,13 +261,20 @@ def check_group_options(
     layer_decay: float | None,
     takes_decay: bool,
 ) -> None:
-    """What can be said of these options without a model. Raises UserError."""
+    """Raise UserError for what is wrong with these options in any model.
+
+    `takes_decay`: the optimizer has the option weight_decay.
+    """
     if isinstance(no_decay, str):
-        raise UserError(f"no_decay is the text {no_decay!r}; give a list of {', '.join(KINDS)}")
+        raise UserError(
+            f"no_decay is the text {no_decay!r}; give a list of {', '.join(PARAMETER_KINDS)}"
+        )
     for kind in no_decay:
-        if kind not in KINDS:
+        if kind not in PARAMETER_KINDS:
+            near = did_you_mean(kind, PARAMETER_KINDS) or ";"
             raise UserError(
-                f"no_decay names {kind!r}{did_you_mean(kind, KINDS) or ';'} the kinds of parameter are {', '.join(KINDS)}"
+                f"no_decay names {kind!r}{near} the kinds of parameter are "
+                f"{', '.join(PARAMETER_KINDS)}"
             )
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay is {layer_decay}; it must lie above 0 and at most at 1")
@@ -247,25 +282,25 @@ def check_group_options(
     for override in overrides:
         for key in override:
             if key not in allowed:
+                near = did_you_mean(key, allowed) or ";"
+                raise UserError(f"an override holds {key!r}{near} it takes {', '.join(allowed)}")
+            value = override[key]
+            if key != "pattern" and not (isinstance(value, (int, float)) and value >= 0):
                 raise UserError(
-                    f"an override holds {key!r}{did_you_mean(key, allowed) or ';'} it takes {', '.join(allowed)}"
-                )
-            if key != "pattern" and not (
-                isinstance(override[key], (int, float)) and override[key] >= 0
-            ):
-                raise UserError(
-                    f"the override {dict(override)} sets {key} to {override[key]!r}; give a number from 0 up"
+                    f"the override {dict(override)} sets {key} to {value!r}; "
+                    "give a number from 0 up"
                 )
         if "pattern" not in override or len(override) < 2:
             raise UserError(
-                f"the override {dict(override)} needs a pattern and something to set: {', '.join(allowed[1:])}"
+                f"the override {dict(override)} needs a pattern and something to set: "
+                f"{', '.join(allowed[1:])}"
             )
 
 
 def _kind(module: nn.Module, parameter: Tensor) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
-    # transformers' models bring norms of their own: LlamaRMSNorm, T5LayerNorm ...
+    # transformers' models have norms of their own: LlamaRMSNorm, T5LayerNorm ...
     own_norm = parameter.ndim <= 1 and any(
         re.search(r"Norm(\dd)?$", base.__name__) for base in type(module).__mro__
     )
@@ -277,7 +312,10 @@ def _kind(module: nn.Module, parameter: Tensor) -> str:
 def _match(
     members: Sequence[tuple[str, str]], overrides: Sequence[Mapping[str, Any]]
 ) -> list[list[Mapping[str, Any]]]:
-    """For each member, by one of its names, the overrides that match it. Raises UserError for one that matches nothing."""
+    """Return, for each member, the overrides whose pattern matches one of its names.
+
+    Raises UserError for an override that matches nothing.
+    """
     matching: list[list[Mapping[str, Any]]] = [[] for _ in members]
     for override in overrides:
         pattern = override["pattern"]

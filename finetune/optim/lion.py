@@ -1,6 +1,7 @@
 """Lion: the sign of an interpolated momentum.
 
-Floor 1. Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, https://arxiv.org/abs/2302.06675, algorithm 2.
+Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, https://arxiv.org/abs/2302.06675,
+algorithm 2.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ def lion_(
     beta2: float,
     weight_decay: float,
 ) -> None:
-    """One step, in place on `parameter` and `exp_avg`; all three tensors have one shape."""
+    """Apply one step in place to `parameter` and `exp_avg`; all three tensors have one shape."""
     update = exp_avg.lerp(grad, 1 - beta1).sign_()
     parameter.mul_(1 - lr * weight_decay).sub_(update.mul_(lr))
     exp_avg.lerp_(grad, 1 - beta2)
@@ -29,8 +30,9 @@ def lion_(
 class Lion(torch.optim.Optimizer):
     """Lion with decoupled weight decay. State: one momentum of the parameter's size.
 
-    Every coordinate moves by `lr` at each step, so lr must be 3 to 10 times smaller than AdamW's, and weight_decay as much
-    larger (section 5 of the paper). Raises ValueError for a value out of range.
+    Every coordinate moves by `lr` at each step. So lr must be 3 to 10 times smaller than AdamW's,
+    and weight_decay larger by the same factor (section 5 of the paper). Raises ValueError for a
+    value out of range.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Lion(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns the closure's loss."""
+        """Update every parameter that has a gradient and return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,7 +68,7 @@ class Lion(torch.optim.Optimizer):
                     continue
                 if parameter.grad.is_sparse:
                     raise RuntimeError(
-                        "Lion does not take sparse gradients; use lazy_adamw, adagrad or sgd"
+                        "Lion does not take sparse gradients. Use lazy_adamw, adagrad or sgd"
                     )
                 state = self.state[parameter]
                 if not state:

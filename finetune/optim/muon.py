@@ -1,8 +1,8 @@
 """Muon for the hidden matrices of a model and AdamW for everything else, as one optimizer.
 
-Floor 1. Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/: embeddings, the output head, gains and biases go to
-AdamW. One lr for both rules: the update of a matrix is scaled to AdamW's root mean square, https://arxiv.org/abs/2502.16982,
-section 2.2.
+Keller Jordan's Muon, https://kellerjordan.github.io/posts/muon/: embeddings, the output head, gains
+and biases go to AdamW. One lr serves both rules, because the update of a matrix is scaled to
+AdamW's root mean square (https://arxiv.org/abs/2502.16982, section 2.2).
 """
 
 from collections.abc import Callable
@@ -23,12 +23,13 @@ _MUON_FIXED = {"ns_coefficients": (3.4445, -4.7750, 2.0315), "eps": 1e-7}
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon over the groups with `rule="muon"`, torch.optim.AdamW over those with `rule="adamw"`.
+    """torch.optim.Muon over groups with `rule="muon"`, and torch.optim.AdamW over the others.
 
-    One `param_groups`, one state and one state_dict, so any scheduler drives both. A group that names no rule is Muon's where
-    it holds matrices only. `betas`, `eps` and `fused` are AdamW's; `momentum`, `nesterov`, `ns_steps` and `adjust_lr_fn`
-    ("match_rms_adamw", or "original" for Keller Jordan's scale, with an lr of its own) are Muon's. Raises ValueError for a
-    value out of range and for a parameter under Muon that is no matrix.
+    There are one `param_groups`, one state and one state_dict, so any scheduler drives both. A
+    group without a rule is Muon's if it holds only matrices. `betas`, `eps` and `fused` are
+    AdamW's. `momentum`, `nesterov`, `ns_steps` and `adjust_lr_fn` are Muon's; the last is
+    "match_rms_adamw", or "original" for Keller Jordan's scale, which needs an lr of its own. Raises
+    ValueError for a value out of range, and for a parameter under Muon that is not a matrix.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             raise ValueError(f"the rule of a group is {rule!r}; it must be 'muon' or 'adamw'")
         if rule == "muon" and not matrices:
             raise ValueError(
-                "a group under Muon holds a parameter that is no matrix; give it rule='adamw'"
+                "a group under Muon holds a parameter that is not a matrix. Give it rule='adamw'"
             )
 
     @overload
@@ -74,7 +75,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step of each rule over its groups; returns the closure's loss."""
+        """Take one step of each rule over its groups and return the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,10 +87,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _step_groups(
         self, optimizer: type[torch.optim.Optimizer], rule: str, fixed: dict[str, Any]
     ) -> None:
-        """Let `optimizer` step this one's groups and write into this one's state.
+        """Let `optimizer` step the groups of this rule and write into this optimizer's state.
 
-        It is made as unpickling makes one, from groups and state, so nothing has to be kept in step with loads, copies and
-        wrappers.
+        It is made as unpickling makes one, from groups and state. So loads, copies and wrappers of
+        this optimizer need no care.
         """
         groups = [{**group, **fixed} for group in self.param_groups if group["rule"] == rule]
         engine = optimizer.__new__(optimizer)

@@ -1,7 +1,7 @@
 """The optimizers by name: what each is, what it takes, what it costs.
 
-Floor 1. The rows themselves stand in `catalogue.py`. A class is named as "module:Class" and imported when it is first needed,
-so that a library that is not installed costs a sentence and not an ImportError.
+The entries themselves are in `catalogue.py`. A class is named as "module:Class" and imported when
+it is first needed, so that a missing library costs a sentence and not an ImportError.
 """
 
 import fnmatch
@@ -19,45 +19,42 @@ import torch
 from finetune.errors import UserError, did_you_mean
 
 SparseSupport = Literal["none", "exact", "lazy"]
-"""What happens to row-sparse gradients. none: refused. exact: the result is that of the dense gradient. lazy: a row without a
-gradient is left as it is, where the dense rule would still move it."""
+"""What happens to row-sparse gradients. none: they are refused. exact: the result is that of the
+dense gradient. lazy: a row without a gradient is left as it is, though the dense rule would still
+move it."""
 
 ModelKnowledge = Literal["nothing", "hidden matrices", "embeddings"]
-"""What the factory must tell the class about the model: which groups hold hidden matrices (Muon), which embeddings are
-row-sparse."""
+"""What the factory must pass on about the model: which groups hold hidden matrices (Muon), or which
+embeddings are row-sparse."""
+
+_MODULE_OPTIONS = ("embeddings",)  # they take modules, which a config cannot name
 
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """One optimizer of the factory."""
+    """One optimizer of the factory, with the fields of `register_optimizer`."""
 
     name: str
+    optimizer: type[torch.optim.Optimizer] | str  # the class, or "module:Class"
     what: str  # one line
     paper: str  # URL
-    optimizer: type[torch.optim.Optimizer] | str  # the class, or "module:Class"
-    sparse: SparseSupport
-    state_bytes: float  # optimizer state, bytes per parameter, for a 1024 x 1024 matrix in fp32 once every row has been updated
-    aliases: tuple[str, ...] = ()
-    preset: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # defaults that differ from the class's own
-    fixed: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # arguments that make the rule what its name says: no options
-    fused_pays: bool = False  # torch's fused kernel is chosen where it can be
+    state_bytes: float  # per parameter: a 1024 x 1024 float32 matrix, once every row was updated
+    sparse: SparseSupport = "none"
+    aliases: Sequence[str] = ()
+    preset: Mapping[str, Any] = field(default_factory=dict)  # defaults unlike those of the class
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # what makes the rule: not an option
+    fused_pays: bool = False  # torch's fused kernel is chosen if it can be
     must_know: ModelKnowledge = "nothing"
     takes_dense: bool = True  # gradients that are not row-sparse
-    scale_free: bool = True  # a gradient ten times as large makes the same step, but for eps
-    second_weights: bool = False  # its state holds weights beside the parameters', which forget what others write into these
+    scale_free: bool = True  # a gradient ten times as large makes the same step, except for eps
+    second_weights: bool = False  # its state holds other weights, which overwrite the parameters'
 
     @property
     def origin(self) -> str:
         """Where the class comes from, as "module:Class"."""
-        return (
-            self.optimizer
-            if isinstance(self.optimizer, str)
-            else f"{self.optimizer.__module__}:{self.optimizer.__qualname__}"
-        )
+        if isinstance(self.optimizer, str):
+            return self.optimizer
+        return f"{self.optimizer.__module__}:{self.optimizer.__qualname__}"
 
     @property
     def missing(self) -> str:
@@ -69,7 +66,7 @@ class OptimizerInfo:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option with its default, from the class's signature. Empty while the library is missing."""
+        """Every option with its default, from the class's signature; none if it is missing."""
         if self.missing:
             return {}
         parameters = list(inspect.signature(self.load()).parameters.values())[1:]
@@ -79,11 +76,17 @@ class OptimizerInfo:
             if p.name not in self.fixed
         }
 
+    @property
+    def config_options(self) -> dict[str, Any]:
+        """The options that a config can set: all but those that take modules."""
+        return {k: default for k, default in self.options.items() if k not in _MODULE_OPTIONS}
+
     def load(self) -> type[torch.optim.Optimizer]:
-        """The class. Raises UserError where its library is not installed."""
+        """Return the class. Raises UserError if its library is not installed."""
         if self.missing:
             raise UserError(
-                f"optimizer {self.name!r} needs {self.missing}, which is not installed; pip install {self.missing}"
+                f"optimizer {self.name!r} needs {self.missing}, which is not installed. "
+                f"Run: pip install {self.missing}"
             )
         if not isinstance(self.optimizer, str):
             return self.optimizer
@@ -96,49 +99,21 @@ _BY_SPELLING: dict[str, OptimizerInfo] = {}
 
 
 def register_optimizer(
-    name: str,
-    optimizer: type[torch.optim.Optimizer] | str,
-    *,
-    what: str,
-    paper: str,
-    state_bytes: float,
-    sparse: SparseSupport = "none",
-    aliases: Sequence[str] = (),
-    preset: Mapping[str, Any] | None = None,
-    fixed: Mapping[str, Any] | None = None,
-    fused_pays: bool = False,
-    must_know: ModelKnowledge = "nothing",
-    takes_dense: bool = True,
-    scale_free: bool = True,
-    second_weights: bool = False,
+    name: str, optimizer: type[torch.optim.Optimizer] | str, **fields: Any
 ) -> OptimizerInfo:
-    """Add an optimizer to the factory, a class or "module:Class"; the fields are those of OptimizerInfo.
+    """Add an optimizer to the factory and return its entry.
 
-    Raises UserError where the name, or an alias, is taken (spellings that differ in case, dashes, spaces and underscores are
-    one name).
+    `optimizer` is a class or "module:Class"; `fields` are the others of OptimizerInfo, of which
+    `what`, `paper` and `state_bytes` must be given. Raises UserError if the name or an alias is
+    taken. Spellings that differ in case, dashes, spaces and underscores are one name.
     """
-    info = OptimizerInfo(
-        name=name,
-        what=what,
-        paper=paper,
-        optimizer=optimizer,
-        sparse=sparse,
-        state_bytes=state_bytes,
-        aliases=tuple(aliases),
-        preset=preset or {},
-        fixed=fixed or {},
-        fused_pays=fused_pays,
-        must_know=must_know,
-        takes_dense=takes_dense,
-        scale_free=scale_free,
-        second_weights=second_weights,
-    )
-    spellings = {_spelling(spelling): spelling for spelling in (name, *aliases)}
+    info = OptimizerInfo(name, optimizer, **fields)
+    spellings = {_spelling(spelling): spelling for spelling in (name, *info.aliases)}
     for key, spelling in spellings.items():
         if key in _BY_SPELLING:
             taken = _BY_SPELLING[key].name
             raise UserError(
-                f"the optimizer name {spelling!r} is taken by {taken!r}; choose another name"
+                f"the optimizer name {spelling!r} is taken by {taken!r}. Choose another name"
             )
     _BY_NAME[name] = info
     _BY_SPELLING.update(dict.fromkeys(spellings, info))
@@ -146,12 +121,15 @@ def register_optimizer(
 
 
 def list_optimizers(pattern: str = "*") -> list[str]:
-    """The names that match `pattern` (fnmatch, any case), those whose library is missing included."""
+    """Return the names that match `pattern` (fnmatch, any case), also if a library is missing."""
     return [name for name in _BY_NAME if fnmatch.fnmatchcase(name, pattern.lower())]
 
 
 def optimizer_info(name: str) -> OptimizerInfo:
-    """The optimizer called `name`, in any spelling. Raises UserError with the nearest name and the list."""
+    """Return the optimizer called `name`, in any spelling.
+
+    Raises UserError with the nearest name and the list.
+    """
     info = _BY_SPELLING.get(_spelling(name))
     if info is None:
         spellings = [*_BY_NAME, *(alias for info in _BY_NAME.values() for alias in info.aliases)]
@@ -163,11 +141,11 @@ def optimizer_info(name: str) -> OptimizerInfo:
 
 
 def optimizer_table(pattern: str = "*") -> list[dict[str, str]]:
-    """The rows of `finetune optimizers`, one dict of text cells per optimizer, columns in the order of the keys."""
-    return [_row(optimizer_info(name)) for name in list_optimizers(pattern)]
+    """Return a table of the optimizers: a dict of text cells each, with the same keys in order."""
+    return [_cells(optimizer_info(name)) for name in list_optimizers(pattern)]
 
 
-def _row(info: OptimizerInfo) -> dict[str, str]:
+def _cells(info: OptimizerInfo) -> dict[str, str]:
     return {
         "name": info.name,
         "what": info.what,
@@ -179,21 +157,21 @@ def _row(info: OptimizerInfo) -> dict[str, str]:
 
 
 def check_options(
-    info: OptimizerInfo, options: Mapping[str, Any], *, also_taken: Sequence[str] = ()
+    info: OptimizerInfo, options: Mapping[str, Any], *, allowed: Sequence[str]
 ) -> None:
-    """Validate the options of an optimizer, down to their values, by building it over one small matrix.
+    """Validate the options of an optimizer, down to their values, by building it.
 
-    `also_taken` names options that are the factory's and not the class's. Raises UserError.
+    It is built over one small matrix. `allowed` are the names that the caller takes, its own
+    included. Raises UserError.
     """
     optimizer, known = info.load(), info.options
-    allowed = [*known, *also_taken]
     for option, value in options.items():
-        if option not in allowed and not (
-            option == "weight_decay" and value == 0
-        ):  # 0 asks nothing of one that has no decay
-            near = did_you_mean(option, known) or ";"
+        asks_nothing = option == "weight_decay" and value == 0  # of an optimizer without decay
+        if option not in allowed and not asks_nothing:
+            near = did_you_mean(option, [name for name in allowed if name in known]) or ";"
             raise UserError(
-                f"optimizer {info.name!r} does not take {option!r}{near} it takes {', '.join(allowed)}"
+                f"optimizer {info.name!r} does not take {option!r}{near} "
+                f"it takes {', '.join(allowed)}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}; give a finite number")
@@ -201,12 +179,11 @@ def check_options(
     values = {
         option: value
         for option, value in options.items()
-        if option in known and option != "embeddings"
+        if option in known and option not in _MODULE_OPTIONS
     }
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
     try:
-        optimizer(
-            [torch.nn.Parameter(torch.zeros(2, 2))], **{**info.preset, **info.fixed, **values}
-        )
+        optimizer([matrix], **{**info.preset, **info.fixed, **values})
     except (ValueError, TypeError) as error:
         raise UserError(
             f"optimizer {info.name!r} cannot be built with {values}: {error}"
@@ -214,15 +191,13 @@ def check_options(
 
 
 def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> None:
-    """Where the default is a number, or several, the value must be as many."""
+    """Raise UserError if the default is a number, or several, and the value is not as many."""
     if isinstance(default, tuple) and default and all(map(_is_number, default)):
-        if not (
-            isinstance(value, (list, tuple))
-            and len(value) == len(default)
-            and all(map(_is_number, value))
-        ):
+        given = value if isinstance(value, (list, tuple)) else ()
+        if len(given) != len(default) or not all(map(_is_number, given)):
             raise UserError(
-                f"optimizer {info.name!r}: {option} is {value!r}; give {len(default)} numbers, e.g. {list(default)}"
+                f"optimizer {info.name!r}: {option} is {value!r}; "
+                f"give {len(default)} numbers, e.g. {list(default)}"
             )
     elif isinstance(default, float) and not _is_number(value):
         raise UserError(

@@ -1,6 +1,7 @@
-"""Learning-rate schedules: a multiplier of lr as a pure function of the step, and the LambdaLR that applies it.
+"""Learning-rate schedules: a pure function of the step, and the LambdaLR that multiplies lr by it.
 
-Floor 1. Warm-up and inverse square root: https://arxiv.org/abs/1706.03762, section 5.3. Cosine: https://arxiv.org/abs/1608.03983.
+Warm-up and inverse square root: https://arxiv.org/abs/1706.03762, section 5.3.
+Cosine: https://arxiv.org/abs/1608.03983.
 """
 
 import functools
@@ -17,11 +18,12 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 def multiplier(
     step: int, *, name: str, num_steps: int, warmup_steps: int, min_lr_ratio: float
 ) -> float:
-    """The factor on lr at `step`, counted from 0 to num_steps - 1.
+    """Return the factor on lr at `step`, counted from 0 to num_steps - 1.
 
-    Warm-up is (step + 1) / warmup_steps, so no step has lr 0. Then `linear` and `cosine` fall from 1, at step warmup_steps, to
-    `min_lr_ratio`, which they would reach at step num_steps, one after the last. `inverse_sqrt` is sqrt(warmup_steps / (step + 1)),
-    not below `min_lr_ratio`. `constant` stays at 1.
+    Warm-up is (step + 1) / warmup_steps, so no step has lr 0. Then `linear` and `cosine` fall from
+    1, at step warmup_steps, to `min_lr_ratio`, which they would reach at step num_steps, one after
+    the last. `inverse_sqrt` is sqrt(warmup_steps / (step + 1)), but at least `min_lr_ratio`.
+    `constant` stays at 1.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -42,10 +44,14 @@ def build_lr_scheduler(
     warmup_steps: int,
     min_lr_ratio: float,
 ) -> LambdaLR:
-    """A scheduler to step once after each optimizer step; it multiplies every group's own lr. Raises UserError."""
+    """Return a scheduler that multiplies every group's own lr, to step after each optimizer step.
+
+    Raises UserError for an unknown name or a value out of range.
+    """
     if name not in SCHEDULES:
+        near = did_you_mean(name, SCHEDULES) or ";"
         raise UserError(
-            f"there is no schedule {name!r}{did_you_mean(name, SCHEDULES) or ';'} the schedules are {', '.join(SCHEDULES)}"
+            f"there is no schedule {name!r}{near} the schedules are {', '.join(SCHEDULES)}"
         )
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}; a schedule needs at least one step")

@@ -1,9 +1,11 @@
-"""The optimizer's name in its own state, so that a checkpoint is never loaded into another optimizer.
+"""The optimizer's name in its own state, and the options of its groups.
 
-Floor 1. torch matches states by position alone: `Adam` takes the state of `AdamW` and becomes it, `SGD` takes it and fails a
-step later (seen in torch 2.13). The stamp is the plain group key "optimizer", which survives state_dict, pickle, deepcopy,
-weights_only and wrappers. The check is a load hook of torch's. It has two limits: torch leaves hooks behind when an optimizer
-object is itself copied or pickled, and bitsandbytes (0.50) has a load_state_dict of its own, which calls none.
+The name keeps a checkpoint from being loaded into another optimizer. torch matches states by
+position alone: `Adam` takes the state of `AdamW` and becomes it, and `SGD` takes it and fails a
+step later (seen in torch 2.13). The stamp is the plain group key "optimizer", which survives
+state_dict, pickle, deepcopy, weights_only and wrappers. The check is a load hook of torch's, which
+has two limits. torch leaves hooks behind when an optimizer object is itself copied or pickled, and
+bitsandbytes (0.50) has a load_state_dict of its own, which calls none.
 """
 
 from typing import Any
@@ -11,22 +13,40 @@ from typing import Any
 import torch
 
 from finetune.errors import UserError
+from finetune.optim.registry import optimizer_info
 
 KEY = "optimizer"
 
 
 def stamp(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Write `name` into every group, those added later included, and refuse from now on the state of any other optimizer."""
+    """Write `name` into every group, and refuse the state of any other optimizer from now on.
+
+    Groups that are added later get the name too.
+    """
     optimizer.defaults[KEY] = name
     for group in optimizer.param_groups:
         group[KEY] = name
     optimizer.register_load_state_dict_pre_hook(_refuse_another)
 
 
-def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Raise UserError unless `state_dict` is of this rule and of these parameters; give an unstamped one the stamp.
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the options of each group of an optimizer that `build_optimizer` made: lr, betas ...
 
-    An unstamped state comes from a bare torch optimizer. It is taken where its groups show the same rule.
+    `load_state_dict` replaces them by those of the saved state, as torch does, together with what
+    some optimizers count in their groups (schedule-free sums its weights). `group.update` with
+    these gives the groups their own options back, and leaves the counts.
+    """
+    names = optimizer_info(optimizer.defaults[KEY]).options
+    return [
+        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
+    ]
+
+
+def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return `state_dict` with the stamp in each group.
+
+    Raises UserError if it is of another rule or of other parameters. A state without a stamp comes
+    from a bare torch optimizer; it is taken if its groups show the same rule.
     """
     name = optimizer.defaults[KEY]
     ours, saved = optimizer.param_groups, state_dict["param_groups"]
@@ -36,20 +56,22 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     }
     if rules != {name}:
         raise UserError(
-            f"the saved optimizer state is of {', '.join(sorted(rules - {name}))}, but this run uses {name}; "
-            "resume with the same optimizer, or start again from the weights alone"
+            f"the saved optimizer state is of {', '.join(sorted(rules - {name}))}, but this run "
+            f"uses {name}. Resume with the same optimizer, or start again from the weights alone"
         )
     if [len(group["params"]) for group in ours] != [len(group["params"]) for group in saved]:
         raise UserError(
-            f"the saved optimizer state has parameter groups of {_sizes(saved)} parameters, this run has {_sizes(ours)}; "
-            "resume with the model, no_decay, overrides and layer_decay it was saved with"
+            f"the saved optimizer state has parameter groups of {_sizes(saved)} parameters, but "
+            f"this run has {_sizes(ours)}. Resume with the model, no_decay, overrides and "
+            "layer_decay that it was saved with"
         )
     for group, theirs in zip(ours, saved):
         for here, there in zip(group.get("param_names", ()), theirs.get("param_names", ())):
             if here != there:
                 raise UserError(
-                    f"the saved optimizer state belongs to other parameters: where this run has {here!r} it has {there!r}; "
-                    "resume with the model and the parameter groups it was saved with"
+                    f"the saved optimizer state belongs to other parameters: it has {there!r} in "
+                    f"the place of this run's {here!r}. Resume with the model and the parameter "
+                    "groups that it was saved with"
                 )
     named = [
         {**({"name": group["name"]} if "name" in group else {}), **theirs, KEY: name}
@@ -63,7 +85,10 @@ def _sizes(groups: list[dict[str, Any]]) -> str:
 
 
 def _same_rule(ours: dict[str, Any], saved: dict[str, Any]) -> bool:
-    """Whether a bare torch group holds the same options, and the same choice where one class has several rules."""
+    """Return whether a bare torch group holds the same options.
+
+    If one class has several rules, the options that choose among them must agree as well.
+    """
     ours_only = {KEY, "name", "param_names", "initial_lr"}
     same_options = ours.keys() - ours_only == saved.keys() - ours_only
     return same_options and all(

@@ -14,15 +14,15 @@ from rich.table import Table
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.training import run_training
+from finetune.recipes.train.run import run_training
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, read_samples
-from finetune.trainer import Stopped
+from finetune.training.trainer import Stopped
 
 SHORT = (
     "training.max_steps=3",
-    "data.max_validation_rows=8",
+    "data.max_validation_records=8",
     "evaluation.generate=4",
     "evaluation.samples=2",
     "generation.max_new_tokens=16",

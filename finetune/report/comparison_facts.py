@@ -1,15 +1,15 @@
-"""The words and numbers of a comparison's page: how it was made, what to hold against it, the lines of its tables.
-
-Floor 1.
-"""
+"""The words and numbers of a comparison's page: how it was made, its limits, its tables."""
 
 from typing import Any
 
-from finetune.report import facts
+from finetune.report import run_facts
+from finetune.run.metrics import MISSING
+from finetune.run.wording import size
 
-Record = dict[str, Any]
+JsonObject = dict[str, Any]
+"""An object of comparison.json, such as the whole file or the entry of one optimizer."""
 
-UNTOLD = {
+_LEFT_OUT = {
     "lr",
     "overrides",
     "layer_decay",
@@ -20,46 +20,61 @@ UNTOLD = {
     "differentiable",
     "maximize",
 }
-"""Settings that the table leaves out: shown elsewhere, the same for all, or without influence on the result."""
+"""Settings that the table leaves out.
+
+They are shown elsewhere, are the same for all, or have no influence on the result.
+"""
 
 
-def rules(comparison: Record) -> list[str]:
-    """How the comparison was made, a sentence each."""
+def rules(comparison: JsonObject) -> list[str]:
+    """Return how the comparison was made, as the items of a list."""
     protocol, target = comparison["protocol"], comparison["target"]
     seeds, norm = protocol["seeds"], protocol["max_grad_norm"]
+    clipping = f"clipped to a norm of {norm:g}" if norm else "not clipped"
+    grid = (
+        f"The learning rate of each optimizer is the best of {protocol['trials']} on its own grid. "
+        f"These are half a decade apart, all run with seed {protocol['tuning_seed']}."
+    )
+    if protocol["trials"] >= 3:
+        times = protocol["max_widenings"]
+        grid += f" If the best is at an end of the grid, one more is tried, at most {times} times."
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     found = [
-        "With the same seed every optimizer begins with the same weights and sees the same batches of "
-        f"{protocol['batch_size']} rows in the same order, for {protocol['steps']:,} steps, in {protocol['precision']}, with the "
-        f"{protocol['schedule']} schedule and {f'gradients clipped to a norm of {norm:g}' if norm else 'no clipping'}.",
-        f"The learning rate of each optimizer is the best of {protocol['trials']} on a grid of its own, half a decade apart, "
-        f"all run with seed {protocol['tuning_seed']}."
-        + (
-            f" Where the best lies at an end the grid is widened by one, at most {protocol['max_widenings']} times."
-            if protocol["trials"] >= 3
-            else ""
-        ),
-        f"What is reported comes from fresh runs, with seed{'s' * (len(seeds) > 1)} "
-        f"{seeds[0] if len(seeds) == 1 else f'{seeds[0]} to {seeds[-1]}'}: the weights after the last step.",
-        f"Chosen on the held-out rows, reported on the test rows: {protocol['data_rule']}.",
-        "An interval is a mean over seeds with 95 % by Student's t. An optimizer wins if its interval on the test data overlaps "
-        "with no other's. The difference to the best is taken seed by seed; its interval is for that pair alone and decides "
-        "nothing.",
-        "A run diverged if a loss or a gradient was not a number, or the loss rose by "
-        f"{protocol['divergence_threshold']:g} nats above its best. It is counted, and its optimizer is not ranked.",
-        f"Held-out loss every {protocol['evaluate_every']:,} steps, off the clock. Seconds are of training steps alone, one run "
-        "after another on this machine.",
+        "With the same seed, every optimizer starts with the same weights. "
+        "It also sees the same batches in the same order. "
+        f"A batch holds {protocol['batch_size']} sequences. "
+        f"A run takes {protocol['steps']:,} steps. "
+        f"The precision is {protocol['precision']} and the schedule {protocol['schedule']}. "
+        f"Gradients are {clipping}.",
+        grid,
+        f"The reported figures come from fresh runs, with {which}. "
+        "They are those of the weights after the last step.",
+        "The learning rate is chosen on the held-out data. "
+        f"The result is reported on the test data. Here, {protocol['data_rule']}.",
+        "An interval is the 95 % interval of the mean over seeds, by Student's t. "
+        "An optimizer wins if its interval on the test data overlaps with no other. "
+        "The difference to the best is taken seed by seed. "
+        "Its interval is for that pair alone and does not decide who wins.",
+        "A run diverged if a loss or a gradient was not a number, or if the loss rose by "
+        f"{protocol['divergence_threshold']:g} nats above its best. "
+        "Such runs are counted, and their optimizer is not ranked.",
+        f"The held-out loss is measured every {protocol['evaluate_every']:,} steps. "
+        "Seconds count the training steps alone. "
+        "The runs were made one after another on this machine.",
     ]
     if target["loss"] is not None:
         found.append(
-            f"The target, a held-out loss of {target['loss']:.3f}, is {target['share']:.0%} of the way from the loss before "
-            "training to the lowest mean loss after it. Steps to it are those at the first evaluation at or below it; a miss "
-            "counts as infinite in the median."
+            f"The target is a held-out loss of {target['loss']:.3f}. "
+            f"It is {target['share']:.0%} of the way from the loss before training to the lowest "
+            "mean loss after it. "
+            "It is reached at the first evaluation at or below it. "
+            "In the median, a seed that misses it counts as infinite."
         )
     return found
 
 
-def caveats(comparison: Record) -> list[str]:
-    """What to hold against the result, from the result itself, then the notes of the runs."""
+def caveats(comparison: JsonObject) -> list[str]:
+    """Return what limits the result: first from the result itself, then the notes of the runs."""
     found, protocol = [], comparison["protocol"]
     if (seeds := len(protocol["seeds"])) < 3:
         found.append(
@@ -67,115 +82,116 @@ def caveats(comparison: Record) -> list[str]:
         )
     if (trials := protocol["trials"]) < 3:
         found.append(
-            f"{trials} learning rate{'s are' if trials > 1 else ' is'} no search: the grid was not widened."
+            f"{trials} learning rate{'s are' if trials > 1 else ' is'} not a search: "
+            "the grid was not widened."
         )
     widened = [
-        f"{name} ({row['widenings']})"
-        for name, row in comparison["optimizers"].items()
-        if row["widenings"]
+        f"{name} ({entry['widenings']})"
+        for name, entry in comparison["optimizers"].items()
+        if entry["widenings"]
     ]
     if widened:
         found.append(
-            f"Grids that were widened, by so many trials beyond the {trials} planned: {', '.join(widened)}."
+            f"Trials added to widen a grid, beyond the {trials} planned: {', '.join(widened)}."
         )
-    for name, row in comparison["optimizers"].items():
-        if row["at_edge"]:
+    for name, entry in comparison["optimizers"].items():
+        if entry["at_edge"]:
             found.append(
-                f"{name}: the best learning rate still lies at the end of what was tried; it may do better beyond."
+                f"{name}: the best learning rate is still at an end of the grid. "
+                "One beyond it may be better."
             )
-        if row["reported_diverged"]:
-            found.append(
-                f"{name}: {row['reported_diverged']} of {row['reported_runs']} reported runs diverged."
-            )
+        if diverged := entry["reported_diverged"]:
+            found.append(f"{name}: {diverged} of {entry['reported_runs']} reported runs diverged.")
     return found + comparison["notes"]
 
 
-def bins(comparison: Record) -> str:
-    """Which tokens head, body and tail are."""
+def bins(comparison: JsonObject) -> str:
+    """Return which tokens are head, body and tail, or "" if the losses were not split."""
     if not comparison["bins"]:
         return ""
     parts = [
-        f"{name}: {part['tokens']:,} tokens of the vocabulary, {part['targets']:,} of the test targets"
+        f"{name}: {part['tokens']:,} tokens of the vocabulary, "
+        f"{part['targets']:,} of the test targets"
         for name, part in comparison["bins"].items()
     ]
     return (
-        "Head are the most frequent tokens that make up half of the training targets, body those of the next 40 %, tail all "
-        f"others, also what never occurs there. {'; '.join(parts).capitalize()}."
+        "Head tokens are the most frequent ones, which make up half of the training targets. "
+        "Body tokens make up the next 40 %. "
+        "Tail tokens are all others, including those that never occur in training. "
+        f"{'; '.join(parts).capitalize()}."
     )
 
 
-def subtitle(comparison: Record) -> list[str]:
-    """What stands under the title: model, length, date."""
-    model, size = comparison["model"], comparison["model"]["parameters"]
-    count = f"{size / 1e6:,.1f} M parameters" if size >= 1e6 else f"{size:,} parameters"
+def subtitle(comparison: JsonObject) -> list[str]:
+    """Return the parts of the line under the title: model, length of a run, date."""
+    model, num_parameters = comparison["model"], comparison["model"]["parameters"]
+    parameters = run_facts.parameter_count(num_parameters)
     steps = f"{comparison['protocol']['steps']:,} steps a run"
-    return [model["architecture"], count, steps, comparison["environment"]["started"][:10]]
+    return [model["architecture"], parameters, steps, comparison["environment"]["started"][:10]]
 
 
-def state(comparison: Record) -> str:
+def run_counts(comparison: JsonObject) -> str:
+    """Return how many runs there are, and how many of them diverged."""
     runs = comparison["runs"]
     return f"{len(runs)} runs, {sum(run['diverged'] for run in runs)} diverged"
 
 
-def ranked(comparison: Record) -> list[tuple[str, Record]]:
-    """The optimizers with the best first; those that are not ranked come last."""
+def ranked(comparison: JsonObject) -> list[tuple[str, JsonObject]]:
+    """Return the optimizers with the best first. Those that are not ranked come last."""
     ranking = comparison["verdict"]["ranking"]
     names = [*ranking, *(name for name in comparison["optimizers"] if name not in ranking)]
     return [(name, comparison["optimizers"][name]) for name in names]
 
 
-def line(name: str, row: Record) -> Record:
-    """One optimizer in the table, as text."""
-    to = row["to_target"]
-    trials = f"of {row['tuning_trials']}" + (
-        f", {row['widenings']} added" if row["widenings"] else ""
-    )
+def optimizer_line(name: str, entry: JsonObject) -> JsonObject:
+    """Return the cells of one optimizer in the tables, as text."""
+    to_target, trials = entry["to_target"], f"of {entry['tuning_trials']}"
+    if entry["widenings"]:
+        trials += f", {entry['widenings']} added"
+    tuning = f"{entry['tuning_diverged']} of {entry['tuning_trials']}"
+    reported = f"{entry['reported_diverged']} of {entry['reported_runs']}"
+    settings = entry["settings"].items()
     return {
         "name": name,
-        "lr": f"{row['lr']:g}",
-        "trials": trials + (", at the end" if row["at_edge"] else ""),
-        "test": value(row["test"]),
-        "validation": value(row["validation"]),
-        "difference": value(row["difference_to_best"], signed=True),
-        "steps": facts.MISSING if to["steps"] is None else f"{to['steps']:,.0f}",
-        "reached": f"{to['reached']} of {row['reported_runs']} seeds",
-        "tokens": facts.MISSING if to["tokens"] is None else f"{to['tokens']:,.0f} tokens",
-        "seconds": "" if to["seconds"] is None else f"{to['seconds']:,.1f} s",
-        "per_step": f"{1000 * row['seconds_per_step']:,.0f} ms",
-        "state": f"{row['state_bytes'] / 2**20:,.3g} MiB",
-        "diverged": f"{row['tuning_diverged']} of {row['tuning_trials']}, {row['reported_diverged']} of {row['reported_runs']}",
+        "lr": f"{entry['lr']:g}",
+        "trials": trials + (", at the end" if entry["at_edge"] else ""),
+        "test": _mean_and_interval(entry["test"]),
+        "validation": _mean_and_interval(entry["validation"]),
+        "difference": _mean_and_interval(entry["difference_to_best"], signed=True),
+        "steps": MISSING if to_target["steps"] is None else f"{to_target['steps']:,.0f}",
+        "reached": f"{to_target['reached']} of {entry['reported_runs']} seeds",
+        "tokens": MISSING if to_target["tokens"] is None else f"{to_target['tokens']:,.0f} tokens",
+        "seconds": "" if to_target["seconds"] is None else f"{to_target['seconds']:,.1f} s",
+        "per_step": f"{1000 * entry['seconds_per_step']:,.0f} ms",
+        "state": size(entry["state_bytes"]),
+        "diverged": f"{tuning}, {reported}",
         "settings": ", ".join(
-            f"{key} {plain(value)}" for key, value in row["settings"].items() if key not in UNTOLD
+            f"{key} {_setting_text(value)}" for key, value in settings if key not in _LEFT_OUT
         ),
     }
 
 
-def value(value: Record | None, *, signed: bool = False) -> tuple[str, str]:
-    """(Mean, interval) as text."""
+def _mean_and_interval(value: JsonObject | None, *, signed: bool = False) -> tuple[str, str]:
     if value is None:
-        return facts.MISSING, ""
+        return MISSING, ""
     form = "+.3f" if signed else ".3f"
     spread = "" if value["low"] is None else f"{value['low']:{form}} to {value['high']:{form}}"
     return f"{value['mean']:{form}}".replace("-", "−"), spread.replace("-", "−")
 
 
-def plain(value: Any) -> str:
-    """A setting as one would write it."""
+def _setting_text(value: Any) -> str:
+    """Return a setting as one writes it in a config."""
     if isinstance(value, list):
-        return "(" + ", ".join(map(plain, value)) + ")"
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+        return "(" + ", ".join(map(_setting_text, value)) + ")"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def run_line(run: Record) -> list[str]:
-    """One run in the table at the end: phase, seed, lr, steps, held-out loss, test loss, seconds."""
+def run_line(run: JsonObject) -> list[str]:
+    """Return the cells of one run: phase, seed, lr, steps, held-out loss, test loss, seconds."""
     loss = "diverged" if run["diverged"] else f"{run['validation_loss']:.4f}"
-    test = facts.MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
+    test = MISSING if run["test_loss"] is None else f"{run['test_loss']:.4f}"
     phase = "widening" if run["widening"] else run["phase"]
     return [
         phase,

@@ -1,53 +1,50 @@
-"""`comparison.html`: one self-contained page from comparison.json.
+"""`comparison.html`: one self-contained page made from comparison.json.
 
-Floor 1. As the report of a run it needs no network, no script and no other file.
+Like the report of a run it needs no network, no script and no other file.
 """
 
 import json
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
 from finetune.errors import UserError
-from finetune.report import comparison_facts as compared
-from finetune.report import facts
+from finetune.report import comparison_facts as facts
+from finetune.report import run_facts
 from finetune.report.comparison_charts import legend, pictures_of
-from finetune.report.pages import fill, write_page
-
-Record = dict[str, Any]
+from finetune.report.html import fill_template, write_page
 
 
 def write_comparison(root: Path) -> Path:
-    """Write comparison.html into the comparison's folder and return its path. Runs no model.
+    """Write comparison.html into the comparison's folder and return its path. No model is run.
 
-    Raises UserError where there is no comparison.json, or the page cannot be written.
+    Raises UserError if there is no comparison.json, or if the page cannot be written.
     """
     source, target = root / "comparison.json", root / "comparison.html"
     if not source.is_file():
         raise UserError(
-            f"{root} holds no finished comparison: there is no {source}; run `finetune compare` to its end"
+            f"{root} holds no finished comparison: there is no {source}. "
+            "Run `finetune compare` to its end."
         )
-    return write_page(render(json.loads(source.read_text(encoding="utf-8"))), target)
+    return write_page(_render(json.loads(source.read_text(encoding="utf-8"))), target)
 
 
-def render(comparison: Record) -> str:
-    """Return the page."""
+def _render(comparison: facts.JsonObject) -> str:
     environment = comparison["environment"]
-    return fill(
+    return fill_template(
         "comparison.html.jinja",
         styles=("report.css", "comparison.css"),
         comparison=comparison,
-        subtitle=compared.subtitle(comparison),
-        state=compared.state(comparison),
+        subtitle=facts.subtitle(comparison),
+        state=facts.run_counts(comparison),
         legend=Markup(legend(list(comparison["optimizers"]))),
         pictures=[(picture, Markup(picture.svg)) for picture in pictures_of(comparison)],
-        rows=[compared.line(name, row) for name, row in compared.ranked(comparison)],
-        rules=compared.rules(comparison),
-        caveats=compared.caveats(comparison),
-        bins=compared.bins(comparison),
-        runs=[compared.run_line(run) for run in comparison["runs"]],
-        machine_facts=facts.pairs(environment["machine"])
-        + facts.pairs({key: environment[key] for key in ("device", "precision")}),
-        model_facts=facts.pairs(comparison["model"]),
+        lines=[facts.optimizer_line(name, entry) for name, entry in facts.ranked(comparison)],
+        rules=facts.rules(comparison),
+        caveats=facts.caveats(comparison),
+        bins=facts.bins(comparison),
+        runs=[facts.run_line(run) for run in comparison["runs"]],
+        machine_facts=run_facts.pairs(environment["machine"])
+        + run_facts.pairs({key: environment[key] for key in ("device", "precision")}),
+        model_facts=run_facts.pairs(comparison["model"]),
     )

@@ -5,5 +5,6 @@ rooms write checkpoints, model/, report.html and bad_batch.pt at the paths that 
 
 Read in this order: `folder` (what lies where), `records` (each one a dataclass with `read` and
 `write`), `log` (what grows while a run goes on), `metrics` (the names and units of the figures),
-`environment` (how that record is made), `files` (how a record is replaced, whole or not at all).
+`environment` (how that record is made), `files` (how a record is replaced, whole or not at all),
+`wording` (durations, sizes and lists in words).
 """

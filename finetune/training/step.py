@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from finetune.data.steps import StepBatch
+from finetune.data.batches.steps import StepBatch
 from finetune.optim import clip_grad_norm_
 
 

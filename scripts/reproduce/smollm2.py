@@ -14,7 +14,7 @@ from typing import Any
 
 from claim import Claim, present
 
-from finetune.recipes.comparing import compare_optimizers
+from finetune.recipes.compare.compare import compare_optimizers
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"chat": "smollm2_chat", "translation": "smollm2_translation"}
@@ -23,7 +23,7 @@ SMALL = [
     "data.max_length=128",
     "training.batch_size=2",
     "training.micro_batch_size=2",
-    "data.max_validation_rows=40",
+    "data.max_validation_records=40",
 ]
 
 

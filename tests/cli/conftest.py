@@ -114,8 +114,8 @@ def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_in(
         tmp_path_factory.mktemp("translator"),
         data={
-            "train": {"path": "package:translation.en-fr.train", "max_rows": 40},
-            "validation": {"path": "package:translation.en-fr.test", "max_rows": 6},
+            "train": {"path": "package:translation.en-fr.train", "max_records": 40},
+            "validation": {"path": "package:translation.en-fr.test", "max_records": 6},
             "max_length": 128,
         },
         evaluation={"samples": 2, "generate": 4},

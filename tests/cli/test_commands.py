@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.cli import app
 from finetune.config import load_config
 from finetune.optim import list_optimizers
-from finetune.recipes.inspecting import inspect_data
+from finetune.recipes.inspect import inspect_data
 from tests.cli.conftest import finetune, snapshot
 from tests.conftest import conversation
 
@@ -247,7 +247,7 @@ def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
     before = snapshot(chat_run)
     other = json.loads(finetune("evaluate", "run", "data.validation=chat.jsonl").out)
     assert other["data"] == "data.validation: chat.jsonl"
-    assert other["num_rows"] == 48
+    assert other["num_records"] == 48
     assert other["num_target_tokens"] > found["num_target_tokens"]
     plain = json.loads(finetune("evaluate", "run/model", "--config", "c.yaml").out)
     assert plain["loss"] == pytest.approx(found["loss"])
@@ -255,11 +255,11 @@ def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
 
 
 def test_evaluate_reads_all_rows_of_the_test_data(chat_run):
-    held_out = json.loads(finetune("evaluate", "run", "data.max_validation_rows=2").out)
+    held_out = json.loads(finetune("evaluate", "run", "data.max_validation_records=2").out)
     tested = json.loads(
-        finetune("evaluate", "run", "data.max_validation_rows=2", "data.test=chat.jsonl").out
+        finetune("evaluate", "run", "data.max_validation_records=2", "data.test=chat.jsonl").out
     )
-    assert (held_out["num_rows"], tested["num_rows"]) == (2, 48)
+    assert (held_out["num_records"], tested["num_records"]) == (2, 48)
 
 
 def test_a_demo_is_not_written_over_a_run_that_was_named(chat_run):
@@ -605,4 +605,6 @@ def test_optimizers_lists_them_all():
     assert "betas=(0.9, 0.999)" in result.out
     few = finetune("optimizers", "lazy*").out
     assert "lazy_adamw" in few
+    assert "missed_steps=exact" in few
+    assert "embeddings=" not in few
     assert "muon" not in few

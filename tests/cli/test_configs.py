@@ -80,7 +80,7 @@ def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
     assert config.output_dir == (Path("runs") / path.stem if path in CONFIGS else config.output_dir)
     architecture = ARCHITECTURES[config.model.name]
     train, held_out = (
-        [{"path": source.path, "max_rows": rows} for source in sources]
+        [{"path": source.path, "max_records": rows} for source in sources]
         for sources, rows in ((config.data.train, 24), (config.data.validation, 4))
     )
     result = finetune(

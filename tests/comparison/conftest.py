@@ -44,7 +44,10 @@ def made_run(name, seed, lr, losses, *, reported=False, problem="", state=1000):
 
 
 def made_comparison(names=("sgd", "adam", "adamw"), *, seeds=3, diverged=()):
-    """What comparison.json would hold: losses fall further for every further name; those in `diverged` lose a seed."""
+    """Return what comparison.json would hold.
+
+    Losses fall further for every further name. Those in `diverged` lose a seed.
+    """
     tuning, reported = {}, {}
     for rank, name in enumerate(names):
         ends = [5.0 - 0.4 * rank + 0.3 * abs(i - 2) for i in range(5)]

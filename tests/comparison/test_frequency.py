@@ -2,7 +2,7 @@
 
 import torch
 
-from finetune.comparison.frequency import BINS, add_up, bins_of
+from finetune.comparison.frequency import BINS, bins_of
 
 
 def test_bins_are_cut_by_the_share_of_the_training_targets():
@@ -15,9 +15,3 @@ def test_bins_are_cut_by_the_share_of_the_training_targets():
 
 def test_one_token_that_is_everything_is_the_head():
     assert bins_of(torch.tensor([0, 7])).tolist() == [2, 0]
-
-
-def test_losses_add_up_by_bin():
-    bins = torch.tensor([2, 0, 1])
-    found = add_up(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([1, 1, 0, 2]), bins)
-    assert found.tolist() == [[3.0, 8.0, 4.0], [2.0, 1.0, 1.0]]

@@ -1,4 +1,4 @@
-"""comparison.html of a comparison made by hand: what it says, that it is one file, that it opens, that it can be told apart."""
+"""comparison.html of a comparison made by hand: its text, that it opens alone, its contrasts."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import finetune.report
 from finetune.errors import UserError
 from finetune.report.comparison_facts import caveats
 from finetune.report.comparison_page import write_comparison
-from finetune.report.series import LINES, MARKERS, NUM_COLOURS, STAND_INS, look
+from finetune.report.svg import DASHES, MARKERS, NUM_COLOURS, SERIES_COLOURS, look
 from tests.comparison.conftest import made_comparison, write_folder
 from tests.report.test_browser import CHROMIUM, visit
 from tests.report.test_report import Page, luminance
@@ -32,7 +32,7 @@ def html(folder):
     return (folder / "comparison.html").read_text(encoding="utf-8")
 
 
-def test_it_says_what_came_out_and_how(html):
+def test_the_page_reports_the_result_and_the_method(html):
     page = Page(html)
     for expected in (
         "adamw wins: test loss 4.420",
@@ -83,7 +83,7 @@ def test_one_file_that_asks_for_nothing(folder, html):
     assert [a for a in page.addresses if not a.startswith(("#", "data:,"))] == []
     assert len(page.ids) == len(set(page.ids)) > 50
     assert not re.search(r"https?://|@import|<script", html)
-    assert not any(colour in html for colour in STAND_INS)
+    assert not any(colour in html for colour in SERIES_COLOURS)
     assert len(html) < 400_000
     assert write_comparison(folder).read_text(encoding="utf-8") == html
 
@@ -94,14 +94,17 @@ def test_a_folder_without_a_comparison(tmp_path):
 
 
 def test_series_differ_in_line_and_marker_as_well_as_in_colour():
-    looks = [look(number) for number in range(len(LINES) * len(MARKERS))]
-    assert len({(str(one.line), one.marker) for one in looks}) == 35
+    looks = [look(number) for number in range(len(DASHES) * len(MARKERS))]
+    assert len({(one.dashes, one.marker) for one in looks}) == 35
     assert len({one.colour for one in looks[:NUM_COLOURS]}) == NUM_COLOURS
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_series_stand_out_from_their_ground(scheme):
-    """A contrast of 3, as WCAG 2.2 asks of drawings (https://www.w3.org/TR/WCAG22/#non-text-contrast)."""
+    """The contrast is at least 3, as WCAG 2.2 requires of drawings.
+
+    https://www.w3.org/TR/WCAG22/#non-text-contrast
+    """
     folder, number = Path(finetune.report.__file__).parent, ["light", "dark"].index(scheme)
     roots = [
         re.findall(r":root \{(.*?)\}", (folder / name).read_text(), re.DOTALL)[number]

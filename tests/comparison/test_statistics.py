@@ -28,8 +28,8 @@ def test_a_winner_overlaps_with_nobody():
     verdict = judge({"sgd": around(3.0), "adam": around(1.0), "adamw": around(1.5)}, {})
     assert (verdict.winner, verdict.ranking) == ("adam", ["adam", "adamw", "sgd"])
     assert verdict.sentences == [
-        "adam wins: test loss 1.000 [0.900, 1.100]; adamw, the next, has 1.500 [1.400, 1.600], "
-        "and no 95% interval overlaps with the winner's."
+        "adam wins: test loss 1.000 [0.900, 1.100].",
+        "The next is adamw with 1.500 [1.400, 1.600]. No 95% interval overlaps with the winner's.",
     ]
 
 

@@ -7,8 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
     "Translate English to French. What is the capital of France? The capital of France is Paris.",
-    "Bonjour, comment allez-vous ? Je vais très bien, merci. Où est la gare ? Une phrase assez longue.",
-    "system user assistant model question answer text Hello there, how are you? I am fine, thank you very much indeed.",
+    "Bonjour, comment allez-vous ? Je vais très bien, merci. Où est la gare ? Une phrase "
+    "assez longue.",
+    "system user assistant model question answer text Hello there, how are you? I am fine, "
+    "thank you very much indeed.",
 ] * 4
 SPECIAL = [
     "<unk>",
@@ -27,18 +29,24 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 DEFAULT_SYSTEM = (  # Qwen 2.5, SmolLM2
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    + CHATML
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful "
+    "assistant.<|im_end|>\n{% endif %}" + CHATML
 )
 LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
-    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
-    "{% for m in rest %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {% if loop.first %}{{ system }}{% endif %}"
-    "{{ m['content'] | trim }} [/INST]{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>' + "
+    "messages[0]['content'] + '<</SYS>>' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}{% "
+    "endif %}"
+    "{% for m in rest %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {% if loop.first "
+    "%}{{ system }}{% endif %}"
+    "{{ m['content'] | trim }} [/INST]{% else %} {{ m['content'] | trim }} {{ eos_token }}{% "
+    "endif %}{% endfor %}"
 )
 GEMMA = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ bos_token }}"
-    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
+    "}}{% endif %}{{ bos_token }}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else "
+    "m['role'] }}\n{{ m['content'] | trim }}"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 ZEPHYR = (
@@ -46,15 +54,18 @@ ZEPHYR = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 THINKING = (  # Qwen3: only answers after the last question keep their (here empty) thoughts
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% "
+    "set ns.last = loop.index0 %}{% endif %}"
     "{% endfor %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% if m['role'] == 'assistant' and loop.index0 > ns.last %}<think>\n\n</think>\n\n{% "
+    "endif %}{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SYSTEM_LAST = (  # Mistral: the system message stands in the last question
     "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
     "{% set rest = messages[1:] if messages[0]['role'] == 'system' else messages %}"
-    "{% set ns = namespace(last=0) %}{% for m in rest %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
+    "{% set ns = namespace(last=0) %}{% for m in rest %}{% if m['role'] == 'user' %}{% set "
+    "ns.last = loop.index0 %}{% endif %}"
     "{% endfor %}{{ bos_token }}{% for m in rest %}{% if m['role'] == 'user' %}[INST] "
     "{% if loop.index0 == ns.last and system %}{{ system }}\n\n{% endif %}{{ m['content'] }}[/INST]"
     "{% else %} {{ m['content'] }}{{ eos_token }}"
@@ -64,7 +75,10 @@ FORCED_THOUGHT = (  # R1: asks with <think>, finished turns have none
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if "
+    "add_generation_prompt %}assistant: {% endif %}"
+)
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 

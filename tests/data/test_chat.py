@@ -1,15 +1,16 @@
-"""Conversations: what is learnt under stock-like templates, the shapes that are read, and every refusal."""
+"""Conversations: what is learnt under stock-like templates, the shapes read, every refusal."""
 
 from typing import Any
 
 import pytest
 
-from finetune.data.chat import ChatFormat
-from finetune.data.detect import build_format
+from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.detect import build_format
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
 
 from . import stock
+from .settings import format_options
 from .stock import MakeTokenizer
 
 TURNS = [
@@ -55,13 +56,13 @@ def test_the_assistants_turns_with_their_end_mark_are_learnt(
     name: str, make_tokenizer: MakeTokenizer
 ) -> None:
     tokenizer = make_tokenizer(getattr(stock, name), adds_bos=True)
-    row = {"messages": MESSAGES}
-    [example] = chat(tokenizer).examples(row)
+    record = {"messages": MESSAGES}
+    [example] = chat(tokenizer).examples(record)
     assert learnt(example, tokenizer) == TEMPLATES[name]
     rendered = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert rendered.startswith(tokenizer.decode(list(example.input_ids)))
     assert example.labels[0] == IGNORE_INDEX
-    [prompt] = chat(tokenizer).prompts(row)
+    [prompt] = chat(tokenizer).prompts(record)
     n = len(prompt.input_ids)
     assert list(example.input_ids[:n]) == list(prompt.input_ids), (
         "training and generation see the same tokens"
@@ -162,16 +163,16 @@ def test_shapes_of_the_same_conversation_give_the_same_example(
     assert detected(tokenizer, SHAPES[shape]).examples(SHAPES[shape]) == expected
 
 
-def test_rows_may_differ_in_their_shape(make_tokenizer: MakeTokenizer) -> None:
-    """Sources of a mixture, or rows of one JSON file, where the columns of the others are None."""
+def test_records_may_differ_in_their_shape(make_tokenizer: MakeTokenizer) -> None:
+    """Sources of a mixture, or records of one JSON file, in which other columns are None."""
     tokenizer = make_tokenizer()
     format, expected = (
         detected(tokenizer, SHAPES["messages"]),
         chat(tokenizer).examples({"messages": MESSAGES}),
     )
-    nothing = {name: None for row in SHAPES.values() for name in row}
-    for row in SHAPES.values():
-        assert format.examples(row) == format.examples({**nothing, **row}) == expected
+    nothing = {name: None for record in SHAPES.values() for name in record}
+    for record in SHAPES.values():
+        assert format.examples(record) == format.examples({**nothing, **record}) == expected
     with pytest.raises(UserError, match="column 'messages' is missing; the columns are text"):
         format.examples({"text": "Hello"})
 
@@ -185,25 +186,20 @@ def test_questions_and_answers_in_columns(make_tokenizer: MakeTokenizer) -> None
         ]
     }
     expected = chat(tokenizer).examples(conversation)
-    rows: list[tuple[dict[str, str], dict[str, str]]] = [
+    records: list[tuple[dict[str, str], dict[str, str]]] = [
         ({"prompt": "a question\n\nHello", "completion": "fine"}, {}),
         ({"instruction": "a question", "input": "Hello", "output": "fine"}, {}),
         ({"instruction": "a question\n\nHello", "input": "", "output": "fine"}, {}),
         ({"instruction": "a question\n\nHello", "output": "fine"}, {}),
         ({"q": "a question\n\nHello", "a": "fine"}, {"prompt": "q", "completion": "a"}),
     ]
-    for row, columns in rows:
-        assert detected(tokenizer, row, columns).examples(row) == expected, row
+    for record, columns in records:
+        assert detected(tokenizer, record, columns).examples(record) == expected, record
 
 
-def detected(tokenizer: Any, row: Any, columns: Any = None, **options: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "targets": "assistant", "system_prompt": None, "source_language": None, "target_language": None, "direction": "forward",
-        "template": None,
-    }  # fmt: skip
-    return build_format(
-        "auto", tokenizer=tokenizer, first_row=row, columns=columns or {}, **(defaults | options)
-    )
+def detected(tokenizer: Any, record: Any, columns: Any = None, **options: Any) -> Any:
+    chosen = format_options(columns=columns or {}, **options)
+    return build_format("auto", chosen, tokenizer=tokenizer, first_record=record)
 
 
 def test_what_follows_the_last_answer_is_left_out(make_tokenizer: MakeTokenizer) -> None:
@@ -223,11 +219,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "nothing": ([], "no assistant turn"),
     "two users in a row": (
         [USER, USER, ANSWER],
-        "message 2 is from user after user, where assistant should be",
+        "message 2 is from user after user, but must be from assistant; user and ",
     ),
     "assistant first": (
         [ANSWER, USER, ANSWER],
-        "message 1 is from assistant at the start, where user should be",
+        "message 1 is from assistant at the start, but must be from user",
     ),
     "system in the middle": (
         [USER, ANSWER, message("system", "x"), USER, ANSWER],
@@ -242,7 +238,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty question": ([message("user", ""), ANSWER], "message 1 (user) is empty"),
     "content that is no text": (
         [USER, message("assistant", None)],
-        "message 2 (assistant) has no text as its content, but None",
+        "the content of message 2 (assistant) must be text, not None",
     ),
     "a string": ("Hello", "a conversation is a list of messages, not 'Hello'"),
     "a list of strings": (
@@ -265,18 +261,21 @@ def test_a_bad_conversation_is_refused_in_one_sentence(
 def test_a_missing_column_is_named_with_those_there_are(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(
         UserError,
-        match=r"column 'completion' is missing; the columns are prompt, complete; did you mean 'complete'\?",
+        match=r"column 'completion' is missing; the columns are prompt, complete; "
+        r"did you mean 'complete'\?",
     ):
         chat(make_tokenizer(), shape="prompt").examples({"prompt": "a", "complete": "b"})
 
 
 TEMPLATE_ERRORS = {
-    "{{ raise_exception('only in rhyme') }}": "the chat template fails on this conversation: only in rhyme",
-    "{% for m in messages %}{{ m.content.upper( }}{% endfor %}": "the chat template fails on this conversation",
+    "{{ raise_exception('only in rhyme') }}": "fails on this conversation: only in rhyme",
+    "{% for m in messages %}{{ m.content.upper( }}{% endfor %}": "the chat template fails on this",
     "{{ nothing.at.all }}": "the chat template fails on this conversation: 'nothing' is undefined",
     stock.FORCED_THOUGHT: "the chat template cannot be split before an answer",
-    stock.NO_END: "which is no special token, so a model trained with it would never stop",
-    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}": "leaves out the assistant",
+    stock.NO_END: "is not a special token, so a model trained with it would never stop",
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}": (
+        "leaves out the assistant"
+    ),
 }
 
 
@@ -290,7 +289,7 @@ def test_a_template_that_cannot_be_used_is_refused(
 
 
 def test_no_template_at_all_says_what_to_do(make_tokenizer: MakeTokenizer) -> None:
-    with pytest.raises(UserError, match=r'model\.chat_template: "chatml"'):
+    with pytest.raises(UserError, match=r"no chat template\. Set model\.chat_template to chatml"):
         chat(make_tokenizer(None))
 
 

@@ -1,10 +1,10 @@
-"""Rows to tensors: padding, labels, and positions that keep packed examples apart."""
+"""Sequences to tensors: padding, labels, and positions that keep packed examples apart."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.collate import collate
+from finetune.data.batches.collate import collate
 from finetune.data.types import IGNORE_INDEX, Example
 
 
@@ -12,7 +12,7 @@ def example(*ids: int) -> Example:
     return Example(list(ids), [IGNORE_INDEX, *ids[1:]])
 
 
-def test_padded_rows_by_hand() -> None:
+def test_padded_sequences_by_hand() -> None:
     batch = collate(
         [[example(5, 6, 7)], [example(8, 9)]], pad_id=0, packed=False, pad_to_multiple_of=1
     )
@@ -22,7 +22,7 @@ def test_padded_rows_by_hand() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}  # type: ignore[attr-defined]
 
 
-def test_packed_rows_by_hand() -> None:
+def test_packed_sequences_by_hand() -> None:
     batch = collate(
         [[example(5, 6, 7), example(8, 9)], [example(1, 2)]],
         pad_id=0,
@@ -38,13 +38,13 @@ def test_packed_rows_by_hand() -> None:
 
 
 def test_padding_ends_where_a_model_may_have_no_position_left() -> None:
-    rows = [[example(*range(1, 10))]]
-    assert collate(rows, pad_id=0, packed=False)["input_ids"].shape == (1, 16)
-    assert collate(rows, pad_id=0, packed=False, max_length=12)["input_ids"].shape == (1, 12)
-    assert collate(rows, pad_id=0, packed=False, max_length=9)["input_ids"].shape == (1, 9)
+    sequences = [[example(*range(1, 10))]]
+    assert collate(sequences, pad_id=0, packed=False)["input_ids"].shape == (1, 16)
+    assert collate(sequences, pad_id=0, packed=False, max_length=12)["input_ids"].shape == (1, 12)
+    assert collate(sequences, pad_id=0, packed=False, max_length=9)["input_ids"].shape == (1, 9)
 
 
-def test_no_rows_give_a_batch_without_a_target() -> None:
+def test_no_sequences_give_a_batch_without_a_target() -> None:
     for packed in (False, True):
         batch = collate([], pad_id=3, packed=packed)
         assert batch["input_ids"].tolist() == [[3] * 8]
@@ -52,7 +52,7 @@ def test_no_rows_give_a_batch_without_a_target() -> None:
         assert ("position_ids" in batch) == packed
 
 
-ROWS = st.lists(
+SEQUENCES = st.lists(
     st.lists(
         st.lists(st.integers(1, 99), min_size=1, max_size=6).map(lambda ids: example(*ids)),
         min_size=1,
@@ -62,17 +62,17 @@ ROWS = st.lists(
 )
 
 
-@given(ROWS, st.sampled_from([1, 8]))
-def test_packed_rows_hold_the_examples_and_no_target_crosses_a_border(
-    rows: list[list[Example]], multiple: int
+@given(SEQUENCES, st.sampled_from([1, 8]))
+def test_packed_sequences_hold_the_examples_and_no_target_crosses_a_border(
+    sequences: list[list[Example]], multiple: int
 ) -> None:
-    batch = collate(rows, pad_id=0, packed=True, pad_to_multiple_of=multiple)
+    batch = collate(sequences, pad_id=0, packed=True, pad_to_multiple_of=multiple)
     assert batch["input_ids"].shape[1] % multiple == 0
     assert batch["input_ids"][batch["input_ids"] > 0].tolist() == [
-        token for row in rows for e in row for token in e.input_ids
+        token for sequence in sequences for e in sequence for token in e.input_ids
     ]
     first = batch["position_ids"] == 0
-    assert int(first.sum()) >= sum(map(len, rows)), "each example is a segment of its own"
+    assert int(first.sum()) >= sum(map(len, sequences)), "each example is a segment of its own"
     assert bool((batch["labels"][first] == IGNORE_INDEX).all()), (
         "the first token of a segment has no prediction"
     )

@@ -6,35 +6,35 @@ from typing import Any
 import pytest
 
 from finetune.data.encode import EncodedDataset, encode
-from finetune.data.types import IGNORE_INDEX, Example, Prompt, Row
+from finetune.data.types import IGNORE_INDEX, Example, Prompt, Record
 from finetune.errors import UserError
 
 
 class Given:
-    """A format whose rows are examples already: {"ids": [...], "prompt": tokens that are no target}."""
+    """A format whose records are examples: {"ids": [...], "prompt": tokens not learnt}."""
 
     name = "given"
 
-    def examples(self, row: Row) -> list[Example]:
-        ids, prompt = row["ids"], max(1, row["prompt"])
+    def examples(self, record: Record) -> list[Example]:
+        ids, prompt = record["ids"], max(1, record["prompt"])
         if ids == "bad":
-            raise UserError("the row is bad")
+            raise UserError("the record is bad")
         return [Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])] if ids else []
 
-    def prompts(self, row: Row) -> list[Prompt]:
+    def prompts(self, record: Record) -> list[Prompt]:
         return []
 
 
-def rows(*items: Mapping[str, Any]) -> list[tuple[str, Row]]:
+def records(*items: Mapping[str, Any]) -> list[tuple[str, Record]]:
     return [(f"data.jsonl, row {n}", item) for n, item in enumerate(items, start=1)]
 
 
-def row(length: int, prompt: int = 1) -> dict[str, Any]:
+def record(length: int, prompt: int = 1) -> dict[str, Any]:
     return {"ids": list(range(length)), "prompt": prompt}
 
 
 def run(
-    items: list[tuple[str, Row]],
+    items: list[tuple[str, Record]],
     *,
     overlong: str = "truncate",
     max_length: int = 10,
@@ -44,76 +44,84 @@ def run(
 
 
 def test_truncation_keeps_the_start_and_is_counted() -> None:
-    dataset = run(rows(row(4), row(14, prompt=3), row(14, prompt=12), {"ids": [], "prompt": 1}))
+    dataset = run(
+        records(record(4), record(14, prompt=3), record(14, prompt=12), {"ids": [], "prompt": 1})
+    )
     assert [list(e.input_ids) for e in dataset] == [[0, 1, 2, 3], list(range(10))]
     assert list(dataset[1].labels) == [-100, -100, -100, 3, 4, 5, 6, 7, 8, 9]
     assert dataset.statistics.as_dict() == {
-        "rows": 4, "blank_rows": 1, "examples": 2, "tokens": 14, "target_tokens": 10, "truncated": 2, "without_target": 1,
-        "dropped": 0, "longest": 14,
+        "records": 4, "blank_records": 1, "examples": 2, "tokens": 14, "target_tokens": 10,
+        "truncated": 2, "without_target": 1, "dropped": 0, "longest": 14,
     }  # fmt: skip
 
 
 def test_overlong_examples_can_be_dropped() -> None:
-    counts = run(rows(row(4), row(14)), overlong="drop").statistics
+    counts = run(records(record(4), record(14)), overlong="drop").statistics
     assert (counts.examples, counts.dropped, counts.truncated) == (1, 1, 0)
 
 
 def test_overlong_examples_can_be_an_error() -> None:
     with pytest.raises(
         UserError,
-        match=r"data\.jsonl, row 2: the text has 14 tokens, more than data\.max_length 10; raise max_length",
+        match=r"data\.jsonl, row 2: the text has 14 tokens, more than data\.max_length = 10\. "
+        r"Raise data\.max_length,",
     ):
-        run(rows(row(4), row(14)), overlong="error")
+        run(records(record(4), record(14)), overlong="error")
 
 
 def test_what_is_stored_comes_back() -> None:
-    items = rows(row(4), row(9, prompt=5), row(1 + 1))
+    items = records(record(4), record(9, prompt=5), record(1 + 1))
     dataset = run(items)
     assert dataset.lengths == [4, 9, 2]
     assert list(dataset.target_counts) == [3, 4, 1] == [e.num_target_tokens for e in dataset]
-    assert [dataset.row_of(i) for i in range(3)] == [0, 1, 2]
     with pytest.raises(IndexError):
         dataset[3]
 
 
 def test_the_fingerprint_tells_other_data() -> None:
     prints = {
-        run(rows(*items)).fingerprint
-        for items in ([row(4), row(5)], [row(5), row(4)], [row(4), row(5, 2)], [row(4)])
+        run(records(*items)).fingerprint
+        for items in (
+            [record(4), record(5)],
+            [record(5), record(4)],
+            [record(4), record(5, 2)],
+            [record(4)],
+        )
     }
     assert len(prints) == 4
-    assert run(rows(row(4))).fingerprint in prints
+    assert run(records(record(4))).fingerprint in prints
 
 
-def test_a_bad_row_is_named() -> None:
-    with pytest.raises(UserError, match=r"^data\.jsonl, row 2: the row is bad$"):
-        run(rows(row(4), {"ids": "bad", "prompt": 1}))
+def test_a_bad_record_is_named() -> None:
+    with pytest.raises(UserError, match=r"^data\.jsonl, row 2: the record is bad$"):
+        run(records(record(4), {"ids": "bad", "prompt": 1}))
 
 
 def test_a_token_outside_the_vocabulary_is_an_error() -> None:
-    assert len(run(rows(row(4)), vocab_size=4)) == 1
+    assert len(run(records(record(4)), vocab_size=4)) == 1
     with pytest.raises(
         UserError, match=r"row 1: token id 4 is outside the model's vocabulary of 4 rows"
     ):
-        run(rows(row(5)), vocab_size=4)
+        run(records(record(5)), vocab_size=4)
 
 
 def test_a_label_outside_the_vocabulary_is_an_error() -> None:
     class Wrong(Given):
-        def examples(self, row: Row) -> list[Example]:
+        def examples(self, record: Record) -> list[Example]:
             return [Example([1, 2], [IGNORE_INDEX, 99])]
 
     with pytest.raises(UserError, match="token id 99 is outside the model's vocabulary of 50 rows"):
-        encode(rows(row(2)), Wrong(), max_length=8, overlong="truncate", vocab_size=50)
+        encode(records(record(2)), Wrong(), max_length=8, overlong="truncate", vocab_size=50)
 
 
 def test_no_target_at_all_is_an_error() -> None:
     with pytest.raises(
         UserError,
-        match=r"no target tokens in 2 rows, so there is nothing to learn: 2 without a target after the cut to data.max_length = 10",
+        match="no target tokens in 2 records, so there is nothing to learn: 2 without a target "
+        r"after the cut to data\.max_length = 10\. Raise data\.max_length",
     ):
-        run(rows(row(14, prompt=11), row(12, prompt=11)))
+        run(records(record(14, prompt=11), record(12, prompt=11)))
     with pytest.raises(UserError, match=r"2 over data.max_length = 10 and dropped"):
-        run(rows(row(14), row(12)), overlong="drop")
-    with pytest.raises(UserError, match="there are no rows in the data"):
+        run(records(record(14), record(12)), overlong="drop")
+    with pytest.raises(UserError, match="the data holds no records"):
         run([])

@@ -7,7 +7,7 @@ from itertools import permutations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.packing import pack
+from finetune.data.batches.packing import pack
 
 LENGTHS = st.integers(1, 64).flatmap(
     lambda limit: st.tuples(st.lists(st.integers(1, limit), max_size=60), st.just(limit))
@@ -15,17 +15,17 @@ LENGTHS = st.integers(1, 64).flatmap(
 
 
 @given(LENGTHS)
-def test_every_example_once_and_no_row_too_long(case: tuple[list[int], int]) -> None:
+def test_every_example_once_and_no_sequence_too_long(case: tuple[list[int], int]) -> None:
     lengths, limit = case
-    rows = pack(lengths, limit)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(0 < sum(lengths[i] for i in row) <= limit for row in rows)
+    sequences = pack(lengths, limit)
+    assert sorted(i for sequence in sequences for i in sequence) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in sequence) <= limit for sequence in sequences)
 
 
 @given(LENGTHS)
-def test_no_two_rows_would_fit_into_one(case: tuple[list[int], int]) -> None:
+def test_no_two_sequences_would_fit_into_one(case: tuple[list[int], int]) -> None:
     lengths, limit = case
-    sizes = sorted(sum(lengths[i] for i in row) for row in pack(lengths, limit))
+    sizes = sorted(sum(lengths[i] for i in sequence) for sequence in pack(lengths, limit))
     assert len(sizes) < 2 or sizes[0] + sizes[1] > limit
 
 
@@ -39,22 +39,22 @@ def test_at_most_eleven_ninths_of_the_best(lengths: list[int]) -> None:
 
 
 def next_fit(lengths: tuple[int, ...], limit: int) -> int:
-    rows, room = 0, 0
+    count, room = 0, 0
     for length in lengths:
         if length > room:
-            rows, room = rows + 1, limit
+            count, room = count + 1, limit
         room -= length
-    return rows
+    return count
 
 
 def first_fit(lengths: list[int], limit: int) -> int:
     rooms: list[int] = []
     for length in lengths:
-        row = next((r for r, room in enumerate(rooms) if room >= length), None)
-        if row is None:
+        found = next((number for number, room in enumerate(rooms) if room >= length), None)
+        if found is None:
             rooms.append(limit - length)
         else:
-            rooms[row] -= length
+            rooms[found] -= length
     return len(rooms)
 
 
@@ -66,29 +66,30 @@ def test_fuller_than_first_fit_on_lengths_as_text_has_them() -> None:
 
 
 def test_a_case_by_hand() -> None:
-    # 6 opens a row (4 left), 5 another (5 left), 4 goes where it fits best, and 3 and 2 fill the second
+    # 6 opens a sequence (4 left), 5 another (5 left); 4 fits best into the first,
+    # 3 and 2 fill the second
     assert pack([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
     assert pack([], 10) == []
     assert pack([10, 10], 10) == [[0], [1]]
 
 
-def test_shuffled_lengths_make_rows_as_full_with_other_companions() -> None:
+def test_shuffled_lengths_make_sequences_as_full_with_other_companions() -> None:
     generator = random.Random(0)
     lengths = [generator.randint(5, 60) for _ in range(500)]
     order = list(range(500))
     generator.shuffle(order)
     first = pack(lengths, 128)
-    second = [[order[i] for i in row] for row in pack([lengths[i] for i in order], 128)]
-    assert sorted(sorted(lengths[i] for i in row) for row in first) == sorted(
-        sorted(lengths[i] for i in row) for row in second
+    second = [[order[i] for i in sequence] for sequence in pack([lengths[i] for i in order], 128)]
+    assert sorted(sorted(lengths[i] for i in sequence) for sequence in first) == sorted(
+        sorted(lengths[i] for i in sequence) for sequence in second
     )
-    assert {frozenset(row) for row in first} != {frozenset(row) for row in second}
+    assert set(map(frozenset, first)) != set(map(frozenset, second))
 
 
 def test_two_hundred_thousand_examples_take_about_a_second() -> None:
     generator = random.Random(0)
     lengths = [min(512, max(5, int(generator.lognormvariate(4, 1)))) for _ in range(200_000)]
     started = time.perf_counter()
-    rows = pack(lengths, 512)
+    sequences = pack(lengths, 512)
     assert time.perf_counter() - started < 5
-    assert sum(lengths) / (512 * len(rows)) > 0.999
+    assert sum(lengths) / (512 * len(sequences)) > 0.999

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.detect import build_format
+from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
 from finetune.data.encode import EncodedDataset, encode
-from finetune.data.loader import EvaluationBatches, TrainingBatches
-from finetune.data.sources import Source, load_rows
+from finetune.data.formats.detect import build_format
+from finetune.data.sources import load_records
 from finetune.data.statistics import histogram, pieces, report_on
 from finetune.data.types import IGNORE_INDEX, Example
 
+from .settings import batch_shape, format_options, source
 from .stock import DEFAULT_SYSTEM, MakeTokenizer
 
 
@@ -40,8 +41,8 @@ def test_a_histogram_counts_every_length_once(lengths: list[int], bins: int) -> 
 
 def dataset(*examples: list[int]) -> EncodedDataset:
     data = EncodedDataset()
-    for i, ids in enumerate(examples):
-        data.append(Example(ids, [IGNORE_INDEX, *ids[1:]]), row=i)
+    for ids in examples:
+        data.append(Example(ids, [IGNORE_INDEX, *ids[1:]]))
     return data
 
 
@@ -71,51 +72,26 @@ def test_the_demo_data_goes_all_the_way_to_batches(
     name: str, make_tokenizer: MakeTokenizer
 ) -> None:
     tokenizer = make_tokenizer(DEFAULT_SYSTEM)
-    splits = [load_rows([Source(f"package:{name}.{split}")]) for split in ("train", "test")]
-    options = {
-        "targets": "assistant",
-        "system_prompt": None,
-        "source_language": None,
-        "target_language": None,
-    }
-    format = build_format(
-        "auto",
-        tokenizer=tokenizer,
-        first_row=splits[0][0],
-        columns={},
-        direction="forward",
-        template=None,
-        **options,
-    )
+    splits = [load_records([source(f"package:{name}.{split}")]) for split in ("train", "test")]
+    format = build_format("auto", format_options(), tokenizer=tokenizer, first_record=splits[0][0])
     assert format.name == DEMO[name][0]
     train, test = (
-        encode(rows, format, max_length=512, overlong="truncate", vocab_size=len(tokenizer))
-        for rows in splits
+        encode(records, format, max_length=512, overlong="truncate", vocab_size=len(tokenizer))
+        for records in splits
     )
-    assert train.statistics.rows == DEMO[name][1]
-    assert train.statistics.examples >= train.statistics.rows
-    batches = TrainingBatches(
-        train,
-        max_length=512,
-        packing=True,
-        batch_size=8,
-        micro_batch_size=4,
-        pad_id=0,
-        seed=0,
-        rank=0,
-        num_processes=1,
-    )
+    assert train.statistics.records == DEMO[name][1]
+    assert train.statistics.examples >= train.statistics.records
+    shape = batch_shape(batch_size=8, micro_batch_size=4)
+    batches = TrainingBatches(train, shape, max_length=512)
     steps = list(batches.epoch(0))
     assert sum(step.num_target_tokens for step in steps) == train.statistics.target_tokens
     assert sum(step.num_tokens for step in steps) == train.statistics.tokens
-    evaluation = EvaluationBatches(
-        test, max_length=512, packing=True, batch_size=8, pad_id=0, rank=0, num_processes=1
-    )
+    evaluation = EvaluationBatches(test, max_length=512, packing=True, batch_size=8, pad_id=0)
     targets = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in evaluation)
     assert targets == test.statistics.target_tokens > 0
     report = report_on(train, test, tokenizer=tokenizer, vocab_size=len(tokenizer))
     assert 0.1 < report.target_share < 0.9
     assert report.leaked == 0
-    prompts = [prompt for _, row in splits[1] for prompt in format.prompts(row)]
+    prompts = [prompt for _, record in splits[1] for prompt in format.prompts(record)]
     assert len(prompts) == len(splits[1])
     assert all(prompt.reference and prompt.text and prompt.input_ids for prompt in prompts)

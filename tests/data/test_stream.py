@@ -1,4 +1,4 @@
-"""Training from a stream: bit-identical after a resume at any step, the same for any number of processes, nothing lost."""
+"""Training from a stream: resumed bit for bit, the same for any number of processes."""
 
 import io
 import json
@@ -10,51 +10,43 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.data.encode import RowEncoder
-from finetune.data.sources import Source, stream_rows
-from finetune.data.steps import StepBatch
-from finetune.data.stream import StreamingBatches
-from finetune.data.text import TextFormat
+from finetune.data.batches.steps import StepBatch
+from finetune.data.batches.stream import StreamingBatches
+from finetune.data.encode import RecordEncoder
+from finetune.data.formats.text import TextFormat
+from finetune.data.sources import stream_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 
+from .settings import batch_shape, source
 from .stock import MakeTokenizer
 
-NUM_ROWS = 90
+NUM_RECORDS = 90
 MAX_LENGTH = 24
 
 
 @pytest.fixture
 def make(tmp_path: Path, make_tokenizer: MakeTokenizer) -> Any:
-    """A function that makes the batches anew, as a new process would; row i of two files has a text of its own."""
+    """A function that makes the batches as a new process would; each record has its own text."""
     tokenizer = make_tokenizer()
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for f, file in enumerate(files):
-        rows = [
+        records = [
             {"text": f"{'ab'[f]}{i} " + "x" * (1 + (7 * i) % 15)}
-            for i in range(NUM_ROWS // (1 + f))
+            for i in range(NUM_RECORDS // (1 + f))
         ]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    def make(**options: Any) -> StreamingBatches:
-        encoder = RowEncoder(
+    def make(*, shuffle_buffer: int = 20, **options: Any) -> StreamingBatches:
+        encoder = RecordEncoder(
             TextFormat(tokenizer=tokenizer, columns={}),
             max_length=MAX_LENGTH,
             overlong="truncate",
             vocab_size=len(tokenizer),
         )
-        defaults: dict[str, Any] = {
-            "packing": True,
-            "batch_size": 3,
-            "micro_batch_size": 2,
-            "shuffle_buffer": 20,
-            "pad_id": 0,
-            "seed": 5,
-        }
-        defaults |= {"rank": 0, "num_processes": 1}
-        return StreamingBatches(
-            stream_rows([Source(str(file)) for file in files]), encoder, **(defaults | options)
-        )
+        records = stream_records([source(file) for file in files])
+        shape = batch_shape(**{"batch_size": 3, "seed": 5, **options})
+        return StreamingBatches(records, encoder, shape, shuffle_buffer=shuffle_buffer)
 
     return make
 
@@ -118,11 +110,11 @@ def test_each_pass_holds_every_example_once_in_another_order(packing: bool, make
         [e for step in steps if step.epoch == epoch for e in examples(step)] for epoch in (0, 1)
     )
     assert steps[-1].epoch >= 2
-    assert len(first) == NUM_ROWS * 3 // 2
+    assert len(first) == NUM_RECORDS * 3 // 2
     assert Counter(first) == Counter(second)
     assert max(Counter(first).values()) == 1
     assert first != second
-    assert batches.encoder.statistics.rows >= 2 * len(first)
+    assert batches.encoder.statistics.records >= 2 * len(first)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
@@ -139,7 +131,7 @@ def test_the_union_over_processes_is_the_same_step(num_processes: int, make: Any
         }
 
 
-def test_packed_rows_are_full(make: Any) -> None:
+def test_packed_sequences_are_full(make: Any) -> None:
     steps = list(islice(make(shuffle_buffer=100), 12))
     room = sum(3 * MAX_LENGTH for _ in steps)
     assert sum(step.num_tokens for step in steps) / room > 0.93
@@ -150,7 +142,7 @@ def test_the_shuffle_buffer_is_how_far_is_read_ahead(make: Any) -> None:
     for shuffle_buffer in (1, 41):
         batches = make(shuffle_buffer=shuffle_buffer)
         next(iter(batches))
-        read.append(batches.encoder.statistics.rows)
+        read.append(batches.encoder.statistics.records)
     assert 35 < read[1] - read[0] < 45
 
 
@@ -161,14 +153,14 @@ def test_a_stream_that_begins_otherwise_is_refused(make: Any, tmp_path: Path) ->
         make().load_state_dict(state)
 
 
-def test_a_stream_without_rows_or_targets_is_an_error(make: Any, tmp_path: Path) -> None:
+def test_a_stream_without_records_or_targets_is_an_error(make: Any, tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"text": " "}\n')
-    with pytest.raises(UserError, match="no target tokens in 2 rows"):
+    with pytest.raises(UserError, match="no target tokens in 2 records"):
         next(iter(make()))
 
 
-def test_a_bad_row_is_named(make: Any, tmp_path: Path) -> None:
+def test_a_bad_record_is_named(make: Any, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"words": "fine"}\n')
     with pytest.raises(
         UserError, match=r"b\.jsonl, row 1: column 'text' is missing; the columns are words$"

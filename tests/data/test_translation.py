@@ -1,35 +1,31 @@
 """Pairs: the prompt in its three wordings, directions, templates, detection, and every refusal."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from finetune.data.detect import build_format
-from finetune.data.languages import is_language, language_name
-from finetune.data.types import IGNORE_INDEX, Row
+from finetune.data.formats.detect import build_format
+from finetune.data.formats.languages import is_language, language_name
+from finetune.data.formats.translation import TranslationFormat
+from finetune.data.types import IGNORE_INDEX, Record
 from finetune.errors import UserError
 
 from . import stock
+from .settings import format_options
 from .stock import MakeTokenizer
 
 PAIR = {"translation": {"en": "Hello there", "fr": "Bonjour"}}
 
 
-def build(tokenizer: Any, row: Row = PAIR, *, kind: str = "auto", **options: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "columns": {},
-        "targets": "assistant",
-        "system_prompt": None,
-        "source_language": None,
-    }
-    defaults |= {"target_language": None, "direction": "forward", "template": None}
-    return build_format(kind, tokenizer=tokenizer, first_row=row, **(defaults | options))
+def build(tokenizer: Any, record: Record = PAIR, *, kind: str = "auto", **options: Any) -> Any:
+    return build_format(kind, format_options(**options), tokenizer=tokenizer, first_record=record)
 
 
-def shown(format: Any, tokenizer: Any, row: Row = PAIR) -> list[tuple[str, str]]:
-    """(What is not learnt, what is) of each example of the row; the prompt must be the first of the two."""
+def shown(format: Any, tokenizer: Any, record: Record = PAIR) -> list[tuple[str, str]]:
+    """(What is not learnt, what is) of each example of the record; the first is the prompt."""
     texts = []
-    for example, prompt in zip(format.examples(row), format.prompts(row), strict=True):
+    for example, prompt in zip(format.examples(record), format.prompts(record), strict=True):
         n = len(prompt.input_ids)
         assert list(example.input_ids[:n]) == list(prompt.input_ids)
         assert set(example.labels[:n]) == {IGNORE_INDEX}
@@ -47,7 +43,8 @@ def test_a_chat_turn_with_a_short_instruction_in_place_of_the_default_one(
     make_tokenizer: MakeTokenizer,
 ) -> None:
     tokenizer = make_tokenizer(stock.DEFAULT_SYSTEM)
-    prompt = "<|im_start|>system\nTranslate English to French.<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n"
+    prompt = "<|im_start|>system\nTranslate English to French.<|im_end|>\n"
+    prompt += "<|im_start|>user\nHello there<|im_end|>\n"
     prompt += "<|im_start|>assistant\n"
     assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<|im_end|>")]
 
@@ -56,7 +53,8 @@ def test_a_template_without_system_messages_has_the_instruction_in_the_users_tur
     make_tokenizer: MakeTokenizer,
 ) -> None:
     tokenizer = make_tokenizer(stock.GEMMA, adds_bos=True)
-    prompt = "<s><start_of_turn>user\nTranslate English to French.\nHello there<end_of_turn>\n<start_of_turn>model\n"
+    prompt = "<s><start_of_turn>user\nTranslate English to French.\nHello there<end_of_turn>\n"
+    prompt += "<start_of_turn>model\n"
     assert shown(build(tokenizer), tokenizer) == [(prompt, "Bonjour<end_of_turn>")]
 
 
@@ -127,7 +125,7 @@ def test_everything_can_be_learnt(make_tokenizer: MakeTokenizer) -> None:
         assert list(example.labels) == [IGNORE_INDEX, *example.input_ids[1:]]
 
 
-COLUMNS: dict[str, tuple[Row, dict[str, Any]]] = {
+COLUMNS: dict[str, tuple[Record, dict[str, Any]]] = {
     "two columns named by languages": ({"id": 3, "en": "Hello there", "fr": "Bonjour"}, {}),
     "languages chosen among several": (
         {"de": "Guten Tag", "en": "Hello there", "fr": "Bonjour"},
@@ -167,10 +165,10 @@ COLUMNS: dict[str, tuple[Row, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", COLUMNS)
 def test_pairs_are_found_in_the_columns(case: str, make_tokenizer: MakeTokenizer) -> None:
-    row, options = COLUMNS[case]
+    record, options = COLUMNS[case]
     tokenizer = make_tokenizer(None)
-    format = build(tokenizer, row, **options)
-    assert shown(format, tokenizer, row) == [("English: Hello there\nFrench:", " Bonjour</s>")]
+    format = build(tokenizer, record, **options)
+    assert shown(format, tokenizer, record) == [("English: Hello there\nFrench:", " Bonjour</s>")]
 
 
 def test_other_formats_are_found_in_the_columns(make_tokenizer: MakeTokenizer) -> None:
@@ -184,21 +182,21 @@ def test_other_formats_are_found_in_the_columns(make_tokenizer: MakeTokenizer) -
     assert build(tokenizer, {"text": "", "id": 1}).name == "text"
 
 
-REFUSED: dict[str, tuple[Row, dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[Record, dict[str, Any], str]] = {
     "no known columns": (
         {"a": "x", "b": "y"},
         {},
-        "a format needs other columns than there are (a, b); accepted are: messages;",
+        "no format fits the columns (a, b); accepted are: messages;",
     ),
     "not chat": (
         PAIR,
         {"kind": "chat"},
-        "the format 'chat' needs other columns than there are (translation); accepted are: messages; or",
+        "the format 'chat' does not fit the columns (translation); accepted are: messages; or",
     ),
     "not text": (
         PAIR,
         {"kind": "text"},
-        "the format 'text' needs other columns than there are (translation); accepted are: text",
+        "the format 'text' does not fit the columns (translation); accepted are: text. If yours",
     ),
     "a column map that points nowhere": (
         PAIR,
@@ -213,12 +211,12 @@ REFUSED: dict[str, tuple[Row, dict[str, Any], str]] = {
     "languages not said": (
         {"source": "x", "target": "y"},
         {},
-        "the columns do not say what languages they are in",
+        "the columns do not show which languages they are in. Set data.translation.source_language",
     ),
     "three languages": (
         {"translation": {"de": "x", "en": "y", "fr": "z"}},
         {},
-        "not clear (there are de, en, fr)",
+        "not clear (found: de, en, fr). Set",
     ),
     "template without the source": (
         PAIR,
@@ -238,13 +236,13 @@ REFUSED: dict[str, tuple[Row, dict[str, Any], str]] = {
 def test_what_does_not_fit_is_refused_before_the_first_example(
     case: str, make_tokenizer: MakeTokenizer
 ) -> None:
-    row, options, expected = REFUSED[case]
+    record, options, expected = REFUSED[case]
     with pytest.raises(UserError) as caught:
-        build(make_tokenizer(), row, **options)
+        build(make_tokenizer(), record, **options)
     assert expected in str(caught.value)
 
 
-BAD_ROWS: dict[str, tuple[Any, str]] = {
+BAD_PAIRS: dict[str, tuple[Any, str]] = {
     "empty side": ({"translation": {"en": "Hello", "fr": ""}}, "the pair has an empty side: 'fr'"),
     "blank side": (
         {"translation": {"en": " \n", "fr": "Bonjour"}},
@@ -267,11 +265,11 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.parametrize("case", BAD_PAIRS)
 def test_a_bad_pair_is_refused_in_one_sentence(case: str, make_tokenizer: MakeTokenizer) -> None:
-    row, expected = BAD_ROWS[case]
+    record, expected = BAD_PAIRS[case]
     with pytest.raises(UserError) as caught:
-        build(make_tokenizer()).examples(row)
+        build(make_tokenizer()).examples(record)
     assert expected in str(caught.value)
 
 
@@ -280,6 +278,23 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(make_tokenizer: MakeToken
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="the tokenizer has no end-of-text token"):
         build(tokenizer)
+
+
+def test_a_prompt_needs_no_record(make_tokenizer: MakeTokenizer) -> None:
+    """As `finetune translate` asks; records are then read in the shape {"translation": {...}}."""
+    tokenizer = make_tokenizer()
+    format = TranslationFormat(
+        tokenizer=tokenizer,
+        languages=("en", "fr"),
+        direction="forward",
+        template=None,
+        targets="assistant",
+        system_prompt=None,
+    )
+    assert format.prompt("Hello there", reverse=False) == replace(
+        build(tokenizer).prompts(PAIR)[0], reference=""
+    )
+    assert format.examples(PAIR) == build(tokenizer).examples(PAIR)
 
 
 def test_language_names() -> None:
@@ -306,4 +321,4 @@ def test_plain_text_is_learnt_whole(make_tokenizer: MakeTokenizer) -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(COLUMNS), len(REFUSED), len(BAD_ROWS)) == (8, 10, 7)
+    assert (len(COLUMNS), len(REFUSED), len(BAD_PAIRS)) == (8, 10, 7)

@@ -13,11 +13,12 @@ import torch.distributed.fsdp
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from finetune import checkpoint
 from finetune.config.loading import load_config
 from finetune.display import Display
+from finetune.distributed import engines
 from finetune.errors import UserError
-from finetune.recipes import engines, training
+from finetune.recipes.train import run as training
+from finetune.training import checkpoint
 from tests.distributed.processes import log_to
 
 FSDP2 = {  # what `accelerate launch --config_file configs/accelerate/fsdp2.yaml` sets

@@ -11,12 +11,12 @@ import yaml
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from finetune.checkpoint import CheckpointStore, load
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.exporting import export_run
-from finetune.recipes.training import run_training
+from finetune.recipes.export import export_run
+from finetune.recipes.train.run import run_training
+from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import LLAMA, PYTHIA, conversation
 from tests.distributed import engine_worker
 from tests.distributed.processes import free_ports, run_forked

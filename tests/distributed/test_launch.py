@@ -15,22 +15,22 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.launching import (
+from finetune.recipes.train.launch import (
     USER_ERROR,
     launch_training,
     message,
     number_of_processes,
     root_cause,
 )
-from finetune.recipes.training import run_training
-from finetune.recipes.worker import work
-from finetune.stopping import StopSignal
+from finetune.recipes.train.run import run_training
+from finetune.recipes.train.worker import work
+from finetune.training.stopping import StopSignal
 from tests.conftest import PYTHIA, conversation
 
 SITE = """
 import os, pathlib, signal
 if "RANK" in os.environ:
-    from finetune.trainer import Trainer
+    from finetune.training.trainer import Trainer
     step, first_time = Trainer._step, not pathlib.Path("killed").exists()
     def step_with_an_accident(self, *args, **kwargs):
         if first_time and os.environ["RANK"] == "1" and self.progress.step == 5:

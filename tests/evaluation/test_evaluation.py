@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.data.collate import collate
-from finetune.data.rendering import encode_text
+from finetune.data.batches.collate import collate
+from finetune.data.formats.rendering import encode_text
 from finetune.data.types import IGNORE_INDEX, Prompt
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_generation, evaluate_loss

@@ -1,4 +1,4 @@
-"""Row-sparse gradients under an Accelerator: clipping, and saving and loading of the whole state."""
+"""Row-sparse gradients under an Accelerator: clipping, saving and loading of the whole state."""
 
 import pytest
 import torch
@@ -31,7 +31,10 @@ def prepared(name="lazy_adamw", seed=0):
 
 
 def run(accelerator, model, optimizer, steps, max_norm=0.5):
-    """Each step uses 4 of the rows, some twice, in two backward passes; returns the norms before clipping."""
+    """Take steps and return the norms before clipping.
+
+    Each step uses 4 of the rows, some twice, in two backward passes.
+    """
     norms = []
     for step in steps:
         ids = torch.randint(ROWS, (2, 4), generator=torch.Generator().manual_seed(step))

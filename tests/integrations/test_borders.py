@@ -1,4 +1,4 @@
-"""The integrations import no library that they serve, and nothing else in the package imports them."""
+"""The integrations import no library that they serve, and the package does not import them."""
 
 from tests.test_architecture import imports, modules
 

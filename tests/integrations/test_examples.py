@@ -1,4 +1,4 @@
-"""Every script of examples/ as a process: the optimizer asked for trains, and lazy_adamw goes where torch's AdamW goes."""
+"""Every script of examples/ as a process: the named optimizer trains; lazy_adamw equals AdamW."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""transformers.Trainer with the factory's optimizers, against the same Trainer with torch's AdamW."""
+"""transformers.Trainer with the factory's optimizers, against that with torch's AdamW."""
 
 import copy
 import itertools
@@ -278,7 +278,7 @@ def test_what_takes_tables_apart_is_refused(arguments):
         trainer.args._n_gpu = 2  # what transformers sets where it will use DataParallel
         use_optimizer(trainer, name)
         if refused:
-            with pytest.raises(UserError, match="not with FSDP, DataParallel or NCCL; use adamw"):
+            with pytest.raises(UserError, match=r"not with FSDP, DataParallel or NCCL\. Use adamw"):
                 trainer.create_optimizer()
         else:
             assert type(trainer.create_optimizer()) is torch.optim.AdamW

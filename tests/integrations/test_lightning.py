@@ -1,4 +1,4 @@
-"""Lightning with lazy_adamw: what its clipping takes, and a checkpoint that goes on along dense AdamW's path."""
+"""Lightning with lazy_adamw: clipping, and a checkpoint that continues along dense AdamW's path."""
 
 import runpy
 import warnings

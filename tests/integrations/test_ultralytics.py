@@ -1,5 +1,6 @@
-"""Ultralytics YOLO26 with the factory's optimizers, in a process of its own: it is AGPL-3.0, and no part of the test environment.
+"""Ultralytics YOLO26 with the factory's optimizers, in a process of its own.
 
+It is AGPL-3.0 and not part of the test environment.
 `make test-ultralytics` puts it into a folder beside the environment and runs this file.
 """
 
@@ -26,16 +27,25 @@ spec = importlib.util.spec_from_file_location("example", sys.argv[1])
 example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)
 theirs, ours = example.DetectionTrainer, example.with_factory(example.DetectionTrainer)
-for label, name, trainer in (("theirs", "AdamW", theirs), ("ours", "adamw", ours), ("sgd", "SGD", ours), ("muon", "MuSGD", ours)):
+runs = (
+    ("theirs", "AdamW", theirs),
+    ("ours", "adamw", ours),
+    ("sgd", "SGD", ours),
+    ("muon", "MuSGD", ours),
+)
+options = dict(momentum=0.9, epochs=2, warmup_bias_lr=0.02)
+for label, name, trainer in runs:
     folder = Path(sys.argv[2]) / label
     folder.mkdir()
-    optimizer, losses = example.train(name, folder, trainer, momentum=0.9, epochs=2, warmup_bias_lr=0.02)
+    optimizer, losses = example.train(name, folder, trainer, **options)
     momenta = sorted({float(group.get("momentum", -1)) for group in optimizer.param_groups})
     tags = sorted(group["param_group"] for group in optimizer.param_groups)
-    print(json.dumps({"asked": label, "class": type(optimizer).__name__, "losses": losses, "momenta": momenta, "tags": tags}))
+    found = {"asked": label, "class": type(optimizer).__name__, "losses": losses}
+    print(json.dumps(found | {"momenta": momenta, "tags": tags}))
 """
 
-# Ultralytics imports torchvision, whose wheel fails beside a torch built for the CPU alone; all that is called of it is nms.
+# Ultralytics imports torchvision, whose wheel fails with a torch built for the CPU alone.
+# Of torchvision only nms is called.
 STAND_IN = """
 from types import SimpleNamespace
 

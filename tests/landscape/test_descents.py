@@ -1,4 +1,4 @@
-"""The functions against known values, the descents against steps made by hand, the choice of a learning rate."""
+"""The functions against known values, the descents against steps by hand, the learning rates."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.landscape import LANDSCAPES, descend, descend_by_default, descend_tuned, settles
-from finetune.landscape.descents import CLOSE, GRID, check_descent
+from finetune.landscape.descents import CLOSE, LEARNING_RATES, check_descent
 from finetune.optim import build_optimizer, list_optimizers, optimizer_info
 
 DRAWABLE = [
@@ -156,11 +156,11 @@ def test_the_default_is_the_factorys():
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_tuning_takes_the_first_to_arrive_else_the_lowest(name):
     landscape = LANDSCAPES["valley"]
-    assert len(GRID) == 19
-    every = descend(landscape, name, GRID, 60)
+    assert len(LEARNING_RATES) == 19
+    every = descend(landscape, name, LEARNING_RATES, 60)
     assert descend_tuned(landscape, name, 60).settled == min(
         (d.settled for d in every if d.settled is not None), default=None
     )
     few = descend_tuned(landscape, name, 2)
     assert few.settled is None
-    assert few.height == min(d.height for d in descend(landscape, name, GRID, 2))
+    assert few.height == min(d.height for d in descend(landscape, name, LEARNING_RATES, 2))

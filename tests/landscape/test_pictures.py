@@ -1,4 +1,4 @@
-"""The files: valid SVG that needs nothing from outside, every descent with its learning rate, the animation's start and end."""
+"""The files: valid SVG that stands alone, every descent with its learning rate, the animation."""
 
 import re
 import subprocess
@@ -16,9 +16,8 @@ from finetune.landscape import (
     descend_tuned,
     draw_landscapes,
 )
-from finetune.landscape.animation import FRAMES
-from finetune.landscape.looks import LOOKS
-from finetune.landscape.pictures import in_words
+from finetune.landscape.animation import FRAMES, LOOKS
+from finetune.landscape.pictures import descent_in_words
 
 SVG = "{http://www.w3.org/2000/svg}"
 STEPS = 12
@@ -29,7 +28,7 @@ def pictures(tmp_path_factory):
     heard = []
     folder = tmp_path_factory.mktemp("pictures")
     paths = draw_landscapes(
-        folder, functions=["saddle"], optimizers=["sgd", "adam"], steps=STEPS, said=heard.append
+        folder, functions=["saddle"], optimizers=["sgd", "adam"], steps=STEPS, say=heard.append
     )
     return paths, heard
 
@@ -39,7 +38,9 @@ def test_every_descent_is_named_with_its_rate(pictures):
     assert [path.name for path in paths] == ["saddle.svg", "saddle-animated.svg"]
     ways = (descend_by_default, descend_tuned)
     expected = [
-        in_words(way(LANDSCAPES["saddle"], name, STEPS)) for way in ways for name in ("sgd", "adam")
+        descent_in_words(way(LANDSCAPES["saddle"], name, STEPS))
+        for way in ways
+        for name in ("sgd", "adam")
     ]
     assert expected[0].startswith("sgd, lr 0.001: ")
     assert [line.strip() for line in heard if ", lr " in line] == expected
@@ -105,9 +106,10 @@ def test_every_look_differs_in_colour_and_marker_and_the_same_run_gives_the_same
 
 def test_words_for_a_descent():
     diverged, slow = descend(LANDSCAPES["rosenbrock"], "sgd", [1.0, 1e-5], steps=9)
-    assert re.fullmatch(r"sgd, lr 1: diverges at step \d", in_words(diverged))
+    assert re.fullmatch(r"sgd, lr 1: diverges at step \d", descent_in_words(diverged))
     assert re.fullmatch(
-        r"sgd, lr 1e-5 \(an end of the grid\): ends [\d.]+ above the minimum", in_words(slow)
+        r"sgd, lr 1e-5 \(an end of the grid\): ends [\d.]+ above the minimum",
+        descent_in_words(slow),
     )
 
 

@@ -14,7 +14,7 @@ from finetune.models.tokenizers import (
     set_template,
     train_tokenizer,
 )
-from finetune.recipes.vocabulary import active_ids
+from finetune.recipes.build.vocabulary import active_ids
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
 

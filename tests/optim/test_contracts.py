@@ -1,4 +1,7 @@
-"""One bank of contracts over every optimizer of the factory: a new row in the catalogue is tested without a word here."""
+"""One bank of contracts over every optimizer of the factory.
+
+A new entry in the catalogue is tested without a change here.
+"""
 
 import contextlib
 import copy
@@ -96,13 +99,13 @@ def train(model, optimizer, steps, scheduler=None):
 
 
 def values(model, optimizer):
-    """The parameters as a reader of the model sees them: a lazy optimizer first brings the rows it deferred up to date."""
+    """Return the parameters; a lazy optimizer first brings the rows it deferred up to date."""
     getattr(optimizer, "flush", lambda: None)()
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def as_stored(optimizer):
-    """Where state dicts hold what a resume needs: of a lazy optimizer the rows as they are stored, not as they are read."""
+    """Inside, the state dicts of a lazy optimizer hold rows as stored, which a resume needs."""
     return getattr(optimizer, "deferred", contextlib.nullcontext)()
 
 
@@ -150,7 +153,7 @@ def test_the_bank_sees_every_optimizer():
         assert importlib.util.find_spec(library) is None
         with pytest.raises(
             UserError,
-            match=f"'{name}' needs {library}, which is not installed; pip install {library}",
+            match=f"'{name}' needs {library}, which is not installed. Run: pip install {library}",
         ):
             build_optimizer(make_model(name), name)
 
@@ -205,7 +208,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(name, transport):
 def test_a_copied_model_and_optimizer_go_on_alike(name, copied):
     if name == "adamw_8bit":
         pytest.skip(
-            "an optimizer object of bitsandbytes 0.50 loses its settings when copied; its state_dict does not"
+            "an optimizer object of bitsandbytes 0.50 loses its settings when copied; "
+            "its state_dict does not"
         )
     pair = make(name)
     train(*pair, range(4))
@@ -397,11 +401,13 @@ def test_accelerate_prepares_it(name):
 
 
 @every_optimizer
-@pytest.mark.filterwarnings(
-    "ignore:Sparse invariant checks"
-)  # torch's Adagrad makes sparse tensors of its own
+# torch's Adagrad makes sparse tensors of its own
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_the_sparse_column_says_what_happens(name):
-    """A table with row-sparse gradients against the same one with dense gradients; row 3 has a gradient at the first step only."""
+    """A table with row-sparse gradients against the same one with dense gradients.
+
+    Row 3 has a gradient at the first step only.
+    """
     tables, support = [], optimizer_info(name).sparse
     for sparse in (False, True):
         torch.manual_seed(0)
@@ -471,6 +477,6 @@ def test_the_state_of_another_optimizer_is_refused(name):
         _, mine = make(other)
         with pytest.raises(
             UserError,
-            match=f"is of {name}, but this run uses {other};|is not the state of a LazyAdamW",
+            match=f"is of {name}, but this run uses {other}\\.|is not the state of a LazyAdamW",
         ):
             mine.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""What build_optimizer decides by itself: fused kernels, row-sparse embeddings, stamps; and the rules that torch lacks."""
+"""What build_optimizer decides by itself, and the rules that torch does not have."""
 
 import logging
 import subprocess
@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from finetune.errors import UserError
 from finetune.optim import build_optimizer
-from finetune.optim.convert import from_adamw_state, to_adamw_state
+from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
 
 # peft 0.21 reads every attribute of a transformers 5 model, a deprecated one among them
 PEFT_WARNING = pytest.mark.filterwarnings(
@@ -37,7 +37,7 @@ def llama(*, tied=False):
 
 
 def step(model, optimizer):
-    """One step; returns whether the input embedding's gradient was row-sparse (None where it had none)."""
+    """Take a step; return whether the input embedding's gradient was sparse, None without one."""
     ids = torch.tensor([[3, 4, 3, 5]])
     optimizer.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
@@ -112,7 +112,7 @@ def test_the_warning_reaches_a_user_who_set_up_no_logging():
     program = """
 from torch import nn
 from finetune.optim import build_optimizer
-from finetune.optim.convert import from_adamw_state, to_adamw_state
+from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
 model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
 model[1].weight = model[0].weight
 build_optimizer(model, "lazy_adamw")
@@ -190,7 +190,7 @@ def test_adam_does_not_become_adamw():
     adam = build_optimizer(layer, "adam")
     with pytest.raises(
         UserError,
-        match="the saved optimizer state is of adamw, but this run uses adam; resume with the same optimizer",
+        match=r"state is of adamw, but this run uses adam\. Resume with the same optimizer",
     ):
         adam.load_state_dict(state)
     assert adam.param_groups[0]["decoupled_weight_decay"] is False
@@ -226,12 +226,12 @@ def test_the_state_of_other_groups_or_parameters_is_refused():
     state = trained(build_optimizer(nn.Linear(2, 2), "adamw")).state_dict()
     with pytest.raises(
         UserError,
-        match=r"has parameter groups of 1 \+ 1 parameters, this run has 2; resume with the model, no_decay",
+        match=r"groups of 1 \+ 1 parameters, but this run has 2\. Resume with the model, no_decay",
     ):
         build_optimizer(nn.Linear(2, 2), "adamw", no_decay=()).load_state_dict(state)
     other = nn.Module()
     other.kernel, other.bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    with pytest.raises(UserError, match="where this run has 'kernel' it has 'weight'"):
+    with pytest.raises(UserError, match="it has 'weight' in the place of this run's 'kernel'"):
         build_optimizer(other, "adamw").load_state_dict(state)
 
 
@@ -242,7 +242,10 @@ def test_a_group_added_later_is_stamped():
 
 
 def test_a_run_switches_between_adamw_and_lazy_adamw():
-    """adamw, then lazy_adamw, then adamw again, against adamw all along; through the factory, whose groups carry the stamp."""
+    """adamw, then lazy_adamw, then adamw again, against adamw all along.
+
+    Through the factory, whose groups carry the stamp.
+    """
     model, reference = llama(), llama()
     options = {"lr": 0.01, "weight_decay": 0.1, "no_decay": ()}
     oracle, first = (
@@ -271,7 +274,7 @@ def test_a_run_switches_between_adamw_and_lazy_adamw():
 
 
 def test_lion_by_hand():
-    """Two steps of algorithm 2, lr 0.1, betas (0.5, 0.75), decay 0.5: p (1 - 0.05) - 0.1 sign(update)."""
+    """Two steps of algorithm 2: lr 0.1, betas (0.5, 0.75), p (1 - 0.05) - 0.1 sign(update)."""
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = build_optimizer([parameter], "lion", lr=0.1, betas=(0.5, 0.75), weight_decay=0.5)
     parameter.grad = torch.tensor([4.0, -4.0])  # update +, -; momentum 1, -1
@@ -309,7 +312,9 @@ def test_muon_is_torchs_muon_beside_torchs_adamw():
 
 
 def test_muon_refuses_a_group_that_is_not_its_own():
-    with pytest.raises(ValueError, match="a group under Muon holds a parameter that is no matrix"):
+    with pytest.raises(
+        ValueError, match="a group under Muon holds a parameter that is not a matrix"
+    ):
         build_optimizer([{"params": [nn.Parameter(torch.ones(3))], "rule": "muon"}], "muon")
     with pytest.raises(ValueError, match="the rule of a group is 'sgd'"):
         build_optimizer([{"params": [nn.Parameter(torch.ones(3))], "rule": "sgd"}], "muon")

@@ -56,7 +56,7 @@ def lrs(optimizer):
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "lion"])
 @pytest.mark.parametrize("frozen", [(), ("0", "norm"), ("head",)], ids=str)
 @pytest.mark.parametrize("no_decay", [None, (), ("norm",), ("weight",)], ids=str)
-def test_every_trainable_parameter_stands_in_one_group(make, name, frozen, no_decay):
+def test_every_trainable_parameter_is_in_one_group(make, name, frozen, no_decay):
     model = make()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in parameter_name for part in frozen))
@@ -207,12 +207,14 @@ class TwoStacks(nn.Module):
         (
             TwoStacks,
             {"layer_decay": 0.5},
-            "layer_decay needs a model with one stack of layers (an nn.ModuleList), and found several: enc",
+            "layer_decay needs a model with one stack of layers (an nn.ModuleList), and found "
+            "several: enc",
         ),
         (
             gpt2,
             {"overrides": [{"pattern": "wte*", "lr": 1.0}]},
-            "the override pattern 'wte*' matches no trainable parameter; one of them is 'transformer.wte.weight'",
+            "the override pattern 'wte*' matches no trainable parameter; "
+            "one of them is 'transformer.wte.weight'",
         ),
         (
             lambda: nn.Linear(2, 2).requires_grad_(False),
@@ -243,7 +245,7 @@ class TwoStacks(nn.Module):
         (
             lambda: [{"params": [p]} for p in [nn.Parameter(torch.ones(1))] * 2],
             {},
-            "a parameter stands in the groups 0 and 1",
+            "a parameter is in the groups 0 and 1. Put each",
         ),
     ],
 )

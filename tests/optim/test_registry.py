@@ -45,7 +45,7 @@ def test_spellings_that_mean_the_same_rule(spelling, name):
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(
         UserError,
-        match="there is no optimizer 'adagard'; did you mean 'adagrad'\\? the optimizers are sgd, momentum",
+        match="no optimizer 'adagard'; did you mean 'adagrad'\\? the optimizers are sgd, momentum",
     ):
         optimizer_info("adagard")
     with pytest.raises(
@@ -140,7 +140,8 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
         (
             "adamw",
             {"no_decay": ["norms"]},
-            "no_decay names 'norms'; did you mean 'norm'? the kinds of parameter are embedding, norm",
+            "no_decay names 'norms'; did you mean 'norm'? "
+            "the kinds of parameter are embedding, norm",
         ),
         ("adamw", {"no_decay": "norm"}, "no_decay is the text 'norm'; give a list"),
         ("adamw", {"layer_decay": 1.5}, "layer_decay is 1.5; it must lie above 0 and at most at 1"),
@@ -169,6 +170,18 @@ def test_wrong_options_are_found_before_there_is_a_model(name, options, sentence
     with pytest.raises(UserError) as at_build:
         build_optimizer(torch.nn.Linear(2, 2), name, **options)
     assert str(at_build.value) == str(before.value)
+
+
+def test_modules_are_an_option_of_build_optimizer_that_no_config_is_offered():
+    info = optimizer_info("lazy_adamw")
+    assert info.options.keys() - info.config_options.keys() == {"embeddings"}
+    with pytest.raises(UserError, match="Leave it out: those of the model"):
+        check_optimizer("lazy_adamw", {"embeddings": []})
+    with pytest.raises(UserError, match="does not take 'embedings'") as in_config:
+        check_optimizer("lazy_adamw", {"embedings": []})
+    assert "embeddings" not in str(in_config.value)
+    with pytest.raises(UserError, match="did you mean 'embeddings'"):
+        build_optimizer(torch.nn.Linear(2, 2), "lazy_adamw", embedings=[])
 
 
 def test_good_options_pass_the_check():
@@ -220,11 +233,11 @@ def test_a_name_is_registered_once(registered, taken):
     assert list_optimizers() == before
 
 
-def test_the_table_has_a_row_for_each_and_no_empty_cell():
-    rows = optimizer_table()
-    assert [row["name"] for row in rows] == list_optimizers()
-    assert all(list(row) == list(rows[0]) for row in rows)
-    assert all(cell for row in rows for cell in row.values())
+def test_the_table_has_a_line_for_each_and_no_empty_cell():
+    table = optimizer_table()
+    assert [line["name"] for line in table] == list_optimizers()
+    assert all(list(line) == list(table[0]) for line in table)
+    assert all(cell for line in table for cell in line.values())
     assert optimizer_table("adamw")[0] == {
         "name": "adamw",
         "what": "Adam with decoupled weight decay",

@@ -19,8 +19,9 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_skeleton
 from finetune.models.locate import resolve_name
 from finetune.models.rehearsal import LiveBytes, Rehearsal
-from finetune.recipes import planning
-from finetune.recipes.planning import Plan, Planner, plan_run
+from finetune.recipes.plan import planner as planning
+from finetune.recipes.plan.plan import plan_run
+from finetune.recipes.plan.planner import Plan, Planner
 from tests.conftest import LLAMA, PYTHIA
 
 TINY = {
@@ -279,7 +280,7 @@ def test_a_wrong_config_is_one_sentence(tiny, sections, said):
 
 SHORT = [
     "training.max_steps=2",
-    "data.max_validation_rows=4",
+    "data.max_validation_records=4",
     "evaluation.generate=2",
     "evaluation.before=false",
 ]
@@ -289,7 +290,7 @@ import sys
 from pathlib import Path
 from finetune.config import load_config
 from finetune.display import Display
-from finetune.recipes.planning import Planner
+from finetune.recipes.plan.planner import Planner
 print(Planner(load_config(Path(sys.argv[1]), sys.argv[2:]), Display()).plan().memory.peak)
 """  # in a process of its own, like a run: what is loaded already counts
 

@@ -16,13 +16,14 @@ from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.tokenizers import byte_tokens, template_tokens
-from finetune.recipes.exporting import export_run
-from finetune.recipes.inspecting import inspect_data
-from finetune.recipes.plan_text import make_console, print_plan
-from finetune.recipes.planning import Planner, plan_run
-from finetune.recipes.reading import evaluate_target
-from finetune.recipes.training import run_training
-from finetune.recipes.vocabulary import plan_vocabulary, spare_rows
+from finetune.recipes.build.vocabulary import plan_vocabulary, spare_rows
+from finetune.recipes.evaluate import evaluate_target
+from finetune.recipes.export import export_run
+from finetune.recipes.inspect import inspect_data
+from finetune.recipes.plan.plan import plan_run
+from finetune.recipes.plan.planner import Planner
+from finetune.recipes.plan.tables import make_console, print_plan
+from finetune.recipes.train.run import run_training
 
 WORDS = [
     "the",
@@ -279,7 +280,7 @@ def test_unrelated_text_is_read_without_held_out_data_too(base, tmp_path, capsys
 @pytest.mark.parametrize("mode", ["active", "sampled", "frozen"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode, monkeypatch):
     monkeypatch.setattr(
-        "finetune.recipes.vocabulary.MEASURED_AT", {2, 6}
+        "finetune.recipes.build.vocabulary.MEASURED_AT", {2, 6}
     )  # for `sampled`: before the interruption, and after
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", "checkpoint.every=4"]
     for name in ("whole", "cut"):
@@ -385,7 +386,7 @@ def test_an_untied_model_with_a_compact_head_resumes_and_exports_a_checkpoint(
 def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(
     base, tmp_path, monkeypatch, mode
 ):
-    monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
+    monkeypatch.setattr("finetune.recipes.build.data.STREAM_SAMPLE", 5)
 
     def prepare(folder):
         write_texts(
@@ -431,7 +432,7 @@ def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
 
 
 def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
+    monkeypatch.setattr("finetune.recipes.build.data.STREAM_SAMPLE", 5)
     config = config_for(
         base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "checkpoint.every=4", "checkpoint.keep=9",
         "data.shuffle_buffer=16",
@@ -473,8 +474,10 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
 def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(
     base, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("finetune.recipes.data.STREAM_SAMPLE", 5)
-    monkeypatch.setattr("finetune.recipes.vocabulary.spare_rows", lambda num_active, num_rows: 1)
+    monkeypatch.setattr("finetune.recipes.build.data.STREAM_SAMPLE", 5)
+    monkeypatch.setattr(
+        "finetune.recipes.build.vocabulary.spare_rows", lambda num_active, num_rows: 1
+    )
     config = config_for(
         base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "data.shuffle_buffer=16"
     )

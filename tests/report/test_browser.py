@@ -30,7 +30,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def visit(path, tmp_path):
-    """Return the page's document after loading, its console messages, and what the page (not the browser) asked a network for."""
+    """Return the page's document after loading, its console messages, and its network requests.
+
+    Requests of the browser itself do not count.
+    """
     log = tmp_path / "net.json"
     options = [
         *FLAGS,

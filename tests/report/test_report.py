@@ -1,4 +1,4 @@
-"""The report of a run made by hand: what it says, also of a run that is not complete."""
+"""The report of a run made by hand, complete or not."""
 
 import json
 import re
@@ -57,13 +57,13 @@ def page_of(folder):
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_it_tells_what_the_run_has_done(run_folder):
+def test_the_page_reports_what_the_run_has_done(run_folder):
     path = write_report(run_folder)
     assert path == run_folder / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert (
-        "In 52 steps the held-out loss fell from 2.641 to 1.521, chrF rose from 20.2 to 34.4 and BLEU rose from 2.3 to 12.8."
-        in page.text
+        "In 52 steps the held-out loss fell from 2.641 to 1.521, chrF rose from 20.2 to 34.4 "
+        "and BLEU rose from 2.3 to 12.8." in page.text
     )
     for expected in (
         "demo-translation",
@@ -87,7 +87,7 @@ def test_it_tells_what_the_run_has_done(run_folder):
         assert expected in page.text, expected
 
 
-def test_before_and_after_stand_side_by_side(run_folder):
+def test_before_and_after_are_side_by_side(run_folder):
     html = write_report(run_folder).read_text(encoding="utf-8")
     samples = re.findall(r"<article.*?</article>", html, re.DOTALL)
     assert len(samples) == 3
@@ -156,7 +156,7 @@ def test_an_evaluation_on_test_data_has_a_row_and_does_not_finish_a_run(run_fold
     assert "not finished" in page_of(run_folder).text
 
 
-def test_figures_on_the_vocabulary_stand_beside_the_others_where_there_are_any(run_folder):
+def test_figures_on_the_vocabulary_are_shown_with_the_others_if_there_are_any(run_folder):
     assert "nactive" not in page_of(run_folder).text
     assert "Unrelated" not in page_of(run_folder).text
     found = {
@@ -190,7 +190,10 @@ def test_figures_on_the_vocabulary_stand_beside_the_others_where_there_are_any(r
         "Unrelated loss before: 3.900 → after: 4.100 ✗ +0.200 worse nats per token of other text"
         in text
     )
-    columns = "Step Held-out loss Perplexity Bits per byte chrF BLEU Active loss Inactive loss Inactive targets, % Inactive mass, %"
+    columns = (
+        "Step Held-out loss Perplexity Bits per byte chrF BLEU "
+        "Active loss Inactive loss Inactive targets, % Inactive mass, %"
+    )
     assert f"{columns} Unrelated loss".replace(" ", "") in text.replace(" ", "")
     assert "2.5007.2501.259.023.900" in text.replace(" ", "")
     assert "1.5007.5001.253.124.100" in text.replace(" ", "")
@@ -245,8 +248,8 @@ def test_nan_and_worse_are_shown_as_they_are(run_folder):
     page = page_of(run_folder)
     assert "stopped at step 53: the loss was NaN or diverged" in page.text
     assert (
-        "the held-out loss rose from 2.641 to 3.200, chrF stayed at 20.2 and BLEU fell from 2.3 to 1.3"
-        in page.text
+        "the held-out loss rose from 2.641 to 3.200, chrF stayed at 20.2 "
+        "and BLEU fell from 2.3 to 1.3" in page.text
     )
     assert "+0.559 worse" in page.text
     assert "inf" in page.text
@@ -281,7 +284,10 @@ def luminance(colour):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_on_every_ground(scheme):
-    """Contrast of at least 4.5 for text and 3 for curves, as WCAG 2.2 asks (https://www.w3.org/TR/WCAG22/#contrast-minimum)."""
+    """The contrast is at least 4.5 for text and 3 for curves, as WCAG 2.2 requires.
+
+    https://www.w3.org/TR/WCAG22/#contrast-minimum
+    """
     css = (Path(finetune.report.__file__).parent / "report.css").read_text()
     blocks = re.findall(r":root \{(.*?)\}", css, re.DOTALL)
     assert len(blocks) == 2

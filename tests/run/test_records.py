@@ -54,7 +54,7 @@ RECORDS = {
         before=Evaluation(0, FIGURES),
         after=Evaluation(52, {**FIGURES, "loss": 1.5}),
         best=Evaluation(26, {**FIGURES, "loss": 1.25}),
-        test={"loss": 1.75, "num_rows": 100, "precision": "fp32"},
+        test={"loss": 1.75, "num_records": 100, "precision": "fp32"},
     ),
     "result.json": Result(
         "adamw", "reported", 1, {"lr": 1e-3, "betas": [0.9, 0.99]}, "", {"the model": "a1"}, 16

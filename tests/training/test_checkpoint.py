@@ -5,9 +5,9 @@ import resource
 import pytest
 import torch
 
-from finetune.checkpoint import CheckpointStore, find_checkpoint, load
 from finetune.errors import UserError
 from finetune.run.folder import is_complete, step_of
+from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
 
 
 def save(store: CheckpointStore, step: int, best: int | None = None, size: int = 10):

@@ -24,7 +24,7 @@ MetricLogger.log = log_then_die
 
 KILL_IN_MID_SAVE = """
 import os, signal
-from finetune import checkpoint
+from finetune.training import checkpoint
 write = checkpoint._write_file
 def write_half_then_die(path, content):
     write(path, content)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.checkpoint import CheckpointStore, load
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.training import run_training
+from finetune.recipes.train.run import run_training
+from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import PYTHIA
 
 
@@ -59,7 +59,7 @@ def test_a_run_leaves_a_complete_folder(tiny, tmp_path):
     assert summary["after"]["loss"] == evaluations[6]
     assert {line["step"] for line in lines(run / "samples.jsonl")} == {0, 3, 6}
     assert json.loads((run / "environment.json").read_text())["versions"]["torch"].startswith("2.")
-    assert json.loads((run / "data.json").read_text())["train"]["rows"] == 43
+    assert json.loads((run / "data.json").read_text())["train"]["records"] == 43
     assert (run / "report.html").stat().st_size > 10_000
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
@@ -68,8 +68,8 @@ def test_a_run_leaves_a_complete_folder(tiny, tmp_path):
 
 
 PAIRS = {
-    "train": {"path": "package:translation.en-fr.train", "max_rows": 12},
-    "validation": {"path": "package:translation.en-fr.test", "max_rows": 3},
+    "train": {"path": "package:translation.en-fr.train", "max_records": 12},
+    "validation": {"path": "package:translation.en-fr.test", "max_records": 3},
     "max_length": 128,
 }
 
@@ -328,7 +328,7 @@ def test_a_stream_is_counted_as_it_was_read(tiny, tmp_path, chat_file):
         )
     train(tiny(data={"streaming": True, "validation_fraction": 0.0, "overlong": "drop"}))
     counts = json.loads((tmp_path / "run" / "data.json").read_text())["train"]
-    assert counts["rows"] == counts["examples"] + counts["dropped"] >= 49
+    assert counts["records"] == counts["examples"] + counts["dropped"] >= 49
     assert counts["dropped"] > 0
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
     assert any(f"and {counts['dropped']} dropped" in note for note in notes)
@@ -339,7 +339,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(
     tiny, tmp_path, monkeypatch, best, step
 ):
     """Whatever the model does: the evaluations' values are given."""
-    from finetune.recipes.evaluations import RunEvaluations
+    from finetune.recipes.train.evaluations import RunEvaluations
 
     evaluate = RunEvaluations.__call__
     values = {

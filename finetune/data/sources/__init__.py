@@ -1,9 +1,16 @@
-"""Where rows come from: the Hugging Face hub, local files and folders, the demo data of the package.
+"""Where records come from: the Hugging Face hub, local files and folders, the demo data.
 
-Floor 2: the door to `datasets`.
+Read `files` (local names and what can be wrong with them), `opening` (the only file that imports
+`datasets`), then `records` (several sources as one dataset or one stream). Import from here.
 """
 
 from finetune.data.sources.opening import Source
-from finetune.data.sources.rows import Rows, RowStream, load_rows, split_held_out, stream_rows
+from finetune.data.sources.records import (
+    Records,
+    RecordStream,
+    load_records,
+    split_held_out,
+    stream_records,
+)
 
-__all__ = ["RowStream", "Rows", "Source", "load_rows", "split_held_out", "stream_rows"]
+__all__ = ["RecordStream", "Records", "Source", "load_records", "split_held_out", "stream_records"]

@@ -1,0 +1,104 @@
+"""`finetune train`, `demo`, `inspect` and `plan`: a run, and what precedes it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finetune.cli.app import STOPPED, Config, Overrides, app
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (the newest complete checkpoint), or a checkpoint's or run's folder."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Build everything, print the resolved config, and stop before the first step.",
+        ),
+    ] = False,
+    processes: Annotated[
+        str | None,
+        typer.Option(
+            help="How many processes of this machine train: a number, or auto, one for each GPU."
+        ),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How many times to start again after a process died.")
+    ] = 0,
+) -> None:
+    """Fine-tune a model as CONFIG says."""
+    if processes is None and not restarts:
+        from finetune.config import load_config
+        from finetune.recipes.train.run import run_training
+
+        stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+    else:
+        from finetune.recipes.train.launch import ProcessFailed, launch_training
+
+        try:
+            stopped = launch_training(
+                config,
+                overrides or (),
+                processes=processes or "1",
+                restarts=restarts,
+                resume=resume,
+                dry_run=dry_run,
+            )
+        except ProcessFailed as error:
+            typer.echo(f"finetune: {error}", err=True)
+            raise typer.Exit(1) from None
+    if stopped == "signal":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def demo(
+    task: Annotated[
+        Literal["chat", "translation"],
+        typer.Argument(metavar="chat|translation", help="What to learn."),
+    ],
+    overrides: Overrides = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="A few steps only, to see that everything works.")
+    ] = False,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder.  [default: runs/demo-TASK]", show_default=False),
+    ] = None,
+) -> None:
+    """Fine-tune SmolLM2-135M on the data that comes with the package, on a laptop's CPU."""
+    from finetune.recipes.demo import run_demo
+
+    if run_demo(task, overrides or (), short=short, output_dir=output_dir) == "signal":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def inspect(
+    config: Config,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(help="How many rendered examples to print.")] = 3,
+) -> None:
+    """Show what the model would see: rendered examples with the targets coloured, lengths, counts, overlaps."""
+    from finetune.config import load_config
+    from finetune.recipes.inspect import inspect_data
+
+    inspect_data(load_config(config, overrides or ()), examples=examples)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Estimate memory and time before a run, and say what to change if it does not fit."""
+    from finetune.config import load_config
+    from finetune.recipes.plan.plan import plan_run
+
+    plan_run(load_config(config, overrides or ()))

@@ -1,0 +1,85 @@
+"""A run can change from torch.optim.AdamW to LazyAdamW and back, on the same trajectory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.optim.lazy.adamw import LazyAdamW
+from finetune.optim.lazy.eligible import floats
+from finetune.optim.lazy.state import RowState
+
+# What else goes over with a parameter group:
+_NOT_OPTIONS = ("params", "param_names", "name", "initial_lr")
+
+
+@torch.no_grad()
+def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
+    """Return the state for a torch.optim.AdamW over the same parameters in the same groups.
+
+    Flushes `optimizer`, so the weights become those that AdamW would have. To go on in this
+    process, also call `optimizer.release()`, which makes the embeddings give dense gradients again.
+    """
+    optimizer.flush()
+    state = optimizer.state_dict()
+    for index, weight in optimizer.registered_weights().items():
+        if index in state["state"]:
+            of_rows = RowState.from_dict(state["state"][index])
+            state["state"][index] = {
+                "step": of_rows.step,
+                "exp_avg": _dense(weight, of_rows.rows, of_rows.exp_avg),
+                "exp_avg_sq": _dense(weight, of_rows.rows, of_rows.exp_avg_sq),
+            }
+    options = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    known = {*options, *_NOT_OPTIONS}
+    groups = [
+        {**options, **{key: value for key, value in group.items() if key in known}}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
+
+
+@torch.no_grad()
+def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
+    """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups.
+
+    It does not load the weights. Rows of registered tables whose moments are all zero get no state.
+    Raises UserError for a state with amsgrad.
+    """
+    if any(group.get("amsgrad") for group in state["param_groups"]):
+        raise UserError(
+            "the state is of an AdamW with amsgrad, which LazyAdamW does not have. Load the state "
+            "of an AdamW without it"
+        )
+    own = optimizer.state_dict()["param_groups"]
+    entries = dict(state["state"])
+    index_of = [index for group in state["param_groups"] for index in group["params"]]
+    for position in optimizer.registered_weights():
+        entry = entries.pop(index_of[position], None)
+        if entry is not None:
+            group = next(
+                group for group in state["param_groups"] if index_of[position] in group["params"]
+            )
+            entries[index_of[position]] = _row_state(entry, group)
+    shared = {"lr", "betas", "eps", "weight_decay", "maximize", *_NOT_OPTIONS}
+    kept = [
+        {key: value for key, value in group.items() if key in shared}
+        for group in state["param_groups"]
+    ]
+    groups = [{**mine, **theirs} for mine, theirs in zip(own, kept, strict=True)]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _dense(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    dense = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    return dense.index_copy_(0, rows, values.to(weight.dtype))
+
+
+def _row_state(entry: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Any]:
+    exp_avg, exp_avg_sq = entry["exp_avg"], entry["exp_avg_sq"]
+    rows = (exp_avg.any(1) | exp_avg_sq.any(1)).nonzero()[:, 0]
+    options: dict[str, Any] = {"betas": floats(group["betas"]), "eps": group["eps"]}
+    return RowState.up_to_date(
+        int(entry["step"]), rows, exp_avg[rows], exp_avg_sq[rows], **options
+    ).as_dict()

@@ -1,0 +1,133 @@
+"""Which embeddings LazyAdamW takes, which options it takes, and a sentence for what it refuses."""
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetune.errors import UserError, did_you_mean
+from finetune.optim.groups import is_compact
+from finetune.optim.lazy.missed_steps import GaussRules
+from finetune.optim.lazy.table import MISSED_STEPS
+
+logger = logging.getLogger("finetune")
+
+
+def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """Return the embeddings of `model` whose rows `lazy_adamw` may step one by one.
+
+    A table is row-sparse only if nothing but the lookup reads it. A table tied to the output head
+    takes part in every logit, so each of its rows has a gradient at every step.
+
+    It is the model's input embedding, if that is trainable and untied. If the model does not name
+    one, it is every such nn.Embedding. (A position embedding next to a named input embedding stays
+    dense: a batch uses nearly all of its rows.) The log of "finetune" reports why a table is not
+    among them: a warning for a tied one, a note for a frozen one.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    chosen = []
+    for embedding in _candidates(model):
+        others = [names[module] for module in _also_holding(model, embedding)]
+        if is_compact(embedding):
+            logger.info(
+                "lazy_adamw: all rows of the compact embedding %r are in use, so it is updated "
+                "densely",
+                names[embedding],
+            )
+        elif not embedding.weight.requires_grad:
+            logger.info(
+                "lazy_adamw: the embedding %r is frozen, so there are no rows to update",
+                names[embedding],
+            )
+        elif others:
+            logger.warning(
+                "lazy_adamw: the embedding %r shares its weight with %s, so every row has a "
+                "gradient and is updated, as by adamw; if few of them are used, the active "
+                "vocabulary trains only those",
+                names[embedding],
+                ", ".join(repr(other) for other in others),
+            )
+        else:
+            chosen.append(embedding)
+    return chosen
+
+
+def _candidates(model: nn.Module) -> list[nn.Embedding]:
+    """Return the trainable embeddings that the model names as its input, else all that it has.
+
+    Wrappers such as PEFT's `modules_to_save`, which also keep a frozen copy, are looked into.
+    """
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    named = get_embedding() if callable(get_embedding) else None
+    root = named if isinstance(named, nn.Module) else model
+    found = [module for module in root.modules() if isinstance(module, nn.Embedding)]
+    return [module for module in found if module.weight.requires_grad] or found
+
+
+def _also_holding(model: nn.Module, embedding: nn.Embedding) -> list[nn.Module]:
+    """Return the other modules that hold this weight, or another one over the same memory."""
+    memory = embedding.weight.untyped_storage().data_ptr()
+    return [
+        module
+        for module in model.modules()
+        if module is not embedding
+        for parameter in module.parameters(recurse=False)
+        if parameter is embedding.weight
+        or (memory and parameter.untyped_storage().data_ptr() == memory)
+    ]
+
+
+def check_embedding(module: nn.Embedding, *, in_group: bool) -> None:
+    """Raise UserError if `module` cannot be stepped lazily.
+
+    `in_group`: its weight is among the optimizer's parameters.
+    """
+    if not isinstance(module, nn.Embedding):
+        raise UserError(f"embeddings takes nn.Embedding modules, not {type(module).__name__}")
+    reasons = {
+        "its max_norm rewrites rows as they are read": module.max_norm is not None,
+        "scale_grad_by_freq does not go with row-sparse gradients": module.scale_grad_by_freq,
+        "its weight is complex": module.weight.is_complex(),
+        "its weight is frozen": not module.weight.requires_grad,
+        "its weight is not among the optimizer's parameters": not in_group,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(
+                f"this embedding cannot be stepped lazily: {reason}. Leave it out of `embeddings`"
+            )
+
+
+def check_mode(missed_steps: str) -> None:
+    """Raise UserError for a mode that does not exist."""
+    if missed_steps not in MISSED_STEPS:
+        hint = did_you_mean(missed_steps, MISSED_STEPS)
+        raise UserError(
+            f"missed_steps={missed_steps!r} is not one of {', '.join(MISSED_STEPS)}{hint}"
+        )
+
+
+def check_missed_steps(missed_steps: str, betas: tuple[float, float], eps: float) -> None:
+    """Raise UserError if the mode does not go with these options."""
+    if missed_steps == "exact" and not (GaussRules.supports(betas) and eps > 0):
+        raise UserError(
+            f'missed_steps="exact" needs eps above 0 and betas[0] clearly below sqrt(betas[1]), '
+            f'not eps={eps}, betas={betas}. Use missed_steps="replay", which takes any'
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise UserError if an option of a parameter group is out of its range."""
+    if not float(group["lr"]) >= 0:
+        raise UserError(f"lr must be at least 0, not {group['lr']}")
+    if not group["eps"] >= 0:
+        raise UserError(f"eps must be at least 0, not {group['eps']}")
+    if not all(0 <= beta < 1 for beta in floats(group["betas"])):
+        raise UserError(f"betas must be at least 0 and below 1, not {group['betas']}")
+    if not group["weight_decay"] >= 0:
+        raise UserError(f"weight_decay must be at least 0, not {group['weight_decay']}")
+
+
+def floats(betas: tuple[float | Tensor, float | Tensor]) -> tuple[float, float]:
+    """Return both betas as Python floats."""
+    return float(betas[0]), float(betas[1])

@@ -1,0 +1,92 @@
+"""What a lazily stepped table knows between two steps, and which of its rows it shows."""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Showing(Enum):
+    """Which rows a table shows, and to whom. A lookup always gives rows as of now.
+
+    | showing  | when                | the weight holds | the state dicts show |
+    |----------|---------------------|------------------|----------------------|
+    | CURRENT  | as a rule           | rows as stored   | rows as of now       |
+    | DEFERRED | inside `deferred()` | rows as stored   | rows as stored       |
+    | FLUSHED  | inside `flushed()`  | rows as of now   | rows as of now       |
+
+    The state dicts are those of the model and of the optimizer, which always go together.
+    """
+
+    CURRENT = "current"
+    DEFERRED = "deferred"
+    FLUSHED = "flushed"
+
+
+class RowState(NamedTuple):
+    """What a table of V rows [V, d] knows after some steps, of which n rows have had a gradient.
+
+    `as_dict` gives the entry of the optimizer's state dict; its keys are these names.
+    """
+
+    step: Tensor  # [] float32: the steps applied
+    rows: Tensor  # [n] int64: the rows that have had a gradient
+    last_step: Tensor  # [n] int64: the step that each of them was brought up to
+    exp_avg: Tensor  # [n, d]
+    exp_avg_sq: Tensor  # [n, d]
+    lr: Tensor  # [h] float64: of the steps since all rows were up to date
+    weight_decay: Tensor  # [h] float64: of the same steps
+    betas: tuple[float, float]
+    eps: float
+    master: Tensor | None = None  # [n, d] float32: of a weight in bfloat16 or float16
+    rule_masses: Tensor | None = None  # [h + 1, nodes]: see `missed_steps.GaussRules`
+    rule_shifts: Tensor | None = None  # [h + 1, nodes]
+    window_masses: Tensor | None = None  # [window, nodes] float64
+    window_nodes: Tensor | None = None  # [window, nodes] float64
+    witness_rows: Tensor | None = None  # [w] int64: rows of the weight that was saved with this
+    witness: Tensor | None = None  # [w, d]: their values
+
+    @classmethod
+    def up_to_date(
+        cls,
+        step: int,
+        rows: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        master: Tensor | None = None,
+    ) -> "RowState":
+        """Return a state in which no row has missed a step, so that no history is needed."""
+        return cls(
+            step=torch.tensor(float(step)),
+            rows=rows,
+            last_step=torch.full_like(rows, step),
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            lr=torch.empty(0),
+            weight_decay=torch.empty(0),
+            betas=betas,
+            eps=eps,
+            master=master,
+        )
+
+    @classmethod
+    def before_the_first_step(
+        cls, width: int, *, betas: tuple[float, float], eps: float
+    ) -> "RowState":
+        """Return the state of a table of this width that no step was applied to."""
+        rows, empty = torch.empty(0, dtype=torch.int64), torch.empty(0, width)
+        return cls.up_to_date(0, rows, empty, empty, betas=betas, eps=eps, master=empty)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> "RowState":
+        """Return the state that `as_dict` gave, or one of another origin with these keys."""
+        return cls(**{key: value for key, value in state.items() if key in cls._fields})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is known, by name, as an optimizer's state dict holds it."""
+        return {key: value for key, value in self._asdict().items() if value is not None}

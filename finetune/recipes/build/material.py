@@ -1,0 +1,106 @@
+"""What a run reads: records, tokenizer, format, encoded data. No weights are loaded here.
+
+The first of two stages. `Material` is enough for `finetune inspect`; `finetune.recipes.build.parts` makes
+the second stage of it, with a model.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from finetune.config import RunConfig
+from finetune.data.encode import EncodedDataset
+from finetune.data.types import Format
+from finetune.display import Display
+from finetune.models.describe import token_tables
+from finetune.models.load import load_skeleton
+from finetune.models.tokenizers import ChatTokens, set_template
+from finetune.recipes.build.data import (
+    RawData,
+    encode_rows,
+    load_raw_data,
+    make_format,
+    unrelated_text,
+)
+from finetune.recipes.build.model import check_length, make_tokenizer, model_spec
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The data of a run and what it is encoded with.
+
+    A data set is encoded when it is first asked for, and kept. Each of them raises UserError if
+    something is wrong with its records.
+    """
+
+    config: RunConfig
+    display: Display
+    raw: RawData  # the records, not yet tokenised
+    tokenizer: Any
+    tokens: ChatTokens  # those that the chat template added, and those that end an answer
+    skeleton: Any  # the model on the meta device, or a trained one: only its sizes are used
+    format: Format
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the token table, with those for tokens that the chat template added."""
+        return max(token_tables(self.skeleton)[0].shape[0], 1 + max(self.tokens.added, default=-1))
+
+    @cached_property
+    def train(self) -> EncodedDataset:
+        """The training data; of a stream, its first records."""
+        return self.encode(self.raw.train)
+
+    @cached_property
+    def validation(self) -> EncodedDataset | None:
+        """The held-out data."""
+        return None if self.raw.validation is None else self.encode(self.raw.validation)
+
+    @cached_property
+    def unrelated(self) -> EncodedDataset | None:
+        """Text of another kind (`data.unrelated`)."""
+        return unrelated_text(self.config, self.tokenizer, self.table_rows)
+
+    @property
+    def corpora(self) -> list[EncodedDataset]:
+        """The training data, and the held-out data if there is any."""
+        return [self.train, *([self.validation] if self.validation is not None else [])]
+
+    def with_config(self, config: RunConfig) -> "Material":
+        """Return the material of a changed config, encoded anew only if its data section differs."""
+        changed = replace(self, config=config)
+        if config.data == self.config.data:
+            encoded = ("train", "validation", "unrelated")
+            changed.__dict__.update({key: vars(self)[key] for key in encoded if key in vars(self)})
+        return changed
+
+    def encode(self, records: Any) -> EncodedDataset:
+        """Encode other records as those of the run are. Raises UserError."""
+        return encode_rows(
+            records,
+            self.format,
+            self.config.data,
+            vocab_size=self.table_rows,
+            display=self.display,
+        )
+
+
+def read_material(
+    config: RunConfig, display: Display, *, trained: tuple[Any, Any] | None = None
+) -> Material:
+    """Open the data, and make the tokenizer and the format that it is encoded with.
+
+    `trained`: the model and the tokenizer of a finished run, instead of those of the config.
+    Raises UserError for anything wrong with data, tokenizer, template, or the model's config.
+    """
+    raw = load_raw_data(config.data, seed=config.seed)
+    if trained is not None:
+        skeleton, tokenizer = trained
+        tokens = ChatTokens()
+    else:
+        tokenizer = make_tokenizer(config.model, raw.texts())
+        tokens = set_template(tokenizer, config.model.chat_template)
+        skeleton = load_skeleton(model_spec(config.model, tokenizer))
+    check_length(skeleton, config.data.max_length)
+    format = make_format(config.data, tokenizer, raw.first_row)
+    return Material(config, display, raw, tokenizer, tokens, skeleton, format)

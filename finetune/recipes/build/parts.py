@@ -1,0 +1,235 @@
+"""What a run is made of: the second stage, with a model and its batches.
+
+`finetune.recipes.build.material` makes the first stage, without weights.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
+
+from finetune.config import RunConfig
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import BatchShape
+from finetune.data.batches.stream import StreamingBatches
+from finetune.data.encode import DataStatistics, RecordEncoder
+from finetune.data.sources import Records
+from finetune.data.types import Format
+from finetune.display import Display
+from finetune.distributed.engines import check_engine, settle_engine, waiting_time
+from finetune.errors import UserError, did_you_mean
+from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.speed import (
+    compile_decoder,
+    enable_activation_checkpointing,
+    resolve_precision,
+)
+from finetune.models.tokenizers import pad_id
+from finetune.recipes.build.material import Material
+from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
+from finetune.recipes.build.vocabulary import (
+    apply_vocabulary,
+    plan_vocabulary,
+)
+from finetune.training.vocabulary import VocabularyKeeper, sample_batches
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a run is made of, built but not started."""
+
+    material: Material
+    accelerator: Accelerator
+    display: Display
+    language_model: LanguageModel
+    batches: TrainingBatches | StreamingBatches
+    statistics: DataStatistics  # of the training data; a stream's grow as it is read
+    vocabulary: VocabularyKeeper
+    identity: dict[str, str]  # what a resumed run must have in common with the one it continues
+
+    @property
+    def config(self) -> RunConfig:
+        return self.material.config
+
+    @property
+    def model(self) -> Any:
+        """The transformers (or peft) model inside `language_model`."""
+        return self.language_model.model
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return count_steps(self.config, self.batches.steps_per_epoch)
+
+
+def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
+    """Return the optimizer steps of a whole run; `steps_per_epoch`: None for a stream.
+
+    Raises UserError for a stream without `training.max_steps`.
+    """
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    if steps_per_epoch is None:
+        raise UserError("a stream has no known length: set training.max_steps")
+    return max(1, math.ceil(config.training.epochs * steps_per_epoch))
+
+
+def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
+    """One process on the CPU, one GPU, or this process of many, in the precision that pays here."""
+    precision, reason = resolve_precision(
+        config.training.precision, "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    check_trackers(config.tracking)
+    check_engine()
+    mixed_precision = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # one a process: an earlier run here, or its caller, had another precision
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=list(config.tracking) or None,
+        project_dir=str(config.output_dir),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False
+            ),  # none changes while a language model trains
+            waiting_time(config.training.timeout),
+        ],
+    )
+    display.enabled = display.enabled and accelerator.is_main_process
+    settle_engine(accelerator, display)
+    display.say(reason)
+    return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that Accelerate does not know, or that is not installed: it would be left out silently."""
+    known = list(LOGGER_TYPE_TO_CLASS)
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}"
+            )
+        if name not in installed:
+            raise UserError(
+                f"tracking: {name} is not installed; install it with: pip install {name.replace('_', '-')}"
+            )
+
+
+def assemble(material: Material, *, accelerator: Accelerator, display: Display) -> Parts:
+    """Load the model and make the batches of a run. Raises UserError for anything wrong with them.
+
+    The order is part of the result. The vocabulary is chosen for the model without LoRA, and LoRA
+    then freezes all but the rows that train.
+    """
+    config = material.config
+    batches, statistics = _make_batches(material, accelerator)
+    held_out = material.validation.statistics if material.validation is not None else None
+    for part, counts in (("training", statistics), ("held-out", held_out)):
+        if counts is not None:
+            say_counts(display, part, material.format, counts, config)
+    _ = material.unrelated  # what is wrong with it is said before the weights are loaded
+    display.say(f"loading {config.model.name or 'a random ' + model_type(config)}")
+    tokens = material.tokens
+    model = make_model(config.model, material.tokenizer, tokens, seed=config.seed)
+    start = model_fingerprint(model)  # the same for every vocabulary and optimizer
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    vocabulary = plan_vocabulary(
+        config, model, material.tokenizer, material.corpora, tokens.added, sharded=sharded
+    )
+    display.note(f"vocabulary: {vocabulary.line()}")
+    apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
+    model = adapt_model(model, config.model, tokens.added, seed=config.seed)
+    language_model = _wrap(model, config)
+    identity = {
+        "the model": start,
+        "model.lora": str(config.model.lora),
+        "the training data": batches.fingerprint,
+        "training.batch_size": str(config.training.batch_size),
+        "seed": str(config.seed),
+        "optimizer.name": config.optimizer.name,
+        "the vocabulary": vocabulary.identity(),
+    }
+    keeper = VocabularyKeeper(
+        config,
+        vocabulary,
+        language_model,
+        lambda: sample_batches(material.train, pad_id=pad_id(material.tokenizer)),
+        accelerator,
+        display.note,
+    )
+    return Parts(
+        material, accelerator, display, language_model, batches, statistics, keeper, identity
+    )
+
+
+def model_type(config: RunConfig) -> str:
+    """Return the architecture of a random model."""
+    return str((config.model.config or {}).get("model_type"))
+
+
+def _wrap(model: Any, config: RunConfig) -> LanguageModel:
+    """Return the module that maps a batch to its loss, sped up and checked as the config says."""
+    language_model = LanguageModel(model)
+    if config.training.activation_checkpointing:
+        enable_activation_checkpointing(language_model)
+    if config.data.packing:
+        check_packing(language_model)
+    if config.training.compile:
+        compile_decoder(language_model)
+    return language_model
+
+
+def _make_batches(
+    material: Material, accelerator: Accelerator
+) -> tuple[TrainingBatches | StreamingBatches, DataStatistics]:
+    """Return this process's batches, and the counts of the data that they are made from."""
+    config, data = material.config, material.config.data
+    shape = BatchShape(
+        packing=data.packing,
+        batch_size=config.training.batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        pad_id=pad_id(material.tokenizer),
+        seed=config.seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    if isinstance(material.raw.train, Records):
+        batches = TrainingBatches(material.train, shape, max_length=data.max_length)
+        return batches, material.train.statistics
+    count_steps(config, None)
+    encoder = RecordEncoder(
+        material.format,
+        max_length=data.max_length,
+        overlong=data.overlong,
+        vocab_size=material.table_rows,
+    )
+    stream = StreamingBatches(
+        material.raw.train, encoder, shape, shuffle_buffer=data.shuffle_buffer
+    )
+    return stream, encoder.statistics
+
+
+def say_counts(
+    display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig
+) -> None:
+    """How much data there is, and what was cut or left out."""
+    if counts.records:
+        share = counts.target_tokens / max(1, counts.tokens)
+        display.say(
+            f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets"
+        )
+    limit = config.data.max_length
+    if counts.truncated or counts.dropped:
+        display.note(
+            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut ({counts.without_target} of them had no "
+            f"target left and were left out) and {counts.dropped} dropped; the longest has {counts.longest} tokens "
+            f"(data.max_length, data.overlong)"
+        )

@@ -1,0 +1,67 @@
+"""A finished run or any model, opened to be used by a command, and what a command reads from stdin."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import RunConfig, load_config
+from finetune.config.loading import validate
+from finetune.config.schema import GenerationSection
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.models.load import ModelSpec, load_model
+from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
+from finetune.recipes.build.model import load_trained
+from finetune.run.folder import RunDir
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to read with, and the run that it came from, if any."""
+
+    model: Any
+    tokenizer: Any
+    run: RunDir | None
+    config: RunConfig | None
+
+    def settings(self, given: Mapping[str, Any]) -> GenerationSection:
+        """The generation settings of the run, or the defaults, changed by those given."""
+        section = self.config.generation if self.config is not None else GenerationSection()
+        return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
+
+
+def open_target(target: str) -> Opened:
+    """Load a run's model/, or a model by name, onto the GPU if there is one. Raises UserError."""
+    run = RunDir(Path(target))
+    is_run = run.is_run()
+    if is_run and not (run.model / "config.json").is_file():
+        raise UserError(
+            f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`"
+        )
+    config = load_config(run.config) if is_run else None
+    model: Any
+    if config is not None:
+        model, tokenizer = load_trained(run.model, config.model)
+    else:
+        spec = ModelSpec(name=target)
+        model, tokenizer = load_model(spec), load_tokenizer(spec)
+    fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return Opened(model, tokenizer, run if is_run else None, config)
+
+
+def stdin_lines(display: Display, what: str) -> Iterator[str]:
+    """The lines of stdin. Someone at a terminal is told that it is their turn."""
+    if sys.stdin.isatty():
+        display.say(f"type {what}, and Ctrl-D at the end")
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"stdin is not UTF-8 text (byte {error.start}): convert it first"
+        ) from error

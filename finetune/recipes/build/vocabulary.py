@@ -1,0 +1,200 @@
+"""The vocabulary section of a config: which rows of the token table a run trains, and how that is kept up from step to step.
+
+Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `finetune.models.frozen_sample` for the sampled loss.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from finetune.config import RunConfig
+from finetune.data.encode import EncodedDataset
+from finetune.errors import UserError
+from finetune.models.describe import token_tables
+from finetune.models.tokenizers import byte_tokens, template_tokens
+from finetune.models.vocabulary.activate import (
+    activate_as_saved,
+    activate_vocabulary,
+    why_not_active,
+)
+from finetune.models.vocabulary.choice import VocabularyPlan
+from finetune.optim import optimizer_info
+
+SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream
+LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole where the run uses more of it
+
+
+def plan_vocabulary(
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    corpora: Iterable[EncodedDataset],
+    new_tokens: Sequence[int],
+    *,
+    sharded: bool = False,
+) -> VocabularyPlan:
+    """Choose the mode and the active tokens. `model` may be without weights; LoRA is not yet on it. `sharded`: no process will have
+    the whole of a parameter. Raises UserError."""
+    table, head = token_tables(model)
+    found = active_ids(tokenizer, corpora, config.vocabulary.keep)
+    ids = tuple(sorted(i for i in found if i < len(table)))
+    mode: str = config.vocabulary.mode
+    reason = ""
+    if mode == "auto":
+        mode, reason = _automatic(config, model, len(ids), len(new_tokens), sharded)
+    if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
+        mode, reason = "active", "a sample would be the whole table"
+    if (
+        mode in ("active", "sampled")
+        and (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None
+    ):
+        raise UserError(
+            f"vocabulary.mode is {mode}, but {obstacle}; set vocabulary.mode to full or frozen"
+        )
+    if mode == "sampled" and sharded:
+        raise UserError(
+            "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode to active or "
+            "full, or train with DDP"
+        )
+    if mode == "full" and config.model.lora is not None and config.vocabulary.keep:
+        raise UserError(
+            "vocabulary.keep names rows to train, which LoRA leaves as they are: set vocabulary.mode to frozen or active"
+        )
+    used = ids
+    if mode == "frozen":
+        ids = tuple(sorted({*new_tokens, *kept_ids(tokenizer, config.vocabulary.keep)}))
+    trains = mode in ("active", "sampled")
+    lazy_input = head is not table and _input_is_lazy(config)
+    tables = 1 if head is table or lazy_input else 2
+    bytes_per_row = table.shape[1] * (4 + optimizer_info(config.optimizer.name).state_bytes)
+    spare = spare_rows(len(ids), len(table)) if config.data.streaming and trains else 0
+    otherwise = (
+        0 if config.model.lora is not None else len(table)
+    )  # rows that would have gradients and state
+    saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
+    ids = () if mode == "full" else ids
+    num_sampled = config.vocabulary.num_sampled if mode == "sampled" else None
+    return VocabularyPlan(
+        mode, reason, ids, used, spare, len(table), saved, trains and lazy_input, num_sampled
+    )
+
+
+def spare_rows(num_active: int, num_rows: int) -> int:
+    """As many again as are active at the start, at least SPARE_ROWS.
+
+    Translation en-fr with Gemma's tokenizer: 1,000 rows have 4,702 tokens, which with special and byte tokens makes 11,526 active
+    ones; over 22,112 rows (1.8 M tokens) it becomes 26,635. 1,024 spare rows last for 556 rows of the stream, half as many as are
+    active for 4,093, as many for 12,820. In Gemma-3-270M these are 118 MB with AdamW and, counted, 3 (active) to 7 % (sampled) of a
+    step's operations.
+    """
+    return min(max(SPARE_ROWS, num_active), num_rows - num_active)
+
+
+def _automatic(
+    config: RunConfig, model: Any, num_active: int, num_new: int, sharded: bool
+) -> tuple[str, str]:
+    table, head = token_tables(model)
+    if config.model.lora is not None and config.vocabulary.keep and why_not_active(model) is None:
+        return (
+            "frozen",
+            "LoRA leaves the token table as it is, but for vocabulary.keep and new tokens",
+        )
+    if config.model.lora is not None:
+        return (
+            "full",
+            f"LoRA leaves the token table as it is{f', but for {num_new} new tokens' if num_new else ''}",
+        )
+    if head is not table:
+        lazy = (
+            "lazy_adamw updates only the input rows in use"
+            if _input_is_lazy(config)
+            else "active would make both compact"
+        )
+        return "full", f"input and output tables are not tied; {lazy}"
+    if (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None:
+        return "full", obstacle
+    spare = spare_rows(num_active, len(table)) if config.data.streaming else 0
+    if num_active + spare > LITTLE_TO_SAVE * len(table):
+        kept = f", and {spare:,} would be kept for what turns up later" if spare else ""
+        return "full", f"the data uses {num_active:,} of the {len(table):,} rows{kept}"
+    return "active", f"the table is tied, and {1 - num_active / len(table):.0%} of it is not used"
+
+
+def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
+    """Why tokens that turn up in a stream cannot be given rows; None where they can, or where there is no stream."""
+    if not config.data.streaming:
+        return None
+    if sharded:
+        return "tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+    if optimizer_info(config.optimizer.name).second_weights:
+        return f"tokens that turn up in a stream get rows of the table, and {config.optimizer.name} trains a copy that lacks them"
+    return None
+
+
+def _input_is_lazy(config: RunConfig) -> bool:
+    """Whether an untied input table stays whole and trains row by row; LoRA would freeze it, new tokens' rows included."""
+    return (
+        config.model.lora is None
+        and optimizer_info(config.optimizer.name).must_know == "embeddings"
+    )
+
+
+def active_ids(
+    tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]
+) -> set[int]:
+    """The tokens of the data, special, added, byte and chat template tokens, and those to keep: ids, or texts that have them."""
+    ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
+    ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids |= byte_tokens(tokenizer) | template_tokens(tokenizer)
+    return ids | kept_ids(tokenizer, keep)
+
+
+def kept_ids(tokenizer: Any, keep: Iterable[int | str]) -> set[int]:
+    """The ids that `vocabulary.keep` names, itself or by texts. Raises UserError."""
+    ids: set[int] = set()
+    size = max(tokenizer.get_vocab().values()) + 1
+    for item in keep:
+        if isinstance(item, int) and not 0 <= item < size:
+            raise UserError(f"vocabulary.keep: {item} is no token id; ids go from 0 to {size - 1}")
+        found = (
+            {item}
+            if isinstance(item, int)
+            else set(tokenizer(item, add_special_tokens=False).input_ids)
+        )
+        if not found:
+            raise UserError(
+                f"vocabulary.keep: the text {item!r} has no tokens; give a text that has some, or an id"
+            )
+        ids |= found
+    return ids
+
+
+def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf16: bool) -> None:
+    """Make the tables of `model` what the plan says, in place. `bf16`: the run's matrix products are in it."""
+    if plan.mode == "frozen":
+        _freeze_tables(model)
+    if plan.ids:
+        activate_vocabulary(
+            model,
+            plan.ids,
+            spare=plan.spare,
+            compact_input=plan.mode == "frozen" or not _input_is_lazy(config),
+            shift=plan.mode != "frozen" and optimizer_info(config.optimizer.name).scale_free,
+            frozen_dtype=torch.bfloat16 if bf16 else None,
+        )
+
+
+def apply_saved_vocabulary(
+    model: Any, config: RunConfig, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Make the tables of `model` what they were when the state dict `state` of a run with this config was taken, in place."""
+    if config.vocabulary.mode == "frozen":
+        _freeze_tables(model)
+    activate_as_saved(model, state)
+
+
+def _freeze_tables(model: Any) -> None:
+    for table in token_tables(model):
+        if table is not None:
+            table.requires_grad_(False)

@@ -1,0 +1,84 @@
+"""The end of a comparison: comparison.json, comparison.csv and comparison.html in its folder.
+
+Floor 5.
+"""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.comparison import grids
+from finetune.config import RunConfig, dump_config
+from finetune.report.comparison_page import write_comparison
+from finetune.run.environment import collect_environment
+from finetune.run.files import write_json
+from finetune.run.folder import RunDir
+from finetune.run.records import Environment
+from finetune.run.wording import listed
+
+
+def conclude(
+    summary: dict[str, Any],
+    base: RunConfig,
+    *,
+    rule: str,
+    trials: int,
+    seeds: int,
+    notes: list[str],
+) -> Path:
+    """Write the three files from what `summarise` found, with how it was found; return the page's path.
+
+    `base` is the config that the runs were made from, whose output_dir is the comparison's folder.
+    """
+    root = base.output_dir
+    records = {
+        name: Environment.read(RunDir(root / "runs" / name / f"seed-{base.seed + 1}"))
+        for name in summary["optimizers"]
+    }
+    first = next(iter(records.values()))
+    noted = {
+        note: [name for name, record in records.items() if note in record.notes]
+        for note in _notes(records.values())
+    }
+    found = [
+        note
+        if len(names) == len(records) or note.startswith(f"{names[0]}: ")
+        else f"{listed(names)}: {note}"
+        for note, names in noted.items()
+    ]
+    protocol = {
+        "steps": base.training.max_steps,
+        "batch_size": base.training.batch_size,
+        "tuning_seed": base.seed,
+        "seeds": list(range(base.seed + 1, base.seed + 1 + seeds)),
+        "trials": trials,
+        "max_widenings": grids.MAX_WIDENINGS,
+        "evaluate_every": base.evaluation.every,
+        "data_rule": rule,
+        "schedule": base.scheduler.name,
+        "max_grad_norm": base.training.max_grad_norm,
+        "divergence_threshold": base.training.divergence_threshold,
+        "precision": first.precision,
+    }
+    now = collect_environment(processes=1, device=first.device, precision=first.precision).as_dict()
+    record = {
+        "name": root.resolve().name,
+        **summary,
+        "protocol": protocol,
+        "notes": [*notes, *found],
+        "model": first.model,
+        "environment": {key: now[key] for key in now if key not in ("model", "notes")},
+        "config": dump_config(base),
+    }
+    write_json(root / "comparison.json", record, indent=1)
+    with (root / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(summary["runs"][0]))
+        writer.writeheader()
+        writer.writerows(summary["runs"])
+    return write_comparison(root)
+
+
+def _notes(records: Iterable[Environment]) -> list[str]:
+    """Return every note of the runs, once."""
+    return list(dict.fromkeys(note for record in records for note in record.notes))

@@ -1,0 +1,161 @@
+"""One run of a comparison: the trainer itself in a folder of its own, measured, its result kept and its weights thrown away.
+
+Floor 5. A run that was stopped goes on from its last checkpoint; one that is over is read and not run again.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.comparison.frequency import BINS, bins_of
+from finetune.comparison.runs import Phase, Result, Run, keep_update, read_trial
+from finetune.config import RunConfig
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.sources import load_records
+from finetune.data.types import IGNORE_INDEX
+from finetune.display import Display
+from finetune.models.describe import inner_model, tensor_bytes, token_tables
+from finetune.optim import optimizer_info
+from finetune.recipes.build.data import as_sources
+from finetune.recipes.build.evaluator import evaluator_of
+from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.parts import Parts
+from finetune.recipes.train.run import run_training
+from finetune.run.folder import RunDir
+from finetune.run.log import Listener
+from finetune.run.records import Evaluation, StepRecord
+from finetune.training.stopping import Diverged
+
+UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights
+
+
+def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | None:
+    """Train as `config` says, unless that was done before; None where a signal stopped it.
+
+    A reported run is also measured on data.test; of a run that diverged there is nothing to measure.
+    """
+    folder = config.output_dir
+    if (done := read_trial(folder)) is not None:
+        return done
+    name = config.optimizer.name
+    seen = RunObserver(folder, test=phase == "reported")
+    problem = ""
+    with display.steps(config.training.max_steps or 1, 0) as show:
+        seen.show = show
+        try:
+            if (
+                run_training(config, resume="auto", display=Display(enabled=False), observer=seen)
+                == "signal"
+            ):
+                return None
+        except Diverged as error:
+            problem = str(error)
+        except KeyboardInterrupt:  # before or after the steps, which handle it themselves
+            return None
+    run = RunDir(folder)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    run.bad_batch.unlink(missing_ok=True)
+    settings = {**optimizer_info(name).options, **optimizer_options(config)}
+    settings = json.loads(
+        json.dumps(
+            {key: value for key, value in settings.items() if key != "embeddings"}, default=str
+        )
+    )
+    measured = {} if problem else seen.measured
+    Result(name, phase, config.seed, settings, problem, seen.began_with, **measured).write(run)
+    return read_trial(folder)
+
+
+class RunObserver:
+    """Sees a run: what it began with, how large its updates are against the weights, the test loss and the state at its end.
+
+    Updates are taken outside of the token tables: there a lazy optimizer moves a row when it is next used, not when the step is.
+    """
+
+    def __init__(self, folder: Path, *, test: bool) -> None:
+        self.show: Listener = lambda record: None
+        self.began_with: dict[str, str] = {}
+        self.measured: dict[str, Any] = {}
+        self._run, self._test = RunDir(folder), test
+        self._weights: list[torch.Tensor] = []
+        self._before: list[torch.Tensor] | None = None
+
+    def start(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+        self.began_with = {key: parts.identity[key] for key in ("the model", "the training data")}
+        tables = token_tables(inner_model(parts.model))
+        trained = [weight for weight in parts.model.parameters() if weight.requires_grad]
+        self._weights = [
+            weight for weight in trained if not any(weight is table for table in tables)
+        ]
+        self._every = max(1, math.ceil(parts.num_steps / UPDATE_POINTS))
+        self._before = self._copy()
+
+    def __call__(self, record: StepRecord | Evaluation) -> None:
+        if isinstance(record, Evaluation):
+            return
+        self.show(record)
+        step = record.step
+        if self._before is not None and (step - 1) % self._every == 0 and self._weights:
+            moved = _norm(now - then for now, then in zip(self._weights, self._before))
+            keep_update(self._run, step, moved / _norm(self._before))
+        self._before = self._copy() if step % self._every == 0 else None
+
+    def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        self.measured = {
+            "state_bytes": tensor_bytes(
+                value for value in states if isinstance(value, torch.Tensor)
+            )
+        }
+        if self._test:
+            self.measured |= _test(parts)
+
+    def _copy(self) -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in self._weights]
+
+
+@torch.no_grad()
+def _norm(tensors: Any) -> float:
+    return math.sqrt(sum(float(tensor.detach().float().square().sum()) for tensor in tensors))
+
+
+def _test(parts: Parts) -> dict[str, Any]:
+    """Return the loss on data.test, over all target tokens and by their frequency in training."""
+    config = parts.config
+    assert config.data.test is not None
+    bins = bins_of(_target_counts(parts, parts.material.table_rows))
+    dataset = parts.material.encode(load_records(as_sources(config.data.test)))
+    result = evaluator_of(parts).loss(dataset, groups=bins)
+    found = dict(zip(BINS, result.by_group))
+    sizes = torch.bincount(bins, minlength=len(BINS)).tolist()
+    losses = {
+        name: group.nats / group.num_target_tokens
+        for name, group in found.items()
+        if group.num_target_tokens
+    }
+    return {
+        "test": {"all": result.loss, **losses},
+        "bins": {
+            name: {
+                "tokens": sizes[i],
+                "targets": found[name].num_target_tokens if name in found else 0,
+            }
+            for i, name in enumerate(BINS)
+        },
+    }
+
+
+def _target_counts(parts: Parts, size: int) -> torch.Tensor:
+    """Return how often each token is a target of the training data, [V]."""
+    assert isinstance(parts.batches, TrainingBatches), "a comparison does not stream"
+    labels = [
+        label
+        for example in parts.batches.dataset
+        for label in example.labels
+        if label != IGNORE_INDEX
+    ]
+    return torch.bincount(torch.tensor(labels), minlength=size)

@@ -1,0 +1,107 @@
+"""A finished run, or any model, opened to be put to use; `finetune evaluate`.
+
+Floor 5.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import RunConfig, load_config
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.models.language_model import LanguageModel
+from finetune.recipes.build.data import generation_metrics
+from finetune.recipes.build.evaluator import Evaluator
+from finetune.recipes.build.material import read_material
+from finetune.recipes.build.parts import make_accelerator
+from finetune.recipes.build.target import open_target
+from finetune.run.files import finite
+from finetune.run.folder import RunDir
+from finetune.run.records import Evaluations, Vocabulary
+
+
+def evaluate_target(
+    target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
+) -> dict[str, Any]:
+    """Evaluate on data.test, or on the held-out data if there is none; print the metrics as JSON.
+
+    For a run that is evaluated on its own config they are added to its evaluation.json as "test".
+    """
+    display = display or Display()
+    opened = open_target(target)
+    if config is None and opened.run is None:
+        raise UserError(
+            f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE"
+        )
+    settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
+    material = read_material(
+        _evaluated(settings, opened.model.device.type),
+        display,
+        trained=(opened.model, opened.tokenizer),
+    )
+    if material.raw.validation is None:
+        raise UserError(
+            "the config names no held-out data: set data.test, data.validation or "
+            "data.validation_fraction"
+        )
+    accelerator = make_accelerator(material.config, Display(enabled=False))
+    unused = _unused_tokens(opened.run, material.table_rows)
+    scored = generation_metrics(settings, material.format)
+    evaluator = Evaluator(
+        material,
+        LanguageModel(opened.model),
+        accelerator,
+        num_answers=settings.evaluation.generate if scored else 0,
+        display=display,
+        inactive=lambda: unused,
+    )
+    results = {
+        "data": _said_data(settings),
+        "num_records": len(material.raw.validation),
+        "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+    }
+    results |= evaluator.evaluate()[0]
+    if evaluator.prompts:
+        results["num_generated"] = len(evaluator.prompts)
+    print(json.dumps(finite(results), indent=2))
+    if opened.run is not None and config is None and not overrides:
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
+    return results
+
+
+def _evaluated(config: RunConfig, device: str) -> RunConfig:
+    """Return the config with its test data held out, if it has any, and what training alone needs left out.
+
+    The precision is that of the run's own evaluations; float32 for fp16 without CUDA.
+    """
+    changes: dict[str, Any] = {"tracking": ()}
+    if config.data.test is not None:
+        test = {"validation": config.data.test, "max_validation_records": None}
+        changes["data"] = config.data.model_copy(update=test)
+    off_cuda = config.training.precision == "fp16" and device != "cuda"
+    precision = {"precision": "fp32"} if off_cuda else {}
+    changes["training"] = config.training.model_copy(update={"compile": False, **precision})
+    return config.model_copy(update=changes)
+
+
+def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
+    """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
+    if run is None or not (used := Vocabulary.read(run).used):
+        return None
+    unused = torch.ones(vocab_size, dtype=torch.bool)
+    unused[list(used)] = False
+    return unused if unused.any() else None
+
+
+def _said_data(config: RunConfig) -> str:
+    """Which rows of the config those are."""
+    data = config.data
+    sources = data.validation if data.test is None else data.test
+    if sources is None:
+        return f"{data.validation_fraction:g} of data.train, held out"
+    return f"data.{'validation' if data.test is None else 'test'}: {', '.join(source.path for source in sources)}"

@@ -1,0 +1,93 @@
+"""`finetune export`: a run's model, or one of its checkpoints, as a plain Hugging Face folder.
+
+Floor 5.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import RunConfig, load_config
+from finetune.data.sources import Records
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.models.export import export_model, verify_export
+from finetune.models.load import ModelSpec
+from finetune.models.tokenizers import load_tokenizer, set_template
+from finetune.recipes.build.card import run_card
+from finetune.recipes.build.checkpoint_model import model_of_checkpoint
+from finetune.recipes.build.material import read_material
+from finetune.recipes.build.model import load_trained, make_tokenizer
+from finetune.run.folder import RunDir, step_of
+from finetune.run.records import evaluations_by_step
+from finetune.training.checkpoint import find_checkpoint, load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_run(
+    run_root: Path,
+    dest: Path,
+    *,
+    dtype: str,
+    checkpoint: Path | None,
+    display: Display | None = None,
+) -> None:
+    """Write the model to `dest`, reload it from there, and compare the logits. Raises UserError."""
+    run, display = RunDir(run_root), display or Display()
+    if not run.is_run():
+        raise UserError(f"{run_root} is not a run's folder: there is no {run.config.name} in it")
+    if dest.exists():
+        raise UserError(f"{dest} is already there; name a folder that does not exist yet")
+    if checkpoint is None and not (run.model / "config.json").is_file():
+        raise UserError(
+            f"the run {run_root} has no model/ yet; finish it with `finetune train {run.config} --resume auto`, "
+            f"or name one of its checkpoints with --checkpoint"
+        )
+    config = load_config(run.config)
+    if checkpoint is None:
+        model, tokenizer = load_trained(run.model, config.model)
+        card = (run.model / "README.md").read_text(encoding="utf-8")
+    else:
+        folder = find_checkpoint(str(checkpoint), run.checkpoints)
+        assert folder is not None
+        tokenizer = _tokenizer_of(run, config, folder)
+        model = model_of_checkpoint(run, folder, tokenizer)
+        step, evaluations = step_of(folder), evaluations_by_step(run)
+        card = run_card(
+            run,
+            config,
+            {
+                f"step {number}": evaluations[number].metrics
+                for number in (0, step)
+                if number in evaluations
+            },
+        )
+    export_model(model, tokenizer, dest, card=card, dtype=DTYPES[dtype])
+    ids = tokenizer("The quick brown fox jumps over the lazy dog.").input_ids
+    difference = verify_export(dest, model, ids, trust_remote_code=config.model.trust_remote_code)
+    display.say(
+        f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest"
+    )
+
+
+def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
+    """The tokenizer that a run trains with: that of its model/, or while there is none, made once more."""
+    if (run.model / "config.json").is_file():
+        return load_tokenizer(
+            ModelSpec(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
+        )
+    if config.model.name is not None:
+        tokenizer = make_tokenizer(config.model, ())
+        set_template(tokenizer, config.model.chat_template)
+        return tokenizer
+    material = read_material(config, Display(enabled=False))
+    if isinstance(material.raw.train, Records):
+        then = load(checkpoint, "training.pt")["identity"]["the training data"]
+        if material.train.fingerprint != then:  # other data makes another tokenizer
+            raise UserError(
+                f"the training data of {run.root} changed, so its tokenizer cannot be made again: "
+                "restore the data"
+            )
+    return material.tokenizer

@@ -1,0 +1,46 @@
+"""`finetune plan`: what a run needs of memory, time and disk, before it is started."""
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from finetune.config import RunConfig
+from finetune.display import Display
+from finetune.optim import check_optimizer
+from finetune.recipes.build.material import Material
+from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.parts import assemble, count_steps, make_accelerator
+from finetune.recipes.plan.planner import Plan, Planner, Work
+from finetune.recipes.plan.tables import make_console, print_plan
+from finetune.recipes.plan.timing import TimeEstimate, time_run
+
+
+def plan_run(
+    config: RunConfig, *, memory_limit: int | None = None, console: Console | None = None
+) -> Plan:
+    """Print the plan of a run to stdout and return it; nothing is written. `memory_limit`: bytes, in place of what the machine has.
+
+    Where the run does not fit, no step is taken, and what to change is told instead. Raises UserError as training would.
+    """
+    check_optimizer(config.optimizer.name, optimizer_options(config))
+    if config.data.streaming:
+        count_steps(config, None)
+    display = Display()
+    with display.warnings():
+        planner = Planner(config, display, memory_limit)
+        plan = planner.plan()
+        if plan.fits:
+            plan = replace(plan, time=_time(planner.material, plan.work, display))
+        else:
+            plan = replace(plan, advice=planner.advice(plan.memory.peak))
+    print_plan(plan, console or make_console())
+    return plan
+
+
+def _time(material: Material, work: Work, display: Display) -> TimeEstimate:
+    display.say("it fits: timing a few steps of the real model")
+    accelerator = make_accelerator(material.config, display)
+    parts = assemble(material, accelerator=accelerator, display=Display(enabled=False))
+    return time_run(
+        parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations
+    )

@@ -1,0 +1,92 @@
+"""How long a run will take, from a few of its own steps.
+
+Floor 5. Nothing is written, and the model that was timed is thrown away.
+"""
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+
+from finetune.distributed.engines import prepare
+from finetune.optim import build_optimizer
+from finetune.recipes.build.evaluator import Evaluator, evaluator_of
+from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.parts import Parts
+from finetune.training.step import take_step
+
+TIMED_STEPS = 3  # after one that is not counted, in which the optimizer makes its state
+TIMED_TOKENS = 8  # of each answer
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds. Loading, saving and the report come on top."""
+
+    step: float  # one optimizer step of the mean number of tokens
+    tokens_per_second: float  # without padding
+    training: float  # all steps
+    evaluation: float  # the loss of all held-out data, once
+    generation: float  # all answers of one evaluation, none shorter than generation.max_new_tokens
+    num_evaluations: int
+
+    @property
+    def total(self) -> float:
+        return self.training + self.num_evaluations * (self.evaluation + self.generation)
+
+
+def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> TimeEstimate:
+    """Take a few steps, read one batch of held-out data, begin one batch of answers, and extrapolate."""
+    parts.language_model.to(parts.accelerator.device)
+    evaluation = generation = 0.0
+    if num_evaluations:
+        evaluator = evaluator_of(parts)
+        evaluation = _time_evaluation(parts, evaluator)
+        generation = _time_generation(parts, evaluator)
+    speed = _training_speed(parts)
+    step = tokens_per_step / speed
+    return TimeEstimate(
+        step, speed, step * parts.num_steps, evaluation, generation, num_evaluations
+    )
+
+
+def _training_speed(parts: Parts) -> float:
+    """Return the tokens per second of whole optimizer steps, as the trainer takes them."""
+    config, accelerator = parts.config, parts.accelerator
+    raw = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    module, optimizer, average_rows = prepare(accelerator, parts.language_model, raw, parts.display)
+    seconds, tokens = 0.0, 0
+    for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS)):
+        started = time.perf_counter()
+        parts.vocabulary.before_step(number, batch)
+        take_step(
+            module,
+            optimizer,
+            batch,
+            accelerator=accelerator,
+            max_grad_norm=config.training.max_grad_norm,
+            average_rows=average_rows,
+        )
+        if number:
+            seconds += time.perf_counter() - started
+            tokens += batch.num_tokens
+    return tokens / seconds
+
+
+def _time_evaluation(parts: Parts, evaluator: Evaluator) -> float:
+    assert parts.material.validation is not None
+    sizes = [batch["input_ids"].numel() for batch in evaluator.batches(parts.material.validation)]
+    started = time.perf_counter()
+    evaluator.loss(parts.material.validation, num_batches=1)
+    return (time.perf_counter() - started) * sum(sizes) / sizes[0]
+
+
+def _time_generation(parts: Parts, evaluator: Evaluator) -> float:
+    generation, prompts = parts.config.generation, evaluator.prompts
+    if not prompts:
+        return 0.0
+    first = prompts[: generation.batch_size]
+    num_tokens = min(TIMED_TOKENS, generation.max_new_tokens)
+    started = time.perf_counter()
+    evaluator.begin_answers(first, num_tokens)
+    seconds = time.perf_counter() - started
+    return seconds * generation.max_new_tokens / num_tokens * len(prompts) / len(first)

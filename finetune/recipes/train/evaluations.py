@@ -1,0 +1,82 @@
+"""The evaluations of a run: measured, logged, kept as samples, and summed up at the end."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.config import RunConfig
+from finetune.display import format_metrics
+from finetune.errors import UserError
+from finetune.recipes.build.evaluator import evaluator_of
+from finetune.recipes.build.parts import Parts
+from finetune.run.folder import RunDir
+from finetune.run.log import MetricLogger, keep_samples
+from finetune.run.records import Evaluation, Evaluations, Sample, evaluations_by_step
+
+
+class RunEvaluations:
+    """Called with a step, evaluates the model as it is, logs the metrics, and returns them."""
+
+    def __init__(self, parts: Parts, run: RunDir, logger: MetricLogger) -> None:
+        self.parts, self.run, self.logger = parts, run, logger
+        self.display = parts.display
+        self.evaluator = evaluator_of(parts)
+        self.records: dict[int, Evaluation] = {}
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        material, main = self.parts.material, self.parts.accelerator.is_main_process
+        if material.validation is None and material.unrelated is None:
+            return {}
+        started = time.perf_counter()
+        results, answers = self.evaluator.evaluate()
+        inactive = self.parts.vocabulary.inactive_tokens()
+        # in a stream, tokens that were inactive become active
+        if material.config.data.streaming and material.validation and inactive is not None:
+            results["active_tokens"] = int((~inactive).sum())
+        if main and answers:
+            kept = answers[: material.config.evaluation.samples]
+            keep_samples(self.run, [Sample(step, **answer) for answer in kept])
+        results["seconds"] = round(time.perf_counter() - started, 3)
+        self.records[step] = Evaluation(step, results)
+        if main:
+            self.logger.log(self.records[step])
+        return results
+
+    def write_summary(self, *, best_step: int | None, last_step: int) -> Evaluations:
+        """Write and return before, after and best of all evaluations, those before a resume also."""
+        records = {**evaluations_by_step(self.run), **self.records}
+        before, after = records.get(0), records.get(last_step)
+        best = None if best_step is None else records.get(best_step)
+        summary = Evaluations(before, after, best)
+        summary.write(self.run)
+        if before is not None and after is not None:
+            self.display.say("held-out before: " + format_metrics(before.metrics))
+            self.display.say("held-out after:  " + format_metrics(after.metrics))
+            if best is not None and best.step != after.step:
+                self.display.say(
+                    f"held-out best:   {format_metrics(best.metrics)}  (step {best.step})"
+                )
+            first, last = (part.metrics.get("active_tokens", 0) for part in (before, after))
+            if first != last:
+                self.display.note(
+                    "the inactive mass after is over fewer tokens and does not compare: "
+                    f"{first:,} were active before, {last:,} then"
+                )
+        return summary
+
+
+def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) -> None:
+    """Raise UserError where the best checkpoint, or early stopping, goes by a number that will not be there."""
+    best = config.evaluation.best
+    if best != "loss" and config.evaluation.generate == 0:
+        raise UserError(
+            f"evaluation.best is {best}, but evaluation.generate is 0: nothing would be generated to compute it from"
+        )
+    if best != "loss" and best not in metrics:
+        raise UserError(
+            f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss"
+        )
+    if config.evaluation.early_stopping_patience is not None and not has_validation:
+        raise UserError(
+            "evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction"
+        )

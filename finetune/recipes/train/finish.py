@@ -1,0 +1,71 @@
+"""The end of a run: the best weights, the exported model with its card, the summary, the report.
+
+Floor 5.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from finetune.distributed.sharding import is_sharded
+from finetune.models.export import export_model
+from finetune.recipes.build.card import run_card
+from finetune.recipes.build.checkpoint_model import model_of_checkpoint
+from finetune.recipes.build.parts import Parts
+from finetune.recipes.train.evaluations import RunEvaluations
+from finetune.report import write_report
+from finetune.run.folder import RunDir, is_complete
+from finetune.run.records import Environment, Evaluations, Vocabulary
+from finetune.training.trainer import Stopped, Trainer
+
+
+def finish_run(
+    parts: Parts, run: RunDir, trainer: Trainer, evaluations: RunEvaluations, stopped: Stopped
+) -> None:
+    """Leave `model/`, evaluation.json and report.html behind."""
+    progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
+    if stopped == "early stopping":
+        display.note(
+            f"stopped early after step {progress.step}: no better evaluation than that of step {progress.best_step}"
+        )
+    chosen, sharded = progress.step, is_sharded(parts.language_model)
+    if parts.config.checkpoint.save_best_model and progress.best_step not in (None, progress.step):
+        assert progress.best_step is not None
+        chosen = progress.best_step
+        display.note(f"model/ holds the weights of step {chosen}, the best evaluation")
+    checkpoint = trainer.checkpoints.path(chosen)
+    assert is_complete(checkpoint), checkpoint
+    if chosen != progress.step and not sharded:
+        trainer.restore(checkpoint)
+    if accelerator.is_main_process:
+        _write_vocabulary(parts, run)
+        summary = evaluations.write_summary(best_step=progress.best_step, last_step=progress.step)
+        export_model(
+            # of a sharded model no process has the whole, but a checkpoint has
+            model_of_checkpoint(run, checkpoint, parts.material.tokenizer)
+            if sharded
+            else parts.language_model.model,
+            parts.material.tokenizer,
+            run.model,
+            card=run_card(run, parts.config, _named(summary, chosen)),
+        )
+        replace(Environment.read(run), notes=display.notes).write(run)
+        write_report(run.root)
+        display.say(f"model:  {run.model}")
+        display.say(f"report: {run.report}")
+    accelerator.wait_for_everyone()
+
+
+def _named(summary: Evaluations, chosen: int) -> dict[str, Mapping[str, Any]]:
+    """Return the figures under the name of their step, and say which are those of the model."""
+    found = [part for part in (summary.before, summary.after, summary.best) if part is not None]
+    return {
+        f"step {part.step}{', this model' if part.step == chosen else ''}": part.metrics
+        for part in found
+    }
+
+
+def _write_vocabulary(parts: Parts, run: RunDir) -> None:
+    inactive, plan = parts.vocabulary.inactive_tokens(), parts.vocabulary.plan
+    used = list(range(plan.rows)) if inactive is None else (~inactive).nonzero()[:, 0].tolist()
+    Vocabulary(chosen=parts.vocabulary.line(), used=used).write(run)

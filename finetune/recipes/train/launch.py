@@ -1,0 +1,202 @@
+"""`finetune train --processes n`: a run in n processes of this machine, under torchrun's elastic launcher.
+
+Floor 5. The launcher (https://docs.pytorch.org/docs/stable/distributed.elastic.html) starts the processes, tells them how to find
+each other, passes signals on, and ends all where one ends. What it does not know is this project's: a user's mistake is not worth
+a second attempt, and a new attempt goes on from the newest complete checkpoint. So each attempt is one launch, and the attempts
+are counted here. Each process is `python -m finetune.recipes.train.worker`.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from finetune.config import load_config
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.run.folder import RunDir
+from finetune.training.checkpoint import find_checkpoint
+
+USER_ERROR, SIGNALLED = 2, 130  # exit codes of a worker, as of the command line
+SAVING_TIME = 600  # seconds that the processes have to save after a signal, before they are killed
+SAME_EVENT = 10.0  # seconds: what fails later was ended by the launcher
+
+
+class ProcessFailed(RuntimeError):
+    """A process of the run died or raised; the message names it."""
+
+
+def launch_training(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    processes: str,
+    restarts: int,
+    resume: str | None = None,
+    dry_run: bool = False,
+    display: Display | None = None,
+) -> Literal["finished", "signal"]:
+    """`run_training` in `processes` ("auto" or a number) processes; after a failure up to `restarts` times again.
+
+    Raises UserError, also one raised in a process, and ProcessFailed.
+    """
+    settings, display = load_config(config, overrides), display or Display()
+    count = number_of_processes(processes)
+    if restarts and settings.overwrite_output_dir:
+        raise UserError(
+            "--restarts goes on with the run in output_dir and overwrite_output_dir deletes it; leave one of the two out"
+        )
+    task = {
+        "config": str(config),
+        "overrides": list(overrides),
+        "resume": resume,
+        "dry_run": dry_run,
+        "command": sys.argv,
+    }
+    checkpoints = RunDir(settings.output_dir).checkpoints
+    for restart in range(restarts + 1):
+        if restart and (find_checkpoint("auto", checkpoints) or resume is None):
+            task["resume"] = "auto"
+        try:
+            return _launch(task, count)
+        except ProcessFailed as error:
+            newest = find_checkpoint("auto", checkpoints)
+            if restart < restarts:
+                display.say(
+                    f"{error}; restart {restart + 1} of {restarts}, from {newest or 'the beginning'}"
+                )
+            else:
+                raise ProcessFailed(
+                    f"{error}; "
+                    + (f"{newest} is saved: --resume auto" if newest else "no step was saved")
+                ) from None
+    raise AssertionError
+
+
+def number_of_processes(given: str) -> int:
+    """What `--processes` means on this machine. Raises UserError."""
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(
+            "this process was itself started by a launcher (WORLD_SIZE is set); leave --processes and --restarts out"
+        )
+    gpus = torch.cuda.device_count()
+    allowed = f"auto, or a number of processes from 1{f' to {gpus}, the GPUs of this machine' if gpus else ''}"
+    if given == "auto":
+        return gpus or 1
+    if not given.isdecimal() or int(given) < 1 or (gpus and int(given) > gpus):
+        raise UserError(f"--processes is {given!r}; give {allowed}")
+    return int(given)
+
+
+def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"]:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        shutdown_timeout=SAVING_TIME,
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # what it has to tell is told below
+    try:
+        with _threads(count):
+            elastic_launch(config, sys.executable)(
+                "-m", "finetune.recipes.train.worker", json.dumps(task)
+            )
+    except SignalException:
+        return "signal"
+    except ChildFailedError as error:
+        rank, failure = root_cause(error.failures)
+        if failure.exitcode == SIGNALLED:
+            return "signal"
+        if failure.exitcode == USER_ERROR:
+            raise UserError(message(failure)) from None
+        raise ProcessFailed(
+            f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}"
+        ) from None
+    return "finished"
+
+
+@contextmanager
+def _threads(count: int):
+    """Each process has its share of the cores, unless the user has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // count))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that brought the others down, and its failure.
+
+    Where one process dies, the others lose their connection to it and raise an error of their own within the same moment, so a
+    death counts before a user's mistake, and that before any other error. What the launcher ends itself dies later.
+    """
+
+    def kind(failure: ProcessFailure) -> int:
+        if failure.exitcode in (SIGNALLED, -signal.SIGTERM):
+            return 3
+        return 0 if failure.exitcode < 0 else 1 if failure.exitcode == USER_ERROR else 2
+
+    first = min(map(_when, failures.values()))
+    together = {
+        rank: failure for rank, failure in failures.items() if _when(failure) < first + SAME_EVENT
+    }
+    return min(together.items(), key=lambda item: (kind(item[1]), _when(item[1]), item[0]))
+
+
+def _when(failure: ProcessFailure) -> float:
+    """When it failed: to the microsecond where the process left a record."""
+    return (
+        os.path.getmtime(failure.error_file)
+        if os.path.isfile(failure.error_file)
+        else float(failure.timestamp)
+    )
+
+
+def _what_happened(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        hint = (
+            " (the system does that where memory runs out)"
+            if failure.exitcode == -signal.SIGKILL
+            else ""
+        )
+        return f"was killed by {failure.signal_name()}{hint}"
+    return (
+        f"failed: {message(failure)}"
+        if isinstance(failure.message, dict)
+        else f"ended with exit code {failure.exitcode}"
+    )
+
+
+def message(failure: ProcessFailure) -> str:
+    """What the process recorded: a user's mistake is a sentence, anything else has its traceback printed before."""
+    record = failure.message
+    assert isinstance(record, dict), record
+    if failure.exitcode == USER_ERROR:
+        return str(record["message"]).partition(": ")[2]
+    print(record["extraInfo"]["py_callstack"], file=sys.stderr, end="")
+    return str(record["message"])

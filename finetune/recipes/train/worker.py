@@ -1,0 +1,37 @@
+"""One process of a run that `finetune.recipes.train.launch` started: `python -m finetune.recipes.train.worker TASK`.
+
+Floor 5. What goes wrong is recorded for the launcher, which says it once, and not printed by every process.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+from finetune.config import load_config
+from finetune.errors import UserError, disk_refusal
+from finetune.recipes.train.launch import SIGNALLED, USER_ERROR
+from finetune.recipes.train.run import run_training
+
+
+def work(task: Mapping[str, Any]) -> int:
+    """Do this process's part of the run; returns the exit code."""
+    sys.argv = list(task["command"])  # for environment.json
+    try:
+        config = load_config(Path(task["config"]), task["overrides"])
+        stopped = run_training(config, resume=task["resume"], dry_run=task["dry_run"])
+    except KeyboardInterrupt:  # before the first step
+        return SIGNALLED
+    except Exception as error:
+        if isinstance(error, OSError) and (said := disk_refusal(error)) is not None:
+            error = UserError(said)
+        ErrorHandler().record_exception(error)
+        return USER_ERROR if isinstance(error, UserError) else 1
+    return SIGNALLED if stopped == "signal" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(work(json.loads(sys.argv[1])))

@@ -1,0 +1,79 @@
+"""Why a run ends before its last step: a signal, or a loss that is beyond saving."""
+
+import math
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from finetune.errors import UserError
+
+
+class StopSignal:
+    """Within the context, the first SIGINT or SIGTERM sets `received`; a second one acts as it always does.
+
+    Not so under an elastic launcher: a cluster sends its signal to every process, the launcher passes on the one that it got
+    itself, and the second must not end the process in the middle of saving. What does not end, the launcher kills.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class Diverged(UserError):
+    """Training was stopped because the loss is not a number or has left its best for good."""
+
+
+class DivergenceGuard:
+    """Follows an exponential average of the step losses (nats, decay 0.9, bias-corrected)."""
+
+    def __init__(self, *, threshold: float) -> None:
+        self.threshold = threshold  # nats above the best average so far
+        self._sum = self._weight = 0.0
+        self._best = math.inf
+
+    def problem(self, loss: float, grad_norm: float) -> str | None:
+        """Take in one step and return why the run must stop, or None."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm}"
+        self._sum, self._weight = 0.9 * self._sum + 0.1 * loss, 0.9 * self._weight + 0.1
+        average = self._sum / self._weight
+        self._best = min(self._best, average)
+        if average > self._best + self.threshold:
+            return f"the loss rose to {average:.2f}, from {self._best:.2f} at its best (averages over about ten steps)"
+        return None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"sum": self._sum, "weight": self._weight, "best": self._best}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._sum, self._weight, self._best = state["sum"], state["weight"], state["best"]

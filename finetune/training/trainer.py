@@ -1,0 +1,325 @@
+"""The training loop. It uses what it is given and builds nothing.
+
+Floor 4.
+
+**Randomness.** The generators are seeded from (seed, step, process) at each step. Nothing that happens between steps (evaluation,
+generation, saving) can change the run, and a resumed run needs no saved generator state.
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.steps import StepBatch
+from finetune.data.batches.stream import StreamingBatches
+from finetune.errors import UserError
+from finetune.optim import LazyAdamW, options_of
+from finetune.run.folder import is_complete
+from finetune.run.log import MetricLogger
+from finetune.run.records import StepRecord
+from finetune.training.checkpoint import CheckpointStore, load
+from finetune.training.step import StepResult, take_step
+from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
+
+Stopped = Literal["finished", "early stopping", "signal"]
+
+
+@dataclass
+class Progress:
+    """Where the run is: what a checkpoint stores beside weights, optimizer and data."""
+
+    step: int = 0  # optimizer steps taken
+    num_target_tokens: int = 0  # seen so far
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    guard: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """How long the run is and what happens when, in optimizer steps."""
+
+    num_steps: int
+    evaluate_every: int
+    checkpoint_every: int | None  # None: at each evaluation
+    best: str  # the evaluation's key that the best checkpoint goes by
+    higher_is_better: bool
+    patience: int | None  # evaluations without improvement after which the run ends
+
+
+class Trainer:
+    """Trains a module that maps a batch to the sum of its token losses (nats)."""
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: AcceleratedOptimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        batches: TrainingBatches | StreamingBatches,
+        evaluate: Callable[[int], Mapping[str, float]],
+        cadence: Cadence,
+        checkpoints: CheckpointStore,
+        logger: MetricLogger,
+        guard: DivergenceGuard,
+        max_grad_norm: float,
+        seed: int,
+        identity: Mapping[str, str],
+        bad_batch_path: Path,
+        average_rows: Callable[[], None] = lambda: None,
+        before_step: Callable[[int, StepBatch], None] = lambda step, batch: None,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.scheduler = (
+            accelerator,
+            model,
+            optimizer,
+            scheduler,
+        )
+        self.batches, self.evaluate, self.cadence = batches, evaluate, cadence
+        self.checkpoints, self.logger, self.guard = checkpoints, logger, guard
+        self.max_grad_norm, self.seed = max_grad_norm, seed
+        self.identity, self.bad_batch_path, self.before_step = (
+            dict(identity),
+            bad_batch_path,
+            before_step,
+        )
+        self.average_rows = (
+            average_rows  # row-sparse gradients, over the processes: see finetune.distributed
+        )
+        self.progress = Progress()
+
+    def train(self) -> Stopped:
+        """Run to the last step, an early stop, or a signal; every end leaves a complete checkpoint.
+
+        Raises Diverged on a NaN or diverging loss (the batch is saved), UserError where a checkpoint cannot be written.
+        """
+        steps = iter(self.batches)
+        with StopSignal() as signal:
+            while self.progress.step < self.cadence.num_steps:
+                record = self._step(next(steps))
+                signalled = self._on_any_process(signal.received)
+                if self.accelerator.is_main_process:
+                    self.logger.log(record)
+                improved = self._evaluate_if_due()
+                if signalled or self._checkpoint_is_due(improved):
+                    self._save()
+                if signalled:
+                    return "signal"
+                if self._out_of_patience():
+                    return "early stopping"
+        return "finished"
+
+    def _step(self, batch: StepBatch) -> StepRecord:
+        started = time.perf_counter()
+        progress = self.progress
+        torch.manual_seed(step_seed(self.seed, progress.step, self.accelerator.process_index))
+        self.before_step(progress.step, batch)
+        lr = self.scheduler.get_last_lr()[0]
+        result = take_step(
+            self.model,
+            self.optimizer,
+            batch,
+            accelerator=self.accelerator,
+            max_grad_norm=self.max_grad_norm,
+            average_rows=self.average_rows,
+            check=lambda result: self._stop_if_diverged(result, batch),
+        )
+        if not result.skipped:
+            self.scheduler.step()
+        progress.step += 1
+        progress.num_target_tokens += batch.num_target_tokens
+        seconds = time.perf_counter() - started
+        return StepRecord(
+            step=progress.step,
+            epoch=round(batch.epoch, 4),
+            loss=result.loss,
+            lr=float(lr),
+            grad_norm=result.grad_norm,
+            num_target_tokens=batch.num_target_tokens,
+            num_tokens=batch.num_tokens,
+            tokens_per_second=batch.num_tokens / seconds,
+            seconds=seconds,
+        )
+
+    def _on_any_process(self, flag: bool) -> bool:
+        """Return whether `flag` is set on any process: the same answer on every process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, reduction="sum") > 0)
+
+    def _stop_if_diverged(self, result: StepResult, batch: StepBatch) -> None:
+        # the fp16 scaler itself skips steps that overflow
+        scaled = self.accelerator.scaler is not None and math.isfinite(result.loss)
+        problem = self.guard.problem(result.loss, 0.0 if scaled else result.grad_norm)
+        if problem is None:
+            return
+        kept = f"is in {self.bad_batch_path}"
+        if self.accelerator.is_main_process:
+            data = io.BytesIO()
+            torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, data)
+            try:
+                self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
+                self.bad_batch_path.write_bytes(data.getvalue())
+            except OSError as error:
+                kept = f"could not be written to {self.bad_batch_path} ({error.strerror})"
+        raise Diverged(
+            f"training stopped at step {self.progress.step + 1}: {problem}; the batch {kept}, the "
+            f"checkpoints are untouched; lower optimizer.lr, or look at that batch"
+        )
+
+    def _evaluate_if_due(self) -> bool | None:
+        """Whether the evaluation of this step was the best so far; None where none was due."""
+        step = self.progress.step
+        if step % self.cadence.evaluate_every and step != self.cadence.num_steps:
+            return None
+        self.optimizer.eval()
+        value = self.evaluate(step).get(self.cadence.best)
+        if value is None:
+            return False
+        best, sign = self.progress.best_value, 1 if self.cadence.higher_is_better else -1
+        improved = best is None or sign * value > sign * best
+        if improved:
+            (
+                self.progress.best_value,
+                self.progress.best_step,
+                self.progress.evaluations_since_best,
+            ) = value, step, 0
+        else:
+            self.progress.evaluations_since_best += 1
+        return improved
+
+    def _checkpoint_is_due(self, improved: bool | None) -> bool:
+        """At the steps asked for, at the best evaluation and at the end; where none are asked for, at each evaluation."""
+        step, every = self.progress.step, self.cadence.checkpoint_every
+        if step == self.cadence.num_steps or improved or self._out_of_patience():
+            return True
+        return improved is not None if every is None else step % every == 0
+
+    def _out_of_patience(self) -> bool:
+        return (
+            self.cadence.patience is not None
+            and self.progress.evaluations_since_best >= self.cadence.patience
+        )
+
+    def _save(self) -> None:
+        self.optimizer.eval()
+        with stored_rows(self.optimizer):
+            weights = trainable_state(self.accelerator.unwrap_model(self.model))
+            optimizer_state = self.optimizer.state_dict()
+        self.progress.guard = self.guard.state_dict()
+        files = {
+            "model.pt": weights,
+            "optimizer.pt": optimizer_state,
+            "training.pt": {
+                "progress": asdict(self.progress),
+                "scheduler": self.scheduler.state_dict(),
+                "data": self.batches.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict()
+                if self.accelerator.scaler is not None
+                else None,
+                "identity": self.identity,
+            },
+        }
+        self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
+
+    def resume(self, checkpoint: Path) -> int | None:
+        """Go on from a checkpoint of the same run (see `check_identity`), with this run's options of optimizer and schedule.
+
+        Where the checkpoint of the best evaluation so far is not in the store, that evaluation is forgotten; returns its step.
+        """
+        state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
+        self.restore(checkpoint)
+        schedule, base = state["scheduler"], self.scheduler.base_lrs
+        lrs = [
+            lr * factor(schedule["last_epoch"])
+            for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)
+        ]
+        self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
+        for group, own, initial, lr in zip(
+            self.optimizer.param_groups, options, base, lrs, strict=True
+        ):
+            group.update({**own, "initial_lr": initial, "lr": lr})
+        self.batches.load_state_dict(state["data"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.guard.load_state_dict(self.progress.guard)
+        best = self.progress.best_step
+        if best is not None and not is_complete(self.checkpoints.path(best)):
+            (
+                self.progress.best_step,
+                self.progress.best_value,
+                self.progress.evaluations_since_best,
+            ) = None, None, 0
+            return best
+        return None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Put the weights and the optimizer's state back to those of a checkpoint; together, since rows may be deferred."""
+        restore(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
+
+
+def check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
+    """Raise UserError where the checkpoint belongs to another model, other data, or another batch size."""
+    then = load(checkpoint, "training.pt")["identity"]
+    for what, now in identity.items():
+        if then.get(what) != now:
+            raise UserError(
+                f"{checkpoint} cannot be resumed: {what} changed (then {then.get(what)}, now {now}); "
+                f"restore it, or start a new run in another output_dir"
+            )
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """A seed of 63 bits that differs for every step and process."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{process}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of the parameters that train, and of every buffer; frozen weights come back from the base model."""
+    frozen = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from.
+
+    Under an engine that shards, each process puts in its shards: what has a parameter's shape is sharded as that is.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    with stored_rows(optimizer):
+        weights = model.state_dict()
+        stored = load(checkpoint, "model.pt", own=lambda place: weights.get(place[0]))
+        unexpected = model.load_state_dict(stored, strict=False).unexpected_keys
+        assert not unexpected, unexpected
+        stored = load(
+            checkpoint,
+            "optimizer.pt",
+            own=lambda place: parameters[place[1]] if place[0] == "state" else None,
+        )
+        optimizer.load_state_dict(stored)
+
+
+def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
+    """Within it the state dicts of model and optimizer show the rows of a lazy table as they are stored, not as they are read."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner.deferred() if isinstance(inner, LazyAdamW) else contextlib.nullcontext()
