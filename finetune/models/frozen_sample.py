@@ -43,7 +43,7 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
             "negative, infinite or NaN"
         )
     if count < 1:
-        raise UserError(f"{count} frozen rows drawn stand for nothing: draw at least one")
+        raise UserError(f"the number of frozen rows to draw is {count}: draw at least one")
     if count >= rows:
         return torch.ones_like(weights)
     even = torch.full_like(weights, 1 / rows)
@@ -120,10 +120,12 @@ class FrozenSampler:
         head: Any = self.language_model.causal_lm.get_output_embeddings()
         rows = len(head.vocabulary.frozen_ids)
         if chances.shape != (rows,) or not bool(((chances > 0) & (chances <= 1)).all()):
-            given = f"{len(chances)} chances" if chances.shape != (rows,) else "some that are not"
+            given = "some of those given are not"
+            if chances.shape != (rows,):
+                given = f"{len(chances)} chances are given"
             raise UserError(
-                f"each of the {rows} frozen rows needs a chance above 0 and at most 1 to be drawn, "
-                f"and there are {given}; make them with inclusion_chances"
+                f"each of the {rows} frozen rows needs a chance above 0 and at most 1, and {given}; "
+                "make the chances with inclusion_chances"
             )
         self._chances = chances
 
