@@ -171,5 +171,5 @@ def _require_known_logits(language_model: LanguageModel) -> None:
         raise UserError(
             f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, "
             "all of them at once, so drawn frozen rows cannot stand for the rest "
-            "(vocabulary.mode=sampled). Set vocabulary.mode to active, or to full."
+            "(vocabulary.mode=sampled). Set vocabulary.mode to active, or to full"
         )
