@@ -124,8 +124,8 @@ class FrozenSampler:
             if chances.shape != (rows,):
                 given = f"{len(chances)} chances are given"
             raise UserError(
-                f"each of the {rows} frozen rows needs a chance above 0 and at most 1, and {given}; "
-                "make the chances with inclusion_chances"
+                f"each of the {rows} frozen rows needs a chance above 0 and at most 1, and "
+                f"{given}: make them with inclusion_chances"
             )
         self._chances = chances
 
