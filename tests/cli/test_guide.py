@@ -1,4 +1,4 @@
-"""The examples of data formats in docs/guide.md are read as the guide says."""
+"""The examples of data formats in docs/guide.md are read as described there."""
 
 import re
 from pathlib import Path
