@@ -429,12 +429,12 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
 
 def test_bad_input_for_a_sample_is_refused():
     language_model, ids = LanguageModel(make("llama")), batch()
-    with pytest.raises(UserError, match="no frozen rows to draw from: call activate_vocabulary"):
+    with pytest.raises(UserError, match=r"no frozen rows to draw from\. Call activate_vocabulary"):
         FrozenSampler(language_model, torch.ones(V))
     activate_vocabulary(language_model.model, ACTIVE)
     with pytest.raises(UserError, match="needs batches with target tokens"):
         measure_frozen_rows(language_model, [])
-    with pytest.raises(UserError, match="frozen rows to draw is 0: draw at least one"):
+    with pytest.raises(UserError, match=r"frozen rows to draw is 0\. Draw at least one"):
         inclusion_chances(torch.ones(V - len(ACTIVE)), 0)
     sampler = FrozenSampler(language_model, inclusion_chances(torch.ones(V - len(ACTIVE)), 5))
     labels = ids[1].index_fill(1, torch.tensor([4]), 3)

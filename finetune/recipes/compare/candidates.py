@@ -85,9 +85,9 @@ def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:
         others = [name for name in names if name not in takers]
         if not takers:
             known = sorted({key for name in names for key in optimizer_info(name).config_options})
-            near = did_you_mean(option, known) or ";"
+            near = did_you_mean(option, known)
             raise UserError(
-                f"none of {listed(list(names))} takes {option!r}{near} they take {', '.join(known)}"
+                f"none of {listed(list(names))} takes {option!r}; they take {', '.join(known)}{near}"
             )
         if others:
             notes.append(
