@@ -8,16 +8,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetune.compute.products import release
-from finetune.config import RunConfig
 from finetune.data.batches.collate import collate
 from finetune.data.batches.steps import StepBatch
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import Batch
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
-from finetune.models.vocabulary.activate import (
-    active_modules,
-)
+from finetune.models.vocabulary.activate import active_modules
 from finetune.models.vocabulary.choice import VocabularyPlan
 from finetune.models.vocabulary.rows import NO_TOKEN
 from finetune.training.trainer import step_seed
@@ -29,13 +26,13 @@ MEASURED_AT = frozenset(16 * 4**k for k in range(16))
 """Steps before which they are measured again, beside the first: the mass moves most at the start."""
 
 
-def sample_batches(dataset: EncodedDataset, *, pad_id: int, rows: int = 4) -> Iterator[Batch]:
+def sample_batches(dataset: EncodedDataset, *, pad_id: int, batch_size: int = 4) -> Iterator[Batch]:
     """Examples from all over `dataset`, up to MEASURED_TOKENS target tokens."""
     count, order = 0, range(0, len(dataset), max(1, len(dataset) // 256))
-    for start in range(0, len(order), rows):
+    for start in range(0, len(order), batch_size):
         if count >= MEASURED_TOKENS:
             return
-        chosen = order[start : start + rows]
+        chosen = order[start : start + batch_size]
         count += sum(dataset.target_counts[i] for i in chosen)
         yield collate(
             [[dataset[i]] for i in chosen], pad_id=pad_id, packed=False, pad_to_multiple_of=1
@@ -47,21 +44,19 @@ class VocabularyKeeper:
 
     def __init__(
         self,
-        config: RunConfig,
         plan: VocabularyPlan,
         language_model: LanguageModel,
+        *,
         sample: Callable[[], Iterable[Batch]],
         accelerator: Accelerator,
         note: Callable[[str], None],
+        seed: int,
+        num_steps: int | None,
     ) -> None:
-        self.language_model, self.accelerator, self.note, self.seed = (
-            language_model,
-            accelerator,
-            note,
-            config.seed,
-        )
+        self.language_model, self.accelerator = language_model, accelerator
+        self.note, self.seed = note, seed
         self.modules = active_modules(language_model)
-        self.plan, self.num_steps = plan, config.training.max_steps
+        self.plan, self.num_steps = plan, num_steps
         self.said: set[str] = set()
         self.left: set[int] = set()  # tokens of a stream for which there was no row
         self.sample, self.sampler, self.follows = sample, None, False

@@ -158,12 +158,13 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
         "the vocabulary": vocabulary.identity(),
     }
     keeper = VocabularyKeeper(
-        config,
         vocabulary,
         language_model,
-        lambda: sample_batches(material.train, pad_id=pad_id(material.tokenizer)),
-        accelerator,
-        display.note,
+        sample=lambda: sample_batches(material.train, pad_id=pad_id(material.tokenizer)),
+        accelerator=accelerator,
+        note=display.note,
+        seed=config.seed,
+        num_steps=config.training.max_steps,
     )
     return Parts(
         material, accelerator, display, language_model, batches, statistics, keeper, identity
