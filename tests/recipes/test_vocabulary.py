@@ -280,7 +280,7 @@ def test_unrelated_text_is_read_without_held_out_data_too(base, tmp_path, capsys
 @pytest.mark.parametrize("mode", ["active", "sampled", "frozen"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode, monkeypatch):
     monkeypatch.setattr(
-        "finetune.recipes.build.vocabulary.MEASURED_AT", {2, 6}
+        "finetune.training.vocabulary.MEASURED_AT", {2, 6}
     )  # for `sampled`: before the interruption, and after
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", "checkpoint.every=4"]
     for name in ("whole", "cut"):
