@@ -110,9 +110,10 @@ def our_trainer(
     from finetune.display import Display
     from finetune.distributed.engines import prepare
     from finetune.optim import build_lr_scheduler, build_optimizer
+    from finetune.recipes.build.accelerator import make_accelerator
     from finetune.recipes.build.material import read_material
     from finetune.recipes.build.optimizer import optimizer_options
-    from finetune.recipes.build.parts import assemble, make_accelerator
+    from finetune.recipes.build.parts import assemble
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
     from finetune.training.stopping import DivergenceGuard

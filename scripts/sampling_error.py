@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from finetune.models.describe import token_tables
     from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.models.tokenizers import pad_id
-    from finetune.training.vocabulary import sample_batches
+    from finetune.training.vocabulary import measuring_batches
 
     with our_trainer(args, lambda record: None) as (trainer, parts):
         model, language_model = trainer.model, parts.language_model
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for train in (lambda: None, trainer.train):
             train()
             with trainer.accelerator.autocast():
-                sample = sample_batches(
+                sample = measuring_batches(
                     parts.batches.dataset, pad_id=pad_id(parts.material.tokenizer)
                 )
                 measured.append(measure_frozen_rows(language_model, sample))

@@ -15,10 +15,10 @@ from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
+from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.build.material import read_material
-from finetune.recipes.build.parts import make_accelerator
 from finetune.recipes.build.target import open_target
 from finetune.run.files import finite
 from finetune.run.folder import RunDir

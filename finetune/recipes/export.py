@@ -16,9 +16,8 @@ from finetune.models.export import export_model, verify_export
 from finetune.models.load import ModelSpec
 from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.recipes.build.card import run_card
-from finetune.recipes.build.checkpoint_model import model_of_checkpoint
 from finetune.recipes.build.material import read_material
-from finetune.recipes.build.model import load_trained, make_tokenizer
+from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
 from finetune.run.folder import RunDir, step_of
 from finetune.run.records import evaluations_by_step
 from finetune.training.checkpoint import find_checkpoint, load

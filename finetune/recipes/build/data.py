@@ -1,7 +1,4 @@
-"""From the data section of a config to rows, format and encoded examples.
-
-Floor 5.
-"""
+"""From the data section of a config to records, format and encoded examples."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,58 +22,63 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import context_length
 
-STREAM_SAMPLE = 1000  # rows that are read of a stream to look at it
-ADVANCE = 1000  # rows that the bar moves by
-TOKENIZER_ROWS = 20_000  # rows that a new tokenizer is trained on, at most
+STREAM_SAMPLE = 1000  # records of a stream that are read in advance
+ADVANCE = 1000  # records between two moves of the progress bar
+TOKENIZER_RECORDS = 20_000  # a new tokenizer is trained on at most as many
 
 
 @dataclass(frozen=True)
 class RawData:
-    """The rows of a run, not yet tokenised."""
+    """The records of a run, not yet tokenised."""
 
     train: Records | RecordStream
     validation: Records | None
-    first_row: Record
+    first_record: Record
 
     def texts(self) -> Iterator[str]:
-        """Every text in the first training rows, for a new tokenizer, which may read them in another thread."""
-        rows = islice(iter(self.train), TOKENIZER_ROWS)
-        return (text for _, row in rows for text in _texts(row))
+        """Return every text in the first training records, for a new tokenizer.
+
+        The tokenizer may read them in another thread.
+        """
+        records = islice(iter(self.train), TOKENIZER_RECORDS)
+        return (text for _, record in records for text in _texts(record))
 
 
 def load_raw_data(config: DataSection, *, seed: int) -> RawData:
-    """Open the sources. Raises UserError where one cannot be read, or there is nothing to hold out."""
+    """Open the sources, and hold data out.
+
+    Raises UserError if a source cannot be read, or if too little is left to train on.
+    """
     if config.streaming:
         if config.validation is None and config.validation_fraction > 0:
             raise UserError(
-                "a stream cannot be split: give data.validation, or set data.validation_fraction=0"
+                "a stream cannot be split. Give data.validation, or set data.validation_fraction=0"
             )
         stream = stream_records(as_sources(config.train))
         first = next(iter(stream_records(as_sources(config.train))), None)
         if first is None:
-            raise UserError(f"{config.train[0].path} is empty: there are no rows in it")
+            raise UserError(f"{config.train[0].path} is empty: it has no rows")
         return RawData(stream, _validation(config), first[1])
-    rows, validation = load_records(as_sources(config.train)), _validation(config)
+    train, validation = load_records(as_sources(config.train)), _validation(config)
     if validation is None and config.validation_fraction > 0:
-        rows, validation = split_held_out(rows, fraction=config.validation_fraction, seed=seed)
+        train, validation = split_held_out(train, fraction=config.validation_fraction, seed=seed)
         validation = validation.take(config.max_validation_records)
-    return RawData(rows, validation, rows[0])
+    return RawData(train, validation, train[0])
 
 
 def _validation(config: DataSection) -> Records | None:
-    return (
-        None
-        if config.validation is None
-        else load_records(as_sources(config.validation)).take(config.max_validation_records)
-    )
+    if config.validation is None:
+        return None
+    return load_records(as_sources(config.validation)).take(config.max_validation_records)
 
 
 def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
+    """Return what the data room opens."""
     return [Source(**section.model_dump()) for section in sections]
 
 
-def make_format(config: DataSection, tokenizer: Any, first_row: Record) -> Format:
-    """The format that the config names, or that the first row is in."""
+def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Format:
+    """Return the format that the config names, or that the first record is in."""
     pair = config.translation
     options = FormatOptions(
         columns=config.columns,
@@ -87,22 +89,22 @@ def make_format(config: DataSection, tokenizer: Any, first_row: Record) -> Forma
         direction=pair.direction,
         template=pair.template,
     )
-    return build_format(config.format, options, tokenizer=tokenizer, first_record=first_row)
+    return build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
 
 
-def encode_rows(
-    rows: Records | RecordStream,
+def encode_records(
+    records: Records | RecordStream,
     format: Format,
     config: DataSection,
     *,
     vocab_size: int,
     display: Display | None = None,
 ) -> EncodedDataset:
-    """All rows, or the first STREAM_SAMPLE of a stream; `display` shows how far it is."""
-    count = STREAM_SAMPLE if isinstance(rows, RecordStream) else len(rows)
-    with (display or Display(enabled=False)).bar("encoding", count, unit="rows") as advance:
+    """Encode all records, or the first STREAM_SAMPLE of a stream, and show the progress."""
+    count = STREAM_SAMPLE if isinstance(records, RecordStream) else len(records)
+    with (display or Display(enabled=False)).bar("encoding", count, unit="records") as advance:
         return encode(
-            _watched(islice(rows, count), advance),
+            _watched(islice(records, count), advance),
             format,
             max_length=config.max_length,
             overlong=config.overlong,
@@ -111,32 +113,35 @@ def encode_rows(
 
 
 def _watched(
-    rows: Iterable[tuple[str, Record]], advance: Callable[[int], None]
+    records: Iterable[tuple[str, Record]], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Record]]:
-    """The rows, telling `advance` whenever ADVANCE of them have been read."""
-    for number, row in enumerate(rows):
+    """Yield the records, and report every ADVANCE of them to `advance`."""
+    for number, record in enumerate(records):
         if number and number % ADVANCE == 0:
             advance(ADVANCE)
-        yield row
+        yield record
 
 
 def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> EncodedDataset | None:
-    """The plain text of `data.unrelated`, encoded, as much of it as of the held-out data."""
+    """Return the plain text of `data.unrelated`, encoded: as many records as are held out.
+
+    Raises UserError if it cannot be read.
+    """
     data = config.data
     if data.unrelated is None:
         return None
     try:
-        rows = load_records(as_sources(data.unrelated)).take(data.max_validation_records)
+        records = load_records(as_sources(data.unrelated)).take(data.max_validation_records)
         format = TextFormat(tokenizer=tokenizer, columns={})
         return encode(
-            rows, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size
+            records, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size
         )
     except UserError as error:
         raise UserError(f"data.unrelated, which is plain text: {error}") from error
 
 
 def first_prompts(
-    rows: Records | None,
+    records: Records | None,
     format: Format,
     count: int,
     *,
@@ -144,15 +149,19 @@ def first_prompts(
     room: int,
     note: Callable[[str], None],
 ) -> list[Prompt]:
-    """What to generate from: the prompts of the first held-out rows that leave the model room for an answer of `room` tokens."""
+    """Return the prompts of the first held-out records, at most `count`.
+
+    Prompts that leave the model less room than `room` tokens for an answer are passed over; `note`
+    gets a sentence about them. Raises UserError for a bad record.
+    """
     limit = context_length(model)
     prompts: list[Prompt] = []
     passed_over = 0
-    for where, row in rows or ():
+    for where, record in records or ():
         if len(prompts) >= count:
             break
         try:
-            found = format.prompts(row)
+            found = format.prompts(record)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         fitting = [
@@ -162,14 +171,18 @@ def first_prompts(
         prompts.extend(fitting)
     if passed_over:
         note(
-            f"of the held-out prompts {passed_over} were passed over: they leave no room for an answer of "
-            f"generation.max_new_tokens = {room} in the {limit} tokens that the model reads"
+            f"of the held-out prompts {passed_over} were passed over: they leave no room for an "
+            f"answer of generation.max_new_tokens = {room} in the {limit} tokens that the model "
+            "reads"
         )
     return prompts[:count]
 
 
 def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
-    """The metrics over generated text: those asked for, else both for translation and none for the rest; none of no answers."""
+    """Return the metrics over answers: those of the config, else chrF and BLEU for translation.
+
+    There are none if no answers are generated.
+    """
     if config.evaluation.generate == 0:
         return ()
     if config.evaluation.metrics is not None:

@@ -165,7 +165,10 @@ class Evaluator:
 
 
 def own_block(prompts: Sequence[Prompt], accelerator: Accelerator) -> list[Prompt]:
-    """Return this process's stretch of the prompts; those of all processes in order are the whole."""
+    """Return this process's stretch of the prompts.
+
+    Those of all processes, in order, are the whole.
+    """
     count, rank = accelerator.num_processes, accelerator.process_index
     return list(prompts[rank * len(prompts) // count : (rank + 1) * len(prompts) // count])
 

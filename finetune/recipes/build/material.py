@@ -1,7 +1,7 @@
 """What a run reads: records, tokenizer, format, encoded data. No weights are loaded here.
 
-The first of two stages. `Material` is enough for `finetune inspect`; `finetune.recipes.build.parts` makes
-the second stage of it, with a model.
+It is the first of two stages, and enough for `finetune inspect`. `parts` makes the second stage of
+it, with a model.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from finetune.models.load import load_skeleton
 from finetune.models.tokenizers import ChatTokens, set_template
 from finetune.recipes.build.data import (
     RawData,
-    encode_rows,
+    encode_records,
     load_raw_data,
     make_format,
     unrelated_text,
@@ -67,7 +67,7 @@ class Material:
         return [self.train, *([self.validation] if self.validation is not None else [])]
 
     def with_config(self, config: RunConfig) -> "Material":
-        """Return the material of a changed config, encoded anew only if its data section differs."""
+        """Return the material of a changed config; only a changed data section is encoded anew."""
         changed = replace(self, config=config)
         if config.data == self.config.data:
             encoded = ("train", "validation", "unrelated")
@@ -76,7 +76,7 @@ class Material:
 
     def encode(self, records: Any) -> EncodedDataset:
         """Encode other records as those of the run are. Raises UserError."""
-        return encode_rows(
+        return encode_records(
             records,
             self.format,
             self.config.data,
@@ -102,5 +102,5 @@ def read_material(
         tokens = set_template(tokenizer, config.model.chat_template)
         skeleton = load_skeleton(model_spec(config.model, tokenizer))
     check_length(skeleton, config.data.max_length)
-    format = make_format(config.data, tokenizer, raw.first_row)
+    format = make_format(config.data, tokenizer, raw.first_record)
     return Material(config, display, raw, tokenizer, tokens, skeleton, format)

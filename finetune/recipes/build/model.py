@@ -1,7 +1,4 @@
-"""From the model section of a config to a tokenizer and a model.
-
-Floor 5.
-"""
+"""From the model section of a config to a tokenizer and a model, new or from a checkpoint."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -10,6 +7,7 @@ from typing import Any
 
 import torch
 
+from finetune.config import load_config
 from finetune.config.schema import GenerationSection, ModelSection, NewTokenizerSection
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings
@@ -20,10 +18,17 @@ from finetune.models.tokenizers import (
     ChatTokens,
     fit_to_tokenizer,
     load_tokenizer,
+    set_template,
     stop_ids,
     train_tokenizer,
 )
 from finetune.models.vocabulary.activate import active_modules
+from finetune.optim import build_optimizer
+from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.vocabulary import apply_saved_vocabulary
+from finetune.run.folder import RunDir
+from finetune.training.checkpoint import load
+from finetune.training.trainer import restore
 
 
 def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:
@@ -45,7 +50,7 @@ def make_tokenizer(section: ModelSection, texts: Iterable[str]) -> Any:
     if section.tokenizer is not None:
         raise UserError(
             "model.tokenizer trains a new tokenizer for model.config; a pretrained model "
-            "(model.name) keeps its own. Remove one of the two."
+            "(model.name) keeps its own. Remove one of the two"
         )
     return load_tokenizer(model_spec(section))
 
@@ -80,17 +85,20 @@ def generation_settings(
 
 
 def check_length(model: Any, max_length: int) -> None:
-    """Raise UserError where rows of `max_length` tokens would be longer than what the model reads."""
+    """Raise UserError if sequences of `max_length` tokens are longer than the model reads."""
     limit = context_length(model)
     if limit is not None and max_length > limit:
         raise UserError(
-            f"data.max_length is {max_length}, and the model reads at most {limit} tokens (its max_position_embeddings): "
-            f"set data.max_length={limit}, or less"
+            f"data.max_length is {max_length}, and the model reads at most {limit} tokens (its "
+            f"max_position_embeddings). Set data.max_length={limit}, or less"
         )
 
 
 def adapt_model(model: Any, config: ModelSection, new_tokens: Sequence[int], *, seed: int) -> Any:
-    """The model with LoRA, where it is asked for; rows of an active vocabulary go on training beside it."""
+    """Return the model, with LoRA if the config asks for it.
+
+    The rows of an active vocabulary train together with the adapters.
+    """
     if config.lora is None:
         return model
     torch.manual_seed(seed)
@@ -109,7 +117,10 @@ def adapt_model(model: Any, config: ModelSection, new_tokens: Sequence[int], *, 
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of every weight's name, shape and some of its values: another one means another model to start from."""
+    """Return a hash of every weight's name, its shape and some of its values.
+
+    Runs with different fingerprints started from different models.
+    """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         flat = value.detach().reshape(-1)
@@ -117,3 +128,23 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
+    """Return the model as it was at a complete checkpoint.
+
+    Updates of rows may be deferred in a checkpoint, so the optimizer's state is read too.
+    """
+    config = load_config(run.config)
+    if config.model.name is not None:
+        # the tokens of the chat template are added again, with their rows
+        tokenizer = make_tokenizer(config.model, ())
+    tokens = set_template(tokenizer, config.model.chat_template)
+    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
+    apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
+    model = adapt_model(model, config.model, tokens.added, seed=config.seed)
+    optimizer = build_optimizer(model, config.optimizer.name, **optimizer_options(config))
+    wrapper = torch.nn.Module()
+    wrapper.model = model  # as in LanguageModel
+    restore(wrapper, optimizer, checkpoint)
+    return model

@@ -1,7 +1,4 @@
-"""From the optimizer section of a config to the factory.
-
-Floor 5.
-"""
+"""From the optimizer section of a config to the optimizer factory."""
 
 from typing import Any
 
@@ -11,12 +8,15 @@ from finetune.optim import optimizer_info
 
 
 def optimizer_options(config: RunConfig) -> dict[str, Any]:
-    """What `build_optimizer` takes beside the name. Raises UserError for one that cannot train a language model."""
+    """Return the options of `build_optimizer`.
+
+    Raises UserError for an optimizer that cannot train a language model.
+    """
     section = config.optimizer
     if not optimizer_info(section.name).takes_dense:
         raise UserError(
-            f"optimizer {section.name!r} takes row-sparse gradients alone, and most of a language model has dense ones: "
-            "choose lazy_adamw, which takes both"
+            f"optimizer {section.name!r} takes only row-sparse gradients, and most gradients of a "
+            "language model are dense. Choose lazy_adamw, which takes both"
         )
     groups = {
         "no_decay": section.no_decay,

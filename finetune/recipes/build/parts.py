@@ -1,18 +1,13 @@
 """What a run is made of: the second stage, with a model and its batches.
 
-`finetune.recipes.build.material` makes the first stage, without weights.
+`material` makes the first stage, without weights.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
 
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
@@ -22,13 +17,11 @@ from finetune.data.encode import DataStatistics, RecordEncoder
 from finetune.data.sources import Records
 from finetune.data.types import Format
 from finetune.display import Display
-from finetune.distributed.engines import check_engine, settle_engine, waiting_time
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import (
     compile_decoder,
     enable_activation_checkpointing,
-    resolve_precision,
 )
 from finetune.models.tokenizers import pad_id
 from finetune.recipes.build.material import Material
@@ -37,7 +30,7 @@ from finetune.recipes.build.vocabulary import (
     apply_vocabulary,
     plan_vocabulary,
 )
-from finetune.training.vocabulary import VocabularyKeeper, sample_batches
+from finetune.training.vocabulary import VocabularyKeeper, measuring_batches
 
 
 @dataclass(frozen=True)
@@ -76,51 +69,8 @@ def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
     if config.training.max_steps is not None:
         return config.training.max_steps
     if steps_per_epoch is None:
-        raise UserError("a stream has no known length: set training.max_steps")
+        raise UserError("a stream has no known length. Set training.max_steps")
     return max(1, math.ceil(config.training.epochs * steps_per_epoch))
-
-
-def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
-    """One process on the CPU, one GPU, or this process of many, in the precision that pays here."""
-    precision, reason = resolve_precision(
-        config.training.precision, "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    check_trackers(config.tracking)
-    check_engine()
-    mixed_precision = "no" if precision == "fp32" else precision
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()  # one a process: an earlier run here, or its caller, had another precision
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=not torch.cuda.is_available(),
-        log_with=list(config.tracking) or None,
-        project_dir=str(config.output_dir),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False
-            ),  # none changes while a language model trains
-            waiting_time(config.training.timeout),
-        ],
-    )
-    display.enabled = display.enabled and accelerator.is_main_process
-    settle_engine(accelerator, display)
-    display.say(reason)
-    return accelerator
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError for a tracker that Accelerate does not know, or that is not installed: it would be left out silently."""
-    known = list(LOGGER_TYPE_TO_CLASS)
-    installed = [str(name) for name in get_available_trackers()]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}"
-            )
-        if name not in installed:
-            raise UserError(
-                f"tracking: {name} is not installed; install it with: pip install {name.replace('_', '-')}"
-            )
 
 
 def assemble(material: Material, *, accelerator: Accelerator, display: Display) -> Parts:
@@ -160,11 +110,11 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     keeper = VocabularyKeeper(
         vocabulary,
         language_model,
-        sample=lambda: sample_batches(material.train, pad_id=pad_id(material.tokenizer)),
+        batches=lambda: measuring_batches(material.train, pad_id=pad_id(material.tokenizer)),
         accelerator=accelerator,
-        note=display.note,
+        num_steps=count_steps(config, batches.steps_per_epoch),
         seed=config.seed,
-        num_steps=config.training.max_steps,
+        note=display.note,
     )
     return Parts(
         material, accelerator, display, language_model, batches, statistics, keeper, identity
@@ -205,7 +155,7 @@ def _make_batches(
     if isinstance(material.raw.train, Records):
         batches = TrainingBatches(material.train, shape, max_length=data.max_length)
         return batches, material.train.statistics
-    count_steps(config, None)
+    count_steps(config, None)  # raises if the stream has no end
     encoder = RecordEncoder(
         material.format,
         max_length=data.max_length,
@@ -221,16 +171,18 @@ def _make_batches(
 def say_counts(
     display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig
 ) -> None:
-    """How much data there is, and what was cut or left out."""
+    """Report how much data there is, and what was cut or left out."""
     if counts.records:
         share = counts.target_tokens / max(1, counts.tokens)
         display.say(
-            f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, {share:.0%} of them targets"
+            f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, "
+            f"{share:.0%} of them targets"
         )
     limit = config.data.max_length
     if counts.truncated or counts.dropped:
         display.note(
-            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut ({counts.without_target} of them had no "
-            f"target left and were left out) and {counts.dropped} dropped; the longest has {counts.longest} tokens "
+            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut "
+            f"({counts.without_target} of them had no target left and were left out) and "
+            f"{counts.dropped} dropped; the longest has {counts.longest} tokens "
             f"(data.max_length, data.overlong)"
         )

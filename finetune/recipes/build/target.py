@@ -1,4 +1,4 @@
-"""A finished run or any model, opened to be used by a command, and what a command reads from stdin."""
+"""A finished run, or any model, opened for a command, and the lines that it reads from stdin."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from finetune.run.folder import RunDir
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to read with, and the run that it came from, if any."""
+    """A model in evaluation mode, and the run that it came from, if any."""
 
     model: Any
     tokenizer: Any
@@ -29,7 +29,10 @@ class Opened:
     config: RunConfig | None
 
     def settings(self, given: Mapping[str, Any]) -> GenerationSection:
-        """The generation settings of the run, or the defaults, changed by those given."""
+        """Return the generation section of the run, or the defaults, changed by `given`.
+
+        Raises UserError for a value that is not allowed.
+        """
         section = self.config.generation if self.config is not None else GenerationSection()
         return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
 
@@ -40,7 +43,8 @@ def open_target(target: str) -> Opened:
     is_run = run.is_run()
     if is_run and not (run.model / "config.json").is_file():
         raise UserError(
-            f"the run {target} has no model/ yet; finish it with `finetune train {run.config} --resume auto`"
+            f"the run {target} has no model/ yet. "
+            f"Finish it with `finetune train {run.config} --resume auto`"
         )
     config = load_config(run.config) if is_run else None
     model: Any
@@ -55,7 +59,7 @@ def open_target(target: str) -> Opened:
 
 
 def stdin_lines(display: Display, what: str) -> Iterator[str]:
-    """The lines of stdin. Someone at a terminal is told that it is their turn."""
+    """Yield the lines of stdin; at a terminal, first print what to type."""
     if sys.stdin.isatty():
         display.say(f"type {what}, and Ctrl-D at the end")
     try:
@@ -63,5 +67,5 @@ def stdin_lines(display: Display, what: str) -> Iterator[str]:
             yield line.rstrip("\n")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"stdin is not UTF-8 text (byte {error.start}): convert it first"
+            f"stdin is not UTF-8 text (byte {error.start}). Convert it first"
         ) from error

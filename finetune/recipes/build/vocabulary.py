@@ -1,6 +1,7 @@
-"""The vocabulary section of a config: which rows of the token table a run trains, and how that is kept up from step to step.
+"""The vocabulary section of a config: which rows of the token table a run trains.
 
-Floor 5. See `finetune.models.vocabulary` for what an active vocabulary is, `finetune.models.frozen_sample` for the sampled loss.
+`finetune.models.vocabulary` explains what an active vocabulary is, `finetune.models.frozen_sample`
+the sampled loss. `finetune.training.vocabulary` keeps it up from step to step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +22,8 @@ from finetune.models.vocabulary.activate import (
 from finetune.models.vocabulary.choice import VocabularyPlan
 from finetune.optim import optimizer_info
 
-SPARE_ROWS = 1024  # kept at least for tokens that turn up later in a stream
-LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole where the run uses more of it
+SPARE_ROWS = 1024  # at least as many are kept for tokens that turn up later in a stream
+LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole if the run uses a larger share of it
 
 
 def plan_vocabulary(
@@ -34,8 +35,11 @@ def plan_vocabulary(
     *,
     sharded: bool = False,
 ) -> VocabularyPlan:
-    """Choose the mode and the active tokens. `model` may be without weights; LoRA is not yet on it. `sharded`: no process will have
-    the whole of a parameter. Raises UserError."""
+    """Choose the mode and the active tokens.
+
+    `model` may be without weights, and must be without LoRA. `sharded`: no process will hold the
+    whole of a parameter. Raises UserError if the mode of the config cannot be had.
+    """
     table, head = token_tables(model)
     found = active_ids(tokenizer, corpora, config.vocabulary.keep)
     ids = tuple(sorted(i for i in found if i < len(table)))
@@ -44,22 +48,23 @@ def plan_vocabulary(
     if mode == "auto":
         mode, reason = _automatic(config, model, len(ids), len(new_tokens), sharded)
     if mode == "sampled" and len(ids) + config.vocabulary.num_sampled >= len(table):
-        mode, reason = "active", "a sample would be the whole table"
+        mode, reason = "active", "a step would draw the whole table"
     if (
         mode in ("active", "sampled")
         and (obstacle := why_not_active(model) or _why_not_growing(config, sharded)) is not None
     ):
         raise UserError(
-            f"vocabulary.mode is {mode}, but {obstacle}; set vocabulary.mode to full or frozen"
+            f"vocabulary.mode is {mode}, but {obstacle}. Set vocabulary.mode to full or frozen"
         )
     if mode == "sampled" and sharded:
         raise UserError(
-            "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode to active or "
-            "full, or train with DDP"
+            "vocabulary.mode is sampled, but FSDP2 shards the rows to draw from. "
+            "Set vocabulary.mode to active or full, or train with DDP"
         )
     if mode == "full" and config.model.lora is not None and config.vocabulary.keep:
         raise UserError(
-            "vocabulary.keep names rows to train, which LoRA leaves as they are: set vocabulary.mode to frozen or active"
+            "vocabulary.keep names rows to train, and with LoRA and vocabulary.mode full no row "
+            "trains. Set vocabulary.mode to frozen or active"
         )
     used = ids
     if mode == "frozen":
@@ -69,9 +74,8 @@ def plan_vocabulary(
     tables = 1 if head is table or lazy_input else 2
     bytes_per_row = table.shape[1] * (4 + optimizer_info(config.optimizer.name).state_bytes)
     spare = spare_rows(len(ids), len(table)) if config.data.streaming and trains else 0
-    otherwise = (
-        0 if config.model.lora is not None else len(table)
-    )  # rows that would have gradients and state
+    # the rows that would have gradients and state in mode full
+    otherwise = 0 if config.model.lora is not None else len(table)
     saved = 0 if mode == "full" else round(tables * (otherwise - len(ids) - spare) * bytes_per_row)
     ids = () if mode == "full" else ids
     num_sampled = config.vocabulary.num_sampled if mode == "sampled" else None
@@ -81,12 +85,13 @@ def plan_vocabulary(
 
 
 def spare_rows(num_active: int, num_rows: int) -> int:
-    """As many again as are active at the start, at least SPARE_ROWS.
+    """Return how many rows to keep for later tokens: as many as are active, at least SPARE_ROWS.
 
-    Translation en-fr with Gemma's tokenizer: 1,000 rows have 4,702 tokens, which with special and byte tokens makes 11,526 active
-    ones; over 22,112 rows (1.8 M tokens) it becomes 26,635. 1,024 spare rows last for 556 rows of the stream, half as many as are
-    active for 4,093, as many for 12,820. In Gemma-3-270M these are 118 MB with AdamW and, counted, 3 (active) to 7 % (sampled) of a
-    step's operations.
+    Measured on English-French translation with Gemma's tokenizer. The first 1,000 records have
+    4,702 tokens, and 11,526 are active with special and byte tokens. After 22,112 records (1.8 M
+    tokens) it is 26,635. 1,024 spare rows last for 556 records of the stream, half as many as are
+    active for 4,093, as many for 12,820. In Gemma-3-270M as many take 118 MB with AdamW and,
+    counted, 3 % (active) to 7 % (sampled) of a step's operations.
     """
     return min(max(SPARE_ROWS, num_active), num_rows - num_active)
 
@@ -94,17 +99,16 @@ def spare_rows(num_active: int, num_rows: int) -> int:
 def _automatic(
     config: RunConfig, model: Any, num_active: int, num_new: int, sharded: bool
 ) -> tuple[str, str]:
+    """Return the mode that `auto` stands for, and why."""
     table, head = token_tables(model)
     if config.model.lora is not None and config.vocabulary.keep and why_not_active(model) is None:
         return (
             "frozen",
-            "LoRA leaves the token table as it is, but for vocabulary.keep and new tokens",
+            "LoRA leaves the token table as it is, except for vocabulary.keep and new tokens",
         )
     if config.model.lora is not None:
-        return (
-            "full",
-            f"LoRA leaves the token table as it is{f', but for {num_new} new tokens' if num_new else ''}",
-        )
+        new = f", except for {num_new} new tokens" if num_new else ""
+        return "full", f"LoRA leaves the token table as it is{new}"
     if head is not table:
         lazy = (
             "lazy_adamw updates only the input rows in use"
@@ -116,24 +120,30 @@ def _automatic(
         return "full", obstacle
     spare = spare_rows(num_active, len(table)) if config.data.streaming else 0
     if num_active + spare > LITTLE_TO_SAVE * len(table):
-        kept = f", and {spare:,} would be kept for what turns up later" if spare else ""
+        kept = f", and {spare:,} would be kept for later tokens" if spare else ""
         return "full", f"the data uses {num_active:,} of the {len(table):,} rows{kept}"
     return "active", f"the table is tied, and {1 - num_active / len(table):.0%} of it is not used"
 
 
 def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
-    """Why tokens that turn up in a stream cannot be given rows; None where they can, or where there is no stream."""
+    """Return why later tokens of a stream cannot get rows, or None if they can or need not."""
     if not config.data.streaming:
         return None
     if sharded:
-        return "tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+        return "later tokens of a stream get rows of the table, and FSDP2 shards it"
     if optimizer_info(config.optimizer.name).second_weights:
-        return f"tokens that turn up in a stream get rows of the table, and {config.optimizer.name} trains a copy that lacks them"
+        return (
+            "later tokens of a stream get rows of the table, and "
+            f"{config.optimizer.name} trains a copy that lacks them"
+        )
     return None
 
 
 def _input_is_lazy(config: RunConfig) -> bool:
-    """Whether an untied input table stays whole and trains row by row; LoRA would freeze it, new tokens' rows included."""
+    """Return whether an untied input table stays whole and trains row by row.
+
+    With LoRA it does not: LoRA would freeze it, with the rows of new tokens.
+    """
     return (
         config.model.lora is None
         and optimizer_info(config.optimizer.name).must_know == "embeddings"
@@ -143,7 +153,11 @@ def _input_is_lazy(config: RunConfig) -> bool:
 def active_ids(
     tokenizer: Any, corpora: Iterable[EncodedDataset], keep: Iterable[int | str]
 ) -> set[int]:
-    """The tokens of the data, special, added, byte and chat template tokens, and those to keep: ids, or texts that have them."""
+    """Return the ids of all tokens in use.
+
+    They are the tokens of the data, special, added, byte and chat template tokens, and those of
+    `keep`: ids, or texts whose tokens are meant.
+    """
     ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= byte_tokens(tokenizer) | template_tokens(tokenizer)
@@ -151,27 +165,29 @@ def active_ids(
 
 
 def kept_ids(tokenizer: Any, keep: Iterable[int | str]) -> set[int]:
-    """The ids that `vocabulary.keep` names, itself or by texts. Raises UserError."""
+    """Return the ids that `vocabulary.keep` names, as ids or by texts. Raises UserError."""
     ids: set[int] = set()
     size = max(tokenizer.get_vocab().values()) + 1
     for item in keep:
         if isinstance(item, int) and not 0 <= item < size:
-            raise UserError(f"vocabulary.keep: {item} is no token id; ids go from 0 to {size - 1}")
-        found = (
-            {item}
-            if isinstance(item, int)
-            else set(tokenizer(item, add_special_tokens=False).input_ids)
-        )
+            raise UserError(
+                f"vocabulary.keep: {item} is not a token id; ids go from 0 to {size - 1}"
+            )
+        found = {item} if isinstance(item, int) else _ids_of(tokenizer, item)
         if not found:
             raise UserError(
-                f"vocabulary.keep: the text {item!r} has no tokens; give a text that has some, or an id"
+                f"vocabulary.keep: the text {item!r} has no tokens. "
+                "Give a text that has some, or a token id"
             )
         ids |= found
     return ids
 
 
 def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf16: bool) -> None:
-    """Make the tables of `model` what the plan says, in place. `bf16`: the run's matrix products are in it."""
+    """Make the tables of `model` what the plan says, in place.
+
+    `bf16`: the run's matrix products are in bfloat16, and so are the frozen rows then.
+    """
     if plan.mode == "frozen":
         _freeze_tables(model)
     if plan.ids:
@@ -188,7 +204,10 @@ def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf1
 def apply_saved_vocabulary(
     model: Any, config: RunConfig, state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Make the tables of `model` what they were when the state dict `state` of a run with this config was taken, in place."""
+    """Make the tables of `model` what they were in the run that `state` is from, in place.
+
+    `state` is the state dict of a run with this config.
+    """
     if config.vocabulary.mode == "frozen":
         _freeze_tables(model)
     activate_as_saved(model, state)
@@ -198,3 +217,7 @@ def _freeze_tables(model: Any) -> None:
     for table in token_tables(model):
         if table is not None:
             table.requires_grad_(False)
+
+
+def _ids_of(tokenizer: Any, text: str) -> set[int]:
+    return set(tokenizer(text, add_special_tokens=False).input_ids)

@@ -22,7 +22,7 @@ from finetune.comparison.runs import Run
 from finetune.config import RunConfig, dump_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.build.parts import make_accelerator
+from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.compare.candidates import (
     section_for,
 )

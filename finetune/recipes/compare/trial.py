@@ -1,6 +1,6 @@
-"""One run of a comparison: the trainer itself in a folder of its own, measured, its result kept and its weights thrown away.
+"""One run of a comparison: trained in a folder of its own and measured; its weights are deleted.
 
-Floor 5. A run that was stopped goes on from its last checkpoint; one that is over is read and not run again.
+A run that was stopped goes on from its last checkpoint. One that is over is read, and not run again.
 """
 
 import json
@@ -24,33 +24,40 @@ from finetune.recipes.build.data import as_sources
 from finetune.recipes.build.evaluator import evaluator_of
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import Parts
+from finetune.recipes.train.finish import LiveRun
 from finetune.recipes.train.run import run_training
 from finetune.run.folder import RunDir
 from finetune.run.log import Listener
 from finetune.run.records import Evaluation, StepRecord
 from finetune.training.stopping import Diverged
+from finetune.training.trainer import Stopped
 
 UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights
 
 
 def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | None:
-    """Train as `config` says, unless that was done before; None where a signal stopped it.
+    """Train as `config` says, unless that was done before; return None if a signal stopped it.
 
-    A reported run is also measured on data.test; of a run that diverged there is nothing to measure.
+    A reported run is also measured on data.test. A run that diverged is not measured.
     """
     folder = config.output_dir
     if (done := read_trial(folder)) is not None:
         return done
     name = config.optimizer.name
-    seen = RunObserver(folder, test=phase == "reported")
+    watch = RunWatch(folder, test=phase == "reported")
     problem = ""
     with display.steps(config.training.max_steps or 1, 0) as show:
-        seen.show = show
+        watch.show = show
         try:
-            if (
-                run_training(config, resume="auto", display=Display(enabled=False), observer=seen)
-                == "signal"
-            ):
+            stopped = run_training(
+                config,
+                resume="auto",
+                display=Display(enabled=False),
+                listener=watch.listen,
+                on_start=watch.start,
+                finish=watch.finish,
+            )
+            if stopped == "signal":
                 return None
         except Diverged as error:
             problem = str(error)
@@ -65,15 +72,16 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
             {key: value for key, value in settings.items() if key != "embeddings"}, default=str
         )
     )
-    measured = {} if problem else seen.measured
-    Result(name, phase, config.seed, settings, problem, seen.began_with, **measured).write(run)
+    measured = {} if problem else watch.measured
+    Result(name, phase, config.seed, settings, problem, watch.began_with, **measured).write(run)
     return read_trial(folder)
 
 
-class RunObserver:
-    """Sees a run: what it began with, how large its updates are against the weights, the test loss and the state at its end.
+class RunWatch:
+    """Measures a run: its start, the size of its updates, and at its end the test loss and state.
 
-    Updates are taken outside of the token tables: there a lazy optimizer moves a row when it is next used, not when the step is.
+    Updates are measured outside of the token tables. There a lazy optimizer moves a row when it is
+    next used, not at the step.
     """
 
     def __init__(self, folder: Path, *, test: bool) -> None:
@@ -84,7 +92,9 @@ class RunObserver:
         self._weights: list[torch.Tensor] = []
         self._before: list[torch.Tensor] | None = None
 
-    def start(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, live: LiveRun) -> None:
+        """Keep what the run began with."""
+        parts = live.parts
         self.began_with = {key: parts.identity[key] for key in ("the model", "the training data")}
         tables = token_tables(inner_model(parts.model))
         trained = [weight for weight in parts.model.parameters() if weight.requires_grad]
@@ -94,7 +104,8 @@ class RunObserver:
         self._every = max(1, math.ceil(parts.num_steps / UPDATE_POINTS))
         self._before = self._copy()
 
-    def __call__(self, record: StepRecord | Evaluation) -> None:
+    def listen(self, record: StepRecord | Evaluation) -> None:
+        """Show a step, and measure its update if it is one of UPDATE_POINTS."""
         if isinstance(record, Evaluation):
             return
         self.show(record)
@@ -104,15 +115,17 @@ class RunObserver:
             keep_update(self._run, step, moved / _norm(self._before))
         self._before = self._copy() if step % self._every == 0 else None
 
-    def finish(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
-        states = [value for state in optimizer.state.values() for value in state.values()]
+    def finish(self, live: LiveRun, stopped: Stopped) -> None:
+        """Measure the optimizer's state, and the test loss if it is asked for."""
+        states = live.trainer.optimizer.state.values()
+        values = [value for state in states for value in state.values()]
         self.measured = {
             "state_bytes": tensor_bytes(
-                value for value in states if isinstance(value, torch.Tensor)
+                value for value in values if isinstance(value, torch.Tensor)
             )
         }
         if self._test:
-            self.measured |= _test(parts)
+            self.measured |= _test(live.parts)
 
     def _copy(self) -> list[torch.Tensor]:
         return [weight.detach().clone() for weight in self._weights]

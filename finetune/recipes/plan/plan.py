@@ -7,9 +7,10 @@ from rich.console import Console
 from finetune.config import RunConfig
 from finetune.display import Display
 from finetune.optim import check_optimizer
+from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.optimizer import optimizer_options
-from finetune.recipes.build.parts import assemble, count_steps, make_accelerator
+from finetune.recipes.build.parts import assemble, count_steps
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
 from finetune.recipes.plan.timing import TimeEstimate, time_run

@@ -15,7 +15,10 @@ from finetune.run.records import Evaluation, Evaluations, Sample, evaluations_by
 
 
 class RunEvaluations:
-    """Called with a step, evaluates the model as it is, logs the metrics, and returns them."""
+    """The evaluations of a run. A call with a step evaluates the model as it is at that step.
+
+    It logs the metrics, keeps samples, and returns the metrics.
+    """
 
     def __init__(self, parts: Parts, run: RunDir, logger: MetricLogger) -> None:
         self.parts, self.run, self.logger = parts, run, logger
@@ -43,7 +46,10 @@ class RunEvaluations:
         return results
 
     def write_summary(self, *, best_step: int | None, last_step: int) -> Evaluations:
-        """Write and return before, after and best of all evaluations, those before a resume also."""
+        """Write and return the evaluations before, after, and the best one.
+
+        Evaluations from before a resume count too.
+        """
         records = {**evaluations_by_step(self.run), **self.records}
         before, after = records.get(0), records.get(last_step)
         best = None if best_step is None else records.get(best_step)
@@ -66,17 +72,20 @@ class RunEvaluations:
 
 
 def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) -> None:
-    """Raise UserError where the best checkpoint, or early stopping, goes by a number that will not be there."""
+    """Raise UserError if the best checkpoint, or early stopping, needs a figure that is missing."""
     best = config.evaluation.best
     if best != "loss" and config.evaluation.generate == 0:
         raise UserError(
-            f"evaluation.best is {best}, but evaluation.generate is 0: nothing would be generated to compute it from"
+            f"evaluation.best is {best}, but evaluation.generate is 0, so nothing is generated to "
+            "compute it from. Set evaluation.generate, or evaluation.best=loss"
         )
     if best != "loss" and best not in metrics:
         raise UserError(
-            f"evaluation.best is {best}, which is not computed here: set evaluation.metrics=[{best}], or best: loss"
+            f"evaluation.best is {best}, which is not computed here. "
+            f"Set evaluation.metrics=[{best}], or evaluation.best=loss"
         )
     if config.evaluation.early_stopping_patience is not None and not has_validation:
         raise UserError(
-            "evaluation.early_stopping_patience needs held-out data: give data.validation or data.validation_fraction"
+            "evaluation.early_stopping_patience needs held-out data. "
+            "Give data.validation or data.validation_fraction"
         )

@@ -1,16 +1,13 @@
-"""The end of a run: the best weights, the exported model with its card, the summary, the report.
-
-Floor 5.
-"""
+"""The end of a run: the best weights, the exported model with its card, the summary, the report."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.distributed.sharding import is_sharded
 from finetune.models.export import export_model
 from finetune.recipes.build.card import run_card
-from finetune.recipes.build.checkpoint_model import model_of_checkpoint
+from finetune.recipes.build.model import model_of_checkpoint
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.train.evaluations import RunEvaluations
 from finetune.report import write_report
@@ -19,14 +16,23 @@ from finetune.run.records import Environment, Evaluations, Vocabulary
 from finetune.training.trainer import Stopped, Trainer
 
 
-def finish_run(
-    parts: Parts, run: RunDir, trainer: Trainer, evaluations: RunEvaluations, stopped: Stopped
-) -> None:
-    """Leave `model/`, evaluation.json and report.html behind."""
+@dataclass(frozen=True)
+class LiveRun:
+    """A run whose model is in memory: at its start, between its steps, or at its end."""
+
+    parts: Parts
+    folder: RunDir
+    trainer: Trainer
+    evaluations: RunEvaluations
+
+
+def finish_run(live: LiveRun, stopped: Stopped) -> None:
+    """Write model/ with its card, evaluation.json and report.html."""
+    parts, run, trainer = live.parts, live.folder, live.trainer
     progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
     if stopped == "early stopping":
         display.note(
-            f"stopped early after step {progress.step}: no better evaluation than that of step {progress.best_step}"
+            f"stopped early at step {progress.step}: no improvement since step {progress.best_step}"
         )
     chosen, sharded = progress.step, is_sharded(parts.language_model)
     if parts.config.checkpoint.save_best_model and progress.best_step not in (None, progress.step):
@@ -39,7 +45,9 @@ def finish_run(
         trainer.restore(checkpoint)
     if accelerator.is_main_process:
         _write_vocabulary(parts, run)
-        summary = evaluations.write_summary(best_step=progress.best_step, last_step=progress.step)
+        summary = live.evaluations.write_summary(
+            best_step=progress.best_step, last_step=progress.step
+        )
         export_model(
             # of a sharded model no process has the whole, but a checkpoint has
             model_of_checkpoint(run, checkpoint, parts.material.tokenizer)

@@ -1,0 +1,66 @@
+"""The accelerator of a run: this process, its device, its precision, and the other processes."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
+
+from finetune.config import RunConfig
+from finetune.display import Display
+from finetune.distributed.engines import check_engine, settle_engine, waiting_time
+from finetune.errors import UserError, did_you_mean
+from finetune.models.speed import resolve_precision
+
+
+def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
+    """Return Accelerate's view of this process, in the precision that is fastest here.
+
+    It is one process on the CPU or a GPU, or one of many. Raises UserError for a precision, tracker
+    or engine that cannot be had.
+    """
+    precision, reason = resolve_precision(
+        config.training.precision, "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    check_trackers(config.tracking)
+    check_engine()
+    mixed_precision = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run in this process had another precision
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        log_with=list(config.tracking) or None,
+        project_dir=str(config.output_dir),
+        kwargs_handlers=[
+            # no buffer changes while a language model trains
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            waiting_time(config.training.timeout),
+        ],
+    )
+    display.enabled = display.enabled and accelerator.is_main_process
+    settle_engine(accelerator, display)
+    display.say(reason)
+    return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker that is unknown or not installed.
+
+    Accelerate would leave it out silently.
+    """
+    known = list(LOGGER_TYPE_TO_CLASS)
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are "
+                f"{', '.join(known)}"
+            )
+        if name not in installed:
+            raise UserError(
+                f"tracking: {name} is not installed. "
+                f"Install it with: pip install {name.replace('_', '-')}"
+            )
