@@ -106,7 +106,7 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
     )
     assert done.returncode == 130, done.stdout
     named = (
-        "process 1 (of 0 to 1) was killed by SIGKILL (the system does that where memory runs out)"
+        "process 1 (of 0 to 1) was killed by SIGKILL (the system does that if memory runs out)"
     )
     assert f"{named}; restart 1 of 1, from run/checkpoints/step-00000003" in done.stdout
     assert "resuming after step 3" in done.stdout
