@@ -19,7 +19,7 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_skeleton
 from finetune.models.locate import resolve_name
 from finetune.models.rehearsal import LiveBytes, Rehearsal
-from finetune.recipes.plan import planner as planning
+from finetune.recipes.plan import plan as plan_command
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.plan.planner import Plan, Planner
 from tests.conftest import LLAMA, PYTHIA
@@ -228,7 +228,7 @@ def test_a_run_that_does_not_fit_is_not_timed_and_told_what_to_change(tiny, caps
     def timed(*args):
         raise AssertionError("a step was taken")
 
-    monkeypatch.setattr(planning, "_time", timed)
+    monkeypatch.setattr(plan_command, "_time", timed)
     tree = tiny(optimizer={"name": "adamw"}, evaluation={"batch_size": 1})
     plan = plan_run(make_config(tree), memory_limit=2**20)
     assert plan.time is None

@@ -131,7 +131,7 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
         if failure.exitcode == SIGNALLED:
             return "signal"
         if failure.exitcode == USER_ERROR:
-            raise UserError(_mistake(failure)) from None
+            raise UserError(mistake_of(failure)) from None
         _print_traceback(failure)
         raise ProcessFailed(
             f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}"
@@ -194,7 +194,7 @@ def _what_happened(failure: ProcessFailure) -> str:
     return f"ended with exit code {failure.exitcode}"
 
 
-def _mistake(failure: ProcessFailure) -> str:
+def mistake_of(failure: ProcessFailure) -> str:
     """Return the sentence of a user's mistake, without the name of the error before it."""
     assert isinstance(failure.message, dict), failure.message
     return str(failure.message["message"]).partition(": ")[2]
