@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the JSON objects in the file at `path`, one a line, and how many lines are not one.
 
     A killed process may leave a last line that is cut short. A file that is not there has no lines.

@@ -18,7 +18,7 @@ from finetune.recipes.compare.candidates import (
 )
 from finetune.recipes.compare.data import rule
 from finetune.recipes.compare.outcome import conclude
-from finetune.recipes.compare.study import best_of, prepare, said, stopped, tune
+from finetune.recipes.compare.study import best_of, prepare_study, said, stopped, tune
 from finetune.recipes.compare.trial import run_trial
 from finetune.training.trainer import Stopped
 
@@ -43,7 +43,7 @@ def compare_optimizers(
     )
     optimizers = candidates(DEFAULT if names is None else names)
     notes = check_candidates(config, optimizers)
-    base = prepare(config, trials=trials, budget=budget, test=True, display=display)
+    base = prepare_study(config, trials=trials, budget=budget, test=True, display=display)
     display.say(
         f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), in {config.output_dir}"
     )

@@ -38,7 +38,7 @@ EVALUATIONS = 10  # of a run, where evaluation.every does not say
 Space = dict[str, list[float]]
 
 
-def prepare(
+def prepare_study(
     config: RunConfig, *, trials: int, budget: int | None, test: bool, display: Display
 ) -> RunConfig:
     """The config that every run is made from, and its data in files. Raises UserError where another comparison is in the folder."""

@@ -19,7 +19,7 @@ from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.compare.candidates import check_candidates, section_for, take_list
-from finetune.recipes.compare.study import best_of, prepare, stopped, tune
+from finetune.recipes.compare.study import best_of, prepare_study, stopped, tune
 from finetune.run.files import write_text
 from finetune.training.trainer import Stopped
 
@@ -49,7 +49,7 @@ def tune_optimizer(
     for decay in tried:
         section = section_for(config.optimizer, name, lr=config.optimizer.lr, weight_decay=decay)
         check_optimizer(name, optimizer_options(config.model_copy(update={"optimizer": section})))
-    base = prepare(config, trials=trials, budget=budget, test=False, display=display)
+    base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
     middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
     runs = tune(base, name, trials=trials, decays=tried, display=display, middle=middle)
     if runs is None:
