@@ -12,7 +12,7 @@ PACKAGE = Path(finetune.__file__).parent
 REMEDIES = (
     "add|call|change|check|choose|continue|convert|correct|delete|draw|finish|free|give|go on|"
     "install|keep|leave|load|log in|lower|make|name|raise|remove|rename|restore|resume|run|save|"
-    "see|set|shorten|start|switch|take|train|try|use|write"
+    "set|shorten|start|switch|take|train|try|use|write"
 )
 HANGING = re.compile(rf"[;:] ({REMEDIES}) ")  # on the sentence that says what is wrong
 A_SENTENCE = re.compile(r"(?<=[a-z0-9)\]'`\"…][.!?]) (?=[A-Z])")
