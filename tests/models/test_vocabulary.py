@@ -326,7 +326,7 @@ def test_a_second_active_vocabulary_is_refused_until_the_first_is_given_up():
     expected = model(input_ids=ids).logits
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(
-        UserError, match=r"has an active vocabulary already; .* with deactivate_vocabulary"
+        UserError, match=r"has an active vocabulary already\. .* with deactivate_vocabulary"
     ):
         activate_vocabulary(model, [1, 2])
     with pytest.raises(
@@ -508,7 +508,7 @@ def test_lora_on_a_head_with_active_rows_is_refused():
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(
         UserError,
-        match=r"target_modules: 'lm_head' is the output head.*leave it out, or set "
+        match=r"target_modules: 'lm_head' is the output head.*Leave it out, or set "
         r"vocabulary.mode to full",
     ):
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "lm_head"])
