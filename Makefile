@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ULTRALYTICS := build/ultralytics
 
-.PHONY: demo demo-chat test test-ultralytics check format bench install clean
+.PHONY: demo demo-chat test test-all test-ultralytics check format bench install clean
 
 install: $(STAMP)
 
@@ -22,7 +22,10 @@ demo: install  ## fine-tune SmolLM2-135M to translate English to French
 demo-chat: install  ## fine-tune SmolLM2-135M on conversations
 	$(BIN)/finetune demo chat
 
-test: install  ## the whole test suite
+test: install  ## the test suite without what takes long
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: install  ## the whole test suite: also kills, real weights, other tools as oracles
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-ultralytics: install $(ULTRALYTICS)/installed  ## YOLO26 with the factory's optimizers
@@ -35,11 +38,10 @@ $(ULTRALYTICS)/installed: constraints.txt | install
 		ultralytics ultralytics-thop opencv-python-headless torchvision polars polars-runtime-32
 	touch $@
 
-check: install  ## lint, format, types, fast tests
+check: install  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -39,7 +39,7 @@ ones cost memory: 128 x V x 4 bytes are 134 MB for V = 262,144. On a GPU a chunk
 about twenty kernels, and starting a kernel takes longer than running it. Its logits are 537 MB
 there.
 """
-MULTIPLE = 64
+CHUNK_MULTIPLE = 64
 """What the length of bfloat16 chunks is padded to a multiple of.
 
 oneDNN keeps 2 MB of code for each shape of a product.
@@ -378,7 +378,7 @@ def _chunks(length: int, size: int | None, head: _Head) -> list[slice]:
 def _padded(states: Tensor) -> Tensor:
     """Return the states [n, d] of a chunk, in the dtype of the products, with zeros at the end."""
     missing = (
-        -len(states) % MULTIPLE
+        -len(states) % CHUNK_MULTIPLE
         if states.dtype == torch.bfloat16 and states.device.type == "cpu"
         else 0
     )

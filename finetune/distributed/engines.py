@@ -1,14 +1,16 @@
-"""The engines that a run may be on, as Accelerate has them, and what each leaves of a lazily trained table.
+"""The engines of Accelerate that a run may use, and what each does with a lazily trained table.
 
-Floor 5. One process, DDP or FSDP2; `accelerate launch --config_file configs/accelerate/….yaml` says which. The table of what goes
-with what is in `docs/scaling.md`.
+The engine is one process, DDP or FSDP2, as `accelerate launch --config_file
+configs/accelerate/….yaml` says. `docs/scaling.md` has a table of what works with what.
 
-- DDP: every process has the whole model; rows of the lazy table are exchanged (`finetune.distributed`).
-- FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything but the lazy table, for which it
-  would need a sparse reduce-scatter. The table stays whole on each process, and its rows are exchanged as under DDP.
-- DeepSpeed is refused. Its ZeRO keeps parameters in flat buffers that know no rows, and shards the optimizer's state by those, so
-  neither the lazy table nor a checkpoint that others can read survives it; with an offloaded optimizer it puts its own in the place
-  of the run's. FSDP2 shards the same things, and `LOG.md` has what was tried.
+- DDP: every process has the whole model. Rows of the lazy table are exchanged (`row_gradients`).
+- FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) shards everything
+  but the lazy table, which would need a sparse reduce-scatter. The table stays whole on each
+  process, and its rows are exchanged as under DDP.
+- DeepSpeed is refused. Its ZeRO keeps parameters in flat buffers without rows, and shards the
+  optimizer's state by them. So neither the lazy table nor a checkpoint that others can read
+  survives. With an offloaded optimizer it also replaces the run's optimizer. FSDP2 shards the same
+  things; `LOG.md` says what was tried.
 """
 
 import os
@@ -40,11 +42,15 @@ def waiting_time(seconds: float) -> InitProcessGroupKwargs:
 
 
 def check_engine() -> None:
-    """Raise UserError for an engine that is none here; before there is an Accelerator, which would start it."""
+    """Raise UserError for an engine that is not supported.
+
+    It must be called before there is an Accelerator, which would start that engine.
+    """
     if _asked_for("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(
-            "DeepSpeed is not an engine here: it would replace or reshape the optimizer, and its state would resume nowhere else; "
-            "take configs/accelerate/fsdp2.yaml, which shards as ZeRO-3 does, or fsdp2_zero2.yaml, as ZeRO-2 does"
+            "DeepSpeed is not supported: it would replace or reshape the optimizer, and its state "
+            "would resume nowhere else. Take configs/accelerate/fsdp2.yaml, which shards as ZeRO-3 "
+            "does, or fsdp2_zero2.yaml, as ZeRO-2 does"
         )
 
 
@@ -54,27 +60,26 @@ def settle_engine(accelerator: Accelerator, display: Display) -> None:
         return
     from torch.distributed.fsdp import FSDPModule  # here: it takes a second to import
 
-    if (
-        accelerator.distributed_type is DistributedType.MULTI_CPU
-    ):  # Accelerate would take DDP here, without a word
-        accelerator.state.distributed_type = PartialState().distributed_type = (
-            DistributedType.FSDP
-        )  # as Accelerate does on GPUs
+    if accelerator.distributed_type is DistributedType.MULTI_CPU:
+        # Accelerate would silently take DDP here. This is what it does on GPUs.
+        fsdp = DistributedType.FSDP
+        accelerator.state.distributed_type = PartialState().distributed_type = fsdp
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type is not DistributedType.FSDP:
         display.note("engine: FSDP was asked for and there is one process, so nothing is sharded")
         return
     if not accelerator.is_fsdp2:
         raise UserError(
-            "the engine is FSDP 1, which is not supported; set fsdp_version: 2 in Accelerate's config"
+            "the engine is FSDP 1, which is not supported. "
+            "Set fsdp_version: 2 in Accelerate's config"
         )
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise UserError(
-            f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}; upgrade it, or use DDP"
+            f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}. "
+            "Upgrade it, or use DDP"
         )
-    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = (
-        False  # every process has made the model, as all engines need it
-    )
+    # every process has made the model, as all engines need it
+    accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers reads it
 
 
@@ -92,7 +97,7 @@ def prepare(
     optimizer: torch.optim.Optimizer,
     display: Display,
 ) -> Prepared:
-    """Give the model and the optimizer to Accelerate's engine, lazy tables kept out of it."""
+    """Give the model and the optimizer to Accelerate's engine, and keep lazy tables out of it."""
     keep_tables_out_of_ddp(language_model, optimizer)
     if accelerator.distributed_type is DistributedType.FSDP:
         tables = lazy_modules(language_model, optimizer)
@@ -107,7 +112,7 @@ def prepare(
         display.note(
             f"engine: FSDP2 shards the model over {accelerator.num_processes} processes{lazy}"
         )
-    with warnings.catch_warnings():  # Accelerate has no other word for it yet
+    with warnings.catch_warnings():  # Accelerate has no other argument for it yet
         warnings.filterwarnings(
             "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
         )
@@ -116,27 +121,27 @@ def prepare(
 
 
 def lazy_modules(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Module]:
-    """The embeddings that `optimizer` steps row by row."""
+    """Return the embeddings that `optimizer` steps row by row."""
     if not isinstance(optimizer, LazyAdamW):
         return []
     weights = {id(weight) for weight in optimizer.registered_weights().values()}
     return [module for module in model.modules() if id(getattr(module, "weight", None)) in weights]
 
 
-def reading(
-    accelerator: Accelerator, module: nn.Module, read: Callable[[int], Any]
+def with_whole_model(
+    accelerator: Accelerator, module: nn.Module, evaluate: Callable[[int], Any]
 ) -> Callable[[int], Any]:
-    """`read`, with the whole model on every process while it is called."""
+    """Return `evaluate`, with the whole model on every process while it is called."""
     if accelerator.distributed_type is not DistributedType.FSDP:
-        return read
+        return evaluate
 
-    def read_whole(step: int) -> Any:
+    def evaluate_whole(step: int) -> Any:
         with whole(
             module, reshard_after_forward=bool(accelerator.state.fsdp_plugin.reshard_after_forward)
         ):
-            return read(step)
+            return evaluate(step)
 
-    return read_whole
+    return evaluate_whole
 
 
 def _asked_for(variable: str) -> bool:
@@ -144,10 +149,11 @@ def _asked_for(variable: str) -> bool:
 
 
 def let_go(module: nn.Module) -> None:
-    """Free what DDP keeps to average gradients, while others hold the process group too; `module` cannot be trained any more.
+    """Free what DDP keeps to average gradients. `module` cannot be trained any more.
 
-    Once the group is destroyed, that is its last holder, and frees it without giving up Python's lock: it waits for gloo's thread,
-    and gloo's thread, where it has a last result to free, for the lock (torch 2.13).
+    It must happen while others hold the process group too. Otherwise DDP is the group's last holder
+    and frees it without releasing Python's lock. It would wait for gloo's thread, and that thread,
+    with a last result to free, for the lock (torch 2.13).
     """
     if isinstance(module, DistributedDataParallel):
         del module.logger, module.reducer

@@ -43,7 +43,7 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
             "negative, infinite or NaN"
         )
     if count < 1:
-        raise UserError(f"{count} frozen rows drawn stand for nothing: draw at least one")
+        raise UserError(f"the number of frozen rows to draw is {count}: draw at least one")
     if count >= rows:
         return torch.ones_like(weights)
     even = torch.full_like(weights, 1 / rows)
@@ -57,7 +57,7 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
         sure |= over
 
 
-def draw(chances: Tensor, generator: torch.Generator) -> Tensor:
+def draw_rows(chances: Tensor, generator: torch.Generator) -> Tensor:
     """Return rows [K] int64, each with its chance.
 
     K is the sum of the chances (up to rounding), the same for every draw.
@@ -120,10 +120,12 @@ class FrozenSampler:
         head: Any = self.language_model.causal_lm.get_output_embeddings()
         rows = len(head.vocabulary.frozen_ids)
         if chances.shape != (rows,) or not bool(((chances > 0) & (chances <= 1)).all()):
-            given = f"{len(chances)} chances" if chances.shape != (rows,) else "some that are not"
+            given = "some of those given are not"
+            if chances.shape != (rows,):
+                given = f"{len(chances)} chances are given"
             raise UserError(
-                f"each of the {rows} frozen rows needs a chance above 0 and at most 1 to be drawn, "
-                f"and there are {given}; make them with inclusion_chances"
+                f"each of the {rows} frozen rows needs a chance above 0 and at most 1, and "
+                f"{given}: make them with inclusion_chances"
             )
         self._chances = chances
 
@@ -138,7 +140,7 @@ class FrozenSampler:
         assert isinstance(head, ActiveHead)
         vocabulary, compact = head.vocabulary, len(head.weight)
         chances = self.chances
-        rows = draw(chances, torch.Generator().manual_seed(seed))
+        rows = draw_rows(chances, torch.Generator().manual_seed(seed))
         if targets is not None:  # they are certain to be there, so they stand for themselves alone
             wanted = vocabulary.row_of_id[targets.to(vocabulary.row_of_id.device)].cpu() - compact
             wanted = wanted[wanted >= 0]
@@ -169,5 +171,5 @@ def _require_known_logits(language_model: LanguageModel) -> None:
         raise UserError(
             f"{type(language_model.causal_lm).__name__} computes its logits in a way of its own, "
             "all of them at once, so drawn frozen rows cannot stand for the rest "
-            "(vocabulary.mode=sampled). Set vocabulary.mode to active, or to full."
+            "(vocabulary.mode=sampled). Set vocabulary.mode to active, or to full"
         )

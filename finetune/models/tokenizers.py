@@ -199,7 +199,7 @@ def _set_stops(
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that fills padding: the tokenizer's, or 0 if it has none."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -210,7 +210,7 @@ def stop_ids(model: CausalLM) -> list[int]:
     return [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
 
 
-def byte_tokens(tokenizer: Any) -> set[int]:
+def byte_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens of single bytes, from which any text can be spelt.
 
     They are those of byte-level BPE, or sentencepiece's <0xNN>.
@@ -223,7 +223,7 @@ def byte_tokens(tokenizer: Any) -> set[int]:
     }
 
 
-def template_tokens(tokenizer: Any) -> set[int]:
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the tokens that the chat template writes around turns of all roles.
 
     The names of the roles are among them. Without a template there are none.

@@ -1,1 +1,6 @@
-"""The training loop: `step` takes one optimizer step, and the trainer repeats it."""
+"""The training loop. It uses what it is given and builds nothing.
+
+Read in this order: `step` (one optimizer step), `trainer` (steps, evaluations, checkpoints,
+resume), `checkpoint` with `shards` (what is on the disk), `stopping` (signals and divergence),
+`vocabulary` (rows for new tokens, and frozen rows that are drawn).
+"""

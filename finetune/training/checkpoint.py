@@ -1,10 +1,13 @@
-"""Checkpoints that are whole or not there: written to a temporary folder, marked complete, renamed.
+"""Checkpoints that are whole or not there.
 
-Floor 2. A killed process leaves at most a folder named `.step-…`, which nothing reads and the next save removes. The mark,
-`complete.json`, lists every file with its size, so a folder that was cut short by a copy or a full disk does not count either.
+They are written to a temporary folder, marked complete, and renamed. A killed process leaves at
+most a folder named `.step-…`, which nothing reads and the next save removes. The mark,
+`complete.json`, lists every file with its size. So a folder that a copy or a full disk cut short
+does not count.
 
-Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead, written by the processes that hold
-them (`finetune.training.shards`); `load` puts the two together, so nothing else has to know which kind a checkpoint is.
+Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead,
+written by the processes that hold them (`shards`). `load` puts the two together, so nothing else
+has to know which kind a checkpoint is.
 """
 
 import errno
@@ -44,23 +47,25 @@ from finetune.training.shards import (
 class CheckpointStore:
     """The checkpoints of one run, `root/step-00000052/`.
 
-    With several processes every process calls `save`: process 0 writes, and each its shards where the engine has any. `gather`
-    makes one list of the lists of all processes, and waits for them.
+    With several processes every process calls `save`. Process 0 writes, and each process writes its
+    shards if the engine has any. `gather` joins the lists of all processes, and waits for them.
     """
 
     root: Path
-    keep: int  # the newest so many; the best is kept besides
+    keep: int  # how many of the newest are kept; the best is kept too
     is_main: bool = True
     gather: Callable[[list[str]], list[str]] = list
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of `step`."""
         return checkpoint_path(self.root, step)
 
     def save(self, step: int, files: Mapping[str, Any], *, best_step: int | None) -> Path:
-        """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`, then remove those no longer kept.
+        """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`.
 
-        Later ones go too: they are from before the run went back to an earlier one. Raises UserError, on every process, where a
-        disk refuses; the earlier checkpoints are untouched then.
+        Then checkpoints that are no longer kept are removed. So are later ones: they are from
+        before the run went back to an earlier one. Raises UserError, on every process, if a disk
+        refuses; the earlier checkpoints are untouched then.
         """
         temporary = self.root / f".step-{step:08d}"
         plain, shards = take_out_shards(files)
@@ -80,10 +85,11 @@ class CheckpointStore:
         return self.path(step)
 
     def steps(self) -> list[int]:
-        """The steps of all complete checkpoints, oldest first."""
+        """Return the steps of all complete checkpoints, oldest first."""
         return complete_steps(self.root)
 
     def newest(self) -> Path | None:
+        """Return the newest complete checkpoint, or None."""
         return newest_checkpoint(self.root)
 
     def _begin(self, temporary: Path) -> None:
@@ -122,7 +128,8 @@ class CheckpointStore:
             else "there is no earlier checkpoint"
         )
         raise UserError(
-            f"the checkpoint of step {step} could not be written to {self.root}: {refusals[0]}; {kept}"
+            f"the checkpoint of step {step} could not be written to {self.root}: "
+            f"{refusals[0]}; {kept}"
         ) from refusal
 
     def _prune(self, newest: int, best_step: int | None) -> None:
@@ -134,22 +141,28 @@ class CheckpointStore:
 
 
 def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
-    """Read one file of a checkpoint to the CPU, whole, or as shards where `own` is asked for a place and answers with a shard."""
+    """Load one file of a checkpoint to the CPU.
+
+    `own(place)` may return this process's shard of the tensor at `place`. That tensor is then
+    loaded as a shard.
+    """
     tree = torch.load(folder / name, map_location="cpu", weights_only=True)
     return put_in_shards(tree, folder / SHARDS, name, own)
 
 
 def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
-    """The folder that `--resume auto|PATH` means; None where `auto` finds no complete checkpoint.
+    """Return the folder that `--resume auto|PATH` means, or None if `auto` finds none.
 
-    PATH is a checkpoint, or a run's folder (its newest complete checkpoint). Raises UserError.
+    PATH is a checkpoint, or a run's folder, meaning its newest complete checkpoint. Raises
+    UserError.
     """
     if resume == "auto":
         return newest_checkpoint(checkpoints)
     folder = Path(resume)
     if not folder.is_dir():
         raise UserError(
-            f"there is no checkpoint at {folder}; give a folder such as {checkpoints / 'step-00000100'}, or auto"
+            f"there is no checkpoint at {folder}. "
+            f"Give a folder such as {checkpoints / 'step-00000100'}, or auto"
         )
     if (folder / "checkpoints").is_dir():
         newest = newest_checkpoint(folder / "checkpoints")
@@ -158,7 +171,8 @@ def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
         return newest
     if not is_complete(folder):
         raise UserError(
-            f"{folder} is not a complete checkpoint ({MARK} is missing or does not match the files); try --resume auto"
+            f"{folder} is not a complete checkpoint ({MARK} is missing or does not match the "
+            "files). Try --resume auto"
         )
     return folder
 
@@ -175,12 +189,13 @@ def _check_shared(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{socket.gethostname()} does not see it; output_dir must lie on a disk that all hosts share",
+            f"{socket.gethostname()} does not see it. "
+            "Put output_dir on a disk that all hosts share",
         )
 
 
 def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Path | None:
-    """The checkpoint that process 0 found, for all. Raises UserError where a process does not see it."""
+    """Return the checkpoint that process 0 found. Raises UserError if a process does not see it."""
     if accelerator.num_processes == 1:
         return checkpoint
     chosen = broadcast_object_list([None if checkpoint is None else str(checkpoint)])[0]
@@ -190,6 +205,7 @@ def agree_on_checkpoint(checkpoint: Path | None, accelerator: Accelerator) -> Pa
     )
     if blind:
         raise UserError(
-            f"the checkpoint {chosen} is not there for {', '.join(blind)}; output_dir must lie on a disk that all hosts share"
+            f"the checkpoint {chosen} is not there for {', '.join(blind)}. "
+            "Put output_dir on a disk that all hosts share"
         )
     return None if chosen is None else Path(chosen)

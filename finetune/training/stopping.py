@@ -10,10 +10,11 @@ from finetune.errors import UserError
 
 
 class StopSignal:
-    """Within the context, the first SIGINT or SIGTERM sets `received`; a second one acts as it always does.
+    """A context in which the first SIGINT or SIGTERM sets `received`. A second one acts as usual.
 
-    Not so under an elastic launcher: a cluster sends its signal to every process, the launcher passes on the one that it got
-    itself, and the second must not end the process in the middle of saving. What does not end, the launcher kills.
+    Under an elastic launcher a second one is ignored. There a cluster sends its signal to every
+    process, and the launcher passes on the one that it got itself. That second signal must not end
+    the process while it saves. The launcher kills a process that does not end.
     """
 
     def __init__(self) -> None:
@@ -48,11 +49,11 @@ class StopSignal:
 
 
 class Diverged(UserError):
-    """Training was stopped because the loss is not a number or has left its best for good."""
+    """The end of a run whose loss is not a number, or far above its best."""
 
 
 class DivergenceGuard:
-    """Follows an exponential average of the step losses (nats, decay 0.9, bias-corrected)."""
+    """A watch over an exponential average of the step losses (nats, decay 0.9, bias-corrected)."""
 
     def __init__(self, *, threshold: float) -> None:
         self.threshold = threshold  # nats above the best average so far
@@ -69,7 +70,10 @@ class DivergenceGuard:
         average = self._sum / self._weight
         self._best = min(self._best, average)
         if average > self._best + self.threshold:
-            return f"the loss rose to {average:.2f}, from {self._best:.2f} at its best (averages over about ten steps)"
+            return (
+                f"the loss rose to {average:.2f}, from {self._best:.2f} at its best (averages over "
+                "about ten steps)"
+            )
         return None
 
     def state_dict(self) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """The training loop. It uses what it is given and builds nothing.
 
-Floor 4.
-
-**Randomness.** The generators are seeded from (seed, step, process) at each step. Nothing that happens between steps (evaluation,
-generation, saving) can change the run, and a resumed run needs no saved generator state.
+**Randomness.** The generators are seeded from (seed, step, process) at each step. So nothing
+between the steps (evaluation, generation, saving) can change the run, and a resumed run needs no
+saved generator state.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ Stopped = Literal["finished", "early stopping", "signal"]
 
 @dataclass
 class Progress:
-    """Where the run is: what a checkpoint stores beside weights, optimizer and data."""
+    """How far a run is. A checkpoint stores it with weights, optimizer and place in the data."""
 
     step: int = 0  # optimizer steps taken
     num_target_tokens: int = 0  # seen so far
@@ -49,18 +48,24 @@ class Progress:
 
 @dataclass(frozen=True)
 class Cadence:
-    """How long the run is and what happens when, in optimizer steps."""
+    """How long the run is, and after which optimizer steps it evaluates and saves."""
 
     num_steps: int
     evaluate_every: int
     checkpoint_every: int | None  # None: at each evaluation
-    best: str  # the evaluation's key that the best checkpoint goes by
+    best: str  # the key of the evaluation that decides which checkpoint is best
     higher_is_better: bool
     patience: int | None  # evaluations without improvement after which the run ends
 
 
 class Trainer:
-    """Trains a module that maps a batch to the sum of its token losses (nats)."""
+    """Trains a module that maps a micro-batch to the sum of its token losses in nats.
+
+    Module and optimizer come from the engine (`finetune.distributed.engines.prepare`).
+    `evaluate(step)` returns the metrics of the model as it is. `identity` is what a resumed run
+    must share with this one. `average_rows` and `before_step` are called in every step, the latter
+    with the number of steps taken.
+    """
 
     def __init__(
         self,
@@ -82,29 +87,20 @@ class Trainer:
         average_rows: Callable[[], None] = lambda: None,
         before_step: Callable[[int, StepBatch], None] = lambda step, batch: None,
     ) -> None:
-        self.accelerator, self.model, self.optimizer, self.scheduler = (
-            accelerator,
-            model,
-            optimizer,
-            scheduler,
-        )
+        self.accelerator, self.model = accelerator, model
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.batches, self.evaluate, self.cadence = batches, evaluate, cadence
         self.checkpoints, self.logger, self.guard = checkpoints, logger, guard
         self.max_grad_norm, self.seed = max_grad_norm, seed
-        self.identity, self.bad_batch_path, self.before_step = (
-            dict(identity),
-            bad_batch_path,
-            before_step,
-        )
-        self.average_rows = (
-            average_rows  # row-sparse gradients, over the processes: see finetune.distributed
-        )
+        self.identity, self.bad_batch_path = dict(identity), bad_batch_path
+        self.average_rows, self.before_step = average_rows, before_step
         self.progress = Progress()
 
     def train(self) -> Stopped:
-        """Run to the last step, an early stop, or a signal; every end leaves a complete checkpoint.
+        """Run to the last step, an early stop, or a signal. Each leaves a complete checkpoint.
 
-        Raises Diverged on a NaN or diverging loss (the batch is saved), UserError where a checkpoint cannot be written.
+        Raises Diverged on a NaN or diverging loss, after saving the batch. Raises UserError if a
+        checkpoint cannot be written.
         """
         steps = iter(self.batches)
         with StopSignal() as signal:
@@ -178,11 +174,11 @@ class Trainer:
                 kept = f"could not be written to {self.bad_batch_path} ({error.strerror})"
         raise Diverged(
             f"training stopped at step {self.progress.step + 1}: {problem}; the batch {kept}, the "
-            f"checkpoints are untouched; lower optimizer.lr, or look at that batch"
+            "checkpoints are untouched. Lower optimizer.lr, or look at that batch"
         )
 
     def _evaluate_if_due(self) -> bool | None:
-        """Whether the evaluation of this step was the best so far; None where none was due."""
+        """Return whether this step's evaluation is the best so far, or None if none was due."""
         step = self.progress.step
         if step % self.cadence.evaluate_every and step != self.cadence.num_steps:
             return None
@@ -193,17 +189,14 @@ class Trainer:
         best, sign = self.progress.best_value, 1 if self.cadence.higher_is_better else -1
         improved = best is None or sign * value > sign * best
         if improved:
-            (
-                self.progress.best_value,
-                self.progress.best_step,
-                self.progress.evaluations_since_best,
-            ) = value, step, 0
+            self.progress.best_value, self.progress.best_step = value, step
+            self.progress.evaluations_since_best = 0
         else:
             self.progress.evaluations_since_best += 1
         return improved
 
     def _checkpoint_is_due(self, improved: bool | None) -> bool:
-        """At the steps asked for, at the best evaluation and at the end; where none are asked for, at each evaluation."""
+        """Return whether to save: at the end, at the best evaluation, and as the cadence says."""
         step, every = self.progress.step, self.cadence.checkpoint_every
         if step == self.cadence.num_steps or improved or self._out_of_patience():
             return True
@@ -220,7 +213,7 @@ class Trainer:
         with stored_rows(self.optimizer):
             weights = trainable_state(self.accelerator.unwrap_model(self.model))
             optimizer_state = self.optimizer.state_dict()
-        self.progress.guard = self.guard.state_dict()
+        self.progress.guard, scaler = self.guard.state_dict(), self.accelerator.scaler
         files = {
             "model.pt": weights,
             "optimizer.pt": optimizer_state,
@@ -228,18 +221,17 @@ class Trainer:
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
                 "data": self.batches.state_dict(),
-                "scaler": self.accelerator.scaler.state_dict()
-                if self.accelerator.scaler is not None
-                else None,
+                "scaler": None if scaler is None else scaler.state_dict(),
                 "identity": self.identity,
             },
         }
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
     def resume(self, checkpoint: Path) -> int | None:
-        """Go on from a checkpoint of the same run (see `check_identity`), with this run's options of optimizer and schedule.
+        """Continue from a checkpoint of the same run (see `check_identity`).
 
-        Where the checkpoint of the best evaluation so far is not in the store, that evaluation is forgotten; returns its step.
+        Optimizer and schedule keep the options that they have now. If the checkpoint of the best
+        evaluation so far is not in the store, that evaluation is forgotten, and its step returned.
         """
         state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
         self.restore(checkpoint)
@@ -260,38 +252,41 @@ class Trainer:
         self.guard.load_state_dict(self.progress.guard)
         best = self.progress.best_step
         if best is not None and not is_complete(self.checkpoints.path(best)):
-            (
-                self.progress.best_step,
-                self.progress.best_value,
-                self.progress.evaluations_since_best,
-            ) = None, None, 0
+            self.progress.best_step = self.progress.best_value = None
+            self.progress.evaluations_since_best = 0
             return best
         return None
 
     def restore(self, checkpoint: Path) -> None:
-        """Put the weights and the optimizer's state back to those of a checkpoint; together, since rows may be deferred."""
-        restore(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
+        """Load the weights and the optimizer's state of a checkpoint.
+
+        They are loaded together, since updates of rows may be deferred.
+        """
+        restore_checkpoint(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
 
 
 def check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
-    """Raise UserError where the checkpoint belongs to another model, other data, or another batch size."""
+    """Raise UserError if the checkpoint belongs to another model, other data or another setting."""
     then = load(checkpoint, "training.pt")["identity"]
     for what, now in identity.items():
         if then.get(what) != now:
             raise UserError(
-                f"{checkpoint} cannot be resumed: {what} changed (then {then.get(what)}, now {now}); "
-                f"restore it, or start a new run in another output_dir"
+                f"{checkpoint} cannot be resumed: {what} changed (then {then.get(what)}, now "
+                f"{now}). Restore it, or start a new run in another output_dir"
             )
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
-    """A seed of 63 bits that differs for every step and process."""
+    """Return a seed of 63 bits that differs for every step and process."""
     digest = hashlib.blake2b(f"{seed}/{step}/{process}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state of the parameters that train, and of every buffer; frozen weights come back from the base model."""
+    """Return the state of the parameters that train, and of every buffer.
+
+    Frozen weights come from the base model again.
+    """
     frozen = {
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -300,10 +295,13 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Load weights and optimizer state of a checkpoint into the model and the optimizer that they were taken from.
+def restore_checkpoint(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path
+) -> None:
+    """Load weights and optimizer state into the model and the optimizer that they were saved from.
 
-    Under an engine that shards, each process puts in its shards: what has a parameter's shape is sharded as that is.
+    Under an engine that shards, each process loads its shards. What has the shape of a parameter is
+    sharded like that parameter.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with stored_rows(optimizer):
@@ -320,6 +318,6 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint
 
 
 def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
-    """Within it the state dicts of model and optimizer show the rows of a lazy table as they are stored, not as they are read."""
+    """Return a context in which state dicts show the rows of a lazy table as they are stored."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.deferred() if isinstance(inner, LazyAdamW) else contextlib.nullcontext()

@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from finetune.recipes.train.launch import (
     USER_ERROR,
     launch_training,
-    message,
+    mistake_of,
     number_of_processes,
     root_cause,
 )
@@ -105,9 +105,7 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
         text=True,
     )
     assert done.returncode == 130, done.stdout
-    named = (
-        "process 1 (of 0 to 1) was killed by SIGKILL (the system does that where memory runs out)"
-    )
+    named = "process 1 (of 0 to 1) was killed by SIGKILL (the system does that if memory runs out)"
     assert f"{named}; restart 1 of 1, from run/checkpoints/step-00000003" in done.stdout
     assert "resuming after step 3" in done.stdout
     steps = len(losses(folder / "run"))
@@ -143,7 +141,7 @@ def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
-    assert message(failure).startswith("whole holds another run; go on with it by --resume auto")
+    assert mistake_of(failure).startswith("whole holds another run. Go on with it by --resume auto")
 
 
 def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypatch):
@@ -163,7 +161,7 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
     said = "run/environment.json could not be written: No space left on device; there is no checkpoint yet"
-    assert message(failure) == said
+    assert mistake_of(failure) == said
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", ""])

@@ -91,7 +91,7 @@ def test_a_loss_through_lora_on_the_head_is_not_short_circuited(make_model):
 
 def test_unknown_target_modules_are_named_with_those_there_are(make_model):
     with pytest.raises(
-        UserError, match=r"'q_projection' is no linear layer .* some of .*q_proj, up_proj"
+        UserError, match=r"'q_projection' is not a linear layer .* some of .*q_proj, up_proj"
     ):
         add_lora(make_model("llama"), **LORA | {"target_modules": ("k_proj", "q_projection")})
 

@@ -102,7 +102,7 @@ def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path)
 
 def test_a_folder_that_holds_something_else_is_not_replaced(make_model, chat_tokenizer, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is there and holds no model"):
+    with pytest.raises(UserError, match="exists and is not a model"):
         export_model(make_model("llama"), chat_tokenizer, tmp_path, card="")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -94,7 +94,7 @@ def test_a_name_that_leads_nowhere_is_explained(name, message):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no model: there is no config.json"):
+    with pytest.raises(UserError, match=r"is not a model: there is no config.json"):
         resolve_name(str(tmp_path))
 
 
@@ -173,7 +173,7 @@ def test_a_model_that_the_hub_does_not_have_is_named(online, hub):
     online(hub)
     assert resolve_name("org/here") == "org/here"
     with pytest.raises(
-        UserError, match=f"'org/absent' was not found: .* the hub {hub} has none by that name"
+        UserError, match=f"'org/absent' was not found: .* the hub {hub} has no model of that name"
     ):
         resolve_name("org/absent")
 

@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.models.adapters import add_lora, merge_lora
 from finetune.models.frozen_sample import (
     FrozenSampler,
-    draw,
+    draw_rows,
     inclusion_chances,
     measure_frozen_rows,
 )
@@ -325,7 +325,9 @@ def test_a_second_active_vocabulary_is_refused_until_the_first_is_given_up():
     model, ids = make("llama"), torch.randint(0, V, (2, 9))
     expected = model(input_ids=ids).logits
     activate_vocabulary(model, ACTIVE)
-    with pytest.raises(UserError, match="has an active vocabulary already; deactivate_vocabulary"):
+    with pytest.raises(
+        UserError, match=r"has an active vocabulary already; .* with deactivate_vocabulary"
+    ):
         activate_vocabulary(model, [1, 2])
     with pytest.raises(
         UserError,
@@ -360,7 +362,7 @@ def test_rows_are_drawn_with_their_chances():
     generator, draws = torch.Generator().manual_seed(0), 4000
     counts = torch.zeros(8)
     for _ in range(draws):
-        rows = draw(chances, generator)
+        rows = draw_rows(chances, generator)
         assert len(rows) == len(rows.unique()) == 4
         counts[rows] += 1
     assert (counts / draws - chances).abs().max() < 4 * 0.5 / draws**0.5
@@ -432,7 +434,7 @@ def test_bad_input_for_a_sample_is_refused():
     activate_vocabulary(language_model.model, ACTIVE)
     with pytest.raises(UserError, match="needs batches with target tokens"):
         measure_frozen_rows(language_model, [])
-    with pytest.raises(UserError, match="a sample of 0 frozen rows"):
+    with pytest.raises(UserError, match="frozen rows to draw is 0: draw at least one"):
         inclusion_chances(torch.ones(V - len(ACTIVE)), 0)
     sampler = FrozenSampler(language_model, inclusion_chances(torch.ones(V - len(ACTIVE)), 5))
     labels = ids[1].index_fill(1, torch.tensor([4]), 3)
@@ -447,7 +449,7 @@ def test_bad_input_for_a_sample_is_refused():
         torch.full((rows,), 1.5),
     ):
         with pytest.raises(
-            UserError, match=f"a chance above 0 and at most 1 for each of the {rows} frozen rows"
+            UserError, match=f"each of the {rows} frozen rows needs a chance above 0 and at most 1"
         ):
             sampler.chances = wrong
     for wrong in (-torch.ones(rows), torch.full((rows,), torch.nan)):

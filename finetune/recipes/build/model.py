@@ -28,7 +28,7 @@ from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.vocabulary import apply_saved_vocabulary
 from finetune.run.folder import RunDir
 from finetune.training.checkpoint import load
-from finetune.training.trainer import restore
+from finetune.training.trainer import restore_checkpoint
 
 
 def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:
@@ -146,5 +146,5 @@ def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
     optimizer = build_optimizer(model, config.optimizer.name, **optimizer_options(config))
     wrapper = torch.nn.Module()
     wrapper.model = model  # as in LanguageModel
-    restore(wrapper, optimizer, checkpoint)
+    restore_checkpoint(wrapper, optimizer, checkpoint)
     return model

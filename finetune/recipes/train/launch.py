@@ -1,9 +1,10 @@
-"""`finetune train --processes n`: a run in n processes of this machine, under torchrun's elastic launcher.
+"""`finetune train --processes n`: a run in n processes of this machine, by torchrun's launcher.
 
-Floor 5. The launcher (https://docs.pytorch.org/docs/stable/distributed.elastic.html) starts the processes, tells them how to find
-each other, passes signals on, and ends all where one ends. What it does not know is this project's: a user's mistake is not worth
-a second attempt, and a new attempt goes on from the newest complete checkpoint. So each attempt is one launch, and the attempts
-are counted here. Each process is `python -m finetune.recipes.train.worker`.
+The elastic launcher (https://docs.pytorch.org/docs/stable/distributed.elastic.html) starts the
+processes, connects them, passes signals on, and ends all of them if one ends. It does not know two
+things about a run. A user's mistake is not worth a second attempt, and a new attempt continues from
+the newest complete checkpoint. So each attempt is one launch, and the attempts are counted here.
+Each process is `python -m finetune.recipes.train.worker`.
 """
 
 import json
@@ -34,7 +35,7 @@ SAME_EVENT = 10.0  # seconds: what fails later was ended by the launcher
 
 
 class ProcessFailed(RuntimeError):
-    """A process of the run died or raised; the message names it."""
+    """The end of a run in which a process died or raised. The message names the process."""
 
 
 def launch_training(
@@ -47,15 +48,17 @@ def launch_training(
     dry_run: bool = False,
     display: Display | None = None,
 ) -> Literal["finished", "signal"]:
-    """`run_training` in `processes` ("auto" or a number) processes; after a failure up to `restarts` times again.
+    """Run `run_training` in several processes, and again up to `restarts` times after a failure.
 
-    Raises UserError, also one raised in a process, and ProcessFailed.
+    `processes` is "auto" or a number. Raises UserError, also for one raised in a process, and
+    ProcessFailed.
     """
     settings, display = load_config(config, overrides), display or Display()
     count = number_of_processes(processes)
     if restarts and settings.overwrite_output_dir:
         raise UserError(
-            "--restarts goes on with the run in output_dir and overwrite_output_dir deletes it; leave one of the two out"
+            "--restarts continues the run in output_dir, and overwrite_output_dir deletes it. "
+            "Leave one of the two out"
         )
     task = {
         "config": str(config),
@@ -74,7 +77,8 @@ def launch_training(
             newest = find_checkpoint("auto", checkpoints)
             if restart < restarts:
                 display.say(
-                    f"{error}; restart {restart + 1} of {restarts}, from {newest or 'the beginning'}"
+                    f"{error}; restart {restart + 1} of {restarts}, from "
+                    f"{newest or 'the beginning'}"
                 )
             else:
                 raise ProcessFailed(
@@ -85,17 +89,19 @@ def launch_training(
 
 
 def number_of_processes(given: str) -> int:
-    """What `--processes` means on this machine. Raises UserError."""
+    """Return the number that `--processes` means on this machine. Raises UserError."""
     if "WORLD_SIZE" in os.environ:
         raise UserError(
-            "this process was itself started by a launcher (WORLD_SIZE is set); leave --processes and --restarts out"
+            "this process was itself started by a launcher (WORLD_SIZE is set). "
+            "Leave --processes and --restarts out"
         )
     gpus = torch.cuda.device_count()
-    allowed = f"auto, or a number of processes from 1{f' to {gpus}, the GPUs of this machine' if gpus else ''}"
+    most = f" to {gpus}, the GPUs of this machine" if gpus else ""
+    allowed = f"auto, or a number of processes from 1{most}"
     if given == "auto":
         return gpus or 1
     if not given.isdecimal() or int(given) < 1 or (gpus and int(given) > gpus):
-        raise UserError(f"--processes is {given!r}; give {allowed}")
+        raise UserError(f"--processes is {given!r}. Give {allowed}")
     return int(given)
 
 
@@ -111,9 +117,8 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
         max_restarts=0,
         shutdown_timeout=SAVING_TIME,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # what it has to tell is told below
+    # what it would log is reported below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         with _threads(count):
             elastic_launch(config, sys.executable)(
@@ -126,7 +131,8 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
         if failure.exitcode == SIGNALLED:
             return "signal"
         if failure.exitcode == USER_ERROR:
-            raise UserError(message(failure)) from None
+            raise UserError(mistake_of(failure)) from None
+        _print_traceback(failure)
         raise ProcessFailed(
             f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}"
         ) from None
@@ -135,7 +141,7 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
 
 @contextmanager
 def _threads(count: int):
-    """Each process has its share of the cores, unless the user has set OMP_NUM_THREADS."""
+    """Give each process its share of the cores, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return
@@ -150,10 +156,11 @@ def _threads(count: int):
 
 
 def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that brought the others down, and its failure.
+    """Return the rank that brought the others down, and its failure.
 
-    Where one process dies, the others lose their connection to it and raise an error of their own within the same moment, so a
-    death counts before a user's mistake, and that before any other error. What the launcher ends itself dies later.
+    If one process dies, the others lose their connection to it and raise errors of their own at the
+    same moment. So a death counts before a user's mistake, and a mistake before any other error.
+    Processes that the launcher ends die later.
     """
 
     def kind(failure: ProcessFailure) -> int:
@@ -169,7 +176,7 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
 
 
 def _when(failure: ProcessFailure) -> float:
-    """When it failed: to the microsecond where the process left a record."""
+    """Return when the process failed, to the microsecond if it left a record."""
     return (
         os.path.getmtime(failure.error_file)
         if os.path.isfile(failure.error_file)
@@ -179,24 +186,21 @@ def _when(failure: ProcessFailure) -> float:
 
 def _what_happened(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
-        hint = (
-            " (the system does that where memory runs out)"
-            if failure.exitcode == -signal.SIGKILL
-            else ""
-        )
+        killed = failure.exitcode == -signal.SIGKILL
+        hint = " (the system does that if memory runs out)" if killed else ""
         return f"was killed by {failure.signal_name()}{hint}"
-    return (
-        f"failed: {message(failure)}"
-        if isinstance(failure.message, dict)
-        else f"ended with exit code {failure.exitcode}"
-    )
+    if isinstance(failure.message, dict):
+        return f"failed: {failure.message['message']}"
+    return f"ended with exit code {failure.exitcode}"
 
 
-def message(failure: ProcessFailure) -> str:
-    """What the process recorded: a user's mistake is a sentence, anything else has its traceback printed before."""
-    record = failure.message
-    assert isinstance(record, dict), record
-    if failure.exitcode == USER_ERROR:
-        return str(record["message"]).partition(": ")[2]
-    print(record["extraInfo"]["py_callstack"], file=sys.stderr, end="")
-    return str(record["message"])
+def mistake_of(failure: ProcessFailure) -> str:
+    """Return the sentence of a user's mistake, without the name of the error before it."""
+    assert isinstance(failure.message, dict), failure.message
+    return str(failure.message["message"]).partition(": ")[2]
+
+
+def _print_traceback(failure: ProcessFailure) -> None:
+    """Print the traceback that the process recorded, if it did."""
+    if isinstance(failure.message, dict):
+        print(failure.message["extraInfo"]["py_callstack"], file=sys.stderr, end="")

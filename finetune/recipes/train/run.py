@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from finetune.config import RunConfig, dump_config
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
-from finetune.distributed.engines import let_go, prepare, reading
+from finetune.distributed.engines import let_go, prepare, with_whole_model
 from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
@@ -147,7 +147,7 @@ def _make_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         batches=parts.batches,
-        evaluate=reading(accelerator, module, evaluations),
+        evaluate=with_whole_model(accelerator, module, evaluations),
         cadence=_cadence(parts),
         checkpoints=CheckpointStore(
             run.checkpoints,

@@ -1,6 +1,6 @@
-"""One process of a run that `finetune.recipes.train.launch` started: `python -m finetune.recipes.train.worker TASK`.
+"""One process of a run that `launch` started: `python -m finetune.recipes.train.worker TASK`.
 
-Floor 5. What goes wrong is recorded for the launcher, which says it once, and not printed by every process.
+An error is recorded for the launcher, which reports it once, and not printed by every process.
 """
 
 import json
@@ -18,7 +18,7 @@ from finetune.recipes.train.run import run_training
 
 
 def work(task: Mapping[str, Any]) -> int:
-    """Do this process's part of the run; returns the exit code."""
+    """Do this process's part of the run, and return the exit code."""
     sys.argv = list(task["command"])  # for environment.json
     try:
         config = load_config(Path(task["config"]), task["overrides"])
