@@ -1,6 +1,7 @@
-"""A loop on Accelerate, with gradient accumulation and clipping; `clip_rows` is for the optimizers with row-sparse gradients.
+"""A loop on Accelerate, with gradient accumulation and clipping.
 
-python examples/accelerate_loop.py [OPTIMIZER ...], lazy_adamw by default; prints one JSON line each.
+`clip_rows` is for the optimizers with row-sparse gradients.
+python examples/accelerate_loop.py [OPTIMIZER ...], lazy_adamw by default; prints a JSON line each.
 """
 
 import json
@@ -19,23 +20,21 @@ TINY = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "tie_word_embeddings": False,
 }
 
 
 def train(name: str) -> tuple[torch.optim.Optimizer, list[float]]:
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **TINY))
-    words = torch.multinomial(
-        1 / torch.arange(1.0, VOCABULARY + 1), 2 * STEPS * 4 * LENGTH, replacement=True
-    )
+    config = GPTNeoXConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **TINY)
+    model = GPTNeoXForCausalLM(config)
+    zipf = 1 / torch.arange(1.0, VOCABULARY + 1)
+    words = torch.multinomial(zipf, 2 * STEPS * 4 * LENGTH, replacement=True)
     loader = torch.utils.data.DataLoader(words.view(-1, LENGTH), batch_size=4)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     clip_rows(accelerator)
-    model, optimizer, loader = accelerator.prepare(
-        model, build_optimizer(model, name, lr=1e-2), loader
-    )
+    optimizer = build_optimizer(model, name, lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []
     for batch in loader:
         with accelerator.accumulate(model):

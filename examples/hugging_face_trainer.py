@@ -1,6 +1,6 @@
-"""`transformers.Trainer`: learning rate, weight decay, schedule and clipping are those of its TrainingArguments.
+"""`transformers.Trainer`: rate, decay, schedule and clipping are those of its TrainingArguments.
 
-python examples/hugging_face_trainer.py [OPTIMIZER ...], lazy_adamw by default; prints one JSON line each.
+python examples/hugging_face_trainer.py [OPTIMIZER ...], lazy_adamw by default; a JSON line each.
 """
 
 import json
@@ -18,15 +18,14 @@ TINY = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "tie_word_embeddings": False,
 }
 
 
 def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
     set_seed(0)
-    words = torch.multinomial(
-        1 / torch.arange(1.0, VOCABULARY + 1), 96 * LENGTH, replacement=True
-    ).view(-1, LENGTH)
+    zipf = 1 / torch.arange(1.0, VOCABULARY + 1)
+    words = torch.multinomial(zipf, 96 * LENGTH, replacement=True).view(-1, LENGTH)
+    config = GPTNeoXConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **TINY)
     args = TrainingArguments(
         output_dir=folder,
         learning_rate=1e-2,
@@ -42,15 +41,14 @@ def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
         disable_tqdm=True,
     )
     trainer = Trainer(
-        model=GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, **TINY)),
+        model=GPTNeoXForCausalLM(config),
         args=args,
-        train_dataset=[{"input_ids": row, "labels": row} for row in words],
+        train_dataset=[{"input_ids": text, "labels": text} for text in words],
     )
     use_optimizer(trainer, name)
     trainer.train()
-    return trainer.optimizer.optimizer, [
-        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
-    ]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.optimizer.optimizer, losses
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A plain torch loop: the factory's optimizers, a schedule, and clipping that takes row-sparse gradients.
+"""A plain torch loop: an optimizer, a schedule, and clipping that takes row-sparse gradients.
 
-python examples/plain_torch.py [OPTIMIZER ...], lazy_adamw by default; prints one JSON line each.
+python examples/plain_torch.py [OPTIMIZER ...], lazy_adamw by default; prints a JSON line each.
 """
 
 import json
@@ -18,22 +18,15 @@ VOCABULARY, CONTEXT, STEPS = 1000, 4, 30
 def train(name: str) -> tuple[torch.optim.Optimizer, list[float]]:
     """Predict the next word from the last four, with an embedding of which a batch uses a tenth."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Embedding(VOCABULARY, 32),
-        nn.Flatten(),
-        nn.Linear(32 * CONTEXT, 64),
-        nn.Tanh(),
-        nn.Linear(64, VOCABULARY),
-    )
-    words = torch.multinomial(
-        1 / torch.arange(1.0, VOCABULARY + 1), STEPS * 32 * (CONTEXT + 1), replacement=True
-    )
+    layers = [nn.Flatten(), nn.Linear(32 * CONTEXT, 64), nn.Tanh(), nn.Linear(64, VOCABULARY)]
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 32), *layers)
+    zipf = 1 / torch.arange(1.0, VOCABULARY + 1)
+    words = torch.multinomial(zipf, STEPS * 32 * (CONTEXT + 1), replacement=True)
     batches = words.view(STEPS, 32, CONTEXT + 1)
 
     optimizer = build_optimizer(model, name, lr=1e-2)
-    scheduler = build_lr_scheduler(
-        optimizer, "cosine", num_steps=STEPS, warmup_steps=3, min_lr_ratio=0.1
-    )
+    options = {"num_steps": STEPS, "warmup_steps": 3, "min_lr_ratio": 0.1}
+    scheduler = build_lr_scheduler(optimizer, "cosine", **options)
     losses = []
     for batch in batches:
         loss = functional.cross_entropy(model(batch[:, :CONTEXT]), batch[:, CONTEXT])

@@ -1,6 +1,7 @@
-"""A torch loop with the fast loss for large vocabularies: rows of tokens in the data train, a sample of the others stands for all.
+"""A torch loop with the fast loss for large vocabularies, as in `vocabulary.mode: sampled`.
 
-python examples/sampled_vocabulary.py [OPTIMIZER ...], lazy_adamw by default; prints one JSON line each.
+The rows of tokens in the data train. At each step a sample of the other rows stands for all.
+python examples/sampled_vocabulary.py [OPTIMIZER ...], lazy_adamw by default; a JSON line each.
 """
 
 import json
@@ -9,18 +10,11 @@ import sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from finetune.models import (
-    FrozenSampler,
-    LanguageModel,
-    activate_vocabulary,
-    deactivate_vocabulary,
-    inclusion_chances,
-    measure_frozen_rows,
-)
+from finetune import models
 from finetune.optim import build_optimizer, clip_grad_norm_
 
-VOCABULARY, USED, STEPS, ROWS, LENGTH = 3000, 200, 20, 8, 16
-SHAPE = {
+VOCABULARY, USED, STEPS, SEQUENCES, LENGTH = 3000, 200, 20, 8, 16
+TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -31,32 +25,29 @@ SHAPE = {
 def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
     """Learn texts that use 200 of 3,000 tokens."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SHAPE))
-    ids = torch.multinomial(
-        1 / torch.arange(1.0, USED + 1), STEPS * ROWS * LENGTH, replacement=True
-    ).view(STEPS, ROWS, LENGTH)
-    batches = [
-        {"input_ids": step, "labels": step} for step in ids
-    ]  # not shifted: the loss does that
-
-    activate_vocabulary(model, ids.unique().tolist())
-    language_model = LanguageModel(model)
-    chances = inclusion_chances(measure_frozen_rows(language_model, batches[:4]), 300)
-    sampler = FrozenSampler(language_model, chances)
+    config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **TINY)
+    model = LlamaForCausalLM(config)
+    zipf = 1 / torch.arange(1.0, USED + 1)
+    ids = torch.multinomial(zipf, STEPS * SEQUENCES * LENGTH, replacement=True)
+    # labels are not shifted: the loss does that
+    batches = [{"input_ids": b, "labels": b} for b in ids.view(STEPS, SEQUENCES, LENGTH)]
+    models.activate_vocabulary(model, ids.unique().tolist())
+    language_model = models.LanguageModel(model)
+    mass = models.measure_frozen_rows(language_model, batches[:4])
+    sampler = models.FrozenSampler(language_model, models.inclusion_chances(mass, 300))
     optimizer = build_optimizer(model, name, lr=1e-2)
     losses = []
     for step, batch in enumerate(batches):
         sampler.before_step(step)  # its seed; before every step, on each process the same
-        loss = language_model(**batch) / (ROWS * (LENGTH - 1))  # a sum, in nats
+        loss = language_model(**batch) / (SEQUENCES * (LENGTH - 1))  # a sum, in nats
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    deactivate_vocabulary(
-        model
-    )  # the plain model again, which loses nothing when it is saved; the other rows are what they were
+    # The plain model again, which loses nothing when it is saved. The other rows are unchanged.
+    models.deactivate_vocabulary(model)
     with torch.no_grad():
         whole = model.eval()(**batches[-1]).loss.item()  # over all tokens
     return optimizer, losses, whole
@@ -65,13 +56,5 @@ def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
 if __name__ == "__main__":
     for name in sys.argv[1:] or ["lazy_adamw"]:
         optimizer, losses, whole = train(name)
-        print(
-            json.dumps(
-                {
-                    "asked": name,
-                    "trained_by": type(optimizer).__name__,
-                    "losses": losses,
-                    "whole": whole,
-                }
-            )
-        )
+        found = {"asked": name, "trained_by": type(optimizer).__name__, "losses": losses}
+        print(json.dumps(found | {"whole": whole}))

@@ -1,6 +1,6 @@
 """TRL's `SFTTrainer` on conversations. Needs TRL: `pip install trl`.
 
-python examples/trl_sft.py [OPTIMIZER ...], lazy_adamw by default; prints one JSON line each.
+python examples/trl_sft.py [OPTIMIZER ...], lazy_adamw by default; prints a JSON line each.
 """
 
 import json
@@ -16,27 +16,23 @@ from trl import SFTConfig, SFTTrainer
 from finetune.integrations.hugging_face import use_optimizer
 from finetune.models.tokenizers import train_tokenizer
 
+QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+DATA = files("finetune") / "resources/data/chat.en.train.jsonl"
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "tie_word_embeddings": False,
 }
 
 
 def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
     set_seed(0)
-    lines = (
-        files("finetune")
-        .joinpath("resources/data/chat.en.train.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-    )
-    conversations = [{"messages": json.loads(line)["messages"]} for line in lines[:48]]
-    tokenizer = train_tokenizer(
-        (turn["content"] for row in conversations for turn in row["messages"]), vocab_size=600
-    )
+    lines = DATA.read_text(encoding="utf-8").splitlines()[:48]
+    conversations = [{"messages": json.loads(line)["messages"]} for line in lines]
+    texts = (turn["content"] for record in conversations for turn in record["messages"])
+    tokenizer = train_tokenizer(texts, vocab_size=600)
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **TINY)
     args = SFTConfig(
         output_dir=folder,
         learning_rate=1e-2,
@@ -45,24 +41,16 @@ def train(name: str, folder: str) -> tuple[torch.optim.Optimizer, list[float]]:
         per_device_train_batch_size=4,
         num_train_epochs=1,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
         use_cpu=True,
         bf16=False,
-        disable_tqdm=True,
+        **QUIET,
     )
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **TINY))
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=Dataset.from_list(conversations),
-        processing_class=tokenizer,
-    )
+    model, data = GPTNeoXForCausalLM(config), Dataset.from_list(conversations)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     use_optimizer(trainer, name)
     trainer.train()
-    return trainer.optimizer.optimizer, [
-        entry["loss"] for entry in trainer.state.log_history if "loss" in entry
-    ]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.optimizer.optimizer, losses
 
 
 if __name__ == "__main__":

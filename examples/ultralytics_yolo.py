@@ -1,7 +1,8 @@
-"""Ultralytics YOLO26, made anew from its yaml, on 16 drawn pictures of squares. Needs Ultralytics: `pip install ultralytics`.
+"""Ultralytics YOLO26, untrained, on 16 drawn pictures of squares.
 
-Ultralytics is AGPL-3.0; this script, like any that imports it, is bound by that licence when it is passed on or served.
-python examples/ultralytics_yolo.py [OPTIMIZER ...], AdaGrad by default; prints one JSON line each.
+Needs Ultralytics: `pip install ultralytics`. Its licence is AGPL-3.0, which binds this script, like
+any other that imports it, when it is passed on or served.
+python examples/ultralytics_yolo.py [OPTIMIZER ...], AdaGrad by default; prints a JSON line each.
 """
 
 import json
@@ -21,25 +22,22 @@ PIXELS, SQUARE = 64, 24
 
 
 def draw(folder: Path, number: int) -> Path:
-    """Pictures with one grey square each and the square's box: class, centre x and y, width and height, over the picture's size."""
+    """Draw pictures with one grey square each, and write the square's box as a label.
+
+    A label is the class, then centre x and y, width and height as shares of the picture's size.
+    """
     random = numpy.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
     for index in range(number):
         left, top = random.integers(0, PIXELS - SQUARE, 2)
         picture = random.integers(0, 60, (PIXELS, PIXELS, 3), dtype=numpy.uint8)
         picture[top : top + SQUARE, left : left + SQUARE] += 180
-        box = [
-            (left + SQUARE / 2) / PIXELS,
-            (top + SQUARE / 2) / PIXELS,
-            SQUARE / PIXELS,
-            SQUARE / PIXELS,
-        ]
-        for kind in ("images", "labels"):
-            (folder / kind).mkdir(exist_ok=True)
+        box = [value / PIXELS for value in (left + SQUARE / 2, top + SQUARE / 2, SQUARE, SQUARE)]
         Image.fromarray(picture).save(folder / "images" / f"{index}.png")
         (folder / "labels" / f"{index}.txt").write_text(" ".join(map(str, [0, *box])))
-    (folder / "data.yaml").write_text(
-        f"path: {folder}\ntrain: images\nval: images\nnames: [square]\n"
-    )
+    text = f"path: {folder}\ntrain: images\nval: images\nnames: [square]\n"
+    (folder / "data.yaml").write_text(text)
     return folder / "data.yaml"
 
 
@@ -49,20 +47,9 @@ def train(
     losses: list[float] = []
     model = YOLO("yolo26n.yaml")
     model.add_callback("on_train_batch_end", lambda trainer: losses.append(trainer.loss.item()))
-    settings = {
-        "imgsz": PIXELS,
-        "batch": 8,
-        "nbs": 8,
-        "epochs": 3,
-        "lr0": 0.01,
-        "device": "cpu",
-        "workers": 0,
-        "plots": False,
-    }
-    data, project = draw(folder, 16), str(folder / "runs")
-    model.train(
-        trainer=trainer, optimizer=name, data=data, project=project, **{**settings, **changes}
-    )
+    settings = {"imgsz": PIXELS, "batch": 8, "nbs": 8, "epochs": 3, "lr0": 0.01, "device": "cpu"}
+    run = {"data": draw(folder, 16), "project": str(folder / "runs"), "plots": False, "workers": 0}
+    model.train(trainer=trainer, optimizer=name, **{**settings, **run, **changes})
     return model.trainer.optimizer, losses
 
 

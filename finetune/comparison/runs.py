@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from finetune.run.files import append_lines, read_lines
+from finetune.run.files import append_lines, read_json_lines
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluation, JsonRecord, read_metrics
 
@@ -113,6 +113,6 @@ def read_trial(folder: Path) -> Run | None:
             steps = record.step
             tokens += record.num_tokens
             seconds += record.seconds
-    lines, _ = read_lines(run.updates)
+    lines, _ = read_json_lines(run.updates)
     updates = {line["step"]: float(line["ratio"]) for line in lines}  # the last of a repeated step
     return Run(folder.name, Result.read(run), points, sorted(updates.items()), steps)

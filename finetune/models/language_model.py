@@ -32,7 +32,7 @@ from finetune.models.describe import CausalLM, inner_model, token_tables
 from finetune.models.fuse import fuse, has_plain_head, output_head
 from finetune.models.vocabulary.rows import ActiveHead
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 NOT_SAMPLED = -1
 """In the place of a row's number: that row is frozen and was not drawn."""
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
         self.sample: tuple[FrozenRows, Tensor] | None = None
         self.fused = self._logits_are_understood()
         if not self.fused:
-            logger.warning(
+            _logger.warning(
                 "%s computes its logits in a way of its own: the loss takes them all at once, "
                 "which costs memory",
                 type(self.causal_lm).__name__,

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -44,7 +44,7 @@ def resolve_precision(requested: str, device: torch.device | str) -> tuple[str, 
             '"fp32" or "bf16"'
         )
     if requested == "bf16" and not native:
-        logger.warning(
+        _logger.warning(
             'training.precision is "bf16", but %s has no bf16 instructions: expect it to be many '
             "times slower than fp32",
             what,

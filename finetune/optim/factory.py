@@ -15,7 +15,7 @@ from finetune.optim.stamp import stamp
 
 GROUP_OPTIONS = ("no_decay", "overrides", "layer_decay")
 
-logger = logging.getLogger("finetune")
+_logger = logging.getLogger("finetune")
 
 
 def build_optimizer(
@@ -84,7 +84,7 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
 def _embeddings(model_or_params: nn.Module | Iterable[Any]) -> list[nn.Embedding]:
     if isinstance(model_or_params, nn.Module):
         return row_sparse_embeddings(model_or_params)
-    logger.warning(
+    _logger.warning(
         "lazy_adamw was given parameters, not a model, so it knows no embedding and updates every "
         "row. Give it the model"
     )

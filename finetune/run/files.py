@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the JSON objects in the file at `path`, one a line, and how many lines are none.
 
     A process that was killed leaves a last line that is cut short. Raises UserError if the file

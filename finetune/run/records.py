@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from finetune.errors import UserError
-from finetune.run.files import read_json, read_lines, read_text, write_json, write_text
+from finetune.run.files import read_json, read_json_lines, read_text, write_json, write_text
 from finetune.run.folder import RunDir
 
 
@@ -202,7 +202,7 @@ def read_metrics(run: RunDir) -> tuple[list[StepRecord | Evaluation], int]:
 
     Raises UserError if the file cannot be read; there is nothing if the run has not begun.
     """
-    lines, unreadable = read_lines(run.metrics)
+    lines, unreadable = read_json_lines(run.metrics)
     records: list[StepRecord | Evaluation] = []
     for line in lines:
         try:
@@ -235,7 +235,7 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
 
     Raises UserError if the file cannot be read.
     """
-    lines, unreadable = read_lines(run.samples)
+    lines, unreadable = read_json_lines(run.samples)
     known = [item.name for item in fields(Sample)]
     whole = [line for line in lines if all(key in line for key in known)]
     return [Sample(**{key: line[key] for key in known}) for line in whole], (

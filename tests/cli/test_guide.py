@@ -1,6 +1,9 @@
-"""The examples of data formats in docs/guide.md are read as the guide says."""
+"""What docs/guide.md shows: data formats are read as it says, and the training loop runs."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,23 @@ def test_an_example_is_read(heading, folder):
     kind, count = FORMATS[heading]
     assert f"encoding the data as {kind}" in result.out + result.err
     assert len(re.findall(r"example \d+: ", result.out)) == count
+
+
+def test_the_training_loop_runs(folder):
+    (code,) = re.findall(
+        r"```python\n(.*?)```", GUIDE.split("\n## A training loop of")[1], flags=re.S
+    )
+    records = [{"prompt": f"{n} plus 1?", "completion": f"It is {n + 1}."} for n in range(40)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "data.jsonl").write_text(lines, encoding="utf-8")
+    config = {"model": MODEL, "data": {"train": "data.jsonl"}, "training": {"max_steps": 8}}
+    (folder / "my_run.yaml").write_text(yaml.safe_dump({**config, "optimizer": {"lr": 3e-3}}))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+    assert {path.name for path in (folder / "model").iterdir()} >= {
+        "model.safetensors",
+        "tokenizer.json",
+    }

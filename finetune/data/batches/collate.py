@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune.data.types import IGNORE_INDEX, Batch, Example
 
-MULTIPLE = 8
+LENGTH_MULTIPLE = 8
 """Lengths are multiples of this: matrix units prefer them, and oneDNN keeps 2 MB a shape."""
 
 
@@ -24,7 +24,7 @@ def collate(
     pad_id: int,
     packed: bool,
     max_length: int | None = None,
-    pad_to_multiple_of: int = MULTIPLE,
+    pad_to_multiple_of: int = LENGTH_MULTIPLE,
 ) -> Batch:
     """Return sequences of examples as tensors of shape [sequences, length].
 

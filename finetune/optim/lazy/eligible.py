@@ -10,7 +10,7 @@ from finetune.optim.groups import is_compact
 from finetune.optim.lazy.missed_steps import GaussRules
 from finetune.optim.lazy.table import MISSED_STEPS
 
-logger = logging.getLogger("finetune")
+_logger = logging.getLogger("finetune")
 
 
 def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
@@ -29,18 +29,18 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
     for embedding in _candidates(model):
         others = [names[module] for module in _also_holding(model, embedding)]
         if is_compact(embedding):
-            logger.info(
+            _logger.info(
                 "lazy_adamw: all rows of the compact embedding %r are in use, so it is updated "
                 "densely",
                 names[embedding],
             )
         elif not embedding.weight.requires_grad:
-            logger.info(
+            _logger.info(
                 "lazy_adamw: the embedding %r is frozen, so there are no rows to update",
                 names[embedding],
             )
         elif others:
-            logger.warning(
+            _logger.warning(
                 "lazy_adamw: the embedding %r shares its weight with %s, so every row has a "
                 "gradient and is updated, as by adamw; if few of them are used, the active "
                 "vocabulary trains only those",

@@ -23,8 +23,7 @@ from finetune.models.tokenizers import (
     train_tokenizer,
 )
 from finetune.models.vocabulary.activate import active_modules
-from finetune.optim import build_optimizer
-from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.vocabulary import apply_saved_vocabulary
 from finetune.run.folder import RunDir
 from finetune.training.checkpoint import load
@@ -143,7 +142,7 @@ def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
     model = make_model(config.model, tokenizer, tokens, seed=config.seed)
     apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
-    optimizer = build_optimizer(model, config.optimizer.name, **optimizer_options(config))
+    optimizer = make_optimizer(model, config)
     wrapper = torch.nn.Module()
     wrapper.model = model  # as in LanguageModel
     restore_checkpoint(wrapper, optimizer, checkpoint)

@@ -1,10 +1,35 @@
-"""From the optimizer section of a config to the optimizer factory."""
+"""From the optimizer and the scheduler section of a config to the objects."""
 
+import math
 from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import RunConfig
 from finetune.errors import UserError
-from finetune.optim import optimizer_info
+from finetune.optim import build_lr_scheduler, build_optimizer, optimizer_info
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
+    """Return the optimizer of the config's `optimizer` section for `model`. Raises UserError."""
+    return build_optimizer(model, config.optimizer.name, **optimizer_options(config))
+
+
+def make_scheduler(optimizer: Optimizer, config: RunConfig, num_steps: int) -> LambdaLR:
+    """Return the learning rate's schedule over the `num_steps` optimizer steps of a whole run."""
+    section = config.scheduler
+    warmup = section.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(section.warmup_ratio * num_steps)
+    return build_lr_scheduler(
+        optimizer,
+        section.name,
+        num_steps=num_steps,
+        warmup_steps=min(warmup, num_steps),
+        min_lr_ratio=section.min_lr_ratio,
+    )
 
 
 def optimizer_options(config: RunConfig) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from finetune.distributed.engines import prepare
-from finetune.optim import build_optimizer
 from finetune.recipes.build.evaluator import Evaluator, evaluator_of
-from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.parts import Parts
 from finetune.training.step import take_step
 
@@ -60,7 +59,7 @@ def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> T
 def _training_speed(parts: Parts) -> float:
     """Return the tokens per second of whole optimizer steps, as the trainer takes them."""
     config, accelerator = parts.config, parts.accelerator
-    raw = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+    raw = make_optimizer(parts.model, config)
     module, optimizer, average_rows = prepare(accelerator, parts.language_model, raw, parts.display)
     seconds, tokens = 0.0, 0
     for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS)):

@@ -1,6 +1,5 @@
 """`finetune train`: a config becomes a run."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,11 @@ from finetune.config import RunConfig, dump_config
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, with_whole_model
-from finetune.optim import build_lr_scheduler, build_optimizer, check_optimizer
+from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.material import read_material
-from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run
@@ -65,7 +64,7 @@ def run_training(
     with display.warnings():
         material = read_material(config, display)
         parts = assemble(material, accelerator=accelerator, display=display)
-        optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
+        optimizer = make_optimizer(parts.model, config)
         check_best(
             config, generation_metrics(config, material.format), material.validation is not None
         )
@@ -136,7 +135,7 @@ def _make_trainer(
 ) -> LiveRun:
     """Give the model to the engine, and make the trainer of the run with its evaluations."""
     config, accelerator = parts.config, parts.accelerator
-    scheduler = _make_scheduler(raw_optimizer, config, parts.num_steps)
+    scheduler = make_scheduler(raw_optimizer, config, parts.num_steps)
     module, optimizer, average_rows = prepare(
         accelerator, parts.language_model, raw_optimizer, parts.display
     )
@@ -165,24 +164,6 @@ def _make_trainer(
         before_step=parts.vocabulary.before_step,
     )
     return LiveRun(parts, run, trainer, evaluations)
-
-
-def _make_scheduler(
-    optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    section = config.scheduler
-    warmup = (
-        math.ceil(section.warmup_ratio * num_steps)
-        if section.warmup_steps is None
-        else section.warmup_steps
-    )
-    return build_lr_scheduler(
-        optimizer,
-        section.name,
-        num_steps=num_steps,
-        warmup_steps=min(warmup, num_steps),
-        min_lr_ratio=section.min_lr_ratio,
-    )
 
 
 def _cadence(parts: Parts) -> Cadence:
