@@ -238,7 +238,8 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         (("optimizer.name=[adamw,AdamW]",), "names adamw twice"),
         (
             ("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"),
-            "none of sgd and adam takes 'beta'; did you mean 'betas'? they take",
+            "none of sgd and adam takes 'beta'; they take amsgrad, betas, capturable, "
+            "differentiable, eps, foreach, fused, lr, maximize, weight_decay; did you mean 'betas'?",
         ),
         (
             ("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"),
