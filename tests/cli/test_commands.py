@@ -269,7 +269,7 @@ def test_a_demo_is_not_written_over_a_run_that_was_named(chat_run):
     before = snapshot(chat_run)
     result = finetune("demo", "chat", "--short", "--output-dir", "run")
     assert (result.code, result.out) == (2, "")
-    assert "run holds another run; name another --output-dir, or delete it" in result.err
+    assert "run holds another run. Name another --output-dir, or delete it" in result.err
     assert snapshot(chat_run) == before
 
 
@@ -477,7 +477,7 @@ def test_export_writes_a_plain_model(chat_run):
     again = finetune("export", "run", "out")
     assert (again.code, again.err) == (
         2,
-        "finetune: out is already there; name a folder that does not exist yet\n",
+        "finetune: out already exists. Name a folder that does not exist yet\n",
     )
 
 

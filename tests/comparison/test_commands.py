@@ -239,7 +239,8 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         (
             ("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"),
             "none of sgd and adam takes 'beta'; they take amsgrad, betas, capturable, "
-            "differentiable, eps, foreach, fused, lr, maximize, weight_decay. Did you mean 'betas'?",
+            "differentiable, eps, foreach, fused, lr, maximize, weight_decay. "
+            "Did you mean 'betas'?",
         ),
         (
             ("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"),
