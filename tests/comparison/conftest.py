@@ -77,7 +77,7 @@ def made_comparison(names=("sgd", "adam", "adamw"), *, seeds=3, diverged=()):
         "trials": 5,
         "max_widenings": 4,
         "evaluate_every": 10,
-        "data_rule": "the held-out rows choose, data.test is the test data",
+        "data_rule": "the held-out records choose, and data.test is the test data",
         "schedule": "linear",
         "max_grad_norm": 1.0,
         "divergence_threshold": 4.0,

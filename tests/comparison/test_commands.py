@@ -1,4 +1,7 @@
-"""`finetune compare` and `finetune tune` on a tiny model: what they leave, what is fair about it, and that a killed one goes on."""
+"""`finetune compare` and `finetune tune` on a tiny model.
+
+What they leave, what is fair about it, and that a killed one goes on.
+"""
 
 import csv
 import json
@@ -53,8 +56,11 @@ def write(folder: Path, **sections) -> None:
 
 
 def process(*arguments: str, before: str = "", cwd: Path) -> subprocess.CompletedProcess:
-    """The command line in a process of its own, after the code `before`."""
-    code = f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\nfrom finetune.cli import main; main()"
+    """Run the command line in a process of its own, after the code `before`."""
+    code = (
+        f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\n"
+        "from finetune.cli import main; main()"
+    )
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=cwd,
@@ -84,25 +90,25 @@ def comparison(folder: Path) -> dict:
 
 
 def without_clocks(found: dict) -> dict:
-    """A comparison without what a clock decides."""
-    rows = {
+    """Return a comparison without what a clock decides."""
+    entries = {
         name: {
             key: value
-            for key, value in row.items()
+            for key, value in entry.items()
             if "seconds" not in key and key not in ("curve", "to_target")
         }
-        for name, row in found["optimizers"].items()
+        for name, entry in found["optimizers"].items()
     }
     curves = {
-        name: [(p["step"], p["loss"], p["tokens"]) for p in row["curve"]]
-        for name, row in found["optimizers"].items()
+        name: [(point["step"], point["loss"], point["tokens"]) for point in entry["curve"]]
+        for name, entry in found["optimizers"].items()
     }
     runs = [{key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]]
     kept = {
         key: found[key]
         for key in ("verdict", "target", "bins", "starts", "protocol", "notes", "config")
     }
-    return {"rows": rows, "curves": curves, "runs": runs, **kept}
+    return {"entries": entries, "curves": curves, "runs": runs, **kept}
 
 
 def test_it_leaves_the_verdict_in_three_files(compared):
@@ -110,8 +116,8 @@ def test_it_leaves_the_verdict_in_three_files(compared):
     assert list(found["optimizers"]) == ["sgd", "adam"]
     assert sorted(found["verdict"]["ranking"]) == ["adam", "sgd"]
     with (compared / "out" / "comparison.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["optimizer"], row["phase"], row["seed"]) for row in rows] == [
+        lines = list(csv.DictReader(file))
+    assert [(line["optimizer"], line["phase"], line["seed"]) for line in lines] == [
         ("sgd", "tuning", "0"),
         ("sgd", "tuning", "0"),
         ("adam", "tuning", "0"),
@@ -121,8 +127,8 @@ def test_it_leaves_the_verdict_in_three_files(compared):
         ("adam", "reported", "1"),
         ("adam", "reported", "2"),
     ]
-    assert all(row["test_loss"] for row in rows if row["phase"] == "reported")
-    assert not any(row["test_loss"] for row in rows if row["phase"] == "tuning")
+    assert all(line["test_loss"] for line in lines if line["phase"] == "reported")
+    assert not any(line["test_loss"] for line in lines if line["phase"] == "tuning")
     html = (compared / "out" / "comparison.html").read_text()
     assert found["verdict"]["sentences"][0].split(" [")[0] in html
     assert not list((compared / "out").rglob("*.safetensors")) + list(
@@ -155,43 +161,40 @@ def test_a_seed_means_the_same_start_and_the_same_batches(compared):
 
 def test_the_learning_rate_reported_is_the_one_that_chose(compared):
     found = comparison(compared)
-    for name, row in found["optimizers"].items():
+    for name, entry in found["optimizers"].items():
         tuned = [
             run for run in found["runs"] if run["optimizer"] == name and run["phase"] == "tuning"
         ]
-        assert row["lr"] == min(tuned, key=lambda run: run["validation_loss"])["lr"]
+        assert entry["lr"] == min(tuned, key=lambda run: run["validation_loss"])["lr"]
         assert {
             run["lr"]
             for run in found["runs"]
             if run["optimizer"] == name and run["phase"] == "reported"
-        } == {row["lr"]}
+        } == {entry["lr"]}
 
 
 def test_state_and_bins_are_measured(compared):
     found = comparison(compared)
     parameters = found["model"]["parameters"]
     assert found["optimizers"]["sgd"]["state_bytes"] == 0
-    assert (
-        8 * parameters <= found["optimizers"]["adam"]["state_bytes"] < 8 * parameters + 1000
-    )  # and a step count a tensor
+    # two moments a parameter, and a step count a tensor
+    assert 8 * parameters <= found["optimizers"]["adam"]["state_bytes"] < 8 * parameters + 1000
     bins = found["bins"]
     assert sum(part["tokens"] for part in bins.values()) == found["model"]["vocab_size"]
-    test = json.loads((compared / "out" / "runs" / "adam" / "seed-1" / "result.json").read_text())[
-        "test"
-    ]
-    mean = sum(
-        test[name] * part["targets"] for name, part in bins.items() if part["targets"]
-    ) / sum(p["targets"] for p in bins.values())
-    assert test["all"] == pytest.approx(mean)
+    result = compared / "out" / "runs" / "adam" / "seed-1" / "result.json"
+    test = json.loads(result.read_text())["test"]
+    nats = sum(test[name] * part["targets"] for name, part in bins.items() if part["targets"])
+    num_targets = sum(part["targets"] for part in bins.values())
+    assert test["all"] == pytest.approx(nats / num_targets)
 
 
 def test_data_that_chooses_is_not_reported_on(compared):
-    rows = {
+    records = {
         name: (compared / "out" / "data" / f"{name}.jsonl").read_text().splitlines()
         for name in ("train", "validation", "test")
     }
-    assert [len(part) for part in rows.values()] == [36, 6, 6]
-    assert len({line for part in rows.values() for line in part}) == 48
+    assert [len(part) for part in records.values()] == [36, 6, 6]
+    assert len({line for part in records.values() for line in part}) == 48
 
 
 def test_an_option_goes_to_those_that_take_it(compared):
@@ -208,14 +211,12 @@ def test_a_killed_comparison_goes_on_to_the_same_figures(compared, tmp_path, mon
     assert killed.returncode == -9, killed.stderr
     done = list((tmp_path / "out" / "runs").rglob("result.json"))
     assert len(done) == 5
-    times = {path: path.stat().st_mtime_ns for path in done}
+    times = {path: path.stat().st_mtime_ns for path in done}  # a finished run is not run again
     assert not (tmp_path / "out" / "comparison.json").exists()
     monkeypatch.chdir(tmp_path)
     again = finetune(*COMPARE)
     assert again.code == 0, again.err
-    assert {
-        path: path.stat().st_mtime_ns for path in done
-    } == times  # what was over is not run again
+    assert {path: path.stat().st_mtime_ns for path in done} == times
     assert without_clocks(comparison(tmp_path)) == without_clocks(comparison(compared))
 
 
@@ -237,7 +238,7 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         (("optimizer.name=[adamw,AdamW]",), "names adamw twice"),
         (
             ("optimizer.name=[sgd,adam]", "optimizer.beta=0.9"),
-            "none of sgd and adam takes 'beta'; did you mean 'betas'?",
+            "none of sgd and adam takes 'beta'; did you mean 'betas'? they take",
         ),
         (
             ("optimizer.name=[sgd,adam]", "optimizer.betas=[2,3]"),
@@ -245,7 +246,7 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         ),
         (
             ("optimizer.name=[adamw,sparse_adam]",),
-            "optimizer 'sparse_adam' takes row-sparse gradients alone",
+            "optimizer 'sparse_adam' takes only row-sparse gradients",
         ),
         (
             ("optimizer.name=[sgd,adam]", "optimizer.overrides=[{pattern: '*', lr: 1}]"),
@@ -255,7 +256,7 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
             ("optimizer.name=[sgd,adam]", "data.validation_fraction=0"),
             "a comparison needs held-out data",
         ),
-        (("optimizer.name=[sgd,adam]", "training.max_steps=null"), "give --budget STEPS"),
+        (("optimizer.name=[sgd,adam]", "training.max_steps=null"), "Give --budget STEPS"),
         (
             ("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"),
             "holds a comparison with other settings (trials 2, now 3;",
@@ -266,7 +267,7 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(compared, monkeypatch, arguments, message):
+def test_mistakes_are_reported_before_anything_runs(compared, monkeypatch, arguments, message):
     monkeypatch.chdir(compared)
     result = finetune(
         "compare", "c.yaml", *arguments, *(() if "--trials" in arguments else ("--trials", "2"))
@@ -274,6 +275,28 @@ def test_mistakes_are_told_before_anything_runs(compared, monkeypatch, arguments
     assert result.code == 2
     assert message in result.err
     assert not list((compared / "runs").rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("content", ["trials: [", "a line of text", ""])
+def test_a_damaged_protocol_is_one_sentence(compared, tmp_path, monkeypatch, content):
+    shutil.copytree(compared, tmp_path / "damaged")
+    monkeypatch.chdir(tmp_path / "damaged")
+    Path("out/protocol.yaml").write_text(content)
+    result = finetune(*COMPARE)
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == (
+        "finetune: out/protocol.yaml is damaged, so the settings of the comparison are not known. "
+        "Name another output_dir, or delete out"
+    )
+
+
+def test_a_weight_decay_that_is_no_number_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0, high]", "--trials", "1")
+    assert result.code == 2
+    assert "optimizer.weight_decay=[0, 'high'] does not hold numbers alone" in result.err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
@@ -299,7 +322,7 @@ def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
     assert f"weight_decay={best.optimizer.weight_decay:g}" in result.err
 
 
-def test_a_grid_that_lies_too_low_is_widened_so_often_and_no_more(tmp_path, monkeypatch):
+def test_a_grid_that_is_too_low_is_widened_four_times_at_most(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, optimizer={"name": "sgd", "lr": 1e-4}, training={"max_steps": 2})
     result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "3")
@@ -323,17 +346,18 @@ def test_a_run_that_diverges_is_counted(tmp_path, monkeypatch):
     result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "1")
     assert result.code == 2
     assert "all 1 runs diverged" in result.err
-    problem = json.loads(next(Path("runs/tune-c/runs/sgd").rglob("result.json")).read_text())[
-        "problem"
-    ]
-    assert "training stopped at step" in problem
+    path = next(Path("runs/tune-c/runs/sgd").rglob("result.json"))
+    assert "training stopped at step" in json.loads(path.read_text())["problem"]
 
 
 @pytest.mark.parametrize(("model", "names"), [(LLAMA, "sgd,adamw"), (PYTHIA, "adamw,lazy_adamw")])
 def test_optimizers_that_keep_rows_apart_differently_begin_alike(
     tmp_path, monkeypatch, model, names
 ):
-    """Adam's active rows share one more vector than those of SGD, and lazy_adamw leaves the input table whole."""
+    """The active rows of Adam share a shift, and those of SGD do not.
+
+    lazy_adamw leaves the input table whole.
+    """
     monkeypatch.chdir(tmp_path)
     write(
         tmp_path,

@@ -38,7 +38,7 @@ def test_the_page_reports_the_result_and_the_method(html):
         "adamw wins: test loss 4.420",
         "24 runs, 3 diverged",
         "betas is given to adam and adamw alone: sgd does not take it.",
-        "the held-out rows choose, data.test is the test data",
+        "the held-out records choose, and data.test is the test data",
         "fresh runs, with seeds 1 to 3",
         "half a decade apart, all run with seed 0",
         "weight_decay 0.01, betas (0.9, 0.999), amsgrad false",

@@ -1,7 +1,4 @@
-"""The optimizers of a comparison: which they are, and what of one optimizer section each of them is given.
-
-Floor 5.
-"""
+"""The optimizers of a comparison, and the options that each of them gets from one config."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,18 +13,18 @@ from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.run.wording import listed
 
-DEFAULT = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lazy_adamw")
+DEFAULT_OPTIMIZERS = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lazy_adamw")
 
 
 def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, list[str]]:
-    """The list that an override `key=[…]` gives, or None, and the other overrides."""
+    """Return the list of an override `key=[…]`, or None, and the other overrides."""
     found, others = None, []
     for override in overrides:
         name, _, text = override.partition("=")
         try:
             value = parse(text) if name.strip() == key else None
         except yaml.YAMLError:
-            value = None  # the config's own reader says what is wrong with it
+            value = None  # the reader of the config reports what is wrong with it
         if isinstance(value, list):
             found = value
         else:
@@ -35,8 +32,11 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, lis
     return found, others
 
 
-def candidates(names: Sequence[Any]) -> list[str]:
-    """The optimizers' own names. Raises UserError where one is unknown, not installed, or named twice."""
+def optimizer_names(names: Sequence[Any]) -> list[str]:
+    """Return the names of the optimizers as they are listed, from those that a user gave.
+
+    Raises UserError for one that is unknown, not installed or named twice, and for fewer than two.
+    """
     infos = [optimizer_info(str(name)) for name in names]
     for info in infos:
         info.load()
@@ -44,12 +44,13 @@ def candidates(names: Sequence[Any]) -> list[str]:
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
         raise UserError(
-            f"optimizer.name names {listed(twice)} twice: every optimizer is compared once"
+            f"optimizer.name names {listed(twice)} twice, and a comparison runs every optimizer "
+            "once. Name each optimizer once"
         )
     if len(found) < 2:
         raise UserError(
-            f"a comparison needs at least two optimizers, and optimizer.name={found} names {len(found)}: "
-            "give a list, or use `finetune tune` for one"
+            f"a comparison needs at least two optimizers, and optimizer.name={found} names "
+            f"{len(found)}. Give a list, or use `finetune tune` for one optimizer"
         )
     return found
 
@@ -57,7 +58,10 @@ def candidates(names: Sequence[Any]) -> list[str]:
 def section_for(
     section: OptimizerSection, name: str, *, lr: float, weight_decay: float | None = None
 ) -> OptimizerSection:
-    """The section with another optimizer, learning rate and weight decay, and of its options those that this optimizer takes."""
+    """Return the section with another optimizer, learning rate and weight decay.
+
+    Of its options it keeps those that the optimizer takes.
+    """
     takes = optimizer_info(name).options
     decay = section.weight_decay if weight_decay is None else weight_decay
     given = section.model_dump(exclude={"name", "lr", "weight_decay"})
@@ -72,32 +76,36 @@ def section_for(
 
 
 def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:
-    """Notes on which option goes to which optimizer. Raises UserError for options that no optimizer takes, or values it refuses."""
-    section, notes = config.optimizer, []
-    for override in section.overrides:
-        if "lr" in override:
-            raise UserError(
-                "optimizer.overrides sets an lr, which would stay as it is while the learning rate is searched: remove it"
-            )
+    """Return a note on each option that only some of the optimizers take.
+
+    Raises UserError for an option that none of them takes, and for a value that one refuses.
+    """
+    section = config.optimizer
+    if any("lr" in override for override in section.overrides):
+        raise UserError(
+            "optimizer.overrides sets an lr, which would not change while the learning rate is "
+            "searched. Remove it"
+        )
     given = [*section.options, *(["weight_decay"] if section.weight_decay else [])]
-    for option in given:
-        takers = [name for name in names if option in optimizer_info(name).options]
-        others = [name for name in names if name not in takers]
-        if not takers:
-            known = sorted({key for name in names for key in optimizer_info(name).config_options})
-            near = did_you_mean(option, known) or ";"
-            raise UserError(
-                f"none of {listed(list(names))} takes {option!r}{near} they take {', '.join(known)}"
-            )
-        if others:
-            notes.append(
-                f"{option} is given to {listed(takers)} alone: {listed(others)} {_does(others)} not take it."
-            )
+    notes = [_note_on(option, names) for option in given]
     for name in names:
         changed = config.model_copy(update={"optimizer": section_for(section, name, lr=section.lr)})
         check_optimizer(name, optimizer_options(changed))
-    return notes
+    return [note for note in notes if note is not None]
 
 
-def _does(names: Sequence[str]) -> str:
-    return "does" if len(names) == 1 else "do"
+def _note_on(option: str, names: Sequence[str]) -> str | None:
+    """Return which optimizers get the option, or None if all do. Raises UserError if none does."""
+    takers = [name for name in names if option in optimizer_info(name).options]
+    others = [name for name in names if name not in takers]
+    if not takers:
+        known = sorted({key for name in names for key in optimizer_info(name).config_options})
+        near = did_you_mean(option, known) or ";"
+        alone = len(names) == 1
+        refusal = f"{names[0]} does not take" if alone else f"none of {listed(list(names))} takes"
+        they = "it takes" if alone else "they take"
+        raise UserError(f"{refusal} {option!r}{near} {they} {', '.join(known)}")
+    if not others:
+        return None
+    do = "does" if len(others) == 1 else "do"
+    return f"{option} is given to {listed(takers)} alone: {listed(others)} {do} not take it."

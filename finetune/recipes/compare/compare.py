@@ -1,24 +1,30 @@
-"""`finetune compare`: optimizers on one config, each at its best learning rate, over several seeds."""
+"""`finetune compare`: optimizers on one config, each at its best rate, over several seeds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.comparison.runs import Run
 from finetune.comparison.summary import summarise
-from finetune.config import load_config
+from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.compare.candidates import (
-    DEFAULT,
-    candidates,
+    DEFAULT_OPTIMIZERS,
     check_candidates,
+    optimizer_names,
     section_for,
     take_list,
 )
-from finetune.recipes.compare.data import rule
-from finetune.recipes.compare.outcome import conclude
-from finetune.recipes.compare.study import best_of, prepare_study, said, stopped, tune
+from finetune.recipes.compare.data import data_rule
+from finetune.recipes.compare.outcome import write_outcome
+from finetune.recipes.compare.study import (
+    best_of,
+    outcome_in_words,
+    prepare_study,
+    report_stop,
+    tune_learning_rate,
+)
 from finetune.recipes.compare.trial import run_trial
 from finetune.training.trainer import Stopped
 
@@ -32,57 +38,75 @@ def compare_optimizers(
     budget: int | None,
     display: Display | None = None,
 ) -> Stopped:
-    """Tune each optimizer's learning rate with `trials` runs, run the best with `seeds` fresh seeds, and write the comparison.
+    """Compare optimizers, and write the comparison to the folder of the config.
 
-    Raises UserError for anything wrong with config or optimizers, or a folder that holds another comparison.
+    Each optimizer's learning rate is the best of `trials` runs, or more if its grid is widened. The
+    best is then run with `seeds` fresh seeds. Raises UserError for anything wrong with config or
+    optimizers, and for a folder that holds another comparison.
     """
     display = display or Display()
     names, others = take_list(overrides, "optimizer.name")
-    config = load_config(
-        path, [f"output_dir={json.dumps(str(Path('runs') / f'compare-{path.stem}'))}", *others]
-    )
-    optimizers = candidates(DEFAULT if names is None else names)
+    folder = f"output_dir={json.dumps(str(Path('runs') / f'compare-{path.stem}'))}"
+    config = load_config(path, [folder, *others])
+    optimizers = optimizer_names(DEFAULT_OPTIMIZERS if names is None else names)
     notes = check_candidates(config, optimizers)
     base = prepare_study(config, trials=trials, budget=budget, test=True, display=display)
     display.say(
-        f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), in {config.output_dir}"
+        f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), "
+        f"in {config.output_dir}"
     )
     tuning: dict[str, list[Run]] = {}
     for name in optimizers:
-        found = tune(base, name, trials=trials, decays=(), display=display)
+        found = tune_learning_rate(base, name, trials=trials, decays=(), display=display)
         if found is None:
-            return stopped(config, display)
+            return report_stop(config, display)
         tuning[name] = found
-    reported: dict[str, list[Run]] = {name: [] for name in optimizers}
-    for seed in range(
-        base.seed + 1, base.seed + 1 + seeds
-    ):  # seed by seed, so that a drift of the machine meets all alike
-        for name in optimizers:
-            lr = best_of(tuning[name]).result.lr
-            section = section_for(base.optimizer, name, lr=lr)
-            folder = config.output_dir / "runs" / name / f"seed-{seed}"
-            trial = base.model_copy(
-                update={"optimizer": section, "seed": seed, "output_dir": folder}
-            )
-            run = run_trial(trial, phase="reported", display=display)
-            if run is None:
-                return stopped(config, display)
-            reported[name].append(run)
-            display.say(f"{name}, lr {lr:g}, seed {seed}: {said(run)}")
+    reported = _run_seeds(base, tuning, seeds=seeds, display=display)
+    if reported is None:
+        return report_stop(config, display)
     _check_starts(reported, config.output_dir)
     summary = summarise(tuning, reported, grid_size=trials)
-    page = conclude(summary, base, rule=rule(config.data), trials=trials, seeds=seeds, notes=notes)
+    rule = data_rule(config.data)
+    page = write_outcome(summary, base, rule=rule, trials=trials, seeds=seeds, notes=notes)
     for sentence in summary["verdict"]["sentences"]:
         display.say(sentence)
     display.say(f"comparison: {page}")
     return "finished"
 
 
-def _check_starts(reported: dict[str, list[Run]], root: Path) -> None:
-    """Raise UserError unless for each seed all optimizers began with the same weights and the same data."""
+def _run_seeds(
+    base: RunConfig, tuning: Mapping[str, Sequence[Run]], *, seeds: int, display: Display
+) -> dict[str, list[Run]] | None:
+    """Run each optimizer with each seed at its best learning rate; return None after a signal.
+
+    All optimizers run with one seed before the next seed. So a drift of the machine, such as its
+    heat, meets all of them alike.
+    """
+    reported: dict[str, list[Run]] = {name: [] for name in tuning}
+    for seed in range(base.seed + 1, base.seed + 1 + seeds):
+        for name, tried in tuning.items():
+            lr = best_of(tried).result.lr
+            trial = base.model_copy(
+                update={
+                    "optimizer": section_for(base.optimizer, name, lr=lr),
+                    "seed": seed,
+                    "output_dir": base.output_dir / "runs" / name / f"seed-{seed}",
+                }
+            )
+            run = run_trial(trial, phase="reported", display=display)
+            if run is None:
+                return None
+            reported[name].append(run)
+            display.say(f"{name}, lr {lr:g}, seed {seed}: {outcome_in_words(run)}")
+    return reported
+
+
+def _check_starts(reported: Mapping[str, Sequence[Run]], root: Path) -> None:
+    """Raise UserError unless with each seed all optimizers began with the same weights and data."""
     for alike in zip(*reported.values()):
         if any(run.result.start != alike[0].result.start for run in alike):
             raise UserError(
-                f"in {root} the runs of seed {alike[0].result.seed} did not begin with the same weights and data, so something "
-                "changed since the comparison was begun: delete the folder and start again"
+                f"in {root} the runs of seed {alike[0].result.seed} began with different weights "
+                "or data, so something changed since the comparison was begun. "
+                "Delete the folder, and start again"
             )

@@ -1,6 +1,7 @@
-"""The data of a comparison in files: what is trained on, what chooses, what is reported on, the same rows for every run.
+"""The data of a comparison in files: for training, for choosing, and for the result.
 
-Floor 5. A run of its own holds rows out by its seed; here the seeds differ and the rows may not.
+A run of its own holds records out by its seed. Here the seeds differ, and every run must read the
+same records.
 """
 
 import json
@@ -11,20 +12,26 @@ from finetune.config.schema import DataSection, SourceSection
 from finetune.data.sources import Records, load_records
 from finetune.errors import UserError
 from finetune.recipes.build.data import as_sources, load_raw_data
+from finetune.run.files import make_folder
 
-HALVES = "the held-out rows are split in two: the 1st, 3rd, 5th … choose, the 2nd, 4th, 6th … are the test data"
-OWN_TEST = "the held-out rows choose, data.test is the test data"
+HALVES = (
+    "the held-out records are split in two: the 1st, 3rd, 5th … choose, "
+    "the 2nd, 4th, 6th … are the test data"
+)
+OWN_TEST = "the held-out records choose, and data.test is the test data"
 
 
 def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataSection:
-    """The data section for the runs of a comparison; with `test`, its data.test is rows that its data.validation has not.
+    """Return the data section for the runs of a comparison, and write their records to `folder`.
 
-    Records are written to `folder` unless they stand there already; the training records only where others were split off from them.
-    Raises UserError where there is nothing to hold out.
+    With `test`, its data.test has no record of its data.validation. The training records are
+    written only if others were split off from them. Files that exist are not written again. Raises
+    UserError if nothing can be held out.
     """
     if data.streaming:
         raise UserError(
-            "data.streaming: a comparison reads the same rows many times over; set data.streaming=false"
+            "data.streaming is true, and a comparison reads the same records many times. "
+            "Set data.streaming=false"
         )
     names = [
         "validation",
@@ -36,38 +43,45 @@ def hold_out(data: DataSection, *, seed: int, folder: Path, test: bool) -> DataS
         raw = load_raw_data(data, seed=seed)
         if raw.validation is None:
             raise UserError(
-                "a comparison needs held-out data: set data.validation or data.validation_fraction"
+                "a comparison needs held-out data. "
+                "Set data.validation, or data.validation_fraction above 0"
             )
         assert isinstance(raw.train, Records)
-        chosen, tested = _parts(raw.validation, data) if test else (raw.validation, None)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("validation", chosen), ("test", tested), ("train", raw.train)):
-            if name in paths and rows is not None:
-                _write(paths[name], rows)
+        chosen, tested = _split(raw.validation, data) if test else (raw.validation, None)
+        make_folder(folder)
+        for name, records in (("validation", chosen), ("test", tested), ("train", raw.train)):
+            if name in paths and records is not None:
+                _write(paths[name], records)
     sources = {name: (SourceSection(path=str(path)),) for name, path in paths.items()}
     return data.model_copy(
         update={"validation_fraction": 0.0, "max_validation_records": None, **sources}
     )
 
 
-def rule(data: DataSection) -> str:
-    """What chooses and what is reported on, in words."""
+def data_rule(data: DataSection) -> str:
+    """Return in words which data chooses a learning rate, and which gives the result."""
     return HALVES if data.test is None else OWN_TEST
 
 
-def _parts(held_out: Records, data: DataSection) -> tuple[Records, Records]:
+def _split(held_out: Records, data: DataSection) -> tuple[Records, Records]:
+    """Return the records that choose, and those of the test data."""
     if data.test is not None:
         return held_out, load_records(as_sources(data.test)).take(data.max_validation_records)
     if len(held_out) < 2:
         raise UserError(
-            "one held-out row cannot both choose and be reported on: give data.test, or hold out more"
+            "one record is held out, and it cannot both choose and be the test data. "
+            "Give data.test, or hold out more records"
         )
     return held_out.select(range(0, len(held_out), 2)), held_out.select(range(1, len(held_out), 2))
 
 
-def _write(path: Path, rows: Iterable[tuple[str, object]]) -> None:
+def _write(path: Path, records: Iterable[tuple[str, object]]) -> None:
+    """Write the records to `path`, one JSON object a line.
+
+    A process that dies on the way leaves no file there.
+    """
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        for _, row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        for _, record in records:
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     temporary.replace(path)

@@ -1,10 +1,7 @@
-"""The end of a comparison: comparison.json, comparison.csv and comparison.html in its folder.
-
-Floor 5.
-"""
+"""The end of a comparison: comparison.json, comparison.csv and comparison.html in its folder."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from finetune.run.records import Environment
 from finetune.run.wording import listed
 
 
-def conclude(
+def write_outcome(
     summary: dict[str, Any],
     base: RunConfig,
     *,
@@ -27,26 +24,17 @@ def conclude(
     seeds: int,
     notes: list[str],
 ) -> Path:
-    """Write the three files from what `summarise` found, with how it was found; return the page's path.
+    """Write the three files from the result of `summarise`, and return the path of the page.
 
-    `base` is the config that the runs were made from, whose output_dir is the comparison's folder.
+    `base` is the config that the runs were made from. Its output_dir is the comparison's folder.
+    `rule` is the one of `data_rule`. `notes` come before those of the runs.
     """
     root = base.output_dir
-    records = {
+    environments = {
         name: Environment.read(RunDir(root / "runs" / name / f"seed-{base.seed + 1}"))
         for name in summary["optimizers"]
     }
-    first = next(iter(records.values()))
-    noted = {
-        note: [name for name, record in records.items() if note in record.notes]
-        for note in _notes(records.values())
-    }
-    found = [
-        note
-        if len(names) == len(records) or note.startswith(f"{names[0]}: ")
-        else f"{listed(names)}: {note}"
-        for note, names in noted.items()
-    ]
+    first = next(iter(environments.values()))
     protocol = {
         "steps": base.training.max_steps,
         "batch_size": base.training.batch_size,
@@ -66,7 +54,7 @@ def conclude(
         "name": root.resolve().name,
         **summary,
         "protocol": protocol,
-        "notes": [*notes, *found],
+        "notes": [*notes, *_notes(environments)],
         "model": first.model,
         "environment": {key: now[key] for key in now if key not in ("model", "notes")},
         "config": dump_config(base),
@@ -79,6 +67,11 @@ def conclude(
     return write_comparison(root)
 
 
-def _notes(records: Iterable[Environment]) -> list[str]:
-    """Return every note of the runs, once."""
-    return list(dict.fromkeys(note for record in records for note in record.notes))
+def _notes(environments: Mapping[str, Environment]) -> list[str]:
+    """Return every note of the runs once, with the optimizers that have it unless all do."""
+    found = []
+    for note in dict.fromkeys(note for run in environments.values() for note in run.notes):
+        names = [name for name, run in environments.items() if note in run.notes]
+        complete = len(names) == len(environments) or note.startswith(f"{names[0]}: ")
+        found.append(note if complete else f"{listed(names)}: {note}")
+    return found

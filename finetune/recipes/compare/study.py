@@ -1,9 +1,9 @@
-"""What `finetune compare` and `finetune tune` share: the protocol of a study, and the search for a learning rate.
+"""What `finetune compare` and `finetune tune` share: the protocol, and the search for a rate.
 
-The runs are the trainer's own, each in a folder. What was run is not run again, so the same command
-goes on after a stop, and with more seeds or optimizers adds to what is there. optuna keeps the book
-of a search, the runs keep their results. Grid points are optuna's `GridSampler`'s
-(https://optuna.readthedocs.io). Its study is in SQLite, so `optuna-dashboard` can read it.
+Each run is one of the trainer's own, in a folder of its own, and is not run twice. So the same
+command goes on after a stop, and with more seeds or optimizers it adds to what is there. The points
+of the grid are those of optuna's GridSampler (https://optuna.readthedocs.io). optuna keeps them in
+SQLite, so `optuna-dashboard` can read the search.
 """
 
 import itertools
@@ -23,33 +23,36 @@ from finetune.config import RunConfig, dump_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
-from finetune.recipes.compare.candidates import (
-    section_for,
-)
+from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
 from finetune.recipes.compare.trial import run_trial
-from finetune.run.files import write_text
+from finetune.run.files import make_folder, read_text, write_text
 from finetune.run.folder import RunDir
 from finetune.training.trainer import Stopped
 
-EVALUATIONS = 10  # of a run, where evaluation.every does not say
+EVALUATIONS = 10  # of a run, if evaluation.every is not set
 
-
-Space = dict[str, list[float]]
+Grid = dict[str, list[float]]  # "lr", and "weight_decay" if it is searched too
+GridPoint = dict[str, float]
 
 
 def prepare_study(
     config: RunConfig, *, trials: int, budget: int | None, test: bool, display: Display
 ) -> RunConfig:
-    """The config that every run is made from, and its data in files. Raises UserError where another comparison is in the folder."""
+    """Return the config that every run is made from, with its data written to files.
+
+    `budget`: optimizer steps of each run; None: those of the config. `test`: hold test data out
+    too. Raises UserError for a config that cannot be compared, or a folder of another comparison.
+    """
     if make_accelerator(config, Display(enabled=False)).num_processes > 1:
         raise UserError(
-            "comparing and tuning run in one process; start them without `accelerate launch`"
+            "comparing and tuning run in one process. Start them without `accelerate launch`"
         )
     steps = budget if budget is not None else config.training.max_steps
     if steps is None:
         raise UserError(
-            "a comparison needs a length that is the same for all: give --budget STEPS, or set training.max_steps"
+            "every run of a comparison needs the same number of steps. "
+            "Give --budget STEPS, or set training.max_steps"
         )
     _claim(config, {"trials": trials, "budget": steps})
     every = config.evaluation.every or max(1, steps // EVALUATIONS)
@@ -77,67 +80,11 @@ def prepare_study(
     )
 
 
-def tune(
-    base: RunConfig,
-    name: str,
-    *,
-    trials: int,
-    decays: Sequence[float],
-    display: Display,
-    middle: float | None = None,
-) -> list[Run] | None:
-    """Run the grid of one optimizer with the config's seed, widened where that is called for; None where a signal came."""
-    start = (
-        "lora"
-        if base.model.lora is not None
-        else "random"
-        if base.model.name is None
-        else "pretrained"
-    )
-    lrs = grids.lr_grid(grids.centre(name, start) if middle is None else middle, trials)
-    said_before: set[str] = set()
-
-    def try_out(point: dict[str, float]) -> Run | None:
-        place = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in point.items())
-        folder = base.output_dir / "runs" / name / place.replace(", ", "-").replace(" ", "-")
-        trial = base.model_copy(
-            update={"optimizer": section_for(base.optimizer, name, **point), "output_dir": folder}
-        )
-        run = run_trial(trial, phase="tuning", display=display)
-        if run is not None and place not in said_before:
-            said_before.add(place)
-            display.say(f"{name}, {place}{'' if point['lr'] in lrs else ' (widened)'}: {said(run)}")
-        return run
-
-    return search(base.output_dir / "study.db", name, lrs, decays, try_out)
-
-
-def best_of(runs: Sequence[Run]) -> Run:
-    """The run with the lowest held-out loss; of equal ones that with the lowest learning rate."""
-    return min(runs, key=lambda run: (run.loss, run.result.lr))
-
-
-def said(run: Run) -> str:
-    if run.diverged:
-        return f"diverged after {run.steps} steps"
-    return f"held-out loss {run.loss:.4f}" + (
-        f", test loss {run.test_loss:.4f}" if run.result.test else ""
-    )
-
-
-def stopped(config: RunConfig, display: Display) -> Stopped:
-    display.say(
-        f"stopped by a signal; the same command goes on with what is in {config.output_dir}"
-    )
-    return "signal"
-
-
-def _change(key: str, before: Any, now: Any) -> str:
-    return f"in {key}" if isinstance(now, (dict, list)) else f"{key} {before}, now {now}"
-
-
 def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
-    """Make the folder ours, or find that it is. Raises UserError where what must be the same for all runs was another."""
+    """Make the folder ours, unless it is already.
+
+    protocol.yaml holds what all runs of the folder have in common. Raises UserError if it differs.
+    """
     root = config.output_dir
     same = config.model_copy(update={"output_dir": Path(), "overwrite_output_dir": False})
     tree = {**yaml.safe_load(dump_config(same)), **numbers}
@@ -146,40 +93,119 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
     }
     path = root / "protocol.yaml"
     if path.is_file():
-        then = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = [key for key in tree if then.get(key) != tree[key]]
+        before = _read_protocol(path)
+        changed = [
+            _change(key, before.get(key), tree[key]) for key in tree if before.get(key) != tree[key]
+        ]
         if changed:
-            said = ", ".join(_change(key, then.get(key), tree[key]) for key in changed)
             raise UserError(
-                f"{root} holds a comparison with other settings ({said}; see {path}): name another output_dir, or delete it"
+                f"{root} holds a comparison with other settings ({', '.join(changed)}; "
+                f"see {path}). Name another output_dir, or delete the folder"
             )
     elif RunDir(root).is_run():
-        raise UserError(f"{root} holds a training run: name another output_dir")
-    root.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{root} holds a training run. Name another output_dir")
+    make_folder(root)
     write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 
+def _read_protocol(path: Path) -> dict[str, Any]:
+    """Return what protocol.yaml holds. Raises UserError if it cannot be read."""
+    try:
+        found = yaml.safe_load(read_text(path))
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} is damaged, so the settings of the comparison are not known. "
+            f"Name another output_dir, or delete {path.parent}"
+        )
+    return found
+
+
+def _change(key: str, before: Any, now: Any) -> str:
+    return f"in {key}" if isinstance(now, (dict, list)) else f"{key} {before}, now {now}"
+
+
+def tune_learning_rate(
+    base: RunConfig,
+    name: str,
+    *,
+    trials: int,
+    decays: Sequence[float],
+    display: Display,
+    middle: float | None = None,
+) -> list[Run] | None:
+    """Run the grid of optimizer `name` with the config's seed; return None if a signal stopped it.
+
+    The grid has `trials` learning rates around `middle`, by default around `grids.centre`, and each
+    of the weight decays. It is widened if the best is at one of its ends.
+    """
+    start = "pretrained"
+    if base.model.lora is not None:
+        start = "lora"
+    elif base.model.name is None:
+        start = "random"
+    lrs = grids.lr_grid(grids.centre(name, start) if middle is None else middle, trials)
+    reported: set[str] = set()
+
+    def run_point(point: GridPoint) -> Run | None:
+        place = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in point.items())
+        folder = base.output_dir / "runs" / name / place.replace(", ", "-").replace(" ", "-")
+        section = section_for(base.optimizer, name, **point)
+        trial = base.model_copy(update={"optimizer": section, "output_dir": folder})
+        run = run_trial(trial, phase="tuning", display=display)
+        if run is not None and place not in reported:
+            reported.add(place)
+            widened = "" if point["lr"] in lrs else " (widened)"
+            display.say(f"{name}, {place}{widened}: {outcome_in_words(run)}")
+        return run
+
+    return search(base.output_dir / "study.db", name, lrs, decays, run_point)
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """Return the run with the lowest held-out loss; of equal ones, the lowest learning rate."""
+    return min(runs, key=lambda run: (run.loss, run.result.lr))
+
+
+def outcome_in_words(run: Run) -> str:
+    """Return the losses of a run, or when it diverged."""
+    if run.diverged:
+        return f"diverged after {run.steps} steps"
+    test = f", test loss {run.test_loss:.4f}" if run.result.test else ""
+    return f"held-out loss {run.loss:.4f}{test}"
+
+
+def report_stop(config: RunConfig, display: Display) -> Stopped:
+    """Print how to go on after a signal, and return why the command stopped."""
+    display.say(
+        f"stopped by a signal. The same command goes on with what is in {config.output_dir}"
+    )
+    return "signal"
+
+
 def search(
-    book: Path,
+    database: Path,
     name: str,
     lrs: Sequence[float],
     decays: Sequence[float],
-    try_out: Callable[[dict[str, float]], Run | None],
+    run_point: Callable[[GridPoint], Run | None],
 ) -> list[Run] | None:
-    """Every point of the grid, `lrs` times `decays` (none: the learning rate alone), then those by which it had to be widened.
+    """Return the runs of the grid, then those that widened it; None if a signal came.
 
-    `try_out` runs one point, {"lr": …, "weight_decay": …}, or reads it where it was run before; None means that a signal came, and
-    so does None here. The first `len(lrs) * max(1, len(decays))` runs are the grid's.
+    The grid is `lrs` times `decays`, or `lrs` alone without decays. So its runs are the first
+    `len(lrs) * max(1, len(decays))`. `run_point` runs one point, or reads it if it was run before.
+    It returns None if a signal came.
     """
     runs: list[Run] = []
     lrs, widened = list(lrs), 0
-    with _study(book, name) as study:
+    with _study(database, name) as study:
         while True:
-            space = {"lr": lrs, **({"weight_decay": list(decays)} if decays else {})}
-            if not _exhaust(study, space, try_out):
+            grid = {"lr": lrs, **({"weight_decay": list(decays)} if decays else {})}
+            if not _exhaust(study, grid, run_point):
                 return None
             found = [
-                try_out(dict(zip(space, point))) for point in itertools.product(*space.values())
+                run_point(dict(zip(grid, values))) for values in itertools.product(*grid.values())
             ]
             assert all(found), "every point of the grid was run"
             runs += [run for run in found if run is not None]
@@ -192,49 +218,54 @@ def search(
             lrs, widened = [further], widened + 1
 
 
-def _exhaust(study: Any, space: Space, try_out: Callable[[dict[str, float]], Run | None]) -> bool:
-    """Run what is left of the grid; False where a signal came."""
+def _exhaust(study: Any, grid: Grid, run_point: Callable[[GridPoint], Run | None]) -> bool:
+    """Run what is left of the grid. Return False if a signal came."""
     import optuna
 
-    anything = optuna.distributions.FloatDistribution(
-        0.0, sys.float_info.max
-    )  # a grid's values are given, not drawn
-    sampler = study.sampler = optuna.samplers.GridSampler(space, seed=0)
-    sampler.after_trial = lambda *_: None  # type: ignore[method-assign]  # it would stop optuna's loop, and this one is ours
-    while (trial := _begun(study, space)) is not None or not sampler.is_exhausted(study):
+    # The values of a grid are given, not drawn.
+    anything = optuna.distributions.FloatDistribution(0.0, sys.float_info.max)
+    sampler = study.sampler = optuna.samplers.GridSampler(grid, seed=0)
+    # It would stop optuna's loop, and this one is ours.
+    sampler.after_trial = lambda *_: None  # type: ignore[method-assign]
+    while (trial := _begun(study, grid)) is not None or not sampler.is_exhausted(study):
         if trial is None:
-            study.ask(dict.fromkeys(space, anything))
+            study.ask(dict.fromkeys(grid, anything))
             continue
-        point = {key: sampler.sample_independent(study, trial, key, anything) for key in space}
-        run = try_out(point)
+        point = {key: sampler.sample_independent(study, trial, key, anything) for key in grid}
+        run = run_point(point)
         if run is None:
             return False
         study.tell(trial.number, run.loss)
     return True
 
 
-def _begun(study: Any, space: Space) -> Any:
-    """The trial that is begun and not over, of this process or of one that was killed."""
+def _begun(study: Any, grid: Grid) -> Any:
+    """Return the trial that was begun but not finished, or None.
+
+    It is of this process, or of one that was killed.
+    """
     from optuna.trial import TrialState
 
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if "search_space" not in trial.system_attrs:  # killed before it was known which point it is
+        if "search_space" not in trial.system_attrs:  # killed before its point was known
             study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.system_attrs["search_space"] == space:
+        elif trial.system_attrs["search_space"] == grid:
             return trial
     return None
 
 
 @contextmanager
-def _study(book: Path, name: str) -> Iterator[Any]:
+def _study(database: Path, name: str) -> Iterator[Any]:
+    """Open optuna's study of this name, and close its database at the end."""
     try:
         import optuna
     except ImportError as error:
         raise UserError(
-            "comparing and tuning need optuna, which is not installed: pip install 'finetune-rows[compare]'"
+            "comparing and tuning need optuna, which is not installed. "
+            "Run: pip install 'finetune-rows[compare]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{book}")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{database}")
     try:
         yield optuna.create_study(
             storage=storage, study_name=name, load_if_exists=True, direction="minimize"

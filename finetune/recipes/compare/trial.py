@@ -1,11 +1,12 @@
-"""One run of a comparison: trained in a folder of its own and measured; its weights are deleted.
+"""One run of a comparison: trained in its own folder and measured; its weights are deleted.
 
-A run that was stopped goes on from its last checkpoint. One that is over is read, and not run again.
+A run that was stopped goes on from its last checkpoint. A finished run is read, and not run again.
 """
 
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
 
 
 class RunWatch:
-    """Measures a run: its start, the size of its updates, and at its end the test loss and state.
+    """The measurements of a run: its start, the size of its updates, the test loss and the state.
 
-    Updates are measured outside of the token tables. There a lazy optimizer moves a row when it is
-    next used, not at the step.
+    Updates are measured outside of the token tables. In those a lazy optimizer moves a row when it
+    is next used, not at the step.
     """
 
     def __init__(self, folder: Path, *, test: bool) -> None:
@@ -105,7 +106,7 @@ class RunWatch:
         self._before = self._copy()
 
     def listen(self, record: StepRecord | Evaluation) -> None:
-        """Show a step, and measure its update if it is one of UPDATE_POINTS."""
+        """Show a step. Measure its update if it is one of the UPDATE_POINTS steps."""
         if isinstance(record, Evaluation):
             return
         self.show(record)
@@ -125,18 +126,19 @@ class RunWatch:
             )
         }
         if self._test:
-            self.measured |= _test(live.parts)
+            self.measured |= _test_losses(live.parts)
 
     def _copy(self) -> list[torch.Tensor]:
         return [weight.detach().clone() for weight in self._weights]
 
 
 @torch.no_grad()
-def _norm(tensors: Any) -> float:
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    """Return the norm of all tensors together."""
     return math.sqrt(sum(float(tensor.detach().float().square().sum()) for tensor in tensors))
 
 
-def _test(parts: Parts) -> dict[str, Any]:
+def _test_losses(parts: Parts) -> dict[str, Any]:
     """Return the loss on data.test, over all target tokens and by their frequency in training."""
     config = parts.config
     assert config.data.test is not None

@@ -1,7 +1,4 @@
-"""`finetune tune`: the learning rate and the weight decay of one optimizer, on the machinery of `finetune compare`.
-
-Floor 5.
-"""
+"""`finetune tune`: the best learning rate and weight decay of one optimizer."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +16,12 @@ from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.compare.candidates import check_candidates, section_for, take_list
-from finetune.recipes.compare.study import best_of, prepare_study, stopped, tune
+from finetune.recipes.compare.study import (
+    best_of,
+    prepare_study,
+    report_stop,
+    tune_learning_rate,
+)
 from finetune.run.files import write_text
 from finetune.training.trainer import Stopped
 
@@ -32,83 +34,102 @@ def tune_optimizer(
     budget: int | None,
     display: Display | None = None,
 ) -> Stopped:
-    """Try `trials` learning rates, each with every weight decay, print the table, and write the config of the best as best.yaml.
+    """Search the config's optimizer, print a table, and write the best config to best.yaml.
 
-    The grid lies around the config's own learning rate where it gives one; the weight decays are those of an override
-    `optimizer.weight_decay=[…]`, else WEIGHT_DECAYS. Raises UserError as `compare_optimizers` does.
+    `trials` learning rates are tried, each with every weight decay. They are around the config's
+    own learning rate, if it gives one. The weight decays are those of an override
+    `optimizer.weight_decay=[…]`, by default WEIGHT_DECAYS. Raises UserError as
+    `compare_optimizers` does, and if every run diverged.
     """
     display = display or Display()
-    decays, others = take_list(overrides, "optimizer.weight_decay")
-    config = load_config(
-        path, [f"output_dir={json.dumps(str(Path('runs') / f'tune-{path.stem}'))}", *others]
-    )
+    given, others = take_list(overrides, "optimizer.weight_decay")
+    folder = f"output_dir={json.dumps(str(Path('runs') / f'tune-{path.stem}'))}"
+    config = load_config(path, [folder, *others])
     name = optimizer_info(config.optimizer.name).name
-    tried = [float(decay) for decay in (WEIGHT_DECAYS if decays is None else decays)]
+    decays = _check_decays(config, name, WEIGHT_DECAYS if given is None else given)
+    base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
+    middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
+    runs = tune_learning_rate(
+        base, name, trials=trials, decays=decays, display=display, middle=middle
+    )
+    if runs is None:
+        return report_stop(config, display)
+    best = best_of(runs)
+    if best.diverged:
+        raise UserError(
+            f"all {len(runs)} runs diverged, also the one with the lowest lr, {best.result.lr:g}. "
+            "Begin with a lower optimizer.lr"
+        )
+    chosen = config.output_dir / "best.yaml"
+    write_text(chosen, dump_config(_best_config(config, best, budget, path)))
+    _print_runs(name, runs, best, trials * max(1, len(decays)))
+    display.say(
+        f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
+        f"Go on with: finetune train {chosen}"
+    )
+    return "finished"
+
+
+def _check_decays(config: RunConfig, name: str, decays: Sequence[Any]) -> list[float]:
+    """Return the weight decays to try, none if the optimizer takes none.
+
+    Raises UserError for a value that is no number or that the optimizer refuses.
+    """
+    try:
+        tried = [float(decay) for decay in decays]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optimizer.weight_decay={decays} does not hold numbers alone. "
+            "Give a list of numbers, such as [0, 0.1]"
+        ) from error
     tried = tried if "weight_decay" in optimizer_info(name).options else []
     check_candidates(config, [name])
     for decay in tried:
         section = section_for(config.optimizer, name, lr=config.optimizer.lr, weight_decay=decay)
         check_optimizer(name, optimizer_options(config.model_copy(update={"optimizer": section})))
-    base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
-    middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
-    runs = tune(base, name, trials=trials, decays=tried, display=display, middle=middle)
-    if runs is None:
-        return stopped(config, display)
-    best = best_of(runs)
-    if best.diverged:
-        raise UserError(
-            f"all {len(runs)} runs diverged, the one with the lowest lr of {best.result.lr:g} as well: begin lower"
-        )
-    chosen = config.output_dir / "best.yaml"
-    write_text(chosen, dump_config(_best_config(config, best, budget, path)))
-    _print(name, runs, best, trials * max(1, len(tried)))
-    display.say(
-        f"{name} {said_settings(best)} did best of {len(runs)} runs, with one seed; go on with: finetune train {chosen}"
-    )
-    return "finished"
+    return tried
 
 
 def _best_config(config: RunConfig, best: Run, budget: int | None, path: Path) -> RunConfig:
-    """The user's config with the learning rate and the weight decay found."""
+    """Return the user's config with the best learning rate and weight decay."""
     found: dict[str, Any] = {
         key: best.result.settings[key]
         for key in ("lr", "weight_decay")
         if key in best.result.settings
     }
-    training = (
-        config.training
-        if budget is None
-        else config.training.model_copy(update={"max_steps": budget})
-    )
-    section = config.optimizer.model_copy(update=found)
+    training = config.training
+    if budget is not None:
+        training = training.model_copy(update={"max_steps": budget})
     return config.model_copy(
         update={
-            "optimizer": section,
+            "optimizer": config.optimizer.model_copy(update=found),
             "training": training,
             "output_dir": Path("runs") / f"{path.stem}-tuned",
         }
     )
 
 
-def said_settings(run: Run) -> str:
-    decay: Any = run.result.settings.get("weight_decay")
+def settings_in_words(run: Run) -> str:
+    """Return the learning rate of a run, and its weight decay if it has one."""
+    decay = run.result.settings.get("weight_decay")
     return f"lr={run.result.lr:g}" + ("" if decay is None else f" weight_decay={decay:g}")
 
 
-def _print(name: str, runs: Sequence[Run], best: Run, planned: int) -> None:
-    table = Table(
-        title=f"{name}: held-out loss after {best.points[-1].step} steps", title_justify="left"
-    )
+def _print_runs(name: str, runs: Sequence[Run], best: Run, planned: int) -> None:
+    """Print a table of the runs by learning rate; the first `planned` of them are the grid's."""
+    title = f"{name}: held-out loss after {best.points[-1].step} steps"
+    table = Table(title=title, title_justify="left")
     for label in ("lr", "weight decay", "loss", ""):
         table.add_column(label, justify="right" if label else "left")
-    for number, run in sorted(
-        enumerate(runs),
-        key=lambda item: (item[1].result.lr, item[1].result.settings.get("weight_decay") or 0),
-    ):
+
+    def order(item: tuple[int, Run]) -> tuple[float, float]:
+        result = item[1].result
+        return result.lr, result.settings.get("weight_decay") or 0
+
+    for number, run in sorted(enumerate(runs), key=order):
         marks = [*(["best"] if run is best else []), *(["widened"] if number >= planned else [])]
         decay = run.result.settings.get("weight_decay")
+        shown = "–" if decay is None else f"{decay:g}"
         loss = "diverged" if run.diverged else f"{run.loss:.4f}"
-        table.add_row(
-            f"{run.result.lr:g}", "–" if decay is None else f"{decay:g}", loss, ", ".join(marks)
-        )
+        table.add_row(f"{run.result.lr:g}", shown, loss, ", ".join(marks))
     Console(highlight=False).print(table)

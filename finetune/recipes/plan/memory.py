@@ -1,6 +1,7 @@
-"""What a run needs of memory and disk, added up from counts, and what this machine has.
+"""The memory that a run needs, added up from counts, and the memory that this machine has.
 
-Floor 1. `finetune.models.rehearsal` measures what a step holds beside weights and optimizer state; here is the arithmetic.
+`finetune.models.rehearsal` measures what a step holds in addition to weights and optimizer state.
+The rest is arithmetic.
 """
 
 from collections.abc import Iterable
@@ -13,50 +14,58 @@ from torch import nn
 
 from finetune.models.rehearsal import StepMemory
 
-FP32 = 4  # bytes; master weights, gradients and checkpoints
+FP32 = 4  # bytes a value: master weights, gradients and checkpoints
 CUDA_CONTEXT = 600 * 2**20  # bytes: the context and the workspaces of cuBLAS, an assumption
-HOLES = {"cpu": 0.5, "cuda": 0.1}
-"""Memory that the allocator holds and cannot use, as a share of the activations: they are freed one by one while gradients of other
-sizes come. For glibc's heap measured on SmolLM2-135M (seven runs, full and LoRA, packed and padded: 0.3 to 0.8); for CUDA an
-assumption."""
+FRAGMENTATION = {"cpu": 0.5, "cuda": 0.1}
+"""Memory that the allocator holds and cannot use, as a share of the activations.
+
+Activations are freed one by one, while gradients of other sizes are allocated. The share for the
+heap of glibc was measured on SmolLM2-135M: 0.3 to 0.8 in seven runs, full and LoRA, packed and
+padded. The share for CUDA is an assumption.
+"""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory by part, and the most that is in use at once at each moment of a run, all in bytes."""
+    """Memory by part, and the most in use at once in each phase of a run, all in bytes."""
 
-    baseline: int  # the process before there is a model: Python, the libraries, the data
+    baseline: int  # the process before it has a model: Python, the libraries, the data
     weights: int
     gradients: int
     optimizer_state: int
     activations: int
     loss: int
-    moments: dict[str, int]  # moment of the run -> memory in use, everything included
+    phases: dict[str, int]  # phase of the run -> the most in use at once, everything included
 
     @property
     def peak(self) -> int:
-        return max(self.moments.values())
+        return max(self.phases.values())
 
 
-def add_up(
+def estimate_memory(
     *,
     baseline: int,
     weights: int,
     gradients: int,
     optimizer_state: int,
     step: StepMemory,
-    readings: dict[str, int],
+    inference: dict[str, int],
     export: int,
     device: str,
 ) -> MemoryEstimate:
-    """`readings`: what evaluation and generation allocate. `export`: what the export allocates."""
-    standing = baseline + weights + optimizer_state
-    moments = {"training step": standing + step.peak + round(HOLES[device] * step.activations)}
-    moments |= {name: standing + allocated for name, allocated in readings.items()}
+    """Return the memory of a run, from the bytes of its parts.
+
+    `inference`: phase -> what it allocates, for evaluation and generation. `export`: what the
+    export allocates. `device` is "cpu" or "cuda".
+    """
+    resident = baseline + weights + optimizer_state  # in every phase
+    unusable = round(FRAGMENTATION[device] * step.activations)
+    phases = {"training step": resident + step.peak + unusable}
+    phases |= {name: resident + allocated for name, allocated in inference.items()}
     if export:
-        moments["export"] = standing + export
+        phases["export"] = resident + export
     return MemoryEstimate(
-        baseline, weights, gradients, optimizer_state, step.activations, step.loss, moments
+        baseline, weights, gradients, optimizer_state, step.activations, step.loss, phases
     )
 
 
@@ -67,7 +76,10 @@ def optimizer_state_bytes(
     sparse_tables: Iterable[nn.Embedding],
     used_rows: int,
 ) -> int:
-    """State of every trainable parameter; of a row-sparse table, that of the rows in use alone."""
+    """Return the bytes of the state of all trainable parameters.
+
+    Of a table in `sparse_tables` only `used_rows` rows have state.
+    """
     tables = {id(table.weight) for table in sparse_tables}
     total = 0.0
     for parameter in model.parameters():
@@ -78,7 +90,10 @@ def optimizer_state_bytes(
 
 
 def machine_memory(device: torch.device) -> tuple[int, int]:
-    """(All, free) bytes that a process may use here: of the GPU, or of main memory within the limit of a container."""
+    """Return the bytes that a process may use here, and how many of them are free.
+
+    They are those of the GPU, or those of main memory within the limit of a container.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
@@ -88,11 +103,12 @@ def machine_memory(device: torch.device) -> tuple[int, int]:
 
 
 def process_memory() -> int:
-    """Bytes of main memory that this process holds."""
+    """Return the bytes of main memory that this process holds."""
     return psutil.Process().memory_info().rss
 
 
 def _container_limit() -> int | None:
+    """Return the bytes that the container may use, or None if it has no limit."""
     for path in (
         Path("/sys/fs/cgroup/memory.max"),
         Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),

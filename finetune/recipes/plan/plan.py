@@ -1,4 +1,4 @@
-"""`finetune plan`: what a run needs of memory, time and disk, before it is started."""
+"""`finetune plan`: what a run needs, printed before it is started."""
 
 from dataclasses import replace
 
@@ -19,27 +19,29 @@ from finetune.recipes.plan.timing import TimeEstimate, time_run
 def plan_run(
     config: RunConfig, *, memory_limit: int | None = None, console: Console | None = None
 ) -> Plan:
-    """Print the plan of a run to stdout and return it; nothing is written. `memory_limit`: bytes, in place of what the machine has.
+    """Print the plan of a run to stdout, and return it. No file is written.
 
-    Where the run does not fit, no step is taken, and what to change is told instead. Raises UserError as training would.
+    `memory_limit`: bytes, instead of what the machine has. If the run does not fit, no step is
+    taken, and the plan has advice instead of times. Raises UserError as training would.
     """
     check_optimizer(config.optimizer.name, optimizer_options(config))
     if config.data.streaming:
-        count_steps(config, None)
+        count_steps(config, None)  # raises if the stream has no end
     display = Display()
     with display.warnings():
         planner = Planner(config, display, memory_limit)
         plan = planner.plan()
         if plan.fits:
-            plan = replace(plan, time=_time(planner.material, plan.work, display))
+            plan = replace(plan, time=_time_steps(planner.material, plan.work, display))
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
     return plan
 
 
-def _time(material: Material, work: Work, display: Display) -> TimeEstimate:
-    display.say("it fits: timing a few steps of the real model")
+def _time_steps(material: Material, work: Work, display: Display) -> TimeEstimate:
+    """Load the real model, and take a few of the run's steps."""
+    display.say("the run fits: timing a few steps of the real model")
     accelerator = make_accelerator(material.config, display)
     parts = assemble(material, accelerator=accelerator, display=Display(enabled=False))
     return time_run(

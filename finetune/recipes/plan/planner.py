@@ -1,15 +1,17 @@
-"""`finetune plan`: what a run needs of memory, time and disk, before it is started.
+"""The planner of `finetune plan`: what a run needs of memory and disk, and what would save memory.
 
-Floor 5. Memory is worked out on a model without data (see `finetune.models.rehearsal`), so a plan costs little itself. Only where
-the run fits is the real model loaded and a few of its steps are timed.
+Memory is worked out on a model without data (see `finetune.models.rehearsal`), so a plan itself
+costs little. The time is measured elsewhere, and only if the run fits.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
@@ -33,49 +35,49 @@ from finetune.recipes.plan.memory import (
     CUDA_CONTEXT,
     FP32,
     MemoryEstimate,
-    add_up,
+    estimate_memory,
     machine_memory,
     optimizer_state_bytes,
     process_memory,
 )
 from finetune.recipes.plan.timing import TimeEstimate
 
-STEPS_LOOKED_AT = 1000  # of the first epoch, for the largest micro-batch
+STEPS_LOOKED_AT = 1000  # at most, of the first epoch, for the largest micro-batch
+LOGITS_AT_ONCE = 256  # tokens whose logits an evaluation of the loss holds at once
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run goes through, in rows, tokens and steps, in one process."""
+    """What a run goes through in one process, in sequences, tokens and steps."""
 
-    rows: int  # of the largest micro-batch
-    length: int  # of its rows, padding included
-    num_targets: int  # the most in a micro-batch
-    accumulates: bool  # a step has several micro-batches
+    num_sequences: int  # of the largest micro-batch
+    length: int  # tokens of each of its sequences, padding included
+    num_targets: int  # the most target tokens of a micro-batch
+    accumulates: bool  # whether a step has several micro-batches
     num_steps: int
     tokens_per_step: float  # mean, without padding
     num_evaluations: int
-    used_rows: int  # of the token table, met in the training data
-    coverage: float | None  # share of the held-out tokens that stand in the training data too
+    used_rows: int  # rows of the token table whose token occurs in the training data
+    coverage: float | None  # share of the held-out tokens that occur in the training data
     prompt_length: int  # tokens of the longest held-out example
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `finetune plan` prints. Sizes in bytes, times in seconds."""
+    """What `finetune plan` prints. Sizes are in bytes, times in seconds."""
 
-    model: dict[str, Any]  # see `describe_model`
+    model: dict[str, Any]  # see `describe_model`; "vocabulary" is the line of the vocabulary's plan
     work: Work
     memory: MemoryEstimate
-    device: str
+    device: str  # "cpu" or "cuda"
     machine_memory: int
     free_memory: int  # what a run may use now
-    checkpoint_bytes: int  # one checkpoint
-    disk_bytes: int  # the most that lies in the run's folder at once
-    time: TimeEstimate | None  # None: not timed, because the run does not fit
-    advice: tuple[
-        tuple[str, int], ...
-    ]  # (change, bytes saved), the largest first; only where the run does not fit
+    checkpoint_bytes: int  # of one checkpoint
+    disk_bytes: int  # the most in the run's folder at once
+    time: TimeEstimate | None = None  # None if the run does not fit, so that it was not timed
+    # (change, bytes saved), the largest first; only if the run does not fit
+    advice: tuple[tuple[str, int], ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -83,7 +85,7 @@ class Plan:
 
 
 class Planner:
-    """Estimates for a config, and for changes to it, from data and tokenizer that are read once."""
+    """Estimates for a config and for changes to it. Data and tokenizer are read once."""
 
     def __init__(
         self, config: RunConfig, display: Display, memory_limit: int | None = None
@@ -95,36 +97,27 @@ class Planner:
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
     def plan(self) -> Plan:
-        """Everything but the time and the advice."""
-        config = self.config
+        """Return the plan without time and advice."""
         self.display.say("working out the memory of a step")
         description, memory, checkpoint = self.estimate(self.material, self.work)
-        total, free = (
-            machine_memory(self.device)
-            if self.memory_limit is None
-            else (self.memory_limit, self.memory_limit)
-        )
-        copies = (
-            config.checkpoint.keep + 2
-        )  # the best beside the newest, and the one that is being written
-        disk = copies * checkpoint + description["parameters"] * FP32
+        limit = self.memory_limit
+        total, free = machine_memory(self.device) if limit is None else (limit, limit)
+        copies = self.config.checkpoint.keep + 2  # also the best, and the one being written
         return Plan(
-            description,
-            self.work,
-            memory,
-            self.device.type,
-            total,
-            free,
-            checkpoint,
-            disk,
-            time=None,
-            advice=(),
+            model=description,
+            work=self.work,
+            memory=memory,
+            device=self.device.type,
+            machine_memory=total,
+            free_memory=free,
+            checkpoint_bytes=checkpoint,
+            disk_bytes=copies * checkpoint + description["parameters"] * FP32,
         )
 
     def estimate(
         self, material: Material, work: Work
     ) -> tuple[dict[str, Any], MemoryEstimate, int]:
-        """Return the model's description, its memory, and the size of a checkpoint."""
+        """Return the model's description, the memory of a run, and the bytes of a checkpoint."""
         config, tokens = material.config, material.tokens
         model, info = fitted_skeleton(material), optimizer_info(config.optimizer.name)
         vocabulary = plan_vocabulary(
@@ -139,83 +132,96 @@ class Planner:
         state = optimizer_state_bytes(
             model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows
         )
-        weights, buffers = tensor_bytes(model.parameters()), tensor_bytes(model.buffers())
-        sparse = {id(table.weight) for table in tables}
-        gradients = tensor_bytes(
-            parameter for parameter in trainable if id(parameter) not in sparse
-        )
-        gradients += (
-            min(work.used_rows, work.rows * work.length)
-            * sum(table.embedding_dim for table in tables)
-            * FP32
-        )
+        gradients = _gradient_bytes(trainable, tables, work)
         description = {**describe_model(model), "vocabulary": vocabulary.line()}
-        rehearsal = Rehearsal(
+        weights, buffers = tensor_bytes(model.parameters()), tensor_bytes(model.buffers())
+        rehearsal = Rehearsal(  # it takes the tensors of `model` away
             model, device=self.device.type, autocast=AUTOCAST[precision], sparse_tables=tables
         )
         rehearsal.num_sampled = vocabulary.num_sampled
         step = rehearsal.step(
-            sequences=work.rows,
+            sequences=work.num_sequences,
             length=work.length,
             num_targets=work.num_targets,
             packed=config.data.packing,
             accumulates=work.accumulates,
         )
-        memory = add_up(
+        memory = estimate_memory(
             baseline=self.baseline,
             weights=weights + buffers,
             gradients=gradients,
             optimizer_state=state,
             step=step,
-            readings=self._readings(config, work, rehearsal),
-            export=self._export_bytes(config, description, weights, bool(vocabulary.ids)),
+            inference=_inference_bytes(config, work, rehearsal),
+            export=_export_bytes(config, description, weights, compact=bool(vocabulary.ids)),
             device=self.device.type,
         )
         return description, memory, tensor_bytes(trainable) + buffers + state
 
-    @staticmethod
-    def _export_bytes(
-        config: RunConfig, description: dict[str, Any], weights: int, compact: bool
-    ) -> int:
-        """What the export holds beside the run: a copy with LoRA merged into it, and the full tables."""
-        tables = description["token_table_parameters"] * FP32 if compact else 0
-        return tables + (weights if config.model.lora is not None else 0)
-
-    def _readings(self, config: RunConfig, work: Work, rehearsal: Rehearsal) -> dict[str, int]:
-        if not work.num_evaluations:
-            return {}
-        rows = config.evaluation.batch_size
-        length = config.data.max_length if config.data.packing else work.prompt_length
-        found = {
-            "evaluation": rehearsal.inference(
-                sequences=rows, length=length, num_logits=256, use_cache=False
-            )
-        }
-        answers = config.evaluation.generate or config.evaluation.samples
-        if answers:
-            rows = min(answers, config.generation.batch_size)
-            length = work.prompt_length + config.generation.max_new_tokens
-            found["generation"] = rehearsal.inference(
-                sequences=rows, length=length, num_logits=rows, use_cache=True
-            )
-        return found
-
     def advice(self, peak: int) -> tuple[tuple[str, int], ...]:
-        """What each change alone would save, worked out like the plan itself."""
+        """Return (change, bytes saved) for the changes that lower `peak`, each made alone.
+
+        They are worked out like the plan itself. The one that saves the most comes first.
+        """
         found = []
         for change, config in changes(self.config):
             self.display.say(f"trying {change}")
             try:
                 material = self.material.with_config(config)
                 _, memory, _ = self.estimate(material, work_of(material))
-            except UserError:  # a change that this data or model does not take is no advice
+            except UserError:  # this data or model does not allow the change
                 continue
             found.append((change, peak - memory.peak))
         return tuple(sorted((item for item in found if item[1] > 0), key=lambda item: -item[1]))
 
 
+def _gradient_bytes(
+    trainable: Sequence[nn.Parameter], sparse_tables: Sequence[nn.Embedding], work: Work
+) -> int:
+    """Return the bytes of all gradients. A row-sparse one has only the rows of a micro-batch."""
+    sparse = {id(table.weight) for table in sparse_tables}
+    dense = tensor_bytes(parameter for parameter in trainable if id(parameter) not in sparse)
+    rows = min(work.used_rows, work.num_sequences * work.length)
+    return dense + rows * sum(table.embedding_dim for table in sparse_tables) * FP32
+
+
+def _inference_bytes(config: RunConfig, work: Work, rehearsal: Rehearsal) -> dict[str, int]:
+    """Return what evaluation and generation allocate, if the run has them."""
+    if not work.num_evaluations:
+        return {}
+    found = {
+        "evaluation": rehearsal.inference(
+            sequences=config.evaluation.batch_size,
+            length=config.data.max_length if config.data.packing else work.prompt_length,
+            num_logits=LOGITS_AT_ONCE,
+            use_cache=False,
+        )
+    }
+    if num_answers := config.evaluation.generate or config.evaluation.samples:
+        sequences = min(num_answers, config.generation.batch_size)
+        found["generation"] = rehearsal.inference(
+            sequences=sequences,
+            length=work.prompt_length + config.generation.max_new_tokens,
+            num_logits=sequences,
+            use_cache=True,
+        )
+    return found
+
+
+def _export_bytes(
+    config: RunConfig, description: dict[str, Any], weights: int, *, compact: bool
+) -> int:
+    """Return what the export allocates.
+
+    With LoRA it is a copy of the weights with LoRA merged into them. With compact tables it is the
+    full tables.
+    """
+    tables = description["token_table_parameters"] * FP32 if compact else 0
+    return tables + (weights if config.model.lora is not None else 0)
+
+
 def fitted_skeleton(material: Material) -> Any:
-    """Return the model on the meta device, with a row for each token, as it is trained."""
+    """Return the model as it is trained, on the meta device, with a row for each token."""
     config = material.config
     model: Any = load_skeleton(model_spec(config.model, material.tokenizer))
     with torch.device("meta"):
@@ -243,18 +249,17 @@ def work_of(material: Material) -> Work:
     num_steps = count_steps(config, per_epoch)
     steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
     micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
-    rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+    largest = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
     every = config.evaluation.every or per_epoch or num_steps
+    num_evaluations = config.evaluation.before + math.ceil(num_steps / every)
     return Work(
-        rows=rows,
-        length=length,
+        num_sequences=largest[0],
+        length=largest[1],
         num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),
         accumulates=any(len(step.micro_batches) > 1 for step in steps),
         num_steps=num_steps,
         tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
-        num_evaluations=0
-        if held_out is None
-        else config.evaluation.before + math.ceil(num_steps / every),
+        num_evaluations=num_evaluations if held_out is not None else 0,
         used_rows=len(set(train.token_ids)),
         coverage=coverage(train, held_out),
         prompt_length=max(held_out.lengths) if held_out is not None else 0,
@@ -262,36 +267,30 @@ def work_of(material: Material) -> Work:
 
 
 def changes(config: RunConfig) -> list[tuple[str, RunConfig]]:
-    """What could be changed to save memory: (as on the command line, the config with it)."""
+    """Return the changes that could save memory, as overrides, each with the changed config."""
     tree = config.model_dump(mode="json")
-    found: list[tuple[str, dict[str, Any]]] = []
+
+    def changed(section: str, **values: Any) -> RunConfig:
+        return RunConfig.model_validate({**tree, section: {**tree[section], **values}})
+
+    found: list[tuple[str, RunConfig]] = []
     if config.training.micro_batch_size > 1:
-        found.append(("training.micro_batch_size=1", {"training": {"micro_batch_size": 1}}))
+        found.append(("training.micro_batch_size=1", changed("training", micro_batch_size=1)))
     if not config.training.activation_checkpointing:
-        found.append(
-            (
-                "training.activation_checkpointing=true",
-                {"training": {"activation_checkpointing": True}},
-            )
-        )
+        checkpointing = changed("training", activation_checkpointing=True)
+        found.append(("training.activation_checkpointing=true", checkpointing))
     if config.data.max_length > 1:
         half = config.data.max_length // 2
-        found.append((f"data.max_length={half}", {"data": {"max_length": half}}))
+        found.append((f"data.max_length={half}", changed("data", max_length=half)))
     if config.model.lora is None:
-        found.append(("model.lora.rank=16", {"model": {"lora": {"rank": 16}}}))
+        found.append(("model.lora.rank=16", changed("model", lora={"rank": 16})))
     if optimizer_info(config.optimizer.name).state_bytes > optimizer_info("adafactor").state_bytes:
-        found.append(("optimizer.name=adafactor", {}))
+        # The options of one optimizer are not those of another.
+        section = {"name": "adafactor", "lr": tree["optimizer"]["lr"]}
+        adafactor = RunConfig.model_validate({**tree, "optimizer": section})
+        found.append(("optimizer.name=adafactor", adafactor))
     if config.evaluation.batch_size > 1:
-        found.append(("evaluation.batch_size=1", {"evaluation": {"batch_size": 1}}))
+        found.append(("evaluation.batch_size=1", changed("evaluation", batch_size=1)))
     if config.generation.batch_size > 1:
-        found.append(("generation.batch_size=1", {"generation": {"batch_size": 1}}))
-    return [(change, _changed(tree, sections, change)) for change, sections in found]
-
-
-def _changed(tree: dict[str, Any], sections: dict[str, Any], change: str) -> RunConfig:
-    changed = {name: {**tree[name], **section} for name, section in sections.items()}
-    if change.startswith(
-        "optimizer.name="
-    ):  # the options of one optimizer are not those of another
-        changed["optimizer"] = {"name": change.partition("=")[2], "lr": tree["optimizer"]["lr"]}
-    return RunConfig.model_validate({**tree, **changed})
+        found.append(("generation.batch_size=1", changed("generation", batch_size=1)))
+    return found

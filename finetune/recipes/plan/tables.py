@@ -1,119 +1,134 @@
-"""The plan of a run as tables. Floor 5."""
-
-from typing import TYPE_CHECKING
+"""The plan of a run as tables."""
 
 from rich.console import Console
 from rich.table import Table
 
+from finetune.recipes.plan.planner import Plan
+from finetune.recipes.plan.timing import TimeEstimate
 from finetune.run.wording import clock, size
 
-if TYPE_CHECKING:
-    from finetune.recipes.plan.planner import Plan
-
-NO_FIT = (
-    "It does not fit, so no step was timed. What would save memory, each change alone:",
-    "It does not fit, so no step was timed, and no single change that is tried here would help: take a smaller model.",
-)
+NOT_TIMED = "The run does not fit, so no step was timed."
 
 
 def make_console() -> Console:
-    """Standard output; wide enough for the tables where it is no terminal."""
+    """Return a console for standard output, wide enough for the tables if it is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=120)
 
 
-def print_plan(plan: "Plan", console: Console) -> None:
-    """To `console`, in the order in which a reader decides: the model, its memory, whether it fits, time, disk."""
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the plan in the order in which a reader decides.
+
+    First the model, then its memory and whether it fits, then the work and the time.
+    """
     console.print(_model(plan))
-    console.print(_memory(plan))
-    where = "GPU" if plan.device == "cuda" else "main"
-    moments = plan.memory.moments
-    console.print(
-        f"expected peak {size(plan.memory.peak)} ({max(moments, key=moments.__getitem__)}); this machine has "
-        f"{size(plan.machine_memory)} of {where} memory, {size(plan.free_memory)} free: "
-        f"[bold]{'it fits' if plan.fits else 'it does not fit'}[/bold]\n"
-    )
-    console.print(_work(plan))
-    if plan.fits:
-        return
-    console.print(NO_FIT[0] if plan.advice else NO_FIT[1])
-    for change, saved in plan.advice:
-        enough = "fits" if plan.memory.peak - saved <= plan.free_memory else "still too much"
-        console.print(
-            f"  {change:<42} saves {size(saved):>10} -> {size(plan.memory.peak - saved)}, {enough}"
-        )
+    console.print(f"vocabulary: {plan.model['vocabulary']}", markup=False)
+    for part in (_parts(plan), _phases(plan), _verdict(plan), _work(plan)):
+        console.print()
+        console.print(part)
+    if plan.time is not None:
+        console.print()
+        console.print(_time(plan.time))
+    if not plan.fits:
+        _print_advice(plan, console)
 
 
-def _model(plan: "Plan") -> Table:
-    model = plan.model
+def _model(plan: Plan) -> Table:
+    model, work = plan.model, plan.work
+    rows, in_use = model["vocab_size"], work.used_rows
     table = _table("the model")
-    table.add_row("architecture", model["architecture"] + (" with LoRA" if model["lora"] else ""))
+    table.add_row("architecture", model["architecture"])
+    table.add_row("adapters", "LoRA" if model["lora"] else "none")
     table.add_row("parameters", f"{model['parameters']:,}")
+    trainable = model["trainable_parameters"]
     table.add_row(
-        "trainable",
-        f"{model['trainable_parameters']:,} ({model['trainable_parameters'] / model['parameters']:.1%})",
+        "trainable parameters", f"{trainable:,}", f"{trainable / model['parameters']:.1%}"
     )
-    ties = "input and output tied" if model["tied"] else "input and output apart"
-    table.add_row(
-        "token tables",
-        f"{model['token_table_parameters']:,} ({model['token_table_share']:.1%}), {ties}",
-    )
-    rows, used = model["vocab_size"], plan.work.used_rows
-    covered = (
-        ""
-        if plan.work.coverage is None
-        else f"; {plan.work.coverage:.2%} of the held-out tokens covered"
-    )
-    table.add_row(
-        "rows that the training data uses", f"{used:,} of {rows:,} ({used / rows:.1%}){covered}"
-    )
-    table.add_row("vocabulary", model["vocabulary"])
+    in_tables = f"{model['token_table_parameters']:,}"
+    table.add_row("parameters of token tables", in_tables, f"{model['token_table_share']:.1%}")
+    table.add_row("input and output table", "tied" if model["tied"] else "not tied")
+    table.add_row("rows of the token table", f"{rows:,}")
+    table.add_row("rows that the training data uses", f"{in_use:,}", f"{in_use / rows:.1%}")
+    if work.coverage is not None:
+        table.add_row("held-out tokens with such a row", "", f"{work.coverage:.2%}")
     return table
 
 
-def _memory(plan: "Plan") -> Table:
+def _parts(plan: Plan) -> Table:
     memory, work = plan.memory, plan.work
-    table = _table("memory, by part")
-    table.add_row("process and libraries", size(memory.baseline))
+    table = _table("memory by part")
+    table.add_row("process", size(memory.baseline), "Python, the libraries, the data")
     table.add_row("weights", size(memory.weights))
     table.add_row("gradients", size(memory.gradients))
     table.add_row("optimizer state", size(memory.optimizer_state))
-    table.add_row(
-        "activations",
-        f"{size(memory.activations)}   (a micro-batch of {work.rows} x {work.length} tokens)",
-    )
-    table.add_row(
-        "logits and loss", f"{size(memory.loss)}   (a chunk of logits, the gradient of the head)"
-    )
-    table.add_section()
-    for moment, used in memory.moments.items():
-        table.add_row(f"in use at once: {moment}", size(used))
+    micro_batch = f"a micro-batch of {work.num_sequences} x {work.length} tokens"
+    table.add_row("activations", size(memory.activations), micro_batch)
+    table.add_row("loss", size(memory.loss), "a chunk of logits, the gradient of the head")
     return table
 
 
-def _work(plan: "Plan") -> Table:
-    work, time = plan.work, plan.time
+def _phases(plan: Plan) -> Table:
+    table = _table("memory in use at once, at most")
+    for phase, num_bytes in plan.memory.phases.items():
+        table.add_row(phase, size(num_bytes))
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    phases = plan.memory.phases
+    kind = "GPU" if plan.device == "cuda" else "main"
+    return (
+        f"expected peak: {size(plan.memory.peak)} ({max(phases, key=phases.__getitem__)}). This "
+        f"machine has {size(plan.machine_memory)} of {kind} memory, {size(plan.free_memory)} of it "
+        f"free: [bold]{'the run fits' if plan.fits else 'the run does not fit'}[/bold]"
+    )
+
+
+def _work(plan: Plan) -> Table:
+    work = plan.work
     table = _table("the work")
     table.add_row("steps", f"{work.num_steps:,}")
-    tokens = f"{work.tokens_per_step:,.0f} a step, {work.tokens_per_step * work.num_steps:,.0f} in all, without padding"
-    table.add_row("tokens", tokens)
-    if time is not None:
-        table.add_row(
-            "training",
-            f"{clock(time.training)}   ({time.step:.2f} s a step, {time.tokens_per_second:,.0f} tokens/s)",
-        )
-        each = f"{work.num_evaluations} times {clock(time.evaluation)} for the loss and at most {clock(time.generation)} for answers"
-        table.add_row("evaluation", f"at most {clock(time.total - time.training)}   ({each})")
-        table.add_row("in all", f"at most {clock(time.total)}, beside loading and saving")
-    table.add_row(
-        "disk",
-        f"at most {size(plan.disk_bytes)}   (a checkpoint has {size(plan.checkpoint_bytes)})",
-    )
+    table.add_row("tokens of a step", f"{work.tokens_per_step:,.0f}", "mean, without padding")
+    table.add_row("tokens of all steps", f"{work.tokens_per_step * work.num_steps:,.0f}")
+    table.add_row("evaluations", f"{work.num_evaluations:,}")
+    table.add_row("disk for a checkpoint", size(plan.checkpoint_bytes))
+    table.add_row("disk for the run", size(plan.disk_bytes), "at most")
     return table
+
+
+def _time(time: TimeEstimate) -> Table:
+    table = _table("the time")
+    table.add_row("speed", f"{time.tokens_per_second:,.0f} tokens/s")
+    table.add_row("a step", f"{time.step:.2f} s")
+    table.add_row("training", clock(time.training))
+    if time.num_evaluations:
+        table.add_row("loss of an evaluation", clock(time.evaluation))
+        table.add_row("answers of an evaluation", clock(time.generation), "at most")
+        table.add_row("all evaluations", clock(time.evaluations), "at most")
+    table.add_row("the whole run", clock(time.total), "at most, without loading and saving")
+    return table
+
+
+def _print_advice(plan: Plan, console: Console) -> None:
+    console.print()
+    if not plan.advice:
+        console.print(f"{NOT_TIMED} No single change that was tried helps. Take a smaller model.")
+        return
+    console.print(f"{NOT_TIMED} What each change alone would save:")
+    table = Table(box=None, padding=(0, 2))
+    for column in ("change", "saves", "peak", ""):
+        table.add_column(column, justify="right" if column in ("saves", "peak") else "left")
+    for change, saved in plan.advice:
+        peak = plan.memory.peak - saved
+        fits = "fits" if peak <= plan.free_memory else "still too much"
+        table.add_row(change, size(saved), size(peak), fits)
+    console.print(table)
 
 
 def _table(title: str) -> Table:
+    """Return an empty table of a label, a value, and a note on the value."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column()
+    table.add_column(justify="right")
     table.add_column()
     return table

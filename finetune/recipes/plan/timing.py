@@ -1,6 +1,6 @@
 """How long a run will take, from a few of its own steps.
 
-Floor 5. Nothing is written, and the model that was timed is thrown away.
+No file is written, and the model that was timed is thrown away.
 """
 
 import time
@@ -13,28 +13,36 @@ from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.parts import Parts
 from finetune.training.step import take_step
 
-TIMED_STEPS = 3  # after one that is not counted, in which the optimizer makes its state
-TIMED_TOKENS = 8  # of each answer
+TIMED_STEPS = 3  # after a first one, in which the optimizer makes its state
+TIMED_TOKENS = 8  # generated of each answer
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds. Loading, saving and the report come on top."""
+    """The times of a run in seconds, without loading, saving and the report."""
 
     step: float  # one optimizer step of the mean number of tokens
     tokens_per_second: float  # without padding
-    training: float  # all steps
+    training: float  # all steps of the run
     evaluation: float  # the loss of all held-out data, once
     generation: float  # all answers of one evaluation, none shorter than generation.max_new_tokens
     num_evaluations: int
 
     @property
+    def evaluations(self) -> float:
+        """All evaluations of the run."""
+        return self.num_evaluations * (self.evaluation + self.generation)
+
+    @property
     def total(self) -> float:
-        return self.training + self.num_evaluations * (self.evaluation + self.generation)
+        return self.training + self.evaluations
 
 
 def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> TimeEstimate:
-    """Take a few steps, read one batch of held-out data, begin one batch of answers, and extrapolate."""
+    """Return the times of the run, extrapolated from a few steps and two batches.
+
+    One batch is of held-out data. The other is of prompts, whose answers are only begun.
+    """
     parts.language_model.to(parts.accelerator.device)
     evaluation = generation = 0.0
     if num_evaluations:
@@ -72,6 +80,7 @@ def _training_speed(parts: Parts) -> float:
 
 
 def _time_evaluation(parts: Parts, evaluator: Evaluator) -> float:
+    """Return the seconds of the loss on all held-out data, from those of its first batch."""
     assert parts.material.validation is not None
     sizes = [batch["input_ids"].numel() for batch in evaluator.batches(parts.material.validation)]
     started = time.perf_counter()
@@ -80,6 +89,7 @@ def _time_evaluation(parts: Parts, evaluator: Evaluator) -> float:
 
 
 def _time_generation(parts: Parts, evaluator: Evaluator) -> float:
+    """Return the seconds of all answers, from those of the first tokens of the first batch."""
     generation, prompts = parts.config.generation, evaluator.prompts
     if not prompts:
         return 0.0
