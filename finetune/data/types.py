@@ -19,8 +19,11 @@ IGNORE_INDEX = -100
 Record = Mapping[str, Any]
 """One record of a dataset: column -> value."""
 
-Message = dict[str, str]
-"""One message of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+Message = dict[str, Any]
+"""One message: {"role", "content"}, and what else a chat template may write of it.
+
+Roles are system, developer, user, assistant and tool.
+"""
 
 
 class Tokenizer(Protocol):
@@ -31,11 +34,13 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
 
-    def __call__(self, text: str, **options: Any) -> Any: ...
+    def __call__(self, text: str | list[str], **options: Any) -> Any: ...
 
     def __len__(self) -> int: ...
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def get_chat_template(self, chat_template: str | None, tools: Any) -> str: ...
 
     def decode(self, token_ids: Any, **options: Any) -> Any: ...
 

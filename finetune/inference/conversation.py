@@ -36,7 +36,7 @@ class Conversation:
             )
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
         self.template = ChatTemplate(tokenizer)
-        if system_prompt is not None and not self.template.writes_system_messages():
+        if system_prompt is not None and not self.template.writes("system"):
             raise UserError("the chat template of this model takes no system prompt. Leave it out")
         self._system: list[Message] = (
             [] if system_prompt is None else [{"role": "system", "content": system_prompt}]

@@ -271,7 +271,7 @@ TEMPLATE_ERRORS = {
     "{{ raise_exception('only in rhyme') }}": "fails on this conversation: only in rhyme",
     "{% for m in messages %}{{ m.content.upper( }}{% endfor %}": "the chat template fails on this",
     "{{ nothing.at.all }}": "the chat template fails on this conversation: 'nothing' is undefined",
-    stock.FORCED_THOUGHT: "the chat template cannot be split before an answer",
+    stock.OTHER_HEADER: "the chat template cannot be split before an answer",
     stock.NO_END: "is not a special token, so a model trained with it would never stop",
     "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}": (
         "leaves out the assistant"

@@ -61,7 +61,7 @@ class TranslationFormat:
         self.directions = backward[direction]  # whether reversed
         self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
         self._plain = PlainText(tokenizer) if self._chat is None else None
-        self._has_system_role = self._chat is not None and self._chat.writes_system_messages()
+        self._has_system_role = self._chat is not None and self._chat.writes("system")
 
     def examples(self, record: Record) -> list[Example]:
         source, target = self._pair(record)

@@ -100,6 +100,11 @@ def read_material(
     else:
         tokenizer = make_tokenizer(config.model, raw.texts())
         tokens = set_template(tokenizer, config.model.chat_template)
+        if tokens.completed:
+            display.note(
+                "the chat template wrote no header where the assistant is to answer; it was added, "
+                "and is saved with the model"
+            )
         skeleton = load_skeleton(model_spec(config.model, tokenizer))
     check_length(skeleton, config.data.max_length)
     format = make_format(config.data, tokenizer, raw.first_record)
