@@ -200,7 +200,7 @@ def test_what_would_change_a_sharded_table_between_steps_is_refused(folder):
     for rank in (0, 1):
         sampled, stream = json.loads((folder / f"refused{rank}.json").read_text())[2:]
         assert sampled.startswith(
-            "vocabulary.mode is sampled, but FSDP2 shards the rows to draw from. Set vocabulary.mode"
+            "vocabulary.mode is sampled, but FSDP2 shards the rows to draw from. Set vocabulary"
         )
         assert stream.startswith(
             "vocabulary.mode is active, but later tokens of a stream get rows of the table, and "
