@@ -3,6 +3,7 @@
 No room below this one knows the config. `finetune.recipes` is its only reader.
 """
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -123,6 +124,11 @@ class DataSection(Section):
     # The format's name of a column -> the data's name of it, e.g. {prompt: question}.
     columns: dict[str, str] = {}
     system_prompt: str | None = None  # put before conversations that have none
+    # Variables of the chat template, in training and in use, e.g. {enable_thinking: false}.
+    chat_template_kwargs: dict[str, Any] = {}
+    # The day that a chat template prints as today, in training and evaluation; chat and generate
+    # print the real one. None: the day of the run's first start.
+    template_date: date | None = None
     # What is learnt. assistant: the assistant's turns with their end mark. all: every token.
     targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()

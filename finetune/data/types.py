@@ -91,6 +91,7 @@ class Prompt:
     input_ids: Sequence[int]
     text: str  # what a person reads as the input: the source sentence, the last user turn
     reference: str
+    tool_calls: Sequence[Mapping[str, Any]] = ()  # of the reference: {"name", "arguments"}
 
 
 class Format(Protocol):
@@ -108,4 +109,11 @@ class Format(Protocol):
 
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the prompts whose answers are compared with the record's; plain text has none."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each thing that records say and that is not used.
+
+        It is about the records whose examples were made since the last call.
+        """
         ...

@@ -86,7 +86,8 @@ PHI3 = (  # writes eos_token at the end of a conversation, after the end of the 
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
 )
 NO_HEADER_ASKED = (  # ignores add_generation_prompt
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}\n"
 )
 R1 = (  # asks with <think>, and strips the thoughts of finished turns
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

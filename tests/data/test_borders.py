@@ -1,4 +1,4 @@
-"""The border of prompt and answer: in training as in use, for tokenizers and templates of all kinds."""
+"""The border of prompt and answer: in training as in use, for all kinds of tokenizers."""
 
 from datetime import datetime
 from typing import Any
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.formats.borders import Turn, encode_turn
-from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText
+from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText, TemplateSettings
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.models.tokenizers import CHATML, set_template
@@ -107,12 +107,12 @@ def test_a_date_stands_still_for_a_run_and_moves_without_one(
     tokenizer = make_tokenizer(stock.TODAY)
     then, now = datetime(2024, 2, 9, 23, 59), datetime.now()
     for day in (then, now):
-        text = ChatTemplate(tokenizer, now=day).render([QUESTION])
+        text = ChatTemplate(tokenizer, TemplateSettings(now=day)).render([QUESTION])
         assert f"Today is {day:%d %b %Y}, a {day:%A}.<" in text
         assert text == ChatTemplate(tokenizer).render([QUESTION]).replace(
             f"{now:%d %b %Y}, a {now:%A}", f"{day:%d %b %Y}, a {day:%A}"
         )
-    [example] = check_border(ChatTemplate(tokenizer, now=then), TWO_TURNS)[:1]
+    [example] = check_border(ChatTemplate(tokenizer, TemplateSettings(now=then)), TWO_TURNS)[:1]
     assert "09 Feb 2024" in tokenizer.decode(list(example.input_ids))
 
 

@@ -21,16 +21,22 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """An answer in its place: `text` begins with `prompt`, and the answer ends at `end`."""
+    """An answer in its place, which begins after `prompt`."""
 
     prompt: str
-    text: str
-    end: int
+    text: str  # begins with `prompt`
+    end: int  # characters of the text, up to the end of the answer with its end mark
+    content_end: int | None = None  # the same without the end mark; None if there is none
 
     @property
     def learnt(self) -> str:
         """The text up to the end of the answer."""
         return self.text[: self.end]
+
+    @property
+    def answer(self) -> str:
+        """The answer, without its end mark."""
+        return self.text[len(self.prompt) : self.content_end or self.end]
 
 
 def encode_text(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.data.formats.chat import CHAT_SHAPES, ChatFormat
+from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
 from finetune.data.formats.languages import is_language
+from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import Format, Record, Tokenizer
@@ -17,7 +18,7 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
 }
 """Format -> shape -> the columns it needs. The order is the order of detection."""
 
-_OPTIONAL = {"chat": ["input"], "translation": [], "text": []}
+_OPTIONAL = {"chat": CHAT_OPTIONAL, "translation": [], "text": []}
 _ACCEPTED = (
     "messages; conversations; prompt and completion; instruction and output; translation; "
     "source and target; two columns named by languages (en, fr); text"
@@ -35,6 +36,7 @@ class FormatOptions:
     target_language: str | None
     direction: str  # "forward", "backward" or "both"
     template: str | None
+    settings: TemplateSettings  # chat and translation
 
     @property
     def languages(self) -> tuple[str | None, str | None]:
@@ -58,6 +60,7 @@ def build_format(
             columns=options.columns,
             targets=options.targets,
             system_prompt=options.system_prompt,
+            settings=options.settings,
         )
     if kind == "text":
         return TextFormat(tokenizer=tokenizer, columns=options.columns)
@@ -72,6 +75,7 @@ def build_format(
         system_prompt=options.system_prompt,
         pair_column=options.columns.get("translation", "translation") if in_one else None,
         sides=sides,
+        settings=options.settings,
     )
 
 

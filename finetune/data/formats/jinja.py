@@ -5,7 +5,6 @@ import string
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from itertools import takewhile
-from typing import Any
 
 Render = Callable[..., str]
 """`render(messages, add_generation_prompt=False)` returns a conversation as text."""
@@ -51,7 +50,7 @@ def with_generation_prompt(template: str, header: str) -> str:
     )
 
 
-def prints_the_date(template: Any) -> bool:
+def prints_the_date(template: object) -> bool:
     """Return whether a template, or one of several by name, asks for the time."""
     if isinstance(template, Mapping):
         return any(map(prints_the_date, template.values()))

@@ -48,6 +48,12 @@ class Dialog:
         """Return the first `count` messages."""
         return replace(self, messages=self.messages[:count])
 
+    def with_message(self, place: int, message: Message) -> "Dialog":
+        """Return the conversation with another message at `place`."""
+        messages = list(self.messages)
+        messages[place] = message
+        return replace(self, messages=messages)
+
     @property
     def answers(self) -> list[int]:
         """The places of the answers that are learnt."""
@@ -58,26 +64,27 @@ class Dialog:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateSettings:
+    """What a chat template gets with every conversation."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)  # its variables: enable_thinking
+    now: datetime | None = None  # the time that it prints; None: that of each rendering
+
+
+PLAIN = TemplateSettings()
+
+
 class ChatTemplate:
-    """Conversations through the tokenizer's chat template. Raises UserError if it has none.
+    """Conversations through the tokenizer's chat template. Raises UserError if it has none."""
 
-    `options` are variables that the template gets for every conversation. `now` is the time that
-    the template prints; None for the time of each rendering.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        options: Mapping[str, Any] | None = None,
-        now: datetime | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: TemplateSettings = PLAIN) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template. Set model.chat_template to chatml, or to the "
                 "path of a Jinja file"
             )
-        self.tokenizer, self.options, self.now = tokenizer, dict(options or {}), now
+        self.tokenizer, self.settings = tokenizer, settings
         self._marks = frozenset(tokenizer.get_added_vocab().values())
         self._templates: dict[bool, str] = {}
 
@@ -102,7 +109,7 @@ class ChatTemplate:
                 tools=None if dialog.tools is None else list(dialog.tools),
                 chat_template=template,
                 **how,
-                **(self.options | dict(dialog.options)),
+                **(dict(self.settings.options) | dict(dialog.options)),
             )
         except Exception as error:  # a template is a program of the user's: it may raise anything
             raise UserError(f"the chat template fails on this conversation: {error}") from error
@@ -111,7 +118,8 @@ class ChatTemplate:
         """Return the template's text, with a fixed date and a generation prompt if it lacks one."""
         if with_tools not in self._templates:
             source = self.tokenizer.get_chat_template(None, [{}] if with_tools else None)
-            dated = source if self.now is None else with_date(source, self.now)
+            now = self.settings.now
+            dated = source if now is None else with_date(source, now)
 
             def render(messages: Sequence[Message], **how: Any) -> str:
                 return str(self._apply(Dialog(messages), dated, tokenize=False, **how))
@@ -185,7 +193,7 @@ class ChatTemplate:
                 "the chat template leaves out the assistant's answer "
                 f"{str(dialog.messages[index].get('content'))[:60]!r}"
             )
-        return Turn(prompt, text, end)
+        return Turn(prompt, text, end, content_end)
 
     @cached_property
     def _closing(self) -> tuple[str, str]:

@@ -22,3 +22,6 @@ class TextFormat:
 
     def prompts(self, record: Record) -> list[Prompt]:
         return []
+
+    def notes(self) -> list[str]:
+        return []

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from finetune.data.formats.columns import column
 from finetune.data.formats.languages import language_name
-from finetune.data.formats.rendering import ChatTemplate, PlainText
+from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
 
@@ -32,6 +32,7 @@ class TranslationFormat:
     `targets` is "assistant" (the translation with its end mark) or "all".
     `system_prompt` is the system message; None for the instruction.
     `pair_column` is the column with {language: text}; None if each side is a column of its own.
+    `settings` are those of the chat template.
     `sides` names the keys or columns of (source, target); None if they are named by the languages.
     """
 
@@ -48,6 +49,7 @@ class TranslationFormat:
         system_prompt: str | None,
         pair_column: str | None = "translation",
         sides: tuple[str, str] | None = None,
+        settings: TemplateSettings = PLAIN,
     ) -> None:
         if template is not None:
             _check_template(template)
@@ -59,7 +61,7 @@ class TranslationFormat:
         self.system_prompt = system_prompt
         backward = {"forward": [False], "backward": [True], "both": [False, True]}
         self.directions = backward[direction]  # whether reversed
-        self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._chat = ChatTemplate(tokenizer, settings) if tokenizer.chat_template else None
         self._plain = PlainText(tokenizer) if self._chat is None else None
         self._has_system_role = self._chat is not None and self._chat.writes("system")
 
@@ -80,6 +82,9 @@ class TranslationFormat:
             else self.prompt(source, reverse=False, reference=target)
             for reverse in self.directions
         ]
+
+    def notes(self) -> list[str]:
+        return []
 
     def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
         """Return the prompt that asks for the translation of `text`.

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, time
 from itertools import islice
 from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.formats.detect import FormatOptions, build_format
+from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.sources import (
     Records,
@@ -77,6 +79,13 @@ def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
     return [Source(**section.model_dump()) for section in sections]
 
 
+def template_settings(config: DataSection) -> TemplateSettings:
+    """Return what the chat template of a run gets in training and evaluation."""
+    day = config.template_date
+    now = None if day is None else datetime.combine(day, time())
+    return TemplateSettings(options=config.chat_template_kwargs, now=now)
+
+
 def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Format:
     """Return the format that the config names, or that the first record is in."""
     pair = config.translation
@@ -88,6 +97,7 @@ def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Fo
         target_language=pair.target_language,
         direction=pair.direction,
         template=pair.template,
+        settings=template_settings(config),
     )
     return build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
 

@@ -13,7 +13,7 @@ from finetune.distributed.engines import let_go, prepare, with_whole_model
 from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
-from finetune.recipes.build.material import read_material
+from finetune.recipes.build.material import read_material, with_template_date
 from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
@@ -22,6 +22,7 @@ from finetune.recipes.train.start import (
     claim,
     flat_settings,
     refuse_occupied,
+    template_date,
     write_counts,
     write_records,
 )
@@ -61,8 +62,11 @@ def run_training(
     resuming = resume is not None and own
     if not dry_run:
         refuse_occupied(run, config, accelerator, resuming=resuming)
+    if checkpoint is not None:  # the template prints the day of the first start
+        config = with_template_date(config, template_date(RunDir(checkpoint.parents[1])))
     with display.warnings():
         material = read_material(config, display)
+        config = material.config
         parts = assemble(material, accelerator=accelerator, display=display)
         optimizer = make_optimizer(parts.model, config)
         check_best(

@@ -2,12 +2,13 @@
 
 import tempfile
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
-from finetune.config import RunConfig, dump_config
+from finetune.config import RunConfig, dump_config, load_config
 from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.errors import UserError
@@ -69,6 +70,11 @@ def write_records(parts: Parts, run: RunDir) -> None:
         notes=parts.display.notes,
     ).write(run)
     write_counts(parts, run)
+
+
+def template_date(run: RunDir) -> date | None:
+    """Return the day that the chat template of `run` prints, if it prints one."""
+    return load_config(run.config).data.template_date if run.is_run() else None
 
 
 def write_counts(parts: Parts, run: RunDir) -> None:
