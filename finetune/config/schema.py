@@ -216,7 +216,7 @@ class EvaluationSection(Section):
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # sequences per forward
     # In addition to the loss. None: both for translation, none for other formats.
-    metrics: tuple[Literal["chrf", "bleu"], ...] | None = None
+    metrics: tuple[Literal["chrf", "bleu", "tool_calls"], ...] | None = None
     generate: NonNegativeInt = 64  # held-out prompts to answer for these metrics; 0: none
     samples: NonNegativeInt = 8  # answers kept in samples.jsonl, with or without such metrics
     best: Literal["loss", "chrf"] = "loss"  # decides the best checkpoint and early stopping

@@ -46,6 +46,8 @@ class Tokenizer(Protocol):
 
     def get_added_vocab(self) -> Mapping[str, int]: ...
 
+    def parse_response(self, response: Any, **options: Any) -> Any: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -70,6 +70,7 @@ class ChatFormat:
         self.targets = targets
         self.system_prompt = system_prompt
         self.shape = shape
+        self.calls_tools = False  # whether a record so far called a tool
         self._counts: dict[tuple[str, ...], bool] = {}  # what messages say -> whether it is written
         self._unused: Counter[str] = Counter()  # what is not used -> records that have it
 
@@ -102,6 +103,7 @@ class ChatFormat:
             messages, muted = [_system(self.system_prompt), *messages], {i + 1 for i in muted}
         if messages[0]["role"] == "developer" and not self._writes("developer"):
             messages[0] = {**messages[0], "role": "system"}
+        self.calls_tools |= any("tool_calls" in message for message in messages)
         tools = read_tools(self._optional(record, "tools"))
         dialog = Dialog(messages, tools, self._options(record), frozenset(muted))
         self._require_answer(dialog)

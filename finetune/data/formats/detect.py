@@ -1,6 +1,7 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
@@ -54,7 +55,7 @@ def build_format(
     _check_columns(options, first_record)
     kind, shape = _detect(kind, first_record, options)
     if kind == "chat":
-        return ChatFormat(
+        chat = ChatFormat(
             tokenizer=tokenizer,
             shape=shape,
             columns=options.columns,
@@ -62,6 +63,9 @@ def build_format(
             system_prompt=options.system_prompt,
             settings=options.settings,
         )
+        with suppress(UserError):  # said when the record is encoded
+            chat.dialog(first_record)  # whether it calls tools
+        return chat
     if kind == "text":
         return TextFormat(tokenizer=tokenizer, columns=options.columns)
     sides, languages = _pair(shape, first_record, options)

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.encode import EncodedDataset, encode
+from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
@@ -22,6 +23,7 @@ from finetune.data.sources import (
 from finetune.data.types import Format, Prompt, Record
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.evaluation.answers import TOOL_CALLS
 from finetune.models.describe import context_length
 
 STREAM_SAMPLE = 1000  # records of a stream that are read in advance
@@ -189,14 +191,17 @@ def first_prompts(
 
 
 def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
-    """Return the metrics over answers: those of the config, else chrF and BLEU for translation.
+    """Return the metrics over answers: those of the config, else those that suit the format.
 
-    There are none if no answers are generated.
+    These are chrF and BLEU for translation, and calls for conversations that call tools. There are
+    none if no answers are generated.
     """
     if config.evaluation.generate == 0:
         return ()
     if config.evaluation.metrics is not None:
         return config.evaluation.metrics
+    if isinstance(format, ChatFormat):
+        return (TOOL_CALLS,) if format.calls_tools else ()
     return ("chrf", "bleu") if format.name == "translation" else ()
 
 
