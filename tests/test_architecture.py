@@ -34,7 +34,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "accelerate": {"distributed", "training", "recipes"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},
-    "jinja2": {"models", "report"},
+    "jinja2": {"report"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
     "numpy": {"landscape"},

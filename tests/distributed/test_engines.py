@@ -15,7 +15,7 @@ from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.export import export_run
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import LLAMA, PYTHIA, conversation
 from tests.distributed import engine_worker

@@ -22,7 +22,7 @@ from finetune.recipes.train.launch import (
     number_of_processes,
     root_cause,
 )
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.recipes.train.worker import work
 from finetune.training.stopping import StopSignal
 from tests.conftest import PYTHIA, conversation

@@ -24,7 +24,7 @@ from finetune.recipes.inspect import inspect_data
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.plan.planner import Planner
 from finetune.recipes.plan.tables import make_console, print_plan
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 
 WORDS = [
     "the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then",

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import PYTHIA
 
