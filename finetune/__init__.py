@@ -1,6 +1,6 @@
-"""`finetune`: fine-tune small causal language models; vocabulary rows that a run does not use cost nothing.
+"""Fine-tuning of small causal language models for chat and translation.
 
-Floor 6. The names below are loaded when they are first used, so that `import finetune` costs nothing.
+The names below are loaded when they are first used, so that `import finetune` is instant.
 """
 
 from importlib import import_module

@@ -113,7 +113,7 @@ def evaluate_loss(
     total_nats, num_tokens, num_bytes = sums.total.tolist()
     if not num_tokens:
         raise UserError(
-            "the held-out data has no target token, so there is no loss to compute: give other "
+            "the held-out data has no target token, so there is no loss to compute. Give other "
             "data, or more of it"
         )
     loss = total_nats / num_tokens

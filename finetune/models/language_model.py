@@ -164,8 +164,8 @@ def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
     missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
     if len(missing):
         raise UserError(
-            f"the target token {int(missing[0])} does not train and was not drawn for this step: "
-            "make it active, or give the step's targets to FrozenSampler.before_step"
+            f"the target token {int(missing[0])} does not train and was not drawn for this step. "
+            "Make it active, or give the step's targets to FrozenSampler.before_step"
         )
 
 
@@ -191,7 +191,7 @@ def check_packing(language_model: LanguageModel) -> None:
         raise UserError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
             f"packed examples see each other (losses differ by up to {error:.2g} nats from those "
-            "of the examples alone); set data.packing: false"
+            "of the examples alone). Set data.packing: false"
         )
 
 

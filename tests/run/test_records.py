@@ -122,7 +122,7 @@ def test_a_key_of_a_later_version_is_kept(run, name):
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_damaged_record_names_its_file(run, name, text):
     (run.root / name).write_text(text)
-    with pytest.raises(UserError, match=rf"run/{name} is no valid JSON object .*: restore it, or"):
+    with pytest.raises(UserError, match=rf"run/{name} is not a valid JSON object .*\. Restore or"):
         type(RECORDS[name]).read(run)
 
 
@@ -178,7 +178,7 @@ def test_nan_and_infinity_are_valid_json_and_come_back(run):
     assert Result.read(run).test == {"all": math.inf}
 
 
-def test_samples_come_back_whatever_a_model_says(run):
+def test_samples_come_back_with_any_character(run):
     keep_samples(run, SAMPLES[:1])
     keep_samples(run, SAMPLES[1:])
     assert read_samples(run) == (SAMPLES, 0)
