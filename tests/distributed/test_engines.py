@@ -1,4 +1,4 @@
-"""FSDP2 over gloo on the CPU, and what is refused: the engines in which a parameter is not whole on a process."""
+"""FSDP2 over gloo on the CPU, where no process has a whole parameter; and what is refused."""
 
 import json
 import re
@@ -60,10 +60,11 @@ def alone(*overrides: str, config: str = "lazy.yaml", resume: str | None = None)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Runs on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/; half/ is begun by one.
-    host0/, host1/ and full/ cannot be saved; killed/ is killed in mid-save and goes on with three processes.
+    """Train on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/.
 
-    tied.yaml has an active vocabulary: the head's table is one of few rows, beside a frozen one.
+    half/ is begun by one. host0/, host1/ and full/ cannot be saved. killed/ is killed while it
+    saves, and goes on with three processes. tied.yaml has an active vocabulary: the head has a
+    table of few rows, and a frozen one.
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
         pytest.skip(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}")
@@ -182,13 +183,13 @@ def test_a_run_goes_from_one_process_to_fsdp2_and_back(folder, monkeypatch):
 def test_what_one_process_could_not_write_no_process_takes_for_saved(folder):
     first, second = (json.loads((folder / f"refused{rank}.json").read_text()) for rank in (0, 1))
     assert (
-        "does not see it; output_dir must lie on a disk that all hosts share; there is no earlier checkpoint"
+        "does not see it (output_dir must be on a disk that all hosts share); there is no earlier"
         in first[0]
     )
     assert second[0] == first[0].replace("host0", "host1")
     assert first[1] == second[1]
     assert re.match(
-        r"the checkpoint of step 3 could not be written to full/checkpoints: File too large; there is no",
+        "the checkpoint of step 3 could not be written to full/checkpoints: File too large; there",
         first[1],
     )
     assert not list((folder / "full" / "checkpoints").iterdir())
@@ -199,10 +200,11 @@ def test_what_would_change_a_sharded_table_between_steps_is_refused(folder):
     for rank in (0, 1):
         sampled, stream = json.loads((folder / f"refused{rank}.json").read_text())[2:]
         assert sampled.startswith(
-            "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode"
+            "vocabulary.mode is sampled, but FSDP2 shards the rows to draw from. Set vocabulary"
         )
         assert stream.startswith(
-            "vocabulary.mode is active, but tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+            "vocabulary.mode is active, but later tokens of a stream get rows of the table, and "
+            "FSDP2 shards it"
         )
     assert not (folder / "sampled").exists()
     assert not (folder / "stream").exists()

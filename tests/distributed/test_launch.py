@@ -1,4 +1,4 @@
-"""`finetune train --processes n`: the run ends as one of a single process does, survives a death, and stops when told to."""
+"""`finetune train --processes n`: the result is that of one process; deaths and signals."""
 
 import json
 import os
@@ -55,7 +55,10 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """c.yaml: a lazily trained model, four micro-batches a step, a checkpoint every three steps; whole/: its run in one process."""
+    """Make c.yaml, a lazily trained model, and whole/, its run in one process.
+
+    A step has four micro-batches, and every third step is saved.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
@@ -81,7 +84,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(folder):
-    """Process 1 is killed in step 6, the restart is told to stop in step 8 or soon after, and one process does the rest."""
+    """Process 1 is killed in step 6, the restart stops after step 8, one process does the rest."""
     (folder / "sitecustomize.py").write_text(SITE)
     command = [
         sys.executable,
@@ -160,7 +163,10 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
-    said = "run/environment.json could not be written: No space left on device; there is no checkpoint yet"
+    said = (
+        "run/environment.json could not be written: No space left on device; "
+        "there is no checkpoint yet"
+    )
     assert mistake_of(failure) == said
 
 

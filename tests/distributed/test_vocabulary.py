@@ -1,4 +1,4 @@
-"""One active vocabulary, and one sample of frozen rows a step, on all processes: two train what one trains."""
+"""The active vocabulary and the drawn rows on two processes, which train what one trains."""
 
 import json
 import subprocess
@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes.test_vocabulary import base, config_for, losses, sentences, write_texts  # noqa: F401  (base is a fixture)
+from tests.recipes.test_vocabulary import (  # noqa: F401  (base is a fixture)
+    base,
+    config_for,
+    losses,
+    sentences,
+    write_texts,
+)
 
 CASES = {
     "sampled": ["vocabulary.mode=sampled", "vocabulary.num_sampled=40"],

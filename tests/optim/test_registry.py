@@ -108,8 +108,9 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
         (
             "adamw",
             {"beta": (0.9, 0.95)},
-            "optimizer 'adamw' does not take 'beta'; it takes lr, betas, eps, weight_decay, amsgrad, "
-            "maximize, foreach, capturable, differentiable, fused, no_decay, overrides, layer_decay. "
+            "optimizer 'adamw' does not take 'beta'; it takes lr, betas, eps, weight_decay, "
+            "amsgrad, maximize, foreach, capturable, differentiable, fused, no_decay, overrides, "
+            "layer_decay. "
             "Did you mean 'betas'?",
         ),
         (

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave behind, that cutting a step changes nothing, and how they end."""
+"""Whole runs of a tiny model: what they leave, how a step may be cut, and how they end."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_a_translation_run_without_metrics_of_generated_text(tiny, tmp_path, sam
 
 
 def test_bf16_products_follow_fp32_ones_in_one_process(tiny, tmp_path):
-    """Whatever precision an earlier run of the process had; weights, optimizer state and the exported model stay float32."""
+    """Weights, state and export stay float32, for any precision of an earlier run."""
     found = []
     for number, precision in enumerate(("fp32", "bf16", "fp32")):
         train(tiny(output_dir=str(tmp_path / str(number)), training={"precision": precision}))
