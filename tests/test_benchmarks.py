@@ -9,7 +9,7 @@ import pytest
 
 from finetune.config.loading import make_config
 from finetune.display import Display
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHAPE = ("--sequences=2", "--length=64", "--held-out=4")

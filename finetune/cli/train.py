@@ -40,7 +40,7 @@ def train(
     """
     if processes is None and not restarts:
         from finetune.config import load_config
-        from finetune.recipes.train.run import run_training
+        from finetune.recipes.train.train import run_training
 
         stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
     else:

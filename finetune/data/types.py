@@ -73,7 +73,7 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-class Batch(TypedDict, total=False):
+class MicroBatch(TypedDict, total=False):
     """One micro-batch. Only packed sequences have `position_ids`.
 
     Positions restart at 0 with each example. Padded sequences are padded on the right and need no

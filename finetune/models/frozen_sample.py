@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from finetune.compute.loss import FrozenRows
-from finetune.data.types import Batch
+from finetune.data.types import MicroBatch
 from finetune.errors import UserError
 from finetune.models.language_model import NOT_SAMPLED, LanguageModel, evaluating
 from finetune.models.vocabulary.rows import ActiveHead
@@ -74,7 +74,7 @@ def draw_rows(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch]) -> Tensor:
+def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[MicroBatch]) -> Tensor:
     """Return the root mean square of each frozen row's probability: [F] float64 on the CPU.
 
     The mean is over the target positions of `batches`. Raises UserError as FrozenSampler does, and

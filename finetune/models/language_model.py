@@ -69,9 +69,9 @@ class LanguageModel(nn.Module):
         reduction: str = "sum",
         inactive: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of a batch in nats: summed over target tokens, or of each of them.
+        """Return the loss of a micro-batch in nats: summed over target tokens, or of each of them.
 
-        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.Batch`.
+        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.MicroBatch`.
         "sum" gives the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32
         in the order of the sequences: the loss of each target token, and the probability of the
         tokens `inactive` ([V] bool; 0 without them). Raises UserError for a target that is neither

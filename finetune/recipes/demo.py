@@ -11,7 +11,7 @@ from rich.table import Table
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, read_samples

@@ -17,7 +17,7 @@ from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.distributed import engines
 from finetune.errors import UserError
-from finetune.recipes.train import run as training
+from finetune.recipes.train import train as training
 from finetune.training import checkpoint
 from tests.distributed.processes import log_to
 

@@ -19,7 +19,7 @@ import yaml
 
 from finetune.config.loading import load_config
 from finetune.display import Display
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from tests.conftest import PYTHIA, conversation
 
 ROOT = Path(__file__).parents[2]

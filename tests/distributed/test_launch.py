@@ -22,7 +22,7 @@ from finetune.recipes.train.launch import (
     number_of_processes,
     root_cause,
 )
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.recipes.train.worker import work
 from finetune.training.stopping import StopSignal
 from tests.conftest import PYTHIA, conversation
@@ -144,7 +144,7 @@ def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
-    assert mistake_of(failure).startswith("whole holds another run. Go on with it by --resume auto")
+    assert mistake_of(failure).startswith("whole holds another run. Continue it with --resume auto")
 
 
 def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", ""])
 def test_what_the_number_of_processes_may_be(given):
     with pytest.raises(
-        UserError, match=r"--processes is .*; give auto, or a number of processes from 1"
+        UserError, match=r"--processes is .*\. Give auto, or a number of processes from 1"
     ):
         number_of_processes(given)
 
@@ -192,7 +192,7 @@ def test_auto_is_one_process_without_a_gpu_and_no_launcher_starts_another(monkey
 
 def test_restarts_and_overwriting_exclude_each_other(folder, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(UserError, match="leave one of the two out"):
+    with pytest.raises(UserError, match="Leave one of the two out"):
         launch_training(Path("c.yaml"), ["overwrite_output_dir=true"], processes="2", restarts=1)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.models.card import license_of
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.locate import resolve_name
 from finetune.models.tokenizers import load_tokenizer
+from finetune.report.card import license_of
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 

@@ -24,7 +24,7 @@ from finetune.recipes.inspect import inspect_data
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.plan.planner import Planner
 from finetune.recipes.plan.tables import make_console, print_plan
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 
 WORDS = [
     "the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then",
@@ -707,7 +707,7 @@ NOT_AN_ID = "is not allowed: input should be a valid integer or a valid string$"
         ('[""]', "vocabulary.keep: the text '' has no tokens. Give a text that has some, or a"),
         ("[true]", f"vocabulary.keep.0 = True {NOT_AN_ID}"),
         ("[a, 1.5]", f"vocabulary.keep.1 = 1.5 {NOT_AN_ID}"),
-        ("5", r"vocabulary.keep = 5 is not allowed: give a list, such as \[5\]"),
+        ("5", r"vocabulary.keep = 5 is not allowed: input should be a list, such as \[5\]"),
     ],
 )
 def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path, keep, why):

@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from finetune.comparison.runs import Result
 from finetune.errors import UserError
 from finetune.evaluation.loss import LossResult, VocabularyLoss
 from finetune.run.environment import collect_environment
@@ -29,6 +28,7 @@ from finetune.run.records import (
     read_samples,
     write_config,
 )
+from finetune.run.trials import Result
 
 FIGURES = {"loss": 2.5, "chrf": 20.25, "chrf_signature": "nrefs:1", "seconds": 1.5}
 RECORDS = {

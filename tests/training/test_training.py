@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import PYTHIA
 
@@ -212,7 +212,7 @@ def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatc
 
 def test_a_folder_with_another_run_is_refused_or_replaced(tiny, tmp_path):
     train(tiny(training={"max_steps": 1}))
-    with pytest.raises(UserError, match="holds another run; go on with it by --resume auto"):
+    with pytest.raises(UserError, match=r"holds another run\. Continue it with --resume auto"):
         train(tiny())
     train({**tiny(training={"max_steps": 2}), "overwrite_output_dir": True})
     assert len(losses(tmp_path / "run")) == 2

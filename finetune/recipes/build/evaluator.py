@@ -31,7 +31,7 @@ from finetune.run.wording import listed
 
 
 class Evaluator:
-    """Evaluates a language model, as it is at the time, on the held-out data of `material`.
+    """The evaluations of a language model, as it is at the time, on the data of `material`.
 
     Every process of a run calls the same methods; each evaluates its share. `inactive()` returns
     [V] bool, true for tokens that the run does not use, or None (see `evaluate_loss`).

@@ -1,4 +1,4 @@
-"""What a comparison knows of one run: its settings, its outcome and its curves.
+"""The records of a run of a comparison: its settings, its outcome and its curves.
 
 They are read from the run's folder. In a comparison the folder also holds `updates.jsonl` and
 `result.json`, which is written last.
