@@ -19,6 +19,9 @@ TopK = Annotated[
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Values above 1 discourage repetition.")
 ]
+System = Annotated[
+    str | None, typer.Option(help="System prompt; '' is none.", show_default="the run's own")
+]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
@@ -50,6 +53,7 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as plain text, without the chat template."),
     ] = False,
+    system: System = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line: prompt and answer.")
     ] = False,
@@ -76,7 +80,7 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     for asked, answer in generate_answers(
-        target, prompt or [], raw=raw, seed=seed, settings=settings
+        target, prompt or [], raw=raw, system_prompt=system, seed=seed, settings=settings
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         typer.echo(
@@ -89,7 +93,7 @@ def generate(
 @app.command()
 def chat(
     target: Target,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,

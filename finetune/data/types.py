@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
 
-    def __call__(self, text: str | list[str], **options: Any) -> Any: ...
+    def __call__(self, text: Any, **options: Any) -> Any: ...
 
     def __len__(self) -> int: ...
 
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
     def get_added_vocab(self) -> Mapping[str, int]: ...
 
-    def parse_response(self, response: Any, **options: Any) -> Any: ...
+    def parse_response(self, response: Any, *, prefix: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,14 @@ class Format(Protocol):
     """A format turns records into examples. There are three: chat, translation, text."""
 
     name: str
+
+    @property
+    def common_system_prompt(self) -> str | None:
+        """The system prompt of all examples so far, for use after training; None if there is none.
+
+        If they differ it is the one of the config.
+        """
+        ...
 
     def examples(self, record: Record) -> list[Example]:
         """Return the examples of one record, untruncated.

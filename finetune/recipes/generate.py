@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.formats.rendering import ChatTemplate, first_tokens
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.inference.conversation import Conversation
@@ -22,19 +22,30 @@ def generate_answers(
     prompts: Sequence[str],
     *,
     raw: bool,
+    system_prompt: str | None = None,
     seed: int,
     settings: Mapping[str, Any],
     display: Display | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield each prompt with its answer, in order; without prompts, each line of stdin is one.
 
-    `raw` continues the text as it is, without the chat template. `settings` change the generation
-    settings of the run. Raises UserError for a target that cannot be opened.
+    `raw` continues the text as it is, without the chat template. `system_prompt`: None for that of
+    the run, "" for none. `settings` change the generation settings of the run. Raises UserError for
+    a target that cannot be opened.
     """
     opened, display = open_target(target), display or Display()
     section = opened.settings(settings)
     plain = raw or not opened.tokenizer.chat_template
-    encode = _raw_prompt(opened.tokenizer) if plain else _chat_prompt(opened.tokenizer)
+    if plain and system_prompt:
+        raise UserError(
+            "a system prompt is given, but the text is continued without a chat template. Leave "
+            "out --system or --raw"
+        )
+    encode = (
+        _raw_prompt(opened.tokenizer)
+        if plain
+        else _chat_prompt(opened.template(), opened.system_prompt(system_prompt, display))
+    )
     for texts in _chunks(prompts or stdin_lines(display, "one prompt a line"), section.batch_size):
         with display.bar("generating", len(texts)) as advance:
             answers = generate(
@@ -56,7 +67,8 @@ def chat_in_terminal(
     talk = Conversation(
         opened.model,
         opened.tokenizer,
-        system_prompt=system_prompt,
+        template=opened.template_settings,
+        system_prompt=opened.system_prompt(system_prompt, display),
         notify=display.say,
         settings=generation_settings(opened.settings(settings), opened.model, seed=seed),
     )
@@ -70,15 +82,18 @@ def chat_in_terminal(
             _print_reply(talk, question, display)
 
 
-def _chat_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
+def _chat_prompt(template: ChatTemplate, system_prompt: str | None) -> Callable[[str], list[int]]:
     """Return a function from a question to the token ids of a conversation that asks it."""
-    template = ChatTemplate(tokenizer)
-    return lambda text: template.prompt([{"role": "user", "content": text}])
+    if system_prompt is not None and not template.writes("system"):
+        raise UserError("the chat template of this model takes no system prompt. Leave it out")
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return lambda text: template.prompt([*system, {"role": "user", "content": text}])
 
 
 def _raw_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Return a function from a text to its token ids."""
-    return lambda text: tokenizer(text).input_ids
+    """Return a function from a text to its token ids, without an end mark after them."""
+    bos = first_tokens(tokenizer)
+    return lambda text: [*bos, *tokenizer(text, add_special_tokens=False).input_ids]
 
 
 def _ask() -> str | None:

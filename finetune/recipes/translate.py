@@ -39,7 +39,7 @@ def translate_text(
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     opened, display = open_target(target), display or Display()
-    format, section = _translation_format(opened, source, to), opened.settings(settings)
+    format, section = _translation_format(opened, source, to, display), opened.settings(settings)
     trained = _trained_languages(opened.run)
     if trained and not set(format.languages) <= set(trained):
         display.say(
@@ -67,7 +67,9 @@ def translate_text(
         print(line, flush=True)
 
 
-def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
+def _translation_format(
+    opened: Opened, source: str | None, to: str | None, display: Display
+) -> TranslationFormat:
     """Return the format of the run's own training, from `source` to `to`.
 
     By default the languages are those of the run, in the direction that it was trained in.
@@ -82,13 +84,17 @@ def _translation_format(opened: Opened, source: str | None, to: str | None) -> T
         raise UserError(
             "the languages are not known. Give --from and --to, such as --from en --to fr"
         )
+    system = data.system_prompt if data is not None else None
+    if system is not None:
+        display.say(f"system prompt of the run: {system}")
     return TranslationFormat(
         tokenizer=opened.tokenizer,
         languages=(source, to),
         direction="forward",
         template=data.translation.template if data is not None else None,
         targets="assistant",
-        system_prompt=data.system_prompt if data is not None else None,
+        system_prompt=system,
+        settings=opened.template_settings,
     )
 
 

@@ -71,6 +71,7 @@ class ChatFormat:
         self.system_prompt = system_prompt
         self.shape = shape
         self.calls_tools = False  # whether a record so far called a tool
+        self._systems: set[str | None] = set()  # of examples, at most two of them
         self._counts: dict[tuple[str, ...], bool] = {}  # what messages say -> whether it is written
         self._unused: Counter[str] = Counter()  # what is not used -> records that have it
 
@@ -115,6 +116,9 @@ class ChatFormat:
     def examples(self, record: Record) -> list[Example]:
         dialog, unused = self._read(record)
         self._unused.update(unused)
+        if len(self._systems) < 2:
+            first = dialog.messages[0]
+            self._systems.add(None if first["role"] == "user" else first["content"])
         return self.template.examples(dialog, targets=self.targets)
 
     def prompts(self, record: Record) -> list[Prompt]:
@@ -135,6 +139,11 @@ class ChatFormat:
                 tuple(call["function"] for call in answer.get("tool_calls", ())),
             )
         ]
+
+    @property
+    def common_system_prompt(self) -> str | None:
+        """The system prompt of every conversation so far; that of the config if they differ."""
+        return next(iter(self._systems)) if len(self._systems) == 1 else self.system_prompt
 
     def notes(self) -> list[str]:
         """Return a sentence for each thing that records say and that is not used.

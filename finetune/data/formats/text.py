@@ -23,5 +23,9 @@ class TextFormat:
     def prompts(self, record: Record) -> list[Prompt]:
         return []
 
+    @property
+    def common_system_prompt(self) -> None:
+        return None
+
     def notes(self) -> list[str]:
         return []

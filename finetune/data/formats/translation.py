@@ -83,6 +83,14 @@ class TranslationFormat:
             for reverse in self.directions
         ]
 
+    @property
+    def common_system_prompt(self) -> str | None:
+        """The system message of every pair; None if the directions have different ones."""
+        if self._chat is None or len(self.directions) > 1:
+            return self.system_prompt
+        first = self._question("", self.directions[0])[0]
+        return first["content"] if first["role"] == "system" else None
+
     def notes(self) -> list[str]:
         return []
 

@@ -85,6 +85,7 @@ def write_counts(parts: Parts, run: RunDir) -> None:
         train=parts.statistics.as_dict(),
         languages=format.languages if isinstance(format, TranslationFormat) else None,
         validation=None if held_out is None else held_out.statistics.as_dict(),
+        system_prompt=format.common_system_prompt,
     ).write(run)
 
 
