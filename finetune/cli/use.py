@@ -1,5 +1,6 @@
 """`finetune evaluate`, `generate`, `chat` and `translate`: a trained run, or any model, in use."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,7 @@ def generate(
     """
     import json
 
+    from finetune.display import on_terminal
     from finetune.recipes.generate import generate_answers
 
     settings = given(
@@ -84,9 +86,9 @@ def generate(
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         typer.echo(
-            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=False)
+            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=not speaks_utf8())
             if as_json
-            else plain
+            else on_terminal(plain)
         )
 
 
@@ -151,6 +153,11 @@ def translate(
         to=to,
         settings=given(max_new_tokens=max_new_tokens),
     )
+
+
+def speaks_utf8() -> bool:
+    """Return whether stdout takes any text."""
+    return (sys.stdout.encoding or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def given(**settings: float | int | None) -> dict[str, float | int]:

@@ -129,6 +129,9 @@ class DataSection(Section):
     # The day that a chat template prints as today, in training and evaluation; chat and generate
     # print the real one. None: the day of the run's first start.
     template_date: date | None = None
+    # A text with a special token such as <|im_end|>. parse: learnt as that token, which is what
+    # servers read, and counted. refuse: a bad record.
+    control_tokens: Literal["parse", "refuse"] = "parse"
     # What is learnt. assistant: the assistant's turns with their end mark. all: every token.
     targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()

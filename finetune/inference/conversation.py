@@ -16,6 +16,7 @@ class Conversation:
     """One conversation with `model`, which is on its device.
 
     `template` has what the chat template gets with each prompt.
+    A control token that a question spells out, such as <|im_end|>, is plain text.
     `turns` holds the questions and answers so far. When they outgrow the model's context, the
     oldest pair is dropped, and `notify` gets a sentence about it. Raises UserError if the
     tokenizer has no chat template, or one that cannot hold the system prompt.
@@ -72,7 +73,9 @@ class Conversation:
         limit = context_length(self.model)
         turns = self.turns
         while True:
-            prompt = self.template.prompt([*self._system, *turns, question])
+            prompt = self.template.prompt(
+                [*self._system, *turns, question], parse_control_tokens=False
+            )
             if (
                 limit is None
                 or len(prompt) + min(self.settings.max_new_tokens, limit // 2) <= limit

@@ -112,8 +112,7 @@ def set_template(
         )
     elif chat_template is not None:
         try:
-            path = Path(chat_template).expanduser()
-            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be '

@@ -9,12 +9,12 @@ from itertools import islice
 from typing import Any
 
 from finetune.data.formats.rendering import ChatTemplate, first_tokens
-from finetune.display import Display, differences
+from finetune.display import Display, differences, on_terminal
 from finetune.errors import UserError
 from finetune.inference.conversation import Conversation
 from finetune.inference.generation import generate
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import open_target, stdin_lines
+from finetune.recipes.build.target import open_target, require_utf8, stdin_lines
 
 
 def generate_answers(
@@ -46,17 +46,19 @@ def generate_answers(
         if plain
         else _chat_prompt(opened.template(), opened.system_prompt(system_prompt, display))
     )
-    for texts in _chunks(prompts or stdin_lines(display, "one prompt a line"), section.batch_size):
-        with display.bar("generating", len(texts)) as advance:
+    given = [require_utf8(prompt, "the prompt") for prompt in prompts]
+    for texts in _chunks(given or stdin_lines(display, "one prompt a line"), section.batch_size):
+        asked = [text for text in texts if given or text.strip()]  # a blank line stays blank
+        with display.bar("generating", len(asked)) as advance:
             answers = generate(
                 opened.model,
-                [encode(text) for text in texts],
+                [encode(text) for text in asked],
                 batch_size=section.batch_size,
                 on_progress=differences(advance),
                 settings=generation_settings(section, opened.model, seed=seed),
             )
         decoded = (opened.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
-        yield from zip(texts, decoded, strict=True)
+        yield from ((text, next(decoded) if given or text.strip() else "") for text in texts)
 
 
 def chat_in_terminal(
@@ -73,7 +75,7 @@ def chat_in_terminal(
         settings=generation_settings(opened.settings(settings), opened.model, seed=seed),
     )
     display.say("Ask something. /reset forgets the conversation, /exit ends it.")
-    while (question := _ask()) not in (None, "/exit", "/quit"):
+    while (question := _ask(display)) not in (None, "/exit", "/quit"):
         assert question is not None
         if question == "/reset":
             talk.reset()
@@ -96,19 +98,26 @@ def _raw_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: [*bos, *tokenizer(text, add_special_tokens=False).input_ids]
 
 
-def _ask() -> str | None:
-    """Return the next question, or None at the end of the input."""
+def _ask(display: Display) -> str | None:
+    """Return the next question, or None at the end of the input.
+
+    A line that is not UTF-8 is reported, and is no question.
+    """
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        text = input("> " if sys.stdin.isatty() else "")
+        return require_utf8(text.removesuffix("\r"), "the question")
     except (EOFError, KeyboardInterrupt):
         return None
+    except (UserError, UnicodeDecodeError) as error:
+        display.say(str(error))
+        return ""
 
 
 def _print_reply(talk: Conversation, question: str, display: Display) -> None:
     """Print the answer as it is generated; Ctrl-C cuts it short."""
     try:
         for piece in talk.reply(question):
-            print(piece, end="", flush=True)
+            print(on_terminal(piece), end="", flush=True)
         print()
     except KeyboardInterrupt:
         print(" …")

@@ -7,11 +7,11 @@ from typing import Any
 
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.sources.files import read_lines
-from finetune.display import Display, differences
+from finetune.display import Display, differences, on_terminal
 from finetune.errors import UserError
 from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import Opened, open_target, stdin_lines
+from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
 
@@ -38,6 +38,7 @@ def translate_text(
         raise UserError("--output is given without --input. Give --input, or redirect the output")
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
+    texts = [require_utf8(text, "the sentence") for text in texts]
     opened, display = open_target(target), display or Display()
     format, section = _translation_format(opened, source, to, display), opened.settings(settings)
     trained = _trained_languages(opened.run)
@@ -64,7 +65,7 @@ def translate_text(
         else texts or stdin_lines(display, "one sentence a line")
     )
     for line in translate(lines):
-        print(line, flush=True)
+        print(on_terminal(line), flush=True)
 
 
 def _translation_format(

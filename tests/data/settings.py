@@ -25,6 +25,7 @@ def format_options(**options: Any) -> FormatOptions:
         "direction": "forward",
         "template": None,
         "settings": PLAIN,
+        "refuse_control_tokens": False,
     }
     return FormatOptions(**(defaults | options))
 

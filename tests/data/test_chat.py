@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.detect import build_format
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.types import IGNORE_INDEX, Example
@@ -46,6 +47,7 @@ def chat(
         targets=targets,
         system_prompt=system,
         settings=TemplateSettings(),
+        control=ControlTokens(tokenizer),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.columns import column, text_column
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.messages import (
     check_order,
     conversation_text,
@@ -50,7 +51,7 @@ class ChatFormat:
     `columns` maps what this format calls a column to what the data calls it.
     `targets` is "assistant" (the assistant's turns with their end mark) or "all".
     `system_prompt` is put before conversations that have no system message.
-    `settings` are those of the chat template.
+    `settings` are those of the chat template. `control` counts or refuses control tokens in texts.
     """
 
     name = "chat"
@@ -64,8 +65,10 @@ class ChatFormat:
         targets: str,
         system_prompt: str | None,
         settings: TemplateSettings,
+        control: ControlTokens,
     ) -> None:
         self.template = ChatTemplate(tokenizer, settings)
+        self.control = control
         self.columns = columns
         self.targets = targets
         self.system_prompt = system_prompt
@@ -115,6 +118,7 @@ class ChatFormat:
 
     def examples(self, record: Record) -> list[Example]:
         dialog, unused = self._read(record)
+        self.control.check([*dialog.messages, dialog.tools or ()])
         self._unused.update(unused)
         if len(self._systems) < 2:
             first = dialog.messages[0]
@@ -154,7 +158,7 @@ class ChatFormat:
         return [
             f"not used: {what} ({count:,} record{'s' * (count != 1)})"
             for what, count in sorted(unused.items())
-        ]
+        ] + self.control.notes()
 
     def _shape_of(self, record: Record) -> str:
         """Return the record's shape, which may differ between sources and within a JSON file.

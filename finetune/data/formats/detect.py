@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import is_language
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
@@ -38,6 +39,7 @@ class FormatOptions:
     direction: str  # "forward", "backward" or "both"
     template: str | None
     settings: TemplateSettings  # chat and translation
+    refuse_control_tokens: bool  # in the texts of records
 
     @property
     def languages(self) -> tuple[str | None, str | None]:
@@ -53,6 +55,7 @@ def build_format(
     columns of `first_record` fit no accepted shape.
     """
     _check_columns(options, first_record)
+    control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
     kind, shape = _detect(kind, first_record, options)
     if kind == "chat":
         chat = ChatFormat(
@@ -62,12 +65,13 @@ def build_format(
             targets=options.targets,
             system_prompt=options.system_prompt,
             settings=options.settings,
+            control=control,
         )
         with suppress(UserError):  # said when the record is encoded
             chat.dialog(first_record)  # whether it calls tools
         return chat
     if kind == "text":
-        return TextFormat(tokenizer=tokenizer, columns=options.columns)
+        return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
     sides, languages = _pair(shape, first_record, options)
     in_one = shape == "translation"
     return TranslationFormat(
@@ -80,6 +84,7 @@ def build_format(
         pair_column=options.columns.get("translation", "translation") if in_one else None,
         sides=sides,
         settings=options.settings,
+        control=control,
     )
 
 

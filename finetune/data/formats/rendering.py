@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any
 
 from finetune.data.formats.borders import Span, Turn, encode_text, encode_turn, encode_turns
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.jinja import (
     missing_generation_prompt,
     shared_start,
@@ -141,8 +142,18 @@ class ChatTemplate:
         except UserError:
             return False
 
-    def prompt(self, messages: Sequence[Message] | Dialog) -> list[int]:
-        """Return the token ids of the conversation up to the place where the assistant answers."""
+    def prompt(
+        self, messages: Sequence[Message] | Dialog, *, parse_control_tokens: bool = True
+    ) -> list[int]:
+        """Return the token ids of the conversation up to the place where the assistant answers.
+
+        `parse_control_tokens`: False reads a control token that a message spells out as plain text.
+        """
+        dialog = _as_dialog(messages)
+        if not parse_control_tokens and ControlTokens(self.tokenizer).find(list(dialog.messages)):
+            how = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
+            source = self.source(with_tools=dialog.tools is not None)
+            return list(self._apply(dialog, source, add_generation_prompt=True, **how))
         text = self.render(messages, add_generation_prompt=True)
         return list(encode_text(self.tokenizer, text, []).input_ids)
 

@@ -13,6 +13,7 @@ import string
 from collections.abc import Mapping
 
 from finetune.data.formats.columns import column
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import language_name
 from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
@@ -32,7 +33,7 @@ class TranslationFormat:
     `targets` is "assistant" (the translation with its end mark) or "all".
     `system_prompt` is the system message; None for the instruction.
     `pair_column` is the column with {language: text}; None if each side is a column of its own.
-    `settings` are those of the chat template.
+    `settings` are those of the chat template. `control` counts or refuses control tokens in texts.
     `sides` names the keys or columns of (source, target); None if they are named by the languages.
     """
 
@@ -50,9 +51,11 @@ class TranslationFormat:
         pair_column: str | None = "translation",
         sides: tuple[str, str] | None = None,
         settings: TemplateSettings = PLAIN,
+        control: ControlTokens | None = None,
     ) -> None:
         if template is not None:
             _check_template(template)
+        self.control = control or ControlTokens(tokenizer)
         self.languages = languages
         self.sides = sides if sides is not None else languages
         self.pair_column = pair_column
@@ -67,6 +70,7 @@ class TranslationFormat:
 
     def examples(self, record: Record) -> list[Example]:
         source, target = self._pair(record)
+        self.control.check((source, target))
         return [
             example
             for reverse in self.directions
@@ -92,7 +96,7 @@ class TranslationFormat:
         return first["content"] if first["role"] == "system" else None
 
     def notes(self) -> list[str]:
-        return []
+        return self.control.notes()
 
     def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
         """Return the prompt that asks for the translation of `text`.

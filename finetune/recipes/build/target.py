@@ -85,14 +85,31 @@ def open_target(target: str) -> Opened:
     return Opened(model, tokenizer, run if is_run else None, config)
 
 
+def require_utf8(text: str, what: str) -> str:
+    """Return `text`. Raises UserError if it holds bytes that were not UTF-8.
+
+    In the C locales Python reads such bytes as lone surrogates, which no tokenizer takes.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{what} is not UTF-8 text: {text!r:.80}. Convert it first")
+    return text
+
+
 def stdin_lines(display: Display, what: str) -> Iterator[str]:
-    """Yield the lines of stdin; at a terminal, first print what to type."""
+    """Yield the lines of stdin; at a terminal, first print what to type.
+
+    Only \\n and \\r\\n end a line. A byte order mark is no text. Raises UserError for a line that
+    is not UTF-8, in any locale.
+    """
     if sys.stdin.isatty():
         display.say(f"type {what}, and Ctrl-D at the end")
-    try:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"stdin is not UTF-8 text (byte {error.start}). Convert it first"
-        ) from error
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
+        try:
+            text = line.decode() if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"line {number} of stdin is not UTF-8 text (byte {error.start} of the line). "
+                "Convert it first"
+            ) from error
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield text.removesuffix("\n").removesuffix("\r")
