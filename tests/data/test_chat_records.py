@@ -389,5 +389,15 @@ def test_a_prompt_shows_the_conversation_and_holds_the_calls_of_the_reference(qw
     assert prompt.tool_calls == ({"name": "weather", "arguments": {"city": "Oslo"}},)
 
 
+def test_each_call_is_asked_for_and_the_last_answer(qwen3: Any) -> None:
+    record = chat(*TOOL_TURNS, tools=[WEATHER])
+    call, last = detected(qwen3, record).prompts(record)
+    assert [len(prompt.tool_calls) for prompt in (call, last)] == [1, 0]
+    assert last.text.endswith(
+        'assistant: {"name": "weather", "arguments": {"city": "Oslo"}}\n\ntool: 5C'
+    )
+    assert last.reference == NO_THOUGHT + "5 degrees."
+
+
 def test_there_was_something_to_check() -> None:
     assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (21, 18, 4)

@@ -126,23 +126,24 @@ class ChatFormat:
         return self.template.examples(dialog, targets=self.targets)
 
     def prompts(self, record: Record) -> list[Prompt]:
-        """Return the conversation up to its last answer that is learnt; that one is the reference.
+        """Return the conversation up to its last answer that is learnt, and up to each call.
 
-        The reference is the answer as the template writes it, with thoughts and calls.
+        The answer is the reference, as the template writes it, with thoughts and calls.
         """
         dialog = self.dialog(record)
-        place = dialog.answers[-1]
+        calls = [i for i in dialog.answers if dialog.messages[i].get("tool_calls")]
+        return [self._prompt(dialog, place) for place in sorted({*calls, dialog.answers[-1]})]
+
+    def _prompt(self, dialog: Dialog, place: int) -> Prompt:
         before, answer = dialog.upto(place), dialog.messages[place]
         tokenizer, turn = self.template.tokenizer, self.template.turn(dialog, place)
         said = encode_text(tokenizer, turn.answer, []).input_ids
-        return [
-            Prompt(
-                self.template.prompt(before),
-                conversation_text(before.messages, dialog.tools),
-                tokenizer.decode(list(said), skip_special_tokens=True).strip(),
-                tuple(call["function"] for call in answer.get("tool_calls", ())),
-            )
-        ]
+        return Prompt(
+            self.template.prompt(before),
+            conversation_text(before.messages, dialog.tools),
+            tokenizer.decode(list(said), skip_special_tokens=True).strip(),
+            tuple(call["function"] for call in answer.get("tool_calls", ())),
+        )
 
     @property
     def common_system_prompt(self) -> str | None:
