@@ -48,6 +48,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"the tokenizer of {spec.name!r} could not be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {spec.name!r} is {type(tokenizer).__name__}, which is written in "
+            "Python and knows no places of tokens in a text. Use a model with a fast tokenizer "
+            "(tokenizer.json)"
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -94,6 +94,7 @@ R1 = (  # asks with <think>, and strips the thoughts of finished turns
     "{{ m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+THOUGHTS_DROPPED = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
 TODAY = (
     "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}, a "
     "{% set code = '%A' %}{{ strftime_now(code) }}.<|im_end|>\n" + CHATML

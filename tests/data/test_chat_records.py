@@ -342,6 +342,16 @@ def test_a_role_that_a_template_leaves_out_is_refused(make_tokenizer: MakeTokeni
         detected(tokenizer, record).examples(record)
 
 
+def test_thoughts_in_the_content_that_a_template_drops_are_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(stock.THOUGHTS_DROPPED)
+    record = chat(user(), answer("<think>\nTwo and two.\n</think>\n\n4"))
+    with pytest.raises(UserError, match="leaves out the thoughts of an answer, 'Two and two"):
+        detected(tokenizer, record).examples(record)
+    assert learnt(detected(tokenizer, record), chat(user(), answer()))[0] == ["4" + END]
+
+
 def test_columns_and_keys_that_are_not_used_are_noted(qwen3: Any) -> None:
     record = chat(user(name="Bob"), answer(id=3), user("Bye"), source="web", empty="", tools=[])
     format = detected(qwen3, record)

@@ -45,13 +45,22 @@ def encode_text(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Examp
     Nothing is added to the text: a template writes its own BOS. A token that lies across the start
     of a span belongs to it. `spans` are in order and do not overlap.
     """
+    return _encode(tokenizer, [text], spans)[0]
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: list[str], spans: Sequence[Span]
+) -> tuple[Example, list[list[int]]]:
+    """Return the first text as `encode_text` does, and the token ids of the others."""
     assert tokenizer.is_fast, "a tokenizer without character offsets"
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = list(encoding["input_ids"])
+    encoding = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids, *others = map(list, encoding["input_ids"])
     labels = [IGNORE_INDEX] * len(ids)
     remaining = iter(spans)
     span = next(remaining, None)
-    for i, (start, end) in enumerate(encoding["offset_mapping"]):
+    for i, (start, end) in enumerate(encoding["offset_mapping"][0]):
         while span is not None and start >= span[1]:
             span = next(remaining, None)
         if span is None:
@@ -62,7 +71,7 @@ def encode_text(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Examp
         labels[0] = IGNORE_INDEX
     if not ids:
         raise UserError("the text is empty")
-    return Example(ids, labels)
+    return Example(ids, labels), others
 
 
 def encode_turns(tokenizer: Tokenizer, text: str, turns: Sequence[Turn]) -> Example | None:
@@ -72,18 +81,15 @@ def encode_turns(tokenizer: Tokenizer, text: str, turns: Sequence[Turn]) -> Exam
     those of each prompt.
     """
     spans = [(len(turn.prompt), turn.end) for turn in turns]
-    example = encode_text(tokenizer, text, spans)
-    labels = list(example.labels)
-    prompts = tokenizer([turn.prompt for turn in turns], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
+    example, prompts = _encode(tokenizer, [text, *(turn.prompt for turn in turns)], spans)
+    ids, labels = example.input_ids, list(example.labels)
     for prompt in prompts:
-        if list(example.input_ids[: len(prompt)]) != prompt:
+        if list(ids[: len(prompt)]) != prompt:
             return None
         # A blank before the first word has no characters of its own in some tokenizers' offsets.
         if 0 < len(prompt) < len(labels):
-            labels[len(prompt)] = example.input_ids[len(prompt)]
-    return Example(example.input_ids, labels)
+            labels[len(prompt)] = ids[len(prompt)]
+    return Example(ids, labels)
 
 
 def encode_turn(tokenizer: Tokenizer, turn: Turn) -> Example:

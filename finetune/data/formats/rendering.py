@@ -168,7 +168,7 @@ class ChatTemplate:
         if targets == "all":
             spans = self._all_but_muted(dialog, whole)
             return [encode_text(self.tokenizer, whole, spans)]
-        turns = [self.turn(dialog, i) for i in dialog.answers]
+        turns = [self.turn(dialog, i, whole) for i in dialog.answers]
         if all(whole.startswith(turn.learnt) for turn in turns):
             # Text after the last target teaches nothing.
             text = turns[-1].learnt
@@ -177,13 +177,15 @@ class ChatTemplate:
                 return [self._checked(example, text)]
         return [self._checked(encode_turn(self.tokenizer, turn), turn.learnt) for turn in turns]
 
-    def turn(self, dialog: Dialog, index: int) -> Turn:
+    def turn(self, dialog: Dialog, index: int, whole: str | None = None) -> Turn:
         """Return the answer messages[index] in its place, after its prompt.
 
+        `whole` is the rendering of the whole conversation, if it is known.
         Raises UserError if the template does not write it there.
         """
         prompt = self.render(dialog.upto(index), add_generation_prompt=True)
-        text = self.render(dialog.upto(index + 1))
+        is_last = index + 1 == len(dialog.messages)
+        text = whole if whole is not None and is_last else self.render(dialog.upto(index + 1))
         if not text.startswith(prompt):
             text = _with_thoughts(prompt, text, dialog.messages[index]) or ""
         if not text:
@@ -204,6 +206,7 @@ class ChatTemplate:
                 "the chat template leaves out the assistant's answer "
                 f"{str(dialog.messages[index].get('content'))[:60]!r}"
             )
+        _require_thoughts(dialog.messages[index], text[len(prompt) :])
         return Turn(prompt, text, end, content_end)
 
     @cached_property
@@ -261,6 +264,19 @@ class ChatTemplate:
 
 def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
     return messages if isinstance(messages, Dialog) else Dialog(messages)
+
+
+def _require_thoughts(answer: Message, written: str) -> None:
+    """Raise UserError if thoughts in the content of an answer are not in what is written of it."""
+    content = str(answer.get("content") or "")
+    if "</think>" not in content:
+        return
+    thoughts = content.split("</think>")[0].split("<think>")[-1].strip()
+    if thoughts not in written:
+        raise UserError(
+            f"the chat template leaves out the thoughts of an answer, {thoughts[:40]!r}. Use a "
+            "template that writes them (model.chat_template), or remove them"
+        )
 
 
 def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:
