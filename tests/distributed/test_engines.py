@@ -58,17 +58,8 @@ def alone(*overrides: str, config: str = "lazy.yaml", resume: str | None = None)
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Train on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/.
-
-    half/ is begun by one. host0/, host1/ and full/ cannot be saved. killed/ is killed while it
-    saves, and goes on with three processes. tied.yaml has an active vocabulary: the head has a
-    table of few rows, and a frozen one.
-    """
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        pytest.skip(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}")
-    folder = tmp_path_factory.mktemp("fsdp")
+def write_inputs(folder: Path) -> Path:
+    """Write conversations, lazy.yaml and tied.yaml to `folder`."""
     (folder / "chat.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
     )
@@ -82,6 +73,20 @@ def folder(tmp_path_factory) -> Path:
     )
     active = {"optimizer": {"lr": 3e-3, "name": "adamw"}, "vocabulary": {"mode": "active"}}
     write(folder, "tied.yaml", model={"config": LLAMA, "tokenizer": {"vocab_size": 300}}, **active)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Train on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/.
+
+    half/ is begun by one. host0/, host1/ and full/ cannot be saved. killed/ is killed while it
+    saves, and goes on with three processes. tied.yaml has an active vocabulary: the head has a
+    table of few rows, and a frozen one.
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        pytest.skip(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}")
+    folder = write_inputs(tmp_path_factory.mktemp("fsdp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         alone("output_dir=lazy1")
@@ -240,11 +245,11 @@ def same_shape(ours, theirs, where: str) -> None:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), where
 
 
-def test_deepspeed_is_refused_before_it_starts(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_deepspeed_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_inputs(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch` sets it
     with pytest.raises(
-        UserError, match=r"DeepSpeed is not an engine here.*configs/accelerate/fsdp2.yaml"
+        UserError, match=r"DeepSpeed is not supported.*configs/accelerate/fsdp2.yaml"
     ):
         alone("output_dir=never")
     assert not Path("never").exists()
