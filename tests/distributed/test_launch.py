@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     monkeypatch.setattr(sys, "argv", sys.argv)
     (folder / "run").mkdir()
-    (folder / "run" / "environment.json.tmp").symlink_to("/dev/full")
+    (folder / "run" / ".environment.json.tmp").symlink_to("/dev/full")
     task = {
         "config": "c.yaml",
         "overrides": ["output_dir=run"],
