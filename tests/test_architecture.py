@@ -41,6 +41,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "optuna": {"recipes"},
     "peft": {"models"},
     "psutil": {"recipes"},
+    "pyarrow": {"data.sources"},
     "pydantic": {"config"},
     "rich": {"display", "recipes"},
     "sacrebleu": {"evaluation"},
