@@ -106,17 +106,24 @@ READ: dict[str, tuple[str, list[dict[str, str]]]] = {
     ),
     "quotes are text.tsv": (
         'a\tb\n"Stop!\tArrête !\nHe said "go\tva »\nx"\ty\n',
-        [{"a": '"Stop!', "b": "Arrête !"}, {"a": 'He said "go', "b": "va »"}, {"a": 'x"', "b": "y"}],
+        [
+            {"a": '"Stop!', "b": "Arrête !"},
+            {"a": 'He said "go', "b": "va »"},
+            {"a": 'x"', "b": "y"},
+        ],
     ),
     "speech is text.tsv": (
         'a\tb\n"Hello"\t"Bonjour"\nx\ty\n',
         [{"a": '"Hello"', "b": '"Bonjour"'}, {"a": "x", "b": "y"}],
     ),
     "all quoted.tsv": ('"a"\t"b"\n"x"\t"y ""z"""\n', [{"a": "x", "b": 'y "z"'}]),
-    "of pandas.tsv": ('a\tb\nx\t"say ""hi"""\ny\tz\n', [{"a": "x", "b": 'say "hi"'}, {"a": "y", "b": "z"}]),
+    "of pandas.tsv": (
+        'a\tb\nx\t"say ""hi"""\ny\tz\n',
+        [{"a": "x", "b": 'say "hi"'}, {"a": "y", "b": "z"}],
+    ),
     "a long field.csv": ("a\n" + "x" * 200_000 + "\n", [{"a": "x" * 200_000}]),
     "a long header.csv": ("x" * 200_000 + "\nb\n", [{"x" * 200_000: "b"}]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -133,16 +140,25 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     ),
     "first only.csv": ("text\nHello, world\nx\n", r"line 2 has 2 fields, but the header has 1\."),
     "later only.csv": ("a,b\nx,y\n\nz,v,w\n", r"later only\.csv line 4 has 3 fields"),
-    "after long rows.csv": ('a,b\n"x\n\ny",z\nv\n', r"csv line 5 has 1 field, but the header has 2$"),
+    "after long rows.csv": (
+        'a,b\n"x\n\ny",z\nv\n',
+        r"csv line 5 has 1 field, but the header has 2$",
+    ),
     "short.csv": ("a,b\nx,y\nz\n", r"line 3 has 1 field, but the header has 2$"),
     "comma at each row.csv": ("a,b\nx,y,\n", r"line 2 has 3 fields, .* name every field in the"),
     "twice.csv": ("en,fr,fr\na,b,c\n", r"names the column 'fr' twice\. Rename or remove one"),
     "twice.tsv": ("en\ten \na\tb\n", r"names the column 'en' twice"),
     "joined.csv": ("a,b\nx,y\na,b\nz,w\n", r"joined\.csv line 3 repeats the header\. Remove"),
-    "backslashes.csv": ('a,b\n"Say \\"hi\\"",x\n', r"line 2 has a quotation mark within a field in"),
+    "backslashes.csv": (
+        'a,b\n"Say \\"hi\\"",x\n',
+        r"line 2 has a quotation mark within a field in",
+    ),
     "open.csv": ('a,b\n"x,y\nz,w\n', r"line 2 opens a quotation mark that is never closed\. Close"),
     "old mac.csv": ("a,b\rx,y\rz,w\r", r"ends its lines with carriage returns alone\. Save it"),
-    "latin.csv": (b"a,b\nx,\xe9t\xe9\n", r"latin\.csv is not UTF-8 text \(line 2: .* Save the file as"),
+    "latin.csv": (
+        b"a,b\nx,\xe9t\xe9\n",
+        r"latin\.csv is not UTF-8 text \(line 2: .* Save the file as",
+    ),
     "utf16.csv": ("a,b\nx,y\n".encode("utf-16"), r"utf16\.csv is not UTF-8 text \(line 1"),
     "half.jsonl": ('{"a": "x"}\n{"a": "\\ud83d"}\n', r"half\.jsonl line 2 has half of a surrogate"),
     "twin.jsonl": ('{"a": 1, "a": 2}\n', r"line 1 is broken JSON: the key 'a' is there twice"),
@@ -161,7 +177,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no.csv.xz": (b"a,b\nx,y\n", r"no\.csv\.xz is not a whole \.xz file"),
     "no.csv.bz2": (b"a,b\nx,y\n", r"no\.csv\.bz2 is not a whole \.bz2 file"),
     "only.gz": (gzip.compress(b"a"), r"only\.gz has the unknown ending '\.gz'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -2,7 +2,8 @@
 
 Read `files` (names, lines), `tables` and `json_files` (the records in them), `local` (found by
 their place, or streamed), `aligned` (two text files as one), `opening` (any source; the only file
-that imports `datasets`), then `records` (several sources as one dataset or stream). Import from here.
+that imports `datasets`), then `records` (several sources as one dataset or one
+stream). Import from here.
 """
 
 from finetune.data.sources.opening import Source
