@@ -35,6 +35,8 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},
     "jinja2": {"report"},
+    "langcodes": {"data"},
+    "language_data": {"data"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
     "numpy": {"landscape"},

@@ -86,6 +86,7 @@ class Prompt:
     input_ids: Sequence[int]
     text: str  # what a person reads as the input: the source sentence, the last user turn
     reference: str
+    language: str | None = None  # of the reference, if it is known
 
 
 class Format(Protocol):

@@ -110,7 +110,7 @@ def set_template(
         )
     elif chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be '

@@ -235,10 +235,10 @@ CASES: dict[str, dict[str, Case]] = {
     "missing column": {
         "no known column": configured(
             data("a.jsonl"),
-            "question, answer",
+            "frage, antwort",
             "messages",
             "data.columns",
-            files={"a.jsonl": '{"question": "a", "answer": "b"}\n'},
+            files={"a.jsonl": '{"frage": "a", "antwort": "b"}\n'},
         ),
         "column of a format": configured(
             {"data": {"format": "translation"}}, "format 'translation'", "messages"

@@ -123,7 +123,7 @@ READ: dict[str, tuple[str, list[dict[str, str]]]] = {
     ),
     "a long field.csv": ("a\n" + "x" * 200_000 + "\n", [{"a": "x" * 200_000}]),
     "a long header.csv": ("x" * 200_000 + "\nb\n", [{"x" * 200_000: "b"}]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no.csv.xz": (b"a,b\nx,y\n", r"no\.csv\.xz is not a whole \.xz file"),
     "no.csv.bz2": (b"a,b\nx,y\n", r"no\.csv\.bz2 is not a whole \.bz2 file"),
     "only.gz": (gzip.compress(b"a"), r"only\.gz has the unknown ending '\.gz'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
