@@ -26,7 +26,7 @@ LoRA, packed and padded. The share for CUDA is an assumption.
 FP32_FRAGMENTATION = 1.5
 """The same on a CPU with fp32 products, where scratch memory of the products is part of it.
 
-Measured on an Intel Xeon without bf16 instructions: the two demos, whose peaks are 3.26 and 3.32 GB.
+Measured on an Intel Xeon without bf16 instructions, on the two demos: 3.26 and 3.32 GB at most.
 """
 
 
