@@ -96,8 +96,8 @@ class Prompt:
     input_ids: Sequence[int]
     text: str  # what a person reads as the input: the source sentence, the last user turn
     reference: str
-    language: str | None = None  # of the reference, if it is known
     tool_calls: Sequence[Mapping[str, Any]] = ()  # of the reference: {"name", "arguments"}
+    language: str | None = None  # of the reference, if it is known
 
 
 class Format(Protocol):

@@ -140,7 +140,7 @@ class ChatFormat:
                 self.template.prompt(before),
                 conversation_text(before.messages, dialog.tools),
                 tokenizer.decode(list(said), skip_special_tokens=True).strip(),
-                tool_calls=[call["function"] for call in answer.get("tool_calls", ())],
+                tuple(call["function"] for call in answer.get("tool_calls", ())),
             )
         ]
 
