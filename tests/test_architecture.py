@@ -35,12 +35,15 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},
     "jinja2": {"report"},
+    "langcodes": {"data"},
+    "language_data": {"data"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
     "numpy": {"landscape"},
     "optuna": {"recipes"},
     "peft": {"models"},
     "psutil": {"recipes"},
+    "pyarrow": {"data.sources"},
     "pydantic": {"config"},
     "rich": {"display", "recipes"},
     "sacrebleu": {"evaluation"},
@@ -49,6 +52,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "tokenizers": {"models"},
     "transformers": {"models"},
     "typer": {"cli"},
+    "xxhash": {"training"},
     "yaml": {"config", "recipes"},
 }
 WITHOUT_TORCH = {"errors", "config", "data.sources", "display", "report", "cli", "__main__"}

@@ -97,6 +97,7 @@ class Prompt:
     text: str  # what a person reads as the input: the source sentence, the last user turn
     reference: str
     tool_calls: Sequence[Mapping[str, Any]] = ()  # of the reference: {"name", "arguments"}
+    language: str | None = None  # of the reference, if it is known
 
 
 class Format(Protocol):

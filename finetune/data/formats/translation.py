@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from finetune.data.formats.columns import column
 from finetune.data.formats.control import ControlTokens
-from finetune.data.formats.languages import language_name
+from finetune.data.formats.languages import base_language, language_name
 from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
@@ -27,7 +27,7 @@ _FIELDS = ("source", "source_name", "target_name", "source_language", "target_la
 class TranslationFormat:
     """Records become pairs, and pairs become examples.
 
-    `languages` is (source, target), as codes ("en") or names.
+    `languages` is (source, target), as codes ("en") or names ("English").
     `direction` is "forward", "backward" or "both" (two examples a record).
     `template` is the wording of the question, with {source} in it; None for the default wording.
     `targets` is "assistant" (the translation with its end mark) or "all".
@@ -103,11 +103,13 @@ class TranslationFormat:
 
         `reverse` asks for a translation from the target language to the source language.
         """
+        language = self.languages[0 if reverse else 1]
         if self._chat is not None:
-            return Prompt(self._chat.prompt(self._question(text, reverse)), text, reference)
-        assert self._plain is not None
-        question = self._fill(self.template or PLAIN_TEMPLATE, text, reverse)
-        return Prompt(self._plain.prompt(question), text, reference)
+            ids = self._chat.prompt(self._question(text, reverse))
+        else:
+            assert self._plain is not None
+            ids = self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse))
+        return Prompt(ids, text, reference, language=language)
 
     def _examples(self, source: str, target: str, reverse: bool) -> list[Example]:
         text, answer = (target, source) if reverse else (source, target)
@@ -135,7 +137,11 @@ class TranslationFormat:
 
     def _fill(self, template: str, text: str, reverse: bool) -> str:
         first, second = self.languages[::-1] if reverse else self.languages
-        names = {"source_name": language_name(first), "target_name": language_name(second)}
+        same = base_language(first) == base_language(second)  # zh-Hans and zh-Hant
+        names = {
+            "source_name": language_name(first, full=same),
+            "target_name": language_name(second, full=same),
+        }
         return template.format(source=text, source_language=first, target_language=second, **names)
 
     def _pair(self, record: Record) -> tuple[str, str]:
