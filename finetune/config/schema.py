@@ -152,6 +152,9 @@ class DataSection(Section):
     # The format's name of a column -> the data's name of it, e.g. {prompt: question}.
     columns: dict[str, str] = {}
     system_prompt: str | None = None  # put before conversations that have none
+    # Records that do not fit the format, and lines that are none. error: all are listed before
+    # training. drop: they are left out, counted and reported.
+    on_bad_record: Literal["error", "drop"] = "error"
     # What is learnt. assistant: the assistant's turns with their end mark. all: every token.
     targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()

@@ -17,6 +17,7 @@ from finetune.recipes.build.vocabulary import plan_vocabulary
 LABELS = {
     "records": "records",
     "blank_records": "records without text",
+    "bad_records": "bad records dropped",
     "examples": "examples",
     "tokens": "tokens",
     "target_tokens": "target tokens",

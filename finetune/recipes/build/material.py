@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from finetune.config import RunConfig
+from finetune.data.bad_records import BadRecords, UnusableRecords
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import Format
 from finetune.display import Display
@@ -49,7 +50,12 @@ class Material:
     @cached_property
     def train(self) -> EncodedDataset:
         """The training data; of a stream, its first records."""
-        return self.encode(self.raw.train)
+        try:
+            return self.encode(self.raw.train)
+        except UnusableRecords as error:
+            if self.raw.validation is not None:
+                self.encode(self.raw.validation, bad=error.bad)  # lists those of both
+            raise
 
     @cached_property
     def validation(self) -> EncodedDataset | None:
@@ -74,7 +80,7 @@ class Material:
             changed.__dict__.update({key: vars(self)[key] for key in encoded if key in vars(self)})
         return changed
 
-    def encode(self, records: Any) -> EncodedDataset:
+    def encode(self, records: Any, *, bad: BadRecords | None = None) -> EncodedDataset:
         """Encode other records as those of the run are. Raises UserError."""
         return encode_records(
             records,
@@ -82,6 +88,7 @@ class Material:
             self.config.data,
             vocab_size=self.table_rows,
             display=self.display,
+            bad=bad,
         )
 
 
