@@ -7,7 +7,7 @@ sacrebleu. Each comes with the signature that makes a score comparable with anot
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.data.formats.languages import script_of
 from finetune.data.types import Prompt, Tokenizer
 from finetune.errors import UserError, did_you_mean
+from finetune.evaluation.tool_calls import call_scores, judge_calls
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.describe import CausalLM
 
@@ -25,6 +26,8 @@ _TOKENIZERS = {  # script -> sacrebleu's tokenizer; others have blanks between w
     "Kore": "ko-mecab",
     **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), "char"),
 }
+TOOL_CALLS = "tool_calls"
+"""The metric of the answers that should call tools (see `tool_calls`)."""
 
 
 class Answer(TypedDict):
@@ -33,6 +36,7 @@ class Answer(TypedDict):
     prompt: str
     reference: str
     output: str
+    calls: NotRequired[tuple[bool, bool]]  # see `judge_calls`; only until the scores are made
 
 
 def evaluate_generation(
@@ -50,7 +54,8 @@ def evaluate_generation(
     """Answer `prompts`; return the metrics (see `text_metrics`) and all answers.
 
     `prompts` are this process's share, a block of the whole, so that the answers keep their order.
-    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone.
+    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone. Calls
+    of tools are judged whenever references have some.
     `inactive`: [V] bool; the scores then have `generated_outside`, the share of such tokens in all
     that was generated.
     """
@@ -65,13 +70,18 @@ def evaluate_generation(
     own = [
         Answer(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)
     ]
+    for number, (prompt, tokens) in enumerate(zip(prompts, generated)):
+        if prompt.tool_calls:
+            own[number]["calls"] = judge_calls(tokenizer, prompt, tokens)
     answers = gather(own)
+    texts_of = [name for name in metrics if name != TOOL_CALLS]
     scores = text_metrics(
-        metrics,
+        texts_of,
         [a["output"] for a in answers],
         [a["reference"] for a in answers],
         languages=gather([prompt.language for prompt in prompts]),
     )
+    scores |= call_scores([a.pop("calls") for a in answers if "calls" in a])
     if inactive is not None:
         outside = gather([bool(inactive[token]) for tokens in generated for token in tokens])
         scores["generated_outside"] = sum(outside) / max(1, len(outside))

@@ -8,11 +8,11 @@ from typing import Any
 from finetune.data.formats.languages import language_tag
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.sources.files import read_lines
-from finetune.display import Display, differences
+from finetune.display import Display, differences, on_terminal
 from finetune.errors import UserError
 from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import Opened, open_target, stdin_lines
+from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
 
@@ -39,8 +39,10 @@ def translate_text(
         raise UserError("--output is given without --input. Give --input, or redirect the output")
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
+    texts = [require_utf8(text, "the sentence") for text in texts]
     opened, display = open_target(target), display or Display()
-    format, section = _translation_format(opened, source, to), opened.settings(settings)
+    format = _translation_format(opened, source, to, display)
+    section = opened.settings(settings)
     _note_other_direction(opened, format, display)
     translate = functools.partial(
         translate_lines,
@@ -60,10 +62,12 @@ def translate_text(
         else texts or stdin_lines(display, "one sentence a line")
     )
     for line in translate(lines):
-        print(line, flush=True)
+        print(on_terminal(line), flush=True)
 
 
-def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
+def _translation_format(
+    opened: Opened, source: str | None, to: str | None, display: Display
+) -> TranslationFormat:
     """Return the format of the run's own training, from `source` to `to`.
 
     By default the languages are those of the run, in the direction that it was trained in.
@@ -79,13 +83,17 @@ def _translation_format(opened: Opened, source: str | None, to: str | None) -> T
         raise UserError(
             "the languages are not known. Give --from and --to, such as --from en --to fr"
         )
+    system = data.system_prompt if data is not None else None
+    if system is not None:
+        display.say(f"system prompt of the run: {system}")
     return TranslationFormat(
         tokenizer=opened.tokenizer,
         languages=(source, to),
         direction="forward",
         template=data.translation.template if data is not None else None,
         targets="assistant",
-        system_prompt=data.system_prompt if data is not None else None,
+        system_prompt=system,
+        settings=opened.template_settings,
     )
 
 

@@ -15,6 +15,10 @@ PAIRS = "".join(
 
 
 Files = Mapping[str, str | bytes]
+HALF_A_RUN = {
+    "half/.finetune.json": json.dumps({"format": 1, "kind": "run"}),
+    "half/config.yaml": "a: 1",
+}
 
 
 @dataclass(frozen=True)
@@ -498,7 +502,7 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "no run and no model": {
-        "report on no run": typed("report .", "holds no run", "config.yaml", files={"a": ""}),
+        "report on no run": typed("report .", "holds no run", ".finetune.json", files={"a": ""}),
         "report on nothing": typed("report none", "none does not exist"),
         "export of no run": typed("export . out", "not a run's folder"),
         "export of nothing": typed("export none out", "none", "run"),
@@ -512,13 +516,13 @@ CASES: dict[str, dict[str, Case]] = {
             "no model/ yet",
             "--resume auto",
             "--checkpoint",
-            files={"half/config.yaml": "a: 1"},
+            files=HALF_A_RUN,
         ),
         "unfinished run": typed(
             "generate half --prompt a",
             "no model/ yet",
             "--resume auto",
-            files={"half/config.yaml": "a: 1"},
+            files=HALF_A_RUN,
         ),
     },
     "usage": {

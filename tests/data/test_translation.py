@@ -98,7 +98,7 @@ def test_a_wording_of_ones_own(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(None)
     template = "<{source_language}2{target_language}> {source} => "
     assert shown(build(tokenizer, template=template), tokenizer) == [
-        ("<en2fr> Hello there => ", "Bonjour</s>")
+        ("<en2fr> Hello there =>", " Bonjour</s>")
     ]
     tokenizer = make_tokenizer()
     [(prompt, _)] = shown(

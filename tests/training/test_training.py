@@ -172,10 +172,10 @@ def test_a_nan_is_told_where_the_disk_has_no_room_for_the_batch(tiny, tmp_path):
         optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0}
     )
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "bad_batch.pt").symlink_to("/dev/full")
+    (tmp_path / "run" / ".bad_batch.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(
         UserError,
-        match=r"is (nan|inf).*; the batch could not be written to .*No space left on device",
+        match=r"is (nan|inf).*; the batch is lost \(.*bad_batch.pt could not be written: No space",
     ):
         train(tree)
 

@@ -1,11 +1,14 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from finetune.data.formats.chat import CHAT_SHAPES, ChatFormat
+from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import is_language, language_tag
+from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import Format, Record, Tokenizer
@@ -18,7 +21,7 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
 }
 """Format -> shape -> the columns it needs. The order is the order of detection."""
 
-_OPTIONAL = {"chat": ["input"], "translation": [], "text": []}
+_OPTIONAL = {"chat": CHAT_OPTIONAL, "translation": [], "text": []}
 _ASKED = ("prompt", "instruction", "question", "query", "user", "human")
 _ANSWERED = ("completion", "output", "answer", "response", "assistant", "reply")
 _ACCEPTED = (
@@ -38,6 +41,8 @@ class FormatOptions:
     target_language: str | None
     direction: str  # "forward", "backward" or "both"
     template: str | None
+    settings: TemplateSettings  # chat and translation
+    refuse_control_tokens: bool  # in the texts of records
 
     @property
     def languages(self) -> tuple[str | None, str | None]:
@@ -53,17 +58,23 @@ def build_format(
     columns of `first_record` fit no accepted shape.
     """
     _check_columns(options, first_record)
+    control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
     kind, shape, columns = _detect(kind, first_record, options)
     if kind == "chat":
-        return ChatFormat(
+        chat = ChatFormat(
             tokenizer=tokenizer,
             shape=shape,
             columns=columns,
             targets=options.targets,
             system_prompt=options.system_prompt,
+            settings=options.settings,
+            control=control,
         )
+        with suppress(UserError):  # said when the record is encoded
+            chat.dialog(first_record)  # whether it calls tools
+        return chat
     if kind == "text":
-        return TextFormat(tokenizer=tokenizer, columns=options.columns)
+        return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
     sides, languages = _pair(shape, first_record, options)
     in_one = shape == "translation"
     return TranslationFormat(
@@ -75,6 +86,8 @@ def build_format(
         system_prompt=options.system_prompt,
         pair_column=options.columns.get("translation", "translation") if in_one else None,
         sides=sides,
+        settings=options.settings,
+        control=control,
     )
 
 

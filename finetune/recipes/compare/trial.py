@@ -5,7 +5,6 @@ A run that was stopped goes on from its last checkpoint. A finished run is read,
 
 import json
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
+from finetune.errors import UserError
 from finetune.models.describe import inner_model, tensor_bytes, token_tables
 from finetune.optim import optimizer_info
 from finetune.recipes.build.data import open_records
@@ -25,7 +25,7 @@ from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.train.finish import LiveRun
 from finetune.recipes.train.train import run_training
-from finetune.run.folder import RunDir
+from finetune.run.folder import RunDir, remove_checkpoints
 from finetune.run.log import Listener
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.trials import Phase, Result, Run, keep_update, read_trial
@@ -41,7 +41,9 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     A reported run is also measured on data.test. A run that diverged is not measured.
     """
     folder = config.output_dir
+    run = RunDir(folder)
     if (done := read_trial(folder)) is not None:
+        _delete_weights(run)
         return done
     name = config.optimizer.name
     watch = RunWatch(folder, test=phase == "reported")
@@ -63,9 +65,6 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
             problem = str(error)
         except KeyboardInterrupt:  # before or after the steps, which handle it themselves
             return None
-    run = RunDir(folder)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    run.bad_batch.unlink(missing_ok=True)
     settings = {**optimizer_info(name).options, **optimizer_options(config)}
     settings = json.loads(
         json.dumps(
@@ -74,7 +73,19 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     )
     measured = {} if problem else watch.measured
     Result(name, phase, config.seed, settings, problem, watch.began_with, **measured).write(run)
+    _delete_weights(run)
     return read_trial(folder)
+
+
+def _delete_weights(run: RunDir) -> None:
+    """Delete what a trial that is over needs no more. Raises UserError if the disk refuses."""
+    try:
+        remove_checkpoints(run.checkpoints)
+        run.bad_batch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the checkpoints of {run.root} could not be deleted: {error.strerror or error}"
+        ) from error
 
 
 class RunWatch:
