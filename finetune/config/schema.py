@@ -156,6 +156,7 @@ class DataSection(Section):
     # Records that do not fit the format, and lines that are none. error: all are listed before
     # training. drop: they are left out, counted and reported.
     on_bad_record: Literal["error", "drop"] = "error"
+    merge_turns: bool = False  # True: chat turns of one role in a row are joined by a blank line
     # Variables of the chat template, in training and in use, e.g. {enable_thinking: false}.
     chat_template_kwargs: dict[str, Any] = {}
     # The day that a chat template prints as today, in training and evaluation; chat and generate

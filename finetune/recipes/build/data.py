@@ -109,6 +109,7 @@ def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Fo
         template=pair.template,
         settings=template_settings(config),
         refuse_control_tokens=config.control_tokens == "refuse",
+        merge_turns=config.merge_turns,
     )
     return build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
 
