@@ -147,6 +147,8 @@ class DataSection(Section):
     # Plain text of another kind. Its loss before and after training shows what is forgotten.
     unrelated: Sources | None = None
     validation_fraction: Fraction = 0.05  # share of the records of `train`
+    # True: training examples that are also held out, token for token, are left out of training.
+    drop_duplicates: bool = False
     # Records of held-out and of unrelated text; None: all. Test data is always read whole.
     max_validation_records: PositiveInt | None = 500
     format: Literal["auto", "chat", "translation", "text"] = "auto"  # auto: by the columns

@@ -32,6 +32,7 @@ class DataStatistics:
     truncated: int = 0  # examples cut to max_length, which keeps their start
     without_target: int = 0  # examples that had no target left after the cut; not kept
     dropped: int = 0  # examples over max_length that were not kept because overlong is "drop"
+    duplicates: int = 0  # examples that are also held out and were not kept (drop_duplicates)
     longest: int = 0  # tokens of the longest example before any cut
 
     def as_dict(self) -> dict[str, int]:

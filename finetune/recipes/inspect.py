@@ -25,6 +25,7 @@ LABELS = {
     "truncated": "examples cut to data.max_length",
     "without_target": "of these left out, without a target",
     "dropped": "examples dropped as too long",
+    "duplicates": "examples dropped as held out too",
     "longest": "longest example before a cut, tokens",
 }
 """The label of each field of DataStatistics."""
@@ -55,6 +56,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
+    for sentence in material.advice():
+        display.note(sentence)
     return report
 
 

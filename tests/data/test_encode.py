@@ -60,7 +60,8 @@ def test_truncation_keeps_the_start_and_is_counted() -> None:
     assert list(dataset[1].labels) == [-100, -100, -100, 3, 4, 5, 6, 7, 8, 9]
     assert dataset.statistics.as_dict() == {
         "records": 4, "blank_records": 1, "bad_records": 0, "examples": 2, "tokens": 14,
-        "target_tokens": 10, "truncated": 2, "without_target": 1, "dropped": 0, "longest": 14,
+        "target_tokens": 10, "truncated": 2, "without_target": 1, "dropped": 0,
+        "duplicates": 0, "longest": 14,
     }  # fmt: skip
 
 

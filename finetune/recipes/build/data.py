@@ -60,6 +60,11 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
             raise UserError(
                 "a stream cannot be split. Give data.validation, or set data.validation_fraction=0"
             )
+        if config.drop_duplicates:
+            raise UserError(
+                "duplicates in a stream cannot be found. Set data.streaming or "
+                "data.drop_duplicates to false"
+            )
         sources, on_bad = as_sources(config.train), config.on_bad_record
         stream = stream_records(sources, on_bad=on_bad)
         first = next(iter(stream_records(sources, on_bad=on_bad)), None)
