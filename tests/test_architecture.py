@@ -31,6 +31,7 @@ TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
 PARTS_OF_ROOMS = {"data.types", "data.sources"}  # rooms inside of a room; nothing else is one
 
 BORDERS = {  # third party -> the rooms that import it; only they may, and all of them do
+    "annotated_types": {"config"},
     "accelerate": {"distributed", "training", "recipes"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},

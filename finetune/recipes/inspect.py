@@ -18,12 +18,14 @@ from finetune.recipes.build.vocabulary import plan_vocabulary
 LABELS = {
     "records": "records",
     "blank_records": "records without text",
+    "bad_records": "bad records dropped",
     "examples": "examples",
     "tokens": "tokens",
     "target_tokens": "target tokens",
     "truncated": "examples cut to data.max_length",
     "without_target": "of these left out, without a target",
     "dropped": "examples dropped as too long",
+    "duplicates": "examples dropped as held out too",
     "longest": "longest example before a cut, tokens",
 }
 """The label of each field of DataStatistics."""
@@ -54,6 +56,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
+    for sentence in material.advice():
+        display.note(sentence)
     return report
 
 

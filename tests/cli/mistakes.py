@@ -332,7 +332,7 @@ CASES: dict[str, dict[str, Case]] = {
     "text over the limit": {
         "long record": configured(
             {"data": {"max_length": 12, "overlong": "error"}},
-            "line 1",
+            "lines 1, 2",
             "tokens",
             "data.max_length = 12",
             "truncate or drop",

@@ -26,6 +26,7 @@ def format_options(**options: Any) -> FormatOptions:
         "template": None,
         "settings": PLAIN,
         "refuse_control_tokens": False,
+        "merge_turns": False,
     }
     return FormatOptions(**(defaults | options))
 

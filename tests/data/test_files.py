@@ -63,8 +63,10 @@ def refused(path: Path) -> str:
         load_records([source(path)])
     with pytest.raises(UserError) as streamed:
         list(stream_records([source(path)]))
-    first = str(caught.value).split(": ", 1)[-1] if "cannot be used" in str(caught.value) else ""
-    assert str(streamed.value) in (first.split("; ")[0], str(caught.value))
+    if "cannot be used" in str(caught.value):  # a stream is refused at its first bad line
+        assert str(streamed.value).split(" line ")[0] in str(caught.value)
+    else:
+        assert str(streamed.value) == str(caught.value)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -135,8 +137,8 @@ def test_a_table_is_read_as_it_is(name: str, write: Write) -> None:
 REFUSED: dict[str, tuple[str | bytes, str]] = {
     "score.tsv": (
         "en\tfr\nHello\tBonjour\t0.98\nBye\tSalut\t0.91\n",
-        r"^2 records cannot be used: .*score\.tsv line 2 has 3 fields, but the header has 2\..*"
-        r"line 3 has 3 fields.*Mend them, or set data\.on_bad_record=drop",
+        r"^2 records cannot be used: .*score\.tsv lines 2, 3 has 3 fields, but the header has 2"
+        r"\. Remove the tab, or name every field in the header$",
     ),
     "first only.csv": ("text\nHello, world\nx\n", r"line 2 has 2 fields, but the header has 1\."),
     "later only.csv": ("a,b\nx,y\n\nz,v,w\n", r"later only\.csv line 4 has 3 fields"),
@@ -170,7 +172,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         r"holds one object with the records in its key 'data'\. Write that list alone",
     ),
     "columns.json": ('{"a": ["x", "y"], "b": ["z", "w"]}', r"one object with a list for each col"),
-    "all wrong.json": ('[{"a": "x"},\n 3,\n [4]]', r"^2 records .*line 2 must be .*line 3 must be"),
+    "all wrong.json": ('[{"a": "x"},\n 3,\n [4]]', r"^2 records .*lines 2, 3 must be a JSON"),
     "cut.jsonl.gz": (gzip.compress(b'{"a": "x"}\n' * 99)[:-20], r"is not a whole \.gz file"),
     "no.csv.gz": (b"a,b\nx,y\n", r"no\.csv\.gz is not a whole \.gz file .* Compress it again"),
     "no.csv.zst": (b"a,b\nx,y\n", r"no\.csv\.zst is not a whole \.zst file"),
@@ -192,7 +194,7 @@ def test_bad_lines_are_listed_or_dropped_and_counted(write: Write) -> None:
     path = write("a.jsonl", "\n".join(lines) + "\n")
     message = refused(path)
     assert message.startswith(f"31 records cannot be used: {path} line 2 is broken JSON")
-    assert message.count(" is broken JSON") == 20
+    assert f"{path} lines 4, 5, 6, " in message
     assert "; and 11 more. Mend them" in message
     for records in (
         load_records([source(path)], on_bad="drop"),

@@ -24,6 +24,7 @@ from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.messages import (
     check_order,
     conversation_text,
+    merge_turns,
     read_messages,
     read_tools,
 )
@@ -52,6 +53,7 @@ class ChatFormat:
     `targets` is "assistant" (the assistant's turns with their end mark) or "all".
     `system_prompt` is put before conversations that have no system message.
     `settings` are those of the chat template. `control` counts or refuses control tokens in texts.
+    `merge_turns`: whether turns of one role in a row become one.
     """
 
     name = "chat"
@@ -66,9 +68,11 @@ class ChatFormat:
         system_prompt: str | None,
         settings: TemplateSettings,
         control: ControlTokens,
+        merge_turns: bool = False,
     ) -> None:
         self.template = ChatTemplate(tokenizer, settings)
         self.control = control
+        self.merge_turns = merge_turns
         self.columns = columns
         self.targets = targets
         self.system_prompt = system_prompt
@@ -99,6 +103,8 @@ class ChatFormat:
             if messages and messages[0]["role"] in ("system", "developer"):
                 raise UserError("there are a column and a message with a system prompt. Keep one")
             messages, muted = [_system(system), *messages], {i + 1 for i in muted}
+        if self.merge_turns:
+            messages, muted = merge_turns(messages, muted)
         check_order(messages)
         while messages[-1]["role"] != "assistant":
             messages.pop()

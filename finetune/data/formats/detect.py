@@ -43,6 +43,7 @@ class FormatOptions:
     template: str | None
     settings: TemplateSettings  # chat and translation
     refuse_control_tokens: bool  # in the texts of records
+    merge_turns: bool  # chat: turns of one role in a row become one
 
     @property
     def languages(self) -> tuple[str | None, str | None]:
@@ -69,6 +70,7 @@ def build_format(
             system_prompt=options.system_prompt,
             settings=options.settings,
             control=control,
+            merge_turns=options.merge_turns,
         )
         with suppress(UserError):  # said when the record is encoded
             chat.dialog(first_record)  # whether it calls tools

@@ -208,6 +208,32 @@ def _object_without_nulls(value: Mapping[str, object]) -> dict[str, object]:
     return {key: _without_nulls(item) for key, item in value.items() if item is not None}
 
 
+def merge_turns(messages: Sequence[Message], muted: set[int]) -> tuple[list[Message], set[int]]:
+    """Return the messages with turns of one role in a row as one, joined by a blank line.
+
+    `muted` are the places of answers not to learn. Turns that say more than text, a tool's answers,
+    and an answer to learn beside one that is not, stay apart.
+    """
+    merged: list[Message] = []
+    places: set[int] = set()
+    for place, message in enumerate(messages):
+        last = merged[-1] if merged else None
+        is_muted = place in muted
+        if (
+            last is not None
+            and message["role"] == last["role"] != "tool"
+            and message.keys() == last.keys() == {"role", "content"}
+            and is_muted == (len(merged) - 1 in places)
+        ):
+            texts = [text for text in (last["content"], message["content"]) if text.strip()]
+            merged[-1] = {**last, "content": "\n\n".join(texts)}
+            continue
+        if is_muted:
+            places.add(len(merged))
+        merged.append(message)
+    return merged, places
+
+
 def check_order(messages: Sequence[Message]) -> None:
     """Raise UserError unless the messages are in an order that a template can write.
 
@@ -231,10 +257,15 @@ def check_order(messages: Sequence[Message]) -> None:
                 f"roles out of order: message {number} is from {role} {after}, but must "
                 f"be from {' or '.join(allowed)}; user and assistant take turns, after an optional "
                 "system message, and a tool answers a call"
+                + (". Set data.merge_turns=true to join them" if _same(message, before) else "")
             )
         if role != "tool" and not message["content"].strip() and not message.get("tool_calls"):
             raise UserError(f"message {number} ({role}) is empty")
         before = message
+
+
+def _same(message: Message, before: Message | None) -> bool:
+    return before is not None and before["role"] == message["role"]
 
 
 def _allowed_after(message: Message | None) -> tuple[str, ...]:

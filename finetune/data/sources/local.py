@@ -75,7 +75,7 @@ class _Found:
             lines, start = Lines(file, self._copy or stream), 0
             for number, record in reader.records(lines):
                 if isinstance(record, str):
-                    bad.add(f"{file} line {number} {record}")
+                    bad.add(f"{file} line {number}", f" {record}")
                 else:
                     self._starts.append(start)
                     self._sizes.append(lines.offset - start)
@@ -130,7 +130,7 @@ class _Held:
         self.lines = array("q")
         for number, record in document_records(file):
             if isinstance(record, str):
-                bad.add(f"{file} line {number} {record}")
+                bad.add(f"{file} line {number}", f" {record}")
             elif len(self.lines) != limit:
                 self._records.append(record)
                 self.lines.append(number)
@@ -192,30 +192,29 @@ class FileTable:
 
 
 class FileStream:
-    """The records of local files, read as they are needed. See FileTable for the arguments.
-
-    A line that is no record raises UserError, or is noted if `bad` drops.
-    """
+    """The records of local files, read as they are needed. See FileTable for the arguments."""
 
     def __init__(
         self,
         files: Sequence[Path],
         reader: Callable[[Path], Reader | None],
         limit: int | None,
-        bad: BadRecords,
     ) -> None:
-        self._files, self._limit, self._bad = list(files), limit, bad
+        self._files, self._limit = list(files), limit
         self._readers = [reader(file) for file in files]
 
-    def read(self, place: Any) -> Iterator[Item]:
-        """Yield what follows a place, or everything for None."""
+    def read(self, place: Any, bad: BadRecords) -> Iterator[Item]:
+        """Yield what follows a place, or everything for None.
+
+        A line that is no record raises UserError, or is noted if `bad` drops.
+        """
         number, offset, line, count = place or (0, 0, 0, 0)
         while number < len(self._files) and count != self._limit:
             for after, at, record in self._records(number, offset, line):
                 where = f"{self._files[number]} line {at}"
                 if isinstance(record, str):
-                    self._bad.add(f"{where} {record}")
-                    self._bad.check()
+                    bad.add(where, f" {record}")
+                    bad.check()
                     continue
                 count += 1
                 here = [number, *after, count]
@@ -273,10 +272,10 @@ class AlignedStream:
     def __init__(self, sides: Sequence[FileStream]) -> None:
         self._sides = list(sides)
 
-    def read(self, place: Any) -> Iterator[Item]:
+    def read(self, place: Any, bad: BadRecords) -> Iterator[Item]:
         """Yield what follows a place, or everything for None."""
         places = place or [None] * len(self._sides)
-        for items in zip(*(side.read(at) for side, at in zip(self._sides, places))):
+        for items in zip(*(side.read(at, bad) for side, at in zip(self._sides, places))):
             after = [item[0]() for item in items]
             record = _joined([item[2] for item in items])
             yield (lambda after=after: after), items[0][1], record  # type: ignore[misc]

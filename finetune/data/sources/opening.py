@@ -73,8 +73,8 @@ class Table(Protocol):
 class Stream(Protocol):
     """Records that are read one after the other, as often as wanted."""
 
-    def read(self, place: Any) -> Iterator[Item]:
-        """Yield what follows a place, or everything for None."""
+    def read(self, place: Any, bad: BadRecords) -> Iterator[Item]:
+        """Yield what follows a place, or everything for None; lines that are none go to `bad`."""
         ...
 
 
@@ -96,7 +96,7 @@ class _DatasetStream:
     def __init__(self, dataset: Any, label: str) -> None:
         self._dataset, self._label = dataset, label
 
-    def read(self, place: Any) -> Iterator[Item]:
+    def read(self, place: Any, bad: BadRecords) -> Iterator[Item]:
         # Copied here and not when the first record is asked for: that may happen in another thread,
         # where fsspec fills the cache of file systems that is being copied.
         dataset = copy.deepcopy(self._dataset)
@@ -159,18 +159,18 @@ def open_table(source: Source, bad: BadRecords) -> Table:
         return _Picked(list(tables.values()), picks)
 
 
-def open_stream(source: Source, bad: BadRecords) -> Stream:
+def open_stream(source: Source) -> Stream:
     """Return the records of a source as a stream; see `open_table`."""
     limit = source.max_records
     with explained(str(source)):
         if sides := _aligned(source):
-            return AlignedStream([FileStream(f, reader, limit, bad) for f, reader in sides])
+            return AlignedStream([FileStream(f, reader, limit) for f, reader in sides])
         splits = _splits(source)
         if not _are_ours(splits):
             dataset = _open_dataset(source, splits, streaming=True)
             return _DatasetStream(dataset if limit is None else dataset.take(limit), str(source))
         if source.split in splits:
-            return FileStream(splits[source.split], reader_of, limit, bad)
+            return FileStream(splits[source.split], reader_of, limit)
         datasets.ReadInstruction.from_spec(source.split).to_absolute(dict.fromkeys(splits, 10**9))
         raise UserError(
             f"{source}: a part of a split cannot be streamed. Name a whole split, and set "

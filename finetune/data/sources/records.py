@@ -69,6 +69,11 @@ class Records:
         picks = ((self._table_of[i], self._number_of[i]) for i in indices)
         return Records(self._tables, picks, self.bad)
 
+    def without_bad(self) -> "Records":
+        """Return the records without the note of bad ones, which another part keeps."""
+        picks = zip(self._table_of, self._number_of)
+        return Records(self._tables, picks, BadRecords(self.bad.action))
+
     def take(self, count: int | None) -> "Records":
         """Return the first `count` records, or all of them for None."""
         return self if count is None else self.select(range(min(count, len(self))))
@@ -88,12 +93,18 @@ class RecordStream:
         self._counts: list[int] = []
         self._resume: dict[str, Any] | None = None
 
+    def fresh(self) -> "RecordStream":
+        """Return the same stream from its start on, with a note of bad records of its own."""
+        return RecordStream(self._streams, self._weights, BadRecords(self.bad.action))
+
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         state, self._resume = self._resume, None
         places = [None] * len(self._streams) if state is None else state["places"]
         self._counts = [0] * len(places) if state is None else list(state["counts"])
         self._places = [partial(copy.deepcopy, place) for place in places]
-        return self._read([stream.read(place) for stream, place in zip(self._streams, places)])
+        return self._read(
+            [stream.read(place, self.bad) for stream, place in zip(self._streams, places)]
+        )
 
     def _read(self, iterators: Sequence[Iterator[Item]]) -> Iterator[tuple[str, Record]]:
         active = list(range(len(iterators)))
@@ -144,8 +155,8 @@ def stream_records(sources: Sequence[Source], *, on_bad: str = "error") -> Recor
 
     Raises UserError if a source cannot be opened; reading raises one if a record cannot be read.
     """
-    weights, bad = _weights(sources), BadRecords(on_bad)
-    return RecordStream([open_stream(source, bad) for source in sources], weights, bad)
+    weights = _weights(sources)
+    return RecordStream([open_stream(source) for source in sources], weights, BadRecords(on_bad))
 
 
 def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Records, Records]:
@@ -162,7 +173,7 @@ def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Rec
     held_out = Random(f"{seed}/held out").sample(range(len(records)), count)
     taken = set(held_out)
     rest = [i for i in range(len(records)) if i not in taken]
-    return records.select(rest), records.select(held_out)
+    return records.select(rest), records.select(held_out).without_bad()
 
 
 def _weights(sources: Sequence[Source]) -> list[float] | None:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.config.schema import DataSection, SourceSection
-from finetune.data.sources import Records, load_records
+from finetune.data.sources import Records
 from finetune.errors import UserError
-from finetune.recipes.build.data import as_sources, load_raw_data
+from finetune.recipes.build.data import load_raw_data, open_records
 from finetune.run.files import make_folder, write_text
 
 HALVES = (
@@ -66,7 +66,7 @@ def data_rule(data: DataSection) -> str:
 def _split(held_out: Records, data: DataSection) -> tuple[Records, Records]:
     """Return the records that choose, and those of the test data."""
     if data.test is not None:
-        return held_out, load_records(as_sources(data.test)).take(data.max_validation_records)
+        return held_out, open_records(data.test, data).take(data.max_validation_records)
     if len(held_out) < 2:
         raise UserError(
             "one record is held out, and it cannot both choose and be the test data. "

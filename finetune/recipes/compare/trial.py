@@ -14,13 +14,12 @@ import torch
 from finetune.comparison.frequency import BINS, bins_of
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
-from finetune.data.sources import load_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import inner_model, tensor_bytes, token_tables
 from finetune.optim import optimizer_info
-from finetune.recipes.build.data import as_sources
+from finetune.recipes.build.data import open_records
 from finetune.recipes.build.evaluator import evaluator_of
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import Parts
@@ -154,7 +153,7 @@ def _test_losses(parts: Parts) -> dict[str, Any]:
     config = parts.config
     assert config.data.test is not None
     bins = bins_of(_target_counts(parts, parts.material.table_rows))
-    dataset = parts.material.encode(load_records(as_sources(config.data.test)))
+    dataset = parts.material.encode(open_records(config.data.test, config.data))
     result = evaluator_of(parts).loss(dataset, groups=bins)
     found = dict(zip(BINS, result.by_group))
     sizes = torch.bincount(bins, minlength=len(BINS)).tolist()

@@ -93,6 +93,12 @@ def _build(
     optimizer = make_optimizer(parts.model, config)
     metrics = generation_metrics(config, material.format)
     check_best(config, metrics, material.validation is not None)
+    if material.examples_per_step is not None:
+        display.say(
+            f"{parts.num_steps:,} steps, each of about {material.examples_per_step:,.0f} examples"
+        )
+    for sentence in material.advice():
+        display.note(sentence)
     return parts, optimizer
 
 
