@@ -3,6 +3,7 @@
 No room below this one knows the config. `finetune.recipes` is its only reader.
 """
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -123,6 +124,14 @@ class DataSection(Section):
     # The format's name of a column -> the data's name of it, e.g. {prompt: question}.
     columns: dict[str, str] = {}
     system_prompt: str | None = None  # put before conversations that have none
+    # Variables of the chat template, in training and in use, e.g. {enable_thinking: false}.
+    chat_template_kwargs: dict[str, Any] = {}
+    # The day that a chat template prints as today, in training and evaluation; chat and generate
+    # print the real one. None: the day of the run's first start.
+    template_date: date | None = None
+    # A text with a special token such as <|im_end|>. parse: learnt as that token, which is what
+    # servers read, and counted. refuse: a bad record.
+    control_tokens: Literal["parse", "refuse"] = "parse"
     # What is learnt. assistant: the assistant's turns with their end mark. all: every token.
     targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()
@@ -210,7 +219,7 @@ class EvaluationSection(Section):
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # sequences per forward
     # In addition to the loss. None: both for translation, none for other formats.
-    metrics: tuple[Literal["chrf", "bleu"], ...] | None = None
+    metrics: tuple[Literal["chrf", "bleu", "tool_calls"], ...] | None = None
     generate: NonNegativeInt = 64  # held-out prompts to answer for these metrics; 0: none
     samples: NonNegativeInt = 8  # answers kept in samples.jsonl, with or without such metrics
     best: Literal["loss", "chrf"] = "loss"  # decides the best checkpoint and early stopping

@@ -5,7 +5,7 @@ It knows no terminal: a command line or a server prints what it yields.
 
 from collections.abc import Callable, Iterator
 
-from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.formats.rendering import PLAIN, ChatTemplate, TemplateSettings
 from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, stream
@@ -15,6 +15,8 @@ from finetune.models.describe import CausalLM, context_length
 class Conversation:
     """One conversation with `model`, which is on its device.
 
+    `template` has what the chat template gets with each prompt.
+    A control token that a question spells out, such as <|im_end|>, is plain text.
     `turns` holds the questions and answers so far. When they outgrow the model's context, the
     oldest pair is dropped, and `notify` gets a sentence about it. Raises UserError if the
     tokenizer has no chat template, or one that cannot hold the system prompt.
@@ -26,6 +28,7 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         settings: GenerationSettings,
+        template: TemplateSettings = PLAIN,
         system_prompt: str | None,
         notify: Callable[[str], None],
     ) -> None:
@@ -35,8 +38,8 @@ class Conversation:
                 "continue a text, or `finetune translate` for a model that was trained to translate"
             )
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
-        self.template = ChatTemplate(tokenizer)
-        if system_prompt is not None and not self.template.writes_system_messages():
+        self.template = ChatTemplate(tokenizer, template)
+        if system_prompt is not None and not self.template.writes("system"):
             raise UserError("the chat template of this model takes no system prompt. Leave it out")
         self._system: list[Message] = (
             [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
@@ -70,7 +73,9 @@ class Conversation:
         limit = context_length(self.model)
         turns = self.turns
         while True:
-            prompt = self.template.prompt([*self._system, *turns, question])
+            prompt = self.template.prompt(
+                [*self._system, *turns, question], parse_control_tokens=False
+            )
             if (
                 limit is None
                 or len(prompt) + min(self.settings.max_new_tokens, limit // 2) <= limit

@@ -10,6 +10,7 @@ from finetune.config import RunConfig
 from finetune.data.statistics import DataReport, pieces, report_on
 from finetune.data.types import Example, Tokenizer
 from finetune.display import Display
+from finetune.errors import visible
 from finetune.recipes.build.data import STREAM_SAMPLE
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.vocabulary import plan_vocabulary
@@ -66,7 +67,10 @@ def _marked(stretches: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
     """Return the text with its targets in colour, or in brackets."""
     if in_colour:
         return Text.assemble(
-            *((text, "bold green" if is_target else "dim") for text, is_target in stretches)
+            *(
+                (visible(text), "bold green" if is_target else "dim")
+                for text, is_target in stretches
+            )
         )
     return Text("".join(f"⟦{text}⟧" if is_target else text for text, is_target in stretches))
 

@@ -91,6 +91,7 @@ class DataCounts(JsonRecord):
     train: Mapping[str, int] | None = None  # what is counted -> how many
     languages: Sequence[str] | None = None  # source and target, of translation data
     validation: Mapping[str, int] | None = None
+    system_prompt: str | None = None  # of all training conversations
 
 
 @dataclass(frozen=True)

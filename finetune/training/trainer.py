@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -311,7 +311,13 @@ def restore_checkpoint(
         weights = model.state_dict()
         stored = load(checkpoint, "model.pt", own=lambda place: weights.get(place[0]))
         _check_weights(trainable_state(model), stored, checkpoint)
-        model.load_state_dict(stored, strict=False)  # frozen weights are those of the base model
+        # Frozen weights are those of the base model. A module may hold buffers that it has not
+        # measured yet, so only the loading shows what the model does not have.
+        _refuse_weights(
+            "has, unlike the model,",
+            model.load_state_dict(stored, strict=False).unexpected_keys,
+            checkpoint,
+        )
         stored = load(
             checkpoint,
             "optimizer.pt",
@@ -321,25 +327,27 @@ def restore_checkpoint(
 
 
 def _check_weights(wanted: Mapping[str, torch.Tensor], stored: object, checkpoint: Path) -> None:
-    """Raise UserError if `stored` is not a state with the names and shapes of `wanted`."""
+    """Raise UserError if `stored` lacks a name or a shape of `wanted`."""
     found = stored if isinstance(stored, Mapping) else {}
-    missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
     shapes = [
         name
         for name in wanted.keys() & found.keys()
         if getattr(found[name], "shape", None) != wanted[name].shape
     ]
-    for what, names in (("lacks", missing), ("has, unlike the model,", unknown)):
-        if names:
-            raise UserError(
-                f"{checkpoint / 'model.pt'} {what} {len(names)} weights, such as {min(names)}. "
-                "Take another checkpoint, or the model that it was saved from"
-            )
+    _refuse_weights("lacks", wanted.keys() - found.keys(), checkpoint)
     if shapes:
         name = min(shapes)
         raise UserError(
             f"in {checkpoint / 'model.pt'} {name} has another shape than "
             f"{tuple(wanted[name].shape)}, which the model needs. Take another checkpoint"
+        )
+
+
+def _refuse_weights(what: str, names: Collection[str], checkpoint: Path) -> None:
+    if names:
+        raise UserError(
+            f"{checkpoint / 'model.pt'} {what} {len(names)} weights, such as {min(names)}. "
+            "Take another checkpoint, or the model that it was saved from"
         )
 
 

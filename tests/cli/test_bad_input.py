@@ -199,7 +199,7 @@ def test_a_label_outside_the_vocabulary(copy, command):
     )
     assert_message(
         result,
-        "chat.jsonl, row ",
+        "chat.jsonl line ",
         "is outside the model's vocabulary of 280 rows",
         "the tokenizer does not belong",
     )

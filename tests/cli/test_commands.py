@@ -410,6 +410,22 @@ def test_translate_sentences_stdin_and_files(translation_run):
     )
 
 
+def test_translate_knows_languages_by_any_name_and_the_direction(translation_run):
+    plain = finetune("translate", "run", "The house is small.")
+    named = finetune(
+        "translate", "run", "--from", "eng_Latn", "--to", "French", "The house is small."
+    )
+    assert (named.code, named.out, named.err) == (0, plain.out, plain.err)
+    assert "note:" not in plain.err
+    for languages, expected in {
+        ("fr", "en"): "note: this run learnt en → fr, not fr → en",
+        ("en", "de"): "note: this run learnt en → fr, not en → de",
+    }.items():
+        result = finetune("translate", "run", "--from", languages[0], "--to", languages[1], "Hm.")
+        assert result.code == 0
+        assert expected in result.err
+
+
 def test_inspect_shows_examples_targets_and_figures(chat_run):
     before = snapshot(chat_run)
     result = finetune("inspect", "c.yaml", "--examples", "2")

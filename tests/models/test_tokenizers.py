@@ -178,6 +178,9 @@ def test_a_template_from_a_file_sets_its_own_end_of_turn(tmp_path):
     file.write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
     set_template(tokenizer, str(file))
     assert (tokenizer.chat_template, tokenizer.eos_token) == (file.read_text(), "<|endoftext|>")
+    file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
+    set_template(tokenizer, str(file))
+    assert tokenizer.chat_template.startswith("{% for"), "a byte order mark is no text"
 
 
 def test_a_missing_or_failing_template_is_explained(tmp_path):

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, time
 from itertools import islice
 from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.encode import EncodedDataset, encode
+from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
+from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.sources import (
     Records,
@@ -20,6 +23,7 @@ from finetune.data.sources import (
 from finetune.data.types import Format, Prompt, Record
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.evaluation.answers import TOOL_CALLS
 from finetune.models.describe import context_length
 
 STREAM_SAMPLE = 1000  # records of a stream that are read in advance
@@ -77,6 +81,13 @@ def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
     return [Source(**section.model_dump()) for section in sections]
 
 
+def template_settings(config: DataSection) -> TemplateSettings:
+    """Return what the chat template of a run gets in training and evaluation."""
+    day = config.template_date
+    now = None if day is None else datetime.combine(day, time())
+    return TemplateSettings(options=config.chat_template_kwargs, now=now)
+
+
 def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Format:
     """Return the format that the config names, or that the first record is in."""
     pair = config.translation
@@ -88,6 +99,8 @@ def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Fo
         target_language=pair.target_language,
         direction=pair.direction,
         template=pair.template,
+        settings=template_settings(config),
+        refuse_control_tokens=config.control_tokens == "refuse",
     )
     return build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
 
@@ -179,14 +192,17 @@ def first_prompts(
 
 
 def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
-    """Return the metrics over answers: those of the config, else chrF and BLEU for translation.
+    """Return the metrics over answers: those of the config, else those that suit the format.
 
-    There are none if no answers are generated.
+    These are chrF and BLEU for translation, and calls for conversations that call tools. There are
+    none if no answers are generated.
     """
     if config.evaluation.generate == 0:
         return ()
     if config.evaluation.metrics is not None:
         return config.evaluation.metrics
+    if isinstance(format, ChatFormat):
+        return (TOOL_CALLS,) if format.calls_tools else ()
     return ("chrf", "bleu") if format.name == "translation" else ()
 
 

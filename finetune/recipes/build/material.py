@@ -5,11 +5,13 @@ it, with a model.
 """
 
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from typing import Any
 
 from finetune.config import RunConfig
 from finetune.data.encode import EncodedDataset
+from finetune.data.formats.jinja import prints_the_date
 from finetune.data.types import Format
 from finetune.display import Display
 from finetune.models.describe import token_tables
@@ -67,7 +69,11 @@ class Material:
         return [self.train, *([self.validation] if self.validation is not None else [])]
 
     def with_config(self, config: RunConfig) -> "Material":
-        """Return the material of a changed config; only a changed data section is encoded anew."""
+        """Return the material of a changed config; only a changed data section is encoded anew.
+
+        The day that the chat template prints stays.
+        """
+        config = with_template_date(config, self.config.data.template_date)
         changed = replace(self, config=config)
         if config.data == self.config.data:
             encoded = ("train", "validation", "unrelated")
@@ -75,14 +81,28 @@ class Material:
         return changed
 
     def encode(self, records: Any) -> EncodedDataset:
-        """Encode other records as those of the run are. Raises UserError."""
-        return encode_records(
+        """Encode other records as those of the run are, and note what is not used of them.
+
+        Raises UserError.
+        """
+        encoded = encode_records(
             records,
             self.format,
             self.config.data,
             vocab_size=self.table_rows,
             display=self.display,
         )
+        for note in self.format.notes():
+            self.display.note(note)
+        return encoded
+
+
+def with_template_date(config: RunConfig, day: date | None) -> RunConfig:
+    """Return the config with the day that the chat template prints, unless it has one."""
+    if config.data.template_date is not None or day is None:
+        return config
+    data = config.data.model_copy(update={"template_date": day})
+    return config.model_copy(update={"data": data})
 
 
 def read_material(
@@ -100,7 +120,14 @@ def read_material(
     else:
         tokenizer = make_tokenizer(config.model, raw.texts())
         tokens = set_template(tokenizer, config.model.chat_template)
+        if tokens.completed:
+            display.note(
+                "the chat template wrote no header where the assistant is to answer; it was added, "
+                "and is saved with the model"
+            )
         skeleton = load_skeleton(model_spec(config.model, tokenizer))
+    if prints_the_date(tokenizer.chat_template):
+        config = with_template_date(config, date.today())
     check_length(skeleton, config.data.max_length)
     format = make_format(config.data, tokenizer, raw.first_record)
     return Material(config, display, raw, tokenizer, tokens, skeleton, format)

@@ -155,6 +155,7 @@ class Planner:
             inference=_inference_bytes(config, work, rehearsal),
             export=_export_bytes(config, description, weights, compact=bool(vocabulary.ids)),
             device=self.device.type,
+            precision=precision,
         )
         return description, memory, tensor_bytes(trainable) + buffers + state
 

@@ -39,7 +39,8 @@ class RunEvaluations:
             results["active_tokens"] = int((~inactive).sum())
         if main and answers:
             kept = answers[: material.config.evaluation.samples]
-            keep_samples(self.run, [Sample(step, **answer) for answer in kept])
+            samples = [Sample(step, a["prompt"], a["reference"], a["output"]) for a in kept]
+            keep_samples(self.run, samples)
         results["seconds"] = round(time.perf_counter() - started, 3)
         self.records[step] = Evaluation(step, results)
         if main:

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
-from finetune.config import RunConfig, dump_config
+from finetune.config import RunConfig, dump_config, load_config
 from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.errors import UserError
@@ -126,6 +127,11 @@ def write_records(parts: Parts, run: RunDir) -> None:
     write_counts(parts, run)
 
 
+def template_date(run: RunDir) -> date | None:
+    """Return the day that the chat template of `run` prints, if it prints one."""
+    return load_config(run.config).data.template_date if run.is_run() else None
+
+
 def write_counts(parts: Parts, run: RunDir) -> None:
     """Write what was read and what became of it; for a stream, so far."""
     format, held_out = parts.material.format, parts.material.validation
@@ -134,6 +140,7 @@ def write_counts(parts: Parts, run: RunDir) -> None:
         train=parts.statistics.as_dict(),
         languages=format.languages if isinstance(format, TranslationFormat) else None,
         validation=None if held_out is None else held_out.statistics.as_dict(),
+        system_prompt=format.common_system_prompt,
     ).write(run)
 
 

@@ -14,7 +14,7 @@ from finetune.distributed.engines import let_go, prepare, with_whole_model
 from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
-from finetune.recipes.build.material import read_material
+from finetune.recipes.build.material import read_material, with_template_date
 from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
@@ -24,6 +24,7 @@ from finetune.recipes.train.start import (
     find_start,
     flat_settings,
     hold_folder,
+    template_date,
     write_counts,
     write_records,
 )
@@ -68,7 +69,10 @@ def run_training(
         return "finished"
     with hold_folder(run, accelerator, display), display.warnings():
         checkpoint, resuming = find_start(resume, run, config, accelerator, display)
+        if checkpoint is not None:  # the template prints the day of the first start
+            config = with_template_date(config, template_date(RunDir(checkpoint.parents[1])))
         parts, optimizer = _build(config, accelerator, display)
+        config = parts.config
         if resume is not None and checkpoint is None:
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
         if checkpoint is not None:
