@@ -22,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` in the place of the file at `path`, as `write_text` does with text."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with _refusals(path):
         try:
             with temporary.open("wb") as file:
@@ -40,6 +40,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
     """Put `values` in the place of the JSON file at `path`, as `write_text`. Raises UserError."""
     write_text(path, json.dumps(finite(values), indent=indent))
+
+
+def temporary_of(path: Path) -> Path:
+    """Return the file that is written before it takes the place of the one at `path`."""
+    return path.with_name(f".{path.name.lstrip('.')}.tmp")
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

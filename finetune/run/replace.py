@@ -14,8 +14,8 @@ from pathlib import Path
 
 from finetune.errors import UserError
 from finetune.run.claim import write_marker
-from finetune.run.files import sync_file, sync_folder
-from finetune.run.marker import MARKER, Kind, Marker, is_marked, read_marker
+from finetune.run.files import sync_file, sync_folder, temporary_of
+from finetune.run.marker import MARKER, Kind, Marker, is_marked, read_marker, remove_own
 
 
 def check_replaceable(dest: Path, kind: Kind = "model") -> None:
@@ -61,7 +61,10 @@ def replacing(dest: Path, kind: Kind = "model") -> Iterator[Path]:
         sync_folder(dest.parent)
     finally:
         if os.path.lexists(work):
-            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _empty(work)
+                (work / MARKER).unlink()
+                work.rmdir()
         os.close(descriptor)
 
 
@@ -79,19 +82,25 @@ def _begin(work: Path, kind: Kind) -> int:
     except OSError:
         pass  # a disk without locks
     write_marker(work, Marker(kind))
+    _empty(work)
+    return descriptor
+
+
+def _empty(work: Path) -> None:
+    """Delete everything in `work` but the marker, which says that the rest may be deleted."""
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != MARKER:
             path.unlink()
-    return descriptor
 
 
 def _is_ours(folder: Path, kind: Kind) -> bool:
-    """Return whether a killed process left `folder`: it has the marker, or nothing at all."""
+    """Return whether a killed process left `folder`: it has the marker, or had just been made."""
     if folder.is_symlink() or not folder.is_dir():
         return False
-    return is_marked(folder, kind) or not any(folder.iterdir())
+    begun = {temporary_of(folder / MARKER)}
+    return is_marked(folder, kind) or set(folder.iterdir()) <= begun
 
 
 def _put_back(aside: Path, dest: Path, kind: Kind) -> None:
@@ -109,7 +118,7 @@ def _swap(work: Path, dest: Path, aside: Path) -> None:
 
     A folder cannot replace a full one in one step, so the old one is moved aside first.
     """
-    if not os.path.lexists(dest):
+    if not os.path.lexists(dest) or not any(dest.iterdir()):
         work.rename(dest)
         return
     dest.rename(aside)
@@ -122,10 +131,12 @@ def _swap(work: Path, dest: Path, aside: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
+    """Delete an earlier folder: a link, or what its marker lists. There is nothing else in it."""
     if folder.is_symlink():
         folder.unlink()
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        marker = read_marker(folder)
+        remove_own(folder, () if marker is None else marker.files, MARKER)
 
 
 def _files(folder: Path) -> set[str]:

@@ -79,9 +79,8 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`.
 
-        Then checkpoints that are no longer kept are removed. So are later ones: they are from
-        before the run went back to an earlier one. Raises UserError, on every process, if a disk
-        refuses; the earlier checkpoints are untouched then.
+        Then checkpoints that are no longer kept are removed (see `prune`). Raises UserError, on
+        every process, if a disk refuses; the earlier checkpoints are untouched then.
         """
         temporary = self.root / f".step-{step:08d}"
         plain, shards = take_out_shards(files)
@@ -97,10 +96,18 @@ class CheckpointStore:
         with self._agreed(what, temporary):
             if self.is_main:
                 self._finish(step, temporary, plain)
-        with self._agreed(f"an old checkpoint could not be removed from {self.root}", temporary):
-            if self.is_main:
-                self._prune(step, best_step)
+        self.prune(step, best_step=best_step)
         return self.path(step)
+
+    def prune(self, newest: int, *, best_step: int | None) -> None:
+        """Delete what is not kept if `newest` is the newest step: older ones, and later ones.
+
+        So is what a killed save or a killed deletion has left. Raises UserError, on every process,
+        if a disk refuses.
+        """
+        with self._agreed(f"an old checkpoint could not be removed from {self.root}"):
+            if self.is_main:
+                self._prune(newest, best_step)
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, oldest first."""
@@ -140,7 +147,7 @@ class CheckpointStore:
             number += 1
 
     @contextmanager
-    def _agreed(self, what: str, temporary: Path) -> Iterator[None]:
+    def _agreed(self, what: str, temporary: Path | None = None) -> Iterator[None]:
         """Have every process end this part of a save, or every process raise the same UserError.
 
         `what` says what was not possible.
@@ -153,7 +160,7 @@ class CheckpointStore:
         refusals = self.gather([] if refusal is None else [refusal.strerror or str(refusal)])
         if not refusals:
             return
-        if self.is_main:
+        if self.is_main and temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         previous = self.newest()
         kept = (
@@ -164,6 +171,7 @@ class CheckpointStore:
         raise UserError(f"{what}: {refusals[0]}; {kept}") from refusal
 
     def _prune(self, newest: int, best_step: int | None) -> None:
+        remove_unfinished(self.root)
         folders = step_folders(self.root)
         complete = [step for step, folder in folders.items() if is_complete(folder)]
         kept = {*[step for step in complete if step <= newest][-self.keep :], best_step}

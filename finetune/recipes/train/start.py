@@ -18,8 +18,7 @@ from finetune.models.describe import describe_model
 from finetune.recipes.build.parts import Parts
 from finetune.run.claim import check_claim, claim_folder, locked, write_marker
 from finetune.run.environment import collect_environment
-from finetune.run.folder import RunDir, remove_checkpoint, step_folders
-from finetune.run.log import forget_after
+from finetune.run.folder import RunDir
 from finetune.run.marker import Marker, read_marker
 from finetune.run.records import DataCounts, Environment, read_config, write_config
 from finetune.run.replace import check_replaceable
@@ -75,13 +74,14 @@ def _check_inputs(run: RunDir, config: RunConfig) -> None:
     inputs = [(f"data.{name}", source.path) for name in parts for source in parts[name] or ()]
     written = {path.resolve() for path in run.written()}
     for key, name in [("model.name", config.model.name), *inputs]:
-        with contextlib.suppress(OSError, ValueError):  # no path: a hub name, or a mistake
+        try:
             place = Path(name or "").resolve()
-            if written & {place, *place.parents}:
-                raise UserError(
-                    f"{key} is {name}, and the run writes its own files there. "
-                    "Name another output_dir"
-                )
+        except (OSError, ValueError):  # no path: a hub name, or a mistake
+            continue
+        if written & {place, *place.parents}:
+            raise UserError(
+                f"{key} is {name}, and the run writes its own files there. Name another output_dir"
+            )
 
 
 def claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
@@ -91,21 +91,6 @@ def claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
             _make_empty(run)
         claim_folder(run.root, "run", run.written())
     accelerator.wait_for_everyone()
-
-
-def go_back(run: RunDir, step: int) -> None:
-    """Delete what an earlier run left after `step`: checkpoints first, then lines of the logs.
-
-    In this order no killed process leaves a checkpoint whose steps are not logged. Raises
-    UserError if the disk refuses.
-    """
-    later = [folder for after, folder in step_folders(run.checkpoints).items() if after > step]
-    try:
-        for folder in reversed(later):
-            remove_checkpoint(folder)
-    except OSError as error:
-        raise UserError(f"{folder} could not be deleted: {error.strerror or error}") from error
-    forget_after(run, step)
 
 
 def _make_empty(run: RunDir) -> None:

@@ -23,14 +23,13 @@ from finetune.recipes.train.start import (
     claim,
     find_start,
     flat_settings,
-    go_back,
     hold_folder,
     template_date,
     write_counts,
     write_records,
 )
 from finetune.run.folder import RunDir, step_of
-from finetune.run.log import Listener, MetricLogger, tracker_values
+from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.training.checkpoint import CheckpointStore, find_checkpoint
 from finetune.training.stopping import DivergenceGuard
 from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
@@ -125,11 +124,14 @@ def _train(
             display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
             if forgotten is not None:
                 display.note(
-                    f"the checkpoint of step {forgotten}, the best so far, is not in "
-                    f"{run.checkpoints}: not counted"
+                    f"the checkpoint of step {forgotten}, the best so far, is missing or damaged "
+                    f"in {run.checkpoints}, and is not counted"
                 )
+        begun = trainer.progress.step if checkpoint is not None else -1
+        # first the checkpoints: a kill must leave none whose steps are not logged
+        trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
-            go_back(run, trainer.progress.step if checkpoint is not None else -1)
+            forget_after(run, begun)
             write_records(parts, run)
         on_start(live)
         if parts.config.evaluation.before and checkpoint is None:
