@@ -280,7 +280,8 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -
     """Return `logits` with the tokens that already occurred made less likely.
 
     Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
-    `seen` are [prompts, V], `penalty` is one number or [prompts, 1]. Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
+    `seen` are [prompts, V], `penalty` is one number or [prompts, 1].
+    Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
