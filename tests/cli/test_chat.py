@@ -48,7 +48,8 @@ def test_what_is_said_and_undone_is_what_is_saved(run, tmp_path):
 
 def test_a_conversation_that_was_saved_can_be_trained_on(run, tmp_path):
     target = tmp_path / "talk.jsonl"
-    chat(run, "One?", "Two?", f"/save {target}")
+    drawn = ["--temperature", "2", "--max-new-tokens", "8"]  # greedy, the tiny model is silent
+    chat(run, "One?", "Two?", f"/save {target}", options=drawn)
     config = tmp_path / "c.yaml"
     config.write_text(
         "model: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}\n"
