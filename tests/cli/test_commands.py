@@ -37,6 +37,7 @@ COMMANDS = [
     "generate",
     "chat",
     "translate",
+    "serve",
     "report",
     "export",
     "optimizers",
