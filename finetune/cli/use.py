@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Overrides, Target, app
+from finetune.cli.app import Overrides, Target, Trust, app
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
@@ -33,6 +33,7 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="The config with the data.", show_default="the run's own")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Evaluate on data.test, or on the held-out data if there is none. Prints JSON.
 
@@ -40,7 +41,7 @@ def evaluate(
     """
     from finetune.recipes.evaluate import evaluate_target
 
-    evaluate_target(target, config=config, overrides=overrides or ())
+    evaluate_target(target, config=config, overrides=overrides or (), trust=trust_remote_code)
 
 
 @app.command()
@@ -64,6 +65,7 @@ def generate(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answer prompts, in batches.
 
@@ -82,7 +84,13 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     for asked, answer in generate_answers(
-        target, prompt or [], raw=raw, system_prompt=system, seed=seed, settings=settings
+        target,
+        prompt or [],
+        raw=raw,
+        system_prompt=system,
+        seed=seed,
+        settings=settings,
+        trust=trust_remote_code,
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         typer.echo(
@@ -102,6 +110,7 @@ def chat(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /exit ends it."""
     from finetune.recipes.generate import chat_in_terminal
@@ -113,7 +122,9 @@ def chat(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    chat_in_terminal(target, system_prompt=system, seed=seed, settings=settings)
+    chat_in_terminal(
+        target, system_prompt=system, seed=seed, settings=settings, trust=trust_remote_code
+    )
 
 
 @app.command()
@@ -140,6 +151,7 @@ def translate(
         typer.Option("--to", help="Target language, e.g. fr.", show_default="the run's own"),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
     from finetune.recipes.translate import translate_text
@@ -152,6 +164,7 @@ def translate(
         source=source,
         to=to,
         settings=given(max_new_tokens=max_new_tokens),
+        trust=trust_remote_code,
     )
 
 

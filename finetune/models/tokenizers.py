@@ -23,7 +23,7 @@ from transformers import (
 
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.rendering import ChatTemplate
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
 from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
@@ -42,12 +42,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Return the tokenizer in the folder or repository of the model. Raises UserError."""
     assert spec.name is not None, "a model of random weights has no tokenizer of its own"
     place = resolve_name(spec.name, revision=spec.revision)
-    try:
+    with Border(f"the tokenizer of {spec.name!r} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"the tokenizer of {spec.name!r} could not be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer of {spec.name!r} is {type(tokenizer).__name__}, which is written in "
