@@ -129,10 +129,16 @@ def write_records(parts: Parts, run: RunDir) -> None:
 
 
 def template_date(run: RunDir) -> date | None:
-    """Return the day that the chat template of `run` prints, if it prints one."""
+    """Return the day that the chat template of `run` prints, if it prints one.
+
+    None if the config is damaged: the run's identity then shows whether the day mattered.
+    """
     if not run.is_run():
         return None
-    return load_config(run.config, ["model.trust_remote_code=false"]).data.template_date
+    try:
+        return load_config(run.config, ["model.trust_remote_code=false"]).data.template_date
+    except UserError:
+        return None
 
 
 def write_counts(parts: Parts, run: RunDir) -> None:
