@@ -1,5 +1,6 @@
 """`finetune evaluate`, `generate`, `chat` and `translate`: a trained run, or any model, in use."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.app import Overrides, Target, Trust, app
+from finetune.errors import visible
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
@@ -71,8 +73,6 @@ def generate(
 
     If --prompt is given more than once, each answer is printed under its prompt.
     """
-    import json
-
     from finetune.display import on_terminal
     from finetune.recipes.generate import generate_answers
 
@@ -94,9 +94,7 @@ def generate(
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         typer.echo(
-            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=not speaks_utf8())
-            if as_json
-            else on_terminal(plain)
+            json_line({"prompt": asked, "answer": answer}) if as_json else on_terminal(plain)
         )
 
 
@@ -166,6 +164,14 @@ def translate(
         settings=given(max_new_tokens=max_new_tokens),
         trust=trust_remote_code,
     )
+
+
+def json_line(values: dict[str, str]) -> str:
+    """Return a line of JSON for stdout; for a terminal its control characters are escaped."""
+    text = json.dumps(values, ensure_ascii=not speaks_utf8())
+    if not sys.stdout.isatty():
+        return text
+    return "".join(f"\\u{ord(c):04x}" if visible(c) != c else c for c in text)
 
 
 def speaks_utf8() -> bool:
