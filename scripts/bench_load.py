@@ -27,24 +27,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "max_position_embeddings": 256,
 }
-WORDS = [
-    "sun",
-    "moon",
-    "tree",
-    "river",
-    "stone",
-    "bird",
-    "cloud",
-    "house",
-    "road",
-    "light",
-    "water",
-    "fire",
-    "wind",
-    "snow",
-    "leaf",
-    "star",
-]
+WORDS = ("sun", "moon", "tree", "river", "stone", "bird", "cloud", "house", "road", "light")
 
 
 def conversation(chance: random.Random) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,11 +42,11 @@ def test_an_error_of_a_library_becomes_a_sentence_with_its_cause():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: struct.unpack("<Q", b""),
-        lambda: torch.zeros(2) @ torch.zeros(3),
-        lambda: yaml.safe_load("["),
-        lambda: json.loads("[" * 100_000),
-        lambda: torch.load("/dev/null"),
+        partial(struct.unpack, "<Q", b""),
+        partial(torch.dot, torch.zeros(2), torch.zeros(3)),
+        partial(yaml.safe_load, "["),
+        partial(json.loads, "[" * 100_000),
+        partial(torch.load, "/dev/null"),
     ],
 )
 def test_the_families_of_errors(call):
@@ -300,7 +302,10 @@ def test_the_description_of_shards_runs_no_code(tmp_path):
     from scripts.torture.bad_inputs import Payload
 
     shards = tmp_path / "shards"
-    dcp.save({"model.pt/a": torch.arange(6.0)}, storage_writer=dcp.FileSystemWriter(shards))
+    state = {"model.pt/a": torch.arange(6.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(shards), no_dist=True)
     hole = {"a": torch.empty(6, device="meta")}
     assert put_in_shards(hole, shards, "model.pt")["a"].tolist() == [0, 1, 2, 3, 4, 5]
     for content in (pickle.dumps(Payload()), b"", b"garbage", pickle.dumps([1])):

@@ -102,7 +102,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         "generation": {"max_new_tokens": 2},
     }
     for name, section in changes.items():
-        tree[name] = {**tree[name], **section}
+        tree[name] = {**tree.get(name, {}), **section}
     return tree
 
 
