@@ -101,6 +101,9 @@ def generate(
 @app.command()
 def chat(
     target: Target,
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the run's base model answer, too.")
+    ] = False,
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -110,8 +113,8 @@ def chat(
     seed: Seed = 0,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Talk with a model in the terminal. /reset forgets the conversation, /exit ends it."""
-    from finetune.recipes.generate import chat_in_terminal
+    """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
+    from finetune.recipes.chat import chat_in_terminal
 
     settings = given(
         max_new_tokens=max_new_tokens,
@@ -121,7 +124,12 @@ def chat(
         repetition_penalty=repetition_penalty,
     )
     chat_in_terminal(
-        target, system_prompt=system, seed=seed, settings=settings, trust=trust_remote_code
+        target,
+        base=base,
+        system_prompt=system,
+        seed=seed,
+        settings=settings,
+        trust=trust_remote_code,
     )
 
 
