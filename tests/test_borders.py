@@ -310,7 +310,7 @@ def test_the_description_of_shards_runs_no_code(tmp_path):
     assert put_in_shards(hole, shards, "model.pt")["a"].tolist() == [0, 1, 2, 3, 4, 5]
     for content in (pickle.dumps(Payload()), b"", b"garbage", pickle.dumps([1])):
         (shards / ".metadata").write_bytes(content)
-        with pytest.raises(UserError, match=r"shards"):
+        with pytest.raises(UserError, match=r"shards|asks for posix\.system"):
             put_in_shards(hole, shards, "model.pt")
     assert not Path("executed").exists()
 

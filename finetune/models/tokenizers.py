@@ -115,9 +115,12 @@ def set_template(
             {"extra_special_tokens": [TURN_START, TURN_END]}, replace_extra_special_tokens=False
         )
     elif chat_template is not None:
+        path = Path(chat_template).expanduser()
         try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is not a file")
+            tokenizer.chat_template = path.read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
             raise UserError(
                 f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be '
                 f"read: {error}"

@@ -116,11 +116,14 @@ class _Metadata(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the class. Raises UnpicklingError for any other."""
+        """Return the class. Raises UserError for any other."""
         home = module.removesuffix("._local")  # pathlib's, in Python 3.13
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in self.ALLOWED.get(home, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which torch never writes")
+            raise UserError(
+                f"the .metadata of a checkpoint asks for {module}.{name}, which torch never writes "
+                "there. Take another checkpoint"
+            )
         return super().find_class(module, name)
 
 

@@ -217,7 +217,11 @@ class Trainer:
         self.progress.guard, scaler = self.guard.state_dict(), self.accelerator.scaler
         files = {
             "model.pt": weights,
-            "optimizer.pt": optimizer_state,
+            # in the order of the parameters, so that a resumed run writes the same bytes
+            "optimizer.pt": {
+                **optimizer_state,
+                "state": dict(sorted(optimizer_state["state"].items())),
+            },
             "training.pt": {
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
