@@ -6,8 +6,11 @@ A base model has neither markers nor template: ChatML
 (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+RENDERING = 20.0  # seconds that a chat template may take for a question and its answer
 
 CHATML = (
     "{% for message in messages %}"
@@ -167,10 +172,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the special token that the chat template writes right after an answer, or None."""
     answer = "Yes."
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}],
-            tokenize=False,
-        )
+        with _time_limit(RENDERING):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}],
+                tokenize=False,
+            )
     except Exception as error:  # a template is a program of the user's: it may raise anything
         raise UserError(
             f"the chat template fails to render a question and its answer: {error}"
@@ -183,6 +189,25 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if after.lstrip().startswith(str(token))
     ]
     return max(special, key=len) if found and special else None
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds. Only the main thread can have one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _fit_rows(model: PreTrainedModel, added: list[int]) -> None:

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, help="how many, in place of a share of the time")
+    parser.add_argument("--variants", default="", help="of killed runs, such as dense,lora")
     parser.add_argument("--faults", type=int)
     parser.add_argument("--bad-inputs", type=int)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of bad inputs")
@@ -74,7 +75,12 @@ def main() -> None:
     killed: Counter[str] = Counter()
     if wanted:
         for count in kills.campaign(
-            folder / "base", options.seed, kills=wanted, processes=workers, say=say
+            folder / "base",
+            options.seed,
+            names=[name for name in options.variants.split(",") if name],
+            kills=wanted,
+            processes=workers,
+            say=say,
         ):
             killed = count
             if options.kills is None and time.monotonic() > end:

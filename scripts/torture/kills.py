@@ -199,13 +199,20 @@ def left(run: Path) -> dict[str, Any]:
 
 
 def campaign(
-    folder: Path, seed: int, *, kills: int, processes: int, say: Callable[[str], None]
+    folder: Path,
+    seed: int,
+    *,
+    names: list[str],
+    kills: int,
+    processes: int,
+    say: Callable[[str], None],
 ) -> Iterator[Counter[str]]:
     """Yield the counts of kills and of chains, chain after chain, until there are `kills`.
 
-    The variants take turns. `say` gets a line for each chain that does not end as it should.
+    The variants of these `names` take turns, all if there are none. `say` gets a line for each chain that does not end as it should.
     """
-    made = [Chains(name, tree, folder) for name, tree in variants(folder).items()]
+    trees = variants(folder)
+    made = [Chains(name, trees[name], folder) for name in names or trees]
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(Chains.begin, made))
         count: Counter[str] = Counter()
