@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 ULTRALYTICS := build/ultralytics
 
-.PHONY: demo demo-chat test test-all test-ultralytics check format bench install clean
+.PHONY: demo demo-chat test test-all test-ultralytics check format bench torture install clean
 
 install: $(STAMP)
 
@@ -46,6 +46,9 @@ check: install  ## lint, format, types
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+torture: install  ## kills, faults and bad inputs for MINUTES minutes (SEED), and one line of figures
+	nice $(BIN)/python -m scripts.torture --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)
 
 bench: install  ## the optimizer's benchmark; scripts/bench_*.py has the others
 	$(BIN)/python scripts/bench_optimizer.py --quick

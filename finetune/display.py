@@ -3,12 +3,13 @@
 Only the main process shows anything. Everything goes to stderr; stdout has only results.
 """
 
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -34,11 +35,31 @@ def on_terminal(text: str) -> str:
     return visible(text) if sys.stdout.isatty() else text
 
 
+class _Unheard:
+    """A stream that goes on if nobody reads it any more: a closed pipe or terminal, a full disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
     """The progress and the notes of one command."""
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        stream = cast(IO[str], _Unheard(sys.stderr))
+        self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
         self.enabled = enabled
         # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []

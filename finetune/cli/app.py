@@ -26,6 +26,9 @@ Target = Annotated[
     str,
     typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model's folder, or a hub name."),
 ]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+]
 
 
 def _print_version(asked: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune.cli.app import app
+from finetune.cli.app import Trust, app
 
 
 @app.command()
@@ -29,6 +29,7 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Export this checkpoint instead of model/.")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a run's model as a plain Hugging Face folder.
 
@@ -36,4 +37,4 @@ def export(
     """
     from finetune.recipes.export import export_run
 
-    export_run(run, dest, dtype=dtype, checkpoint=checkpoint)
+    export_run(run, dest, dtype=dtype, checkpoint=checkpoint, trust=trust_remote_code)

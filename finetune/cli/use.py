@@ -1,12 +1,14 @@
 """`finetune evaluate`, `generate`, `chat` and `translate`: a trained run, or any model, in use."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Overrides, Target, app
+from finetune.cli.app import Overrides, Target, Trust, app
+from finetune.errors import visible
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
@@ -33,6 +35,7 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="The config with the data.", show_default="the run's own")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Evaluate on data.test, or on the held-out data if there is none. Prints JSON.
 
@@ -40,7 +43,7 @@ def evaluate(
     """
     from finetune.recipes.evaluate import evaluate_target
 
-    evaluate_target(target, config=config, overrides=overrides or ())
+    evaluate_target(target, config=config, overrides=overrides or (), trust=trust_remote_code)
 
 
 @app.command()
@@ -64,13 +67,12 @@ def generate(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answer prompts, in batches.
 
     If --prompt is given more than once, each answer is printed under its prompt.
     """
-    import json
-
     from finetune.display import on_terminal
     from finetune.recipes.generate import generate_answers
 
@@ -82,13 +84,17 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     for asked, answer in generate_answers(
-        target, prompt or [], raw=raw, system_prompt=system, seed=seed, settings=settings
+        target,
+        prompt or [],
+        raw=raw,
+        system_prompt=system,
+        seed=seed,
+        settings=settings,
+        trust=trust_remote_code,
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         typer.echo(
-            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=not speaks_utf8())
-            if as_json
-            else on_terminal(plain)
+            json_line({"prompt": asked, "answer": answer}) if as_json else on_terminal(plain)
         )
 
 
@@ -105,6 +111,7 @@ def chat(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
     from finetune.recipes.chat import chat_in_terminal
@@ -116,7 +123,14 @@ def chat(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    chat_in_terminal(target, base=base, system_prompt=system, seed=seed, settings=settings)
+    chat_in_terminal(
+        target,
+        base=base,
+        system_prompt=system,
+        seed=seed,
+        settings=settings,
+        trust=trust_remote_code,
+    )
 
 
 @app.command()
@@ -143,6 +157,7 @@ def translate(
         typer.Option("--to", help="Target language, e.g. fr.", show_default="the run's own"),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
     from finetune.recipes.translate import translate_text
@@ -155,7 +170,16 @@ def translate(
         source=source,
         to=to,
         settings=given(max_new_tokens=max_new_tokens),
+        trust=trust_remote_code,
     )
+
+
+def json_line(values: dict[str, str]) -> str:
+    """Return a line of JSON for stdout; for a terminal its control characters are escaped."""
+    text = json.dumps(values, ensure_ascii=not speaks_utf8())
+    if not sys.stdout.isatty():
+        return text
+    return "".join(f"\\u{ord(c):04x}" if visible(c) != c else c for c in text)
 
 
 def speaks_utf8() -> bool:

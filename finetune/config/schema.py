@@ -31,11 +31,22 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0, le=1000)]
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of every common file system
+
+
 def expand(path: str) -> str:
     """Return a path with ~ and an environment variable at its start written out.
 
-    Raises ValueError if the variable is not set.
+    Raises ValueError if the variable is not set, or if no file can have that name.
     """
+    if "\0" in path or any("\ud800" <= letter <= "\udbff" for letter in path):
+        raise ValueError(f"the path {path!r} holds a character that no path can have")
+    longest = max(path.split("/"), key=len)
+    if len(os.fsencode(longest)) > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+        raise ValueError(
+            f"a path of {len(path):,} characters is too long. A name has at most {LONGEST_NAME} "
+            f"bytes, and a path {LONGEST_PATH:,}"
+        )
     found = re.match(r"\$(?:(\w+)|\{(\w+)\})(?=/|$)", path)
     if found and (found[1] or found[2]) not in os.environ:
         raise ValueError(

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finetune.errors import UserError
+from finetune.models.checks import check_folder
 from finetune.models.gguf import convert_gguf
 
 HUB_TIMEOUT = 5.0  # seconds
@@ -35,6 +36,7 @@ def resolve_name(name: str, *, revision: str | None = None) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"the folder {name} is not a model: there is no config.json in it")
+        check_folder(path)
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"the model folder {name} does not exist (looked in {Path.cwd()})")

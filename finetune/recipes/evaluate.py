@@ -17,26 +17,32 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.build.material import read_material
-from finetune.recipes.build.target import open_target
+from finetune.recipes.build.target import open_target, trusting
 from finetune.run.files import finite
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluations, Vocabulary
 
 
 def evaluate_target(
-    target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
+    target: str,
+    *,
+    config: Path | None,
+    overrides: Sequence[str],
+    trust: bool = False,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Evaluate on data.test, or on the held-out data if there is none; print the metrics as JSON.
 
     If a run is evaluated with its own config, its evaluation.json keeps the metrics as "test".
-    Raises UserError for a target that cannot be opened, and for a config without held-out data.
+    `trust`: run the code that comes with the model. Raises UserError for a target that cannot be
+    opened, and for a config without held-out data.
     """
     display = display or Display()
-    opened = open_target(target)
+    opened = open_target(target, trust=trust)
     if config is not None:
         settings = load_config(config, overrides)
     elif opened.run is not None:
-        settings = load_config(opened.run.config, overrides)
+        settings = load_config(opened.run.config, [*trusting(trust), *overrides])
     else:
         raise UserError(
             f"{target} is a model, not a run, so no data is known to evaluate it on. "

@@ -15,6 +15,7 @@ from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.recipes.build.card import run_card
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
+from finetune.recipes.build.target import trusting
 from finetune.run.folder import RunDir, step_of
 from finetune.run.marker import MARKER
 from finetune.run.records import evaluations_by_step
@@ -30,11 +31,13 @@ def export_run(
     *,
     dtype: str,
     checkpoint: Path | None,
+    trust: bool = False,
     display: Display | None = None,
 ) -> None:
     """Write the model to `dest`, reload it from there, and compare the logits.
 
     `dtype` is a key of DTYPES. `checkpoint`: write the model of this one, not the run's model/.
+    `trust`: run the code that comes with the model.
     Raises UserError if there is no such model, or if `dest` exists.
     """
     run, display = RunDir(run_root), display or Display()
@@ -50,7 +53,7 @@ def export_run(
             f"Finish it with `finetune train {run.config} --resume auto`, "
             "or name one of its checkpoints with --checkpoint"
         )
-    config = load_config(run.config)
+    config = load_config(run.config, trusting(trust))
     if checkpoint is None:
         model, tokenizer = load_trained(run.model, config.model)
         card = (run.model / "README.md").read_text(encoding="utf-8")
@@ -58,7 +61,7 @@ def export_run(
         folder = find_checkpoint(str(checkpoint), run.checkpoints)
         assert folder is not None
         tokenizer = _tokenizer_of(run, config, folder)
-        model = model_of_checkpoint(run, folder, tokenizer)
+        model = model_of_checkpoint(config, folder, tokenizer)
         evaluations = evaluations_by_step(run)
         metrics = {
             f"step {step}": evaluations[step].metrics
@@ -90,8 +93,11 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         return tokenizer
     material = read_material(config, Display(enabled=False))
     if isinstance(material.raw.train, Records):
-        then = load(checkpoint, "training.pt")["identity"]["the training data"]
-        if material.train.fingerprint != then:  # other data makes another tokenizer
+        # other data makes another tokenizer
+        then = load(checkpoint, "training.pt")
+        known = then.get("identity") if isinstance(then, dict) else None
+        now = material.train.fingerprint
+        if not isinstance(known, dict) or known.get("the training data") != now:
             raise UserError(
                 f"the training data of {run.root} changed, so its tokenizer cannot be made again. "
                 "Restore the data"

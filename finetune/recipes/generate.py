@@ -20,15 +20,16 @@ def generate_answers(
     system_prompt: str | None = None,
     seed: int,
     settings: Mapping[str, Any],
+    trust: bool = False,
     display: Display | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield each prompt with its answer, in order; without prompts, each line of stdin is one.
 
     `raw` continues the text as it is, without the chat template. `system_prompt`: None for that of
-    the run, "" for none. `settings` change the generation settings of the run. Raises UserError for
-    a target that cannot be opened.
+    the run, "" for none. `settings` change the generation settings of the run. `trust`: run the
+    code that comes with the model. Raises UserError for a target that cannot be opened.
     """
-    opened, display = open_target(target), display or Display()
+    opened, display = open_target(target, trust=trust), display or Display()
     section = opened.settings(settings)
     plain = raw or not opened.tokenizer.chat_template
     if plain and system_prompt:

@@ -23,11 +23,13 @@ def translate_text(
     source: str | None,
     to: str | None,
     settings: Mapping[str, Any],
+    trust: bool = False,
     display: Display | None = None,
 ) -> None:
     """Translate `texts`, the file `input`, or the lines of stdin, line by line.
 
-    The translations go to the file `output` or to stdout; an empty line stays empty. Raises
+    The translations go to the file `output` or to stdout; an empty line stays empty.
+    `trust`: run the code that comes with the model. Raises
     UserError for arguments that contradict each other, and for languages that are not known.
     """
     if texts and input is not None:
@@ -37,7 +39,7 @@ def translate_text(
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     texts = [require_utf8(text, "the sentence") for text in texts]
-    opened, display = open_target(target), display or Display()
+    opened, display = open_target(target, trust=trust), display or Display()
     format = translation_format(opened, source, to, display)
     section = opened.settings(settings)
     note_other_direction(opened, format, display)

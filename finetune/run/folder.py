@@ -131,6 +131,12 @@ class RunDir:
             ) from error
 
 
+def is_written_by_a_run(file: Path) -> bool:
+    """Return whether `file` is in a folder that holds a run, also one whose marker was lost."""
+    run = RunDir(file.parent)
+    return any(map(os.path.lexists, (run.root / MARKER, run.environment, run.metrics)))
+
+
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
     """Return the folder of the checkpoint that is taken after `step`."""
     return checkpoints / f"step-{step:08d}"

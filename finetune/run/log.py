@@ -51,7 +51,7 @@ def forget_after(run: RunDir, step: int) -> None:
 def _is_up_to(step: int, line: bytes) -> bool:
     try:
         return json.loads(line)["step"] <= step
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return False
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +22,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
 from finetune.optim import LazyAdamW, options_of
 from finetune.run.files import write_bytes
+from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
-from finetune.training.checkpoint import CheckpointStore, damage_of, load
+from finetune.training.checkpoint import ANOTHER, CheckpointStore, as_written, damage_of, load
+from finetune.training.form import check_like, check_optimizer_state
 from finetune.training.step import StepResult, take_step
 from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
 
@@ -215,7 +217,11 @@ class Trainer:
         self.progress.guard, scaler = self.guard.state_dict(), self.accelerator.scaler
         files = {
             "model.pt": weights,
-            "optimizer.pt": optimizer_state,
+            # in the order of the parameters, so that a resumed run writes the same bytes
+            "optimizer.pt": {
+                **optimizer_state,
+                "state": dict(sorted(optimizer_state["state"].items())),
+            },
             "training.pt": {
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
@@ -235,14 +241,15 @@ class Trainer:
         evaluation so far is missing or damaged, that evaluation is forgotten, and its step is
         returned.
         """
-        state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
+        state, options = self._training_state(checkpoint), options_of(self.optimizer)
         self.restore(checkpoint)
         schedule, base = state["scheduler"], self.scheduler.base_lrs
         lrs = [
             lr * factor(schedule["last_epoch"])
             for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)
         ]
-        self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
+        with Border(f"{checkpoint / 'training.pt'} does not fit", do=ANOTHER):
+            self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
         for group, own, initial, lr in zip(
             self.optimizer.param_groups, options, base, lrs, strict=True
         ):
@@ -259,6 +266,27 @@ class Trainer:
             return best
         return None
 
+    def _training_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Return what training.pt holds. Raises UserError if it has not the form of ours."""
+        state, where = load(checkpoint, "training.pt"), checkpoint / "training.pt"
+        scaler = self.accelerator.scaler
+        kept = state.get("scheduler") if isinstance(state, Mapping) else None
+        needed = {"last_epoch", "lr_lambdas", *(kept if isinstance(kept, Mapping) else ())}
+        schedule = {k: v for k, v in self.scheduler.state_dict().items() if k in needed}
+        ours = {
+            "progress": asdict(self.progress) | {"guard": None},
+            "scheduler": schedule | {"lr_lambdas": None},
+            "data": self.batches.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "identity": None,
+        }
+        with as_written(where):
+            check_like(state, ours, "it")
+            check_like(state["progress"]["guard"], self.guard.state_dict(), "progress.guard")
+            if state["progress"]["step"] != step_of(checkpoint):
+                raise TypeError(f"it is of step {state['progress']['step']}")
+            return dict(state)
+
     def restore(self, checkpoint: Path) -> None:
         """Load the weights and the optimizer's state of a checkpoint.
 
@@ -269,7 +297,10 @@ class Trainer:
 
 def check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
     """Raise UserError if the checkpoint belongs to another model, other data or another setting."""
-    then = load(checkpoint, "training.pt")["identity"]
+    state = load(checkpoint, "training.pt")
+    then = state.get("identity") if isinstance(state, Mapping) else None
+    if not isinstance(then, Mapping):
+        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
     for what, now in identity.items():
         if then.get(what) != now:
             raise UserError(
@@ -323,7 +354,10 @@ def restore_checkpoint(
             "optimizer.pt",
             own=lambda place: parameters[place[1]] if place[0] == "state" else None,
         )
-        optimizer.load_state_dict(stored)
+        with as_written(checkpoint / "optimizer.pt"):
+            check_optimizer_state(stored, optimizer.state_dict(), parameters)
+        with Border(f"{checkpoint / 'optimizer.pt'} does not fit", do=ANOTHER):
+            optimizer.load_state_dict(stored)
 
 
 def _check_weights(wanted: Mapping[str, torch.Tensor], stored: object, checkpoint: Path) -> None:

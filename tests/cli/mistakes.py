@@ -424,6 +424,12 @@ CASES: dict[str, dict[str, Case]] = {
             "{source}",
             files={"a.jsonl": PAIRS},
         ),
+        "translation template with a format": configured(
+            data("a.jsonl", translation={"template": "{source:9999999999}"}),
+            "a format behind the name source",
+            "Write {source} alone",
+            files={"a.jsonl": PAIRS},
+        ),
         "translation template with an unknown field": configured(
             data("a.jsonl", translation={"template": "{text} {source}"}),
             "{text}",

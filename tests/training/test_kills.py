@@ -7,9 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 MEMORY = Path("/dev/shm")
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_file_operation_loses_nothing():
     memory = MEMORY if MEMORY.is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:

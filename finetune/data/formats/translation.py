@@ -166,14 +166,20 @@ def _side(sides: Record, key: str) -> str:
 def _check_template(template: str) -> None:
     """Raise UserError for a template without {source}, or with an unknown field."""
     try:
-        parsed = string.Formatter().parse(template)
+        parsed = list(string.Formatter().parse(template))
         fields = {field for _, field, _, _ in parsed if field is not None}
+        formed = [field for _, field, form, conversion in parsed if form or conversion]
     except ValueError as error:
         raise UserError(f"data.translation.template {template!r} is broken: {error}") from error
     known = ", ".join(f"{{{field}}}" for field in _FIELDS)
     if unknown := fields - set(_FIELDS):
         raise UserError(
             f"data.translation.template has the unknown field {{{min(unknown)}}}; known are {known}"
+        )
+    if formed:
+        raise UserError(
+            f"data.translation.template has a format behind the name {formed[0]}. "
+            f"Write {{{formed[0]}}} alone"
         )
     if "source" not in fields:
         raise UserError(

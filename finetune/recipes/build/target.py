@@ -64,8 +64,16 @@ class Opened:
         return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
 
 
-def open_target(target: str) -> Opened:
-    """Load a run's model/, or a model by name, onto the GPU if there is one. Raises UserError."""
+def trusting(trust: bool) -> list[str]:
+    """Return the overrides of a run's own config; `trust`: the model's code may run."""
+    return ["model.trust_remote_code=true"] if trust else []
+
+
+def open_target(target: str, *, trust: bool = False) -> Opened:
+    """Load a run's model/, or a model by name, onto the GPU if there is one.
+
+    `trust`: run the code that comes with the model. Raises UserError.
+    """
     run = RunDir(Path(target))
     is_run = run.is_run()
     if is_run and not (run.model / "config.json").is_file():
@@ -73,12 +81,12 @@ def open_target(target: str) -> Opened:
             f"the run {target} has no model/ yet. "
             f"Finish it with `finetune train {run.config} --resume auto`"
         )
-    config = load_config(run.config) if is_run else None
+    config = load_config(run.config, trusting(trust)) if is_run else None
     model: Any
     if config is not None:
         model, tokenizer = load_trained(run.model, config.model)
     else:
-        spec = ModelSpec(name=target)
+        spec = ModelSpec(name=target, trust_remote_code=trust)
         model, tokenizer = load_model(spec), load_tokenizer(spec)
     fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

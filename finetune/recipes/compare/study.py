@@ -19,6 +19,7 @@ import yaml
 from finetune.comparison import grids
 from finetune.comparison.grids import MAX_WIDENINGS, wider
 from finetune.config import RunConfig, dump_config
+from finetune.config.yaml12 import parse
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
@@ -92,7 +93,7 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
     root = config.output_dir
     claim_folder(root, "comparison", [root / name for name in NAMES])
     same = config.model_copy(update={"output_dir": Path(), "overwrite_output_dir": False})
-    tree = {**yaml.safe_load(dump_config(same)), **numbers}
+    tree = {**parse(dump_config(same)), **numbers}
     tree["optimizer"] = {
         key: value for key, value in tree["optimizer"].items() if key not in ("name", "lr")
     }
@@ -113,7 +114,7 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
 def _read_protocol(path: Path) -> dict[str, Any]:
     """Return what protocol.yaml holds. Raises UserError if it cannot be read."""
     try:
-        found = yaml.safe_load(read_text(path))
+        found = parse(read_text(path))
     except yaml.YAMLError:
         found = None
     if not isinstance(found, dict):
