@@ -39,7 +39,7 @@ LINES = {
     b"one\ntwo\n": ["one", "two"],
     b"one\r\ntwo\r\n": ["one", "two"],
     b"one\rand\ntwo": ["one\rand", "two"],
-    b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n": ["one", "\ufefftwo"],
+    b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n": ["one", "two"],  # of two files, joined
     b"\n\n one \n\n": ["", "", " one ", ""],
     b"a\x0bb\x0c\x1cc\xc2\x85d\xe2\x80\xa8e\n": ["a\x0bb\x0c\x1cc\x85d\u2028e"],
     b"caf\xc3\xa9": ["café"],

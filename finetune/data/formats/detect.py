@@ -1,5 +1,6 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
 """Format -> shape -> the columns it needs. The order is the order of detection."""
 
 _OPTIONAL = {"chat": CHAT_OPTIONAL, "translation": [], "text": []}
+_SEPARATED = re.compile(r"\w+(?:([^\w \"'.-])\w+)+")  # a header such as question:answer
 _ASKED = ("prompt", "instruction", "question", "query", "user", "human")
 _ANSWERED = ("completion", "output", "answer", "response", "assistant", "reply")
 _ACCEPTED = (
@@ -146,6 +148,11 @@ def _detect(
 
 def _hint(record: Record) -> str:
     """Return what to do if no format fits, as a sentence after a blank."""
+    if len(record) == 1 and (found := _SEPARATED.fullmatch(next(iter(record)))):
+        return (
+            f" If the fields are separated by {found[1]!r}, save the file with commas, semicolons, "
+            "tabs or bars instead"
+        )
     known = sorted({name for shapes in SHAPES.values() for s in shapes.values() for name in s})
     for name in record:
         if len(name) > 40 or len(name.split()) > 4:
