@@ -177,6 +177,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(
             f"the override {override!r} is not of the form key=value. Write e.g. training.epochs=1"
         )
+    if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise UserError(f"the override {override!r:.80} is not UTF-8 text. Convert it first")
     leaf = key.rpartition(".")[2]
     is_alias = (leaf in ALIASES or leaf in NOT_ALIASES) and _field(key) is None
     is_alias = is_alias and not _is_in_mapping(key)

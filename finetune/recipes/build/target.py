@@ -38,7 +38,7 @@ class Opened:
         text: many templates write a text of their own if there is no message.
         """
         if given is not None or self.run is None:
-            return given or None
+            return require_utf8(given, "the system prompt") if given else None
         trained = DataCounts.read(self.run).system_prompt
         if trained is not None:
             display.say(f"system prompt of the run: {trained or '(empty)'} (--system changes it)")
