@@ -122,6 +122,12 @@ class ChatFormat:
         options = read_options(self._optional(record, "chat_template_kwargs"))
         dialog = Dialog(messages, tools, options, frozenset(muted))
         self._require_answer(dialog)
+        own = self.template.settings.options
+        unused |= {
+            f"the records' {key!r} in chat and generate, which take data.chat_template_kwargs"
+            for key, value in options.items()
+            if key not in own or own[key] != value
+        }
         return dialog, unused | self._written.unused(dialog)
 
     def _means_system(self) -> bool:
