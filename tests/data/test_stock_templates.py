@@ -1,11 +1,12 @@
 """The chat templates of known models, over real vocabularies: learnt as in use, or refused."""
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
 
-from finetune.data.formats.rendering import Dialog
+from finetune.data.formats.rendering import ChatTemplate, Dialog, TemplateSettings
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.models.tokenizers import set_template
@@ -133,3 +134,25 @@ def test_what_is_said_is_learnt_after_the_prompt_in_use_or_refused(
             assert ids[end - 1] == tokenizer.eos_token_id
         for other in {word for words in said for word in words} - set(words) - {"Oslo", "city"}:
             assert other not in learnt
+
+
+DATED = {"llama3_2": "09 Feb 2024", "gptoss": "2024-02-09"}
+
+
+@pytest.mark.parametrize("family", DATED)
+def test_a_date_is_that_of_the_run_in_training_and_of_today_in_use(
+    family: str, tokenizer_of: Callable[[str], Any]
+) -> None:
+    tokenizer = tokenizer_of(family)
+    question = [{"role": "user", "content": "2+2?"}]
+    then = TemplateSettings(now=datetime(2024, 2, 9, 23, 59))
+    trained = ChatTemplate(tokenizer, then)
+    text = trained.render(question, add_generation_prompt=True)
+    today = ChatTemplate(tokenizer).render(question, add_generation_prompt=True)
+    assert DATED[family] in text
+    assert DATED[family] not in today
+    kept = [a for a, b in zip(text.splitlines(), today.splitlines(), strict=True) if a == b]
+    assert len(kept) == len(text.splitlines()) - 1
+    turns = [*question, {"role": "assistant", "content": "4"}]
+    [example] = trained.examples(turns, targets="assistant")
+    assert list(example.input_ids[: len(trained.prompt(question))]) == trained.prompt(question)
