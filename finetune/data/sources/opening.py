@@ -34,6 +34,7 @@ from finetune.data.sources.local import (
     TextLines,
     reader_of,
 )
+from finetune.data.sources.padding import without_padding
 from finetune.data.types import Record
 from finetune.errors import UserError
 
@@ -86,7 +87,7 @@ class _DatasetTable:
         return len(self._dataset)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        return list(self._dataset.__getitems__(list(numbers)))
+        return list(map(without_padding, self._dataset.__getitems__(list(numbers))))
 
     def where(self, number: int) -> str:
         return f"{self._label}, row {number + 1}"
@@ -112,7 +113,8 @@ class _DatasetStream:
             if record is None:
                 return
             count += 1
-            yield lambda n=count: [dataset.state_dict(), n], f"{self._label}, row {count}", record  # type: ignore[misc]
+            where, record = f"{self._label}, row {count}", without_padding(record)
+            yield lambda n=count: [dataset.state_dict(), n], where, record  # type: ignore[misc]
 
 
 class _Picked:
