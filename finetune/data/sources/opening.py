@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from finetune.data.bad_records import BadRecords
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
+from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
     AlignedStream,
     AlignedTable,
@@ -34,7 +35,6 @@ from finetune.data.sources.local import (
     TextLines,
     reader_of,
 )
-from finetune.data.sources.padding import without_padding
 from finetune.data.types import Record
 from finetune.errors import UserError
 
