@@ -51,7 +51,10 @@ def generate(
     target: Target,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; may be repeated. Without it, each line of stdin is a prompt."),
+        typer.Option(
+            help="A prompt; may be repeated. Without it, each line of stdin is a prompt, and each "
+            "answer is one line, in which \\n is a line break."
+        ),
     ] = None,
     raw: Annotated[
         bool,
@@ -93,6 +96,8 @@ def generate(
         trust=trust_remote_code,
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
+        if not prompt and not sys.stdin.isatty():  # as many lines as there are prompts
+            plain = plain.replace("\n", "\\n")
         typer.echo(
             json_line({"prompt": asked, "answer": answer}) if as_json else on_terminal(plain)
         )
@@ -156,6 +161,7 @@ def translate(
         str | None,
         typer.Option("--to", help="Target language, e.g. fr.", show_default="the run's own"),
     ] = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -169,6 +175,7 @@ def translate(
         output=output,
         source=source,
         to=to,
+        system_prompt=system,
         settings=given(max_new_tokens=max_new_tokens),
         trust=trust_remote_code,
     )

@@ -22,6 +22,7 @@ def translate_text(
     output: Path | None,
     source: str | None,
     to: str | None,
+    system_prompt: str | None = None,
     settings: Mapping[str, Any],
     trust: bool = False,
     display: Display | None = None,
@@ -29,8 +30,9 @@ def translate_text(
     """Translate `texts`, the file `input`, or the lines of stdin, line by line.
 
     The translations go to the file `output` or to stdout; an empty line stays empty.
-    `trust`: run the code that comes with the model. Raises
-    UserError for arguments that contradict each other, and for languages that are not known.
+    `system_prompt`: None for that of the run, "" for the usual instruction. `trust`: run the code
+    that comes with the model. Raises UserError for arguments that contradict each other, and for
+    languages that are not known.
     """
     if texts and input is not None:
         raise UserError("both sentences and --input are given. Give sentences or --input, not both")
@@ -39,8 +41,10 @@ def translate_text(
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     texts = [require_utf8(text, "the sentence") for text in texts]
+    for option in (source, to, system_prompt):
+        require_utf8(option or "", "an option")
     opened, display = open_target(target, trust=trust), display or Display()
-    format = translation_format(opened, source, to, display)
+    format = translation_format(opened, source, to, display, system_prompt=system_prompt)
     section = opened.settings(settings)
     note_other_direction(opened, format, display)
     translate = functools.partial(

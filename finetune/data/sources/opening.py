@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from finetune.data.bad_records import BadRecords
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
+from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
     AlignedStream,
     AlignedTable,
@@ -86,7 +87,7 @@ class _DatasetTable:
         return len(self._dataset)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        return list(self._dataset.__getitems__(list(numbers)))
+        return list(map(without_padding, self._dataset.__getitems__(list(numbers))))
 
     def where(self, number: int) -> str:
         return f"{self._label}, row {number + 1}"
@@ -112,7 +113,8 @@ class _DatasetStream:
             if record is None:
                 return
             count += 1
-            yield lambda n=count: [dataset.state_dict(), n], f"{self._label}, row {count}", record  # type: ignore[misc]
+            where, record = f"{self._label}, row {count}", without_padding(record)
+            yield lambda n=count: [dataset.state_dict(), n], where, record  # type: ignore[misc]
 
 
 class _Picked:
@@ -368,6 +370,11 @@ def _explanation(label: str, error: Exception) -> str:
     if "corresponds to no data" in message:
         return f"{label} is empty: it has no rows"
     message = message[:1].lower() + message[1:]
+    if found := re.match(r"arrow type (.+) does not have a datasets dtype", message):
+        return (
+            f"{label} has a column of the type {found[1]}, which is not read. Write it as a struct "
+            "or as text, or save the file as JSON lines"
+        )
     if message.startswith("unknown split"):
         return f"{label}: {message.replace('. Should', '; it should')}"
     return f"{label} cannot be read: {message}"
