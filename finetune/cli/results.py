@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune.cli.app import app
+from finetune.cli.app import app, say_start
 
 
 @app.command()
@@ -34,6 +34,10 @@ def export(
 
     The model is then loaded from there, and its logits are compared.
     """
+    from finetune.recipes.build.look import look_at_export
+
+    look_at_export(run, dest, checkpoint)
+    say_start()
     from finetune.recipes.export import export_run
 
     export_run(run, dest, dtype=dtype, checkpoint=checkpoint)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Overrides, Target, app
+from finetune.cli.app import Overrides, Target, app, say_start
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
@@ -38,6 +38,13 @@ def evaluate(
 
     The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
     """
+    from finetune.config import load_config
+    from finetune.recipes.build.look import look_at, look_at_target
+
+    run = look_at_target(target)
+    if config is not None or run is not None:
+        look_at(load_config(config or run.config, overrides or ()))
+    say_start()
     from finetune.recipes.evaluate import evaluate_target
 
     evaluate_target(target, config=config, overrides=overrides or ())
@@ -72,6 +79,10 @@ def generate(
     import json
 
     from finetune.display import on_terminal
+    from finetune.recipes.build.look import look_at_target
+
+    look_at_target(target)
+    say_start()
     from finetune.recipes.generate import generate_answers
 
     settings = given(
@@ -104,6 +115,10 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /exit ends it."""
+    from finetune.recipes.build.look import look_at_target
+
+    look_at_target(target)
+    say_start()
     from finetune.recipes.generate import chat_in_terminal
 
     settings = given(
@@ -142,6 +157,11 @@ def translate(
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
+    from finetune.recipes.build.look import look_at_target, look_at_texts
+
+    look_at_texts(text, input=input, output=output)
+    look_at_target(target)
+    say_start()
     from finetune.recipes.translate import translate_text
 
     translate_text(

@@ -12,8 +12,6 @@ with drawn frozen rows also `measure_frozen_rows`, `inclusion_chances` and `Froz
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-
 if TYPE_CHECKING:
     from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.models.language_model import LanguageModel
@@ -38,9 +36,6 @@ __all__ = [
     "inclusion_chances",
     "measure_frozen_rows",
 ]
-
-# The command line shows progress of its own. Downloads keep their bars.
-logging.disable_progress_bar()
 
 
 def __getattr__(name: str) -> Any:

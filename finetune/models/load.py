@@ -12,9 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from finetune.errors import UserError, did_you_mean
 from finetune.models.locate import resolve_name
+
+# The command line shows progress of its own. Downloads keep their bars.
+logging.disable_progress_bar()
 
 AT_LEAST_ONE = (
     "hidden_size",

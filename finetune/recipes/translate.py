@@ -11,6 +11,7 @@ from finetune.data.sources.files import read_lines
 from finetune.display import Display, differences, on_terminal
 from finetune.errors import UserError
 from finetune.inference.translation import translate_file, translate_lines
+from finetune.recipes.build.look import look_at_texts
 from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
 from finetune.run.folder import RunDir
@@ -33,12 +34,7 @@ def translate_text(
     The translations go to the file `output` or to stdout; an empty line stays empty. Raises
     UserError for arguments that contradict each other, and for languages that are not known.
     """
-    if texts and input is not None:
-        raise UserError("both sentences and --input are given. Give sentences or --input, not both")
-    if output is not None and input is None:
-        raise UserError("--output is given without --input. Give --input, or redirect the output")
-    if input is not None and not input.is_file():
-        raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
+    look_at_texts(texts, input=input, output=output)
     texts = [require_utf8(text, "the sentence") for text in texts]
     opened, display = open_target(target), display or Display()
     format = _translation_format(opened, source, to, display)

@@ -29,6 +29,9 @@ _ACCEPTED = (
     "source and target; two columns named by languages (en, fr); text"
 )
 
+Languages = tuple[str | None, str | None]
+"""The languages that a config names, source and target; None: found in the data."""
+
 
 @dataclass(frozen=True)
 class FormatOptions:
@@ -46,7 +49,7 @@ class FormatOptions:
     merge_turns: bool  # chat: turns of one role in a row become one
 
     @property
-    def languages(self) -> tuple[str | None, str | None]:
+    def languages(self) -> Languages:
         return self.source_language, self.target_language
 
 
@@ -58,9 +61,9 @@ def build_format(
     For "auto" it is the one that fits the columns of `first_record`. Raises UserError if the
     columns of `first_record` fit no accepted shape.
     """
-    _check_columns(options, first_record)
+    given, languages = options.columns, options.languages
+    kind, shape, columns = find_shape(kind, first_record, columns=given, languages=languages)
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
-    kind, shape, columns = _detect(kind, first_record, options)
     if kind == "chat":
         chat = ChatFormat(
             tokenizer=tokenizer,
@@ -77,11 +80,11 @@ def build_format(
         return chat
     if kind == "text":
         return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
-    sides, languages = _pair(shape, first_record, options)
+    sides, found = _pair(shape, first_record, given, languages)
     in_one = shape == "translation"
     return TranslationFormat(
         tokenizer=tokenizer,
-        languages=languages,
+        languages=found,
         direction=options.direction,
         template=options.template,
         targets=options.targets,
@@ -93,15 +96,26 @@ def build_format(
     )
 
 
-def _detect(
-    kind: str, record: Record, options: FormatOptions
+def find_shape(
+    kind: str, record: Record, *, columns: Mapping[str, str], languages: Languages
 ) -> tuple[str, str, Mapping[str, str]]:
-    """Return the format, its shape, and the columns that it reads by other names."""
-    columns = options.columns
+    """Return the format, its shape, and the columns that it reads by other names.
+
+    The arguments are those of `build_format` and its options. Raises UserError if nothing fits.
+    """
+    _check_columns(columns, languages, record)
+    kind, shape, found = _detect(kind, record, columns, languages)
+    if kind == "translation":
+        _pair(shape, record, columns, languages)
+    return kind, shape, found
+
+
+def _detect(
+    kind: str, record: Record, columns: Mapping[str, str], languages: Languages
+) -> tuple[str, str, Mapping[str, str]]:
     pairs = _language_columns(record, columns)
     named = all(
-        language is not None and _key_of(language, pairs) is not None
-        for language in options.languages
+        language is not None and _key_of(language, pairs) is not None for language in languages
     )
     for candidate in SHAPES if kind == "auto" else [kind]:
         if candidate == "translation" and named:
@@ -164,10 +178,9 @@ def _found(usual: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def _pair(
-    shape: str, record: Record, options: FormatOptions
+    shape: str, record: Record, columns: Mapping[str, str], languages: Languages
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return the keys or columns of the two sides of a pair, and their languages."""
-    columns, languages = options.columns, options.languages
     if shape == "sides":
         if languages[0] is None or languages[1] is None:
             raise UserError(
@@ -233,16 +246,16 @@ def _other(keys: Mapping[str, str], language: str | None) -> str:
     return next(name for name, key in keys.items() if key != taken)
 
 
-def _check_columns(options: FormatOptions, record: Record) -> None:
-    """Raise UserError for a name in `options.columns` that no format knows, or a missing column."""
+def _check_columns(columns: Mapping[str, str], languages: Languages, record: Record) -> None:
+    """Raise UserError for a name in `columns` that no format knows, or a missing column."""
     known = [
         name
         for kind, shapes in SHAPES.items()
         for needed in [*shapes.values(), _OPTIONAL[kind]]
         for name in needed
     ]
-    known += [language for language in options.languages if language is not None]
-    for name, given in options.columns.items():
+    known += [language for language in languages if language is not None]
+    for name, given in columns.items():
         if name not in known and not is_language(name):
             raise UserError(
                 f"data.columns has the unknown name {name!r}; known are {', '.join(known)}"

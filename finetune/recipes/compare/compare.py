@@ -8,12 +8,12 @@ from finetune.comparison.summary import summarise
 from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.recipes.build.look import take_list
 from finetune.recipes.compare.candidates import (
     DEFAULT_OPTIMIZERS,
     check_candidates,
     optimizer_names,
     section_for,
-    take_list,
 )
 from finetune.recipes.compare.data import data_rule
 from finetune.recipes.compare.outcome import write_outcome

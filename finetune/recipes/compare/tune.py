@@ -13,8 +13,9 @@ from finetune.config import RunConfig, dump_config, load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
+from finetune.recipes.build.look import take_list
 from finetune.recipes.build.optimizer import optimizer_options
-from finetune.recipes.compare.candidates import check_candidates, section_for, take_list
+from finetune.recipes.compare.candidates import check_candidates, section_for
 from finetune.recipes.compare.study import (
     best_of,
     prepare_study,
