@@ -1,9 +1,11 @@
 """The progress of a command: a live line on a terminal, plain lines elsewhere.
 
-Only the main process shows anything. Everything goes to stderr; stdout has only results.
+Only the main process shows anything. Everything goes to stderr; stdout has only results. With -q
+nothing is shown, and with -v each step is a line.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +23,7 @@ from rich.progress import (
 )
 
 from finetune.errors import visible
-from finetune.run.log import Listener
+from finetune.run.log import VERBOSITY, Journal, Listener
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.wording import clock
@@ -39,12 +41,18 @@ class Display:
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.enabled = enabled
+        self.verbosity = os.environ.get(VERBOSITY, "")
+        self.enabled = enabled and self.verbosity != "quiet"
+        self.journal = Journal()
         # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []
 
     def say(self, text: str) -> None:
-        """Print one line about the progress."""
+        """Print one line about the progress, which the run's log gets too."""
+        self.journal.add(visible(text))
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         if self.enabled:
             self._console.print(visible(text), markup=False)
 
@@ -103,7 +111,7 @@ class Display:
     ) -> Iterator[Callable[[int, str], None]]:
         if not self.enabled:
             yield lambda done, facts: None
-        elif self._console.is_terminal:
+        elif self._console.is_terminal and self.verbosity != "verbose":
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -121,13 +129,14 @@ class Display:
 
     def _plain_lines(self, label: str, total: int | None, start: int) -> Callable[[int, str], None]:
         began, first, shown = 0.0, start, 0.0
+        interval = 0.0 if self.verbosity == "verbose" else PLAIN_INTERVAL
 
         def update(done: int, facts: str) -> None:
             nonlocal began, first, shown
             now = time.monotonic()
             if not began:  # the rate does not count the time before the first update
                 began, first = now, done
-            elif now - shown < PLAIN_INTERVAL and done != total:
+            elif now - shown < interval and done != total:
                 return
             shown = now
             seconds = now - began
@@ -136,7 +145,7 @@ class Display:
                 ending = f"  {time_left} left"
             else:
                 ending = f"  {clock(seconds)}" if done == total else ""
-            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
+            self._show(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
 
         return update
 

@@ -66,7 +66,10 @@ LEAST_LINES = 30  # of a file with one importer
 ANY_PER_1000_LINES = 19.2  # may only fall
 
 # command -> what may import its files, besides the CLI and the command itself
-IMPORTED = {"train": {"finetune", "recipes.demo", "recipes.compare"}}
+IMPORTED = {
+    "train": {"finetune", "recipes.demo", "recipes.compare"},
+    "plan": {"recipes.init"},  # what fits into memory
+}
 
 
 def modules() -> dict[str, Path]:

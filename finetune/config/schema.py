@@ -60,9 +60,10 @@ class Section(BaseModel):
 class LoraSection(Section):
     """Low-rank adapters through peft (https://arxiv.org/abs/2106.09685)."""
 
-    rank: PositiveInt = 16
-    alpha: float = 32.0
+    rank: PositiveInt = 16  # columns of the two factors; more learn more and take more memory
+    alpha: float = 32.0  # the product of the factors is multiplied by alpha / rank
     dropout: Fraction = 0.0  # on a CPU, drawing the masks takes up to a third of a step's time
+    # Names of the layers that get adapters. all-linear: all but the output head.
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
@@ -82,6 +83,7 @@ class ModelSection(Section):
     tokenizer: NewTokenizerSection | None = None  # with `config` only; None: its defaults
     revision: str | None = None  # hub branch, tag or commit
     trust_remote_code: bool = False  # True: run the Python code that comes with the model
+    # How attention is computed. sdpa: as torch does it best; eager: operator by operator.
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     chat_template: PathText | None = None  # "chatml" or a Jinja file; None: the tokenizer's own
     lora: LoraSection | None = None  # None: no adapters, the model's own weights train
@@ -105,7 +107,7 @@ class SourceSection(Section):
     # .json, .jsonl, .csv, .tsv, .parquet or .txt.
     path: PathText
     name: str | None = None  # the hub dataset's configuration, e.g. "en-fr"
-    split: str = "train"
+    split: str = "train"  # of a hub dataset or a folder
     revision: str | None = None  # hub branch, tag or commit
     target_path: PathText | None = None  # the second of two aligned text files (translation)
     # This source's share of a mix. None for all sources: every record once.
@@ -132,7 +134,7 @@ class TranslationSection(Section):
 
     # The key in `translation`, or the column, e.g. "en". None: found in the data.
     source_language: str | None = None
-    target_language: str | None = None
+    target_language: str | None = None  # likewise
     direction: Literal["forward", "backward", "both"] = "forward"  # both: two examples a record
     # E.g. "Translate to {target_name}: {source}". None: a chat turn if there is a chat template.
     template: str | None = None
@@ -141,7 +143,7 @@ class TranslationSection(Section):
 class DataSection(Section):
     """What the model learns from, and what it is evaluated on."""
 
-    train: Sources
+    train: Sources  # a file, folder, glob or hub name, or a list of them
     validation: Sources | None = None  # None: `validation_fraction` of `train` is held out
     test: Sources | None = None  # for `finetune evaluate`; None: the validation data
     # Plain text of another kind. Its loss before and after training shows what is forgotten.
@@ -207,7 +209,7 @@ class OptimizerSection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "lazy_adamw"  # `finetune optimizers` lists them
-    lr: Rate = 5e-5
+    lr: Rate = 5e-5  # the highest learning rate, which the schedule multiplies
     # None: the optimizer's own, which is 0.01 for adamw and lazy_adamw.
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # parameters without weight decay
@@ -232,6 +234,7 @@ class OptimizerSection(BaseModel):
 class SchedulerSection(Section):
     """How the learning rate changes during training."""
 
+    # How the rate falls after the warm-up; constant: not at all.
     name: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
     warmup_ratio: Fraction = 0.03  # share of all steps
     warmup_steps: NonNegativeInt | None = None  # steps; overrides the ratio
@@ -241,6 +244,7 @@ class SchedulerSection(Section):
 class TrainingSection(Section):
     """The loop: how long, in what pieces, in which precision."""
 
+    # Passes through the training data.
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 3.0
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
     batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
@@ -292,9 +296,8 @@ class GenerationSection(Section):
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    output_dir: Annotated[
-        Path, AfterValidator(lambda path: Path(expand(str(path))))
-    ]  # default: runs/<name of the config file>
+    # The run's folder. Default: runs/<name of the config file>.
+    output_dir: Annotated[Path, AfterValidator(lambda path: Path(expand(str(path))))]
     overwrite_output_dir: bool = False  # True: delete another run that is there
     seed: SeedNumber = 0  # of the weights, the order of the data, dropout and drawn rows
     model: ModelSection

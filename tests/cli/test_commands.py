@@ -27,6 +27,9 @@ from tests.conftest import conversation
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
+    "init",
+    "keys",
+    "runs",
     "train",
     "demo",
     "inspect",
@@ -149,7 +152,7 @@ def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
         COMMANDS
     )
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 17
 
 
 def test_the_bare_command_and_the_module_show_the_help():

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from finetune.config import RunConfig, load_config
+from finetune.config.loading import make_config
 from finetune.config.schema import DataSection, SourceSection
 from finetune.config.yaml12 import parse
 from finetune.data.formats.detect import find_shape
@@ -60,6 +61,18 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, lis
         else:
             others.append(override)
     return found, others
+
+
+def look_at_files(
+    files: Sequence[str], *, model: str, languages: tuple[str | None, str | None]
+) -> None:
+    """Raise UserError if data files or the model are missing, or no format fits the first file."""
+    source, target = languages
+    data = {
+        "train": list(files),
+        "translation": {"source_language": source, "target_language": target},
+    }
+    look_at(make_config({"output_dir": "run", "model": {"name": model}, "data": data}))
 
 
 def look_at_target(target: str) -> RunDir | None:

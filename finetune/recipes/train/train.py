@@ -1,5 +1,6 @@
 """`finetune train`: a config becomes a run."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def run_training(
         if checkpoint is not None:
             check_identity(checkpoint, parts.identity)
         claim(run, accelerator, resuming=resuming)
-        stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish)
+        is_main = accelerator.is_main_process
+        with display.journal.kept_in(run) if is_main else contextlib.nullcontext():
+            stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish)
         accelerator.end_training()
     return stopped
 
