@@ -34,6 +34,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Without `output_dir` the run goes to `runs/<name of the file>`. Raises UserError.
     """
+    return make_config(read_tree(path), overrides, where=str(path))
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the YAML file at `path` as a tree, with `output_dir`. Raises UserError."""
     if path.is_dir():
         raise UserError(
             f"{path} is a folder. Give a YAML file; a run's folder has one, {path / 'config.yaml'}"
@@ -60,7 +65,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             "Write lines of the form `key: value`"
         )
     tree.setdefault("output_dir", str(Path("runs") / path.stem))
-    return make_config(tree, overrides, where=str(path))
+    return tree
 
 
 def make_config(

@@ -153,7 +153,8 @@ class DataSection(Section):
     drop_duplicates: bool = False
     # Records of held-out and of unrelated text; None: all. Test data is always read whole.
     max_validation_records: PositiveInt | None = 500
-    format: Literal["auto", "chat", "translation", "text"] = "auto"  # auto: by the columns
+    # auto (by the columns), chat, translation, text, or the name of a registered format.
+    format: str = "auto"
     # The format's name of a column -> the data's name of it, e.g. {prompt: question}.
     columns: dict[str, str] = {}
     system_prompt: str | None = None  # put before conversations that have none

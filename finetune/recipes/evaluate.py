@@ -17,7 +17,7 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.build.material import read_material
-from finetune.recipes.build.target import open_target
+from finetune.recipes.build.target import Opened, open_target
 from finetune.run.files import finite
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluations, Vocabulary
@@ -42,6 +42,18 @@ def evaluate_target(
             f"{target} is a model, not a run, so no data is known to evaluate it on. "
             "Give --config FILE"
         )
+    results = evaluate_opened(opened, settings, display)
+    print(json.dumps(finite(results), indent=2))
+    if opened.run is not None and config is None and not overrides:
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
+    return results
+
+
+def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> dict[str, Any]:
+    """Return the metrics of a model on the test data of a config, or on its held-out data.
+
+    Raises UserError if there is none.
+    """
     if settings.data.system_prompt is not None:
         display.say(f"system prompt: {settings.data.system_prompt}")
     material = read_material(
@@ -73,9 +85,6 @@ def evaluate_target(
     results |= evaluator.evaluate()[0]
     if evaluator.prompts:
         results["num_generated"] = len(evaluator.prompts)
-    print(json.dumps(finite(results), indent=2))
-    if opened.run is not None and config is None and not overrides:
-        replace(Evaluations.read(opened.run), test=results).write(opened.run)
     return results
 
 

@@ -1,7 +1,7 @@
 """`finetune translate`: sentences, a file, or the lines of stdin, by a run or a model."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,7 @@ def translate_text(
     look_at_texts(texts, input=input, output=output)
     texts = [require_utf8(text, "the sentence") for text in texts]
     opened, display = open_target(target), display or Display()
-    format = _translation_format(opened, source, to, display)
-    section = opened.settings(settings)
-    _note_other_direction(opened, format, display)
-    translate = functools.partial(
-        translate_lines,
-        model=opened.model,
-        tokenizer=opened.tokenizer,
-        prompt_of=lambda text: format.prompt(text, reverse=False).input_ids,
-        settings=generation_settings(section, opened.model, seed=0),
-        batch_size=section.batch_size,
-    )
+    translate = translator_of(opened, source=source, to=to, settings=settings, display=display)
     if input is not None and output is not None:
         with display.bar("translating", None) as advance:
             translate_file(input, output, translate, on_progress=differences(advance))
@@ -59,6 +49,31 @@ def translate_text(
     )
     for line in translate(lines):
         print(on_terminal(line), flush=True)
+
+
+def translator_of(
+    opened: Opened,
+    *,
+    source: str | None,
+    to: str | None,
+    settings: Mapping[str, Any],
+    display: Display,
+) -> Callable[[Iterable[str]], Iterator[str]]:
+    """Return a function from sentences to their translations, with the run's own languages.
+
+    Raises UserError for languages that are not known.
+    """
+    format = _translation_format(opened, source, to, display)
+    section = opened.settings(settings)
+    _note_other_direction(opened, format, display)
+    return functools.partial(
+        translate_lines,
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        prompt_of=lambda text: format.prompt(text, reverse=False).input_ids,
+        settings=generation_settings(section, opened.model, seed=0),
+        batch_size=section.batch_size,
+    )
 
 
 def _translation_format(

@@ -88,21 +88,6 @@ def test_the_schema_is_that_of_the_package_and_takes_the_shipped_configs() -> No
 # --- init
 
 
-@pytest.fixture
-def base(folder: Path) -> Path:
-    """Return the folder of a tiny model with a tokenizer."""
-    from finetune.models.load import ModelSpec, load_model
-    from finetune.models.tokenizers import train_tokenizer
-    from tests.conftest import LLAMA
-
-    tokenizer = train_tokenizer(["What is 3 plus 4? It is 7. " * 20, "Le mot est petit."], 300)
-    model = load_model(ModelSpec(config=LLAMA | {"max_position_embeddings": 512},
-                                 vocab_size=len(tokenizer)))  # fmt: skip
-    tokenizer.save_pretrained(folder / "base")
-    model.save_pretrained(folder / "base")
-    return folder / "base"
-
-
 def test_init_writes_a_config_that_trains(base: Path, folder: Path) -> None:
     with (folder / "pairs.csv").open("w", newline="") as file:
         rows = csv.writer(file)

@@ -1,6 +1,6 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -53,16 +53,44 @@ class FormatOptions:
         return self.source_language, self.target_language
 
 
+Builder = Callable[[Tokenizer, FormatOptions], Format]
+
+
+@dataclass(frozen=True)
+class _Registered:
+    build: Builder
+    columns: Sequence[str]
+
+
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register_format(name: str, build: Builder, *, columns: Sequence[str]) -> None:
+    """Add a format of one's own, for `data.format: NAME` and for `auto`.
+
+    `build` makes it from the tokenizer and the wishes of the config. It is recognised by `columns`,
+    before the formats that come with the package. Raises UserError if the name is taken, or if
+    there are no columns.
+    """
+    if name in (*SHAPES, *_REGISTERED, "auto"):
+        raise UserError(f"the format name {name!r} is taken. Choose another name")
+    if not columns:
+        raise UserError(f"the format {name!r} names no columns. Name those that it reads")
+    _REGISTERED[name] = _Registered(build, tuple(columns))
+
+
 def build_format(
     kind: str, options: FormatOptions, *, tokenizer: Tokenizer, first_record: Record
 ) -> Format:
-    """Return the format `kind`: "chat", "translation" or "text".
+    """Return the format `kind`: "chat", "translation", "text", or one that was registered.
 
     For "auto" it is the one that fits the columns of `first_record`. Raises UserError if the
     columns of `first_record` fit no accepted shape.
     """
     given, languages = options.columns, options.languages
     kind, shape, columns = find_shape(kind, first_record, columns=given, languages=languages)
+    if kind in _REGISTERED:
+        return _REGISTERED[kind].build(tokenizer, options)
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
     if kind == "chat":
         chat = ChatFormat(
@@ -103,6 +131,19 @@ def find_shape(
 
     The arguments are those of `build_format` and its options. Raises UserError if nothing fits.
     """
+    known = ["auto", *SHAPES, *_REGISTERED]
+    if kind not in known:
+        near = did_you_mean(kind, known)
+        raise UserError(f"data.format is {kind!r}; the formats are {', '.join(known)}{near}")
+    for name, own in _REGISTERED.items():
+        reads = all(columns.get(column, column) in record for column in own.columns)
+        if kind == name and not reads:
+            raise UserError(
+                f"the format {name!r} does not fit the columns ({', '.join(record) or 'none'}); it "
+                f"needs {' and '.join(own.columns)}. Set data.columns if yours have other names"
+            )
+        if reads and kind in ("auto", name):
+            return name, name, columns
     _check_columns(columns, languages, record)
     kind, shape, found = _detect(kind, record, columns, languages)
     if kind == "translation":

@@ -79,9 +79,8 @@ def run_training(
         if checkpoint is not None:
             check_identity(checkpoint, parts.identity)
         claim(run, accelerator, resuming=resuming)
-        is_main = accelerator.is_main_process
-        with display.journal.kept_in(run) if is_main else contextlib.nullcontext():
-            stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish)
+        with contextlib.ExitStack() as stack:
+            stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish, stack)
         accelerator.end_training()
     return stopped
 
@@ -112,8 +111,9 @@ def _train(
     listener: Listener | None,
     on_start: Callable[[LiveRun], None],
     finish: Callable[[LiveRun, Stopped], None],
+    stack: contextlib.ExitStack,
 ) -> Stopped:
-    """Take the steps of a run, from `checkpoint` on, and finish it."""
+    """Take the steps of a run, from `checkpoint` on, and finish it. `stack` closes its log."""
     display, is_main = parts.display, parts.accelerator.is_main_process
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     with display.steps(parts.num_steps, first_step) as show:
@@ -134,6 +134,7 @@ def _train(
         # first the checkpoints: a kill must leave none whose steps are not logged
         trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
+            stack.enter_context(display.journal.kept_in(run))
             forget_after(run, begun)
             write_records(parts, run)
         on_start(live)
