@@ -45,6 +45,28 @@ def expand(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path) if found else path)
 
 
+def seconds_of(value: Any) -> Any:
+    """Return the seconds of a duration such as "15min", "2h", "1h 30min" or "90s".
+
+    Anything but text is returned as it is. Raises ValueError.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"([0-9.]+)\s*(s|sec|min|m|h)(?![a-z])", value.lower())
+    rest = re.sub(r"([0-9.]+)\s*(s|sec|min|m|h)(?![a-z])|\s", "", value.lower())
+    try:
+        if parts and not rest:
+            return sum(float(number) * _UNITS[unit] for number, unit in parts)
+        return float(value)
+    except ValueError:
+        raise ValueError(
+            f"the time {value!r} is not one. Write e.g. 15min, 2h, 1h 30min, or seconds"
+        ) from None
+
+
+_UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
+Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, le=10_000_000)]
+
 PathText = Annotated[str, AfterValidator(expand)]
 """A path, or a name that may be one."""
 
@@ -248,6 +270,10 @@ class TrainingSection(Section):
     # Passes through the training data.
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 3.0
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
+    # Time instead of epochs: 15min, 2h, or seconds. It counts from the first step on, with the
+    # evaluations between the steps. The run ends at the earlier of it and max_steps, and the
+    # schedule follows the clock.
+    max_time: Duration | None = None
     batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
     micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from finetune.config import RunConfig
+from finetune.config.schema import MOST
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import BatchShape
 from finetune.data.batches.stream import StreamingBatches
@@ -64,12 +65,14 @@ class Parts:
 def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
     """Return the optimizer steps of a whole run; `steps_per_epoch`: None for a stream.
 
-    Raises UserError for a stream without `training.max_steps`.
+    It is MOST if a time ends the run. Raises UserError for a stream without a limit.
     """
     if config.training.max_steps is not None:
         return config.training.max_steps
+    if config.training.max_time is not None:
+        return MOST
     if steps_per_epoch is None:
-        raise UserError("a stream has no known length. Set training.max_steps")
+        raise UserError("a stream has no known length. Set training.max_steps or training.max_time")
     return max(1, math.ceil(config.training.epochs * steps_per_epoch))
 
 

@@ -22,6 +22,7 @@ from finetune.recipes.compare.study import (
     report_stop,
     tune_learning_rate,
 )
+from finetune.recipes.compare.trial import Tally
 from finetune.run.claim import locked
 from finetune.run.files import write_text
 from finetune.run.trials import Run
@@ -53,7 +54,13 @@ def tune_optimizer(
         base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
         middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
         runs = tune_learning_rate(
-            base, name, trials=trials, decays=decays, display=display, middle=middle
+            base,
+            name,
+            trials=trials,
+            decays=decays,
+            display=display,
+            middle=middle,
+            tally=Tally(trials * max(1, len(decays))),
         )
         if runs is None:
             return report_stop(config, display)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetune.config import RunConfig, dump_config
+from finetune.config.schema import MOST
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, with_whole_model
@@ -31,7 +32,9 @@ from finetune.recipes.train.start import (
 )
 from finetune.run.folder import RunDir, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
+from finetune.run.wording import clock
 from finetune.training.checkpoint import CheckpointStore, find_checkpoint
+from finetune.training.clock import Clock
 from finetune.training.stopping import DivergenceGuard
 from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
 
@@ -64,7 +67,7 @@ def run_training(
             find_checkpoint(resume, run.checkpoints)
         with display.warnings():
             parts, _ = _build(config, accelerator, display)
-        display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
+        display.say(f"everything is in order: {_length_of(parts)}; the resolved config:")
         if accelerator.is_main_process:
             print(dump_config(config), end="")
         return "finished"
@@ -96,7 +99,7 @@ def _build(
     check_best(config, metrics, material.validation is not None)
     if material.examples_per_step is not None:
         display.say(
-            f"{parts.num_steps:,} steps, each of about {material.examples_per_step:,.0f} examples"
+            f"{_length_of(parts)}, each of about {material.examples_per_step:,.0f} examples"
         )
     for sentence in material.advice():
         display.note(sentence)
@@ -116,7 +119,9 @@ def _train(
     """Take the steps of a run, from `checkpoint` on, and finish it. `stack` closes its log."""
     display, is_main = parts.display, parts.accelerator.is_main_process
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    with display.steps(parts.num_steps, first_step) as show:
+    limit, total = parts.config.training.max_time, parts.num_steps
+    shown = None if limit is not None and total == MOST else total
+    with display.steps(shown, first_step, limit=limit) as show:
         listeners = (show, *_trackers(parts, run), *([listener] if listener else []))
         live = _make_trainer(
             parts, raw_optimizer, run, MetricLogger(run.metrics, listeners=listeners)
@@ -185,10 +190,19 @@ def _make_trainer(
         seed=config.seed,
         identity=parts.identity,
         bad_batch_path=run.bad_batch,
+        clock=Clock(limit, accelerator) if (limit := config.training.max_time) else None,
         average_rows=average_rows,
         before_step=parts.vocabulary.before_step,
     )
     return LiveRun(parts, run, trainer, evaluations)
+
+
+def _length_of(parts: Parts) -> str:
+    """Return in words how long the run is."""
+    limit, most = parts.config.training.max_time, parts.config.training.max_steps
+    if limit is None:
+        return f"{parts.num_steps:,} steps"
+    return f"steps for {clock(limit)}" + ("" if most is None else f", at most {most:,}")
 
 
 def _cadence(parts: Parts) -> Cadence:
