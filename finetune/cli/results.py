@@ -1,4 +1,4 @@
-"""`finetune report` and `export`: what a run leaves for others."""
+"""`finetune report`, `export` and `push`: what a run leaves for others."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,3 +41,25 @@ def export(
     from finetune.recipes.export import export_run
 
     export_run(run, dest, dtype=dtype, checkpoint=checkpoint)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name there: OWNER/NAME.")],
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .gguf file to send too. Those in RUN are sent anyway."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only you may read it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files, and send nothing.")
+    ] = False,
+) -> None:
+    """Put a run's model on the Hugging Face hub, with a card that says what it is.
+
+    `hf auth login` stores the token for it.
+    """
+    from finetune.recipes.push import push_run
+
+    push_run(run, name, gguf=gguf or (), private=private, dry_run=dry_run)

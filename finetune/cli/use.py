@@ -33,8 +33,11 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="The config with the data.", show_default="the run's own")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON at a terminal too.")] = False,
 ) -> None:
-    """Evaluate on data.test, or on the held-out data if there is none. Prints JSON.
+    """Evaluate on data.test, or on the held-out data if there is none.
+
+    Prints a table at a terminal, and JSON elsewhere.
 
     The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
     """
@@ -47,7 +50,7 @@ def evaluate(
     say_start()
     from finetune.recipes.evaluate import evaluate_target
 
-    evaluate_target(target, config=config, overrides=overrides or ())
+    evaluate_target(target, config=config, overrides=overrides or (), as_json=as_json)
 
 
 @app.command()

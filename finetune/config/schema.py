@@ -277,6 +277,9 @@ class TrainingSection(Section):
     batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
     micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    # auto: the CUDA GPU if there is one, else the CPU. mps: the GPU of a Mac, which is not tried
+    # here; the run begins only if a small batch gives the CPU's loss and gradients there.
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; weights stay fp32
     activation_checkpointing: bool = False  # True: less memory, slower steps
     # torch.compile: on a GPU about ten seconds at the first step, then faster. Not for a CPU.

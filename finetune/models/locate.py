@@ -5,9 +5,10 @@ network.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import CommitOperationAdd, HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finetune.errors import UserError, did_you_mean
@@ -111,3 +112,31 @@ def _cached(name: str, revision: str | None, why: str, cause: Exception) -> str:
         f"model {name!r} was not found: it is not a folder here ({Path.cwd()}), not in the hub's "
         f"cache ({constants.HF_HUB_CACHE}), and {why}"
     ) from cause
+
+
+def push_files(name: str, files: Mapping[str, Path | bytes], *, private: bool, said: str) -> str:
+    """Put files into the hub's repository `name` in one commit, and return its address.
+
+    `files`: the path there -> the file, or what it holds. The repository is made if it is not
+    there. `said` is the commit's message. Raises UserError if the hub refuses, or does not answer.
+    """
+    api = HfApi()
+    try:
+        place = api.create_repo(name, private=private, exist_ok=True)
+        operations = [
+            CommitOperationAdd(path, str(file) if isinstance(file, Path) else file)
+            for path, file in files.items()
+        ]
+        api.create_commit(place.repo_id, operations, commit_message=said)
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is not a possible hub name. Give OWNER/NAME") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        login = ". Log in with `hf auth login`" if status in (401, 403) else ""
+        raise UserError(
+            f"the hub {constants.ENDPOINT} refuses {name!r}: it answers {status}{login}"
+        ) from error
+    # No network: the clients' exceptions have no other base class in common.
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the hub {constants.ENDPOINT} cannot be reached: {error}") from error
+    return str(place)

@@ -83,8 +83,7 @@ def _print_result(run: RunDir) -> None:
             console.print(f"  after:     {_line(sample.output)}", markup=False)
             console.print(f"  reference: {_line(sample.reference)}", markup=False)
     command = "translate" if "chrf" in after else "chat"
-    console.print(f"\nThe whole report: {run.report}")
-    console.print(f"Try the model:    finetune {command} {run.root}")
+    console.print(f"\nTry the model: finetune {command} {run.root}")
 
 
 def _line(text: str, width: int = 160) -> str:

@@ -103,7 +103,7 @@ def chat_in_terminal(
         assert question is not None
         if question == "/reset":
             talk.reset()
-            display.say("(forgotten)")
+            display.say("conversation cleared")
         elif question.strip():
             _print_reply(talk, question, display)
 

@@ -1,6 +1,8 @@
 """`finetune translate`: sentences, a file, or the lines of stdin, by a run or a model."""
 
 import functools
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
+from finetune.run.wording import clock
 
 
 def translate_text(
@@ -39,8 +42,15 @@ def translate_text(
     opened, display = open_target(target), display or Display()
     translate = translator_of(opened, source=source, to=to, settings=settings, display=display)
     if input is not None and output is not None:
-        with display.bar("translating", None) as advance:
-            translate_file(input, output, translate, on_progress=differences(advance))
+        started, total = time.monotonic(), sum(1 for _ in read_lines(input))
+        with display.bar("translating", total, unit="lines") as advance:
+            count = translate_file(input, output, translate, on_progress=differences(advance))
+        seconds = clock(time.monotonic() - started)
+        display.say(f"{output}: {count:,} lines translated in {seconds}")
+        return
+    if input is None and not texts and sys.stdin.isatty():  # each line is answered at once
+        for line in stdin_lines(display, "one sentence a line"):
+            print(on_terminal(next(translate([line]))), flush=True)
         return
     lines = (
         read_lines(input)

@@ -100,6 +100,8 @@ def look_at_texts(texts: object, *, input: Path | None, output: Path | None) -> 
         raise UserError("--output is given without --input. Give --input, or redirect the output")
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
+    if output is not None and output.exists():
+        raise UserError(f"{output} already exists. Name another --output, or delete it")
 
 
 def look_at_export(root: Path, dest: Path, checkpoint: Path | None) -> RunDir:

@@ -184,11 +184,15 @@ def say_counts(
             f"{share:.0%} of them targets"
             + (f"; {counts.bad_records:,} bad records dropped" if counts.bad_records else "")
         )
-    limit = config.data.max_length
-    if counts.truncated or counts.dropped:
+    limit, said = config.data.max_length, []
+    if counts.truncated:
+        said.append(f"{counts.truncated:,} were cut")
+    if counts.without_target:
+        said.append(f"{counts.without_target:,} of these had no target left and were left out")
+    if counts.dropped:
+        said.append(f"{counts.dropped:,} were dropped")
+    if said:
         display.note(
-            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut "
-            f"({counts.without_target} of them had no target left and were left out) and "
-            f"{counts.dropped} dropped; the longest has {counts.longest} tokens "
-            f"(data.max_length, data.overlong)"
+            f"{part}: of the examples that are longer than {limit:,} tokens {', '.join(said)}; the "
+            f"longest has {counts.longest:,} (data.max_length, data.overlong)"
         )

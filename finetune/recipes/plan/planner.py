@@ -28,6 +28,7 @@ from finetune.models.speed import resolve_precision
 from finetune.models.tokenizers import pad_id
 from finetune.optim import optimizer_info
 from finetune.optim.lazy.eligible import row_sparse_embeddings
+from finetune.recipes.build.accelerator import resolve_device
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
 from finetune.recipes.build.parts import count_steps
@@ -94,7 +95,8 @@ class Planner:
         self, config: RunConfig, display: Display, memory_limit: int | None = None
     ) -> None:
         self.config, self.display, self.memory_limit = config, display, memory_limit
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = resolve_device(config.training.device)
+        self.device = torch.device("cpu" if wanted == "mps" else wanted)  # its memory is the CPU's
         self.material = read_material(config, display)
         self.work = work_of(self.material)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()

@@ -13,8 +13,9 @@ from finetune.config.schema import MOST
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, with_whole_model
+from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer
-from finetune.recipes.build.accelerator import make_accelerator
+from finetune.recipes.build.accelerator import TRACKING, make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.material import read_material, with_template_date
 from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
@@ -35,8 +36,10 @@ from finetune.run.log import Listener, MetricLogger, forget_after, tracker_value
 from finetune.run.wording import clock
 from finetune.training.checkpoint import CheckpointStore, find_checkpoint
 from finetune.training.clock import Clock
+from finetune.training.probe import check_device
 from finetune.training.stopping import DivergenceGuard
 from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
+from finetune.training.vocabulary import measuring_batches
 
 
 def run_training(
@@ -151,8 +154,7 @@ def _train(
         write_counts(parts, run)
     if stopped == "signal":
         display.say(
-            f"stopped by a signal after step {trainer.progress.step}, which is saved. "
-            "Go on with --resume auto"
+            f"stopped at step {trainer.progress.step}, which is saved. Go on with --resume auto"
         )
     else:
         finish(live, stopped)
@@ -165,6 +167,11 @@ def _make_trainer(
 ) -> LiveRun:
     """Give the model to the engine, and make the trainer of the run with its evaluations."""
     config, accelerator = parts.config, parts.accelerator
+    if accelerator.device.type == "mps":
+        material = parts.material
+        batch = next(measuring_batches(material.train, pad_id=pad_id(material.tokenizer)))
+        check_device(parts.language_model, batch, accelerator.device, key="training.device=cpu")
+        parts.display.note("mps: a small batch gave the loss and the gradients of the CPU")
     scheduler = make_scheduler(raw_optimizer, config, parts.num_steps)
     module, optimizer, average_rows = prepare(
         accelerator, parts.language_model, raw_optimizer, parts.display
@@ -227,4 +234,6 @@ def _trackers(parts: Parts, run: RunDir) -> tuple[Listener, ...]:
         for key, value in flat_settings(parts.config.model_dump(mode="json")).items()
     }
     parts.accelerator.init_trackers(run.root.name, config=settings)
+    if "tensorboard" in parts.config.tracking:
+        parts.display.say(f"to see the curves: tensorboard --logdir {run.root / TRACKING}")
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record.step),)
