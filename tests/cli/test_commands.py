@@ -40,6 +40,7 @@ COMMANDS = [
     "generate",
     "chat",
     "translate",
+    "serve",
     "report",
     "export",
     "push",
@@ -153,7 +154,7 @@ def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
         COMMANDS
     )
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 19
 
 
 def test_the_bare_command_and_the_module_show_the_help():
@@ -369,7 +370,7 @@ def test_chat_reads_questions_from_a_pipe(chat_run):
         stdin="Hello?\n\n/reset\nAnd now?\n/exit\nnever read\n",
     )
     assert result.code == 0, result.err
-    assert "conversation cleared" in result.err
+    assert "(conversation cleared)" in result.err
     assert not result.out.startswith("> ")  # answers alone
     assert finetune("chat", "run", stdin="").code == 0
 
@@ -384,7 +385,7 @@ def test_chat_on_a_terminal(chat_run):
     code, shown = on_a_terminal("chat", "run", "--max-new-tokens", "3", replies=replies)
     assert code == 0, shown
     assert "Traceback" not in shown
-    for text in ("/exit ends it", "> Hello?", "conversation cleared", "> And now?", "> /exit"):
+    for text in ("/exit ends it", "> Hello?", "(conversation cleared)", "> And now?", "> /exit"):
         assert text in shown, shown
     assert next(script, None) is None
 
