@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/installed-run
 STAMP := $(VENV)/installed
 ULTRALYTICS := build/ultralytics
+TRACKIO := build/trackio
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # uv, if it is there, is the faster of the two. It reads no settings of pip, so torch comes by pip.
 REST := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python -c constraints.txt,$(PIP))
 
-.PHONY: demo demo-chat test test-all test-ultralytics check format bench install install-run clean
+.PHONY: demo demo-chat test test-all test-ultralytics test-trackio check format bench install install-run clean
 
 install: $(STAMP)  ## everything: also what tests, checks and comparisons need
 
@@ -46,6 +47,16 @@ $(ULTRALYTICS)/installed: constraints.txt | install
 	rm -rf $(ULTRALYTICS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(ULTRALYTICS) -c constraints.txt \
 		ultralytics ultralytics-thop opencv-python-headless torchvision polars polars-runtime-32
+	touch $@
+
+test-trackio: install $(TRACKIO)/installed  ## Trackio as a tracker
+	PYTHONPATH=$(CURDIR)/$(TRACKIO) $(BIN)/python -m pytest tests/integrations/test_trackers.py
+
+# It wants another pillow than the environment has, which its tracker does not use.
+$(TRACKIO)/installed: constraints.txt | install
+	rm -rf $(TRACKIO)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(TRACKIO) -c constraints.txt \
+		trackio gradio-client brotli orjson python-multipart
 	touch $@
 
 check: install  ## lint, format, types
