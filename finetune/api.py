@@ -77,8 +77,9 @@ def train(
         own = tree.get(key)
         short = {"model": "name", "data": "train"}.get(key)
         value = {short: value} if short and isinstance(value, str) else value
-        both = isinstance(own, Mapping) and isinstance(value, Mapping)
-        tree[key] = {**own, **value} if both else value
+        if isinstance(own, Mapping) and isinstance(value, Mapping):
+            value = {**own, **value}
+        tree[key] = value
     if isinstance(data, Mapping):  # the config's section, as in YAML
         tree["data"], data = {**(tree.get("data") or {}), **data}, None
     run = RunDir(Path(str(tree.setdefault("output_dir", _DEFAULT_RUN))))
@@ -87,8 +88,8 @@ def train(
     try:
         for name, given in (("train", data), ("validation", validation)):
             if given is not None:
-                path = _path_of(given, run, kept, name)
-                tree["data"] = {**(tree.get("data") or {}), name: path}
+                place = _path_of(given, run, kept, name)
+                tree["data"] = {**(tree.get("data") or {}), name: place}
         settings = make_config(tree)
         look_at(settings)
         return _trained(settings, resume, on_record, Display(enabled=not quiet))

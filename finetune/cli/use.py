@@ -45,8 +45,9 @@ def evaluate(
     from finetune.recipes.build.look import look_at, look_at_target
 
     run = look_at_target(target)
-    if config is not None or run is not None:
-        look_at(load_config(config or run.config, overrides or ()))
+    source = run.config if config is None and run is not None else config
+    if source is not None:
+        look_at(load_config(source, overrides or ()))
     say_start()
     from finetune.recipes.evaluate import evaluate_target
 

@@ -92,7 +92,8 @@ def _keys(model: type[BaseModel], above: str) -> Iterator[Key]:
             yield from _keys(schema.SourceSection, "data.train[].")
             continue
         section = _section_of(field.annotation)
-        if section is not None and field.annotation is section:
+        always = section == field.annotation  # it cannot be null
+        if section is not None and always:
             yield from _keys(section, f"{above}{name}.")
             continue
         entry = properties["properties"][name]

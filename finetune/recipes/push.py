@@ -44,9 +44,9 @@ def push_run(
     if CARD in files:
         card = (run.model / CARD).read_text(encoding="utf-8")
         files[CARD] = card_on_hub(card, name).encode()
-    for path, file in files.items():
+    for there, file in files.items():
         count = len(file) if isinstance(file, bytes) else file.stat().st_size
-        print(f"{path}  {size(count)}")
+        print(f"{there}  {size(count)}")
     if dry_run:
         display.say(f"{len(files)} files would go to {name}; nothing was sent")
         return list(files)

@@ -37,7 +37,7 @@ def check_device(
             part.training = training
         module.zero_grad(set_to_none=True)
     size = sum(float(g.square().sum()) for g in gradients.values()) ** 0.5
-    error = (
+    apart = (
         sum(
             float((g - others[name]).square().sum()) if name in others else float("inf")
             for name, g in gradients.items()
@@ -46,7 +46,7 @@ def check_device(
     )
     for what, difference in (
         ("loss", abs(found - expected) / max(abs(expected), 1e-12)),
-        ("gradients", error / max(size, 1e-12)),
+        ("gradients", apart / max(size, 1e-12)),
     ):
         if not difference <= TOLERANCE:
             raise UserError(
