@@ -1,6 +1,8 @@
 """A run that a time ends: its schedule, its resume, its evaluations, and what plan says of it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,17 @@ def test_processes_read_one_time() -> None:
     found = Clock(60, Two())  # type: ignore[arg-type]
     found.start(10.0)
     assert 20 <= found.read() < 21
+
+
+@pytest.mark.slow  # two processes
+def test_processes_end_together(folder, write_config) -> None:
+    write_config(training={"max_time": 2, "max_steps": None}, evaluation={"every": 50})
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "train", "c.yaml", "--processes", "2"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = steps_of(folder / "run")
+    assert [step.step for step in steps] == list(range(1, len(steps) + 1))
+    assert len(steps) > 1
+    assert steps[-1].lr < 0.5 * steps[1].lr

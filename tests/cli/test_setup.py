@@ -16,7 +16,8 @@ import yaml
 from finetune.config import RunConfig, load_config
 from finetune.config.keys import json_schema, list_keys
 from finetune.config.yaml12 import parse
-from finetune.data.sources.peek import first_records
+from finetune.data.sources.peek import first_record
+from finetune.errors import UserError
 from finetune.recipes.init import ENOUGH_STEPS, sizes_for
 from finetune.run.claim import locked
 from finetune.run.folder import RunDir
@@ -225,7 +226,9 @@ def test_an_error_of_a_run_is_in_its_log(folder: Path, write_config) -> None:
     assert "ended by Diverged: training stopped at step" in (folder / "run/train.log").read_text()
 
 
-def test_the_first_records_of_any_file(folder: Path) -> None:
-    (folder / "a.jsonl").write_text('{"a": 1}\nbroken\n{"a": 2}\n')
-    assert first_records([Path("a.jsonl")], None) == [{"a": 1}, {"a": 2}]
-    assert first_records([Path("a.jsonl")], 1) == [{"a": 1}]
+def test_the_first_record_of_any_file(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('broken\n{"a": 2}\n{"a": 3}\n')
+    assert first_record([Path("a.jsonl")]) == {"a": 2}
+    (folder / "b.parquet").write_text("no such thing")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        first_record([Path("b.parquet")])

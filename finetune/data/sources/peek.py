@@ -14,33 +14,19 @@ from finetune.errors import UserError
 
 
 def first_record(files: Sequence[Path]) -> Record | None:
-    """Return the first record of the first file, or None if there is none.
+    """Return the first record of the files, or None if there is none.
 
     Bad lines are passed over. Raises UserError for a file that cannot be read.
     """
-    return next(iter(first_records(files, 1)), None)
-
-
-def first_records(files: Sequence[Path], count: int | None) -> list[Record]:
-    """Return the first `count` records of the files, or all of them for None; see `first_record`.
-
-    They are held in memory.
-    """
-    found: list[Record] = []
     for file in files:
-        left = None if count is None else count - len(found)
         if kind_of(file) == "parquet":
             try:
                 with pq.ParquetFile(file) as table:
-                    for batch in table.iter_batches(batch_size=left or 1000):
-                        found += batch.to_pylist()
-                        if count is not None and len(found) >= count:
-                            break
+                    for batch in table.iter_batches(batch_size=1):
+                        return dict(batch.to_pylist()[0])
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{file} cannot be read as Parquet: {error}") from error
         else:
-            stream = FileStream([file], reader_of, left).read(None, BadRecords("drop"))
-            found += [record for _, _, record in stream]
-        if count is not None and len(found) >= count:
-            return found[:count]
-    return found
+            for _, _, record in FileStream([file], reader_of, 1).read(None, BadRecords("drop")):
+                return record
+    return None

@@ -34,7 +34,7 @@ from finetune.recipes.train.start import (
 from finetune.run.folder import RunDir, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.run.wording import clock
-from finetune.training.checkpoint import CheckpointStore, find_checkpoint
+from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
 from finetune.training.clock import Clock
 from finetune.training.probe import check_device
 from finetune.training.stopping import DivergenceGuard
@@ -124,6 +124,8 @@ def _train(
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     limit, total = parts.config.training.max_time, parts.num_steps
     shown = None if limit is not None and total == MOST else total
+    if limit is not None and checkpoint is not None:
+        limit -= load(checkpoint, "training.pt")["progress"].get("seconds", 0.0)
     with display.steps(shown, first_step, limit=limit) as show:
         listeners = (show, *_trackers(parts, run), *([listener] if listener else []))
         live = _make_trainer(
