@@ -42,6 +42,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Without `output_dir` the run goes to `runs/<name of the file>`. The config in a run's folder may
     come from anyone, so it cannot have a model's code run: only an override can. Raises UserError.
     """
+    tree = read_tree(path)
+    config = make_config(tree, overrides, where=str(path))
+    if (
+        config.model.trust_remote_code
+        and is_written_by_a_run(path)
+        and not make_config(_without_trust(tree), overrides).model.trust_remote_code
+    ):
+        raise UserError(
+            f"{path} asks to run the code that comes with the model, and a run's folder is not "
+            "trusted with that. If you trust that code, add --trust-remote-code, or "
+            "model.trust_remote_code=true to a command that takes a config"
+        )
+    return config
+
+
+def _without_trust(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a config, without what it says about a model's code."""
+    model = {key: value for key, value in tree["model"].items() if key != "trust_remote_code"}
+    rest = {key: value for key, value in tree.items() if key != "trust_remote_code"}
+    return {**rest, "model": model}
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Return the YAML file at `path` as a tree, with `output_dir`. Raises UserError."""
     if path.is_dir():
         raise UserError(
             f"{path} is a folder. Give a YAML file; a run's folder has one, {path / 'config.yaml'}"
@@ -68,25 +92,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             "Write lines of the form `key: value`"
         )
     tree.setdefault("output_dir", str(Path("runs") / path.stem))
-    config = make_config(tree, overrides, where=str(path))
-    if (
-        config.model.trust_remote_code
-        and is_written_by_a_run(path)
-        and not make_config(_without_trust(tree), overrides).model.trust_remote_code
-    ):
-        raise UserError(
-            f"{path} asks to run the code that comes with the model, and a run's folder is not "
-            "trusted with that. If you trust that code, add --trust-remote-code, or "
-            "model.trust_remote_code=true to a command that takes a config"
-        )
-    return config
-
-
-def _without_trust(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree of a config, without what it says about a model's code."""
-    model = {key: value for key, value in tree["model"].items() if key != "trust_remote_code"}
-    rest = {key: value for key, value in tree.items() if key != "trust_remote_code"}
-    return {**rest, "model": model}
+    return tree
 
 
 def make_config(

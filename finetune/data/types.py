@@ -10,9 +10,10 @@ number of target tokens of an example is therefore the number of its labels that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-import torch
+if TYPE_CHECKING:  # what is looked at first needs records, and not torch
+    import torch
 
 IGNORE_INDEX = -100
 
@@ -84,9 +85,9 @@ class MicroBatch(TypedDict, total=False):
     labels of the padding are `IGNORE_INDEX`.
     """
 
-    input_ids: torch.Tensor  # [sequences, length] int64
-    labels: torch.Tensor  # [sequences, length] int64, IGNORE_INDEX for tokens that are not targets
-    position_ids: torch.Tensor  # [sequences, length] int64, packed sequences only
+    input_ids: "torch.Tensor"  # [sequences, length] int64
+    labels: "torch.Tensor"  # [sequences, length] int64, IGNORE_INDEX where nothing is a target
+    position_ids: "torch.Tensor"  # [sequences, length] int64, packed sequences only
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
 from finetune.training.checkpoint import ANOTHER, CheckpointStore, as_written, damage_of, load
+from finetune.training.clock import Clock
 from finetune.training.form import check_like, check_optimizer_state
 from finetune.training.step import StepResult, take_step
 from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
@@ -45,6 +46,7 @@ class Progress:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    seconds: float = 0.0  # of the run's limit of time, used up to the last step
     guard: dict[str, float] = field(default_factory=dict)
 
 
@@ -65,8 +67,9 @@ class Trainer:
 
     Module and optimizer come from the engine (`finetune.distributed.engines.prepare`).
     `evaluate(step)` returns the metrics of the model as it is. `identity` is what a resumed run
-    must share with this one. `average_rows` and `before_step` are called in every step, the latter
-    with the number of steps taken.
+    must share with this one. With a `clock` the run also ends when its time is up, and the steps of
+    the schedule are the clock's ticks. `average_rows` and `before_step` are called in every step,
+    the latter with the number of steps taken.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Trainer:
         seed: int,
         identity: Mapping[str, str],
         bad_batch_path: Path,
+        clock: Clock | None = None,
         average_rows: Callable[[], None] = lambda: None,
         before_step: Callable[[int, StepBatch], None] = lambda step, batch: None,
     ) -> None:
@@ -96,6 +100,7 @@ class Trainer:
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.identity, self.bad_batch_path = dict(identity), bad_batch_path
         self.average_rows, self.before_step = average_rows, before_step
+        self.clock = clock
         self.progress = Progress()
 
     def train(self) -> Stopped:
@@ -105,8 +110,10 @@ class Trainer:
         checkpoint cannot be written.
         """
         steps = iter(self.batches)
+        if self.clock is not None:
+            self.clock.start(self.progress.seconds)
         with StopSignal() as signal:
-            while self.progress.step < self.cadence.num_steps:
+            while not self._is_over():
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
                 record = self._step(next(steps))
@@ -135,9 +142,12 @@ class Trainer:
             average_rows=self.average_rows,
             check=lambda result: self._stop_if_diverged(result, batch),
         )
-        if not result.skipped:
-            self.scheduler.step()
         progress.step += 1
+        if self.clock is not None:
+            progress.seconds = self.clock.read()
+            self._follow(self.clock)
+        elif not result.skipped:
+            self.scheduler.step()
         progress.num_target_tokens += batch.num_target_tokens
         seconds = time.perf_counter() - started
         return StepRecord(
@@ -151,6 +161,17 @@ class Trainer:
             tokens_per_second=batch.num_tokens / seconds,
             seconds=seconds,
         )
+
+    def _is_over(self) -> bool:
+        """Return whether the last step was taken: by their number, or because the time is up."""
+        up = self.clock is not None and self.progress.seconds >= self.clock.limit
+        return up or self.progress.step >= self.cadence.num_steps
+
+    def _follow(self, clock: Clock) -> None:
+        """Bring the learning rate to where the run is, by time or by steps, whichever is more."""
+        progress = self.progress
+        share = max(progress.seconds / clock.limit, progress.step / self.cadence.num_steps)
+        clock.move(self.scheduler, share)
 
     def _on_any_process(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process: the same answer on every process."""
@@ -181,7 +202,7 @@ class Trainer:
     def _evaluate_if_due(self) -> bool | None:
         """Return whether this step's evaluation is the best so far, or None if none was due."""
         step = self.progress.step
-        if step % self.cadence.evaluate_every and step != self.cadence.num_steps:
+        if step % self.cadence.evaluate_every and not self._is_over():
             return None
         self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
@@ -199,7 +220,7 @@ class Trainer:
     def _checkpoint_is_due(self, improved: bool | None) -> bool:
         """Return whether to save: at the end, at the best evaluation, and as the cadence says."""
         step, every = self.progress.step, self.cadence.checkpoint_every
-        if step == self.cadence.num_steps or improved or self._out_of_patience():
+        if self._is_over() or improved or self._out_of_patience():
             return True
         return improved is not None if every is None else step % every == 0
 
@@ -259,6 +280,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.guard.load_state_dict(self.progress.guard)
+        if self.clock is not None:
+            self._follow(self.clock)
         best = self.progress.best_step
         if best is not None and damage_of(self.checkpoints.path(best)) is not None:
             self.progress.best_step = self.progress.best_value = None

@@ -209,7 +209,8 @@ def campaign(
 ) -> Iterator[Counter[str]]:
     """Yield the counts of kills and of chains, chain after chain, until there are `kills`.
 
-    The variants of these `names` take turns, all if there are none. `say` gets a line for each chain that does not end as it should.
+    The variants of these `names` take turns, all if there are none. `say` gets a line for each
+    chain that does not end as it should.
     """
     trees = variants(folder)
     made = [Chains(name, trees[name], folder) for name in names or trees]

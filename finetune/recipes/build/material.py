@@ -102,7 +102,8 @@ class Material:
         """Return what small or odd data does to the run; see `finetune.data.advice`."""
         training, per_step = self.config.training, self.examples_per_step
         num_steps = None
-        if training.max_steps is None and per_step is not None:
+        is_open = training.max_steps is None and training.max_time is None
+        if is_open and per_step is not None:
             num_steps = max(1, math.ceil(training.epochs * round(len(self.train) / per_step)))
         return advice(
             self.train,
