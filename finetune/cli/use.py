@@ -139,6 +139,7 @@ def translate(
         str | None,
         typer.Option("--to", help="Target language, e.g. fr.", show_default="the run's own"),
     ] = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
@@ -151,6 +152,7 @@ def translate(
         output=output,
         source=source,
         to=to,
+        system_prompt=system,
         settings=given(max_new_tokens=max_new_tokens),
     )
 

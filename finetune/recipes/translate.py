@@ -25,13 +25,15 @@ def translate_text(
     output: Path | None,
     source: str | None,
     to: str | None,
+    system_prompt: str | None = None,
     settings: Mapping[str, Any],
     display: Display | None = None,
 ) -> None:
     """Translate `texts`, the file `input`, or the lines of stdin, line by line.
 
-    The translations go to the file `output` or to stdout; an empty line stays empty. Raises
-    UserError for arguments that contradict each other, and for languages that are not known.
+    The translations go to the file `output` or to stdout; an empty line stays empty.
+    `system_prompt`: None for that of the run, "" for the usual instruction. Raises UserError for
+    arguments that contradict each other, and for languages that are not known.
     """
     if texts and input is not None:
         raise UserError("both sentences and --input are given. Give sentences or --input, not both")
@@ -41,7 +43,7 @@ def translate_text(
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     texts = [require_utf8(text, "the sentence") for text in texts]
     opened, display = open_target(target), display or Display()
-    format = _translation_format(opened, source, to, display)
+    format = _translation_format(opened, source, to, system_prompt, display)
     section = opened.settings(settings)
     _note_other_direction(opened, format, display)
     translate = functools.partial(
@@ -66,7 +68,7 @@ def translate_text(
 
 
 def _translation_format(
-    opened: Opened, source: str | None, to: str | None, display: Display
+    opened: Opened, source: str | None, to: str | None, system: str | None, display: Display
 ) -> TranslationFormat:
     """Return the format of the run's own training, from `source` to `to`.
 
@@ -83,9 +85,10 @@ def _translation_format(
         raise UserError(
             "the languages are not known. Give --from and --to, such as --from en --to fr"
         )
-    system = data.system_prompt if data is not None else None
-    if system is not None:
-        display.say(f"system prompt of the run: {system}")
+    own = data.system_prompt if data is not None else None
+    if system is None and own is not None:
+        display.say(f"system prompt of the run: {own} (--system changes it)")
+    system = own if system is None else system or None
     return TranslationFormat(
         tokenizer=opened.tokenizer,
         languages=(source, to),

@@ -75,6 +75,8 @@ def build_format(
         with suppress(UserError):  # said when the record is encoded
             chat.dialog(first_record)  # whether it calls tools
         return chat
+    if kind == "text" or not tokenizer.chat_template:
+        _require_no_chat(options)
     if kind == "text":
         return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
     sides, languages = _pair(shape, first_record, options)
@@ -91,6 +93,20 @@ def build_format(
         settings=options.settings,
         control=control,
     )
+
+
+def _require_no_chat(options: FormatOptions) -> None:
+    """Raise UserError for a wish that only a conversation can fulfil."""
+    wishes = {
+        "system_prompt": options.system_prompt,
+        "chat_template_kwargs": options.settings.options,
+    }
+    for name, value in wishes.items():
+        if value:
+            raise UserError(
+                f"data.{name} is given, but this data is learnt as plain text, without a chat "
+                f"template. Leave it out, or set model.chat_template"
+            )
 
 
 def _detect(

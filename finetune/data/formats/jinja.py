@@ -1,6 +1,7 @@
-"""Changes to the text of a chat template: the generation prompt that it lacks, and a fixed date."""
+"""The text of a chat template: the generation prompt that it lacks, a fixed date, its variables."""
 
 import json
+import re
 import string
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -77,3 +78,9 @@ def with_date(template: str, now: datetime) -> str:
         + ".items() -%}{%- set said.text = said.text.replace(code, value) -%}{%- endfor -%}"
         "{{- said.text -}}{%- endmacro +%}" + template
     )
+
+
+def names_variable(template: str, name: str) -> bool:
+    """Return whether the code of a template has a variable of this name, comments aside."""
+    code = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    return re.search(rf"(?<![\w.]){re.escape(name)}\b", code) is not None

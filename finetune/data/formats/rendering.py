@@ -25,10 +25,12 @@ from finetune.data.formats.borders import Span, Turn, encode_text, encode_turn, 
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.jinja import (
     missing_generation_prompt,
+    names_variable,
     shared_start,
     with_date,
     with_generation_prompt,
 )
+from finetune.data.formats.spelling import reads_text, with_text
 from finetune.data.types import IGNORE_INDEX, Example, Message, Tokenizer
 from finetune.errors import UserError
 
@@ -86,7 +88,9 @@ class ChatTemplate:
                 "path of a Jinja file"
             )
         self.tokenizer, self.settings = tokenizer, settings
-        self._marks = frozenset(tokenizer.get_added_vocab().values())
+        # Where generation may stop. "</tool_call>" of Qwen is an added token, but no special one.
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._ends = frozenset([*special, tokenizer.eos_token_id])
         self._templates: dict[bool, str] = {}
 
     def render(
@@ -106,7 +110,7 @@ class ChatTemplate:
     def _apply(self, dialog: Dialog, template: str, **how: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
-                list(dialog.messages),
+                [self._spelt(message) for message in dialog.messages],
                 tools=None if dialog.tools is None else list(dialog.tools),
                 chat_template=template,
                 **how,
@@ -129,6 +133,33 @@ class ChatTemplate:
                 dated, missing_generation_prompt(render)
             )
         return self._templates[with_tools]
+
+    def names(self, variable: str) -> bool:
+        """Return whether the template has a variable of this name, with tools or without."""
+        return any(
+            names_variable(self.source(with_tools=with_tools), variable)
+            for with_tools in (False, True)
+        )
+
+    def _spelt(self, message: Message) -> Message:
+        """Return a message as the template reads its calls."""
+        if not message.get("tool_calls") or not self._takes_text:
+            return message
+        return with_text(message)
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template takes the arguments of calls as text."""
+        source, options = self.source(), dict(self.settings.options)
+
+        def render(messages: list[Message]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=source, tokenize=False, **options
+                )
+            )
+
+        return reads_text(render)
 
     def writes(self, role: str) -> bool:
         """Return whether the template writes a message of this role as given.
@@ -166,6 +197,8 @@ class ChatTemplate:
         dialog = _as_dialog(messages)
         whole = self.render(dialog)
         if targets == "all":
+            for index in dialog.answers:
+                require_thoughts(dialog.messages[index], whole)
             spans = self._all_but_muted(dialog, whole)
             return [encode_text(self.tokenizer, whole, spans)]
         turns = [self.turn(dialog, i, whole) for i in dialog.answers]
@@ -206,7 +239,7 @@ class ChatTemplate:
                 "the chat template leaves out the assistant's answer "
                 f"{str(dialog.messages[index].get('content'))[:60]!r}"
             )
-        _require_thoughts(dialog.messages[index], text[len(prompt) :])
+        require_thoughts(dialog.messages[index], text[len(prompt) :])
         return Turn(prompt, text, end, content_end)
 
     @cached_property
@@ -253,7 +286,7 @@ class ChatTemplate:
         ends = [
             a for a, b in zip(example.labels, following) if a != IGNORE_INDEX and b == IGNORE_INDEX
         ]
-        if not self._marks.issuperset(ends):
+        if not self._ends.issuperset(ends):
             raise UserError(
                 f"the chat template ends the assistant's turn with {text[-40:]!r}, which is not a "
                 "special token, so a model trained with it would never stop. Give a template that "
@@ -266,17 +299,21 @@ def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
     return messages if isinstance(messages, Dialog) else Dialog(messages)
 
 
-def _require_thoughts(answer: Message, written: str) -> None:
-    """Raise UserError if thoughts in the content of an answer are not in what is written of it."""
+def require_thoughts(answer: Message, written: str) -> None:
+    """Raise UserError if thoughts of an answer are not in what is written of it.
+
+    They are apart, or in its content.
+    """
     content = str(answer.get("content") or "")
-    if "</think>" not in content:
-        return
-    thoughts = content.split("</think>")[0].split("<think>")[-1].strip()
-    if thoughts not in written:
-        raise UserError(
-            f"the chat template leaves out the thoughts of an answer, {thoughts[:40]!r}. Use a "
-            "template that writes them (model.chat_template), or remove them"
-        )
+    thoughts = [str(answer.get("reasoning_content") or "")]
+    if "</think>" in content:
+        thoughts.append(content.split("</think>")[0].split("<think>")[-1])
+    for text in thoughts:
+        if "".join(text.split()) not in "".join(written.split()):
+            raise UserError(
+                f"the chat template leaves out the thoughts of an answer, {text.strip()[:40]!r}. "
+                "Use a template that writes them (model.chat_template), or remove them"
+            )
 
 
 def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:

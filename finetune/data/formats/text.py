@@ -1,8 +1,9 @@
 """Plain text: each record is one text, and every token of it is learnt."""
 
+from collections import Counter
 from collections.abc import Mapping
 
-from finetune.data.formats.columns import text_column
+from finetune.data.formats.columns import text_column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.rendering import PlainText
 from finetune.data.types import Example, Prompt, Record, Tokenizer
@@ -23,10 +24,12 @@ class TextFormat:
         self._plain = PlainText(tokenizer)
         self.control = control or ControlTokens(tokenizer)
         self.columns = columns
+        self._unused: Counter[str] = Counter()  # what is not used -> records that have it
 
     def examples(self, record: Record) -> list[Example]:
         text = text_column(record, "text", self.columns)
         self.control.check([text])
+        self._unused.update(unused_columns(record, {self.columns.get("text", "text")}))
         return [self._plain.example("", text, targets="all")] if text.strip() else []
 
     def prompts(self, record: Record) -> list[Prompt]:
@@ -37,4 +40,6 @@ class TextFormat:
         return None
 
     def notes(self) -> list[str]:
-        return self.control.notes()
+        """Return a sentence for each column that is not used, and about control tokens."""
+        unused, self._unused = self._unused, Counter()
+        return unused_notes(unused) + self.control.notes()

@@ -33,14 +33,15 @@ class Opened:
     def system_prompt(self, given: str | None, display: Display) -> str | None:
         """Return the system prompt that was given, or that of the run's training, which is said.
 
-        An empty one is none.
+        An empty one that is given is none. One that the training has is a system message without
+        text: many templates write a text of their own if there is no message.
         """
         if given is not None or self.run is None:
             return given or None
         trained = DataCounts.read(self.run).system_prompt
-        if trained:
-            display.say(f"system prompt of the run: {trained} (--system changes it)")
-        return trained or None
+        if trained is not None:
+            display.say(f"system prompt of the run: {trained or '(empty)'} (--system changes it)")
+        return trained
 
     def template(self) -> ChatTemplate:
         """Return the chat template, with the variables that the run gives to it.
