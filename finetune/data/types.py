@@ -33,6 +33,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     bos_token_id: int | None
     eos_token_id: int | None
+    backend_tokenizer: Any
 
     def __call__(self, text: Any, **options: Any) -> Any: ...
 
@@ -73,7 +74,7 @@ class Example:
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 class MicroBatch(TypedDict, total=False):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.columns import column, text_column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
@@ -73,6 +74,7 @@ class ChatFormat:
         merge_turns: bool = False,
     ) -> None:
         self.template = ChatTemplate(tokenizer, settings)
+        self.texts = self.template.texts
         require_options(self.template, settings.options)
         self.control = control
         self.merge_turns = merge_turns
@@ -125,13 +127,16 @@ class ChatFormat:
         return dialog, unused | self._written.unused(dialog)
 
     def examples(self, record: Record) -> list[Example]:
+        return self.texts.examples(self.drafts(record))
+
+    def drafts(self, record: Record) -> list[Draft]:
         dialog, unused = self._read(record)
         self.control.check([*dialog.messages, dialog.tools or ()])
         self._unused.update(unused)
         if len(self._systems) < 2:
             first = dialog.messages[0]
             self._systems.add(None if first["role"] == "user" else first["content"])
-        return self.template.examples(dialog, targets=self.targets)
+        return self.template.drafts(dialog, targets=self.targets)
 
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the conversation up to its last answer that is learnt, and up to each call.

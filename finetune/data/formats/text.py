@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
+from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.columns import text_column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.rendering import PlainText
@@ -22,15 +23,19 @@ class TextFormat:
         control: ControlTokens | None = None,
     ) -> None:
         self._plain = PlainText(tokenizer)
+        self.texts = self._plain.texts
         self.control = control or ControlTokens(tokenizer)
         self.columns = columns
         self._unused: Counter[str] = Counter()  # what is not used -> records that have it
 
     def examples(self, record: Record) -> list[Example]:
+        return self.texts.examples(self.drafts(record))
+
+    def drafts(self, record: Record) -> list[Draft]:
         text = text_column(record, "text", self.columns)
         self.control.check([text])
         self._unused.update(unused_columns(record, {self.columns.get("text", "text")}))
-        return [self._plain.example("", text, targets="all")] if text.strip() else []
+        return [self._plain.draft("", text, targets="all")] if text.strip() else []
 
     def prompts(self, record: Record) -> list[Prompt]:
         return []
