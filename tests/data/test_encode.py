@@ -25,6 +25,16 @@ class Given:
     def prompts(self, record: Record) -> list[Prompt]:
         return []
 
+    @property
+    def texts(self) -> "Given":
+        return self
+
+    def drafts(self, record: Record) -> list[Example]:
+        return self.examples(record)
+
+    def encode(self, given: list[Any]) -> list[Any]:
+        return given
+
 
 def records(*items: Mapping[str, Any]) -> list[tuple[str, Record]]:
     return [(f"data.jsonl, row {n}", item) for n, item in enumerate(items, start=1)]
@@ -60,7 +70,7 @@ def test_truncation_keeps_the_start_and_is_counted() -> None:
     assert list(dataset[1].labels) == [-100, -100, -100, 3, 4, 5, 6, 7, 8, 9]
     assert dataset.statistics.as_dict() == {
         "records": 4, "blank_records": 1, "bad_records": 0, "examples": 2, "tokens": 14,
-        "target_tokens": 10, "truncated": 2, "without_target": 1, "dropped": 0,
+        "target_tokens": 10, "truncated": 2, "split": 0, "without_target": 1, "dropped": 0,
         "duplicates": 0, "longest": 14,
     }  # fmt: skip
 
@@ -153,7 +163,7 @@ def test_reading_stops_if_nothing_is_good() -> None:
         UserError, match=r"^1,000 records cannot be used: line 0, line 1, .*; and 980"
     ):
         run(endless())
-    assert len(read) == 1000
+    assert 1000 <= len(read) <= 2000, "records are read a few hundred ahead"
 
 
 def test_a_token_outside_the_vocabulary_is_an_error() -> None:

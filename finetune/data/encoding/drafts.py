@@ -33,7 +33,7 @@ class Draft:
     first: Sequence[int] = ()  # token ids before those of the text
     last: Sequence[int] = ()  # token ids after them, which are learnt
     is_all_learnt: bool = False  # every token but the first
-    ends: frozenset[int] | None = None  # the token ids that may end an answer; None: any
+    ends: frozenset[int | None] | None = None  # the token ids that may end an answer; None: any
 
 
 class TextEncoder:
@@ -207,8 +207,14 @@ def _marks(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     is_read = not getattr(tokenizer, "split_special_tokens", False)
     if not is_read or any(token.lstrip or token.single_word for token in added):
         return None
-    template, ids = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
-    always = {str(ids[i]) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i in ids}
+    template, always = (
+        str(tokenizer.chat_template or ""),
+        {
+            str(token)
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        },
+    )
     texts = [str(token) for token in added]
     marks = [
         str(token)

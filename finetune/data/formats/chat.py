@@ -163,6 +163,23 @@ class ChatFormat:
         """The system prompt of every conversation so far; that of the config if they differ."""
         return next(iter(self._systems)) if len(self._systems) == 1 else self.system_prompt
 
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        return {
+            "calls_tools": self.calls_tools,
+            "systems": sorted(self._systems, key=str),
+            "written": self._written.state(),
+            "unused": dict(self._unused),
+            "control": self.control.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
+        self.calls_tools, self._systems = state["calls_tools"], set(state["systems"])
+        self._written.restore(state["written"])
+        self._unused = Counter(state["unused"])
+        self.control.restore(state["control"])
+
     def notes(self) -> list[str]:
         """Return a sentence for each thing that records say and that is not used.
 

@@ -120,7 +120,10 @@ def writes_content_as_it_is(template: str) -> bool:
     ]
     names = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name)}
     whole = {id(loop.iter) for loop in loops}  # messages, as a loop goes through them
-    parts = list(code.find_all((nodes.Getattr, nodes.Getitem)))
+    parts: list[nodes.Getattr | nodes.Getitem] = [
+        *code.find_all(nodes.Getattr),
+        *code.find_all(nodes.Getitem),
+    ]
     keys = {id(part): _key(part) for part in parts}
     for part in parts:
         key = keys[id(part)]

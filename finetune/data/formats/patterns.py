@@ -123,12 +123,11 @@ def _find_pattern(roles: Sequence[str], split: Split) -> _Pattern | None:
     for place, turn in zip(places, turns, strict=True):
         begin = whole.index(contents[place])
         end = begin + len(contents[place])
-        fits = whole.startswith(turn.learnt) and turn.content_end is not None
-        if not fits or not len(turn.prompt) <= begin < end <= turn.content_end < turn.end:
+        content_end = turn.end if turn.content_end is None else turn.content_end
+        is_in_place = len(turn.prompt) <= begin < end <= content_end < turn.end
+        if not (is_in_place and whole.startswith(turn.learnt)):
             return None
-        answers.append(
-            _Answer(place, begin - len(turn.prompt), turn.end - end, turn.content_end - end)
-        )
+        answers.append(_Answer(place, begin - len(turn.prompt), turn.end - end, content_end - end))
     return _Pattern(texts, answers)
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.columns import text_column, unused_columns, unused_notes
@@ -43,6 +44,15 @@ class TextFormat:
     @property
     def common_system_prompt(self) -> None:
         return None
+
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        return {"unused": dict(self._unused), "control": self.control.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
+        self._unused = Counter(state["unused"])
+        self.control.restore(state["control"])
 
     def notes(self) -> list[str]:
         """Return a sentence for each column that is not used, and about control tokens."""

@@ -12,6 +12,7 @@ EOS.
 import string
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from finetune.data.encoding.drafts import Draft, TextEncoder
 from finetune.data.formats.columns import column, unused_columns, unused_notes
@@ -113,6 +114,15 @@ class TranslationFormat:
             return self.system_prompt
         first = self._question("", self.directions[0])[0]
         return first["content"] if first["role"] == "system" else None
+
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        return {"unused": dict(self._unused), "control": self.control.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
+        self._unused = Counter(state["unused"])
+        self.control.restore(state["control"])
 
     def notes(self) -> list[str]:
         """Return a sentence for each thing that is not used, and about control tokens."""

@@ -4,7 +4,7 @@ It is tried on the first record that says a thing. A record for which the templa
 no measure: it is a bad record for the reason that the template gives.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,14 @@ class Written:
     def __init__(self, template: ChatTemplate, *, whole: bool) -> None:
         self.template, self.whole = template, whole
         self._known: dict[tuple[object, ...], bool] = {}
+
+    def state(self) -> list[tuple[tuple[object, ...], bool]]:
+        """Return what is known so far."""
+        return sorted(self._known.items(), key=repr)
+
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+        """Know what was known."""
+        self._known = {tuple(what): known for what, known in state}
 
     def role(self, role: str) -> bool:
         """Return whether the template writes a message of this role as given."""

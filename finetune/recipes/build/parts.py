@@ -24,6 +24,7 @@ from finetune.models.speed import (
     enable_activation_checkpointing,
 )
 from finetune.models.tokenizers import pad_id
+from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
 from finetune.recipes.build.vocabulary import (
@@ -160,7 +161,7 @@ def _make_batches(
     encoder = RecordEncoder(
         material.format,
         max_length=data.max_length,
-        overlong=data.overlong,
+        overlong=overlong_of(data, material.format),
         vocab_size=material.table_rows,
         bad=records.bad if data.on_bad_record == "drop" else None,
     )
@@ -182,6 +183,11 @@ def say_counts(
             + (f"; {counts.bad_records:,} bad records dropped" if counts.bad_records else "")
         )
     limit = config.data.max_length
+    if counts.split:
+        display.note(
+            f"{part}: {counts.split:,} texts over {limit} tokens were split into several examples "
+            "(data.max_length, data.overlong)"
+        )
     if counts.truncated or counts.dropped:
         display.note(
             f"{part}: of the examples over {limit} tokens {counts.truncated} were cut "
