@@ -35,12 +35,12 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "accelerate": {"distributed", "training", "recipes"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},
-    "jinja2": {"report"},
+    "jinja2": {"data", "report"},
     "langcodes": {"data"},
     "language_data": {"data"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
-    "numpy": {"landscape"},
+    "numpy": {"data", "landscape"},
     "optuna": {"recipes"},
     "peft": {"models"},
     "psutil": {"recipes"},
@@ -53,7 +53,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "tokenizers": {"models"},
     "transformers": {"models"},
     "typer": {"cli"},
-    "xxhash": {"training"},
+    "xxhash": {"data", "training"},
     "yaml": {"config", "recipes"},
 }
 WITHOUT_TORCH = {"errors", "config", "data.sources", "display", "report", "cli", "__main__"}

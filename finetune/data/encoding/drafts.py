@@ -7,10 +7,9 @@ such as a system prompt, are encoded once, and of each prompt only the last piec
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
 
 from finetune.data.formats.borders import Span, Turn, encode_turn, encode_turns
 from finetune.data.types import IGNORE_INDEX, Example, Tokenizer
@@ -18,6 +17,13 @@ from finetune.errors import UserError
 
 Made = list[Example] | UserError
 """The examples of a record, or why there are none."""
+
+
+_Pieces = dict[str, list[int]]
+"""Text -> its token ids."""
+
+Offsets = Sequence[Span]
+_KEPT_OFFSETS = 1000  # pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class TextEncoder:
         assert tokenizer.is_fast, "a tokenizer without character offsets"
         self.tokenizer = tokenizer
         self._marks = _marks(tokenizer)
+        self._known: dict[str, Offsets] = {}
 
     def examples(self, drafts: Sequence[Draft]) -> list[Example]:
         """Return the examples of one record's drafts. Raises UserError."""
@@ -70,24 +77,34 @@ class TextEncoder:
             return [0]
         return [0, *(start for match in self._marks.finditer(text) if (start := match.start()))]
 
-    def _encode(self, texts: Iterable[str]) -> "_Pieces":
+    def _encode(self, texts: Iterable[str]) -> _Pieces:
         different = list(dict.fromkeys(texts))
         if not different:
             return {}
         self.tokenizer("", add_special_tokens=False)  # ends a truncation or padding of others
-        found = self.tokenizer.backend_tokenizer.encode_batch(different, add_special_tokens=False)
-        return {text: (encoding.ids, encoding) for text, encoding in zip(different, found)}
+        backend = self.tokenizer.backend_tokenizer
+        found = backend.encode_batch_fast(different, add_special_tokens=False)
+        return {text: encoding.ids for text, encoding in zip(different, found)}
 
-    def _made(self, pairs: Sequence[tuple[Draft, "_Text"]], pieces: "_Pieces") -> Made:
+    def _offsets(self, text: str) -> Offsets:
+        """Return the characters of each token of a piece in which an answer ends."""
+        if text not in self._known:
+            if len(self._known) == _KEPT_OFFSETS:
+                self._known.clear()
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            self._known[text] = found["offset_mapping"]
+        return self._known[text]
+
+    def _made(self, pairs: Sequence[tuple[Draft, "_Text"]], pieces: _Pieces) -> Made:
         try:
             return [example for pair in pairs for example in self._examples(*pair, pieces)]
         except UserError as error:
             return error
 
-    def _examples(self, draft: Draft, text: "_Text", pieces: "_Pieces") -> Iterator[Example]:
+    def _examples(self, draft: Draft, text: "_Text", pieces: _Pieces) -> Iterator[Example]:
         if not text.ids:
             raise UserError("the text is empty")
-        body: Example | None = text.example(draft, pieces, self._marks)
+        body = text.example(draft, pieces, self._marks, self._offsets)
         if body is None:  # a prompt ends within a special token, or in other tokens than the text
             body = encode_turns(self.tokenizer, draft.text, draft.turns)
         if body is not None:
@@ -95,10 +112,6 @@ class TextEncoder:
             return
         for turn in draft.turns:
             yield _finished(draft, encode_turn(self.tokenizer, turn), turn.learnt)
-
-
-_Pieces = dict[str, tuple[list[int], Any]]
-"""Text -> its token ids, and its encoding with the offsets."""
 
 
 class _Text:
@@ -119,26 +132,30 @@ class _Text:
         """Put the token ids together."""
         for piece in self._pieces:
             self._firsts.append(len(self.ids))
-            self.ids += pieces[piece][0]
+            self.ids += pieces[piece]
 
     def example(
-        self, draft: Draft, pieces: _Pieces, marks: re.Pattern[str] | None
+        self,
+        draft: Draft,
+        pieces: _Pieces,
+        marks: re.Pattern[str] | None,
+        offsets: Callable[[str], Offsets],
     ) -> Example | None:
         """Return the example, or None if its tokens do not begin with those of each prompt."""
         ids, labels = self.ids, [IGNORE_INDEX] * len(self.ids)
         for begin, end in draft.spans or ():
-            start, stop = self._token(begin, pieces, is_end=True), self._token(end, pieces)
+            start, stop = self._token(begin, offsets, is_end=True), self._token(end, offsets)
             labels[start:stop] = ids[start:stop]
         for turn in draft.turns if draft.spans is None else ():
             border = len(turn.prompt)
             start = self._firsts[self._piece_of(border)]
             if head := self._head(border):
-                first, before = start, pieces[head][0]
+                first, before = start, pieces[head]
                 start += len(before)
                 is_whole = border == len(head) or (marks is not None and marks.match(head))
                 if not is_whole or ids[first:start] != before:
                     return None
-            stop = max(self._token(turn.end, pieces), start + 1)
+            stop = max(self._token(turn.end, offsets), start + 1)
             labels[start:stop] = ids[start:stop]
         labels[0] = IGNORE_INDEX
         return Example(ids, labels)
@@ -150,7 +167,7 @@ class _Text:
         """Return the part of a piece that is before `border`; "" if a piece begins there."""
         return self._text[self._cuts[self._piece_of(border)] : border]
 
-    def _token(self, place: int, pieces: _Pieces, *, is_end: bool = False) -> int:
+    def _token(self, place: int, offsets: Callable[[str], Offsets], *, is_end: bool = False) -> int:
         """Return the number of the first token that begins at `place` or later.
 
         With `is_end`: that ends after `place`.
@@ -159,13 +176,15 @@ class _Text:
         first, place = self._firsts[number], place - self._cuts[number]
         if place == 0:
             return first
-        ids, encoding = pieces[self._pieces[number]]
+        if number + 1 == len(self._pieces) and place == len(self._pieces[number]):
+            return len(self.ids)
+        tokens = offsets(self._pieces[number])
         found = (
             i
-            for i, (start, end) in enumerate(encoding.offsets)
+            for i, (start, end) in enumerate(tokens)
             if (end > place if is_end else start >= place)
         )
-        return first + next(found, len(ids))
+        return first + next(found, len(tokens))
 
 
 def _finished(draft: Draft, body: Example, text: str) -> Example:

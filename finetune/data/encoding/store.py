@@ -159,7 +159,7 @@ def _read(folder: Path) -> Entry:
     arrays = {}
     for name, about in body["arrays"].items():
         file, kind = folder / name, np.dtype(about["type"])
-        if hash_of(file) != about["hash"]:
+        if hash_bytes(file) != about["hash"]:
             raise ValueError(f"{file} is damaged")
         is_empty = file.stat().st_size == 0
         arrays[name] = np.zeros(0, kind) if is_empty else np.memmap(file, dtype=kind, mode="r")
@@ -182,11 +182,11 @@ def key_of(*parts: object) -> str:
 def _code() -> str:
     """Return a hash of the code that reads and encodes data, and the versions that it uses."""
     folder = Path(__file__).parents[1]
-    files = [hash_of(file) for file in sorted(folder.rglob("*.py"))]
+    files = [hash_bytes(file) for file in sorted(folder.rglob("*.py"))]
     return repr([files, *(version(name) for name in ("transformers", "tokenizers", "jinja2"))])
 
 
-def hash_of(file: Path | IO[bytes]) -> str:
+def hash_bytes(file: Path | IO[bytes]) -> str:
     """Return a hash of the bytes of a file, or of what is left of an open one. Raises OSError."""
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(file.open("rb")) if isinstance(file, Path) else file

@@ -13,6 +13,7 @@ from finetune.data.types import Message
 from finetune.errors import UserError
 
 _MARK = "Zwqx"
+_ALWAYS = ("user", "assistant")  # every template writes their texts
 
 
 class Written:
@@ -45,6 +46,9 @@ class Written:
 
         Raises UserError if it leaves out anything else: tools, an option, a role, thoughts, a call.
         """
+        is_plain = not dialog.tools and not dialog.options
+        if is_plain and all(len(m) == 2 and m["role"] in _ALWAYS for m in dialog.messages):
+            return set()
         self._require_tools(dialog)
         self._require_options(dialog)
         self._require_roles(dialog)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from finetune.data.bad_records import BadRecords
-from finetune.data.encoding.store import Store, hash_of, key_of
+from finetune.data.encoding.store import Store, hash_bytes, key_of
 from finetune.data.sources.files import Lines, compression, kind_of, open_bytes, without_end
 from finetune.data.sources.json_files import JsonLines, document_records, is_document
 from finetune.data.sources.tables import read_layout
@@ -92,7 +92,7 @@ class _Found:
             if store is None:
                 self._find(source, limit, problems)
             else:
-                self.hash = hash_of(source)
+                self.hash = hash_bytes(source)
                 self._find_in(store, source, limit, problems)
         for number, problem in problems:
             bad.add(f"{file} line {number}", f" {problem}")
@@ -170,7 +170,7 @@ class _Held:
     """The records of a JSON document, held in memory."""
 
     def __init__(self, file: Path, limit: int | None, bad: BadRecords, store: Store | None) -> None:
-        self.hash = "" if store is None else hash_of(file)
+        self.hash = "" if store is None else hash_bytes(file)
         self._records: list[Record] = []
         self.lines = array("q")
         for number, record in document_records(file):

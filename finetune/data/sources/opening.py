@@ -23,7 +23,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finetune.data.bad_records import BadRecords
-from finetune.data.encoding.store import Store, hash_of
+from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
 from finetune.data.sources.local import (
@@ -98,7 +98,7 @@ class _DatasetTable:
 
     def fingerprint(self) -> str | None:
         files = [Path(file["filename"]) for file in self._dataset.cache_files]
-        hashes = [hash_of(file) for file in files]
+        hashes = [hash_bytes(file) for file in files]
         # The fingerprint of `datasets` says which rows of these files there are.
         return f"{self._label} {hashes} {self._dataset._fingerprint}" if files else None
 
