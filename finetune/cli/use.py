@@ -48,7 +48,10 @@ def generate(
     target: Target,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; may be repeated. Without it, each line of stdin is a prompt."),
+        typer.Option(
+            help="A prompt; may be repeated. Without it, each line of stdin is a prompt, and each "
+            "answer is one line, in which \\n is a line break."
+        ),
     ] = None,
     raw: Annotated[
         bool,
@@ -85,6 +88,8 @@ def generate(
         target, prompt or [], raw=raw, system_prompt=system, seed=seed, settings=settings
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
+        if not prompt and not sys.stdin.isatty():  # as many lines as there are prompts
+            plain = plain.replace("\n", "\\n")
         typer.echo(
             json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=not speaks_utf8())
             if as_json

@@ -15,14 +15,20 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.config.other_tools import ALIASES, NOT_ALIASES
 from finetune.config.schema import DataSection, RunConfig
-from finetune.config.yaml12 import parse
+from finetune.config.yaml12 import dump, parse
 from finetune.errors import UserError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
 NOT_ALLOWED = " is not allowed: "
 SHOULD_BE = "input should be "  # pydantic's words
-_FORMS = {"model": "name", "data": "train"}  # section -> the key that its text is meant for
+_FORMS = {  # section -> the key that a plain value is meant for
+    "model": "name",
+    "data": "train",
+    "optimizer": "name",
+    "scheduler": "name",
+    "lora": "rank",
+}
 _OUT_OF_RANGE = {
     *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
     "int_parsing_size",
@@ -102,9 +108,7 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
 
 def dump_config(config: RunConfig) -> str:
     """Return the resolved config as YAML, which `load_config` reads back to an equal one."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
-    )
+    return dump(config.model_dump(mode="json"))
 
 
 def _resolve_aliases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -173,8 +177,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(
             f"the override {override!r} is not of the form key=value. Write e.g. training.epochs=1"
         )
+    if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
+        raise UserError(f"the override {override!r:.80} is not UTF-8 text. Convert it first")
     leaf = key.rpartition(".")[2]
     is_alias = (leaf in ALIASES or leaf in NOT_ALIASES) and _field(key) is None
+    is_alias = is_alias and not _is_in_mapping(key)
     target = ALIASES.get(leaf, key) if is_alias else key
     try:
         value = _read(target, text)
@@ -193,7 +200,7 @@ def _read(key: str, text: str) -> Any:
     A text that is in quotation marks as a whole is read as YAML, and so is null for a key that may
     have no value. A key that also takes lists or mappings takes them in brackets.
     """
-    kinds = _kinds(key)
+    kinds = _kinds(key) or ({str, object} if _is_in_mapping(key) else set())
     if not kinds & {str, Path}:
         return parse(text)
     is_text = kinds <= {str, Path, type(None)}
@@ -202,11 +209,15 @@ def _read(key: str, text: str) -> Any:
     try:
         value = parse(text)
     except yaml.YAMLError:
-        if not is_text and text.lstrip().startswith(("[", "{")):
-            raise
-        return text
+        closing = {"[": "]", "{": "}"}.get(text.lstrip()[:1])
+        if is_text or closing is None or closing in text.rstrip()[:-1]:  # [a].jsonl
+            return text
+        raise
     is_quoted = isinstance(value, str) and text.strip()[:1] in ("'", '"')
-    is_other = not isinstance(value, str | dict) or text.lstrip().startswith("{")
+    is_other = text.lstrip().startswith(("[", "{")) or value is None
+    if object in kinds:
+        is_other = is_other or not isinstance(value, str | dict)
+    is_other = is_other and not text.lstrip().startswith("#")  # a comment, in YAML
     return value if is_quoted or (is_other and not is_text) else text
 
 
@@ -266,6 +277,13 @@ def _field(dotted: str) -> Any:
     return field
 
 
+def _is_in_mapping(dotted: str) -> bool:
+    """Return whether a dotted key is below a key whose value is any mapping (model.config)."""
+    parts = dotted.split(".")
+    fields = [_field(".".join(parts[:depth])) for depth in range(1, len(parts))]
+    return any(field is not None and "dict" in str(field.annotation) for field in fields)
+
+
 def _sentences(errors: Iterable[Any]) -> list[str]:
     """Return one for each key: pydantic has a problem with each kind of value that is allowed."""
     reasons: dict[str, list[str]] = {}
@@ -288,13 +306,13 @@ def _sentence(problem: Any) -> str:
         return _unknown(key, path[-1], _keys_at(path[:-1]))
     if problem["type"] == "missing":
         return f"{key!r} is missing and has no default. Add it"
-    if problem["type"] == "value_error":
+    if problem["type"] == "value_error" and not problem["msg"].endswith(f"{SHOULD_BE}a number"):
         return str(problem["ctx"]["error"])
     is_plain = isinstance(given, str | int | float | bool) or given is None
     shown = repr(given) if is_plain else _kind(given)
     if problem["type"] == "model_type":
         why = SHOULD_BE + "a mapping of keys to values"
-        if isinstance(given, str) and path[-1] in _FORMS:
+        if isinstance(given, str | int) and path[-1] in _FORMS and not isinstance(given, bool):
             why += f". Write {key}: {{{_FORMS[path[-1]]}: {given}}}"
     elif problem["type"] == "path_type":
         why = SHOULD_BE + "a path, in quotation marks if it is a number"
@@ -303,7 +321,8 @@ def _sentence(problem: Any) -> str:
     elif problem["type"] == "tuple_type":
         why = SHOULD_BE + f"a list, such as [{'' if given is None else given}]"
     else:
-        why = problem["msg"][0].lower() + problem["msg"][1:]
+        said = problem["msg"].removeprefix("Value error, ")
+        why = said[0].lower() + said[1:]
     return f"{key} = {shown}{NOT_ALLOWED}{why}"
 
 

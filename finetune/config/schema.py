@@ -6,6 +6,7 @@ No room below this one knows the config. `finetune.recipes` is its only reader.
 import math
 import os
 import re
+import typing
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from pydantic import (
     Field,
     StrictInt,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -49,7 +51,25 @@ PathText = Annotated[str, AfterValidator(expand)]
 """A path, or a name that may be one."""
 
 
-class Section(BaseModel):
+def _takes_numbers(kind: Any) -> bool:
+    """Return whether a type of a key is that of numbers, or one of several that is."""
+    parts = typing.get_args(kind)
+    return kind in (int, float) or any(map(_takes_numbers, parts if parts else ()))
+
+
+class Plain(BaseModel):
+    """A section in which true and false are no numbers; pydantic takes them for 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and _takes_numbers(kind):
+            raise ValueError("input should be a number")
+        return value
+
+
+class Section(Plain):
     """A frozen section in which an unknown key, and a number that is not finite, is an error."""
 
     model_config = ConfigDict(
@@ -116,11 +136,9 @@ class SourceSection(Section):
 def _as_sources(value: Any, info: ValidationInfo) -> Any:
     """Return the sources as mappings: one path or one mapping is a list of one."""
     items = value if isinstance(value, list | tuple) else [value]
-    if not items:
+    if not items or value is None:
         leave_out = "" if info.field_name == "train" else ", or leave the key out"
-        raise ValueError(
-            f"data.{info.field_name} is an empty list. Name a file or a dataset{leave_out}"
-        )
+        raise ValueError(f"data.{info.field_name} is empty. Name a file or a dataset{leave_out}")
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
@@ -204,7 +222,16 @@ class VocabularySection(Section):
     num_sampled: TokenCount = 4096  # frozen rows drawn for each step (mode `sampled`)
 
 
-class OptimizerSection(BaseModel):
+def _is_finite(value: Any) -> bool:
+    """Return whether all numbers in a value of YAML are finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class OptimizerSection(Plain):
     """The optimizer. A key that is not listed here is an option of the optimizer itself.
 
     An optimizer refuses the options that it does not take.
@@ -223,10 +250,9 @@ class OptimizerSection(BaseModel):
 
     @model_validator(mode="after")
     def _finite(self) -> "OptimizerSection":
-        for key, value in self.options.items():
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise ValueError(f"optimizer.{key} = {value!r} is not allowed: give a number")
+        for key, value in {**self.options, "overrides": self.overrides}.items():
+            if not _is_finite(value):
+                raise ValueError(f"optimizer.{key} = {value!r} is not allowed: give finite numbers")
         return self
 
     @property

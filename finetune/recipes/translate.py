@@ -42,6 +42,8 @@ def translate_text(
     if input is not None and not input.is_file():
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     texts = [require_utf8(text, "the sentence") for text in texts]
+    for option in (source, to, system_prompt):
+        require_utf8(option or "", "an option")
     opened, display = open_target(target), display or Display()
     format = _translation_format(opened, source, to, system_prompt, display)
     section = opened.settings(settings)

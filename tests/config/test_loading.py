@@ -101,6 +101,7 @@ def test_a_config_is_frozen(write):
 def test_every_hugging_face_name_means_the_same_key(name):
     values = {
         "lr_scheduler_type": "cosine",
+        "lr_scheduler": "cosine",
         "report_to": "tensorboard",
         "model_name_or_path": "gpt2",
         "optim": "sgd",

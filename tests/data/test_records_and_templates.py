@@ -224,7 +224,6 @@ OTHER_SHAPES: dict[str, dict[str, Any]] = {
     "empty texts in each optional column": chat(
         user(), answer(), tools="", chat_template_kwargs="", history=""
     ),
-    "options as a text": chat(user(), answer(), chat_template_kwargs='{"enable_thinking": true}'),
     "no history in a table": {
         "instruction": "2+2?", "input": "", "output": "4", "history": "[]", "system": "",
     },
@@ -246,6 +245,14 @@ def test_other_shapes_of_one_conversation(case: str, qwen3: Any) -> None:
         [NO_THOUGHT + "4" + END],
         [f"<|im_start|>user\n2+2?{END}\n<|im_start|>assistant\n{NO_THOUGHT}4{END}"],
     )
+    assert format.notes() == []
+
+
+def test_options_as_a_text_and_those_that_the_config_has_too(qwen3: Any) -> None:
+    record = chat(user(), answer(), chat_template_kwargs='{"enable_thinking": false}')
+    settings = TemplateSettings(options={"enable_thinking": False})
+    format = detected(qwen3, record, settings=settings)
+    assert learnt(format, record)[0] == ["4" + END]
     assert format.notes() == []
 
 
@@ -370,4 +377,4 @@ def test_a_variable_of_the_config_is_used(make_tokenizer: MakeTokenizer) -> None
 
 def test_there_was_something_to_check() -> None:
     tables = (LEARNT, REFUSED, OTHER_SHAPES, NOTES, MISPLACED)
-    assert [len(table) for table in tables] == [9, 14, 12, 7, 6]
+    assert [len(table) for table in tables] == [9, 14, 11, 7, 6]

@@ -117,14 +117,27 @@ class ChatFormat:
             unused.add("messages after the last answer")
         if self.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages, muted = [_system(self.system_prompt), *messages], {i + 1 for i in muted}
-        if messages[0]["role"] == "developer" and not self._written.role("developer"):
+        if messages[0]["role"] == "developer" and self._means_system():
             messages[0] = {**messages[0], "role": "system"}
         self.calls_tools |= any("tool_calls" in message for message in messages)
         tools = read_tools(self._optional(record, "tools"))
         options = read_options(self._optional(record, "chat_template_kwargs"))
         dialog = Dialog(messages, tools, options, frozenset(muted))
         self._require_answer(dialog)
+        own = self.template.settings.options
+        unused |= {
+            f"the records' {key!r} in chat and generate, which take data.chat_template_kwargs"
+            for key, value in options.items()
+            if key not in own or own[key] != value
+        }
         return dialog, unused | self._written.unused(dialog)
+
+    def _means_system(self) -> bool:
+        """Return whether a developer's message is written as a system message.
+
+        It is OpenAI's newer name of the same, and the use knows system prompts alone.
+        """
+        return self._written.role("system") or not self._written.role("developer")
 
     def examples(self, record: Record) -> list[Example]:
         return self.texts.examples(self.drafts(record))

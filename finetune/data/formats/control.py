@@ -21,8 +21,8 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, *, refuse: bool = False) -> None:
         marks = [
             str(token)
-            for token in tokenizer.added_tokens_decoder.values()
-            if token.special and str(token).strip()
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if (token.special or i == tokenizer.eos_token_id) and str(token).strip()
         ]
         longest_first = sorted(marks, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if marks else None

@@ -1,13 +1,19 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
 from finetune.data.formats.control import ControlTokens
-from finetune.data.formats.languages import is_language, language_tag
+from finetune.data.formats.languages import (
+    is_known_language,
+    is_language,
+    language_name,
+    language_tag,
+)
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.formats.translation import TranslationFormat
@@ -22,8 +28,12 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
 """Format -> shape -> the columns it needs. The order is the order of detection."""
 
 _OPTIONAL = {"chat": CHAT_OPTIONAL, "translation": [], "text": []}
+_SEPARATED = re.compile(r"\w+(?:([^\w \"'.-])\w+)+")  # a header such as question:answer
 _ASKED = ("prompt", "instruction", "question", "query", "user", "human")
-_ANSWERED = ("completion", "output", "answer", "response", "assistant", "reply")
+_ANSWERED = (
+    *("completion", "output", "answer", "response", "assistant", "reply"),
+    *("gpt", "bot", "target", "targets"),
+)
 _ACCEPTED = (
     "messages; conversations; prompt and completion; instruction and output; translation; "
     "source and target; two columns named by languages (en, fr); text"
@@ -59,6 +69,7 @@ def build_format(
     columns of `first_record` fit no accepted shape.
     """
     _check_columns(options, first_record)
+    options = replace(options, columns={**_other_case(first_record), **options.columns})
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
     kind, shape, columns = _detect(kind, first_record, options)
     if kind == "chat":
@@ -114,7 +125,7 @@ def _detect(
 ) -> tuple[str, str, Mapping[str, str]]:
     """Return the format, its shape, and the columns that it reads by other names."""
     columns = options.columns
-    pairs = _language_columns(record, columns)
+    pairs = _language_columns(record, options)
     named = all(
         language is not None and _key_of(language, pairs) is not None
         for language in options.languages
@@ -140,12 +151,33 @@ def _detect(
     what = "no format fits" if kind == "auto" else f"the format {kind!r} does not fit"
     raise UserError(
         f"{what} the columns ({', '.join(record) or 'none'}); accepted are: {accepted}."
-        f"{_hint(record)}"
+        f"{_hint(record, pairs)}"
     )
 
 
-def _hint(record: Record) -> str:
-    """Return what to do if no format fits, as a sentence after a blank."""
+def _other_case(record: Record) -> dict[str, str]:
+    """Return the columns that are called as a format has it but for capitals: {"text": "Text"}."""
+    names = {name.strip().lower(): name for name in record}
+    known = {name for shapes in SHAPES.values() for needed in shapes.values() for name in needed}
+    known |= {name for optional in _OPTIONAL.values() for name in optional}
+    return {name: names[name] for name in known if name not in record and name in names}
+
+
+def _hint(record: Record, pairs: Mapping[str, str]) -> str:
+    """Return what to do if no format fits, as a sentence after a blank.
+
+    `pairs`: language -> the column with its text.
+    """
+    if len(pairs) > 2 or (len(pairs) == 1 and "id" in map(str.lower, record)):
+        why = "" if len(pairs) > 2 else ", if the column 'id' is Indonesian"
+        return (
+            " Set data.translation.source_language and target_language to two of the columns" + why
+        )
+    if len(record) == 1 and (found := _SEPARATED.fullmatch(next(iter(record)))):
+        return (
+            f" If the fields are separated by {found[1]!r}, save the file with commas, semicolons, "
+            "tabs or bars instead"
+        )
     known = sorted({name for shapes in SHAPES.values() for s in shapes.values() for name in s})
     for name in record:
         if len(name) > 40 or len(name.split()) > 4:
@@ -167,7 +199,7 @@ def _usual_columns(record: Record) -> dict[str, str]:
     asked, answered = _found(_ASKED, names), _found(_ANSWERED, names)
     context = _found(["input", "context"], names)
     if not asked:
-        asked, context = _found(["input"], names), _found(["context"], names)
+        asked, context = _found(["input", "inputs"], names), _found(["context"], names)
     if len(asked) != 1 or len(answered) != 1 or len(context) > 1:
         return {}
     if context:  # is written below the question
@@ -196,18 +228,21 @@ def _pair(
         pair = record[columns.get("translation", "translation")]
         keys = {key: key for key in pair} if isinstance(pair, Mapping) else {}
     else:
-        keys = _language_columns(record, columns)
+        keys = _language_columns(record, options)
     return _sides(keys, *languages)
 
 
-def _language_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
-    """Return language -> the column with its text; those in `columns` are all, if there are any.
+def _language_columns(record: Record, options: FormatOptions) -> dict[str, str]:
+    """Return language -> the column with its text; those in `data.columns` are all, if any are.
 
-    The column "id" is a number, not Indonesian.
+    The column "id" is a number, and Indonesian only if that is one of the languages asked for.
     """
-    given = {name: column for name, column in columns.items() if is_language(name)}
+    given = {name: column for name, column in options.columns.items() if is_known_language(name)}
+    indonesian = {language_tag(language) for language in options.languages if language} & {"id"}
     return given or {
-        name: name for name in record if is_language(name) and name.strip().lower() != "id"
+        name: name
+        for name in record
+        if is_language(name) and (indonesian or name.strip().lower() != "id")
     }
 
 
@@ -240,6 +275,12 @@ def _sides(
             f"source and target language are both {sides[0]!r}. Set "
             "data.translation.source_language and target_language to two of the languages"
         )
+    names = {language_name(language, full=True) for language in (source, target)}
+    if len(names) == 1:
+        raise UserError(
+            f"{source!r} and {target!r} are two names of one language, {names.pop()}. Rename one "
+            "of the columns, or set data.translation.source_language and target_language"
+        )
     return sides, (source, target)
 
 
@@ -259,7 +300,7 @@ def _check_columns(options: FormatOptions, record: Record) -> None:
     ]
     known += [language for language in options.languages if language is not None]
     for name, given in options.columns.items():
-        if name not in known and not is_language(name):
+        if name not in known and not is_known_language(name):
             raise UserError(
                 f"data.columns has the unknown name {name!r}; known are {', '.join(known)}"
                 f"{did_you_mean(name, known)}"

@@ -81,21 +81,28 @@ class Written:
 
     def _require_roles(self, dialog: Dialog) -> None:
         for place, message in enumerate(dialog.messages):
-            role = message["role"]
-            if role in ("user", "assistant") or not message["content"].strip():
+            role, calls = message["role"], bool(message.get("tool_calls"))
+            is_plain = role == "user" or (role == "assistant" and not calls)
+            if is_plain or not message["content"].strip():
                 continue
             changed = dialog.with_message(place, {**message, "content": _MARK})
-            if not self._matters((role,), dialog, changed):
+            end = self._end(dialog, place)
+            if not self._matters((role, calls), dialog.upto(end), changed.upto(end)):
+                what = "the text beside a call" if calls else f"messages of the role {role}"
                 raise UserError(
-                    f"the chat template leaves out messages of the role {role}. Use a template "
-                    "that writes them (model.chat_template)"
+                    f"the chat template leaves out {what}. Use a template that writes it "
+                    "(model.chat_template), or remove it"
                 )
+
+    def _end(self, dialog: Dialog, place: int) -> int:
+        """Return how many messages are written when the one at `place` is learnt or read."""
+        cut = dialog.messages[place]["role"] == "assistant" and not self.whole
+        return place + 1 if cut else len(dialog.messages)
 
     def _unwritten_keys(self, dialog: Dialog, place: int) -> set[str]:
         unused, message = set(), dialog.messages[place]
         role = message["role"]
-        cut = role == "assistant" and not self.whole
-        end = place + 1 if cut else len(dialog.messages)
+        end = self._end(dialog, place)
         for key in message.keys() - {"role", "content"}:
             left_out = [
                 part

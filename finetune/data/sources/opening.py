@@ -384,6 +384,11 @@ def _explanation(label: str, error: Exception) -> str:
     if "corresponds to no data" in message:
         return f"{label} is empty: it has no rows"
     message = message[:1].lower() + message[1:]
+    if found := re.match(r"arrow type (.+) does not have a datasets dtype", message):
+        return (
+            f"{label} has a column of the type {found[1]}, which is not read. Write it as a struct "
+            "or as text, or save the file as JSON lines"
+        )
     if message.startswith("unknown split"):
         return f"{label}: {message.replace('. Should', '; it should')}"
     return f"{label} cannot be read: {message}"

@@ -12,6 +12,7 @@ from finetune.config import RunConfig, load_config
 from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
 from finetune.data.formats.rendering import ChatTemplate, TemplateSettings
+from finetune.data.sources.files import BOM
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
@@ -37,7 +38,7 @@ class Opened:
         text: many templates write a text of their own if there is no message.
         """
         if given is not None or self.run is None:
-            return given or None
+            return require_utf8(given, "the system prompt") if given else None
         trained = DataCounts.read(self.run).system_prompt
         if trained is not None:
             display.say(f"system prompt of the run: {trained or '(empty)'} (--system changes it)")
@@ -99,8 +100,8 @@ def require_utf8(text: str, what: str) -> str:
 def stdin_lines(display: Display, what: str) -> Iterator[str]:
     """Yield the lines of stdin; at a terminal, first print what to type.
 
-    Only \\n and \\r\\n end a line. A byte order mark is no text. Raises UserError for a line that
-    is not UTF-8, in any locale.
+    Only \\n and \\r\\n end a line. A byte order mark is no text, at the start of any line. Raises
+    UserError for a line that is not UTF-8, in any locale.
     """
     if sys.stdin.isatty():
         display.say(f"type {what}, and Ctrl-D at the end")
@@ -112,5 +113,4 @@ def stdin_lines(display: Display, what: str) -> Iterator[str]:
                 f"line {number} of stdin is not UTF-8 text (byte {error.start} of the line). "
                 "Convert it first"
             ) from error
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        yield text.removesuffix("\n").removesuffix("\r")
+        yield text.lstrip(BOM).removesuffix("\n").removesuffix("\r")
