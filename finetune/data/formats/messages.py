@@ -83,7 +83,7 @@ def _is_plain(item: object) -> bool:
 def _message(item: Mapping[str, object], number: int) -> Message:
     given = _one_of(item, ("role", "from"), number)
     role = given.lower() if isinstance(given, str) else given
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(
             f"message {number} has the unknown role {given!r}; known are {', '.join(ROLES)}"
         )
