@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-MOST_BYTES = 10 * 10**9  # of all entries
+CACHE_BYTES = 10 * 10**9  # of all entries
 Numbers = array | np.ndarray
 _RECORD = "entry.json"
 _BROKEN_OFF = 86_400  # seconds after which the folder of a writer that died is deleted
@@ -46,7 +46,7 @@ class Store:
     Only `draft` raises OSError, if the disk refuses.
     """
 
-    def __init__(self, folder: Path, *, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, folder: Path, *, most_bytes: int = CACHE_BYTES) -> None:
         self.folder, self.most_bytes = folder, most_bytes
 
     def read(self, key: str) -> Entry | None:
