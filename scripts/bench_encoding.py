@@ -13,9 +13,10 @@ measurement is a process of its own, with caches of its own:
 - TRL: `load_dataset` and `SFTTrainer` with all tokens as targets and `dataset_num_proc=2`. Its
   second start reads the cache of `datasets`.
 
-Time is that of reading and encoding: no imports, no tokenizer, no model. Memory is the peak of the
-resident memory of a process and its children, read ten times a second, above that before reading.
-The last line is JSON.
+Time is that of reading and encoding: no imports, no tokenizer, no model. CPU time is that of the
+process and its children, which says more if others use the machine meanwhile. Memory is the peak
+of the resident memory of a process and its children, read ten times a second, above that before
+reading. The last line is JSON.
 """
 
 import argparse
@@ -25,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count, product
 from pathlib import Path
 from string import ascii_lowercase
@@ -62,13 +65,12 @@ def encode_with_us(data: str, model: str) -> dict[str, Any]:
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         loaded = load_config(file, [])
         begun()
-        start = time.perf_counter()
-        load_raw_data(loaded.data, seed=0)
-        reading = time.perf_counter() - start
+        with timed() as reading:
+            load_raw_data(loaded.data, seed=0)
         material = read_material(loaded, Display(enabled=False))
-        start = time.perf_counter()
-        records = material.train.statistics.records
-        return {"seconds": reading + time.perf_counter() - start, "records": records}
+        with timed() as encoding:
+            records = material.train.statistics.records
+        return {key: reading[key] + encoding[key] for key in reading} | {"records": records}
 
 
 def encode_with_trl(data: str, model: str) -> dict[str, Any]:
@@ -88,10 +90,19 @@ def encode_with_trl(data: str, model: str) -> dict[str, Any]:
             output_dir=folder, dataset_num_proc=2, max_length=512, use_cpu=True, report_to=[]
         )
         begun()
-        start = time.perf_counter()
-        dataset = load_dataset("json", data_files=data, split="train")
-        SFTTrainer(model=tiny, args=settings, train_dataset=dataset, processing_class=tokenizer)
-        return {"seconds": time.perf_counter() - start, "records": len(dataset)}
+        with timed() as found:
+            dataset = load_dataset("json", data_files=data, split="train")
+            SFTTrainer(model=tiny, args=settings, train_dataset=dataset, processing_class=tokenizer)
+        return found | {"records": len(dataset)}
+
+
+@contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    """Yield a dictionary that gets the seconds and the CPU seconds of what is done within."""
+    found: dict[str, float] = {}
+    start, before = time.perf_counter(), sum(os.times()[:4])
+    yield found
+    found |= {"seconds": time.perf_counter() - start, "CPU s": sum(os.times()[:4]) - before}
 
 
 def begun() -> None:
@@ -121,6 +132,7 @@ def measure(who: str, data: Path, model: str, tree: Path, caches: Path) -> dict[
     found = json.loads(process.stdout.read().splitlines()[-1])
     return {
         "seconds": round(found["seconds"], 2),
+        "CPU s": round(found["CPU s"], 2),
         "records": found["records"],
         "records/s": round(found["records"] / found["seconds"]),
         "MB": round((peak - before) / 1e6),
@@ -168,13 +180,13 @@ def main() -> None:
             runs += [("TRL, first", "trl", data, PACKAGE), ("TRL, second", "trl", data, PACKAGE)]
         if given.before is not None:
             runs.insert(0, ("before", "us", fewer, given.before.resolve()))
-        print(f"{'':18}{'records':>10}{'seconds':>10}{'records/s':>12}{'MB':>8}")
+        print(f"{'':18}{'records':>10}{'seconds':>10}{'CPU s':>9}{'records/s':>12}{'MB':>8}")
         for name, who, file, tree in runs:
             found = measure(who, file, given.model, tree, folder)
             results[name] = found
             print(
                 f"{name:18}{found['records']:>10,}{found['seconds']:>10.2f}"
-                f"{found['records/s']:>12,}{found['MB']:>8,}",
+                f"{found['CPU s']:>9.2f}{found['records/s']:>12,}{found['MB']:>8,}",
                 flush=True,
             )
     print(json.dumps(results))

@@ -234,6 +234,24 @@ def test_long_data_goes_to_the_disk_as_it_is_encoded(
     assert everything(tmp_path, CHAT * 30, on_bad_record="drop") == fresh
 
 
+def test_a_long_plain_text_is_split_and_no_conversation_is(tmp_path: Path) -> None:
+    texts = [{"text": "one two three four five. " * 30}, {"text": "short"}]
+    made, said = material(tmp_path, texts, validation_fraction=0.0)
+    counts, example = made.train.statistics, list(made.train)
+    assert (counts.records, counts.split, counts.truncated) == (2, 1, 0)
+    assert len(example) > 3
+    learnt = [label for part in example[:-1] for label in list(part.labels)[1:]]
+    text = made.tokenizer.decode([example[0].input_ids[0], *learnt], skip_special_tokens=True)
+    assert text == texts[0]["text"]
+    assert learnt[-1] == made.tokenizer.eos_token_id
+    counts = material(tmp_path, CHAT, on_bad_record="drop")[0].train.statistics
+    assert (counts.split, counts.truncated > 0) == (0, True)
+    for records, what in ((CHAT[:9], "chat"), (PAIRS, "translation")):
+        with pytest.raises(UserError, match=rf"data\.overlong is split, .* of a {what} example"):
+            material(tmp_path, records, overlong="split")
+    assert said.said == []
+
+
 # The store
 
 
