@@ -88,14 +88,14 @@ LEARNT: dict[str, tuple[Case, list[str], list[str]]] = {
         [NO_THOUGHT + WRITTEN_CALL],
         [],
     ),
-    "nulls that Parquet put beside the arguments": (
+    "a null in the arguments": (
         chat(
             user("Weather?"),
             answer(
                 "", tool_calls=[{"name": "weather", "arguments": {"city": "Oslo", "day": None}}]
             ),
         ),
-        [NO_THOUGHT + WRITTEN_CALL],
+        [NO_THOUGHT + WRITTEN_CALL.replace('"Oslo"', '"Oslo", "day": null')],
         [],
     ),
     "the old function_call": (

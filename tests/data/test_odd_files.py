@@ -134,6 +134,10 @@ PARQUET: dict[str, tuple[pyarrow.Array, list[Any]]] = {
         pyarrow.array([[{"role": "user", "content": "2024-01-01"}]]),
         [[{"role": "user", "content": "2024-01-01"}]],
     ),
+    "nulls that Parquet had to add": (
+        pyarrow.array([{"a": [{"city": "Oslo"}, {"day": "today"}]}, {"a": None}, None]),
+        [{"a": [{"city": "Oslo"}, {"day": "today"}]}, {}, None],
+    ),
     "a struct of lists": (
         pyarrow.array([{"role": ["user", "assistant"], "content": ["a", "b"]}]),
         [{"role": ["user", "assistant"], "content": ["a", "b"]}],
@@ -191,4 +195,4 @@ def test_what_pandas_writes_is_read_back(
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(READ), len(REFUSED), len(PARQUET)) == (24, 24, 6)
+    assert (len(READ), len(REFUSED), len(PARQUET)) == (24, 24, 7)

@@ -174,8 +174,7 @@ def _is_learnt(item: Mapping[str, object], role: str, number: int) -> bool:
 def read_calls(value: object, where: str) -> list[dict[str, object]]:
     """Return calls of tools in OpenAI's shape, with arguments as an object.
 
-    An argument that is null is left out: Parquet cannot tell it from one that is missing. Arguments
-    given as a text of JSON keep it. Raises UserError for anything that is no list of calls.
+    Raises UserError for anything that is no list of calls.
     """
     calls = from_json(value, f"tool_calls of {where}")
     if not isinstance(calls, list):
@@ -191,8 +190,6 @@ def _call(value: object, where: str) -> dict[str, object]:
     arguments = {} if given is None or given == "" else from_json(given, f"arguments of {where}")
     if not isinstance(arguments, Mapping):
         raise UserError(f"arguments of {where} must be an object, not {given!r:.80}")
-    if not isinstance(given, str):
-        arguments = _object_without_nulls(arguments)
     outer = {"id": value["id"]} if isinstance(value, Mapping) and value.get("id") else {}
     return {
         **outer,
@@ -214,7 +211,7 @@ def read_tools(value: object) -> list[dict[str, object]] | None:
         tools = [from_json(tool, "a tool") for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(f"tools must be a list of objects, not {tools!r:.80}")
-    return [_object_without_nulls(tool) for tool in tools]
+    return [dict(tool) for tool in tools]
 
 
 def read_options(value: object) -> dict[str, object]:
@@ -236,18 +233,6 @@ def from_json(value: object, what: str) -> object:
         return json.loads(value)
     except ValueError as error:
         raise UserError(f"{what} must be JSON, not {value!r:.80} ({error})") from error
-
-
-def _without_nulls(value: object) -> object:
-    if isinstance(value, Mapping):
-        return _object_without_nulls(value)
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _object_without_nulls(value: Mapping[str, object]) -> dict[str, object]:
-    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
 
 
 def merge_turns(messages: Sequence[Message], muted: set[int]) -> tuple[list[Message], set[int]]:

@@ -26,6 +26,7 @@ from finetune.data.bad_records import BadRecords
 from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
+from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
     AlignedStream,
     AlignedTable,
@@ -91,7 +92,7 @@ class _DatasetTable:
         return len(self._dataset)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        return list(self._dataset.__getitems__(list(numbers)))
+        return list(map(without_padding, self._dataset.__getitems__(list(numbers))))
 
     def where(self, number: int) -> str:
         return f"{self._label}, row {number + 1}"
@@ -123,7 +124,8 @@ class _DatasetStream:
             if record is None:
                 return
             count += 1
-            yield lambda n=count: [dataset.state_dict(), n], f"{self._label}, row {count}", record  # type: ignore[misc]
+            where, record = f"{self._label}, row {count}", without_padding(record)
+            yield lambda n=count: [dataset.state_dict(), n], where, record  # type: ignore[misc]
 
 
 class _Picked:

@@ -35,10 +35,11 @@ def translation_format(
         raise UserError(
             "the languages are not known. Give --from and --to, such as --from en --to fr"
         )
-    own = data.system_prompt if data is not None else None
-    if system_prompt is None and own is not None:
-        display.say(f"system prompt of the run: {own} (--system changes it)")
-    system = own if system_prompt is None else system_prompt or None
+    system = data.system_prompt if data is not None else None
+    if system_prompt is not None:
+        system = system_prompt or None
+    elif system is not None:
+        display.say(f"system prompt of the run: {system} (--system changes it)")
     return TranslationFormat(
         tokenizer=opened.tokenizer,
         languages=(source, to),
