@@ -225,7 +225,13 @@ class DataSection(Section):
     targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()
     max_length: TokenCount = 512  # tokens of an example and of a packed sequence
-    overlong: Literal["truncate", "drop", "error"] = "truncate"  # examples over max_length
+    # Examples over max_length. truncate: their start is learnt. drop: they are left out, and
+    # counted. error: the run does not start. split: a plain text becomes several examples, and
+    # nothing of it is left out. None: split for plain text, truncate for other formats.
+    overlong: Literal["truncate", "drop", "error", "split"] | None = None
+    # False: the data is read and encoded at each start. True: once, and kept in
+    # ~/.cache/finetune/encoded, or in $FINETUNE_CACHE/encoded: 10 GB at most, the oldest first out.
+    cache: bool = True
     # True: several examples a sequence, isolated from each other. False: one example a sequence,
     # padded, in batches of sequences of similar length.
     packing: bool = True

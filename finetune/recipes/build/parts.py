@@ -25,6 +25,7 @@ from finetune.models.speed import (
     enable_activation_checkpointing,
 )
 from finetune.models.tokenizers import pad_id
+from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
 from finetune.recipes.build.vocabulary import (
@@ -163,7 +164,7 @@ def _make_batches(
     encoder = RecordEncoder(
         material.format,
         max_length=data.max_length,
-        overlong=data.overlong,
+        overlong=overlong_of(data, material.format),
         vocab_size=material.table_rows,
         bad=records.bad if data.on_bad_record == "drop" else None,
     )
@@ -185,6 +186,11 @@ def say_counts(
             + (f"; {counts.bad_records:,} bad records dropped" if counts.bad_records else "")
         )
     limit, said = config.data.max_length, []
+    if counts.split:
+        display.note(
+            f"{part}: {counts.split:,} texts over {limit:,} tokens were split into several examples "
+            "(data.max_length, data.overlong)"
+        )
     if counts.truncated:
         said.append(f"{counts.truncated:,} were cut")
     if counts.without_target:

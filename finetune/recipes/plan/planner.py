@@ -271,7 +271,7 @@ def work_of(material: Material) -> Work:
         examples_per_step=len(examples) / len(steps),
         num_evaluations=num_evaluations if held_out is not None else 0,
         evaluate_every=every,
-        used_rows=len(set(train.token_ids)),
+        used_rows=len(train.used_ids),
         coverage=coverage(train, held_out),
         prompt_length=max(held_out.lengths) if held_out is not None else 0,
     )
