@@ -88,6 +88,8 @@ def check_embedding(module: nn.Embedding, *, in_group: bool) -> None:
         "its max_norm rewrites rows as they are read": module.max_norm is not None,
         "scale_grad_by_freq does not go with row-sparse gradients": module.scale_grad_by_freq,
         "its weight is complex": module.weight.is_complex(),
+        "its weight is not a plain torch.nn.Parameter": type(module.weight) is not nn.Parameter
+        and not hasattr(module.weight, "row_table"),
         "its weight is frozen": not module.weight.requires_grad,
         "its weight is not among the optimizer's parameters": not in_group,
     }

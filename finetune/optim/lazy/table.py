@@ -16,7 +16,7 @@ Weights in bfloat16 or float16 keep float32 master rows with the moments. All ar
 float32, or in float64 for float64 weights.
 """
 
-import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +35,12 @@ _BLOCK_ELEMENTS = 1 << 18  # at once on a CPU: fits its last cache and feeds eve
 _CACHE_LINE = 16  # float32 numbers; see missed_steps.adamw_step_
 
 
+def stored(weight: Tensor) -> Tensor:
+    """Return a plain tensor over the memory of `weight`: rows as they are stored."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach()
+
+
 class RowTable:
     """Moments of the rows of a [V, d] weight that had a gradient, and the history of the steps."""
 
@@ -42,9 +48,19 @@ class RowTable:
         self, weight: Tensor, *, missed_steps: str, betas: tuple[float, float], eps: float
     ) -> None:
         self.missed_steps = missed_steps
+        self.scratch = Scratch()
         self.showing = Showing.CURRENT
+        self.aside: Tensor | None = None  # inside `flushed`: the weight as stored
         self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved.py
+        self.version = 0  # of the weight, after what the table itself wrote to it
+        self.writes = 0  # by other code, and states started from
+        self.seen: tuple[tuple, Tensor | None] | None = None  # see `dense_once`
+        self.warned = False  # that somebody asked for the weight's memory
         self.clear(weight, betas, eps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with: it is inside no block, and has seen nothing."""
+        return {**vars(self), "showing": Showing.CURRENT, "aside": None, "seen": None}
 
     def clear(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Forget everything: no step was applied, and no row had a gradient."""
@@ -86,7 +102,8 @@ class RowTable:
             self.master = with_slot_0(state.master, 0, torch.float32)
         self.used = torch.tensor(len(rows) + 1, device=self.device)
         self.used_at_most = len(rows) + 1
-        self.scratch = Scratch()
+        self.scratch.forget()
+        self.version, self.writes, self.seen = stored(weight)._version, self.writes + 1, None
         self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
         self.rules.load(state)
 
@@ -106,6 +123,15 @@ class RowTable:
             self.start(weight, self.stored_state())
 
     # What is known
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The lock to hold while rows are read or written: two threads share one scratch."""
+        return self.scratch.lock
+
+    def moment(self, weight: Tensor) -> tuple:
+        """Return what changes whenever a row as of now does."""
+        return self, self.step_count, self.writes, weight._version
 
     @property
     def step_count(self) -> int:
@@ -141,7 +167,7 @@ class RowTable:
 
     def settled_state(self, weight: Tensor) -> RowState:
         """Return the state that goes with `dense`: every row brought up to now. Stores nothing."""
-        state = self.stored_state()
+        weight, state = stored(weight), self.stored_state()
         if self.is_settled:
             return state
         exp_avg, exp_avg_sq = state.exp_avg.clone(), state.exp_avg_sq.clone()
@@ -168,42 +194,6 @@ class RowTable:
         }
         return state if self.master is None else {**state, "master": self.master}
 
-    # Showing
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, state dicts show, and load, rows as they are stored.
-
-        Raises UserError inside `flushed`, where the weight does not hold rows as they are stored.
-        """
-        if self.showing is Showing.FLUSHED:
-            raise UserError(
-                "`optimizer.deferred()` cannot show stored rows inside `optimizer.flushed()`. "
-                "Leave `flushed()` first"
-            )
-        before, self.showing = self.showing, Showing.DEFERRED
-        try:
-            yield
-        finally:
-            self.showing = before
-
-    @contextlib.contextmanager
-    def flushed(self, weight: Tensor) -> Iterator[None]:
-        """Inside, `weight` holds rows as of now; afterwards every bit of it is as before."""
-        if self.showing is Showing.FLUSHED:
-            yield
-            return
-        stored, before = weight.detach().clone(), self.showing
-        try:
-            with torch.no_grad():
-                weight.copy_(self.dense(weight))
-            self.showing = Showing.FLUSHED
-            yield
-        finally:
-            with torch.no_grad():
-                weight.copy_(stored)
-            self.showing = before
-
     # Reading
 
     def read(self, weight: Tensor, rows: Tensor, *, step_follows: bool = False) -> Tensor:
@@ -213,24 +203,42 @@ class RowTable:
         would otherwise compute it again. The result may then lie in memory that the next read or
         step overwrites.
         """
+        weight = stored(weight)
         if self.weight_is_current:
             return weight[rows]
-        slots = self.slot_of_row[rows].long()
-        if step_follows and self.device.type == "cpu":  # comparing rows would wait for a GPU
-            whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg)
-            for _ in self._current(weight, rows, slots, whole):
-                pass
-            self.scratch.memo = Memo(rows, self.step_count, weight._version, whole)
-            return whole.param.to(weight.dtype)
-        out = weight.new_empty(len(rows), self.shape[1])
-        for part, _, _, block in self._current(weight, rows, slots):
-            out[part] = block.param
-        return out
+        with self.lock:
+            slots = self.slot_of_row[rows].long()
+            if step_follows and self.device.type == "cpu":  # comparing rows would wait for a GPU
+                whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg)
+                for _ in self._current(weight, rows, slots, whole):
+                    pass
+                self.scratch.memo = Memo(rows, self.step_count, weight._version, whole)
+                return whole.param.to(weight.dtype)
+            out = weight.new_empty(len(rows), self.shape[1])
+            for part, _, _, block in self._current(weight, rows, slots):
+                out[part] = block.param
+            return out
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return the whole table [V, d] as dense AdamW would have it now. Writes nothing."""
         rows = torch.arange(len(weight), device=self.device)
-        return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
+        with self.lock:
+            return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
+
+    def dense_once(self, weight: Tensor) -> Tensor:
+        """Return what `dense` does. Asked again before anything moves, it keeps what it returns.
+
+        So code that reads a table row by row pays for one table, and code that reads it once does
+        not pay with memory.
+        """
+        with self.lock:
+            moment = self.moment(weight)
+            again = self.seen is not None and self.seen[0] == moment
+            if self.seen is None or not again or self.seen[1] is None:
+                dense = self.dense(weight)
+                self.seen = moment, (dense if again else None)
+                return dense
+            return self.seen[1]
 
     # Writing
 
@@ -240,7 +248,7 @@ class RowTable:
         The rows in it are brought up to now and moved.
         """
         assert self.showing is not Showing.FLUSHED
-        grad = coalesce(grad)
+        weight, grad = stored(weight), coalesce(grad)
         rows, gradients = grad.indices()[0], grad.values()
         slots = self._claim(weight, rows)
         step, on_cpu = self.step_count + 1, self.device.type == "cpu"
@@ -264,12 +272,14 @@ class RowTable:
                     table.index_copy_(0, to, values)
         self.last_step.index_fill_(0, slots, step)
         self.history.record(lr, weight_decay)
+        self.version, self.seen = weight._version, None
 
     def flush(self, weight: Tensor) -> None:
         """Bring every row up to now and store it.
 
         What follows may differ in the last bits from a run that was not flushed.
         """
+        weight = stored(weight)
         if not self.weight_is_current:
             dense, state = self.dense(weight), self.settled_state(weight)
             weight.copy_(dense)
