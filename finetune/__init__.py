@@ -1,6 +1,6 @@
-"""`finetune`: fine-tune small causal language models; vocabulary rows that a run does not use cost nothing.
+"""Fine-tuning of small causal language models for chat and translation.
 
-Floor 6. The names below are loaded when they are first used, so that `import finetune` costs nothing.
+The names below are loaded when they are first used, so that `import finetune` is instant.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         clip_grad_norm_,
         list_optimizers,
     )
-    from finetune.recipes.train.run import run_training
+    from finetune.recipes.train.train import run_training
     from finetune.report import write_report
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _HOMES = {
     "clip_grad_norm_": "finetune.optim",
     "list_optimizers": "finetune.optim",
     "load_config": "finetune.config",
-    "run_training": "finetune.recipes.train.run",
+    "run_training": "finetune.recipes.train.train",
     "write_report": "finetune.report",
 }
 

@@ -1,4 +1,4 @@
-"""`python -m finetune` is `finetune`."""
+"""The command line, as `python -m finetune`."""
 
 from finetune.cli import main
 

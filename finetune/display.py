@@ -1,6 +1,6 @@
-"""What a person sees while a command runs: a live line on a terminal, plain lines elsewhere.
+"""The progress of a command: a live line on a terminal, plain lines elsewhere.
 
-Only the main process shows anything. Everything goes to stderr, so that stdout has only results.
+Only the main process shows anything. Everything goes to stderr; stdout has only results.
 """
 
 import logging
@@ -33,11 +33,11 @@ class Display:
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self.enabled = enabled
-        # What a reader of the run should know. The recipes write it into environment.json.
+        # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []
 
     def say(self, text: str) -> None:
-        """Print one line about what happens."""
+        """Print one line about the progress."""
         if self.enabled:
             self._console.print(text, markup=False)
 
@@ -48,7 +48,7 @@ class Display:
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Turn what the package logs as a warning into a note."""
+        """Turn each warning that the package logs into a note."""
         logger, handler = logging.getLogger("finetune"), _NoteHandler(self)
         logger.addHandler(handler)
         propagate, logger.propagate = logger.propagate, False
@@ -118,7 +118,7 @@ class Display:
         def update(done: int, facts: str) -> None:
             nonlocal began, first, shown
             now = time.monotonic()
-            if not began:  # the rate does not count what came before the first update
+            if not began:  # the rate does not count the time before the first update
                 began, first = now, done
             elif now - shown < PLAIN_INTERVAL and done != total:
                 return
@@ -144,7 +144,7 @@ class _NoteHandler(logging.Handler):
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Return on one line the metrics that a terminal shows, if they were measured."""
+    """Return one line with the metrics that a terminal shows, as far as they were measured."""
     return "  ".join(
         f"{metric.short} {metric.show(metrics)}{'%' if metric.is_share else ''}"
         for metric in METRICS
@@ -153,7 +153,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def differences(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Return a listener of (number done, total) that passes on how many are newly done."""
+    """Return a listener of (number done, total) that passes the newly done ones to `advance`."""
     seen = 0
 
     def progress(done: int, _: int) -> None:

@@ -1,7 +1,9 @@
-"""The one exception for a user's mistake, and the sentence for a disk that refuses.
+"""The one exception for a user's mistake, and the message for a disk that refuses.
 
-The command line prints either as one sentence and exits with 2. Everything else is a bug and keeps
-its traceback. A message says what was given, what is allowed, and what to do.
+The command line prints either and exits with 2. Everything else is a bug and keeps its traceback.
+
+A message says what was given and what is allowed. What to do, if it is not obvious, is a sentence
+of its own: "betas is 'high'. Give 2 numbers, e.g. [0.9, 0.999]". There is no full stop at the end.
 """
 
 import difflib
@@ -10,19 +12,23 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something in the user's input is wrong; the message is the whole explanation."""
+    """A mistake in the user's input. The message is the whole explanation."""
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest of `known`, or "" if nothing is near."""
+    """Return ". Did you mean 'x'?" for the nearest of `known`, or "" if nothing is near.
+
+    It is the end of a message.
+    """
     nearest = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f". Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def disk_refusal(error: OSError) -> str | None:
-    """Return the file, if the system names it, and the reason; None if no disk refuses.
+    """Return a message with the file, if the system names it, and the reason.
 
-    A full disk is no bug, so its traceback would help no one.
+    It is None if the error is not that of a disk. A full disk is not a bug, so a traceback would
+    not help.
     """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
         return None

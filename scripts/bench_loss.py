@@ -1,15 +1,18 @@
-"""What the output head and its loss cost, forward and backward, against the plain way, torch's and Liger's.
+"""What the output head and its loss cost, forward and backward, against other ways to compute them.
 
-    python scripts/bench_loss.py                                   SmolLM2's and Gemma-3-270M's heads, 512 target tokens
-    python scripts/bench_loss.py --tokens 8192                     for a GPU
+    python scripts/bench_loss.py                    SmolLM2's and Gemma-3-270M's heads, 512 targets
+    python scripts/bench_loss.py --tokens 8192      for a GPU
     python scripts/bench_loss.py --heads 49152x576 --softcap 30
 
-`full`: all rows of the table train; `active`: `--active` of them, the others take part frozen; `sampled`: those and a sample of
-`--sampled` of the others. `plain` multiplies all and calls torch's cross-entropy, `torch` is torch's linear_cross_entropy (where
-torch has it; it has no soft cap), `liger` Liger's fused loss (where liger-kernel is installed and there is a GPU), with the
-gradient summed in float32 as ours is. bf16 products under autocast, where the machine has them. Each round is every way in turn;
-milliseconds: median (least-most) over the rounds after two; GB: the most that was allocated in a round, on a GPU. The last line
-is JSON, with the loss, which but for `sampled` is one and the same.
+`full`: all rows of the table train. `active`: `--active` of them train, and the others take part
+frozen. `sampled`: these and a sample of `--sampled` of the others. `plain` multiplies all rows and
+calls torch's cross-entropy. `torch` is torch's linear_cross_entropy, if torch has it; it has no
+soft cap. `liger` is Liger's fused loss, if liger-kernel is installed and there is a GPU, with the
+gradient summed in float32 as ours is. Products are in bf16 under autocast if the machine has them.
+
+Each round takes every way in turn. Milliseconds: median (least-most) over the rounds after two. GB:
+the most that was allocated in a round, on a GPU. The last line is JSON, with the loss, which is the
+same for every way but `sampled`.
 """
 
 import argparse
@@ -29,21 +32,24 @@ from torch import Tensor
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.models.speed import resolve_precision
 
-Loss = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # of hidden states [N, d], table [V, d] and targets [N]
-WARMUP = 2
+# of hidden states [N, d], table [V, d] and targets [N]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+WARMUP_ROUNDS = 2
 WAYS = ("full", "active", "sampled", "plain", "torch", "liger")
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return the logits after the soft cap, if there is one."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def ways(
     args: argparse.Namespace, table: Tensor, dtype: torch.dtype
 ) -> dict[str, tuple[Tensor, Loss]]:
-    """Of each way the rows that train and its loss. `dtype`: of the products, in which training keeps the frozen rows."""
+    """Return the rows that train and the loss, for each way.
+
+    `dtype`: that of the products, in which training keeps the frozen rows.
+    """
     softcap = args.softcap
     rest = table[args.active :].detach().to(dtype)
     offset = torch.zeros(args.active + args.sampled, device=table.device)
@@ -84,7 +90,7 @@ def ways(
 
 
 def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
-    """Milliseconds and memory of every way for one head."""
+    """Return milliseconds, memory and loss of every way for one head."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = resolve_precision("auto", device)[0] == "bf16"
     torch.manual_seed(0)
@@ -95,7 +101,7 @@ def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
     contestants = {name: way for name, way in ways(args, table, dtype).items() if name in args.ways}
     milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
     peaks, losses = dict.fromkeys(contestants, 0.0), dict.fromkeys(contestants, 0.0)
-    for _ in range(args.rounds + WARMUP):
+    for _ in range(args.rounds + WARMUP_ROUNDS):
         for name, (weight, loss) in contestants.items():
             hidden.grad = weight.grad = None
             if device.type == "cuda":
@@ -112,7 +118,11 @@ def measure(args: argparse.Namespace, rows: int, width: int) -> dict[str, Any]:
             milliseconds[name].append((time.perf_counter() - started) * 1e3)
             losses[name] = total.item() / args.tokens
     measured = {
-        name: {"ms": spread(times[WARMUP:]), "gb": round(peaks[name], 3), "loss": losses[name]}
+        name: {
+            "ms": spread(times[WARMUP_ROUNDS:]),
+            "gb": round(peaks[name], 3),
+            "loss": losses[name],
+        }
         for name, times in milliseconds.items()
     }
     return {"rows": rows, "width": width, "ways": measured}
@@ -125,21 +135,22 @@ def main() -> None:
     parser.add_argument(
         "--heads", nargs="+", default=["49152x576", "262144x640"], help="rows x width of the table"
     )
-    parser.add_argument("--tokens", type=int, default=512, help="tokens that are predicted")
+    parser.add_argument("--tokens", type=int, default=512, help="target tokens")
     parser.add_argument(
         "--active", type=int, default=8192, help="rows that train, for active and sampled"
     )
-    parser.add_argument("--sampled", type=int, default=4096, help="frozen rows in a sample")
+    parser.add_argument("--sampled", type=int, default=4096, help="frozen rows of the sample")
     parser.add_argument("--softcap", type=float)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of torch, default: its own choice")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if any(int(head.split("x")[0]) < args.active + args.sampled for head in args.heads):
         parser.error(
-            f"a head needs {args.active} + {args.sampled} rows at least; lower --active or --sampled"
+            f"a head needs at least {args.active} + {args.sampled} rows. "
+            "Lower --active or --sampled"
         )
     heads = [measure(args, *map(int, head.split("x"))) for head in args.heads]
     for head in heads:

@@ -1,15 +1,19 @@
-"""What an optimizer step over an embedding costs: dense AdamW, SparseAdam and LazyAdamW, one beside the other.
+"""What an optimizer step over an embedding costs: dense AdamW, SparseAdam and LazyAdamW.
 
-    python scripts/bench_optimizer.py            every shape (several GB of memory)
-    python scripts/bench_optimizer.py --quick    the shapes that the README speaks of
-    python scripts/bench_optimizer.py --end-to-end TEXT_FILE    whole training steps of an untied model on real text
+    python scripts/bench_optimizer.py            every table (several GB of memory)
+    python scripts/bench_optimizer.py --quick    two tables of 640 columns
+    python scripts/bench_optimizer.py --end-to-end TEXT_FILE
+                                                 whole steps of an untied model on real text
 
-All optimizers of one shape take turns, step by step, on the same gradients, so that a busy machine slows them alike.  The table
-is in steady state: Zipf ids, rows left for as long as Zipf leaves them, cosine learning rate, decay on.  A dense optimizer is
-charged for the dense gradient that it needs (zeroed and filled).  The floor is the traffic of reading gradient, parameter and two
-moments of the touched rows and writing the last three, at the bandwidth of a copy on the same machine.  "LazyAdamW" does all of it
-in the step; "in training" the lookup of the forward, timed below it, has brought the rows up to date already (a CPU keeps them).
-The last line is JSON.
+All optimizers of one table take turns, step by step, on the same gradients, so that a busy machine
+slows them alike. The table is in steady state: Zipf ids, rows unused for as long as Zipf leaves
+them unused, cosine learning rate, weight decay. A dense optimizer is charged for the dense gradient
+that it needs (zeroed and filled).
+
+The floor is the memory traffic of the touched rows, at the bandwidth of a copy on the same machine:
+gradient, parameter and two moments are read, and the last three are written. "LazyAdamW" does all
+its work in the step. "in training" the lookup of the forward has brought the rows up to date
+already (a CPU keeps them); its time is below. The last line is JSON.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import re
 import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,30 +34,35 @@ from finetune.optim import LazyAdamW
 from finetune.optim.lazy.state import RowState
 
 STEP = 3000  # of the steady state that is set up
-SHAPES = [
+TABLES = [  # vocabulary, width, rows that a step touches
     (v << 10, d, k) for v in (32, 128, 256) for d in (512, 640, 1024) for k in (256, 2048, 16384)
 ]
-QUICK = [(128 << 10, 640, 2048), (256 << 10, 640, 2048)]
+QUICK_TABLES = [(128 << 10, 640, 2048), (256 << 10, 640, 2048)]
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second read and written by copying 256 MiB."""
+    """Return the bytes per second that copying 256 MiB reads and writes."""
     source, target = torch.ones(1 << 26), torch.ones(1 << 26)
-    return 2 * source.nbytes / min(timed(lambda: target.copy_(source)) for _ in range(7))
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source)) for _ in range(7))
 
 
-def timed(run) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    """Return how long a call takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def lr_at(step: int) -> float:
+    """Return the learning rate of a step, on half a cosine over twice STEP steps."""
     return 1e-3 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / (2 * STEP))))
 
 
-class Shape:
-    """Optimizers over one table [vocabulary, width]; they share the memory of the weight, whose values do not matter here."""
+class Contest:
+    """Optimizers over one table [vocabulary, width].
+
+    They share the memory of the weight, whose values do not matter here.
+    """
 
     def __init__(self, vocabulary: int, width: int, touched: int, names: list[str]) -> None:
         self.touched = touched
@@ -85,7 +95,7 @@ class Shape:
             self.optimizers[name], self.weights[name] = optimizer, module.weight
 
     def _enter_steady_state(self, module: nn.Embedding) -> None:
-        """Give the lazy table the history that it would have after STEP steps of such batches."""
+        """Give the lazy table the history of STEP steps of such batches."""
         chance = -torch.expm1(self.touched * torch.log1p(-self.frequency / self.frequency.sum()))
         gap = torch.empty_like(chance).exponential_().div_(-torch.log1p(-chance)).long()
         rows = (gap < STEP).nonzero()[:, 0]
@@ -104,7 +114,7 @@ class Shape:
         table.rules.grow()
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Distinct Zipf rows, ascending, with gradients."""
+        """Return distinct Zipf rows, ascending, and their gradients."""
         rows = torch.multinomial(self.frequency, self.touched).sort().values
         return rows, torch.randn(self.touched, self.weights_shape[1]) * 1e-3
 
@@ -113,7 +123,7 @@ class Shape:
         return next(iter(self.weights.values())).shape
 
     def step(self, name: str, rows: Tensor, values: Tensor, lr: float) -> float:
-        """Seconds of one step, with the dense gradient where one is needed."""
+        """Return the seconds of one step, with the dense gradient if the optimizer needs one."""
         weight, optimizer = self.weights[name], self.optimizers[name]
         optimizer.param_groups[0]["lr"] = lr
         if "AdamW(" in name:
@@ -128,9 +138,15 @@ class Shape:
                 rows[None], values, weight.shape, is_coalesced=True, check_invariants=False
             )
             run = optimizer.step
-        return timed(run)
+        return seconds_of(run)
+
+    def look_up(self, rows: Tensor) -> float:
+        """Return the seconds of the lazy table's lookup in a forward."""
+        table, weight = self.module.row_table, self.module.weight.detach()
+        return seconds_of(lambda: table.read(weight, rows, step_follows=True))
 
     def state_bytes(self, name: str) -> int:
+        """Return the bytes of an optimizer's state."""
         if name == "LazyAdamW":
             table = self.module.row_table
             state = table.stored_state()
@@ -147,6 +163,7 @@ class Shape:
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
+    """Return the median and the range from the 10th to the 90th percentile, in ms."""
     ordered = sorted(seconds)
     return {
         "median_ms": 1e3 * statistics.median(ordered),
@@ -155,76 +172,69 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def bench_steps(shapes: list[tuple[int, int, int]], names: list[str], repeats: int) -> dict:
+IN_TRAINING = "LazyAdamW in training"
+
+
+def bench_steps(tables: list[tuple[int, int, int]], names: list[str], repeats: int) -> dict:
+    """Time single steps over every table, and print a line for each optimizer."""
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     print(
-        f"{'table':>14}{'rows':>7}  {'optimizer':<22}{'ms a step':>9}{'(10-90 %)':>19}{'x fused':>8}{'x floor':>8}{'state MB':>10}"
+        f"{'table':>14}{'rows':>7}  {'optimizer':<22}{'ms a step':>9}{'(10-90 %)':>19}"
+        f"{'x fused':>8}{'x floor':>8}{'state MB':>10}"
     )
     results = []
-    for vocabulary, width, touched in shapes:
-        shape = Shape(vocabulary, width, touched, names)
-        floor = 7 * touched * width * 4 / bandwidth
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        after_lookup, lookups = "LazyAdamW in training", []
-        if shape.module is not None:
-            seconds[after_lookup] = []
-        for turn in range(repeats + 2):
-            lr, (rows, values) = lr_at(STEP + turn), shape.batch()
-            for name in names:
-                if name != "AdamW(foreach)" or turn <= 4:
-                    seconds[name].append(shape.step(name, rows, values, lr))
-            if (
-                shape.module is not None
-            ):  # as in training: the forward looks the rows up, much else happens, the step comes
-                table, weight = shape.module.row_table, shape.module.weight.detach()
-                rows, values = shape.batch()
-                lookups.append(
-                    timed(
-                        lambda table=table, weight=weight, rows=rows: table.read(
-                            weight, rows, step_follows=True
-                        )
-                    )
-                )
-                shape.step(names[0], rows, values, lr)
-                seconds[after_lookup].append(shape.step("LazyAdamW", rows, values, lr))
-        entry = {
-            "vocabulary": vocabulary,
-            "width": width,
-            "touched": touched,
-            "floor_ms": 1e3 * floor,
-            "optimizers": {},
+    for vocabulary, width, touched in tables:
+        contest = Contest(vocabulary, width, touched, names)
+        seconds, lookups = take_turns(contest, names, repeats)
+        floor = 1e3 * 7 * touched * width * 4 / bandwidth
+        entry = {"vocabulary": vocabulary, "width": width, "touched": touched, "floor_ms": floor}
+        entry["optimizers"] = {
+            name: summary(taken[2:])
+            | {"state_bytes": contest.state_bytes("LazyAdamW" if name == IN_TRAINING else name)}
+            for name, taken in seconds.items()
         }
-        for name in seconds:
-            found = {
-                **summary(seconds[name][2:]),
-                "state_bytes": shape.state_bytes("LazyAdamW" if name == after_lookup else name),
-            }
-            entry["optimizers"][name] = found
-            fused = (
-                summary(seconds["AdamW(fused)"][2:])["median_ms"]
-                if "AdamW(fused)" in names
-                else math.nan
-            )
-            ratio = fused / found["median_ms"]
+        for name, found in entry["optimizers"].items():
+            fused = entry["optimizers"].get("AdamW(fused)", {"median_ms": math.nan})["median_ms"]
             print(
-                f"{vocabulary >> 10:>8}k x {width:<4}{touched:>6}  {name:<22}{found['median_ms']:>9.1f} "
-                f"{found['low_ms']:>9.1f}-{found['high_ms']:<8.1f}{ratio:>8.1f} {found['median_ms'] / (1e3 * floor):>8.1f} "
+                f"{vocabulary >> 10:>8}k x {width:<4}{touched:>6}  {name:<22}"
+                f"{found['median_ms']:>9.1f} {found['low_ms']:>9.1f}-{found['high_ms']:<8.1f}"
+                f"{fused / found['median_ms']:>8.1f} {found['median_ms'] / floor:>8.1f} "
                 f"{found['state_bytes'] / 1e6:>9.1f}"
             )
         if lookups:
             entry["lookup"] = summary(lookups[2:])
             print(f"{'':>21}  {'its lookup':<22}{entry['lookup']['median_ms']:>9.1f}")
         results.append(entry)
-    return {
-        "bandwidth_bytes_per_second": bandwidth,
-        "threads": torch.get_num_threads(),
-        "steps": results,
-    }
+    threads = torch.get_num_threads()
+    return {"bandwidth_bytes_per_second": bandwidth, "threads": threads, "steps": results}
+
+
+def take_turns(
+    contest: Contest, names: list[str], repeats: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Return the seconds of each optimizer's steps, and those of the lazy table's lookups."""
+    lazy = contest.module is not None
+    seconds: dict[str, list[float]] = {name: [] for name in [*names, *[IN_TRAINING] * lazy]}
+    lookups = []
+    for turn in range(repeats + 2):
+        lr, (rows, values) = lr_at(STEP + turn), contest.batch()
+        for name in names:
+            if name != "AdamW(foreach)" or turn <= 4:
+                seconds[name].append(contest.step(name, rows, values, lr))
+        if lazy:  # as in training: the forward looks the rows up, and the step comes much later
+            rows, values = contest.batch()
+            lookups.append(contest.look_up(rows))
+            contest.step(names[0], rows, values, lr)
+            seconds[IN_TRAINING].append(contest.step("LazyAdamW", rows, values, lr))
+    return seconds, lookups
 
 
 def text_ids(path: Path, vocabulary: int) -> Tensor:
-    """Words and marks of a text, numbered by how often they occur: Zipf's law as it is, without a tokenizer."""
+    """Return the words and marks of a text as numbers, the most frequent first.
+
+    So Zipf's law is as in the text, without a tokenizer.
+    """
     words = re.findall(r"\w+|[^\w\s]", path.read_text(encoding="utf-8"))
     count: dict[str, int] = {}
     for word in words:
@@ -233,8 +243,13 @@ def text_ids(path: Path, vocabulary: int) -> Tensor:
     return torch.tensor([min(number[word], vocabulary - 1) for word in words])
 
 
-def training(kind: str, ids: Tensor, batch: tuple[int, int]):
-    """Yield the seconds of whole training steps of an untied model of Pythia-70m's shape."""
+def training(
+    kind: str, ids: Tensor, batch: tuple[int, int]
+) -> Iterator[tuple[float, float, float]]:
+    """Yield the seconds of whole steps, those of the optimizer in them, and the losses.
+
+    The model is untied, of Pythia-70m's shape. `batch`: sequences, and tokens of each.
+    """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(0)
@@ -265,13 +280,15 @@ def training(kind: str, ids: Tensor, batch: tuple[int, int]):
             yield time.perf_counter() - start, time.perf_counter() - middle, loss.item()
 
 
-def peak_memory(kind: str, ids: Tensor, batch: tuple[int, int], steps: int) -> int:
-    """Bytes resident at most, of a process of its own that takes `steps` steps."""
+def memory_of_training(kind: str, ids: Tensor, batch: tuple[int, int], steps: int) -> int:
+    """Return the most bytes resident in a process of its own that takes `steps` steps."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (kind, ids, batch, steps, torch.get_num_threads()))
+        return pool.apply(_memory_of_training, (kind, ids, batch, steps, torch.get_num_threads()))
 
 
-def _peak_memory(kind: str, ids: Tensor, batch: tuple[int, int], steps: int, threads: int) -> int:
+def _memory_of_training(
+    kind: str, ids: Tensor, batch: tuple[int, int], steps: int, threads: int
+) -> int:
     torch.set_num_threads(threads)
     run = training(kind, ids, batch)
     for _ in range(steps):
@@ -280,6 +297,7 @@ def _peak_memory(kind: str, ids: Tensor, batch: tuple[int, int], steps: int, thr
 
 
 def bench_training(path: Path, batch: tuple[int, int], steps: int) -> dict:
+    """Time whole steps on a text, with fused AdamW and with LazyAdamW in turn."""
     ids = text_ids(path, 50304)
     kinds = ["AdamW(fused)", "LazyAdamW"]
     runs = {kind: training(kind, ids, batch) for kind in kinds}
@@ -294,14 +312,15 @@ def bench_training(path: Path, batch: tuple[int, int], steps: int) -> dict:
         found = {
             "whole": summary(whole),
             "optimizer": summary(optimizer),
-            "peak_bytes": peak_memory(kind, ids, batch, 4),
+            "peak_bytes": memory_of_training(kind, ids, batch, 4),
         }
         found["losses"] = [step[2] for step in taken[kind]]
         results[kind] = found
         print(
             f"{kind:<14} whole step {found['whole']['median_ms']:8.0f} ms "
             f"({found['whole']['low_ms']:.0f}-{found['whole']['high_ms']:.0f}), "
-            f"optimizer {found['optimizer']['median_ms']:6.0f} ms, peak memory {found['peak_bytes'] / 1e6:6.0f} MB, "
+            f"optimizer {found['optimizer']['median_ms']:6.0f} ms, "
+            f"peak memory {found['peak_bytes'] / 1e6:6.0f} MB, "
             f"last loss {found['losses'][-1]:.6f}"
         )
     return results
@@ -311,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two shapes, few repeats")
+    parser.add_argument("--quick", action="store_true", help="two tables, few repeats")
     parser.add_argument(
         "--end-to-end",
         type=Path,
@@ -319,7 +338,9 @@ def main() -> None:
         help="time whole training steps on this text instead",
     )
     parser.add_argument("--repeats", type=int, default=None)
-    parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), metavar=("ROWS", "TOKENS"))
+    parser.add_argument(
+        "--batch", type=int, nargs=2, default=(4, 128), metavar=("SEQUENCES", "TOKENS")
+    )
     parser.add_argument(
         "--optimizers",
         nargs="+",
@@ -333,7 +354,9 @@ def main() -> None:
         )
     else:
         results = bench_steps(
-            QUICK if arguments.quick else SHAPES, arguments.optimizers, arguments.repeats or 15
+            QUICK_TABLES if arguments.quick else TABLES,
+            arguments.optimizers,
+            arguments.repeats or 15,
         )
     print(json.dumps(results))
 

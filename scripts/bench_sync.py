@@ -58,7 +58,7 @@ from finetune.distributed.row_gradients import gathering_is_cheaper, gathering_m
 from finetune.optim import LazyAdamW
 
 VOCABULARIES, PROCESSES = [v << 10 for v in (32, 64, 128, 256)], [2, 3, 4]
-QUICK = [32 << 10, 256 << 10], [2]
+QUICK_SIZES = [32 << 10, 256 << 10], [2]
 PROJECTED = [2, 8, 64, 1024]
 OWN_NAMESPACE = "FINETUNE_BENCH_NAMESPACE"
 
@@ -239,7 +239,10 @@ def crossing(
 
     It stays so beyond.
     """
-    at = lambda processes: passed(projection(processes, vocabulary, args.width, args.tokens))  # noqa: E731
+
+    def at(processes: int) -> bool:
+        return passed(projection(processes, vocabulary, args.width, args.tokens))
+
     low, high = 1, 2
     while not at(high):
         if high >= 1 << 20:
@@ -392,7 +395,7 @@ def main() -> None:
             "no network namespace could be made: the bytes are those of everything on this "
             "machine's loopback device"
         )
-    vocabularies, counts = QUICK if args.quick else (VOCABULARIES, PROCESSES)
+    vocabularies, counts = QUICK_SIZES if args.quick else (VOCABULARIES, PROCESSES)
     print(
         f"{args.tokens:,} Zipf tokens per process, width {args.width}, float32, gloo over "
         f"loopback, {os.cpu_count()} cores"

@@ -1,17 +1,22 @@
-"""What the modes of the vocabulary cost and what becomes of the model, beside a bare PyTorch loop and TRL's SFTTrainer.
+"""What the modes of the vocabulary cost, and what they do to the model.
 
-    python scripts/bench_vocabulary.py --model DIR [--trl DIR] [--unrelated FILE] [--steps 200 --seeds 0,1,2 --lrs 1e-4,3e-4]
+    python scripts/bench_vocabulary.py --model DIR [--trl DIR] [--unrelated FILE]
+                                       [--steps 200 --seeds 0,1,2 --lrs 1e-4,3e-4]
 
---model is a Hugging Face folder (SmolLM2-135M, Gemma-3-270M; take Gemma's weights in bfloat16, as its makers publish them:
-`from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(...)` of a converted GGUF); --trl is where `pip install --no-deps
---target DIR trl==1.16.0` put TRL. See contestants.py for who is compared and how. All contestants take their turn for one seed and
-learning rate, then for the next; each trains on the same number of tokens, and its model is then read over the full vocabulary:
-held-out loss, inside and outside of the tokens that the training data has, probability that goes to inactive tokens (mean and 99th
-percentile) and their share in answers, loss on unrelated text, largest movement of an inactive row.
+The rivals are a bare PyTorch loop and TRL's SFTTrainer. --model is a Hugging Face folder, such as
+SmolLM2-135M or Gemma-3-270M. Take Gemma's weights in bfloat16, as its makers publish them:
+`from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(...)` of a converted GGUF. --trl is the
+folder into which `pip install --no-deps --target DIR trl==1.16.0` put TRL.
 
-Speed is the median over all steps but the first two; the spread is over rounds. "head" and "optimizer" are their shares of our
-steps; "of peak" is as in bench_train.py, "state" the GB of weights, gradients and optimizer state. Prints a table for each learning
-rate, then one JSON line.
+contestants.py says who is compared and how. For each seed and learning rate all contestants take
+their turn, and train on the same number of tokens. Then each model is evaluated over the full
+vocabulary: held-out loss, also inside and outside of the tokens of the training data; probability
+of inactive tokens (mean and 99th percentile) and their share in answers; loss on unrelated text, as
+many records as are held out; largest movement of an inactive row.
+
+Speed is the median over all steps but the first two, and the spread is over rounds. "head" and
+"optimizer" are their shares of our steps. "of peak" is as in bench_train.py. "state" is the GB of
+weights, gradients and optimizer state. Prints a table for each learning rate, then one JSON line.
 """
 
 import argparse
@@ -24,150 +29,140 @@ from harness import (
     MODES,
     TRL_MODES,
     add_arguments,
+    add_shape,
     check_arguments,
     in_process,
+    median_and_range,
     median_rate,
     share_of_peak,
     spread,
 )
 
-WARMUP = 2
-READ = (
-    "held_out_loss", "loss_inside", "loss_outside", "share_outside", "inactive_mass", "inactive_mass_p99", "generated_outside",
-    "unrelated_loss", "inactive_rows_moved",
+WARMUP_STEPS = 2
+EVALUATED = (  # keys of evaluate_model
+    "held_out_loss", "loss_inside", "loss_outside", "share_outside", "inactive_mass",
+    "inactive_mass_p99", "generated_outside", "unrelated_loss", "inactive_rows_moved",
 )  # fmt: skip
+COLUMNS = {  # heading -> width
+    "tokens/s": 16,
+    "targets/s": 16,
+    "of peak": 9,
+    "GB": 7,
+    "state": 7,
+    "head": 6,
+    "optim": 7,
+    "held-out loss": 22,
+    "outside": 9,
+    "inactive mass": 15,
+    "unrelated": 11,
+    "moved": 9,
+}
 
 
 def measure(args: argparse.Namespace, lr: float) -> dict[str, list[dict[str, Any]]]:
-    """For every contestant one result a seed."""
+    """Return for every contestant one result a seed."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.contestants}
-    peak = in_process(args, "peak", args.rows, args.length)
+    peak = in_process(args, "peak", args.sequences, args.length)
     for seed in args.seeds:
         for name in args.contestants:
-            raw = in_process(args, name, args.rows, args.length, seed=seed, lr=lr)
+            raw = in_process(args, name, args.sequences, args.length, seed=seed, lr=lr)
+            speed = ""
             if "seconds" in raw:
                 for what in ("tokens", "targets"):
-                    raw[f"{what}_per_second"] = median_rate(raw, what, WARMUP)
+                    raw[f"{what}_per_second"] = median_rate(raw, what, WARMUP_STEPS)
                 raw["share_of_matmul_peak"] = share_of_peak(raw, peak)
-                speed = f"{raw['tokens_per_second']:.1f} tokens/s, {raw['peak_memory_bytes'] / 1e9:.2f} GB, "
-            else:
-                speed = ""
+                memory = raw["peak_memory_bytes"] / 1e9
+                speed = f"{raw['tokens_per_second']:.1f} tokens/s, {memory:.2f} GB, "
             found[name].append(raw)
-            read = f"held-out loss {raw['held_out_loss']:.4f}, inactive mass {raw['inactive_mass']:.2%}"
             print(
-                f"  lr {lr:g}, seed {seed}: {name} {speed}{read} (load {os.getloadavg()[0]:.1f})",
+                f"  lr {lr:g}, seed {seed}: {name} {speed}held-out loss "
+                f"{raw['held_out_loss']:.4f}, inactive mass {raw['inactive_mass']:.2%} "
+                f"(load {os.getloadavg()[0]:.1f})",
                 flush=True,
             )
     return found
 
 
 def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians [least, most] over seeds, of each contestant and of the ratios to the bare loop and to the best of TRL."""
-    rows: dict[str, Any] = {}
-    for name, results in found.items():
-        rows[name] = {
-            key: spread([result[key] for result in results])
-            for key in READ
-            if all(key in r for r in results)
-        }
-        if "tokens_per_second" in results[0]:
-            for key in ("tokens_per_second", "targets_per_second"):
-                rows[name][key] = spread([result[key] for result in results])
-            rows[name]["share_of_matmul_peak"] = spread(
-                [result["share_of_matmul_peak"] for result in results]
-            )
-            rows[name]["training_state_gb"] = spread(
-                [result["training_state_bytes"] / 1e9 for result in results]
-            )
-            rows[name]["peak_memory_gb"] = spread(
-                [result["peak_memory_bytes"] / 1e9 for result in results]
-            )
-            rows[name]["tokens_trained"] = results[0]["tokens_trained"]
-            rows[name]["phases"] = {
-                phase: spread(
-                    [result["phases"][phase] / sum(result["seconds"]) for result in results]
-                )
-                for phase in results[0]["phases"]
-            }
-    return {"contestants": rows, "ratios": _ratios(found)}
+    """Return medians [least, most] over seeds: of each contestant, and of its ratios to rivals.
+
+    The rivals are the bare loop, our own full vocabulary, and the best of TRL.
+    """
+    contestants = {name: _summary(results) for name, results in found.items()}
+    return {"contestants": contestants, "ratios": _ratios(found)}
+
+
+def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    def over_seeds(key: str, unit: float = 1.0) -> list[float]:
+        return spread([result[key] / unit for result in results])
+
+    summary: dict[str, Any] = {
+        key: over_seeds(key) for key in EVALUATED if all(key in result for result in results)
+    }
+    if "tokens_per_second" not in results[0]:
+        return summary
+    for key in ("tokens_per_second", "targets_per_second", "share_of_matmul_peak"):
+        summary[key] = over_seeds(key)
+    summary["training_state_gb"] = over_seeds("training_state_bytes", 1e9)
+    summary["peak_memory_gb"] = over_seeds("peak_memory_bytes", 1e9)
+    summary["tokens_trained"] = results[0]["tokens_trained"]
+    summary["phases"] = {
+        phase: spread([result["phases"][phase] / sum(result["seconds"]) for result in results])
+        for phase in results[0]["phases"]
+    }
+    return summary
 
 
 def _ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[float]]]:
-    trl = [name for name in found if name in TRL_MODES]
+    def speed(name: str) -> float:
+        return statistics.median(result["tokens_per_second"] for result in found[name])
+
     rivals = [name for name in ("bare", "finetune:full") if name in found]
-    if trl:
-        rivals.append(
-            max(
-                trl, key=lambda name: statistics.median(r["tokens_per_second"] for r in found[name])
-            )
-        )
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for name in found:
-        for rival in rivals:
-            if name.startswith("finetune") and name != rival:
-                pairs = list(zip(found[name], found[rival], strict=True))
-                ratios[f"{name} over {rival}"] = {
-                    "tokens_per_second": spread(
-                        [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
-                    ),
-                    "peak_memory": spread(
-                        [a["peak_memory_bytes"] / b["peak_memory_bytes"] for a, b in pairs]
-                    ),
-                    "held_out_loss": spread(
-                        [a["held_out_loss"] / b["held_out_loss"] for a, b in pairs]
-                    ),
-                }
-    return ratios
+    if trl := [name for name in found if name in TRL_MODES]:
+        rivals.append(max(trl, key=speed))
+    keys = {"tokens_per_second": "tokens_per_second", "peak_memory": "peak_memory_bytes"}
+    return {
+        f"{name} over {rival}": {
+            what: spread([a[key] / b[key] for a, b in zip(found[name], found[rival], strict=True)])
+            for what, key in (keys | {"held_out_loss": "held_out_loss"}).items()
+        }
+        for name in found
+        for rival in rivals
+        if name.startswith("finetune") and name != rival
+    }
 
 
 def print_table(args: argparse.Namespace, lr: float, summary: dict[str, Any]) -> None:
+    """Print one learning rate: a line for each contestant, then the ratios."""
     print(
-        f"\n{args.model.name}: {args.rows} x {args.length}, {args.steps} steps, lr {lr:g}, seeds {args.seeds}; median [least, most]"
+        f"\n{args.model.name}: {args.sequences} x {args.length}, {args.steps} steps, lr {lr:g}, "
+        f"seeds {args.seeds}; median [least, most]"
     )
-    speed, read = (
-        ("tokens/s", "targets/s", "of peak", "GB", "state", "head", "optim"),
-        ("held-out loss", "outside", "inactive mass"),
-    )
-    columns = (*speed, *read, "unrelated", "moved")
-    print(
-        f"{'':17}"
-        + "".join(f"{column:>{width}}" for column, width in zip(columns, WIDTHS, strict=True))
-    )
-    for name, row in summary["contestants"].items():
-        phases = row.get("phases", {})
+    print(f"{'':17}" + "".join(f"{column:>{width}}" for column, width in COLUMNS.items()))
+    for name, found in summary["contestants"].items():
+        phases = found.get("phases", {})
         cells = (
-            _cell(row.get("tokens_per_second"), ".0f"),
-            _cell(row.get("targets_per_second"), ".0f"),
-            _middle(row.get("share_of_matmul_peak"), ".0%"),
-            _middle(row.get("peak_memory_gb"), ".2f"),
-            _middle(row.get("training_state_gb"), ".2f"),
-            _middle(phases.get("head"), ".0%"),
-            _middle(phases.get("optimizer"), ".0%"),
-            _cell(row["held_out_loss"], ".3f"),
-            _middle(row.get("loss_outside"), ".2f"),
-            _middle(row["inactive_mass"], ".2%"),
-            _middle(row.get("unrelated_loss"), ".3f"),
-            _middle(row["inactive_rows_moved"], ".1e"),
+            median_and_range(found.get("tokens_per_second"), ".0f"),
+            median_and_range(found.get("targets_per_second"), ".0f"),
+            _median(found.get("share_of_matmul_peak"), ".0%"),
+            _median(found.get("peak_memory_gb"), ".2f"),
+            _median(found.get("training_state_gb"), ".2f"),
+            _median(phases.get("head"), ".0%"),
+            _median(phases.get("optimizer"), ".0%"),
+            median_and_range(found["held_out_loss"], ".3f"),
+            _median(found.get("loss_outside"), ".2f"),
+            _median(found["inactive_mass"], ".2%"),
+            _median(found.get("unrelated_loss"), ".3f"),
+            _median(found["inactive_rows_moved"], ".1e"),
         )
-        print(
-            f"{name:17}"
-            + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
-        )
+        widths = zip(cells, COLUMNS.values(), strict=True)
+        print(f"{name:17}" + "".join(f"{cell:>{width}}" for cell, width in widths))
     for name, ratio in summary["ratios"].items():
-        print(
-            f"{name}: "
-            + ", ".join(f"{what} x {_cell(values, '.3f')}" for what, values in ratio.items())
-        )
+        parts = (f"{what} x {median_and_range(values, '.3f')}" for what, values in ratio.items())
+        print(f"{name}: {', '.join(parts)}")
 
 
-WIDTHS = (16, 16, 9, 7, 7, 6, 7, 22, 9, 15, 11, 9)
-
-
-def _cell(values: list[float] | None, form: str) -> str:
-    return "-" if values is None else f"{values[0]:{form}} [{values[1]:{form}}, {values[2]:{form}}]"
-
-
-def _middle(values: list[float] | None, form: str) -> str:
+def _median(values: list[float] | None, form: str) -> str:
     return "-" if values is None else f"{values[0]:{form}}"
 
 
@@ -176,29 +171,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    add_shape(parser, length=256)
     parser.add_argument("--seeds", default="0", help="one round for each")
     parser.add_argument("--lrs", default="1e-4")
     parser.add_argument("--contestants", help="default: all; TRL's with --trl")
     args = parser.parse_args()
     ours = ["untrained", *(f"finetune:{mode}" for mode in MODES if mode != "auto"), "bare"]
-    args.contestants = (
-        args.contestants.split(",")
-        if args.contestants
-        else [*ours, *(TRL_MODES if args.trl else ())]
-    )
+    everyone = [*ours, *(TRL_MODES if args.trl else ())]
+    args.contestants = args.contestants.split(",") if args.contestants else everyone
     check_arguments(parser, args)
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     summaries = {}
     for lr in map(float, args.lrs.split(",")):
         summaries[str(lr)] = summarise(measure(args, lr))
         print_table(args, lr, summaries[str(lr)])
-    print(
-        json.dumps(
-            {"model": args.model.name, "steps": args.steps, "seeds": args.seeds, "lrs": summaries}
-        )
-    )
+    settings = {"model": args.model.name, "steps": args.steps, "seeds": args.seeds}
+    print(json.dumps({**settings, "lrs": summaries}))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
-"""What the speed benchmarks compare: this project, a bare PyTorch loop, and TRL's SFTTrainer, each the main function of a process.
+"""What the speed benchmarks compare: this project, a bare PyTorch loop, and TRL's SFTTrainer.
 
-All of them get the same weights, the same examples (the shipped conversations, where no others are given), AdamW (fused, no weight
-decay, the learning rate falling linearly to 0), clipping at 1.0, and bf16 only where `finetune.models.speed` says that the chip
-multiplies it:
+Each is the main function of a process. All of them get the same weights, the same examples (the
+shipped conversations, unless others are given), and AdamW: fused, without weight decay, the
+learning rate falling linearly to 0. All clip at 1.0, and use bf16 only if `finetune.models.speed`
+says that the chip multiplies it.
 
-- finetune      the recipes' own parts and Trainer, packed rows, examples isolated from each other, loss on the assistant's turns;
-                `finetune:MODE` with that vocabulary.mode, `finetune` alone with the default
-- bare          30 lines of PyTorch: token ids laid end to end and cut into rows, Hugging Face's own loss over all: the floor
-- trl-packed    SFTTrainer, its best-fit packing: one padding-free row, examples isolated
-- trl-wrapped   SFTTrainer, its other packing: rows cut anywhere, examples see each other (what the bare loop does)
-- trl-padded    SFTTrainer without packing, rows of like length together, as many conversations a step as make as many tokens
+- finetune      the recipes' own parts and Trainer: packed sequences, examples isolated from each
+                other, loss on the assistant's turns. `finetune:MODE` has that vocabulary.mode,
+                `finetune` alone the default
+- bare          30 lines of PyTorch, as the lower bound of effort: token ids laid end to end and cut
+                into sequences, Hugging Face's own loss over all
+- trl-packed    SFTTrainer with its best-fit packing: one padding-free sequence, examples isolated
+- trl-wrapped   SFTTrainer with its other packing: sequences cut anywhere, and examples see each
+                other, as in the bare loop
+- trl-padded    SFTTrainer without packing: sequences of similar length together, and as many
+                conversations a step as have the same number of tokens
 
-TRL is given our token ids and labels, since its own assistant-only loss knows the templates of some model families only; gradient
-checkpointing, which it has on by default, is off, and so is everything else that costs time.
+TRL gets our token ids and labels, because its own assistant-only loss knows the templates of few
+model families. Gradient checkpointing, which it has on by default, is off, and so is all else that
+costs time.
 
-Tokens are those that are not padding, and seconds go from the end of one step to the end of the next, so that data and logging are
-in them. A contestant's figure for one round is the median over its steps after the warm-up. What a model has become is read by this
-project's evaluation, in each contestant's own process. Other work on the machine falsifies all that: where there is some,
-`--threads 1 --clock cpu` counts the processor seconds of one thread instead, which it changes little.
+Tokens are those that are not padding. Seconds go from the end of one step to the end of the next,
+so they include data and logging. A contestant's figure for one round is the median over its steps
+after the warm-up. Each trained model is evaluated by this project, in the contestant's own process.
+Other work on the machine falsifies all this. If there is some, `--threads 1 --clock cpu` counts the
+processor seconds of one thread instead, which other work changes little.
 """
 
 import argparse
@@ -30,12 +37,12 @@ from typing import Any
 from ground import (
     CLIP,
     device,
+    evaluate_model,
     load_plain,
     our_flops,
+    our_material,
     our_trainer,
     peak_memory,
-    read_data,
-    read_model,
     shuffled,
     training_state,
 )
@@ -43,6 +50,7 @@ from harness import CLOCKS, Stopwatch, add_arguments
 
 
 def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what this project measured of itself."""
     import finetune.models.language_model as language_model
     from finetune.models.vocabulary.activate import deactivate_vocabulary
 
@@ -62,29 +70,29 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
         state = training_state(parts.language_model, trainer.optimizer)
         flops = our_flops(parts.model, parts.language_model.sample)
         deactivate_vocabulary(parts.language_model)
-        return watch.result(
-            {**read_model(args, parts.model), "training_state_bytes": state, "flops": flops}
-        )
+        found = evaluate_model(args, parts.model)
+    return watch.result({**found, "training_state_bytes": state, "flops": flops})
 
 
 def run_bare(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured of the bare loop."""
     import torch
 
     from finetune.models.speed import resolve_precision
 
-    _, train = read_data(args)
-    ids = torch.tensor(
-        [token for i in shuffled(len(train), args.seed) for token in train[i].input_ids]
-    )
-    rows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
+    train = our_material(args).train
+    order = shuffled(len(train), args.seed)
+    ids = torch.tensor([token for i in order for token in train[i].input_ids], device=device())
+    sequences = ids[: len(ids) // args.length * args.length].view(-1, args.length)
     bf16 = resolve_precision("auto", device())[0] == "bf16"
-    rows, model = rows.to(device()), load_plain(args).to(device()).train()
+    model = load_plain(args).to(device()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     watch = Stopwatch(args.clock, peak_memory)
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps)
-        batch = rows[[(step * args.rows + row) % len(rows) for row in range(args.rows)]]
+        first = step * args.sequences
+        batch = sequences[[(first + i) % len(sequences) for i in range(args.sequences)]]
         with torch.autocast(device(), torch.bfloat16, enabled=bf16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
@@ -92,14 +100,14 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         watch.tokens.append(batch.numel())
-        watch.targets.append(args.rows * (args.length - 1))
+        watch.targets.append(args.sequences * (args.length - 1))
         watch.step(loss.item())
-    return watch.result(
-        {"training_state_bytes": training_state(model, optimizer), **read_model(args, model)}
-    )
+    state = training_state(model, optimizer)
+    return watch.result({"training_state_bytes": state, **evaluate_model(args, model)})
 
 
 def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
+    """Return what was measured of TRL in one of TRL_MODES."""
     sys.path.append(str(args.trl))
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -107,24 +115,26 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
 
     from finetune.models.speed import resolve_precision
 
-    tokenizer, train = read_data(args)
-    examples = [train[i] for i in shuffled(len(train), args.seed)]
+    material = our_material(args)
+    order = shuffled(len(material.train), args.seed)
+    examples = [material.train[i] for i in order]
     dataset = Dataset.from_dict(
         {
             "input_ids": [list(e.input_ids) for e in examples],
             "labels": [list(e.labels) for e in examples],
         }
     )
-    rows, options = args.rows, {"packing": mode != "trl-padded"}
+    sequences, options = args.sequences, {"packing": mode != "trl-padded"}
     if mode == "trl-padded":
-        rows = max(1, round(args.rows * args.length * len(examples) / sum(map(len, examples))))
+        mean_length = sum(map(len, examples)) / len(examples)
+        sequences = max(1, round(args.sequences * args.length / mean_length))
         options |= {"train_sampling_strategy": "group_by_length"}
     else:
         options |= {"packing_strategy": "wrapped" if mode == "trl-wrapped" else "bfd"}
     config = SFTConfig(
         output_dir=str(args.folder),
         max_length=args.length,
-        per_device_train_batch_size=rows,
+        per_device_train_batch_size=sequences,
         max_steps=args.steps,
         seed=args.seed,
         learning_rate=args.lr,
@@ -165,7 +175,7 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         model=model,
         args=config,
         train_dataset=dataset,
-        processing_class=tokenizer,
+        processing_class=material.tokenizer,
         callbacks=[Clock()],
     )
     trainer.data_collator = counting(trainer.data_collator)
@@ -173,11 +183,11 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     state = training_state(model, trainer.optimizer)
     plain = load_plain(args)  # TRL patches its model's forward
     plain.load_state_dict(model.state_dict())
-    return watch.result({"training_state_bytes": state, **read_model(args, plain)})
+    return watch.result({"training_state_bytes": state, **evaluate_model(args, plain)})
 
 
 def run_peak(args: argparse.Namespace) -> dict[str, Any]:
-    """The machine's best rate for the model's MLP product, in the dtype that the contestants multiply in."""
+    """Return the machine's best rate for the model's MLP product, in the contestants' dtype."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,12 +196,11 @@ def run_peak(args: argparse.Namespace) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(args.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    tables = {id(module.weight) for module in (model.get_input_embeddings(),)} - {
-        id(model.get_output_embeddings().weight)
-    }
-    multiplied = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = [p for p in model.parameters() if p.ndim == 2 and (p is not table or p is head)]
+    multiplied = sum(p.numel() for p in weights)
     dtype = torch.bfloat16 if resolve_precision("auto", device())[0] == "bf16" else torch.float32
-    tokens, width = args.rows * args.length, config.hidden_size
+    tokens, width = args.sequences * args.length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     a, b, out = (
         torch.randn(*shape, dtype=dtype, device=device())
@@ -211,8 +220,8 @@ def run_peak(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_untrained(args: argparse.Namespace) -> dict[str, Any]:
-    """The base model, read as the others are after training."""
-    return read_model(args, load_plain(args))
+    """Return the figures of the base model, evaluated as the others are after training."""
+    return evaluate_model(args, load_plain(args))
 
 
 def main() -> None:
@@ -220,13 +229,8 @@ def main() -> None:
         description="One contestant of bench_train.py or bench_vocabulary.py, in this process."
     )
     add_arguments(parser)
-    for name, kind in (
-        ("worker", str),
-        ("folder", Path),
-        ("out", Path),
-        ("rows", int),
-        ("length", int),
-    ):
+    required = {"worker": str, "folder": Path, "out": Path, "sequences": int, "length": int}
+    for name, kind in required.items():
         parser.add_argument(f"--{name}", type=kind, required=True)
     args = parser.parse_args()
     import torch

@@ -1,4 +1,4 @@
-"""What the contestants of a speed benchmark have in common: config, data, weights, and how a model is read afterwards."""
+"""What the contestants of a speed benchmark share: config, data, weights, and the evaluation."""
 
 import argparse
 import resource
@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 CLIP = 1.0
-ANSWERS = (
-    16  # to the first held-out prompts, for the share of inactive tokens in what a model writes
-)
+ANSWERS = 16  # generated from the first held-out prompts, for the share of inactive tokens in them
 
 
 def device() -> str:
+    """Return the type of the device that everything runs on."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def peak_memory() -> int:
-    """Bytes, so far: of the GPU, as its allocator counts them, or of the process. Waits until the GPU has done its work."""
+    """Return the most bytes in use so far: of the GPU's allocator, or of the process.
+
+    Waits until the GPU has done its work.
+    """
     import torch
 
     if device() == "cuda":
@@ -30,25 +32,20 @@ def peak_memory() -> int:
 
 
 def training_state(model: Any, optimizer: Any) -> int:
-    """Bytes of weights, gradients and optimizer state: what is there whatever the batch."""
+    """Return the bytes of weights, gradients and optimizer state, which no batch changes."""
     import torch
 
     weights = {id(p): p for p in model.parameters()}.values()
-    moments = (
-        value
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-    return sum(p.nbytes * (2 if p.requires_grad else 1) for p in weights) + sum(
-        value.nbytes for value in moments
-    )
+    states = (value for state in optimizer.state.values() for value in state.values())
+    moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    return sum(p.nbytes * (2 if p.requires_grad else 1) for p in weights) + moments
 
 
 def our_flops(model: Any, sample: Any) -> dict[str, int]:
-    """Operations of the matrix products of one step of ours, a token and a target token; attention is left out.
+    """Return the operations of one step's matrix products, for a token and for a target token.
 
-    model: the causal language model while it trains; sample: of frozen rows, or None.
+    Attention is left out. `model`: the causal language model while it trains. `sample`: the frozen
+    rows that were drawn, or None.
     """
     from finetune.models.vocabulary.rows import ActiveHead
 
@@ -63,12 +60,14 @@ def our_flops(model: Any, sample: Any) -> dict[str, int]:
 
 
 def has_template(model: Path) -> bool:
-    return (model / "chat_template.jinja").is_file() or "chat_template" in (
-        model / "tokenizer_config.json"
-    ).read_text()
+    """Return whether the model in a folder has a chat template."""
+    if (model / "chat_template.jinja").is_file():
+        return True
+    return "chat_template" in (model / "tokenizer_config.json").read_text()
 
 
-def our_config(args: argparse.Namespace) -> Any:
+def our_config(args: argparse.Namespace, *, precision: str = "auto") -> Any:
+    """Return the config of our contestant; its data is everybody's."""
     from finetune.config import RunConfig
 
     return RunConfig.model_validate(
@@ -86,6 +85,7 @@ def our_config(args: argparse.Namespace) -> Any:
             "data": {
                 "train": str(args.train or "package:chat.en.train"),
                 "validation": str(args.validation or "package:chat.en.test"),
+                "unrelated": None if args.unrelated is None else str(args.unrelated),
                 "max_length": args.length,
                 "max_validation_records": args.held_out,
             },
@@ -93,26 +93,34 @@ def our_config(args: argparse.Namespace) -> Any:
             "scheduler": {"name": "linear", "warmup_steps": 0},
             "training": {
                 "max_steps": args.steps,
-                "batch_size": args.rows,
-                "micro_batch_size": args.rows,
+                "batch_size": args.sequences,
+                "micro_batch_size": args.sequences,
                 "max_grad_norm": CLIP,
+                "precision": precision,
             },
-            "evaluation": {"batch_size": args.rows},
+            "evaluation": {"batch_size": args.sequences, "metrics": []},
+            "generation": {"batch_size": ANSWERS, "max_new_tokens": 32},
         }
     )
+
+
+def our_material(args: argparse.Namespace, **changes: str) -> Any:
+    """Return the records, the tokenizer and the encoded data of our config."""
+    from finetune.display import Display
+    from finetune.recipes.build.material import read_material
+
+    return read_material(our_config(args, **changes), Display(enabled=False))
 
 
 @contextmanager
 def our_trainer(
     args: argparse.Namespace, on_record: Callable[[Any], None]
 ) -> Iterator[tuple[Any, Any]]:
-    """The trainer as the recipe builds it, without evaluations, checkpoints and export."""
+    """Yield the trainer and the parts of a run, without evaluations, checkpoints and export."""
     from finetune.display import Display
     from finetune.distributed.engines import prepare
-    from finetune.optim import build_lr_scheduler, build_optimizer
     from finetune.recipes.build.accelerator import make_accelerator
-    from finetune.recipes.build.material import read_material
-    from finetune.recipes.build.optimizer import optimizer_options
+    from finetune.recipes.build.optimizer import make_optimizer, make_scheduler
     from finetune.recipes.build.parts import assemble
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
@@ -123,138 +131,83 @@ def our_trainer(
         def save(self, *_: Any, **__: Any) -> None:
             pass
 
-    config, display = our_config(args), Display(enabled=False)
-    accelerator = make_accelerator(config, display)
-    material = read_material(config, display)
+    material, display = our_material(args), Display(enabled=False)
+    config, accelerator = material.config, make_accelerator(material.config, display)
     parts = assemble(material, accelerator=accelerator, display=display)
-    optimizer = build_optimizer(parts.model, config.optimizer.name, **optimizer_options(config))
-    scheduler = build_lr_scheduler(
-        optimizer, "linear", num_steps=args.steps, warmup_steps=0, min_lr_ratio=0.0
-    )
+    optimizer = make_optimizer(parts.model, config)
+    scheduler = make_scheduler(optimizer, config, args.steps)
     module, optimizer, average_rows = prepare(accelerator, parts.language_model, optimizer, display)
     run = RunDir(args.folder)
-    yield (
-        Trainer(
-            accelerator=accelerator,
-            model=module,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            batches=parts.batches,
-            evaluate=lambda step: {},
-            cadence=Cadence(args.steps, args.steps, args.steps, "loss", False, None),
-            checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
-            logger=MetricLogger(run.metrics, listeners=(on_record,)),
-            guard=DivergenceGuard(threshold=config.training.divergence_threshold),
-            max_grad_norm=CLIP,
-            seed=config.seed,
-            identity=parts.identity,
-            bad_batch_path=run.bad_batch,
-            average_rows=average_rows,
-            before_step=parts.vocabulary.before_step,
-        ),
-        parts,
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=module,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        batches=parts.batches,
+        evaluate=lambda step: {},
+        cadence=Cadence(args.steps, args.steps, args.steps, "loss", False, None),
+        checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
+        logger=MetricLogger(run.metrics, listeners=(on_record,)),
+        guard=DivergenceGuard(threshold=config.training.divergence_threshold),
+        max_grad_norm=config.training.max_grad_norm,
+        seed=config.seed,
+        identity=parts.identity,
+        bad_batch_path=run.bad_batch,
+        average_rows=average_rows,
+        before_step=parts.vocabulary.before_step,
     )
-
-
-def read_data(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Tokenizer and encoded training examples: what our recipe reads, for those who do not use it."""
-    material = _material(args)
-    return material.tokenizer, material.train
-
-
-def _material(args: argparse.Namespace) -> Any:
-    from finetune.display import Display
-    from finetune.recipes.build.material import read_material
-
-    return read_material(our_config(args), Display(enabled=False))
+    yield trainer, parts
 
 
 def load_plain(args: argparse.Namespace) -> Any:
-    """The model as its makers' library loads it, with rows for the template's new tokens."""
-    from finetune.models.tokenizers import set_template
-    from finetune.recipes.build.model import make_model, make_tokenizer
+    """Return the model as transformers loads it, with rows for the template's new tokens."""
+    from finetune.recipes.build.model import make_model
 
-    config = our_config(args).model
-    tokenizer = make_tokenizer(config, ())
-    tokens = set_template(tokenizer, config.chat_template)
-    return make_model(config, tokenizer, tokens, seed=0)
+    material = our_material(args)
+    return make_model(material.config.model, material.tokenizer, material.tokens, seed=0)
 
 
-def read_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
-    """What a trained plain model has become: held-out loss over the full vocabulary, inside and outside of the training data's
-    tokens, the probability that goes to inactive ones and their share in answers, the loss on unrelated text, and how far the
-    rows of inactive ones moved."""
+def evaluate_model(args: argparse.Namespace, model: Any) -> dict[str, float]:
+    """Return the figures of a trained plain model, in float32 over the full vocabulary.
+
+    The held-out loss, also apart for the tokens that the training data has and for the inactive
+    others. The probability of inactive tokens, and their share in answers. The loss on unrelated
+    text. How far the rows of tokens moved that neither the training nor the held-out data has.
+    """
     import torch
 
-    from finetune.config.schema import SourceSection
-    from finetune.data.batches.dataset import EvaluationBatches
-    from finetune.data.encode import encode
-    from finetune.data.formats.text import TextFormat
-    from finetune.data.sources import load_records
-    from finetune.data.types import Prompt
-    from finetune.evaluation import evaluate_generation, evaluate_loss
-    from finetune.inference.generation import GenerationSettings
+    from finetune.display import Display
     from finetune.models.language_model import LanguageModel
-    from finetune.models.tokenizers import pad_id
-    from finetune.models.vocabulary.activate import activate_vocabulary
-    from finetune.recipes.build.data import as_sources
+    from finetune.recipes.build.accelerator import make_accelerator
+    from finetune.recipes.build.evaluator import Evaluator
     from finetune.recipes.build.vocabulary import active_ids
 
-    material = _material(args)
-    tokenizer, train, validation = material.tokenizer, material.train, material.validation
-    base = load_plain(args).get_input_embeddings().weight
-    ids = sorted(i for i in active_ids(tokenizer, [train, validation], ()) if i < len(base))
-    inactive = torch.ones(len(base), dtype=torch.bool)
-    inactive[ids] = False
-    moved = (
-        (model.get_input_embeddings().weight.detach().cpu() - base.detach())[inactive].abs().max()
+    material, display = our_material(args, precision="fp32"), Display(enabled=False)
+    base = load_plain(args).get_input_embeddings().weight.detach()
+
+    def outside(*corpora: Any) -> torch.Tensor:
+        ids = active_ids(material.tokenizer, corpora, ())
+        mask = torch.ones(len(base), dtype=torch.bool)
+        mask[[i for i in ids if i < len(base)]] = False
+        return mask
+
+    now = model.get_input_embeddings().weight.detach().cpu()
+    moved = (now - base)[outside(material.train, material.validation)].abs().max()
+    accelerator = make_accelerator(material.config, display)
+    evaluator = Evaluator(
+        material,
+        LanguageModel(model.to(accelerator.device)),
+        accelerator,
+        num_answers=ANSWERS,
+        display=display,
+        inactive=lambda: outside(material.train),
     )
-    del base
-    activate_vocabulary(model, ids)
-    wrapped = LanguageModel(model.to(device()))
-
-    def loss_on(dataset: Any, mask: Any) -> dict[str, float]:
-        batches = EvaluationBatches(
-            dataset, max_length=args.length, packing=True, batch_size=args.rows, pad_id=pad_id(tokenizer)
-        )  # fmt: skip
-        return evaluate_loss(
-            wrapped, batches, inactive=mask, tokenizer=tokenizer, device=torch.device(device())
-        ).as_dict()
-
-    unseen = torch.ones_like(inactive)
-    unseen[[i for i in active_ids(tokenizer, [train], ()) if i < len(unseen)]] = False
-    found = loss_on(validation, unseen)
-    found["held_out_loss"], found["inactive_rows_moved"] = found.pop("loss"), float(moved)
-    examples = [validation[i] for i in range(min(ANSWERS, len(validation)))]
-    starts = [
-        next(i for i, label in enumerate(example.labels) if label >= 0) for example in examples
-    ]
-    prompts = [
-        Prompt(example.input_ids[:start], "", "")
-        for example, start in zip(examples, starts, strict=True)
-    ]
-    scores, _ = evaluate_generation(
-        model, tokenizer, prompts, metrics=(), inactive=unseen, batch_size=ANSWERS,
-        settings=GenerationSettings(
-            max_new_tokens=32, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0,
-            stop_ids=[tokenizer.eos_token_id],
-        ),
-    )  # fmt: skip
-    found |= scores
-    if args.unrelated:
-        rows = load_records(as_sources([SourceSection(path=str(args.unrelated))])).take(100)
-        text = encode(
-            rows,
-            TextFormat(tokenizer=tokenizer, columns={}),
-            max_length=args.length,
-            overlong="truncate",
-            vocab_size=len(inactive),
-        )
-        found["unrelated_loss"] = loss_on(text, None)["loss"]
-    return found
+    found, _ = evaluator.evaluate()
+    return found | {"held_out_loss": found["loss"], "inactive_rows_moved": float(moved)}
 
 
 def shuffled(count: int, seed: int) -> list[int]:
+    """Return the numbers below `count` in an order that `seed` chooses."""
     import torch
 
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,6 +1,7 @@
-"""How the speed benchmarks measure: a stopwatch over steps, a process for each contestant, the arguments, medians and spreads."""
+"""How the speed benchmarks measure: a stopwatch, processes, arguments, medians and spreads."""
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -17,7 +18,10 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Stopwatch:
-    """One entry a step: when it ended, and what was in it."""
+    """When each step ended, and what was in it.
+
+    `clock`: a key of CLOCKS. `peak` returns the bytes in use at most so far.
+    """
 
     def __init__(self, clock: str, peak: Callable[[], int]) -> None:
         self.clock, self.read_peak = CLOCKS[clock], peak
@@ -25,22 +29,22 @@ class Stopwatch:
         self.losses: list[float] = []
         self.tokens: list[int] = []
         self.targets: list[int] = []
-        self.phases: dict[str, float] = {}  # seconds in all
+        self.phases: dict[str, float] = {}  # seconds of all steps together
         self.peak = 0
 
     def step(self, loss: float | None = None) -> None:
+        """Take the time at the end of a step."""
         self.ends.append(self.clock())
         self.peak = self.read_peak()
         if loss is not None:
             self.losses.append(loss)
 
     def result(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Return what was measured, and `found`. The end of the first step starts the clock."""
         steps = len(self.ends)
         return {
-            "seconds": [
-                after - before for before, after in zip(self.ends, self.ends[1:], strict=False)
-            ],
-            "tokens": self.tokens[1:steps],  # the first step is only the start of the clock
+            "seconds": [after - before for before, after in itertools.pairwise(self.ends)],
+            "tokens": self.tokens[1:steps],
             "targets": self.targets[1:steps],
             "tokens_trained": sum(self.tokens[:steps]),
             "peak_memory_bytes": self.peak,
@@ -50,6 +54,8 @@ class Stopwatch:
         }
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`, whose seconds are added up in the phase `name`."""
+
         def call(*positional: Any, **named: Any) -> Any:
             started = self.clock()
             try:
@@ -61,14 +67,17 @@ class Stopwatch:
 
 
 def in_process(
-    args: argparse.Namespace, name: str, rows: int, length: int, **changed: Any
+    args: argparse.Namespace, name: str, sequences: int, length: int, **changed: Any
 ) -> dict[str, Any]:
-    """Run one contestant in a process of its own and return what it measured; `changed` arguments are its own."""
+    """Run one contestant in a process of its own, and return what it measured.
+
+    `changed`: arguments that differ from those in `args`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         given = {key: getattr(args, key) for key in COMMON} | {
             "worker": name,
-            "rows": rows,
+            "sequences": sequences,
             "length": length,
             "folder": folder,
             "out": out,
@@ -103,12 +112,12 @@ COMMON = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of whole steps takes."""
+    """Add what every benchmark of whole steps takes."""
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument(
         "--trl",
         type=Path,
-        help="the folder that TRL was installed into; without it TRL is left out",
+        help="the folder into which TRL was installed; without it TRL is left out",
     )
     parser.add_argument(
         "--train",
@@ -119,31 +128,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unrelated",
         type=Path,
-        help="a .txt or .jsonl file of another kind, to see what is forgotten",
+        help="a .txt or .jsonl file of another kind, to measure what is forgotten",
     )
     parser.add_argument(
-        "--steps", type=int, default=7, help="optimizer steps a contestant and round"
+        "--steps", type=int, default=7, help="optimizer steps of a contestant in a round"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order of the data")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--held-out", type=int, default=40, help="held-out examples")
-    parser.add_argument("--threads", type=int, help="of torch, default: its own choice")
+    parser.add_argument("--held-out", type=int, default=40, help="held-out records")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, for a busy machine"
     )
-    parser.add_argument("--num-sampled", type=int, default=4096, help="frozen rows in a sample")
+    parser.add_argument("--num-sampled", type=int, default=4096, help="frozen rows that are drawn")
+
+
+def add_shape(parser: argparse.ArgumentParser, *, length: int) -> None:
+    """Add the shape of a step's batch."""
+    parser.add_argument("--sequences", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=length, help="tokens of a sequence")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stop with a sentence where the arguments do not go together."""
+    """Stop with a sentence if the arguments do not go together."""
     if args.clock == "cpu" and args.threads != 1:
         parser.error(
-            "--clock cpu needs --threads 1: idle threads wait by spinning, and that would count"
+            "--clock cpu needs --threads 1: idle threads wait by spinning, which would count"
         )
     known = {"finetune", "bare", "untrained", *TRL_MODES, *(f"finetune:{mode}" for mode in MODES)}
     if unknown := set(args.contestants) - known:
         parser.error(
-            f"unknown contestants: {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
+            f"unknown contestants: {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(sorted(known))}"
         )
     if (args.train is None) != (args.validation is None):
         parser.error("--train and --validation go together")
@@ -152,14 +168,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def median_rate(raw: dict[str, Any], what: str, warmup: int) -> float:
-    """`what` (tokens or targets) a second: the median over the steps after the warm-up."""
+    """Return `what` (tokens or targets) per second: the median over the steps after the warm-up."""
     rates = [count / seconds for count, seconds in zip(raw[what], raw["seconds"], strict=True)]
-    return statistics.median(rates[max(0, warmup - 1) :])  # the clock starts after the first step
+    return statistics.median(rates[max(0, warmup - 1) :])  # the first step is not among the rates
 
 
 def share_of_peak(raw: dict[str, Any], peak: dict[str, Any]) -> float:
-    """What a contestant multiplies a second, attention left out, over the machine's best rate. Of ours the head is counted where it
-    is multiplied; the others multiply all of it for each token."""
+    """Return a contestant's rate of matrix products as a share of the machine's best rate.
+
+    Attention is left out. Of ours the head counts only for target tokens. The others multiply the
+    whole head for each token.
+    """
     flops = raw.get("flops", {"token": 6 * peak["multiplied_parameters"], "target": 0})
     return (
         flops["token"] * raw["tokens_per_second"] + flops["target"] * raw["targets_per_second"]
@@ -167,5 +186,10 @@ def share_of_peak(raw: dict[str, Any], peak: dict[str, Any]) -> float:
 
 
 def spread(values: list[float]) -> list[float]:
-    """Median, least, most."""
+    """Return the median, the least and the most."""
     return [round(value, 4) for value in (statistics.median(values), min(values), max(values))]
+
+
+def median_and_range(values: list[float] | None, form: str) -> str:
+    """Return a `spread` as text, as `1.5 [1.2, 1.9]`; a dash for None."""
+    return "-" if values is None else f"{values[0]:{form}} [{values[1]:{form}}, {values[2]:{form}}]"

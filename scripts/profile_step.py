@@ -1,9 +1,11 @@
 """Where one training step of this project spends its time.
 
-    python scripts/profile_step.py --model DIR [--rows 4] [--length 512] [--mode auto|full|active|sampled|frozen]
+    python scripts/profile_step.py --model DIR [--sequences 4] [--length 512]
+                                   [--mode auto|full|active|sampled|frozen]
 
-Median seconds of each part over the steps, the share of the machine's matmul peak (its best rate for the model's MLP product), the
-page faults, then the operators of one more step. The data is the shipped conversations.
+Prints the median seconds of each part over the steps, the share of the machine's matmul peak (its
+best rate for the model's MLP product) and the page faults. Then the operators of one more step. The
+data is the shipped conversations, unless other data is given.
 """
 
 import argparse
@@ -17,11 +19,11 @@ from typing import Any
 
 from contestants import run_peak
 from ground import our_flops, our_trainer
-from harness import CLOCKS, MODES, add_arguments
+from harness import CLOCKS, MODES, add_arguments, add_shape
 
 
 def run_profile(args: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of each part of our step, then the operators of one more step."""
+    """Return the median seconds of each part of our step, and the operators of one more step."""
     import torch
 
     import finetune.training.step as step_module
@@ -34,6 +36,8 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
     )
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`, whose seconds in the current step are added up in `parts`."""
+
         def call(*positional: Any, **named: Any) -> Any:
             started = clock()
             try:
@@ -50,17 +54,16 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
         ends.append(clock())
         usage.append(resource.getrusage(resource.RUSAGE_SELF))
         if len(ends) > 1:
-            known = dict(parts) | {
+            total = ends[-1] - ends[-2]
+            others = {
                 "tokens": record.num_tokens,
                 "targets": record.num_target_tokens,
-            }
-            total = ends[-1] - ends[-2]
-            known |= {"everything else": total - sum(parts.values()), "step": total}
-            known |= {
+                "everything else": total - sum(parts.values()),
+                "step": total,
                 "system time": usage[-1].ru_stime - usage[-2].ru_stime,
                 "page faults": usage[-1].ru_minflt - usage[-2].ru_minflt,
             }
-            steps.append(known)
+            steps.append(parts | others)
         parts.clear()
         if len(ends) == args.steps - 1:
             profiler.__enter__()
@@ -83,6 +86,8 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Timed:
+    """Batches that take the time of each `next`."""
+
     def __init__(self, batches: Any, timed: Callable[..., Any]) -> None:
         self.batches, self.timed = batches, timed
 
@@ -109,25 +114,27 @@ def _operators(profiler: Any, count: int = 22) -> list[dict[str, Any]]:
 
 
 def print_profile(args: argparse.Namespace, profile: dict[str, Any]) -> None:
-    parts, peak = profile["parts"], profile["peak"]
+    """Print the parts of a step, and the operators of another."""
+    parts, peak, flops = profile["parts"], profile["peak"], profile["flops"]
     total = parts["step"]
-    rate = (
-        profile["flops"]["token"] * parts["tokens"] + profile["flops"]["target"] * parts["targets"]
-    ) / total
+    rate = (flops["token"] * parts["tokens"] + flops["target"] * parts["targets"]) / total
     counts = f"{parts['tokens']:.0f} tokens, {parts['targets']:.0f} targets"
-    print(f"\none step of ours at {args.rows} x {args.length}: {total:.2f} s, {counts}")
+    print(f"\none step of ours at {args.sequences} x {args.length}: {total:.2f} s, {counts}")
     print(
-        f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), {rate / peak['flops']:.0%} of the peak\n"
+        f"{rate / 1e9:.0f} of {peak['flops'] / 1e9:.0f} GFLOP/s ({peak['dtype']}), "
+        f"{rate / peak['flops']:.0%} of the peak\n"
     )
     for name, value in parts.items():
         if name not in ("tokens", "targets", "step", "system time", "page faults"):
             print(f"{name:38} {value:8.3f} s {value / total:6.1%}")
     print(
-        f"{'of all that, in the kernel':38} {parts['system time']:8.3f} s, {parts['page faults']:,.0f} page faults\n"
+        f"{'of this, in the kernel':38} {parts['system time']:8.3f} s, "
+        f"{parts['page faults']:,.0f} page faults\n"
     )
     print(f"{'operator (of one more step)':48} {'calls':>6} {'seconds':>8} {'GFLOP/s':>8}")
-    for row in profile["operators"]:
-        print(f"{row['name'][:48]:48} {row['calls']:6} {row['seconds']:8.3f} {row['gflops']:8.1f}")
+    for found in profile["operators"]:
+        name, rate = found["name"][:48], found["gflops"]
+        print(f"{name:48} {found['calls']:6} {found['seconds']:8.3f} {rate:8.1f}")
 
 
 def main() -> None:
@@ -135,8 +142,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    add_shape(parser, length=512)
     parser.add_argument("--mode", choices=MODES, default="auto", help="vocabulary.mode")
     args = parser.parse_args()
     import torch

@@ -1,4 +1,7 @@
-"""`accelerate launch scripts/train.py CONFIG [key=value ...] [--resume auto]` is `finetune train` on many processes."""
+"""`finetune train` as a script, for launchers that start one.
+
+accelerate launch scripts/train.py CONFIG [key=value ...] [--resume auto]
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What many tests share: a config that trains a random two-layer model on a few conversations in a second or two."""
+"""What many tests share: a config that trains a random two-layer model in a second or two."""
 
 import os
 

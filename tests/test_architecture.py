@@ -34,7 +34,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "accelerate": {"distributed", "training", "recipes"},
     "datasets": {"data.sources"},
     "huggingface_hub": {"data.sources", "models"},
-    "jinja2": {"models", "report"},
+    "jinja2": {"report"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
     "numpy": {"landscape"},
@@ -56,8 +56,9 @@ KNOW_THE_CONFIG = {"recipes", "cli", "finetune"}
 
 AT_THE_TOP = {"__init__", "__main__", "errors", "display"}
 FILES_A_FOLDER, LINES_A_FILE, LINES_A_FUNCTION, COLUMNS = 14, 400, 70, 100
+PRAGMA = re.compile(r"  # (type: ignore|noqa|fmt:).*")  # may go beyond, as for ruff
 LEAST_LINES = 30  # of a file with one importer
-ANY_PER_1000_LINES = 19.7  # may only fall
+ANY_PER_1000_LINES = 19.2  # may only fall
 
 # command -> what may import its files, besides the CLI and the command itself
 IMPORTED = {"train": {"finetune", "recipes.demo", "recipes.compare"}}
@@ -314,7 +315,7 @@ def test_a_line_has_at_most_100_columns(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             lines += 1
-            if len(line) > COLUMNS:
+            if len(PRAGMA.sub("", line)) > COLUMNS:
                 long.append(f"{path.relative_to(ROOT)}:{number}")
     assert lines > 400
     assert long == []

@@ -1,8 +1,8 @@
-"""The command line. A command's function imports what it needs when it runs, so that `finetune
---help` answers at once.
+"""The command line: one file for each group of commands, in the order of `finetune --help`.
 
-A user's mistake, or a full disk, is a sentence on stderr and exit code 2. A run that a signal
-stopped exits with 130. Each file has the commands of one group; their order here is that of --help.
+A command's function imports what it needs when it runs, so that the help is instant. A user's
+mistake, or a full disk, is one message on stderr and exit code 2. A run that a signal stopped exits
+with 130.
 """
 
 import sys
@@ -19,27 +19,26 @@ from finetune.errors import UserError, disk_refusal
 
 
 def main() -> None:
-    """Run the command line; the entry point of `finetune` and `python -m finetune`."""
+    """Run the command line, and exit. `finetune` and `python -m finetune` both start here."""
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False))
     except Exception as error:
-        if (said := _sentence(error)) is None:
+        if (message := _message(error)) is None:
             raise
-        typer.echo(f"finetune: {said}", err=True)
+        typer.echo(f"finetune: {message}", err=True)
         sys.exit(2)
 
 
-def _sentence(error: Exception) -> str | None:
-    """Return a mistake, or a full disk, as one sentence; None if it is a bug."""
+def _message(error: Exception) -> str | None:
+    """Return what to print for a mistake or a full disk; None if the error is a bug."""
     if isinstance(error, OSError):
         return disk_refusal(error)
     if not isinstance(error, typer.TyperException):
         return str(error) if isinstance(error, UserError) else None
-    message = (
-        " ".join(error.format_message().split())
-        .removesuffix(".")
-        .replace(". Did", "; did")
-        .replace("Value error, ", "")
-    )
+    text = " ".join(error.format_message().split()).removesuffix(".")
+    text = text.replace("Value error, ", "").replace(" (Possible", " (possible")
+    message = text[:1].lower() + text[1:]
+    if message.endswith("?"):  # it has a remedy of its own: did you mean ...?
+        return message
     context = getattr(error, "ctx", None)
-    return f"{message[:1].lower()}{message[1:]} (see `{context.command_path if context else 'finetune'} --help`)"
+    return f"{message}. See `{context.command_path if context else 'finetune'} --help`"

@@ -1,4 +1,4 @@
-"""The application, and the arguments that several commands take."""
+"""The application, and the arguments that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,29 +13,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-STOPPED = 130  # the exit code of a command that a signal stopped; a signal is no mistake
+STOPPED = 130  # the exit code of a command that a signal stopped; a signal is not a mistake
 
 Config = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG", help="A YAML file; configs/ has examples.", show_default=False
-    ),
+    Path, typer.Argument(metavar="CONFIG", help="The config, a YAML file. configs/ has examples.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Changes to the config, e.g. training.epochs=1",
-        show_default=False,
-    ),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the config (e.g. training.epochs=1)."),
 ]
 Target = Annotated[
     str,
-    typer.Argument(
-        metavar="RUN|MODEL",
-        help="A run's folder, a model's folder, or a hub name.",
-        show_default=False,
-    ),
+    typer.Argument(metavar="RUN|MODEL", help="A run's folder, a model's folder, or a hub name."),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`finetune compare`, `tune`, `optimizers` and `landscape`: which optimizer, and at which rate."""
+"""`finetune compare`, `tune`, `optimizers` and `landscape`: the choice of an optimizer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,16 +10,14 @@ from finetune.cli.app import STOPPED, Config, Overrides, app
 Trials = Annotated[
     int,
     typer.Option(
-        min=1, help="Learning rates, half a decade apart; of 3 or more, others if an end is best."
+        min=1,
+        help="Number of learning rates to try, spaced by a factor of about 3. With 3 or more, the "
+        "grid is extended if the best one is at its edge.",
     ),
 ]
 Budget = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        help="Optimizer steps of each run.  [default: training.max_steps]",
-        show_default=False,
-    ),
+    typer.Option(min=1, help="Optimizer steps of each run.", show_default="training.max_steps"),
 ]
 
 
@@ -31,14 +29,16 @@ def compare(
     seeds: Annotated[
         int,
         typer.Option(
-            min=1, help="Fresh seeds to run each optimizer with at its best learning rate."
+            min=1, help="Number of fresh seeds for each optimizer at its best learning rate."
         ),
     ] = 5,
     budget: Budget = None,
 ) -> None:
-    """Compare the optimizers of a list (optimizer.name), each at its own best learning rate, over several seeds.
+    """Compare optimizers, each at its own best learning rate, over several seeds.
 
-    Writes comparison.html, .json and .csv to runs/compare-CONFIG (or output_dir=...). The same command goes on after a stop.
+    optimizer.name=[A,B] names them.
+    The results are comparison.html, .json and .csv in runs/compare-CONFIG (or output_dir=...).
+    After a stop, the same command continues.
     """
     from finetune.recipes.compare.compare import compare_optimizers
 
@@ -53,9 +53,11 @@ def compare(
 def tune(
     config: Config, overrides: Overrides = None, trials: Trials = 5, budget: Budget = None
 ) -> None:
-    """Search the learning rate and the weight decay of CONFIG's optimizer and write best.yaml.
+    """Search the learning rate and weight decay of CONFIG's optimizer, and write best.yaml.
 
-    Each weight decay (optimizer.weight_decay=[...], default 0, 0.01 and 0.1) is tried with as many learning rates as --trials says.
+    optimizer.weight_decay=[A,B] names the weight decays; the default is 0, 0.01 and 0.1.
+    Each of them is tried with --trials learning rates.
+    After a stop, the same command continues.
     """
     from finetune.recipes.compare.tune import tune_optimizer
 
@@ -66,10 +68,10 @@ def tune(
 @app.command()
 def optimizers(
     pattern: Annotated[
-        str, typer.Argument(metavar="PATTERN", help="Only names like this, e.g. 'ada*'.")
+        str, typer.Argument(metavar="PATTERN", help="Only names that match, e.g. 'ada*'.")
     ] = "*",
 ) -> None:
-    """The optimizers that optimizer.name may be, and what each takes."""
+    """List the available optimizers and their options."""
     from finetune.recipes.optimizers import print_optimizers
 
     print_optimizers(pattern)
@@ -78,15 +80,19 @@ def optimizers(
 @app.command()
 def landscape(
     functions: Annotated[
-        str, typer.Option(help="Which, by comma.")
+        str, typer.Option(help="Comma-separated names of functions.")
     ] = "beale,rosenbrock,rastrigin,valley,saddle",
     optimizers: Annotated[
-        str, typer.Option(help="Up to 7 names, by comma.")
+        str, typer.Option(help="Comma-separated names of optimizers, at most 7.")
     ] = "sgd,momentum,nesterov,adagrad,rmsprop,adam",
-    steps: Annotated[int, typer.Option(help="Of each optimizer.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps per optimizer.")] = 300,
     output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("landscapes"),
 ) -> None:
-    """Draw optimizers on the classic functions of two variables, at default and at tuned learning rates; SVG, also animated."""
+    """Draw the paths of optimizers on classic functions of two variables.
+
+    Each optimizer runs at its default and at a tuned learning rate.
+    The pictures are SVG files, some of them animated.
+    """
     from finetune.landscape import draw_landscapes
 
     names = [

@@ -1,4 +1,4 @@
-"""`finetune train`, `demo`, `inspect` and `plan`: a run, and what precedes it."""
+"""`finetune train`, `demo`, `inspect` and `plan`: a run, and what comes before it."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +15,8 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="auto (the newest complete checkpoint), or a checkpoint's or run's folder."
+            help="Continue a run: auto (its newest complete checkpoint), or the folder of a "
+            "checkpoint or of a run."
         ),
     ] = None,
     dry_run: Annotated[
@@ -27,18 +28,19 @@ def train(
     ] = False,
     processes: Annotated[
         str | None,
-        typer.Option(
-            help="How many processes of this machine train: a number, or auto, one for each GPU."
-        ),
+        typer.Option(help="Number of processes on this machine, or auto (one for each GPU)."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="How many times to start again after a process died.")
+        int, typer.Option(min=0, help="How often to start again after a process has died.")
     ] = 0,
 ) -> None:
-    """Fine-tune a model as CONFIG says."""
+    """Fine-tune a model with the settings in CONFIG.
+
+    The run's folder is output_dir, by default runs/ and the name of CONFIG.
+    """
     if processes is None and not restarts:
         from finetune.config import load_config
-        from finetune.recipes.train.run import run_training
+        from finetune.recipes.train.train import run_training
 
         stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
     else:
@@ -64,18 +66,17 @@ def train(
 def demo(
     task: Annotated[
         Literal["chat", "translation"],
-        typer.Argument(metavar="chat|translation", help="What to learn."),
+        typer.Argument(metavar="chat|translation", help="The task to learn."),
     ],
     overrides: Overrides = None,
     short: Annotated[
-        bool, typer.Option("--short", help="A few steps only, to see that everything works.")
+        bool, typer.Option("--short", help="Take a few steps only, to see that everything works.")
     ] = False,
     output_dir: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder.  [default: runs/demo-TASK]", show_default=False),
+        Path | None, typer.Option(help="The run's folder.", show_default="runs/demo-TASK")
     ] = None,
 ) -> None:
-    """Fine-tune SmolLM2-135M on the data that comes with the package, on a laptop's CPU."""
+    """Fine-tune SmolLM2-135M on the data in the package, on a laptop's CPU."""
     from finetune.recipes.demo import run_demo
 
     if run_demo(task, overrides or (), short=short, output_dir=output_dir) == "signal":
@@ -86,9 +87,12 @@ def demo(
 def inspect(
     config: Config,
     overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(help="How many rendered examples to print.")] = 3,
+    examples: Annotated[int, typer.Option(help="Number of examples to print.")] = 3,
 ) -> None:
-    """Show what the model would see: rendered examples with the targets coloured, lengths, counts, overlaps."""
+    """Show the data as the model sees it, with lengths, counts and overlaps.
+
+    The target text of each example is coloured.
+    """
     from finetune.config import load_config
     from finetune.recipes.inspect import inspect_data
 
@@ -97,7 +101,7 @@ def inspect(
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
-    """Estimate memory and time before a run, and say what to change if it does not fit."""
+    """Estimate the memory and time of a run, and suggest changes if it does not fit."""
     from finetune.config import load_config
     from finetune.recipes.plan.plan import plan_run
 

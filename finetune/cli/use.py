@@ -7,24 +7,19 @@ import typer
 
 from finetune.cli.app import Overrides, Target, app
 
-MaxNewTokens = Annotated[
-    int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)
-]
-Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False)]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
+Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Nucleus sampling: keep this much probability.", show_default=False),
+    typer.Option(help="Sample from the most probable tokens, up to this total probability."),
 ]
 TopK = Annotated[
-    int | None, typer.Option(help="Keep so many tokens; 0 is off.", show_default=False)
+    int | None, typer.Option(help="Sample from this many of the most probable tokens; 0 is off.")
 ]
 Penalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty", help="Above 1 discourages repetition.", show_default=False
-    ),
+    float | None, typer.Option("--repetition-penalty", help="Values above 1 discourage repetition.")
 ]
-Seed = Annotated[int, typer.Option(help="For sampling.")]
+Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
 
 @app.command()
@@ -32,11 +27,13 @@ def evaluate(
     target: Target,
     overrides: Overrides = None,
     config: Annotated[
-        Path | None,
-        typer.Option(help="What to evaluate on; for a run, its own config.", show_default=False),
+        Path | None, typer.Option(help="The config with the data.", show_default="the run's own")
     ] = None,
 ) -> None:
-    """Loss, perplexity, bits per byte on data.test (else on the held-out rows); for translation chrF and BLEU. Prints JSON."""
+    """Evaluate on data.test, or on the held-out data if there is none. Prints JSON.
+
+    The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
+    """
     from finetune.recipes.evaluate import evaluate_target
 
     evaluate_target(target, config=config, overrides=overrides or ())
@@ -47,17 +44,14 @@ def generate(
     target: Target,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; may be repeated. Without it, one prompt a line of stdin."),
+        typer.Option(help="A prompt; may be repeated. Without it, each line of stdin is a prompt."),
     ] = None,
     raw: Annotated[
         bool,
-        typer.Option(
-            "--raw",
-            help="Continue the text as it stands instead of answering it in the chat template.",
-        ),
+        typer.Option("--raw", help="Continue the prompt as plain text, without the chat template."),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line: prompt and answer.")
+        bool, typer.Option("--json", help="Print one JSON object a line: prompt and answer.")
     ] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -66,7 +60,10 @@ def generate(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
 ) -> None:
-    """Answer prompts, in batches; where several are given, each answer under its prompt."""
+    """Answer prompts, in batches.
+
+    If --prompt is given more than once, each answer is printed under its prompt.
+    """
     import json
 
     from finetune.recipes.generate import generate_answers
@@ -92,7 +89,7 @@ def generate(
 @app.command()
 def chat(
     target: Target,
-    system: Annotated[str | None, typer.Option(help="A system prompt.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -100,7 +97,7 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
 ) -> None:
-    """Talk with a model in the terminal: /reset forgets the conversation, /exit ends it."""
+    """Talk with a model in the terminal. /reset forgets the conversation, /exit ends it."""
     from finetune.recipes.generate import chat_in_terminal
 
     settings = given(
@@ -119,32 +116,26 @@ def translate(
     text: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TEXT", help="Sentences; without them and without --input, lines of stdin."
+            metavar="TEXT", help="Sentences. Without them and without --input, the lines of stdin."
         ),
     ] = None,
     input: Annotated[
-        Path | None,
-        typer.Option("--input", "-i", help="A text file, one sentence a line.", show_default=False),
+        Path | None, typer.Option("--input", "-i", help="A text file, one sentence a line.")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Where to write the translations.", show_default=False),
+        Path | None, typer.Option("--output", "-o", help="The file to write the translations to.")
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(
-            "--from", help="Source language, e.g. en; for a run, its own.", show_default=False
-        ),
+        typer.Option("--from", help="Source language, e.g. en.", show_default="the run's own"),
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(
-            "--to", help="Target language, e.g. fr; for a run, its own.", show_default=False
-        ),
+        typer.Option("--to", help="Target language, e.g. fr.", show_default="the run's own"),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
 ) -> None:
-    """Translate sentences, stdin, or a file to a file, in batches."""
+    """Translate sentences, the lines of stdin, or a file, in batches."""
     from finetune.recipes.translate import translate_text
 
     translate_text(
@@ -159,5 +150,5 @@ def translate(
 
 
 def given(**settings: float | int | None) -> dict[str, float | int]:
-    """Return the options that were given."""
+    """Return the options that were given, by name."""
     return {key: value for key, value in settings.items() if value is not None}

@@ -7,9 +7,9 @@ from statistics import fmean, median
 from typing import Any
 
 from finetune.comparison.frequency import BINS
-from finetune.comparison.runs import Point, Run
 from finetune.comparison.statistics import Interval, interval, paired
 from finetune.comparison.verdict import judge
+from finetune.run.trials import Point, Run
 
 TARGET_SHARE = 0.9
 """Where the target is that steps are counted to.

@@ -1,4 +1,8 @@
-"""The configuration of a run: `schema` holds every key with its default and unit, `loading` reads files and overrides."""
+"""The configuration of a run.
+
+`schema` has every key with its default and unit, `loading` reads files and overrides, and `yaml12`
+is the YAML that they are written in.
+"""
 
 from finetune.config.loading import dump_config, load_config
 from finetune.config.schema import RunConfig

@@ -1,6 +1,6 @@
-"""From a YAML file and `key=value` overrides to a RunConfig, with one sentence for each thing that can be wrong.
+"""The way from a YAML file and `key=value` overrides to a RunConfig.
 
-Floor 4.
+Each mistake becomes a UserError that names the place, the value and what is allowed.
 """
 
 import types
@@ -19,6 +19,7 @@ from finetune.errors import UserError, did_you_mean
 Model = TypeVar("Model", bound=BaseModel)
 
 NOT_ALLOWED = " is not allowed: "
+SHOULD_BE = "input should be "  # pydantic's words
 
 ALIASES = {
     "model_name_or_path": "model.name",
@@ -43,37 +44,37 @@ ALIASES = {
     "attn_implementation": "model.attn_implementation",
     "report_to": "tracking",
 }
-"""Hugging Face's argument names (TrainingArguments, SFTConfig) that mean the same here, wherever in the file they stand."""
+"""Hugging Face's names (TrainingArguments, SFTConfig) that mean the same, anywhere in the file."""
 
 NOT_ALIASES = {
-    "gradient_accumulation_steps": "it follows from training.batch_size (sequences a step, over all "
-    "processes) and training.micro_batch_size",
-    "per_device_train_batch_size": "write training.batch_size for the sequences of an optimizer step, "
-    "over all processes (there: this times the processes times gradient_accumulation_steps); "
-    "training.micro_batch_size is how many of them go through at once",
-    "bf16": "write training.precision: bf16",
-    "fp16": "write training.precision: fp16",
-    "dataset_name": "write data.train: NAME",
-    "load_best_model_at_end": "write checkpoint.save_best_model: true",
-    "metric_for_best_model": "write evaluation.best: loss or chrf",
-    "max_rows": "write max_records",
-    "max_validation_rows": "write data.max_validation_records",
+    "gradient_accumulation_steps": "Set training.batch_size (sequences per step, over all "
+    "processes) and training.micro_batch_size, from which it follows",
+    "per_device_train_batch_size": "Set training.batch_size to it times the processes times "
+    "gradient_accumulation_steps, and training.micro_batch_size to the sequences per forward",
+    "bf16": "Write training.precision: bf16",
+    "fp16": "Write training.precision: fp16",
+    "dataset_name": "Write data.train: NAME",
+    "load_best_model_at_end": "Write checkpoint.save_best_model: true",
+    "metric_for_best_model": "Write evaluation.best: loss or chrf",
+    "max_rows": "Write max_records",
+    "max_validation_rows": "Write data.max_validation_records",
 }
-"""Names of Hugging Face that do not map one to one, and former names, with what to write instead."""
+"""Hugging Face's names without an equal, and former names. The value says what to do instead."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the YAML file at `path`, apply `a.b=value` overrides, and validate.
+    """Return the config in the YAML file at `path` with `a.b=value` overrides, validated.
 
     Without `output_dir` the run goes to `runs/<name of the file>`. Raises UserError.
     """
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder; give a YAML file, for a finished run its {path / 'config.yaml'}"
+            f"{path} is a folder. Give a YAML file; a run's folder has one, {path / 'config.yaml'}"
         )
     if not path.is_file():
         raise UserError(
-            f"the config {path} does not exist (looked in {path.parent.resolve()}); give the path of a YAML file"
+            f"the config {path} does not exist (looked in {path.parent.resolve()}). "
+            "Give the path of a YAML file"
         )
     try:
         tree = parse(path.read_text(encoding="utf-8"))
@@ -81,13 +82,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"the config {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"the config {path} is not UTF-8 text ({error.reason} at byte {error.start})"
+            f"the config {path} is not UTF-8 text ({error.reason} at byte {error.start}). "
+            "Save it as UTF-8"
         ) from error
     except yaml.YAMLError as error:
         raise UserError(f"the config {path} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(
-            f"the config {path} must be a YAML mapping of keys to values, but holds {_kind(tree)}"
+            f"the config {path} holds {_kind(tree)}, but must be a YAML mapping. "
+            "Write lines of the form `key: value`"
         )
     tree.setdefault("output_dir", str(Path("runs") / path.stem))
     return make_config(tree, overrides, where=str(path))
@@ -96,7 +99,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_config(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "config"
 ) -> RunConfig:
-    """Validate a tree as read from YAML; `where` opens every error message. Raises UserError."""
+    """Return the config that a tree from YAML describes. `where` opens each error message.
+
+    Raises UserError.
+    """
     resolved = _resolve_aliases(tree, where)
     for override in overrides:
         _apply(resolved, override)
@@ -104,24 +110,27 @@ def make_config(
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
-    """`values` as a `model`; `where` opens every error message. Raises UserError."""
+    """Return `values` as a `model`. `where` opens the error message. Raises UserError."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_sentences(error))) from error
+        raise UserError(f"{where}: " + ". ".join(_sentences(error))) from error
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    """Return the resolved config as YAML, which `load_config` reads back to an equal one."""
     return yaml.safe_dump(
         config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
     )
 
 
 def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Move Hugging Face's names to ours. A name that is ours at its own place is left alone."""
+    """Return the tree with Hugging Face's names moved to ours.
+
+    A name that is ours in its own place is left alone.
+    """
     resolved: dict[str, Any] = {}
-    moved: list[tuple[str, str, Any]] = []
+    moved: list[tuple[str, str, Any]] = []  # the name given, our key, the value
     for key, value in tree.items():
         section = _section(RunConfig, key)
         if section is None and key not in RunConfig.model_fields:
@@ -129,18 +138,11 @@ def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif section is not None and isinstance(value, Mapping):
             inner = {}
             for name, item in value.items():
-                ours = name in section.model_fields or (
-                    section.model_config.get("extra") == "allow" and name not in ALIASES
-                )
-                if ours:
+                if _takes(section, name):
                     inner[name] = item
                 else:
-                    moved.append(
-                        (
-                            f"{key}.{name}",
-                            *_alias(name, item, f"{where}: {key}", section.model_fields),
-                        )
-                    )
+                    found = _alias(name, item, f"{where}: {key}", section.model_fields)
+                    moved.append((f"{key}.{name}", *found))
             resolved[key] = inner
         else:
             resolved[key] = value
@@ -149,18 +151,21 @@ def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     return resolved
 
 
+def _takes(section: type[BaseModel], name: str) -> bool:
+    is_open = section.model_config.get("extra") == "allow"
+    return name in section.model_fields or (is_open and name not in ALIASES)
+
+
 def _alias(key: str, value: Any, where: str, known: Iterable[str]) -> tuple[str, Any]:
+    """Return our key and the value for another tool's `key`. Raises UserError for any other."""
     if key in NOT_ALIASES:
-        raise UserError(f"{where}: {key!r} is not a key here: {NOT_ALIASES[key]}")
+        raise UserError(f"{where}: {key!r} is not a key here. {NOT_ALIASES[key]}")
     if key not in ALIASES:
-        raise UserError(_unknown_key(where, key, known))
+        near = did_you_mean(str(key), [*known, *ALIASES])
+        raise UserError(f"{where}: {key!r} is not a key; the keys are {', '.join(known)}{near}")
     if key == "report_to":
         value = [] if value in ("none", None) else [value] if isinstance(value, str) else value
     return ALIASES[key], value
-
-
-def _unknown_key(where: str, key: str, known: Iterable[str]) -> str:
-    return f"{where}: {key!r} is not a key{did_you_mean(str(key), [*known, *ALIASES]) or ';'} the keys are {', '.join(known)}"
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -168,7 +173,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise UserError(
-            f"the override {override!r} is not of the form key=value, e.g. training.epochs=1"
+            f"the override {override!r} is not of the form key=value. Write e.g. training.epochs=1"
         )
     try:
         value = parse(text)
@@ -190,16 +195,17 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, *, given: str | None) ->
             below = tree[parent] = {}
         if not isinstance(below, dict):
             raise UserError(
-                f"{dotted} cannot be set: {'.'.join(parents[: depth + 1])} is {_kind(below)}, not a section"
+                f"{dotted} cannot be set: {'.'.join(parents[: depth + 1])} is {_kind(below)}, "
+                "not a section"
             )
         tree = below
     if given is not None and leaf in tree:
-        raise UserError(f"{given!r} and {dotted!r} mean the same: give one of them")
+        raise UserError(f"{given!r} and {dotted!r} mean the same. Give one of them")
     tree[leaf] = value
 
 
 def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The section's class where `key` of `model` is a section (possibly optional)."""
+    """Return the section's class if `key` of `model` is a section, also an optional one."""
     field = model.model_fields.get(key)
     if field is None:
         return None
@@ -212,7 +218,7 @@ def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
 
 
 def _field(dotted: str) -> Any:
-    """The schema's field at a dotted key, or None."""
+    """Return the schema's field at a dotted key, or None."""
     model: type[BaseModel] | None = RunConfig
     field = None
     for part in dotted.split("."):
@@ -223,46 +229,42 @@ def _field(dotted: str) -> Any:
 
 
 def _sentences(error: ValidationError) -> list[str]:
-    """One for each key: where several kinds of value are allowed, pydantic has a problem with each of them."""
+    """Return one for each key: pydantic has a problem with each kind of value that is allowed."""
     reasons: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False):
         what, _, why = _sentence(problem).partition(NOT_ALLOWED)
-        reasons.setdefault(what, []).append(why)
+        whys = reasons.setdefault(what, [])
+        whys.append(why.removeprefix(SHOULD_BE) if whys else why)
     return [
-        what + (NOT_ALLOWED + " or ".join(_after_the_first(whys)) if whys[0] else "")
+        what + (NOT_ALLOWED + " or ".join(whys) if whys[0] else "")
         for what, whys in reasons.items()
     ]
 
 
-def _after_the_first(whys: list[str]) -> list[str]:
-    return [whys[0], *(why.removeprefix("input should be ") for why in whys[1:])]
-
-
 def _sentence(problem: Any) -> str:
     path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
-    path = (
-        path[:-1] if path and path[-1] in ("int", "str") else path
-    )  # which of the kinds of value the problem is with
-    dotted, given = ".".join(path) or "config", problem["input"]
+    if path and path[-1] in ("int", "str"):  # the kind of value that was tried
+        path.pop()
+    key, given = ".".join(path) or "config", problem["input"]
     if problem["type"] == "extra_forbidden" and path[-1] in NOT_ALIASES:
-        return f"{dotted!r} is not a key here: {NOT_ALIASES[path[-1]]}"
+        return f"{key!r} is not a key here. {NOT_ALIASES[path[-1]]}"
     if problem["type"] == "extra_forbidden":
         known = _keys_at(path[:-1])
-        return f"{dotted!r} is not a key{did_you_mean(path[-1], known) or ';'} the keys there are {', '.join(known)}"
+        near = did_you_mean(path[-1], known)
+        return f"{key!r} is not a key; the keys there are {', '.join(known)}{near}"
     if problem["type"] == "missing":
-        return f"{dotted!r} is missing and has no default"
+        return f"{key!r} is missing and has no default. Add it"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
+    is_plain = isinstance(given, str | int | float | bool) or given is None
+    shown = repr(given) if is_plain else _kind(given)
     if problem["type"] == "model_type":
-        return f"{dotted} = {given!r:.60}{NOT_ALLOWED}it must be a mapping of keys to values"
-    shown = (
-        repr(given)
-        if isinstance(given, str | int | float | bool) or given is None
-        else _kind(given)
-    )
-    if problem["type"] == "tuple_type":
-        return f"{dotted} = {shown}{NOT_ALLOWED}give a list, such as [{given if given is not None else ''}]"
-    return f"{dotted} = {shown}{NOT_ALLOWED}{problem['msg'][0].lower()}{problem['msg'][1:]}"
+        why = SHOULD_BE + "a mapping of keys to values"
+    elif problem["type"] == "tuple_type":
+        why = SHOULD_BE + f"a list, such as [{'' if given is None else given}]"
+    else:
+        why = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key} = {shown}{NOT_ALLOWED}{why}"
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:
@@ -278,7 +280,7 @@ def _keys_at(path: Sequence[str]) -> list[str]:
 
 
 def _item_section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The class of the items where `key` holds a list of sections (data.train)."""
+    """Return the class of the items if `key` holds a list of sections (data.train)."""
     field = model.model_fields.get(key)
     pending: list[Any] = [field.annotation] if field is not None else []
     while pending:

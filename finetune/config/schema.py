@@ -1,6 +1,6 @@
-"""The configuration: one YAML file, one frozen tree, every default in this one place with its unit.
+"""The configuration: one YAML file, one frozen tree, and every default with its unit.
 
-Floor 4, so that no room below can know it. `finetune.recipes` is the only reader.
+No room below this one knows the config. `finetune.recipes` is its only reader.
 """
 
 from pathlib import Path
@@ -32,65 +32,64 @@ class LoraSection(Section):
 
     rank: PositiveInt = 16
     alpha: float = 32.0
-    dropout: Fraction = 0.0  # on a CPU drawing the masks is up to a third of the time of a step
+    dropout: Fraction = 0.0  # on a CPU, drawing the masks takes up to a third of a step's time
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
 class NewTokenizerSection(Section):
-    """A byte-level BPE tokenizer trained on the run's own training data, for models made from `model.config`."""
+    """A byte-level BPE tokenizer, trained on the run's training data, for `model.config`."""
 
-    vocab_size: PositiveInt = 1024
+    vocab_size: PositiveInt = 1024  # tokens
 
 
 class ModelSection(Section):
     """Which model: `name` (pretrained) or `config` (random weights)."""
 
-    name: str | None = (
-        None  # hub name, folder, .gguf file, or package:NAME for a pip package that ships a .gguf
-    )
-    config: dict[str, Any] | None = (
-        None  # e.g. {model_type: llama, hidden_size: 64, ...}: a random model, no download
-    )
-    tokenizer: NewTokenizerSection | None = (
-        None  # with `config` only; default: NewTokenizerSection()
-    )
+    # A hub name, a folder, a .gguf file, or package:NAME for a pip package that ships a .gguf.
+    name: str | None = None
+    # A random model without a download, e.g. {model_type: llama, hidden_size: 64, ...}.
+    config: dict[str, Any] | None = None
+    tokenizer: NewTokenizerSection | None = None  # with `config` only; None: its defaults
     revision: str | None = None  # hub branch, tag or commit
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # True: run the Python code that comes with the model
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    chat_template: str | None = (
-        None  # None: the tokenizer's own; "chatml"; or a path to a Jinja file
-    )
-    lora: LoraSection | None = None
+    chat_template: str | None = None  # "chatml" or a Jinja file; None: the tokenizer's own
+    lora: LoraSection | None = None  # None: no adapters, the model's own weights train
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelSection":
         if (self.name is None) == (self.config is None):
+            both = "model.name and model.config are both given"
+            neither = "neither model.name nor model.config is given"
             raise ValueError(
-                "give either model.name (a pretrained model) or model.config (a random one), not both and not neither"
+                f"{neither if self.name is None else both}. "
+                "Give the name of a pretrained model, or the config of a random one"
             )
         return self
 
 
 class SourceSection(Section):
-    """One source of rows. Written as a plain string, it is the `path`."""
+    """One source of records. Written as a plain string, it is the `path`."""
 
-    path: str  # hub name, or a local .json/.jsonl/.csv/.tsv/.parquet/.txt file, folder or glob; package:NAME for the demo data
+    # A hub name, package:NAME for the demo data, or a local file, folder or glob. A file ends in
+    # .json, .jsonl, .csv, .tsv, .parquet or .txt.
+    path: str
     name: str | None = None  # the hub dataset's configuration, e.g. "en-fr"
     split: str = "train"
-    revision: str | None = None
+    revision: str | None = None  # hub branch, tag or commit
     target_path: str | None = None  # the second of two aligned text files (translation)
-    weight: Annotated[float, Field(gt=0)] | None = (
-        None  # share of this source in a mix; None for all: every record once
-    )
+    # This source's share of a mix. None for all sources: every record once.
+    weight: Annotated[float, Field(gt=0)] | None = None
     max_records: PositiveInt | None = None  # read at most this many, from the start
 
 
 def _as_sources(value: Any, info: ValidationInfo) -> Any:
-    """Let `train: file.jsonl` and `train: {path: ...}` stand for a list of one."""
+    """Return the sources as mappings: one path or one mapping is a list of one."""
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
+        leave_out = "" if info.field_name == "train" else ", or leave the key out"
         raise ValueError(
-            f"data.{info.field_name} is an empty list: name a file or a dataset, or leave the key out"
+            f"data.{info.field_name} is an empty list. Name a file or a dataset{leave_out}"
         )
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
@@ -101,79 +100,75 @@ Sources = Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources)]
 class TranslationSection(Section):
     """How a pair of sentences becomes a prompt and an answer."""
 
-    source_language: str | None = (
-        None  # the key in `translation`, or the column, e.g. "en"; None: found in the data
-    )
+    # The key in `translation`, or the column, e.g. "en". None: found in the data.
+    source_language: str | None = None
     target_language: str | None = None
-    direction: Literal["forward", "backward", "both"] = "forward"
-    template: str | None = (
-        None  # e.g. "Translate to {target_name}: {source}"; None: a chat turn where there is a chat template
-    )
+    direction: Literal["forward", "backward", "both"] = "forward"  # both: two examples a record
+    # E.g. "Translate to {target_name}: {source}". None: a chat turn if there is a chat template.
+    template: str | None = None
 
 
 class DataSection(Section):
+    """What the model learns from, and what it is evaluated on."""
+
     train: Sources
     validation: Sources | None = None  # None: `validation_fraction` of `train` is held out
     test: Sources | None = None  # for `finetune evaluate`; None: the validation data
-    unrelated: Sources | None = (
-        None  # plain text of another kind: its loss, before and after, tells what is forgotten
-    )
-    validation_fraction: Fraction = 0.05
-    max_validation_records: PositiveInt | None = (
-        500  # of held-out and of unrelated text; test data is read whole
-    )
-    format: Literal["auto", "chat", "translation", "text"] = "auto"
-    columns: dict[
-        str, str
-    ] = {}  # what the format calls a column -> what the data calls it, e.g. {prompt: question}
+    # Plain text of another kind. Its loss before and after training shows what is forgotten.
+    unrelated: Sources | None = None
+    validation_fraction: Fraction = 0.05  # share of the records of `train`
+    # Records of held-out and of unrelated text; None: all. Test data is always read whole.
+    max_validation_records: PositiveInt | None = 500
+    format: Literal["auto", "chat", "translation", "text"] = "auto"  # auto: by the columns
+    # The format's name of a column -> the data's name of it, e.g. {prompt: question}.
+    columns: dict[str, str] = {}
     system_prompt: str | None = None  # put before conversations that have none
-    targets: Literal["assistant", "all"] = (
-        "assistant"  # what is learnt: the assistant's turns with their end mark, or every token
-    )
+    # What is learnt. assistant: the assistant's turns with their end mark. all: every token.
+    targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()
-    max_length: PositiveInt = 512  # tokens
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    # True: several examples a sequence, isolated from each other. False: one example a sequence, padded,
-    # and sequences of similar length together.
+    max_length: PositiveInt = 512  # tokens of an example and of a packed sequence
+    overlong: Literal["truncate", "drop", "error"] = "truncate"  # examples over max_length
+    # True: several examples a sequence, isolated from each other. False: one example a sequence,
+    # padded, in batches of sequences of similar length.
     packing: bool = True
-    streaming: bool = False  # read records during training; needs training.max_steps
+    streaming: bool = False  # True: read records during training; needs training.max_steps
     shuffle_buffer: PositiveInt = 2048  # examples, streaming only
 
 
 class VocabularySection(Section):
     """Which rows of the token table train."""
 
-    # auto: active for a tied table of which a tenth or more is not used, else full (with LoRA: full, or frozen where keep names
-    # tokens). active: only the rows of tokens in the data, special tokens and bytes; the same loss. sampled: as active, and the
-    # softmax is over them and a sample of the others: the fast mode for large vocabularies. frozen: no row, but for those of new
-    # tokens and of keep. Tokens of held-out data are in the data, those of data.test and data.unrelated are not. Of a stream the
-    # first rows are looked at; tokens that turn up later get rows that were set aside, as many as are active at the start and at
-    # least 1,024, and past those keep their frozen ones.
+    # auto: `active` if the table is tied and at least 10 % of it is unused, otherwise `full`.
+    #   With LoRA: `full`, or `frozen` if `keep` is set.
+    # full: every row.
+    # active: the rows of tokens in the data, of special tokens and of bytes. The loss is the same.
+    # sampled: as `active`, but the softmax covers the active rows and a sample of the others.
+    #   This is the fast mode for large vocabularies.
+    # frozen: only the rows of new tokens and of `keep`.
+    # Held-out data counts as data here. data.test and data.unrelated do not. Of a stream, only the
+    # first records are read for this. Tokens that turn up later get spare rows: as many as are
+    # active at the start, and at least 1,024. Further tokens keep their frozen rows.
     mode: Literal["auto", "full", "active", "sampled", "frozen"] = "auto"
-    keep: tuple[
-        StrictInt | str, ...
-    ] = ()  # tokens that train besides: ids, or texts whose tokens are meant (" a" is not "a")
-    num_sampled: PositiveInt = 4096  # frozen rows drawn for each step (sampled)
+    # More tokens that train: ids, or texts whose tokens are meant (" a" is not "a").
+    keep: tuple[StrictInt | str, ...] = ()
+    num_sampled: PositiveInt = 4096  # frozen rows drawn for each step (mode `sampled`)
 
 
 class OptimizerSection(BaseModel):
-    """Keys that are not listed go to the optimizer itself, which refuses what it does not take."""
+    """The optimizer. A key that is not listed here is an option of the optimizer itself.
+
+    An optimizer refuses the options that it does not take.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = "lazy_adamw"
+    name: str = "lazy_adamw"  # `finetune optimizers` lists them
     lr: Annotated[float, Field(gt=0)] = 5e-5
-    weight_decay: Annotated[float, Field(ge=0)] | None = (
-        None  # None: the optimizer's own (0.01 for adamw and lazy_adamw)
-    )
-    no_decay: tuple[str, ...] = (
-        "bias",
-        "norm",
-        "embedding",
-    )  # kinds of parameter without weight decay
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = (
-        None  # lr factor from one layer to the one below it
-    )
+    # None: the optimizer's own, which is 0.01 for adamw and lazy_adamw.
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # parameters without weight decay
+    # Factor on lr from one layer to the one below it. None: the same lr for all.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     overrides: tuple[dict[str, Any], ...] = ()  # e.g. [{pattern: "*.embed_tokens.*", lr: 1e-5}]
 
     @property
@@ -183,58 +178,62 @@ class OptimizerSection(BaseModel):
 
 
 class SchedulerSection(Section):
+    """How the learning rate changes during training."""
+
     name: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
-    warmup_ratio: Fraction = 0.03  # of all steps
+    warmup_ratio: Fraction = 0.03  # share of all steps
     warmup_steps: NonNegativeInt | None = None  # steps; overrides the ratio
-    min_lr_ratio: Fraction = 0.0  # the floor of the decay, as a share of lr
+    min_lr_ratio: Fraction = 0.0  # the lowest rate of the decay, as a share of lr
 
 
 class TrainingSection(Section):
+    """The loop: how long, in what pieces, in which precision."""
+
     epochs: Annotated[float, Field(gt=0)] = 3.0
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
     batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
-    micro_batch_size: PositiveInt = (
-        4  # sequences per forward on one device; gradient accumulation follows from it
-    )
+    micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of the matmuls; the weights stay fp32
-    )
-    activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile: on a GPU about ten seconds at the first step, then faster; does not pay on a CPU
-    divergence_threshold: Annotated[float, Field(gt=0)] = (
-        4.0  # nats above the best running loss: the run stops
-    )
-    timeout: PositiveInt = 600  # seconds that a process waits for another one; then the run ends, as it does where a host is lost
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; weights stay fp32
+    activation_checkpointing: bool = False  # True: less memory, slower steps
+    # torch.compile: on a GPU about ten seconds at the first step, then faster. Not for a CPU.
+    compile: bool = False
+    # Nats above the best running loss at which the run stops.
+    divergence_threshold: Annotated[float, Field(gt=0)] = 4.0
+    timeout: PositiveInt = 600  # seconds to wait for another process; then the run ends
 
 
 class EvaluationSection(Section):
+    """When and how held-out data is evaluated."""
+
     every: PositiveInt | None = None  # steps; None: at the end of each epoch, and at the end
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # sequences per forward
-    metrics: tuple[Literal["chrf", "bleu"], ...] | None = (
-        None  # beside the loss; None: both for translation, none else
-    )
-    generate: NonNegativeInt = (
-        64  # held-out prompts to generate for the metrics; 0: no such metrics
-    )
-    samples: NonNegativeInt = 8  # of them written to samples.jsonl (also where there is no metric)
-    best: Literal["loss", "chrf"] = "loss"  # what the best checkpoint and early stopping go by
-    early_stopping_patience: PositiveInt | None = None  # evaluations without improvement
+    # In addition to the loss. None: both for translation, none for other formats.
+    metrics: tuple[Literal["chrf", "bleu"], ...] | None = None
+    generate: NonNegativeInt = 64  # held-out prompts to answer for these metrics; 0: none
+    samples: NonNegativeInt = 8  # answers kept in samples.jsonl, with or without such metrics
+    best: Literal["loss", "chrf"] = "loss"  # decides the best checkpoint and early stopping
+    # Evaluations without an improvement, after which the run stops. None: it never does.
+    early_stopping_patience: PositiveInt | None = None
 
 
 class CheckpointSection(Section):
+    """When checkpoints are written, and which are kept."""
+
     every: PositiveInt | None = None  # steps; None: at each evaluation
-    keep: PositiveInt = 2  # the newest so many; the best is kept besides
-    save_best_model: bool = True  # model/ holds the best evaluation's weights, else the last step's
+    keep: PositiveInt = 2  # the newest ones; the best one is also kept
+    save_best_model: bool = True  # model/ gets the best evaluation's weights; False: the last ones
 
 
 class GenerationSection(Section):
-    max_new_tokens: PositiveInt = 128
+    """How text is generated."""
+
+    max_new_tokens: PositiveInt = 128  # tokens an answer
     temperature: Annotated[float, Field(ge=0)] = 0.0  # 0: greedy
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegativeInt = 0  # 0: off
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # probability kept for sampling; 1: all
+    top_k: NonNegativeInt = 0  # tokens kept for sampling; 0: all
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # above 1 discourages repetition
     batch_size: PositiveInt = 64  # prompts at a time
 
 
@@ -242,8 +241,8 @@ class RunConfig(Section):
     """The whole configuration of a run."""
 
     output_dir: Path  # default: runs/<name of the config file>
-    overwrite_output_dir: bool = False  # delete another run that lies there
-    seed: NonNegativeInt = 0
+    overwrite_output_dir: bool = False  # True: delete another run that is there
+    seed: NonNegativeInt = 0  # of the weights, the order of the data, dropout and drawn rows
     model: ModelSection
     data: DataSection
     vocabulary: VocabularySection = VocabularySection()

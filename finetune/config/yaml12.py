@@ -1,7 +1,8 @@
 """YAML as people expect it: the scalars of YAML 1.2's core schema, read by PyYAML.
 
-Floor 4. PyYAML follows YAML 1.1, in which `2e-5` is text, `no` (Norwegian) is false, and `1:30` is ninety; and a key given twice is
-silently the last one. Here `2e-5` is a number, only true and false are booleans, and a duplicate key is an error.
+PyYAML follows YAML 1.1, in which `2e-5` is text, `no` (Norwegian) is false, and `1:30` is ninety.
+Of a key given twice it silently takes the last value. Here `2e-5` is a number, only true and false
+are booleans, and a duplicate key is an error.
 Source: https://yaml.org/spec/1.2.2/#103-core-schema
 """
 
@@ -28,7 +29,7 @@ class CoreLoader(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands there twice", key_node.start_mark
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -46,7 +47,8 @@ CoreLoader.add_implicit_resolver(
 CoreLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
     ),
     list("-+0123456789."),
 )
@@ -58,5 +60,5 @@ CoreLoader.add_constructor(
 
 
 def parse(text: str) -> Any:
-    """Read one YAML document. Raises yaml.YAMLError."""
+    """Return the value of one YAML document. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=CoreLoader)

@@ -2,10 +2,10 @@
 
 **Labels.** `labels[i]` is the token that belongs at position i, so it equals `input_ids[i]`. It is
 `IGNORE_INDEX` if nothing is learnt there. Labels are *not* shifted: the loss compares the
-prediction made at position i - 1 with `labels[i]`, and `finetune.compute.loss` is the only place where
-that shift happens. Nothing predicts position 0, so `labels[0]` is always `IGNORE_INDEX`. The number
-of target tokens of an example is therefore the number of its labels that are not `IGNORE_INDEX`.
-Packing does not change that number.
+prediction made at position i - 1 with `labels[i]`. That shift happens only in
+`finetune.compute.loss`. Nothing predicts position 0, so `labels[0]` is always `IGNORE_INDEX`. The
+number of target tokens of an example is therefore the number of its labels that are not
+`IGNORE_INDEX`. Packing does not change that number.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +66,7 @@ class Example:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-class Batch(TypedDict, total=False):
+class MicroBatch(TypedDict, total=False):
     """One micro-batch. Only packed sequences have `position_ids`.
 
     Positions restart at 0 with each example. Padded sequences are padded on the right and need no

@@ -81,8 +81,8 @@ def text_metrics(
     for name in names:
         if name not in TEXT_METRICS:
             raise UserError(
-                f"there is no metric {name!r}{did_you_mean(name, TEXT_METRICS)}; known are "
-                f"{', '.join(TEXT_METRICS)}"
+                f"there is no metric {name!r}; known are {', '.join(TEXT_METRICS)}"
+                f"{did_you_mean(name, TEXT_METRICS)}"
             )
         if not outputs:
             raise UserError(

@@ -13,12 +13,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from finetune.data.types import IGNORE_INDEX, Batch, Tokenizer
+from finetune.data.types import IGNORE_INDEX, MicroBatch, Tokenizer
 from finetune.errors import UserError
 from finetune.models.language_model import evaluating
 
 MASS_BINS = 1000
-"""Positions are counted by how much probability goes to tokens outside of the vocabulary.
+"""Positions are counted by how much probability goes to tokens that the run does not use.
 
 Counts add up over processes, which a quantile does not.
 """
@@ -72,7 +72,7 @@ class VocabularyLoss:
 
 def evaluate_loss(
     loss_module: torch.nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[MicroBatch],
     *,
     inactive: Tensor | None = None,
     groups: Tensor | None = None,
@@ -113,7 +113,7 @@ def evaluate_loss(
     total_nats, num_tokens, num_bytes = sums.total.tolist()
     if not num_tokens:
         raise UserError(
-            "the held-out data has no target token, so there is no loss to compute: give other "
+            "the held-out data has no target token, so there is no loss to compute. Give other "
             "data, or more of it"
         )
     loss = total_nats / num_tokens

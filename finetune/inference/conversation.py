@@ -31,13 +31,13 @@ class Conversation:
     ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                "this model has no chat template, so it knows no turns; use `finetune generate` to "
+                "this model has no chat template, so it knows no turns. Use `finetune generate` to "
                 "continue a text, or `finetune translate` for a model that was trained to translate"
             )
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
         self.template = ChatTemplate(tokenizer)
         if system_prompt is not None and not self.template.writes_system_messages():
-            raise UserError("the chat template of this model takes no system prompt: leave it out")
+            raise UserError("the chat template of this model takes no system prompt. Leave it out")
         self._system: list[Message] = (
             [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         )
@@ -79,7 +79,7 @@ class Conversation:
             if not turns:
                 raise UserError(
                     f"the message makes a prompt of {len(prompt)} tokens; the model reads {limit}, "
-                    "and some of them are for the answer: shorten the message"
+                    "and some of them are for the answer. Shorten the message"
                 )
             turns = turns[2:]
         if dropped := (len(self.turns) - len(turns)) // 2:

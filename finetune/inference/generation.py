@@ -211,13 +211,13 @@ def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
     """Return how many tokens the answer may have."""
     if not prompt:
         raise UserError(
-            "the prompt is empty, and a model continues at least one token: give a text"
+            "the prompt is empty, and a model continues at least one token. Give a text"
         )
     if limit is None:
         return max_new_tokens
     if len(prompt) >= limit:
         raise UserError(
-            f"the prompt has {len(prompt)} tokens and the model reads at most {limit}: shorten the "
+            f"the prompt has {len(prompt)} tokens and the model reads at most {limit}. Shorten the "
             "text"
         )
     # The newest token needs no position until it is read again. But a limit that always holds is

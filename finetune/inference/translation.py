@@ -62,7 +62,7 @@ def translate_file(
     written.
     """
     if target.exists() and target.samefile(source):
-        raise UserError(f"{target} is the source itself: name another file for the translation")
+        raise UserError(f"{target} is the source itself. Name another file for the translation")
     try:
         with source.open(encoding="utf-8") as lines:
             total = sum(1 for _ in lines)
@@ -77,6 +77,6 @@ def translate_file(
         raise UserError(f"{source} cannot be translated into {target}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{source} is not UTF-8 text (byte {error.start}): convert it first"
+            f"{source} is not UTF-8 text (byte {error.start}). Convert it first"
         ) from error
     return total

@@ -65,7 +65,7 @@ def optimizer_factory(
         if option in options:
             raise UserError(
                 f"{option} was given to the optimizer, but a Trainer's is args.{argument}. "
-                "Set it only there."
+                "Set it only there"
             )
     options |= {
         "lr": args.learning_rate,
@@ -93,12 +93,12 @@ def use_optimizer(trainer: Any, name: str, **options: Any) -> None:
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise UserError(
             "the trainer has an optimizer already. "
-            "Make it without optimizers and optimizer_cls_and_kwargs."
+            "Make it without optimizers and optimizer_cls_and_kwargs"
         )
     if trainer.is_deepspeed_enabled:
         raise UserError(
             f"DeepSpeed brings an optimizer of its own, which would replace {name}. "
-            "Choose the optimizer in DeepSpeed's config."
+            "Choose the optimizer in DeepSpeed's config"
         )
     factory, settings = optimizer_factory(name, trainer.args, **options)
     whole = (

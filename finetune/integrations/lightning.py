@@ -29,7 +29,7 @@ class ClipsRows:
         if gradient_clip_algorithm not in (None, "norm"):
             raise UserError(
                 f"gradient_clip_algorithm is {gradient_clip_algorithm!r}, but row-sparse gradients "
-                "can only be clipped by norm. Set it to 'norm'."
+                "can only be clipped by norm. Set it to 'norm'"
             )
         clip_grad_norm_(
             [parameter for group in optimizer.param_groups for parameter in group["params"]],

@@ -43,7 +43,7 @@ def with_factory(base_trainer: Any, **options: Any) -> type:
         if option in options:
             raise UserError(
                 f"{option} was given to the optimizer, but train(...) has {argument}=. "
-                "Set it only there."
+                "Set it only there"
             )
 
     def build(

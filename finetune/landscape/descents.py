@@ -44,7 +44,7 @@ def check_descent(name: str) -> None:
     if info.sparse == "lazy" or info.must_know != "nothing":
         raise UserError(
             f"optimizer {info.name!r} is made for a model's matrices, and a landscape has only two "
-            "numbers. Choose another optimizer."
+            "numbers. Choose another optimizer"
         )
 
 

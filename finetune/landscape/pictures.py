@@ -87,10 +87,9 @@ def draw_landscapes(
 def _check(functions: Sequence[str], optimizers: Sequence[str], steps: int) -> None:
     for function in functions:
         if function not in LANDSCAPES:
-            near = did_you_mean(function, LANDSCAPES) or "."
             raise UserError(
-                f"there is no landscape {function!r}{near} "
-                f"The landscapes are {', '.join(LANDSCAPES)}."
+                f"there is no landscape {function!r}; the landscapes are {', '.join(LANDSCAPES)}"
+                f"{did_you_mean(function, LANDSCAPES)}"
             )
     for name in optimizers:
         check_descent(name)
@@ -98,10 +97,10 @@ def _check(functions: Sequence[str], optimizers: Sequence[str], steps: int) -> N
         given = ", ".join(optimizers) or "none"
         raise UserError(
             f"optimizers {given}: a picture shows 1 to {len(LOOKS)} different ones. "
-            "Name others, or draw two pictures."
+            "Name others, or draw two pictures"
         )
     if not functions:
-        raise UserError(f"no landscape was named. The landscapes are {', '.join(LANDSCAPES)}.")
+        raise UserError(f"no landscape was named. The landscapes are {', '.join(LANDSCAPES)}")
     if steps < 1:
         raise UserError(f"--steps is {steps}; it must be at least 1")
 

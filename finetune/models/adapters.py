@@ -52,12 +52,12 @@ def add_lora(
         if any(isinstance(module, ActiveHead) for module in chosen):
             raise UserError(
                 f"model.lora.target_modules: {target!r} is the output head, and an active "
-                "vocabulary trains rows of it; leave it out, or set vocabulary.mode to full"
+                "vocabulary trains rows of it. Leave it out, or set vocabulary.mode to full"
             )
         if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
-                f"model.lora.target_modules: {target!r} is not a linear layer of this model; give "
+                f"model.lora.target_modules: {target!r} is not a linear layer of this model. Give "
                 f'"all-linear", or some of {ends}'
             )
     config = LoraConfig(
@@ -93,7 +93,7 @@ def _rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]] | 
     table, head = token_tables(model)
     if head is not table and getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise UserError(
-            "LoRA with added tokens drops the bias of this model's head (a limit of peft): train "
+            "LoRA with added tokens drops the bias of this model's head (a limit of peft). Train "
             "without model.lora"
         )
     modules = [model.get_input_embeddings()] + (

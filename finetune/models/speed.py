@@ -40,7 +40,7 @@ def resolve_precision(requested: str, device: torch.device | str) -> tuple[str, 
     assert requested in PRECISIONS, requested
     if requested == "fp16" and kind != "cuda":
         raise UserError(
-            f'training.precision is "fp16", which needs a CUDA device, not {what}; use "auto", '
+            f'training.precision is "fp16", which needs a CUDA device, not {what}. Use "auto", '
             '"fp32" or "bf16"'
         )
     if requested == "bf16" and not native:

@@ -267,14 +267,14 @@ def check_group_options(
     """
     if isinstance(no_decay, str):
         raise UserError(
-            f"no_decay is the text {no_decay!r}; give a list of {', '.join(PARAMETER_KINDS)}"
+            f"no_decay is the text {no_decay!r}. Give a list of {', '.join(PARAMETER_KINDS)}"
         )
     for kind in no_decay:
         if kind not in PARAMETER_KINDS:
-            near = did_you_mean(kind, PARAMETER_KINDS) or ";"
+            near = did_you_mean(kind, PARAMETER_KINDS)
             raise UserError(
-                f"no_decay names {kind!r}{near} the kinds of parameter are "
-                f"{', '.join(PARAMETER_KINDS)}"
+                f"no_decay names {kind!r}; the kinds of parameter are "
+                f"{', '.join(PARAMETER_KINDS)}{near}"
             )
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay is {layer_decay}; it must lie above 0 and at most at 1")
@@ -282,13 +282,13 @@ def check_group_options(
     for override in overrides:
         for key in override:
             if key not in allowed:
-                near = did_you_mean(key, allowed) or ";"
-                raise UserError(f"an override holds {key!r}{near} it takes {', '.join(allowed)}")
+                near = did_you_mean(key, allowed)
+                raise UserError(f"an override holds {key!r}; it takes {', '.join(allowed)}{near}")
             value = override[key]
             if key != "pattern" and not (isinstance(value, (int, float)) and value >= 0):
                 raise UserError(
-                    f"the override {dict(override)} sets {key} to {value!r}; "
-                    "give a number from 0 up"
+                    f"the override {dict(override)} sets {key} to {value!r}. "
+                    "Give a number from 0 up"
                 )
         if "pattern" not in override or len(override) < 2:
             raise UserError(

@@ -133,9 +133,9 @@ def optimizer_info(name: str) -> OptimizerInfo:
     info = _BY_SPELLING.get(_spelling(name))
     if info is None:
         spellings = [*_BY_NAME, *(alias for info in _BY_NAME.values() for alias in info.aliases)]
-        near = did_you_mean(name.lower(), spellings) or ";"
+        near = did_you_mean(name.lower(), spellings)
         raise UserError(
-            f"there is no optimizer {name!r}{near} the optimizers are {', '.join(_BY_NAME)}"
+            f"there is no optimizer {name!r}; the optimizers are {', '.join(_BY_NAME)}{near}"
         )
     return info
 
@@ -168,13 +168,13 @@ def check_options(
     for option, value in options.items():
         asks_nothing = option == "weight_decay" and value == 0  # of an optimizer without decay
         if option not in allowed and not asks_nothing:
-            near = did_you_mean(option, [name for name in allowed if name in known]) or ";"
+            near = did_you_mean(option, [name for name in allowed if name in known])
             raise UserError(
-                f"optimizer {info.name!r} does not take {option!r}{near} "
-                f"it takes {', '.join(allowed)}"
+                f"optimizer {info.name!r} does not take {option!r}; "
+                f"it takes {', '.join(allowed)}{near}"
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"optimizer {info.name!r}: {option} is {value}; give a finite number")
+            raise UserError(f"optimizer {info.name!r}: {option} is {value}. Give a finite number")
         _check_kind(info, option, value, known.get(option))
     values = {
         option: value
@@ -196,12 +196,12 @@ def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> N
         given = value if isinstance(value, (list, tuple)) else ()
         if len(given) != len(default) or not all(map(_is_number, given)):
             raise UserError(
-                f"optimizer {info.name!r}: {option} is {value!r}; "
-                f"give {len(default)} numbers, e.g. {list(default)}"
+                f"optimizer {info.name!r}: {option} is {value!r}. "
+                f"Give {len(default)} numbers, e.g. {list(default)}"
             )
     elif isinstance(default, float) and not _is_number(value):
         raise UserError(
-            f"optimizer {info.name!r}: {option} is {value!r}; give a number, e.g. {default:g}"
+            f"optimizer {info.name!r}: {option} is {value!r}. Give a number, e.g. {default:g}"
         )
 
 

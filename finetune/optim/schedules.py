@@ -49,9 +49,9 @@ def build_lr_scheduler(
     Raises UserError for an unknown name or a value out of range.
     """
     if name not in SCHEDULES:
-        near = did_you_mean(name, SCHEDULES) or ";"
+        near = did_you_mean(name, SCHEDULES)
         raise UserError(
-            f"there is no schedule {name!r}{near} the schedules are {', '.join(SCHEDULES)}"
+            f"there is no schedule {name!r}; the schedules are {', '.join(SCHEDULES)}{near}"
         )
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}; a schedule needs at least one step")

@@ -1,7 +1,4 @@
-"""`finetune demo`: the shipped configs on the shipped data, with the result printed.
-
-Floor 5.
-"""
+"""`finetune demo`: the shipped configs on the shipped data, with the result printed."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +11,7 @@ from rich.table import Table
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, read_samples
@@ -27,25 +24,24 @@ SHORT = (
     "evaluation.samples=2",
     "generation.max_new_tokens=16",
 )
-SHOWN = ("loss", "perplexity", "chrf", "bleu")  # what someone who has just arrived knows
+SHOWN = ("loss", "perplexity", "chrf", "bleu")  # metrics that a newcomer knows
 
 
 def run_demo(
     task: str, overrides: Sequence[str] = (), *, short: bool, output_dir: Path | None
 ) -> Stopped:
-    """Fine-tune SmolLM2-135M as resources/demo_TASK.yaml and `overrides` (key=value) say, and print what changed.
+    """Fine-tune SmolLM2-135M, and print what changed.
 
-    Its own folder is written anew each time; one that is named must hold no run: UserError.
+    The config is resources/demo_TASK.yaml with `overrides` (key=value), and with SHORT if `short`.
+    The demo's own folder is written anew each time. Raises UserError if `output_dir` holds a run.
     """
     folder = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else []
     with as_file(files("finetune.resources") / f"demo_{task}.yaml") as path:
-        own, config = (
-            load_config(path),
-            load_config(path, [*(SHORT if short else ()), *overrides, *folder]),
-        )
+        own = load_config(path)
+        config = load_config(path, [*(SHORT if short else ()), *overrides, *folder])
     if config.output_dir != own.output_dir and RunDir(config.output_dir).is_run():
         raise UserError(
-            f"{config.output_dir} holds another run; name another --output-dir, or delete it"
+            f"{config.output_dir} holds another run. Name another --output-dir, or delete it"
         )
     stopped = run_training(config, display=Display())
     if stopped != "signal":
@@ -54,6 +50,7 @@ def run_demo(
 
 
 def _print_result(run: RunDir) -> None:
+    """Print the metrics before and after training, the samples, and what to do next."""
     console = Console(highlight=False, soft_wrap=True)
     summary = Evaluations.read(run)
     before, after = (part.metrics if part else {} for part in (summary.before, summary.after))
@@ -74,10 +71,12 @@ def _print_result(run: RunDir) -> None:
             console.print(f"  before:    {_line(first[sample.prompt])}", markup=False)
             console.print(f"  after:     {_line(sample.output)}", markup=False)
             console.print(f"  reference: {_line(sample.reference)}", markup=False)
-    use = "translate" if "chrf" in after else "chat"
-    console.print(f"\nThe whole report: {run.report}\nTry the model:    finetune {use} {run.root}")
+    command = "translate" if "chrf" in after else "chat"
+    console.print(f"\nThe whole report: {run.report}")
+    console.print(f"Try the model:    finetune {command} {run.root}")
 
 
 def _line(text: str, width: int = 160) -> str:
+    """Return the text on one line of at most `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,7 +1,4 @@
-"""A finished run, or any model, opened to be put to use; `finetune evaluate`.
-
-Floor 5.
-"""
+"""`finetune evaluate`: the metrics of a finished run, or of any model."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +9,7 @@ from typing import Any
 import torch
 
 from finetune.config import RunConfig, load_config
+from finetune.config.schema import DataSection
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel
@@ -30,24 +28,29 @@ def evaluate_target(
 ) -> dict[str, Any]:
     """Evaluate on data.test, or on the held-out data if there is none; print the metrics as JSON.
 
-    For a run that is evaluated on its own config they are added to its evaluation.json as "test".
+    If a run is evaluated with its own config, its evaluation.json keeps the metrics as "test".
+    Raises UserError for a target that cannot be opened, and for a config without held-out data.
     """
     display = display or Display()
     opened = open_target(target)
-    if config is None and opened.run is None:
+    if config is not None:
+        settings = load_config(config, overrides)
+    elif opened.run is not None:
+        settings = load_config(opened.run.config, overrides)
+    else:
         raise UserError(
-            f"{target} is a model, not a run, so there is no data to evaluate on: give --config FILE"
+            f"{target} is a model, not a run, so no data is known to evaluate it on. "
+            "Give --config FILE"
         )
-    settings = load_config(config if config is not None else opened.run.config, overrides)  # type: ignore[union-attr]
     material = read_material(
-        _evaluated(settings, opened.model.device.type),
+        _evaluation_config(settings, opened.model.device.type),
         display,
         trained=(opened.model, opened.tokenizer),
     )
     if material.raw.validation is None:
         raise UserError(
-            "the config names no held-out data: set data.test, data.validation or "
-            "data.validation_fraction"
+            "the config names no held-out data. "
+            "Set data.test, data.validation or data.validation_fraction"
         )
     accelerator = make_accelerator(material.config, Display(enabled=False))
     unused = _unused_tokens(opened.run, material.table_rows)
@@ -61,7 +64,7 @@ def evaluate_target(
         inactive=lambda: unused,
     )
     results = {
-        "data": _said_data(settings),
+        "data": _data_in_words(settings.data),
         "num_records": len(material.raw.validation),
         "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
     }
@@ -74,10 +77,11 @@ def evaluate_target(
     return results
 
 
-def _evaluated(config: RunConfig, device: str) -> RunConfig:
-    """Return the config with its test data held out, if it has any, and what training alone needs left out.
+def _evaluation_config(config: RunConfig, device: str) -> RunConfig:
+    """Return the config with its test data, if it has any, in the place of its held-out data.
 
-    The precision is that of the run's own evaluations; float32 for fp16 without CUDA.
+    Trackers and compilation are left out. The precision is that of the run's own evaluations, but
+    float32 instead of fp16 without CUDA.
     """
     changes: dict[str, Any] = {"tracking": ()}
     if config.data.test is not None:
@@ -90,7 +94,10 @@ def _evaluated(config: RunConfig, device: str) -> RunConfig:
 
 
 def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
-    """[V] bool, true for tokens that the run did not use; None where it used all, or left no record of it."""
+    """Return [V] bool, true for tokens that the run did not use.
+
+    It is None if the run used all tokens, or if it left no record of them.
+    """
     if run is None or not (used := Vocabulary.read(run).used):
         return None
     unused = torch.ones(vocab_size, dtype=torch.bool)
@@ -98,10 +105,9 @@ def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
     return unused if unused.any() else None
 
 
-def _said_data(config: RunConfig) -> str:
-    """Which rows of the config those are."""
-    data = config.data
-    sources = data.validation if data.test is None else data.test
+def _data_in_words(data: DataSection) -> str:
+    """Return which data of the config is evaluated on."""
+    key, sources = ("test", data.test) if data.test is not None else ("validation", data.validation)
     if sources is None:
         return f"{data.validation_fraction:g} of data.train, held out"
-    return f"data.{'validation' if data.test is None else 'test'}: {', '.join(source.path for source in sources)}"
+    return f"data.{key}: {', '.join(source.path for source in sources)}"

@@ -1,7 +1,4 @@
-"""`finetune export`: a run's model, or one of its checkpoints, as a plain Hugging Face folder.
-
-Floor 5.
-"""
+"""`finetune export`: a run's model, or one of its checkpoints, as a plain Hugging Face folder."""
 
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from finetune.run.folder import RunDir, step_of
 from finetune.run.records import evaluations_by_step
 from finetune.training.checkpoint import find_checkpoint, load
 
+PROBE = "The quick brown fox jumps over the lazy dog."  # the text whose logits are compared
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -33,16 +31,24 @@ def export_run(
     checkpoint: Path | None,
     display: Display | None = None,
 ) -> None:
-    """Write the model to `dest`, reload it from there, and compare the logits. Raises UserError."""
+    """Write the model to `dest`, reload it from there, and compare the logits.
+
+    `dtype` is a key of DTYPES. `checkpoint`: write the model of this one, not the run's model/.
+    Raises UserError if there is no such model, or if `dest` exists.
+    """
     run, display = RunDir(run_root), display or Display()
     if not run.is_run():
-        raise UserError(f"{run_root} is not a run's folder: there is no {run.config.name} in it")
+        raise UserError(
+            f"{run_root} is not a run's folder: it has no {run.config.name}. "
+            "Give the folder of a run"
+        )
     if dest.exists():
-        raise UserError(f"{dest} is already there; name a folder that does not exist yet")
+        raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
     if checkpoint is None and not (run.model / "config.json").is_file():
         raise UserError(
-            f"the run {run_root} has no model/ yet; finish it with `finetune train {run.config} --resume auto`, "
-            f"or name one of its checkpoints with --checkpoint"
+            f"the run {run_root} has no model/ yet. "
+            f"Finish it with `finetune train {run.config} --resume auto`, "
+            "or name one of its checkpoints with --checkpoint"
         )
     config = load_config(run.config)
     if checkpoint is None:
@@ -53,26 +59,27 @@ def export_run(
         assert folder is not None
         tokenizer = _tokenizer_of(run, config, folder)
         model = model_of_checkpoint(run, folder, tokenizer)
-        step, evaluations = step_of(folder), evaluations_by_step(run)
-        card = run_card(
-            run,
-            config,
-            {
-                f"step {number}": evaluations[number].metrics
-                for number in (0, step)
-                if number in evaluations
-            },
-        )
+        evaluations = evaluations_by_step(run)
+        metrics = {
+            f"step {step}": evaluations[step].metrics
+            for step in (0, step_of(folder))
+            if step in evaluations
+        }
+        card = run_card(run, config, metrics)
     export_model(model, tokenizer, dest, card=card, dtype=DTYPES[dtype])
-    ids = tokenizer("The quick brown fox jumps over the lazy dog.").input_ids
+    ids = tokenizer(PROBE).input_ids
     difference = verify_export(dest, model, ids, trust_remote_code=config.model.trust_remote_code)
     display.say(
-        f"{dest}: written in {dtype} and reloaded; its logits differ from the run's by {difference:.1g} of the largest"
+        f"{dest}: written in {dtype} and reloaded. "
+        f"Its logits differ from the run's by {difference:.1g} of the largest"
     )
 
 
 def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
-    """The tokenizer that a run trains with: that of its model/, or while there is none, made once more."""
+    """Return the tokenizer that a run trains with.
+
+    It is the one in the run's model/, or if there is none yet, it is made again.
+    """
     if (run.model / "config.json").is_file():
         return load_tokenizer(
             ModelSpec(name=str(run.model), trust_remote_code=config.model.trust_remote_code)
@@ -86,7 +93,7 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         then = load(checkpoint, "training.pt")["identity"]["the training data"]
         if material.train.fingerprint != then:  # other data makes another tokenizer
             raise UserError(
-                f"the training data of {run.root} changed, so its tokenizer cannot be made again: "
-                "restore the data"
+                f"the training data of {run.root} changed, so its tokenizer cannot be made again. "
+                "Restore the data"
             )
     return material.tokenizer

@@ -1,6 +1,6 @@
-"""`finetune generate` and `chat`: a run or a model answers prompts, lines of stdin, or someone at a terminal.
+"""`finetune generate` and `finetune chat`: answers of a run or a model.
 
-Floor 5.
+The prompts are arguments, lines of stdin, or what someone types at a terminal.
 """
 
 import sys
@@ -26,15 +26,16 @@ def generate_answers(
     settings: Mapping[str, Any],
     display: Display | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Each prompt (without any: each line of stdin) and its answer, in order. `raw` continues the text."""
+    """Yield each prompt with its answer, in order; without prompts, each line of stdin is one.
+
+    `raw` continues the text as it is, without the chat template. `settings` change the generation
+    settings of the run. Raises UserError for a target that cannot be opened.
+    """
     opened, display = open_target(target), display or Display()
     section = opened.settings(settings)
-    encode = (
-        _raw_prompt(opened.tokenizer)
-        if raw or not opened.tokenizer.chat_template
-        else _chat_prompt(opened.tokenizer)
-    )
-    for texts in _chunks(prompts or stdin_lines(display, "a prompt a line"), section.batch_size):
+    plain = raw or not opened.tokenizer.chat_template
+    encode = _raw_prompt(opened.tokenizer) if plain else _chat_prompt(opened.tokenizer)
+    for texts in _chunks(prompts or stdin_lines(display, "one prompt a line"), section.batch_size):
         with display.bar("generating", len(texts)) as advance:
             answers = generate(
                 opened.model,
@@ -43,17 +44,14 @@ def generate_answers(
                 on_progress=differences(advance),
                 settings=generation_settings(section, opened.model, seed=seed),
             )
-        yield from zip(
-            texts,
-            (opened.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers),
-            strict=True,
-        )
+        decoded = (opened.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
+        yield from zip(texts, decoded, strict=True)
 
 
 def chat_in_terminal(
     target: str, *, system_prompt: str | None, seed: int, settings: Mapping[str, Any]
 ) -> None:
-    """Read questions from stdin and stream the answers, until end of input or /exit."""
+    """Read questions from stdin and stream the answers, until the input ends or is /exit."""
     opened, display = open_target(target), Display()
     talk = Conversation(
         opened.model,
@@ -62,7 +60,7 @@ def chat_in_terminal(
         notify=display.say,
         settings=generation_settings(opened.settings(settings), opened.model, seed=seed),
     )
-    display.say("Ask something; /reset forgets the conversation, /exit ends it.")
+    display.say("Ask something. /reset forgets the conversation, /exit ends it.")
     while (question := _ask()) not in (None, "/exit", "/quit"):
         assert question is not None
         if question == "/reset":
@@ -73,15 +71,18 @@ def chat_in_terminal(
 
 
 def _chat_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return a function from a question to the token ids of a conversation that asks it."""
     template = ChatTemplate(tokenizer)
     return lambda text: template.prompt([{"role": "user", "content": text}])
 
 
 def _raw_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Return a function from a text to its token ids."""
     return lambda text: tokenizer(text).input_ids
 
 
 def _ask() -> str | None:
+    """Return the next question, or None at the end of the input."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):
@@ -89,6 +90,7 @@ def _ask() -> str | None:
 
 
 def _print_reply(talk: Conversation, question: str, display: Display) -> None:
+    """Print the answer as it is generated; Ctrl-C cuts it short."""
     try:
         for piece in talk.reply(question):
             print(piece, end="", flush=True)

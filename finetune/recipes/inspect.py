@@ -1,7 +1,4 @@
-"""`finetune inspect`: what a model would see of the data, before anything is trained.
-
-Floor 5.
-"""
+"""`finetune inspect`: what a model would see of the data, before anything is trained."""
 
 from collections.abc import Sequence
 
@@ -11,14 +8,31 @@ from rich.text import Text
 
 from finetune.config import RunConfig
 from finetune.data.statistics import DataReport, pieces, report_on
+from finetune.data.types import Example, Tokenizer
 from finetune.display import Display
 from finetune.recipes.build.data import STREAM_SAMPLE
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.vocabulary import plan_vocabulary
 
+LABELS = {
+    "records": "records",
+    "blank_records": "records without text",
+    "examples": "examples",
+    "tokens": "tokens",
+    "target_tokens": "target tokens",
+    "truncated": "examples cut to data.max_length",
+    "without_target": "of these left out, without a target",
+    "dropped": "examples dropped as too long",
+    "longest": "longest example before a cut, tokens",
+}
+"""The label of each field of DataStatistics."""
+
 
 def inspect_data(config: RunConfig, *, examples: int, console: Console | None = None) -> DataReport:
-    """Print rendered examples with their targets coloured, then the figures. The weights are not loaded. Raises UserError."""
+    """Print the first `examples` with their targets marked, then the figures; return the figures.
+
+    The weights are not loaded. Raises UserError for anything wrong with data or tokenizer.
+    """
     console = console or Console(highlight=False)
     display = Display()
     material = read_material(config, display)
@@ -28,19 +42,11 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         train, material.validation, tokenizer=tokenizer, vocab_size=material.table_rows
     )
     for number in range(min(examples, len(train))):
-        console.rule(
-            f"example {number + 1}: {len(train[number])} tokens, {train[number].num_target_tokens} targets",
-            align="left",
-        )
-        console.print(_marked(pieces(train[number], tokenizer), in_colour=console.is_terminal))
+        _print_example(number + 1, train[number], tokenizer, console)
     if examples:
         console.rule(align="left")
-        console.print(
-            _marked(
-                [("targets are like this", True), ("; the rest is read, not learnt", False)],
-                console.is_terminal,
-            )
-        )
+        legend = [("targets are like this", True), ("; the rest is read, not learnt", False)]
+        console.print(_marked(legend, in_colour=console.is_terminal))
     console.print(_figures(report, streamed=config.data.streaming))
     console.print(_histogram(report))
     vocabulary = plan_vocabulary(
@@ -50,8 +56,14 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     return report
 
 
-def _marked(stretches: Sequence[tuple[str, bool]], in_colour: bool) -> Text:
-    """Targets in colour on a terminal, in brackets elsewhere."""
+def _print_example(number: int, example: Example, tokenizer: Tokenizer, console: Console) -> None:
+    counts = f"{len(example)} tokens, {example.num_target_tokens} of them targets"
+    console.rule(f"example {number}: {counts}", align="left")
+    console.print(_marked(pieces(example, tokenizer), in_colour=console.is_terminal))
+
+
+def _marked(stretches: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
+    """Return the text with its targets in colour, or in brackets."""
     if in_colour:
         return Text.assemble(
             *((text, "bold green" if is_target else "dim") for text, is_target in stretches)
@@ -60,48 +72,39 @@ def _marked(stretches: Sequence[tuple[str, bool]], in_colour: bool) -> Text:
 
 
 def _figures(report: DataReport, *, streamed: bool) -> Table:
-    table = Table(
-        title="the data" + (f" (the first {STREAM_SAMPLE} rows of the stream)" if streamed else ""),
-        title_justify="left",
-    )
+    """Return the figures of the training data and of the held-out data, a column each."""
+    part = f" (the first {STREAM_SAMPLE} records of the stream)" if streamed else ""
+    table = Table(title=f"the data{part}", title_justify="left")
     for column in ("", "training", "held out"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="right" if column else "left")
     held_out = report.held_out or {}
-    for key, train in report.train.items():
-        table.add_row(
-            key.replace("_", " "), f"{train:,}", f"{held_out[key]:,}" if key in held_out else "-"
-        )
+    for key, count in report.train.items():
+        table.add_row(LABELS[key], f"{count:,}", f"{held_out[key]:,}" if key in held_out else "-")
     table.add_section()
-    table.add_row("target share", f"{report.target_share:.1%}", "")
+    table.add_row("target share", f"{report.target_share:.1%}")
+    table.add_row("length p50, tokens", f"{report.length_p50:,}")
+    table.add_row("length p95, tokens", f"{report.length_p95:,}")
+    table.add_row("length max, tokens", f"{report.length_max:,}")
+    table.add_row("tokens per word", f"{report.tokens_per_word:.2f}")
+    table.add_row("duplicates", f"{report.duplicates:,}")
+    leaked = "-" if report.leaked is None else f"{report.leaked:,}"
+    table.add_row("examples that also occur in training", "", leaked)
+    table.add_section()
+    used, rows = report.vocabulary_rows_used, report.vocabulary_rows
+    table.add_row("vocabulary rows", f"{rows:,}")
+    table.add_row("vocabulary rows used", f"{used:,}")
+    table.add_row("share of the rows used", f"{used / rows:.1%}")
+    coverage = report.held_out_coverage
     table.add_row(
-        "length p50 / p95 / max",
-        f"{report.length_p50} / {report.length_p95} / {report.length_max}",
-        "",
-    )
-    table.add_row("tokens per word", f"{report.tokens_per_word:.2f}", "")
-    table.add_row(
-        "duplicates",
-        f"{report.duplicates:,}",
-        "-" if report.leaked is None else f"{report.leaked:,} also in training",
-    )
-    share = report.vocabulary_rows_used / report.vocabulary_rows
-    coverage = (
-        "-"
-        if report.held_out_coverage is None
-        else f"{report.held_out_coverage:.2%} of tokens covered"
-    )
-    table.add_row(
-        "vocabulary rows used",
-        f"{report.vocabulary_rows_used:,} of {report.vocabulary_rows:,} ({share:.1%})",
-        coverage,
+        "tokens that also occur in training", "", "-" if coverage is None else f"{coverage:.2%}"
     )
     return table
 
 
 def _histogram(report: DataReport) -> Table:
-    table = Table(
-        title="tokens per training example", title_justify="left", box=None, show_header=False
-    )
+    """Return a bar for the number of training examples in each range of lengths."""
+    title = "tokens per training example"
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
     most = max(count for *_, count in report.length_histogram)
     for low, high, count in report.length_histogram:
         table.add_row(f"{low}–{high}", "█" * round(40 * count / most), f"{count:,}")

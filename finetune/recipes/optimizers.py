@@ -1,32 +1,27 @@
-"""`finetune optimizers`: what optimizer.name may be.
-
-Floor 5.
-"""
+"""`finetune optimizers`: what optimizer.name may be."""
 
 from finetune.errors import UserError
 from finetune.optim import optimizer_info, optimizer_table
 
 
 def print_optimizers(pattern: str) -> None:
-    """A few lines an optimizer: what it is, its options with their defaults. Raises UserError where the pattern matches none."""
-    rows = optimizer_table(pattern)
-    if not rows:
+    """Print a few lines an optimizer: what it is, and its options with their defaults.
+
+    Raises UserError if no name matches the pattern.
+    """
+    entries = optimizer_table(pattern)
+    if not entries:
         raise UserError(
-            f"no optimizer is called like {pattern!r}; `finetune optimizers` lists them all"
+            f"no optimizer has a name like {pattern!r}. Run `finetune optimizers` to list them all"
         )
-    for row in rows:
-        print(f"{row['name']}: {row['what']}")
-        if row["available"] == "yes":
-            options = optimizer_info(row["name"]).config_options
-            print(
-                "    takes "
-                + ", ".join(
-                    f"{name}={default}" for name, default in options.items() if name != "lr"
-                )
-            )
+    for entry in entries:
+        print(f"{entry['name']}: {entry['what']}")
+        if entry["available"] == "yes":
+            options = optimizer_info(entry["name"]).config_options
+            named = (f"{name}={value}" for name, value in options.items() if name != "lr")
+            print(f"    takes {', '.join(named)}")
         else:
-            print(f"    not available here: {row['available']}")
-        print(
-            f"    {row['state bytes per parameter']} bytes of state per parameter; sparse gradients: {row['sparse gradients']}"
-        )
-        print(f"    {row['paper']}")
+            print(f"    not available here: {entry['available']}")
+        print(f"    {entry['state bytes per parameter']} bytes of state per parameter")
+        print(f"    sparse gradients: {entry['sparse gradients']}")
+        print(f"    {entry['paper']}")

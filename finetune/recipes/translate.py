@@ -1,7 +1,4 @@
-"""`finetune translate`: sentences, a file, or the lines of stdin, by a run or a model.
-
-Floor 5.
-"""
+"""`finetune translate`: sentences, a file, or the lines of stdin, by a run or a model."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,19 +27,24 @@ def translate_text(
     settings: Mapping[str, Any],
     display: Display | None = None,
 ) -> None:
-    """Translate `texts`, the file `input`, or the lines of stdin; to the file `output` or stdout. Empty lines stay empty."""
+    """Translate `texts`, the file `input`, or the lines of stdin, line by line.
+
+    The translations go to the file `output` or to stdout; an empty line stays empty. Raises
+    UserError for arguments that contradict each other, and for languages that are not known.
+    """
     if texts and input is not None:
-        raise UserError("give sentences or --input, not both")
+        raise UserError("both sentences and --input are given. Give sentences or --input, not both")
     if output is not None and input is None:
-        raise UserError("--output goes with --input; without a file, redirect the output")
+        raise UserError("--output is given without --input. Give --input, or redirect the output")
     if input is not None and not input.is_file():
-        raise UserError(f"the input {input} is no file (looked in {Path.cwd()})")
+        raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     opened, display = open_target(target), display or Display()
     format, section = _translation_format(opened, source, to), opened.settings(settings)
-    trained = _trained_languages(opened.run) if opened.run is not None else ()
-    if None not in trained and trained and not set(format.languages) <= set(trained):
+    trained = _trained_languages(opened.run)
+    if trained and not set(format.languages) <= set(trained):
         display.say(
-            f"note: this run was trained on {' and '.join(map(str, trained))}, not on {' and '.join(format.languages)}"
+            f"note: this run was trained on {' and '.join(trained)}, "
+            f"not on {' and '.join(format.languages)}"
         )
     translate = functools.partial(
         translate_lines,
@@ -59,32 +61,37 @@ def translate_text(
     lines = (
         read_lines(input)
         if input is not None
-        else texts or stdin_lines(display, "a sentence a line")
+        else texts or stdin_lines(display, "one sentence a line")
     )
     for line in translate(lines):
         print(line, flush=True)
 
 
 def _translation_format(opened: Opened, source: str | None, to: str | None) -> TranslationFormat:
-    """The prompt of the run's own training, or for a plain model that of the two languages given."""
-    pair = opened.config.data.translation if opened.config is not None else None
-    trained: list[str | None] = (
-        list(_trained_languages(opened.run)) if opened.run is not None else [None, None]
-    )
-    if pair is not None and pair.direction == "backward":
-        trained.reverse()
-    source, to = source or trained[0], to or trained[1]
+    """Return the format of the run's own training, from `source` to `to`.
+
+    By default the languages are those of the run, in the direction that it was trained in.
+    """
+    data = opened.config.data if opened.config is not None else None
+    trained = _trained_languages(opened.run)
+    if data is not None and data.translation.direction == "backward":
+        trained = trained[::-1]
+    if trained:
+        source, to = source or trained[0], to or trained[1]
     if source is None or to is None:
-        raise UserError("which languages? give --from and --to, e.g. --from en --to fr")
+        raise UserError(
+            "the languages are not known. Give --from and --to, such as --from en --to fr"
+        )
     return TranslationFormat(
         tokenizer=opened.tokenizer,
         languages=(source, to),
         direction="forward",
-        template=pair.template if pair is not None else None,
+        template=data.translation.template if data is not None else None,
         targets="assistant",
-        system_prompt=opened.config.data.system_prompt if opened.config is not None else None,
+        system_prompt=data.system_prompt if data is not None else None,
     )
 
 
-def _trained_languages(run: RunDir) -> Sequence[str | None]:
-    return DataCounts.read(run).languages or (None, None)
+def _trained_languages(run: RunDir | None) -> Sequence[str]:
+    """Return the two languages that a run was trained on; none if that is not known."""
+    return (DataCounts.read(run).languages or ()) if run is not None else ()

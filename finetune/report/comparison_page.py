@@ -24,7 +24,7 @@ def write_comparison(root: Path) -> Path:
     if not source.is_file():
         raise UserError(
             f"{root} holds no finished comparison: there is no {source}. "
-            "Run `finetune compare` to its end."
+            "Run `finetune compare` to its end"
         )
     return write_page(_render(json.loads(source.read_text(encoding="utf-8"))), target)
 

@@ -1,10 +1,14 @@
-"""A run's folder and its records; no other room opens them.
+"""A run's folder and its records, which no other room opens.
 
-Training leaves the records here; the report, the model card and later commands read them here. Other
-rooms write checkpoints, model/, report.html and bad_batch.pt at the paths that `folder` names.
+Other rooms write checkpoints, model/, report.html and bad_batch.pt, at the paths in `folder`.
 
-Read in this order: `folder` (what lies where), `records` (each one a dataclass with `read` and
-`write`), `log` (what grows while a run goes on), `metrics` (the names and units of the figures),
-`environment` (how that record is made), `files` (how a record is replaced, whole or not at all),
-`wording` (durations, sizes and lists in words).
+Read in this order:
+
+- `folder`: the paths;
+- `records`: each a dataclass with `read` and `write`; those of a comparison are in `trials`;
+- `log`: what grows during a run;
+- `metrics`: the names and units of the figures;
+- `environment`: how that record is made;
+- `files`: how a record is replaced, whole or not at all;
+- `wording`: durations, sizes and lists in words.
 """

@@ -1,4 +1,4 @@
-"""What a run is made with: versions, machine, command line, start time."""
+"""The circumstances of a run: versions, machine, command line, start time."""
 
 import datetime
 import importlib.metadata
@@ -51,7 +51,7 @@ def collect_environment(*, processes: int, device: str, precision: str) -> Envir
 
 
 def command_line() -> str:
-    """Return what this process was started with, to be typed again."""
+    """Return the command line of this process, in a form that can be typed again."""
     name = Path(sys.argv[0]).name
     started = ["python", "-m", Path(sys.argv[0]).parent.name] if name == "__main__.py" else [name]
     return shlex.join([*started, *sys.argv[1:]])

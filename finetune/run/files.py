@@ -1,4 +1,4 @@
-"""How a record gets to the disk and back: whole or not at all, and a refusal is one sentence."""
+"""The way of a record to the disk and back: whole or not at all, and one message if it fails."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from finetune.run.folder import RunDir, newest_checkpoint
 def write_text(path: Path, text: str) -> None:
     """Put `text` in the place of the file at `path`.
 
-    A process that dies on the way leaves the old file whole. Raises UserError if the disk refuses.
+    If the process dies meanwhile, the old file stays whole. Raises UserError if the disk refuses.
     """
     temporary = path.with_name(path.name + ".tmp")
     with _refusals(path):
@@ -33,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    """Put `values` in the place of the JSON file at `path`. Raises UserError as `write_text`."""
+    """Put `values` in the place of the JSON file at `path`, as `write_text`. Raises UserError."""
     write_text(path, json.dumps(finite(values), indent=indent))
 
 
@@ -73,15 +73,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise UserError(
-            f"{path} is no valid JSON object ({error}): restore it, or remove it to do without"
+            f"{path} is not a valid JSON object ({error}). Restore or remove the file"
         ) from error
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the JSON objects in the file at `path`, one a line, and how many lines are none.
+    """Return the JSON objects in the file at `path`, one a line, and how many lines are not one.
 
-    A process that was killed leaves a last line that is cut short. Raises UserError if the file
-    cannot be read; a file that is not there has no lines.
+    A killed process may leave a last line that is cut short. A file that is not there has no lines.
+    Raises UserError if the file cannot be read.
     """
     objects, unreadable = [], 0
     for line in raw_lines(path):
@@ -95,7 +95,8 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def raw_lines(path: Path) -> list[bytes]:
     """Return the lines of the file at `path`, none if there is no such file.
 
-    Only a line feed ends a line: an answer may hold other separators of Unicode.
+    Only a line feed ends a line: an answer may hold other separators of Unicode. Raises UserError
+    if the file cannot be read.
     """
     if not path.is_file():
         return []
@@ -134,11 +135,11 @@ def _left(path: Path) -> str:
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         return "; there is no checkpoint yet"
-    return f"; the last complete checkpoint {newest} is untouched: go on with --resume auto"
+    return f"; the last complete checkpoint {newest} is untouched. Continue with --resume auto"
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk keep the new name of a file, on systems that can open a folder."""
+    """Write the new name of a file to the disk, on systems that can open a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

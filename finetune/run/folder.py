@@ -1,4 +1,4 @@
-"""The names of everything in a run's folder, and which of its checkpoints are complete."""
+"""The paths in a run's folder, and which of its checkpoints are complete."""
 
 import json
 import re
@@ -12,13 +12,13 @@ MARK = "complete.json"
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """`runs/<name>/` and what lies in it."""
+    """`runs/<name>/` and the paths in it."""
 
     root: Path
 
     @property
     def config(self) -> Path:
-        """The resolved config, every default written out."""
+        """The resolved config, with every default written out."""
         return self.root / "config.yaml"
 
     @property
@@ -33,12 +33,12 @@ class RunDir:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step, and one an evaluation."""
+        """One JSON object for each step and for each evaluation."""
         return self.root / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """One JSON object an answer that is kept for a person."""
+        """One JSON object for each answer that is kept for a person."""
         return self.root / "samples.jsonl"
 
     @property
@@ -48,7 +48,7 @@ class RunDir:
 
     @property
     def vocabulary(self) -> Path:
-        """The ids of the tokens that the run uses."""
+        """The ids of the tokens that the run uses, and which rows train."""
         return self.root / "vocabulary.json"
 
     @property
@@ -58,15 +58,17 @@ class RunDir:
 
     @property
     def updates(self) -> Path:
-        """The size of a few updates against the weights, in a run of a comparison."""
+        """The size of a few updates relative to the weights, in a run of a comparison."""
         return self.root / "updates.jsonl"
 
     @property
     def report(self) -> Path:
+        """The page that shows the run."""
         return self.root / "report.html"
 
     @property
     def checkpoints(self) -> Path:
+        """One folder for each checkpoint that is kept."""
         return self.root / "checkpoints"
 
     @property
@@ -80,15 +82,15 @@ class RunDir:
         return self.root / "bad_batch.pt"
 
     def is_run(self) -> bool:
-        """Return whether a run was ever begun here."""
+        """Return whether a run has begun here."""
         return self.config.is_file()
 
     def has_started(self) -> bool:
-        """Return whether there is something to lose: a step or an evaluation was logged."""
+        """Return whether there is something to lose: a logged step or evaluation."""
         return self.is_run() and self.metrics.is_file()
 
     def clear(self) -> None:
-        """Delete the run. Files that no run writes stay."""
+        """Delete the run. Other files in the folder stay."""
         for folder in (self.checkpoints, self.model):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (
@@ -135,5 +137,5 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step after which a complete checkpoint was taken. Its folder may be renamed."""
+    """Return the step of a complete checkpoint. Its folder may have been renamed."""
     return json.loads((checkpoint / MARK).read_text())["step"]

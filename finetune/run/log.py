@@ -1,4 +1,4 @@
-"""What grows while a run goes on: metrics.jsonl with its listeners, and samples.jsonl."""
+"""The files that grow during a run: metrics.jsonl with its listeners, and samples.jsonl."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ Listener = Callable[[StepRecord | Evaluation], None]
 
 
 class MetricLogger:
-    """A file that gets one line a record, and listeners (progress display, trackers)."""
+    """A file that gets one line for each record, and listeners (progress display, trackers)."""
 
     def __init__(self, path: Path, *, listeners: tuple[Listener, ...] = ()) -> None:
         self._path = path
@@ -21,7 +21,7 @@ class MetricLogger:
         make_folder(path.parent)
 
     def log(self, record: StepRecord | Evaluation) -> None:
-        """Append `record` and hand it to the listeners. Raises UserError if the disk refuses."""
+        """Append `record` and pass it to the listeners. Raises UserError if the disk refuses."""
         append_lines(self._path, [record.as_line()])
         for listener in self._listeners:
             listener(record)
@@ -33,9 +33,9 @@ def keep_samples(run: RunDir, samples: Sequence[Sample]) -> None:
 
 
 def forget_after(run: RunDir, step: int) -> None:
-    """Drop what was logged after `step`, which a resumed run takes again, and lines cut short.
+    """Remove what was logged after `step`, and lines that are cut short.
 
-    Raises UserError if the disk refuses.
+    A resumed run takes these steps again. Raises UserError if the disk refuses.
     """
     for path in (run.metrics, run.samples):
         if path.is_file():

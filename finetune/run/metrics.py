@@ -1,6 +1,6 @@
-"""The figures of an evaluation: under which key each is recorded, what it is called, and its unit.
+"""The figures of an evaluation: the key in the record, the name, the unit and the digits of each.
 
-The terminal, the report, the model card and the demo all go by `METRICS`.
+The terminal, the report, the model card and the demo all print from `METRICS`.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The records of a run: each file as a dataclass that is written and read here and nowhere else.
+"""The records of a run: each file is a dataclass, which is written and read here only.
 
 A key that this version does not know is kept when a file is read and written again. A key that is
 missing, as in the file of an earlier run, has its default.
@@ -19,6 +19,7 @@ from finetune.run.folder import RunDir
 class JsonRecord:
     """A file of one JSON object whose keys are the fields. A field that is None is left out."""
 
+    file: ClassVar[str]  # the property of RunDir that is its path
     indent: ClassVar[int | None] = 2
 
     more: Mapping[str, Any] = field(default_factory=dict, kw_only=True)  # keys not known here
@@ -26,7 +27,8 @@ class JsonRecord:
     @classmethod
     def path(cls, run: RunDir) -> Path:
         """Return the file that holds this record of `run`."""
-        raise NotImplementedError
+        path: Path = getattr(run, cls.file)
+        return path
 
     @classmethod
     def read(cls, run: RunDir) -> Self:
@@ -40,7 +42,7 @@ class JsonRecord:
             return cls.from_dict(values)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} is not what a run writes ({error}): restore it, or remove it to do without"
+                f"{path} is not what a run writes ({error}). Restore or remove the file"
             ) from error
 
     def write(self, run: RunDir) -> None:
@@ -65,6 +67,8 @@ class JsonRecord:
 class Environment(JsonRecord):
     """environment.json: what a run was made with, and what its reader should know."""
 
+    file = "environment"
+
     command: str = ""  # to be typed again
     started: str = ""  # ISO 8601
     processes: int | None = None
@@ -75,42 +79,33 @@ class Environment(JsonRecord):
     model: Mapping[str, Any] = field(default_factory=dict)  # its shape and parameters, counted
     notes: Sequence[str] = ()  # choices made, things left out
 
-    @classmethod
-    def path(cls, run: RunDir) -> Path:
-        return run.environment
-
 
 @dataclass(frozen=True)
 class DataCounts(JsonRecord):
     """data.json: what was read and what became of it."""
+
+    file = "data"
 
     format: str | None = None
     train: Mapping[str, int] | None = None  # what is counted -> how many
     languages: Sequence[str] | None = None  # source and target, of translation data
     validation: Mapping[str, int] | None = None
 
-    @classmethod
-    def path(cls, run: RunDir) -> Path:
-        return run.data
-
 
 @dataclass(frozen=True)
 class Vocabulary(JsonRecord):
     """vocabulary.json: the tokens that a run uses, written at its end."""
 
+    file = "vocabulary"
     indent = None  # the ids are many
 
-    chosen: str | None = None  # one line that says which rows train
+    chosen: str | None = None  # which rows train, on one line
     used: Sequence[int] = ()  # ids, ascending
-
-    @classmethod
-    def path(cls, run: RunDir) -> Path:
-        return run.vocabulary
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The line of metrics.jsonl for one step. NaN and 0 stand for what a file does not say."""
+    """The line of metrics.jsonl for one step. A key that a file lacks is NaN or 0."""
 
     step: int
     epoch: float = math.nan
@@ -133,7 +128,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures measured after a step, by the keys of METRICS, with signatures and seconds."""
+    """The figures after a step, by the keys of METRICS, with chrF's signature and seconds."""
 
     step: int
     metrics: Mapping[str, Any]
@@ -152,14 +147,12 @@ class Evaluation:
 class Evaluations(JsonRecord):
     """evaluation.json: the evaluations that a reader compares."""
 
+    file = "evaluation"
+
     before: Evaluation | None = None
     after: Evaluation | None = None
     best: Evaluation | None = None
     test: Mapping[str, Any] | None = None  # the figures on test data, measured after the run
-
-    @classmethod
-    def path(cls, run: RunDir) -> Path:
-        return run.evaluation
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -198,9 +191,9 @@ def read_config(run: RunDir) -> str:
 
 
 def read_metrics(run: RunDir) -> tuple[list[StepRecord | Evaluation], int]:
-    """Return what was logged, in the order of the file, and how many of its lines are none.
+    """Return what was logged, in the order of the file, and how many lines were unreadable.
 
-    Raises UserError if the file cannot be read; there is nothing if the run has not begun.
+    There is nothing if the run has not begun. Raises UserError if the file cannot be read.
     """
     lines, unreadable = read_json_lines(run.metrics)
     records: list[StepRecord | Evaluation] = []
@@ -225,13 +218,13 @@ def _metrics_of(line: Mapping[str, Any]) -> StepRecord | Evaluation:
 
 
 def evaluations_by_step(run: RunDir) -> dict[int, Evaluation]:
-    """Return the evaluations that were logged, under their steps."""
+    """Return the evaluations that were logged, by step."""
     records, _ = read_metrics(run)
     return {record.step: record for record in records if isinstance(record, Evaluation)}
 
 
 def read_samples(run: RunDir) -> tuple[list[Sample], int]:
-    """Return the samples that were kept, in the order of the file, and how many lines are none.
+    """Return the samples, in the order of the file, and how many lines were unreadable.
 
     Raises UserError if the file cannot be read.
     """
@@ -245,9 +238,9 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
 
 @dataclass
 class RunRecords:
-    """What a run has written so far.
+    """Everything that a run has written so far.
 
-    All but the config may be missing: the run goes on, was broken off, or had no evaluation.
+    All but the config may be missing if the run goes on, was stopped, or had no evaluation.
     """
 
     name: str
@@ -275,7 +268,7 @@ def read_run(root: Path) -> RunRecords:
     if not run.is_run():
         what = "holds no run (it has no config.yaml)" if root.is_dir() else "does not exist"
         raise UserError(
-            f"{root} {what}: name the folder that a training run has written, the output_dir of "
+            f"{root} {what}. Name the folder that a training run has written, the output_dir of "
             "its config"
         )
     environment, summary = Environment.read(run), Evaluations.read(run)
@@ -295,7 +288,7 @@ def read_run(root: Path) -> RunRecords:
         after=summary.after or (last if last and last.step > 0 else None),
         best=summary.best,
         test=summary.test,
-        # the run itself writes more at its end, or nothing
+        # a run writes more than "test" at its end
         finished=run.evaluation.is_file() and summary.as_dict().keys() != {"test"},
         diverged=run.bad_batch.is_file(),
         notes=[

@@ -1,4 +1,4 @@
-"""How durations, sizes and lists are written for a person, on the terminal and on a page."""
+"""Durations, sizes and lists in words, on the terminal and on a page."""
 
 from collections.abc import Sequence
 

@@ -189,8 +189,8 @@ def _check_shared(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(
             errno.ENOENT,
-            f"{socket.gethostname()} does not see it. "
-            "Put output_dir on a disk that all hosts share",
+            f"{socket.gethostname()} does not see it (output_dir must be on a disk that all hosts "
+            "share)",
         )
 
 

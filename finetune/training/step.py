@@ -2,9 +2,13 @@
 your own take the same one.
 
 **Loss.** Every target token weighs the same, however a step is cut. The sum of the token losses of
-each micro-batch is divided by the number of target tokens of the whole step, over all micro-batches
-and processes. Data-parallel engines average gradients over processes, hence the factor
-`num_processes`. So 1 x 8 = 8 x 1 = 2 x 4 sequences, on one process or on many.
+a micro-batch is divided by the number of target tokens of the whole step. That number is over all
+micro-batches and processes. Data-parallel engines average gradients over processes, hence the
+factor `num_processes`. So 1 x 8 = 8 x 1 = 2 x 4 sequences, on one process or on many.
+
+**Where things happen.** Autocast and fp16 scaling come with the module and the optimizer from
+`accelerator.prepare`. The loss of a large head computes its gradient in the forward already
+(`finetune.compute.loss`). DDP and FSDP2 average dense gradients in the last backward.
 """
 
 import contextlib

@@ -59,7 +59,7 @@ class Cadence:
 
 
 class Trainer:
-    """Trains a module that maps a micro-batch to the sum of its token losses in nats.
+    """The training loop of a module that maps a micro-batch to the sum of its token losses in nats.
 
     Module and optimizer come from the engine (`finetune.distributed.engines.prepare`).
     `evaluate(step)` returns the metrics of the model as it is. `identity` is what a resumed run

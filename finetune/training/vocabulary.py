@@ -11,7 +11,7 @@ from finetune.compute.products import release
 from finetune.data.batches.collate import collate
 from finetune.data.batches.steps import StepBatch
 from finetune.data.encode import EncodedDataset
-from finetune.data.types import Batch
+from finetune.data.types import MicroBatch
 from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.vocabulary.activate import active_modules
@@ -24,7 +24,9 @@ MEASURED_AT = frozenset(16 * 4**k for k in range(16))
 """Steps before which they are measured again, after the first: they move most at the start."""
 
 
-def measuring_batches(dataset: EncodedDataset, *, pad_id: int, size: int = 4) -> Iterator[Batch]:
+def measuring_batches(
+    dataset: EncodedDataset, *, pad_id: int, size: int = 4
+) -> Iterator[MicroBatch]:
     """Yield examples from all over `dataset`, up to MEASURED_TOKENS target tokens.
 
     A batch has `size` of them, padded.
@@ -41,7 +43,7 @@ def measuring_batches(dataset: EncodedDataset, *, pad_id: int, size: int = 4) ->
 
 
 class VocabularyKeeper:
-    """Prepares the vocabulary before each step, and knows which tokens the run uses.
+    """The state of the vocabulary from step to step: prepared before each, asked for used tokens.
 
     `batches()` yields the data on which the model's probabilities are measured, for mode `sampled`.
     `num_steps`: of the whole run. `note` gets sentences for the user, each of them once.
@@ -52,7 +54,7 @@ class VocabularyKeeper:
         plan: VocabularyPlan,
         language_model: LanguageModel,
         *,
-        batches: Callable[[], Iterable[Batch]],
+        batches: Callable[[], Iterable[MicroBatch]],
         accelerator: Accelerator,
         num_steps: int,
         seed: int,

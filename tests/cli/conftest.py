@@ -1,4 +1,4 @@
-"""The command line in this process: arguments in; exit code, stdout, stderr and the files of the folder out."""
+"""The command line in this process: arguments in; exit code, stdout, stderr and files out."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ class Result:
 
 
 def finetune(*arguments: str, stdin: str = "") -> Result:
-    """`finetune ARGUMENTS` as a user would see it, without the four seconds that a process of its own takes to import torch."""
+    """Run `finetune ARGUMENTS`. A process of its own would take four seconds to import torch."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, ["finetune", *arguments]
     keyboard, sys.stdin = sys.stdin, io.StringIO(stdin)
@@ -42,7 +42,7 @@ def finetune(*arguments: str, stdin: str = "") -> Result:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """Every file and folder below `root` with its content."""
+    """Return every file and folder below `root` with its content."""
     return {
         str(path.relative_to(root)): path.read_bytes() if path.is_file() else b""
         for path in sorted(root.rglob("*"))
@@ -51,14 +51,14 @@ def snapshot(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """Return an empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def write_config(folder: Path, tiny: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
-    """Write c.yaml, the tiny config with sections changed; its run goes to run/."""
+    """Return a writer of c.yaml: the tiny config with sections changed, and run/ as its run."""
 
     def write_config(**sections: Any) -> Path:
         path = folder / "c.yaml"
@@ -79,7 +79,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def train_in(folder: Path, **sections: Any) -> Path:
-    """Train the tiny model for two steps in `folder`, as c.yaml there says; the run is run/."""
+    """Write c.yaml in `folder`, train the tiny model for two steps, and return the folder."""
     tree = {
         "output_dir": "run",
         "model": {"config": LLAMA, "tokenizer": {"vocab_size": 300}},
@@ -96,7 +96,7 @@ def train_in(folder: Path, **sections: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with c.yaml, chat.jsonl and run/, trained on conversations."""
+    """Return a folder with c.yaml, chat.jsonl and run/, trained on conversations."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "chat.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
@@ -110,7 +110,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def translator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with c.yaml and run/, trained on pairs of English and French."""
+    """Return a folder with c.yaml and run/, trained on pairs of English and French."""
     return train_in(
         tmp_path_factory.mktemp("translator"),
         data={

@@ -1,4 +1,4 @@
-"""Every command does what its help says: results alone on stdout, plain lines in a pipe, a live display on a terminal."""
+"""Each command does what its help says: only results on stdout, progress on stderr."""
 
 import io
 import json
@@ -47,7 +47,7 @@ HEAVY = ["torch", "transformers", "datasets", "accelerate", "peft", "matplotlib"
 
 @pytest.fixture
 def chat_run(finished, folder) -> Path:
-    """The working directory, with a copy of the run on conversations."""
+    """Return the working directory, with a copy of the run on conversations."""
     shutil.copytree(finished, folder, dirs_exist_ok=True)
     return folder
 
@@ -78,7 +78,10 @@ def in_a_process(*arguments: str) -> subprocess.CompletedProcess:
 def on_a_terminal(
     *arguments: str, replies: Callable[[str], str | None] = lambda shown: None
 ) -> tuple[int, str]:
-    """`finetune ARGUMENTS` on a pseudo-terminal: the exit code and all that it showed. `replies` says what to type next, if any."""
+    """Run `finetune ARGUMENTS` on a pseudo-terminal; return the exit code and what it showed.
+
+    `replies` returns what to type next, or None.
+    """
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "finetune", *arguments],
@@ -112,7 +115,7 @@ def assert_plain(text: str) -> None:
 
 
 def test_help_is_fast_and_imports_nothing_heavy(tmp_path):
-    """One process asks for the help of the program and of every command."""
+    """One process prints the help of the program and of every command."""
     code = f"""
 import json, resource, sys
 from finetune.cli import main
@@ -234,7 +237,7 @@ def test_a_dry_run_prints_the_resolved_config_alone(chat_run):
     assert snapshot(chat_run) == before
 
 
-# --- reading commands
+# --- commands on a run
 
 
 def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
@@ -254,7 +257,7 @@ def test_evaluate_prints_json_alone_and_keeps_it(chat_run):
     assert snapshot(chat_run) == before  # on other data, or another model, nothing is kept
 
 
-def test_evaluate_reads_all_rows_of_the_test_data(chat_run):
+def test_evaluate_reads_all_records_of_the_test_data(chat_run):
     held_out = json.loads(finetune("evaluate", "run", "data.max_validation_records=2").out)
     tested = json.loads(
         finetune("evaluate", "run", "data.max_validation_records=2", "data.test=chat.jsonl").out
@@ -266,7 +269,7 @@ def test_a_demo_is_not_written_over_a_run_that_was_named(chat_run):
     before = snapshot(chat_run)
     result = finetune("demo", "chat", "--short", "--output-dir", "run")
     assert (result.code, result.out) == (2, "")
-    assert "run holds another run; name another --output-dir, or delete it" in result.err
+    assert "run holds another run. Name another --output-dir, or delete it" in result.err
     assert snapshot(chat_run) == before
 
 
@@ -474,13 +477,16 @@ def test_export_writes_a_plain_model(chat_run):
     again = finetune("export", "run", "out")
     assert (again.code, again.err) == (
         2,
-        "finetune: out is already there; name a folder that does not exist yet\n",
+        "finetune: out already exists. Name a folder that does not exist yet\n",
     )
 
 
 @pytest.mark.parametrize("kind", ["random", "pretrained"])
 def test_export_a_checkpoint_of_a_stopped_run(chat_run, kind):
-    """As of the finished one, tokenizer included; a pretrained model without a chat template had tokens added."""
+    """It equals that of the finished run, tokenizer included.
+
+    The pretrained model has no chat template, so tokens were added to it.
+    """
     run, options = "run", ("--checkpoint", "run/checkpoints/step-00000002")
     if kind == "pretrained":
         run, options = "tuned", ("--checkpoint", "tuned/checkpoints/step-00000002")
@@ -533,7 +539,7 @@ NEO = {
 
 
 def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
-    """GPT-Neo has eager attention alone."""
+    """GPT-Neo has only eager attention."""
     neo = {"config": {**NEO, "max_position_embeddings": 128}, "attn_implementation": "eager"}
     write_config(model=neo, data={"packing": False}, training={"max_steps": 1})
     for command in (
@@ -560,7 +566,7 @@ def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
         result = finetune(command, "c.yaml", "model={name: out}", "output_dir=again")
         assert result.code == 2, result.err
         assert (
-            "its architecture has no sdpa attention; set model.attn_implementation: eager"
+            "its architecture has no sdpa attention. Set model.attn_implementation: eager"
             in result.err
         )
 

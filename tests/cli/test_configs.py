@@ -1,4 +1,4 @@
-"""Every shipped config is read, says what it is, and runs: the tiny ones as they are, the others in miniature."""
+"""Every shipped config has a header and runs: tiny ones as they are, others in miniature."""
 
 import json
 import re
@@ -75,13 +75,13 @@ def test_the_header_says_what_it_is_the_command_and_what_was_measured(path):
 
 @pytest.mark.parametrize("path", PRETRAINED, ids=name_of)
 def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
-    """One step of it on a few rows, from the data to the exported model."""
+    """It takes one step on a few records, from the data to the exported model."""
     config = load_config(path)
     assert config.output_dir == (Path("runs") / path.stem if path in CONFIGS else config.output_dir)
     architecture = ARCHITECTURES[config.model.name]
     train, held_out = (
-        [{"path": source.path, "max_records": rows} for source in sources]
-        for sources, rows in ((config.data.train, 24), (config.data.validation, 4))
+        [{"path": source.path, "max_records": count} for source in sources]
+        for sources, count in ((config.data.train, 24), (config.data.validation, 4))
     )
     result = finetune(
         "train",
@@ -107,7 +107,7 @@ def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", TINY, ids=name_of)
-def test_a_tiny_one_runs_as_it_stands(path, folder):
+def test_a_tiny_one_runs_as_it_is(path, folder):
     (command,) = (
         line.removeprefix("# Command:")
         for line in path.read_text().splitlines()

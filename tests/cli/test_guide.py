@@ -1,4 +1,4 @@
-"""What docs/guide.md shows: data formats are read as it says, and the training loop runs."""
+"""The guide is right: its data formats are read, and its training loop runs."""
 
 import json
 import re

@@ -2,9 +2,9 @@
 
 import json
 
-from finetune.comparison.runs import Point, Result, Run
 from finetune.comparison.summary import summarise
 from finetune.run.files import finite
+from finetune.run.trials import Point, Result, Run
 
 BINS = {
     "head": {"tokens": 20, "targets": 500},

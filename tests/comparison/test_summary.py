@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from finetune.comparison.runs import Point, Result, Run, read_trial
 from finetune.comparison.summary import summarise, target_loss
 from finetune.run.folder import RunDir
+from finetune.run.trials import Point, Result, Run, read_trial
 from tests.comparison.conftest import BINS, made_run
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
 from finetune.data.batches.steps import StepBatch, cut_step, group_by_length
 from finetune.data.encode import EncodedDataset
-from finetune.data.types import IGNORE_INDEX, Batch, Example
+from finetune.data.types import IGNORE_INDEX, Example, MicroBatch
 from finetune.errors import UserError
 
 from .settings import batch_shape
@@ -31,7 +31,7 @@ def training(dataset: EncodedDataset, *, max_length: int = 32, **options: Any) -
     return TrainingBatches(dataset, batch_shape(**options), max_length=max_length)
 
 
-def numbers(batch: Batch) -> list[list[int]]:
+def numbers(batch: MicroBatch) -> list[list[int]]:
     """The examples of each sequence, from its tokens."""
     return [
         list(dict.fromkeys(token - 1 for token in sequence if token))

@@ -261,8 +261,8 @@ def test_a_bad_conversation_is_refused_in_one_sentence(
 def test_a_missing_column_is_named_with_those_there_are(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(
         UserError,
-        match=r"column 'completion' is missing; the columns are prompt, complete; "
-        r"did you mean 'complete'\?",
+        match=r"column 'completion' is missing; the columns are prompt, complete\. "
+        r"Did you mean 'complete'\?",
     ):
         chat(make_tokenizer(), shape="prompt").examples({"prompt": "a", "complete": "b"})
 

@@ -125,7 +125,7 @@ def test_the_demo_data_of_the_package() -> None:
     with pytest.raises(
         UserError,
         match=r"has no data 'chat\.en\.tset'; it has chat\.en\.test, "
-        r".*did you mean 'chat\.en\.test'",
+        r".*Did you mean 'chat\.en\.test'",
     ):
         load_records([source("package:chat.en.tset")])
 
@@ -156,7 +156,7 @@ def test_with_weights_the_shares_are_exact_until_a_source_runs_out(tmp_path: Pat
         assert texts == [record["text"] for _, record in load_records(sources)], (
             "in memory and streamed alike"
         )
-    with pytest.raises(UserError, match="give every source a weight, or none"):
+    with pytest.raises(UserError, match=r"some have not\. Give every source one, or none"):
         load_records(mixed(tmp_path, (1.0, None)))
 
 

@@ -1,4 +1,4 @@
-"""One process of the tests of FSDP2: what it does, in one start, beside the other processes of the runs."""
+"""One process of the tests of FSDP2: all of its runs, in one start."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint  # imported once, by the server that the processes are forked from
+import torch.distributed.checkpoint  # imported once, by the server of the forks
 import torch.distributed.fsdp
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
@@ -17,7 +17,7 @@ from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.distributed import engines
 from finetune.errors import UserError
-from finetune.recipes.train import run as training
+from finetune.recipes.train import train as training
 from finetune.training import checkpoint
 from tests.distributed.processes import log_to
 
@@ -66,7 +66,10 @@ def refused(*overrides: str) -> str:
 
 
 def begin() -> None:
-    """The runs of `test_engines.folder`; process 1 meets a full disk in one of them, and dies in mid-save in the last."""
+    """Do the runs of `test_engines.folder`.
+
+    Process 1 meets a full disk in one of them, and dies while saving in the last.
+    """
     rank = int(os.environ["RANK"])
     run("lazy.yaml", "output_dir=lazy")
     run("lazy.yaml", "output_dir=half", resume="auto")

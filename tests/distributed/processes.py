@@ -1,4 +1,4 @@
-"""Processes of a test that talk to each other: forked from one server, which imports what they need once."""
+"""Processes of a test that talk to each other, forked from one server with its imports done."""
 
 import faulthandler
 import multiprocessing
@@ -14,7 +14,7 @@ TIME_LIMIT = 150  # seconds; the longest take 20 on an idle machine
 
 
 def run_forked(worker: ModuleType, arguments: list[tuple[Any, ...]]) -> list[int | None]:
-    """Call `worker.main` in one process for each of `arguments`; returns their exit codes when all have ended."""
+    """Call `worker.main` in one process for each of `arguments`, and return their exit codes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([worker.__name__])
     processes = [context.Process(target=worker.main, args=own) for own in arguments]
@@ -34,7 +34,7 @@ def run_forked(worker: ModuleType, arguments: list[tuple[Any, ...]]) -> list[int
 
 
 def log_to(path: Path) -> None:
-    """In a worker: write all that is printed there, and, where it hangs, what each of its threads is doing before it ends."""
+    """Write all that a worker prints, and what each of its threads does if it hangs."""
     with path.open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -23,7 +23,7 @@ from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.distributed import RowGradients, keep_tables_out_of_ddp
 from finetune.optim import LazyAdamW, clip_grad_norm_
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from tests.distributed.processes import log_to
 
 Digest = tuple[str, str]  # of all parameters, and of the optimizer's state

@@ -1,4 +1,4 @@
-"""What ships for launchers and clusters is read by its own reader: Accelerate's loader, bash, YAML."""
+"""The files for launchers and clusters are read by their readers: Accelerate, bash, YAML."""
 
 import subprocess
 from pathlib import Path

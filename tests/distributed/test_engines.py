@@ -1,4 +1,4 @@
-"""FSDP2 over gloo on the CPU, and what is refused: the engines in which a parameter is not whole on a process."""
+"""FSDP2 over gloo on the CPU, where no process has a whole parameter; and what is refused."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.export import export_run
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import LLAMA, PYTHIA, conversation
 from tests.distributed import engine_worker
@@ -58,16 +58,8 @@ def alone(*overrides: str, config: str = "lazy.yaml", resume: str | None = None)
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Runs on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/; half/ is begun by one.
-    host0/, host1/ and full/ cannot be saved; killed/ is killed in mid-save and goes on with three processes.
-
-    tied.yaml has an active vocabulary: the head's table is one of few rows, beside a frozen one.
-    """
-    if not hasattr(FSDPModule, "reset_iter_state"):
-        pytest.skip(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}")
-    folder = tmp_path_factory.mktemp("fsdp")
+def write_inputs(folder: Path) -> Path:
+    """Write conversations, lazy.yaml and tied.yaml to `folder`."""
     (folder / "chat.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
     )
@@ -81,6 +73,20 @@ def folder(tmp_path_factory) -> Path:
     )
     active = {"optimizer": {"lr": 3e-3, "name": "adamw"}, "vocabulary": {"mode": "active"}}
     write(folder, "tied.yaml", model={"config": LLAMA, "tokenizer": {"vocab_size": 300}}, **active)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Train on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/.
+
+    half/ is begun by one. host0/, host1/ and full/ cannot be saved. killed/ is killed while it
+    saves, and goes on with three processes. tied.yaml has an active vocabulary: the head has a
+    table of few rows, and a frozen one.
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        pytest.skip(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}")
+    folder = write_inputs(tmp_path_factory.mktemp("fsdp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         alone("output_dir=lazy1")
@@ -182,13 +188,13 @@ def test_a_run_goes_from_one_process_to_fsdp2_and_back(folder, monkeypatch):
 def test_what_one_process_could_not_write_no_process_takes_for_saved(folder):
     first, second = (json.loads((folder / f"refused{rank}.json").read_text()) for rank in (0, 1))
     assert (
-        "does not see it; output_dir must lie on a disk that all hosts share; there is no earlier checkpoint"
+        "does not see it (output_dir must be on a disk that all hosts share); there is no earlier"
         in first[0]
     )
     assert second[0] == first[0].replace("host0", "host1")
     assert first[1] == second[1]
     assert re.match(
-        r"the checkpoint of step 3 could not be written to full/checkpoints: File too large; there is no",
+        "the checkpoint of step 3 could not be written to full/checkpoints: File too large; there",
         first[1],
     )
     assert not list((folder / "full" / "checkpoints").iterdir())
@@ -199,10 +205,11 @@ def test_what_would_change_a_sharded_table_between_steps_is_refused(folder):
     for rank in (0, 1):
         sampled, stream = json.loads((folder / f"refused{rank}.json").read_text())[2:]
         assert sampled.startswith(
-            "vocabulary.mode is sampled, but FSDP2 shards the rows that a sample is drawn from; set vocabulary.mode"
+            "vocabulary.mode is sampled, but FSDP2 shards the rows to draw from. Set vocabulary"
         )
         assert stream.startswith(
-            "vocabulary.mode is active, but tokens that turn up in a stream get rows of the table, which FSDP2 shards"
+            "vocabulary.mode is active, but later tokens of a stream get rows of the table, and "
+            "FSDP2 shards it"
         )
     assert not (folder / "sampled").exists()
     assert not (folder / "stream").exists()
@@ -238,11 +245,11 @@ def same_shape(ours, theirs, where: str) -> None:
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), where
 
 
-def test_deepspeed_is_refused_before_it_starts(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_deepspeed_is_refused_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_inputs(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as `accelerate launch` sets it
     with pytest.raises(
-        UserError, match=r"DeepSpeed is not an engine here.*configs/accelerate/fsdp2.yaml"
+        UserError, match=r"DeepSpeed is not supported.*configs/accelerate/fsdp2.yaml"
     ):
         alone("output_dir=never")
     assert not Path("never").exists()

@@ -1,7 +1,7 @@
-"""Two hosts that meet over a network: two network namespaces of this machine, a cable between them, torchrun on each.
+"""Two hosts on a network: two network namespaces, a cable between them, torchrun on each.
 
-The cable is cut in mid-run. Nothing tells a process that a host is gone, so each waits `training.timeout` for the other, and then
-ends; what was saved before resumes.
+The cable is cut in mid-run. No process learns that a host is gone, so each waits `training.timeout`
+for the other, and then ends. What was saved before resumes.
 """
 
 import json
@@ -19,7 +19,7 @@ import yaml
 
 from finetune.config.loading import load_config
 from finetune.display import Display
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from tests.conftest import PYTHIA, conversation
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[dict[str, str]]:
-    """The names of two namespaces, host a and host b, joined by a veth pair called `cable` at both ends."""
+    """Yield the names of two namespaces, joined by a veth pair called `cable` at both ends."""
     if shutil.which("ip") is None:
         pytest.skip("needs the command `ip` (iproute2)")
     names = {host: f"finetune-{host}-{os.getpid()}" for host in HOSTS}

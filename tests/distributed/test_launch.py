@@ -1,4 +1,4 @@
-"""`finetune train --processes n`: the run ends as one of a single process does, survives a death, and stops when told to."""
+"""`finetune train --processes n`: the result is that of one process; deaths and signals."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from finetune.recipes.train.launch import (
     number_of_processes,
     root_cause,
 )
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.recipes.train.worker import work
 from finetune.training.stopping import StopSignal
 from tests.conftest import PYTHIA, conversation
@@ -55,7 +55,10 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """c.yaml: a lazily trained model, four micro-batches a step, a checkpoint every three steps; whole/: its run in one process."""
+    """Make c.yaml, a lazily trained model, and whole/, its run in one process.
+
+    A step has four micro-batches, and every third step is saved.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chat.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
@@ -81,7 +84,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(folder):
-    """Process 1 is killed in step 6, the restart is told to stop in step 8 or soon after, and one process does the rest."""
+    """Process 1 is killed in step 6, the restart stops after step 8, one process does the rest."""
     (folder / "sitecustomize.py").write_text(SITE)
     command = [
         sys.executable,
@@ -141,7 +144,7 @@ def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
-    assert mistake_of(failure).startswith("whole holds another run. Go on with it by --resume auto")
+    assert mistake_of(failure).startswith("whole holds another run. Continue it with --resume auto")
 
 
 def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypatch):
@@ -160,14 +163,17 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
-    said = "run/environment.json could not be written: No space left on device; there is no checkpoint yet"
+    said = (
+        "run/environment.json could not be written: No space left on device; "
+        "there is no checkpoint yet"
+    )
     assert mistake_of(failure) == said
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", ""])
 def test_what_the_number_of_processes_may_be(given):
     with pytest.raises(
-        UserError, match=r"--processes is .*; give auto, or a number of processes from 1"
+        UserError, match=r"--processes is .*\. Give auto, or a number of processes from 1"
     ):
         number_of_processes(given)
 
@@ -186,7 +192,7 @@ def test_auto_is_one_process_without_a_gpu_and_no_launcher_starts_another(monkey
 
 def test_restarts_and_overwriting_exclude_each_other(folder, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(UserError, match="leave one of the two out"):
+    with pytest.raises(UserError, match="Leave one of the two out"):
         launch_training(Path("c.yaml"), ["overwrite_output_dir=true"], processes="2", restarts=1)
 
 

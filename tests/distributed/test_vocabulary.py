@@ -1,4 +1,4 @@
-"""One active vocabulary, and one sample of frozen rows a step, on all processes: two train what one trains."""
+"""The active vocabulary and the drawn rows on two processes, which train what one trains."""
 
 import json
 import subprocess
@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.recipes.test_vocabulary import base, config_for, losses, sentences, write_texts  # noqa: F401  (base is a fixture)
+from tests.recipes.test_vocabulary import (  # noqa: F401  (base is a fixture)
+    base,
+    config_for,
+    losses,
+    sentences,
+    write_texts,
+)
 
 CASES = {
     "sampled": ["vocabulary.mode=sampled", "vocabulary.num_sampled=40"],
@@ -61,9 +67,7 @@ def test_two_processes_train_what_one_trains(base, tmp_path, case):  # noqa: F81
         )
         if case == "growing":
             notes = json.loads((folder / "run" / "environment.json").read_text())["notes"]
-            assert any(
-                "tokens outside of the first rows of the stream turned up" in note for note in notes
-            )
+            assert any("tokens that its first records did not have" in note for note in notes)
     assert found[2][0] == pytest.approx(found[1][0], abs=1e-4)
     for name, weight in found[1][1].items():
         torch.testing.assert_close(found[2][1][name], weight, rtol=1e-3, atol=1e-4)

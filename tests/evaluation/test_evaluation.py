@@ -286,7 +286,7 @@ def test_chrf_and_bleu_by_hand():
 
 
 def test_an_unknown_metric_and_an_empty_corpus_are_explained():
-    with pytest.raises(UserError, match="did you mean 'chrf'"):
+    with pytest.raises(UserError, match="Did you mean 'chrf'"):
         text_metrics(["chrf2"], ["a"], ["a"])
     with pytest.raises(UserError, match="there is no output"):
         text_metrics(["bleu"], [], [])

@@ -15,7 +15,7 @@ import yaml
 
 from finetune.config.loading import make_config
 from finetune.display import Display
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.run.folder import RunDir
 from finetune.run.records import StepRecord, read_metrics
 from tests.conftest import LLAMA, PYTHIA

@@ -167,7 +167,7 @@ def test_names_that_only_they_have_stay_theirs(model):
     assert trainer.build_optimizer(model) == "their auto"
     assert trainer.build_optimizer(model, "MuSGD") == "their MuSGD"
     assert type(trainer).__name__ == "FactoryTrainer"
-    with pytest.raises(UserError, match="did you mean 'adagrad'"):
+    with pytest.raises(UserError, match="Did you mean 'adagrad'"):
         trainer.build_optimizer(model, "adagard")
 
 

@@ -116,7 +116,7 @@ def test_words_for_a_descent():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"functions": ["beal"]}, "did you mean 'beale'"),
+        ({"functions": ["beal"]}, "Did you mean 'beale'"),
         ({"functions": []}, "no landscape was named"),
         ({"optimizers": ["adm"]}, "there is no optimizer 'adm'"),
         ({"optimizers": ["lazy_adamw"]}, "made for a model's matrices"),

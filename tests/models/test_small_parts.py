@@ -10,7 +10,6 @@ from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.adapters import add_lora
-from finetune.models.card import license_of, model_card
 from finetune.models.describe import describe_model
 from finetune.models.language_model import LanguageModel
 from finetune.models.speed import (
@@ -21,6 +20,7 @@ from finetune.models.speed import (
     uncompiled,
 )
 from finetune.models.vocabulary.activate import activate_vocabulary, active_modules
+from finetune.report.card import license_of, model_card
 
 BF16_CPU, PLAIN_CPU = (
     {"avx512_bf16": True, "avx2": True},

@@ -326,7 +326,7 @@ def test_a_second_active_vocabulary_is_refused_until_the_first_is_given_up():
     expected = model(input_ids=ids).logits
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(
-        UserError, match=r"has an active vocabulary already; .* with deactivate_vocabulary"
+        UserError, match=r"has an active vocabulary already\. .* with deactivate_vocabulary"
     ):
         activate_vocabulary(model, [1, 2])
     with pytest.raises(
@@ -429,12 +429,12 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
 
 def test_bad_input_for_a_sample_is_refused():
     language_model, ids = LanguageModel(make("llama")), batch()
-    with pytest.raises(UserError, match="no frozen rows to draw from: call activate_vocabulary"):
+    with pytest.raises(UserError, match=r"no frozen rows to draw from\. Call activate_vocabulary"):
         FrozenSampler(language_model, torch.ones(V))
     activate_vocabulary(language_model.model, ACTIVE)
     with pytest.raises(UserError, match="needs batches with target tokens"):
         measure_frozen_rows(language_model, [])
-    with pytest.raises(UserError, match="frozen rows to draw is 0: draw at least one"):
+    with pytest.raises(UserError, match=r"frozen rows to draw is 0\. Draw at least one"):
         inclusion_chances(torch.ones(V - len(ACTIVE)), 0)
     sampler = FrozenSampler(language_model, inclusion_chances(torch.ones(V - len(ACTIVE)), 5))
     labels = ids[1].index_fill(1, torch.tensor([4]), 3)
@@ -508,7 +508,7 @@ def test_lora_on_a_head_with_active_rows_is_refused():
     activate_vocabulary(model, ACTIVE)
     with pytest.raises(
         UserError,
-        match=r"target_modules: 'lm_head' is the output head.*leave it out, or set "
+        match=r"target_modules: 'lm_head' is the output head.*Leave it out, or set "
         r"vocabulary.mode to full",
     ):
         add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj", "lm_head"])

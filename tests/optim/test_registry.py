@@ -45,7 +45,7 @@ def test_spellings_that_mean_the_same_rule(spelling, name):
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(
         UserError,
-        match="no optimizer 'adagard'; did you mean 'adagrad'\\? the optimizers are sgd, momentum",
+        match=r"no optimizer 'adagard'; the optimizers are sgd, mom.*\. Did you mean 'adagrad'\?$",
     ):
         optimizer_info("adagard")
     with pytest.raises(
@@ -108,7 +108,10 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
         (
             "adamw",
             {"beta": (0.9, 0.95)},
-            "optimizer 'adamw' does not take 'beta'; did you mean 'betas'? it takes lr, betas, eps",
+            "optimizer 'adamw' does not take 'beta'; it takes lr, betas, eps, weight_decay, "
+            "amsgrad, maximize, foreach, capturable, differentiable, fused, no_decay, overrides, "
+            "layer_decay. "
+            "Did you mean 'betas'?",
         ),
         (
             "sgd",
@@ -125,8 +128,8 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
             {"lr": -1.0},
             "optimizer 'adamw' cannot be built with {'lr': -1.0}: Invalid learning rate: -1.0",
         ),
-        ("adamw", {"lr": "2e-5"}, "optimizer 'adamw': lr is '2e-5'; give a number"),
-        ("adamw", {"lr": float("nan")}, "optimizer 'adamw': lr is nan; give a finite number"),
+        ("adamw", {"lr": "2e-5"}, "optimizer 'adamw': lr is '2e-5'. Give a number"),
+        ("adamw", {"lr": float("nan")}, "optimizer 'adamw': lr is nan. Give a finite number"),
         (
             "lion",
             {"betas": (0.9, 1.0)},
@@ -140,10 +143,10 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
         (
             "adamw",
             {"no_decay": ["norms"]},
-            "no_decay names 'norms'; did you mean 'norm'? "
-            "the kinds of parameter are embedding, norm",
+            "no_decay names 'norms'; the kinds of parameter are embedding, norm, bias, weight. "
+            "Did you mean 'norm'?",
         ),
-        ("adamw", {"no_decay": "norm"}, "no_decay is the text 'norm'; give a list"),
+        ("adamw", {"no_decay": "norm"}, "no_decay is the text 'norm'. Give a list"),
         ("adamw", {"layer_decay": 1.5}, "layer_decay is 1.5; it must lie above 0 and at most at 1"),
         ("adamw", {"overrides": [{"pattern": "*", "rl": 1.0}]}, "an override holds 'rl'"),
         (
@@ -180,7 +183,7 @@ def test_modules_are_an_option_of_build_optimizer_that_no_config_is_offered():
     with pytest.raises(UserError, match="does not take 'embedings'") as in_config:
         check_optimizer("lazy_adamw", {"embedings": []})
     assert "embeddings" not in str(in_config.value)
-    with pytest.raises(UserError, match="did you mean 'embeddings'"):
+    with pytest.raises(UserError, match="Did you mean 'embeddings'"):
         build_optimizer(torch.nn.Linear(2, 2), "lazy_adamw", embedings=[])
 
 

@@ -108,8 +108,8 @@ def test_the_scheduler_multiplies_each_groups_lr_and_resumes():
     [
         (
             {"name": "cosinus"},
-            "there is no schedule 'cosinus'; did you mean 'cosine'? "
-            "the schedules are constant, linear",
+            "there is no schedule 'cosinus'; the schedules are constant, linear, cosine, "
+            "inverse_sqrt. Did you mean 'cosine'?",
         ),
         ({"num_steps": 0, "warmup_steps": 0}, "num_steps is 0; a schedule needs at least one step"),
         ({"warmup_steps": 11}, "warmup_steps is 11; it must lie between 0 and the run's 10 steps"),

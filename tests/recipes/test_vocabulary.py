@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -23,30 +24,28 @@ from finetune.recipes.inspect import inspect_data
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.plan.planner import Planner
 from finetune.recipes.plan.tables import make_console, print_plan
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 
 WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "in",
-    "mat",
-    "log",
-    "big",
-    "red",
-    "and",
-    "then",
-    "it",
-    "was",
-]
+    "the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "log", "big", "red", "and", "then",
+    "it", "was",
+]  # fmt: skip
 LLAMA = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+NEOX = {
+    "model_type": "gpt_neox",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}  # not tied
 
 
 def write_texts(path: Path, texts):
@@ -67,27 +66,40 @@ def base(tmp_path_factory):
     """A trained tiny model with a larger vocabulary than the data of these tests uses."""
     folder = tmp_path_factory.mktemp("base")
     wide = [*WORDS, *(f"{a}{b}{c}" for a in "bdgklm" for b in "aeiou" for c in "nprst")]
-    config = folder / "base.yaml"
     data = write_texts(folder / "wide.jsonl", sentences(600, words=wide))
-    config.write_text(
-        f"output_dir: {folder / 'run'}\nmodel: {{config: {json.dumps(LLAMA)}, tokenizer: {{vocab_size: 400}}}}\n"
-        f"data: {{train: {data}, max_length: 64}}\noptimizer: {{name: adamw, lr: 3e-3}}\ntraining: {{max_steps: 20}}\n"
-        f"vocabulary: {{mode: full}}\nevaluation: {{samples: 0}}\n"
+    config = write_config(
+        folder / "base.yaml",
+        model={"config": LLAMA, "tokenizer": {"vocab_size": 400}},
+        data={"train": data, "max_length": 64},
+        optimizer={"name": "adamw", "lr": 3e-3},
+        training={"max_steps": 20},
+        vocabulary={"mode": "full"},
     )
     run_training(load_config(config))
     return folder / "run" / "model"
 
 
-def config_for(base, folder, *overrides, rows=200):
-    file = folder / "run.yaml"
-    data = write_texts(folder / "train.jsonl", sentences(rows, seed=1))
-    held_out = write_texts(folder / "held_out.jsonl", sentences(30, seed=2))
-    file.write_text(
-        f"output_dir: {folder / 'run'}\nmodel: {{name: {base}}}\ndata: {{train: {data}, validation: {held_out}, max_length: 64}}\n"
-        f"optimizer: {{name: adamw, lr: 2e-3}}\nscheduler: {{name: constant}}\nevaluation: {{samples: 0}}\n"
-        f"training: {{max_steps: 8, batch_size: 4, micro_batch_size: 2, precision: fp32}}\n"
+def write_config(path, **sections):
+    """Write a config that keeps no samples and whose run is run/ in the same folder."""
+    tree = {"output_dir": str(path.parent / "run"), "evaluation": {"samples": 0}, **sections}
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def config_for(base, folder, *overrides):
+    path = write_config(
+        folder / "run.yaml",
+        model={"name": str(base)},
+        data={
+            "train": write_texts(folder / "train.jsonl", sentences(200, seed=1)),
+            "validation": write_texts(folder / "held_out.jsonl", sentences(30, seed=2)),
+            "max_length": 64,
+        },
+        optimizer={"name": "adamw", "lr": 2e-3},
+        scheduler={"name": "constant"},
+        training={"max_steps": 8, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
     )
-    return load_config(file, list(overrides))
+    return load_config(path, list(overrides))
 
 
 def evaluations(run):
@@ -137,8 +149,10 @@ def test_auto_trains_the_rows_in_use_and_exports_the_others_bit_for_bit(base, tm
     assert last["share_outside"] == 0
     assert 0 < last["inactive_mass"] < first["inactive_mass"] < 1
     assert last["unrelated_loss"] != first["unrelated_loss"]
-    told = f"inactive mass {last['inactive_mass']:.2%}  unrelated loss {last['unrelated_loss']:.3f}"
-    assert [told in text for text in shown.splitlines() if "held-out after:" in text] == [True]
+    ending = (
+        f"inactive mass {last['inactive_mass']:.2%}  unrelated loss {last['unrelated_loss']:.3f}"
+    )
+    assert [ending in text for text in shown.splitlines() if "held-out after:" in text] == [True]
     page, card = (run / "report.html").read_text(), (run / "model" / "README.md").read_text()
     assert (
         f"<td>{last['loss_inside']:.3f}</td><td>0.00</td><td>{100 * last['inactive_mass']:.2f}</td>"
@@ -273,15 +287,15 @@ def test_unrelated_text_is_read_without_held_out_data_too(base, tmp_path, capsys
     assert (
         f"held-out after:  unrelated loss {last['unrelated_loss']:.3f}" in capsys.readouterr().err
     )
-    told = rf"In 2 steps the loss on unrelated text (fell|rose) from {first['unrelated_loss']:.3f} to {last['unrelated_loss']:.3f}"
-    assert re.search(told, (tmp_path / "run" / "report.html").read_text())
+    figures = f"from {first['unrelated_loss']:.3f} to {last['unrelated_loss']:.3f}"
+    sentence = f"In 2 steps the loss on unrelated text (fell|rose) {figures}"
+    assert re.search(sentence, (tmp_path / "run" / "report.html").read_text())
 
 
 @pytest.mark.parametrize("mode", ["active", "sampled", "frozen"])
 def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode, monkeypatch):
-    monkeypatch.setattr(
-        "finetune.training.vocabulary.MEASURED_AT", {2, 6}
-    )  # for `sampled`: before the interruption, and after
+    # for `sampled`: before the interruption, and after it
+    monkeypatch.setattr("finetune.training.vocabulary.MEASURED_AT", {2, 6})
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", "checkpoint.every=4"]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -307,7 +321,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode, monkeyp
 
 
 def cut_and_whole(base, folder, *options, prepare=lambda folder: None):
-    """One run of 8 steps, and one that stopped after 4 and was resumed; then the model of step 4, and that of step 4 exported."""
+    """Return a run of 8 steps, compared with one that stopped after 4 and was resumed.
+
+    Its checkpoint of step 4 is exported, and compared with the model of the run that stopped.
+    """
     for name in ("whole", "cut"):
         (folder / name).mkdir()
         config = config_for(
@@ -354,13 +371,7 @@ def test_an_untied_model_with_a_compact_head_resumes_and_exports_a_checkpoint(
     base, tmp_path, optimizer
 ):
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    config = AutoConfig.for_model("gpt_neox", vocab_size=400, tie_word_embeddings=False, **shape)
+    config = AutoConfig.for_model(**NEOX, vocab_size=400, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "untied")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "untied")
     whole = cut_and_whole(
@@ -398,13 +409,12 @@ def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", *stream]
     whole = cut_and_whole(base, tmp_path, *options, prepare=prepare)
     notes = json.loads((whole / "environment.json").read_text())["notes"]
-    assert any("tokens outside of the first rows of the stream turned up" in note for note in notes)
+    assert any("tokens that its first records did not have" in note for note in notes)
     assert notes[0].startswith(f"vocabulary: {mode}")
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert set(ids) <= set(json.loads((whole / "vocabulary.json").read_text())["used"])
-    assert (
-        (table(base) != table(tmp_path / "halfway")).any(1)[ids].all()
-    )  # it had grown before it stopped
+    # it had grown before it stopped
+    assert (table(base) != table(tmp_path / "halfway")).any(1)[ids].all()
     summary = json.loads((whole / "evaluation.json").read_text())
     counts = [summary[when]["active_tokens"] for when in ("before", "after")]
     assert counts[0] < counts[1]
@@ -433,10 +443,9 @@ def test_the_sampled_loss_does_not_depend_on_how_a_step_is_cut(base, tmp_path):
 
 def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.recipes.build.data.STREAM_SAMPLE", 5)
-    config = config_for(
-        base, tmp_path, "data.streaming=true", "vocabulary.mode=active", "checkpoint.every=4", "checkpoint.keep=9",
-        "data.shuffle_buffer=16",
-    )  # fmt: skip
+    stream = ["data.streaming=true", "data.shuffle_buffer=16"]
+    kept = ["checkpoint.every=4", "checkpoint.keep=9"]
+    config = config_for(base, tmp_path, "vocabulary.mode=active", *stream, *kept)
     new = write_texts(
         tmp_path / "train.jsonl",
         [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])],
@@ -452,7 +461,8 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
     chosen, begin, end = notes
     active = int(re.search(r"(\d+) of \d+ rows", chosen)[1])
     assert begin.startswith(
-        "vocabulary: tokens outside of the first rows of the stream turned up, which train from here on"
+        "vocabulary: the stream has tokens that its first records did not have; they train from "
+        "now on (room for "
     )
     now, later = map(int, re.findall(r"\d+", end))
     assert (now - later, end) == (
@@ -487,22 +497,18 @@ def test_a_stream_that_has_more_tokens_than_there_is_room_for_says_so_once(
     )
     run_training(config)
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
-    assert (
-        sum(
-            "turned up, which train from here on; there is room for 1 of them" in note
-            for note in notes
-        )
-        == 1
-    )
+    assert sum("they train from now on (room for 1)" in note for note in notes) == 1
     assert sum("all 1 spare rows are taken" in note for note in notes) == 1
     used = json.loads((tmp_path / "run" / "vocabulary.json").read_text())["used"]
-    rows = AutoTokenizer.from_pretrained(base)(
-        sentences(200, words=["ban", "dep", "gir"])
-    ).input_ids
-    late = {i for row in rows for i in row} - set(used)
-    told = f"1 of which turned up in the stream; {len(late)} more came (since the last start) when no row was left"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = tokenizer(sentences(200, words=["ban", "dep", "gir"])).input_ids
+    late = {i for ids in texts for i in ids} - set(used)
+    ending = (
+        f"1 of which turned up in the stream; {len(late)} more came (since the last start) "
+        "when no row was left"
+    )
     assert len(late) > 2
-    assert sum(told in note for note in notes) == 1
+    assert sum(ending in note for note in notes) == 1
 
 
 @pytest.mark.parametrize(
@@ -535,7 +541,7 @@ def test_a_table_that_cannot_take_in_the_tokens_of_a_stream_trains_whole(
     for mode in ("active", "sampled"):
         with pytest.raises(
             UserError,
-            match=rf"vocabulary.mode is {mode}, but .*{why}; set vocabulary.mode to full or frozen",
+            match=rf"vocabulary.mode is {mode}, but .*{why}.*Set vocabulary.mode to full or frozen",
         ):
             plan("data.streaming=true", f"vocabulary.mode={mode}", "vocabulary.num_sampled=9")
     assert plan().mode == plan("vocabulary.mode=active").mode == "active"
@@ -549,14 +555,16 @@ def test_a_stream_has_room_for_as_many_tokens_as_are_active_at_its_start(active,
 
 
 def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
-    chats = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
-             for a, b in zip(sentences(60, 3), sentences(60, 4))]  # fmt: skip
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    config = config_for(
-        base, tmp_path, "vocabulary.mode=active", "model.lora.rank=2", "model.chat_template=chatml", "data.format=chat",
-        f"data.train={tmp_path / 'chat.jsonl'}", f"data.validation={tmp_path / 'chat.jsonl'}", "data.max_length=128",
-    )  # fmt: skip
-    run_training(config)
+    chats = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(sentences(60, 3), sentences(60, 4))
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    data = [f"data.train={path}", f"data.validation={path}", "data.max_length=128"]
+    chat = ["model.chat_template=chatml", "data.format=chat"]
+    options = ["vocabulary.mode=active", "model.lora.rank=2"]
+    run_training(config_for(base, tmp_path, *options, *chat, *data))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     after, before = table(tmp_path / "run" / "model"), table(base)
     markers = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -564,33 +572,24 @@ def test_lora_with_active_rows_and_chat_markers(base, tmp_path):
     assert moved[markers].all()
     assert 0.2 < moved.float().mean() < 0.9
     saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000008" / "model.pt")
-    assert saved[
-        "model.base_model.model.model.embed_tokens.vocabulary.shift"
-    ].any()  # it trains as well
-    ids = torch.tensor([markers])
-    assert (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")(input_ids=ids)
-        .logits.isfinite()
-        .all()
-    )
+    # the shift trains too
+    assert saved["model.base_model.model.model.embed_tokens.vocabulary.shift"].any()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model(input_ids=torch.tensor([markers])).logits.isfinite().all()
 
 
-def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_tied(tmp_path):
-    """With lazy_adamw too, which leaves an input table whole where there is no LoRA."""
-    neox = {
-        "model_type": "gpt_neox",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    texts, file = write_texts(tmp_path / "texts.jsonl", sentences(40)), tmp_path / "run.yaml"
-    file.write_text(
-        f"output_dir: {tmp_path / 'run'}\nmodel: {{config: {json.dumps(neox)}, tokenizer: {{vocab_size: 300}}}}\n"
-        f"data: {{train: {texts}, max_length: 64}}\noptimizer: {{name: lazy_adamw, lr: 1e-2}}\nvocabulary: {{mode: active}}\n"
-        "training: {max_steps: 3, batch_size: 4}\ncheckpoint: {every: 1, keep: 9}\nevaluation: {samples: 0}\n"
+def test_lora_with_active_rows_trains_those_of_both_tables_if_they_are_not_tied(tmp_path):
+    """With lazy_adamw too, which leaves an input table whole without LoRA."""
+    path = write_config(
+        tmp_path / "run.yaml",
+        model={"config": NEOX, "tokenizer": {"vocab_size": 300}},
+        data={"train": write_texts(tmp_path / "texts.jsonl", sentences(40)), "max_length": 64},
+        optimizer={"name": "lazy_adamw", "lr": 1e-2},
+        vocabulary={"mode": "active"},
+        training={"max_steps": 3, "batch_size": 4},
+        checkpoint={"every": 1, "keep": 9},
     )
-    run_training(load_config(file, ["model.lora.rank=2"]))
+    run_training(load_config(path, ["model.lora.rank=2"]))
     first, last = (
         torch.load(tmp_path / "run" / "checkpoints" / f"step-0000000{step}" / "model.pt")
         for step in (1, 3)
@@ -606,14 +605,14 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
         (["model.lora.rank=2"], "full (LoRA leaves the token table as it is)"),
         (
             ["model.lora.rank=2", "vocabulary.keep=[7]"],
-            "frozen (LoRA leaves the token table as it is, but for vocabulary.keep",
+            "frozen (LoRA leaves the token table as it is, except for vocabulary.keep",
         ),
         (["vocabulary.mode=frozen"], "frozen: no row trains, all stay bit for bit"),
         (
             ["vocabulary.mode=sampled", "vocabulary.num_sampled=9"],
             "stay bit for bit what they are, 9 of which take part in a step",
         ),
-        (["data.streaming=true"], "would be kept for what turns up later)"),
+        (["data.streaming=true"], "would be kept for later tokens)"),
         (
             ["vocabulary.mode=active", "model.lora.rank=2"],
             "0 MB of gradients and optimizer state for them, in addition to LoRA's",
@@ -621,40 +620,34 @@ def test_lora_with_active_rows_trains_those_of_both_tables_where_they_are_not_ti
         (["vocabulary.mode=active", "data.streaming=true"], "train, with room for 1"),
         (
             ["vocabulary.mode=sampled", "vocabulary.num_sampled=1000"],
-            "active (a sample would be the whole table)",
+            "active (a step would draw the whole table)",
         ),
         (["vocabulary.keep=[ban, 7]"], "active (the table is tied"),
     ],
 )
-def test_inspect_says_what_would_be_chosen(base, tmp_path, capsys, overrides, expected):
+def test_inspect_reports_what_would_be_chosen(base, tmp_path, capsys, overrides, expected):
     inspect_data(config_for(base, tmp_path, *overrides), examples=0)
     assert expected in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_untied_model_stays_full_and_may_have_a_compact_head(tmp_path, capsys):
-    data = write_texts(tmp_path / "wide.jsonl", sentences(100))
-    neox = {
-        "model_type": "gpt_neox",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    file = tmp_path / "neox.yaml"
-    file.write_text(
-        f"output_dir: {tmp_path / 'run'}\nmodel: {{config: {json.dumps(neox)}, tokenizer: {{vocab_size: 300}}}}\n"
-        f"data: {{train: {data}, max_length: 64}}\ntraining: {{max_steps: 3, batch_size: 2}}\nevaluation: {{samples: 0}}\n"
+    path = write_config(
+        tmp_path / "neox.yaml",
+        model={"config": NEOX, "tokenizer": {"vocab_size": 300}},
+        data={"train": write_texts(tmp_path / "wide.jsonl", sentences(100)), "max_length": 64},
+        training={"max_steps": 3, "batch_size": 2},
     )
-    inspect_data(load_config(file), examples=0)
-    assert "not tied; lazy_adamw updates only the input rows in use" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    inspect_data(
-        load_config(file, ["vocabulary.mode=active"]), examples=0
-    )  # weight decay would move every input row
-    said = "train, the others of the output table stay bit for bit what they are; the input table trains whole, row by row;"
-    assert said in " ".join(capsys.readouterr().out.split())
-    run_training(load_config(file, ["vocabulary.mode=active"]))
+    inspect_data(load_config(path), examples=0)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not tied; lazy_adamw updates only the input rows in use" in printed
+    active = load_config(path, ["vocabulary.mode=active"])
+    inspect_data(active, examples=0)  # weight decay would move every input row
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "train, the others of the output table stay bit for bit what they are; the input table "
+        "trains whole, row by row;"
+    ) in printed
+    run_training(active)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert (
         len(model.get_output_embeddings().weight)
@@ -674,45 +667,47 @@ def test_plan_counts_the_rows_that_train(base, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["full", "active"])
-def test_plan_tells_the_active_rows_and_what_they_cover(base, tmp_path, capsys, mode):
+def test_plan_reports_the_active_rows_and_what_they_cover(base, tmp_path, capsys, mode):
     config = config_for(base, tmp_path, f"vocabulary.mode={mode}")
     held_out = [*sentences(20, seed=2), *sentences(5, words=["ban", "dep"])]
     write_texts(tmp_path / "held_out.jsonl", held_out)
     plan = Planner(config, Display(enabled=False)).plan()
     print_plan(plan, make_console())
     tokenizer = AutoTokenizer.from_pretrained(base)
-    train, tokens = ([i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
-                     for texts in (sentences(200, seed=1), held_out))  # fmt: skip
+    train, tokens = (
+        [i for text in texts for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+        for texts in (sentences(200, seed=1), held_out)
+    )
     share = sum(token in train for token in tokens) / len(tokens)
     assert 0.5 < share < 1
     rows = len(table(base))
     shown = " ".join(capsys.readouterr().out.split())
-    used = f"rows that the training data uses {len(set(train))} of {rows} ({len(set(train)) / rows:.1%})"
-    assert f"{used}; {share:.2%} of the held-out tokens covered" in shown
-    beside = (
+    used = f"{len(set(train))} {len(set(train)) / rows:.1%}"
+    assert (
+        f"rows of the token table {rows} rows that the training data uses {used} "
+        f"held-out tokens with such a row {share:.2%}"
+    ) in shown
+    always = (
         byte_tokens(tokenizer)
         | template_tokens(tokenizer)
         | {*tokenizer.get_added_vocab().values()}
     )
-    active = len(set(train) | set(tokens) | beside)
+    active = len(set(train) | set(tokens) | always)
     assert f"{active} of {rows} rows ({active / rows:.1%})" in shown
     assert ("saved" in shown) == (mode == "active")
+
+
+NOT_AN_ID = "is not allowed: input should be a valid integer or a valid string$"
 
 
 @pytest.mark.parametrize(
     ("keep", "why"),
     [
-        ("[100000]", "vocabulary.keep: 100000 is no token id"),
-        ('[""]', "vocabulary.keep: the text '' has no tokens; give a text that has some, or an id"),
-        (
-            "[true]",
-            "vocabulary.keep.0 = True is not allowed: input should be a valid integer or a valid string$",
-        ),
-        (
-            "[a, 1.5]",
-            "vocabulary.keep.1 = 1.5 is not allowed: input should be a valid integer or a valid string$",
-        ),
-        ("5", r"vocabulary.keep = 5 is not allowed: give a list, such as \[5\]"),
+        ("[100000]", "vocabulary.keep: 100000 is not a token id"),
+        ('[""]', "vocabulary.keep: the text '' has no tokens. Give a text that has some, or a"),
+        ("[true]", f"vocabulary.keep.0 = True {NOT_AN_ID}"),
+        ("[a, 1.5]", f"vocabulary.keep.1 = 1.5 {NOT_AN_ID}"),
+        ("5", r"vocabulary.keep = 5 is not allowed: input should be a list, such as \[5\]"),
     ],
 )
 def test_a_token_to_keep_that_is_none_is_refused(base, tmp_path, keep, why):
@@ -728,7 +723,7 @@ def test_lora_trains_the_tokens_to_keep_or_says_that_it_does_not(base, tmp_path,
     if mode == "full":
         with pytest.raises(
             UserError,
-            match="keep names rows to train, which LoRA leaves as they are: set vocabulary",
+            match=r"with LoRA and vocabulary.mode full no row trains\. Set vocabulary.mode",
         ):
             run_training(config)
         return
@@ -739,7 +734,7 @@ def test_lora_trains_the_tokens_to_keep_or_says_that_it_does_not(base, tmp_path,
     ]
 
 
-def test_new_tokens_beside_lora_are_told(base, tmp_path):
+def test_new_tokens_with_lora_are_reported(base, tmp_path):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(base),
         AutoTokenizer.from_pretrained(base),
@@ -749,7 +744,7 @@ def test_new_tokens_beside_lora_are_told(base, tmp_path):
     )
     assert (plan.mode, plan.reason) == (
         "full",
-        "LoRA leaves the token table as it is, but for 2 new tokens",
+        "LoRA leaves the token table as it is, except for 2 new tokens",
     )
 
 
@@ -790,8 +785,11 @@ def test_other_tokens_of_the_same_number_are_refused_on_resume(base, tmp_path):
     """The rows in the checkpoint belong to the tokens that were active then."""
     options = ["vocabulary.mode=active", "training.max_steps=2"]
     run_training(config_for(base, tmp_path, *options, "vocabulary.keep=[300]"))
-    said = r"the vocabulary changed \(then active, (\d+) rows, their ids hashed (\w+), now active, \1 rows, their ids hashed (?!\2)"
-    with pytest.raises(UserError, match=said):
+    change = (
+        r"the vocabulary changed \(then active, (\d+) rows, their ids hashed (\w+), "
+        r"now active, \1 rows, their ids hashed (?!\2)"
+    )
+    with pytest.raises(UserError, match=change):
         run_training(config_for(base, tmp_path, *options, "vocabulary.keep=[301]"), resume="auto")
     longer = config_for(base, tmp_path, *options, "vocabulary.keep=[300]", "training.max_steps=3")
     assert run_training(longer, resume="auto") == "finished"

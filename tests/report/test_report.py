@@ -272,7 +272,7 @@ def test_folders_that_are_no_run_are_refused(tmp_path, run_folder):
     with pytest.raises(UserError, match="does not exist"):
         write_report(tmp_path / "nowhere")
     (run_folder / "data.json").write_text("{")
-    with pytest.raises(UserError, match=r"data.json is no valid JSON"):
+    with pytest.raises(UserError, match=r"data.json is not a valid JSON"):
         write_report(run_folder)
 
 

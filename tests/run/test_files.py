@@ -1,4 +1,4 @@
-"""A record is whole or as it was; a disk that refuses is one sentence; `clear` forgets nothing."""
+"""A record is whole or as it was; a disk that refuses is one message; `clear` forgets nothing."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Killed(BaseException):
-    """What nothing catches."""
+    """An exception that nothing catches."""
 
 
 def raising(error):
@@ -100,20 +100,22 @@ def test_forgetting_is_all_or_nothing(run, monkeypatch):
     assert run.metrics.read_bytes() == before
 
 
-def test_the_sentence_says_what_is_left_of_the_run(run, tmp_path, monkeypatch):
+def test_the_message_names_what_is_left_of_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", raising(FULL))
     with pytest.raises(UserError, match=r"No space left on device; there is no checkpoint yet$"):
         DataCounts().write(run)
     make_checkpoint(run, 2)
     make_checkpoint(run, 4)
     (make_checkpoint(run, 6) / "model.pt").write_bytes(b"cut")
-    with pytest.raises(UserError, match=r"step-00000004 is untouched: go on with --resume auto$"):
+    with pytest.raises(
+        UserError, match=r"step-00000004 is untouched\. Continue with --resume auto$"
+    ):
         DataCounts().write(run)
     with pytest.raises(UserError, match=r"other\.json could not be written: No space left on devi"):
         write_json(tmp_path / "other.json", {})
 
 
-def test_a_line_that_cannot_be_appended_is_one_sentence(run):
+def test_a_line_that_cannot_be_appended_is_one_message(run):
     run.samples.symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"run/samples\.jsonl could not be written: No space left"):
         append_lines(run.samples, [{"step": 1}])
@@ -122,7 +124,7 @@ def test_a_line_that_cannot_be_appended_is_one_sentence(run):
         MetricLogger(run.root / "file" / "metrics.jsonl")
 
 
-def test_the_sentence_for_any_other_file_names_it_if_the_system_does():
+def test_the_message_for_any_other_file_names_it_if_the_system_does():
     assert disk_refusal(FULL) == "a file could not be written: No space left on device"
     named = OSError(errno.EROFS, os.strerror(errno.EROFS), "out/a.txt")
     assert disk_refusal(named) == "out/a.txt could not be written: Read-only file system"

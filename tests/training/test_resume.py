@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened: every later loss and the final weights are those of an uninterrupted run."""
+"""A killed run goes on as if nothing had happened: losses and weights of an uninterrupted run."""
 
 import json
 import subprocess
@@ -37,7 +37,10 @@ checkpoint._write_file = write_half_then_die
 
 def finetune(*arguments: str, before: str = "", cwd: Path) -> subprocess.CompletedProcess:
     """Run the command line in a process of its own, after the code `before`."""
-    code = f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\nfrom finetune.cli import main; main()"
+    code = (
+        f"{before}\nimport sys; sys.argv = ['finetune', *{list(arguments)!r}]\n"
+        "from finetune.cli import main; main()"
+    )
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240
     )

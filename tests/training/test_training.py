@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they leave behind, that cutting a step changes nothing, and how they end."""
+"""Whole runs of a tiny model: what they leave, how a step may be cut, and how they end."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import PYTHIA
 
@@ -87,7 +87,7 @@ def test_a_translation_run_without_metrics_of_generated_text(tiny, tmp_path, sam
 
 
 def test_bf16_products_follow_fp32_ones_in_one_process(tiny, tmp_path):
-    """Whatever precision an earlier run of the process had; weights, optimizer state and the exported model stay float32."""
+    """Weights, state and export stay float32, for any precision of an earlier run."""
     found = []
     for number, precision in enumerate(("fp32", "bf16", "fp32")):
         train(tiny(output_dir=str(tmp_path / str(number)), training={"precision": precision}))
@@ -212,7 +212,7 @@ def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatc
 
 def test_a_folder_with_another_run_is_refused_or_replaced(tiny, tmp_path):
     train(tiny(training={"max_steps": 1}))
-    with pytest.raises(UserError, match="holds another run; go on with it by --resume auto"):
+    with pytest.raises(UserError, match=r"holds another run\. Continue it with --resume auto"):
         train(tiny())
     train({**tiny(training={"max_steps": 2}), "overwrite_output_dir": True})
     assert len(losses(tmp_path / "run")) == 2

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetune.data.types import IGNORE_INDEX, Batch, Example
+from finetune.data.types import IGNORE_INDEX, Example, MicroBatch
 
 LENGTH_MULTIPLE = 8
 """Lengths are multiples of this: matrix units prefer them, and oneDNN keeps 2 MB a shape."""
@@ -25,7 +25,7 @@ def collate(
     packed: bool,
     max_length: int | None = None,
     pad_to_multiple_of: int = LENGTH_MULTIPLE,
-) -> Batch:
+) -> MicroBatch:
     """Return sequences of examples as tensors of shape [sequences, length].
 
     The length is that of the longest sequence, rounded up to `pad_to_multiple_of`. It is not
@@ -50,7 +50,7 @@ def collate(
         ids.extend([pad_id] * missing)
         labels.extend([IGNORE_INDEX] * missing)
         positions.extend(counting[:missing])
-    batch: Batch = {"input_ids": _tensor(ids, shape), "labels": _tensor(labels, shape)}
+    batch: MicroBatch = {"input_ids": _tensor(ids, shape), "labels": _tensor(labels, shape)}
     if packed:
         batch["position_ids"] = _tensor(positions, shape)
     return batch

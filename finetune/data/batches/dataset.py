@@ -12,7 +12,7 @@ from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
 from finetune.data.batches.steps import BatchShape, StepBatch, cut_step, plan_epoch
 from finetune.data.encode import EncodedDataset
-from finetune.data.types import Batch
+from finetune.data.types import MicroBatch
 from finetune.errors import UserError
 
 
@@ -79,7 +79,7 @@ class TrainingBatches:
             example_ids=example_ids,
         )
 
-    def _collate(self, sequences: list[list[int]]) -> Batch:
+    def _collate(self, sequences: list[list[int]]) -> MicroBatch:
         return collate(
             [[self.dataset[i] for i in sequence] for sequence in sequences],
             pad_id=self.shape.pad_id,
@@ -120,7 +120,7 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return len(self.example_ids)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for sequences in self.example_ids:
             yield collate(
                 [[self.dataset[i] for i in sequence] for sequence in sequences],

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.data.batches.packing import pack
-from finetune.data.types import Batch
+from finetune.data.types import MicroBatch
 
 _WINDOW = 64  # batches that are sorted by length together: enough for little padding, and they mix
 
@@ -38,7 +38,7 @@ class StepBatch:
     same, however the step is cut.
     """
 
-    micro_batches: list[Batch]
+    micro_batches: list[MicroBatch]
     num_target_tokens: int
     num_tokens: int  # without padding
     epoch: float  # passes over the data after this step; for a stream, whole passes before it

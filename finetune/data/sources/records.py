@@ -182,7 +182,9 @@ def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Rec
 def _weights(sources: Sequence[Source]) -> list[float] | None:
     given = [source.weight for source in sources if source.weight is not None]
     if len(given) not in (0, len(sources)):
-        raise UserError("give every source a weight, or none")
+        raise UserError(
+            "some sources have a weight and some have not. Give every source one, or none"
+        )
     return given if len(given) > 1 else None
 
 

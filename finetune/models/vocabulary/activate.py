@@ -60,7 +60,7 @@ def activate_vocabulary(
     """
     if active_modules(model):
         raise UserError(
-            "the model has an active vocabulary already; give it its full table back first, with "
+            "the model has an active vocabulary already. Give it its full table back first, with "
             "deactivate_vocabulary"
         )
     given = set(ids)

@@ -56,8 +56,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(
-                f"tracking: there is no tracker {name!r}{did_you_mean(name, known)}; known are "
-                f"{', '.join(known)}"
+                f"tracking: there is no tracker {name!r}; known are {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
             )
         if name not in installed:
             raise UserError(

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.config import RunConfig, dump_config
-from finetune.models.card import license_of, model_card
 from finetune.models.locate import resolve_name
+from finetune.report.card import license_of, model_card
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import DataCounts, Environment, Vocabulary

@@ -27,10 +27,11 @@ from finetune.recipes.build.data import first_prompts, generation_metrics
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.parts import Parts
+from finetune.run.wording import listed
 
 
 class Evaluator:
-    """Evaluates a language model, as it is at the time, on the held-out data of `material`.
+    """The evaluations of a language model, as it is at the time, on the data of `material`.
 
     Every process of a run calls the same methods; each evaluates its share. `inactive()` returns
     [V] bool, true for tokens that the run does not use, or None (see `evaluate_loss`).
@@ -62,9 +63,9 @@ class Evaluator:
         )
         if self.metrics and num_answers and material.validation is not None and not self.prompts:
             raise UserError(
-                f"no held-out row gives a prompt to compute {' and '.join(self.metrics)} from: "
-                "give other held-out data, lower generation.max_new_tokens, which is "
-                f"{room}, or set evaluation.generate=0"
+                f"no held-out record gives a prompt to compute {listed(self.metrics)} from. "
+                f"Give other held-out data, lower generation.max_new_tokens, which is {room}, or "
+                "set evaluation.generate=0"
             )
 
     def evaluate(self) -> tuple[dict[str, Any], list[Answer]]:

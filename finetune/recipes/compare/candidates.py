@@ -100,11 +100,11 @@ def _note_on(option: str, names: Sequence[str]) -> str | None:
     others = [name for name in names if name not in takers]
     if not takers:
         known = sorted({key for name in names for key in optimizer_info(name).config_options})
-        near = did_you_mean(option, known) or ";"
+        near = did_you_mean(option, known)
         alone = len(names) == 1
         refusal = f"{names[0]} does not take" if alone else f"none of {listed(list(names))} takes"
         they = "it takes" if alone else "they take"
-        raise UserError(f"{refusal} {option!r}{near} {they} {', '.join(known)}")
+        raise UserError(f"{refusal} {option!r}; {they} {', '.join(known)}{near}")
     if not others:
         return None
     do = "does" if len(others) == 1 else "do"

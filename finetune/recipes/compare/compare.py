@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune.comparison.runs import Run
 from finetune.comparison.summary import summarise
 from finetune.config import RunConfig, load_config
 from finetune.display import Display
@@ -26,6 +25,7 @@ from finetune.recipes.compare.study import (
     tune_learning_rate,
 )
 from finetune.recipes.compare.trial import run_trial
+from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
 
 

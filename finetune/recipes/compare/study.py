@@ -18,7 +18,6 @@ import yaml
 
 from finetune.comparison import grids
 from finetune.comparison.grids import MAX_WIDENINGS, wider
-from finetune.comparison.runs import Run
 from finetune.config import RunConfig, dump_config
 from finetune.display import Display
 from finetune.errors import UserError
@@ -28,6 +27,7 @@ from finetune.recipes.compare.data import hold_out
 from finetune.recipes.compare.trial import run_trial
 from finetune.run.files import make_folder, read_text, write_text
 from finetune.run.folder import RunDir
+from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
 
 EVALUATIONS = 10  # of a run, if evaluation.every is not set

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from finetune.comparison.frequency import BINS, bins_of
-from finetune.comparison.runs import Phase, Result, Run, keep_update, read_trial
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.sources import load_records
@@ -26,10 +25,11 @@ from finetune.recipes.build.evaluator import evaluator_of
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.train.finish import LiveRun
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 from finetune.run.folder import RunDir
 from finetune.run.log import Listener
 from finetune.run.records import Evaluation, StepRecord
+from finetune.run.trials import Phase, Result, Run, keep_update, read_trial
 from finetune.training.stopping import Diverged
 from finetune.training.trainer import Stopped
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune.comparison.grids import WEIGHT_DECAYS
-from finetune.comparison.runs import Run
 from finetune.config import RunConfig, dump_config, load_config
 from finetune.display import Display
 from finetune.errors import UserError
@@ -23,6 +22,7 @@ from finetune.recipes.compare.study import (
     tune_learning_rate,
 )
 from finetune.run.files import write_text
+from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
 
 

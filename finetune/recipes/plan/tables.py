@@ -19,7 +19,7 @@ def make_console() -> Console:
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan in the order in which a reader decides.
 
-    First the model, then its memory and whether it fits, then the work and the time.
+    First the model, then its memory and whether it fits, then the work with its time.
     """
     console.print(_model(plan))
     console.print(f"vocabulary: {plan.model['vocabulary']}", markup=False)

@@ -30,7 +30,7 @@ class TimeEstimate:
 
     @property
     def evaluations(self) -> float:
-        """All evaluations of the run."""
+        """Seconds of all evaluations of the run."""
         return self.num_evaluations * (self.evaluation + self.generation)
 
     @property

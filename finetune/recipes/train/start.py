@@ -29,7 +29,7 @@ def refuse_occupied(
         and not config.overwrite_output_dir
     ):
         raise UserError(
-            f"{run.root} holds another run. Go on with it by --resume auto, name another "
+            f"{run.root} holds another run. Continue it with --resume auto, name another "
             "output_dir, or set overwrite_output_dir=true to delete it"
         )
     accelerator.wait_for_everyone()

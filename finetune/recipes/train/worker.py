@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from finetune.config import load_config
 from finetune.errors import UserError, disk_refusal
 from finetune.recipes.train.launch import SIGNALLED, USER_ERROR
-from finetune.recipes.train.run import run_training
+from finetune.recipes.train.train import run_training
 
 
 def work(task: Mapping[str, Any]) -> int:

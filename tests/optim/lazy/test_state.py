@@ -483,7 +483,7 @@ def test_what_cannot_be_lazy_says_so(embedding, message):
         ({"eps": -1e-8}, "eps"),
         ({"eps": 0.0}, "eps"),
         ({"weight_decay": -0.1}, "weight_decay"),
-        ({"missed_steps": "exat"}, "did you mean 'exact'"),
+        ({"missed_steps": "exat"}, "Did you mean 'exact'"),
     ],
 )
 def test_options_out_of_range_say_so(options, message):

@@ -1,4 +1,4 @@
-"""What a comparison knows of one run: its settings, its outcome and its curves.
+"""The records of a run of a comparison: its settings, its outcome and its curves.
 
 They are read from the run's folder. In a comparison the folder also holds `updates.jsonl` and
 `result.json`, which is written last.
@@ -24,6 +24,8 @@ class Result(JsonRecord):
     `test` is None for a tuning run, and for a run that diverged.
     """
 
+    file = "result"
+
     optimizer: str
     phase: Phase
     seed: int
@@ -33,10 +35,6 @@ class Result(JsonRecord):
     state_bytes: int = 0  # of the optimizer, after the last step
     test: dict[str, float] | None = None  # nats per target token: "all", "head", "body", "tail"
     bins: dict[str, dict[str, int]] | None = None  # "tokens" of the vocabulary, test "targets"
-
-    @classmethod
-    def path(cls, run: RunDir) -> Path:
-        return run.result
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
