@@ -193,9 +193,9 @@ class LazyAdamW(Optimizer):
             step_dense(self.state, dense, group, fused=self.missed_steps != "replay")
 
     def _step_table(self, weight: Tensor, table: RowTable, group: dict[str, Any]) -> None:
-        check_weight(table, weight)
         betas, eps = floats(group["betas"]), group["eps"]
         with table.lock:
+            check_weight(table, weight)
             if (betas, eps) != (table.history.betas, table.history.eps):
                 table.change_options(weight, betas, eps)
             assert weight.grad is not None

@@ -38,7 +38,7 @@ class RowLookup(nn.Embedding):
         table, weight = self.row_table, self.weight
         if table_of(weight) is not table:  # given by torch.func.functional_call
             return self._look_up_in_another(input, weight)
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), table.lock:
             check_weight(table, weight)
             if table.weight_is_current:
                 return F.embedding(input, weight, self.padding_idx, sparse=True)
@@ -57,11 +57,12 @@ class RowLookup(nn.Embedding):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         table, weight = self.row_table, stored(self.weight)
-        check_weight(table, weight)
-        if table.showing is Showing.DEFERRED:
-            destination[prefix + "weight"] = weight
-        elif not (table.weight_is_current or keep_vars):
-            destination[prefix + "weight"] = shown(self.weight, table.dense(weight))
+        with table.lock:
+            check_weight(table, weight)
+            if table.showing is Showing.DEFERRED:
+                destination[prefix + "weight"] = weight
+            elif not (table.weight_is_current or keep_vars):
+                destination[prefix + "weight"] = shown(self.weight, table.dense(weight))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "weight"
@@ -105,19 +106,16 @@ def _reduce_to_plain(module: RowLookup, protocol: Any) -> tuple:
     plain = module.original_class.__new__(module.original_class)
     plain.__dict__.update(module.__dict__, sparse=module.was_sparse)
     del plain.__dict__["row_table"], plain.__dict__["was_sparse"]
-    reduced: Any = plain.__reduce_ex__(protocol)
-    if reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-        return _new, *reduced[1:]  # pickle refuses the other for an object of another class
-    return reduced
+    make, *rest = tuple(plain.__reduce_ex__(protocol))
+    # pickle refuses `__newobj__` for an object of another class
+    return _new if make is copyreg.__newobj__ else make, *rest  # type: ignore[attr-defined]
 
 
 def _new(cls: type, *args: object) -> object:
     return cls.__new__(cls, *args)
 
 
-def check_table(
-    module: RowLookup, table: RowTable, group: dict[str, Any] | None, missed_steps: str
-) -> None:
+def check_table(module: RowLookup, table: RowTable, group: dict | None, missed_steps: str) -> None:
     """Raise UserError if a registered embedding, its gradient or its options cannot be stepped.
 
     `group` is its weight's parameter group.

@@ -95,8 +95,8 @@ def check_weight(table: RowTable, weight: Tensor) -> None:
         return
     if not table.is_settled:
         raise UserError(
-            "a registered embedding's weight was written through another tensor over its memory, while "
-            "some rows were not up to date. Write to `embedding.weight` itself, or call "
+            "a registered embedding's weight was written through another tensor over its memory "
+            "while some rows were not up to date. Write to `embedding.weight` itself, or call "
             "`optimizer.flush()` before"
         )
     weight_was_written(table, weight)
@@ -107,8 +107,8 @@ def check_replacement(table: RowTable, data: Tensor) -> None:
     if data.shape != table.shape or (data.dtype != table.dtype and table.step_count):
         raise UserError(
             f"a registered embedding's weight is {list(table.shape)} in {table.dtype}, and was "
-            f"given data of {list(data.shape)} in {data.dtype}. Call `optimizer.release()`, change the "
-            "embedding, and build a new optimizer"
+            f"given data of {list(data.shape)} in {data.dtype}. Call `optimizer.release()`, change "
+            "the embedding, and build a new optimizer"
         )
 
 

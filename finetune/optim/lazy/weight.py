@@ -48,7 +48,7 @@ _MEMORY = ("data_ptr", "__cuda_array_interface__")
 _PROPERTY = ("__get__", "__set__")
 
 
-_Function = Callable[..., object]
+_Function = Callable[..., Any]
 _Make = Callable[[Tensor], Tensor]
 
 
@@ -63,9 +63,9 @@ class LazyRows(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: object, args: tuple = (), kwargs: dict | None = None
+        cls, func: _Function, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        kwargs, name, is_property = kwargs or {}, _name(func), func.__name__ in _PROPERTY
+        kwargs, name = kwargs or {}, _name(func)
         with torch._C.DisableTorchFunctionSubclass():
             if targets := _targets(name, args, kwargs):
                 return _write(func, args, kwargs, targets, sets_data=name == "data=")
@@ -74,7 +74,7 @@ class LazyRows(torch.Tensor):
             if name in _VIEWS:
                 views = _views(func, args, kwargs)
                 return _read(func, args, kwargs) if views is None else views
-            if is_property or name in _NOT_ABOUT_VALUES or name in _MEMORY:
+            if func.__name__ in _PROPERTY or name in _NOT_ABOUT_VALUES or name in _MEMORY:
                 return func(*args, **kwargs)
             return _read(func, args, kwargs)
 
@@ -82,7 +82,7 @@ class LazyRows(torch.Tensor):
         memo[id(self)] = copied = self._plain(torch.clone)
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> str | tuple:
+    def __reduce_ex__(self, protocol) -> str | tuple:
         with torch.no_grad():
             return self._plain(torch.Tensor.detach).__reduce_ex__(protocol)
 
@@ -117,8 +117,7 @@ def unwatch(weight: Tensor) -> None:
     """Make `weight` the plain parameter that it was before `watch`, if it is not one already."""
     if isinstance(weight, LazyRows):
         del weight._is_param, weight.row_table
-        plain: Any = weight
-        plain.__class__ = nn.Parameter
+        weight.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def table_of(weight: Tensor) -> RowTable | None:
@@ -160,14 +159,15 @@ def _current(rows: LazyRows) -> Tensor:
     """Return the values of a weight or a view with rows as of now. Stores nothing."""
     weight = _weight(rows)
     table = table_of(weight)
-    if table is not None:
-        check_weight(table, stored(weight))
-        if rows.copied == _moment(weight):
-            return rows
-    if table is None or table.weight_is_current:
+    if table is None:
         return rows if rows.copied is None else rows.make(weight)
-    with torch.inference_mode(False), torch.no_grad():
-        dense = table.dense_once(weight)
+    with table.lock, torch.inference_mode(False), torch.no_grad():
+        check_weight(table, stored(weight))
+        if rows.copied is not None and rows.copied == _moment(weight):
+            return rows
+        dense = None if table.weight_is_current else table.dense_once(weight)
+    if dense is None:
+        return rows if rows.copied is None else rows.make(weight)
     if not (torch.is_grad_enabled() and rows.requires_grad):
         return rows.make(dense)
     if rows.is_leaf:  # the weight, or a parameter of its own over the same memory
@@ -175,10 +175,12 @@ def _current(rows: LazyRows) -> Tensor:
     return rows.make(_Connected.apply(weight, dense))
 
 
-def _name(func: Any) -> str:
+def _name(func: _Function) -> str:
     """Return a function's name: of a property's getter `data`, of its setter `data=`."""
     if func.__name__ in _PROPERTY:
-        return func.__self__.__name__ + ("" if func.__name__ == "__get__" else "=")
+        return getattr(func, "__self__", func).__name__ + (
+            "" if func.__name__ == "__get__" else "="
+        )
     return func.__name__
 
 
@@ -226,8 +228,9 @@ def _write(
     with torch.no_grad():
         for weight in weights:
             if table := table_of(weight):
-                check_weight(table, stored(weight))
-                table.flush(weight)
+                with table.lock:
+                    check_weight(table, stored(weight))
+                    table.flush(weight)
     memory = {id(rows): rows.make(_weight(rows)) for rows in targets}
 
     def of(rows: LazyRows) -> Tensor:
@@ -257,7 +260,7 @@ def _views(func: _Function, args: tuple, kwargs: dict) -> object:
 
 
 def _as_views(
-    made: object, rows: LazyRows, make: Callable[[Tensor], Any], values: Tensor | None = None
+    made: object, rows: LazyRows, make: _Function, values: Tensor | None = None
 ) -> object:
     """Return tensors over the memory of `rows` as views, which `make` makes from a weight.
 
@@ -313,11 +316,11 @@ def _read(func: _Function, args: tuple, kwargs: dict) -> object:
     if len(copies) == 1 and isinstance(made, Tensor | list | tuple):  # a view that is not in _VIEWS
         rows, values, _ = copies[0]
 
-        def make(weight: Tensor) -> Any:
-            return func(
-                *_replaced(args, lambda _: rows.make(weight)),
-                **_replaced(kwargs, lambda _: rows.make(weight)),
-            )
+        def make(weight: Tensor) -> object:
+            def this(_: LazyRows) -> Tensor:
+                return rows.make(weight)
+
+            return func(*_replaced(args, this), **_replaced(kwargs, this))
 
         views = _as_views(made, rows, make, values)
         return made if views is None else views
