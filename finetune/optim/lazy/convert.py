@@ -27,7 +27,7 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
         if index in state["state"]:
             of_rows = RowState.from_dict(state["state"][index])
             state["state"][index] = {
-                "step": of_rows.step,
+                "step": of_rows.step.float(),
                 "exp_avg": _dense(weight, of_rows.rows, of_rows.exp_avg),
                 "exp_avg_sq": _dense(weight, of_rows.rows, of_rows.exp_avg_sq),
             }

@@ -16,6 +16,7 @@ Weights in bfloat16 or float16 keep float32 master rows with the moments. All ar
 float32, or in float64 for float64 weights.
 """
 
+import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,8 @@ from finetune.optim.gradients import coalesce
 from finetune.optim.lazy.missed_steps import GaussRules, History, adamw_step_, replay_
 from finetune.optim.lazy.scratch import Block, Memo, Scratch
 from finetune.optim.lazy.state import RowState, Showing
+
+_logger = logging.getLogger("finetune")
 
 MISSED_STEPS = ("exact", "replay", "skip")
 
@@ -55,6 +58,7 @@ class RowTable:
         self.version = 0  # of the weight, after what the table itself wrote to it
         self.writes = 0  # by other code, and states started from
         self.seen: tuple[tuple, Tensor | None] | None = None  # see `dense_once`
+        self.options_changed = 0  # how often betas or eps did
         self.warned = False  # that somebody asked for the weight's memory
         self.clear(weight, betas, eps)
 
@@ -104,8 +108,10 @@ class RowTable:
         self.used_at_most = len(rows) + 1
         self.scratch.forget()
         self.version, self.writes, self.seen = stored(weight)._version, self.writes + 1, None
-        self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
-        self.rules.load(state)
+        self.rules: GaussRules | None = None
+        if self.missed_steps == "exact":
+            self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
+            self.rules.load(state)
 
     def follow(self, weight: Tensor) -> None:
         """Move to where the weight has moved.
@@ -151,7 +157,7 @@ class RowTable:
         """Return the state as it is, rows left at their own last steps. Its tensors are views."""
         had_gradient = slice(1, int(self.used))
         state = RowState(
-            step=torch.tensor(float(self.step_count)),
+            step=torch.tensor(self.step_count, dtype=torch.float64),
             rows=self.row_of_slot[had_gradient],
             last_step=self.last_step[had_gradient],
             exp_avg=self.exp_avg[had_gradient],
@@ -162,8 +168,7 @@ class RowTable:
             eps=self.history.eps,
             master=None if self.master is None else self.master[had_gradient],
         )
-        has_rules = self.missed_steps == "exact" and self.history.lr
-        return self.rules.add_to(state) if has_rules else state
+        return self.rules.add_to(state) if self.rules and self.history.lr else state
 
     def settled_state(self, weight: Tensor) -> RowState:
         """Return the state that goes with `dense`: every row brought up to now. Stores nothing."""
@@ -186,7 +191,7 @@ class RowTable:
         For `optimizer.state`, where others count or inspect what an optimizer keeps.
         """
         state = {
-            "step": torch.tensor(float(self.step_count)),
+            "step": torch.tensor(self.step_count, dtype=torch.float64),
             "rows": self.row_of_slot,
             "last_step": self.last_step,
             "exp_avg": self.exp_avg,
@@ -286,7 +291,17 @@ class RowTable:
             self.start(weight, state)
 
     def change_options(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
-        """Go on with other betas or another eps, after making up missed steps with the old ones."""
+        """Go on with other betas or another eps, after making up missed steps with the old ones.
+
+        That moves the whole table. If it happens again, the log of "finetune" warns once.
+        """
+        if self.options_changed == 1:
+            _logger.warning(
+                "lazy_adamw: betas or eps changed again. Each change brings the whole table up to "
+                "date, which costs as much as a dense step: with a schedule that cycles betas at "
+                "every step (OneCycleLR, CyclicLR), pass cycle_momentum=False or use adamw"
+            )
+        self.options_changed += 1
         self.flush(weight)
         self.start(weight, self.stored_state()._replace(betas=betas, eps=eps))
 
@@ -356,18 +371,14 @@ class RowTable:
         size = self._rows_at_once if self.device.type == "cpu" else max(1, len(rows))
         whole = block or self.scratch.take(min(size, len(rows)), min(size, len(rows)), self.exp_avg)
         last_step = self.last_step[slots]
-        coefficients = (
-            self.rules.coefficients(last_step, size)
-            if self.missed_steps == "exact" and not ready
-            else []
-        )
+        coefficients = self.rules.coefficients(last_step, size) if self.rules and not ready else []
         for i, start in enumerate(range(0, len(rows), size)):
             part = slice(start, min(start + size, len(rows)))
             at, to = rows[part], slots[part]
             copies = whole.part(part if block else slice(len(at)))
             if not ready:
                 self._gather(weight, at, to, copies)
-                if self.missed_steps == "exact":
+                if self.rules:
                     coefficients[i].catch_up_(*copies)
                 elif self.missed_steps == "replay":
                     replay_(*copies[:3], last_step[part], self.history)
