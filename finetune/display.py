@@ -4,6 +4,7 @@ Only the main process shows anything. Everything goes to stderr; stdout has only
 """
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +20,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from finetune.errors import visible
 from finetune.run.log import Listener
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.wording import clock
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
+
+
+def on_terminal(text: str) -> str:
+    """Return `text` as it goes to stdout: on a terminal its control characters are escaped."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 class Display:
@@ -39,7 +46,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print one line about the progress."""
         if self.enabled:
-            self._console.print(text, markup=False)
+            self._console.print(visible(text), markup=False)
 
     def note(self, text: str) -> None:
         """Print a line that also belongs in the run's record, such as a choice that was made."""

@@ -8,6 +8,7 @@ of its own: "betas is 'high'. Give 2 numbers, e.g. [0.9, 0.999]". There is no fu
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 
@@ -22,6 +23,14 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f". Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def visible(text: str) -> str:
+    """Return `text` with its control characters escaped, but line breaks and tabs.
+
+    Data and models may hold sequences that set a terminal's title or clear its screen.
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def disk_refusal(error: OSError) -> str | None:

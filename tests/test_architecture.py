@@ -23,7 +23,7 @@ TIERS = (  # a room imports from its own tier and from those above it here
     ("data", "compute", "optim", "comparison", "landscape", "report"),
     ("data.sources", "models", "distributed", "display", "integrations"),
     ("inference", "evaluation"),
-    ("training", "config"),
+    ("training", "config", "serving"),
     ("recipes",),
     ("cli", "__main__", "finetune"),  # finetune is the package's own __init__
 )
@@ -31,17 +31,22 @@ TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
 PARTS_OF_ROOMS = {"data.types", "data.sources"}  # rooms inside of a room; nothing else is one
 
 BORDERS = {  # third party -> the rooms that import it; only they may, and all of them do
+    "annotated_types": {"config"},
     "accelerate": {"distributed", "training", "recipes"},
     "datasets": {"data.sources"},
+    "fastapi": {"serving"},
     "huggingface_hub": {"data.sources", "models"},
     "jinja2": {"report"},
+    "langcodes": {"data"},
+    "language_data": {"data"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
     "numpy": {"landscape"},
     "optuna": {"recipes"},
     "peft": {"models"},
     "psutil": {"recipes"},
-    "pydantic": {"config"},
+    "pyarrow": {"data.sources"},
+    "pydantic": {"config", "serving"},
     "rich": {"display", "recipes"},
     "sacrebleu": {"evaluation"},
     "safetensors": {"models"},
@@ -49,6 +54,8 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "tokenizers": {"models"},
     "transformers": {"models"},
     "typer": {"cli"},
+    "uvicorn": {"recipes"},
+    "xxhash": {"training"},
     "yaml": {"config", "recipes"},
 }
 WITHOUT_TORCH = {"errors", "config", "data.sources", "display", "report", "cli", "__main__"}

@@ -5,27 +5,31 @@ mistake, or a full disk, is one message on stderr and exit code 2. A run that a 
 with 130.
 """
 
+import io
 import sys
 
 import typer
 
 # importing registers the commands, in the order of --help
 # isort: off
-from finetune.cli import train, use, results, compare  # noqa: F401
+from finetune.cli import train, use, serve, results, compare  # noqa: F401
 
 # isort: on
 from finetune.cli.app import app
-from finetune.errors import UserError, disk_refusal
+from finetune.errors import UserError, disk_refusal, visible
 
 
 def main() -> None:
     """Run the command line, and exit. `finetune` and `python -m finetune` both start here."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False))
     except Exception as error:
         if (message := _message(error)) is None:
             raise
-        typer.echo(f"finetune: {message}", err=True)
+        typer.echo(f"finetune: {' '.join(visible(message).splitlines())}", err=True)
         sys.exit(2)
 
 

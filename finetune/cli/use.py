@@ -1,5 +1,6 @@
 """`finetune evaluate`, `generate`, `chat` and `translate`: a trained run, or any model, in use."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,9 @@ TopK = Annotated[
 ]
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Values above 1 discourage repetition.")
+]
+System = Annotated[
+    str | None, typer.Option(help="System prompt; '' is none.", show_default="the run's own")
 ]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
 
@@ -50,6 +54,7 @@ def generate(
         bool,
         typer.Option("--raw", help="Continue the prompt as plain text, without the chat template."),
     ] = False,
+    system: System = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line: prompt and answer.")
     ] = False,
@@ -66,6 +71,7 @@ def generate(
     """
     import json
 
+    from finetune.display import on_terminal
     from finetune.recipes.generate import generate_answers
 
     settings = given(
@@ -76,20 +82,23 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     for asked, answer in generate_answers(
-        target, prompt or [], raw=raw, seed=seed, settings=settings
+        target, prompt or [], raw=raw, system_prompt=system, seed=seed, settings=settings
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         typer.echo(
-            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=False)
+            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=not speaks_utf8())
             if as_json
-            else plain
+            else on_terminal(plain)
         )
 
 
 @app.command()
 def chat(
     target: Target,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the run's base model answer, too.")
+    ] = False,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -97,8 +106,8 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
 ) -> None:
-    """Talk with a model in the terminal. /reset forgets the conversation, /exit ends it."""
-    from finetune.recipes.generate import chat_in_terminal
+    """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
+    from finetune.recipes.chat import chat_in_terminal
 
     settings = given(
         max_new_tokens=max_new_tokens,
@@ -107,7 +116,7 @@ def chat(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    chat_in_terminal(target, system_prompt=system, seed=seed, settings=settings)
+    chat_in_terminal(target, base=base, system_prompt=system, seed=seed, settings=settings)
 
 
 @app.command()
@@ -147,6 +156,11 @@ def translate(
         to=to,
         settings=given(max_new_tokens=max_new_tokens),
     )
+
+
+def speaks_utf8() -> bool:
+    """Return whether stdout takes any text."""
+    return (sys.stdout.encoding or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
 
 
 def given(**settings: float | int | None) -> dict[str, float | int]:

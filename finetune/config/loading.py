@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 
-from finetune.config.schema import RunConfig
+from finetune.config.other_tools import ALIASES, NOT_ALIASES
+from finetune.config.schema import DataSection, RunConfig
 from finetune.config.yaml12 import parse
 from finetune.errors import UserError, did_you_mean
 
@@ -20,46 +22,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 NOT_ALLOWED = " is not allowed: "
 SHOULD_BE = "input should be "  # pydantic's words
-
-ALIASES = {
-    "model_name_or_path": "model.name",
-    "learning_rate": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay",
-    "optim": "optimizer.name",
-    "num_train_epochs": "training.epochs",
-    "max_steps": "training.max_steps",
-    "per_device_eval_batch_size": "evaluation.batch_size",
-    "max_grad_norm": "training.max_grad_norm",
-    "gradient_checkpointing": "training.activation_checkpointing",
-    "torch_compile": "training.compile",
-    "warmup_steps": "scheduler.warmup_steps",
-    "warmup_ratio": "scheduler.warmup_ratio",
-    "lr_scheduler_type": "scheduler.name",
-    "eval_steps": "evaluation.every",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "max_length": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "packing": "data.packing",
-    "attn_implementation": "model.attn_implementation",
-    "report_to": "tracking",
+_FORMS = {"model": "name", "data": "train"}  # section -> the key that its text is meant for
+_OUT_OF_RANGE = {
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
+    "int_parsing_size",
 }
-"""Hugging Face's names (TrainingArguments, SFTConfig) that mean the same, anywhere in the file."""
-
-NOT_ALIASES = {
-    "gradient_accumulation_steps": "Set training.batch_size (sequences per step, over all "
-    "processes) and training.micro_batch_size, from which it follows",
-    "per_device_train_batch_size": "Set training.batch_size to it times the processes times "
-    "gradient_accumulation_steps, and training.micro_batch_size to the sequences per forward",
-    "bf16": "Write training.precision: bf16",
-    "fp16": "Write training.precision: fp16",
-    "dataset_name": "Write data.train: NAME",
-    "load_best_model_at_end": "Write checkpoint.save_best_model: true",
-    "metric_for_best_model": "Write evaluation.best: loss or chrf",
-    "max_rows": "Write max_records",
-    "max_validation_rows": "Write data.max_validation_records",
-}
-"""Hugging Face's names without an equal, and former names. The value says what to do instead."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -99,14 +66,28 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def make_config(
     tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "config"
 ) -> RunConfig:
-    """Return the config that a tree from YAML describes. `where` opens each error message.
+    """Return the config that a tree from YAML describes. `where` opens the error message.
 
-    Raises UserError.
+    Top-level keys that begin with x- or a dot hold what is merged elsewhere, and are left out.
+    Raises UserError with a sentence for each mistake.
     """
-    resolved = _resolve_aliases(tree, where)
+    problems: list[str] = []
+    tree = {key: value for key, value in tree.items() if not str(key).startswith(("x-", "."))}
+    resolved = _resolve_aliases(tree, problems)
     for override in overrides:
-        _apply(resolved, override)
-    return validate(RunConfig, resolved, where=where)
+        try:
+            _apply(resolved, override)
+        except UserError as error:
+            problems.append(str(error))
+    try:
+        config = RunConfig.model_validate(resolved)
+    except ValidationError as error:
+        found: list[Any] = error.errors(include_url=False)
+        # A key that is missing may be what a wrong one was meant for.
+        problems += _sentences(p for p in found if not problems or p["type"] != "missing")
+    if problems:
+        raise UserError(f"{where}: " + ". ".join(problems))
+    return config
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
@@ -114,7 +95,9 @@ def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Mo
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: " + ". ".join(_sentences(error))) from error
+        raise UserError(
+            f"{where}: " + ". ".join(_sentences(error.errors(include_url=False)))
+        ) from error
 
 
 def dump_config(config: RunConfig) -> str:
@@ -124,30 +107,28 @@ def dump_config(config: RunConfig) -> str:
     )
 
 
-def _resolve_aliases(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the tree with Hugging Face's names moved to ours.
+def _resolve_aliases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the tree with other tools' names moved to ours, and note what is no key.
 
     A name that is ours in its own place is left alone.
     """
     resolved: dict[str, Any] = {}
-    moved: list[tuple[str, str, Any]] = []  # the name given, our key, the value
+    moved: list[tuple[str, str, Any]] = []  # the name given, where it is, the value
     for key, value in tree.items():
         section = _section(RunConfig, key)
         if section is None and key not in RunConfig.model_fields:
-            moved.append((key, *_alias(key, value, where, RunConfig.model_fields)))
+            moved.append((key, "", value))
         elif section is not None and isinstance(value, Mapping):
-            inner = {}
-            for name, item in value.items():
-                if _takes(section, name):
-                    inner[name] = item
-                else:
-                    found = _alias(name, item, f"{where}: {key}", section.model_fields)
-                    moved.append((f"{key}.{name}", *found))
-            resolved[key] = inner
+            resolved[key] = {n: item for n, item in value.items() if _takes(section, n)}
+            moved += [(n, key, item) for n, item in value.items() if not _takes(section, n)]
         else:
             resolved[key] = value
-    for given, target, value in moved:
-        _set(resolved, target, value, given=given)
+    for name, place, value in moved:
+        try:
+            target, value = _alias(name, value, [place] if place else [])
+            _set(resolved, target, value, given=f"{place}.{name}" if place else name)
+        except UserError as error:
+            problems.append(f"{place}: {error}" if place else str(error))
     return resolved
 
 
@@ -156,35 +137,92 @@ def _takes(section: type[BaseModel], name: str) -> bool:
     return name in section.model_fields or (is_open and name not in ALIASES)
 
 
-def _alias(key: str, value: Any, where: str, known: Iterable[str]) -> tuple[str, Any]:
+def _alias(key: str, value: Any, place: Sequence[str]) -> tuple[str, Any]:
     """Return our key and the value for another tool's `key`. Raises UserError for any other."""
-    if key in NOT_ALIASES:
-        raise UserError(f"{where}: {key!r} is not a key here. {NOT_ALIASES[key]}")
     if key not in ALIASES:
-        near = did_you_mean(str(key), [*known, *ALIASES])
-        raise UserError(f"{where}: {key!r} is not a key; the keys are {', '.join(known)}{near}")
+        raise UserError(_unknown(key, key, _keys_at(place)))
     if key == "report_to":
         value = [] if value in ("none", None) else [value] if isinstance(value, str) else value
     return ALIASES[key], value
 
 
+def _unknown(key: str, leaf: str, known: Sequence[str]) -> str:
+    """Return the sentence for a key that is none; `leaf` is its last part."""
+    if leaf in NOT_ALIASES:
+        return f"{key!r} is not a key here. {NOT_ALIASES[leaf]}"
+    if 0 < len(places := _places(str(leaf))) <= 3:
+        return f"{key!r} is not a key here. Write {' or '.join(places)}"
+    near = did_you_mean(str(leaf), [*known, *ALIASES])
+    there = "" if key == leaf else " there"
+    return f"{key!r} is not a key; the keys{there} are {', '.join(known)}{near}"
+
+
+def _places(leaf: str, model: type[BaseModel] = RunConfig, above: str = "") -> list[str]:
+    """Return the dotted keys, anywhere in the config, whose last part is `leaf`."""
+    found = [above + leaf] if leaf in model.model_fields else []
+    for key in model.model_fields:
+        if section := _section(model, key):
+            found += _places(leaf, section, f"{above}{key}.")
+    return found
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    key = key.strip()
+    key = key.strip().removeprefix("--")
     if not equals or not key:
         raise UserError(
             f"the override {override!r} is not of the form key=value. Write e.g. training.epochs=1"
         )
+    leaf = key.rpartition(".")[2]
+    is_alias = (leaf in ALIASES or leaf in NOT_ALIASES) and _field(key) is None
+    target = ALIASES.get(leaf, key) if is_alias else key
     try:
-        value = parse(text)
+        value = _read(target, text)
     except yaml.YAMLError as error:
         raise UserError(
             f"the value of the override {override!r} is not valid YAML: {_yaml_problem(error)}"
         ) from error
-    leaf = key.rpartition(".")[2]
-    if (leaf in ALIASES or leaf in NOT_ALIASES) and _field(key) is None:
-        key, value = _alias(leaf, value, "override", RunConfig.model_fields)
-    _set(tree, key, value, given=None)
+    if is_alias:
+        target, value = _alias(leaf, value, [])
+    _set(tree, target, value, given=None)
+
+
+def _read(key: str, text: str) -> Any:
+    """Return the value of an override: the text as it is for a key that takes text.
+
+    A text that is in quotation marks as a whole is read as YAML, and so is null for a key that may
+    have no value. A key that also takes lists or mappings takes them in brackets.
+    """
+    kinds = _kinds(key)
+    if not kinds & {str, Path}:
+        return parse(text)
+    is_text = kinds <= {str, Path, type(None)}
+    if type(None) in kinds and text.strip() in ("", "~", "null"):
+        return None
+    try:
+        value = parse(text)
+    except yaml.YAMLError:
+        if not is_text and text.lstrip().startswith(("[", "{")):
+            raise
+        return text
+    is_quoted = isinstance(value, str) and text.strip()[:1] in ("'", '"')
+    is_other = not isinstance(value, str | dict) or text.lstrip().startswith("{")
+    return value if is_quoted or (is_other and not is_text) else text
+
+
+def _kinds(key: str) -> set[Any]:
+    """Return the types of value that the key takes."""
+    parent = _field(key.rpartition(".")[0])
+    if parent is not None and parent.annotation == dict[str, str]:
+        return {str}
+    field = _field(key)
+    if field is None:
+        return set()
+    if _item_section(DataSection, key.removeprefix("data.")):
+        return {str, list}  # the sources of data
+    is_union = typing.get_origin(field.annotation) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(field.annotation) if is_union else (field.annotation,)
+    return {getattr(kind, "__origin__", kind) for kind in kinds}  # of Annotated[str, ...]: str
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any, *, given: str | None) -> None:
@@ -228,10 +266,10 @@ def _field(dotted: str) -> Any:
     return field
 
 
-def _sentences(error: ValidationError) -> list[str]:
+def _sentences(errors: Iterable[Any]) -> list[str]:
     """Return one for each key: pydantic has a problem with each kind of value that is allowed."""
     reasons: dict[str, list[str]] = {}
-    for problem in error.errors(include_url=False):
+    for problem in errors:
         what, _, why = _sentence(problem).partition(NOT_ALLOWED)
         whys = reasons.setdefault(what, [])
         whys.append(why.removeprefix(SHOULD_BE) if whys else why)
@@ -246,12 +284,8 @@ def _sentence(problem: Any) -> str:
     if path and path[-1] in ("int", "str"):  # the kind of value that was tried
         path.pop()
     key, given = ".".join(path) or "config", problem["input"]
-    if problem["type"] == "extra_forbidden" and path[-1] in NOT_ALIASES:
-        return f"{key!r} is not a key here. {NOT_ALIASES[path[-1]]}"
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1])
-        near = did_you_mean(path[-1], known)
-        return f"{key!r} is not a key; the keys there are {', '.join(known)}{near}"
+        return _unknown(key, path[-1], _keys_at(path[:-1]))
     if problem["type"] == "missing":
         return f"{key!r} is missing and has no default. Add it"
     if problem["type"] == "value_error":
@@ -260,11 +294,35 @@ def _sentence(problem: Any) -> str:
     shown = repr(given) if is_plain else _kind(given)
     if problem["type"] == "model_type":
         why = SHOULD_BE + "a mapping of keys to values"
+        if isinstance(given, str) and path[-1] in _FORMS:
+            why += f". Write {key}: {{{_FORMS[path[-1]]}: {given}}}"
+    elif problem["type"] == "path_type":
+        why = SHOULD_BE + "a path, in quotation marks if it is a number"
+    elif (allowed := _range(path)) and problem["type"] in _OUT_OF_RANGE:
+        why = SHOULD_BE + allowed
     elif problem["type"] == "tuple_type":
         why = SHOULD_BE + f"a list, such as [{'' if given is None else given}]"
     else:
         why = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{key} = {shown}{NOT_ALLOWED}{why}"
+
+
+def _range(path: Sequence[str]) -> str:
+    """Return what numbers a key takes: "greater than 0 and at most 1,000"."""
+    field = _field(".".join(part for part in path if not part.isdigit()))
+    words = {Gt: "greater than", Ge: "at least", Lt: "less than", Le: "at most"}
+    pending, found = [field], []
+    while pending:
+        item = pending.pop()
+        pending += [
+            *getattr(item, "metadata", ()),
+            *typing.get_args(getattr(item, "annotation", item)),
+        ]
+        for kind, word in words.items():
+            if isinstance(item, kind):
+                limit = getattr(item, kind.__name__.lower())
+                found.append((limit, f"{word} {limit:,}"))
+    return " and ".join(text for _, text in sorted(found))
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

@@ -8,8 +8,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from finetune.data.bad_records import BadRecords
 from finetune.data.types import IGNORE_INDEX, Example, Format, Record
 from finetune.errors import UserError
+
+_HOPELESS = 1000  # if so many records are bad and none is good, no more are read
 
 
 @dataclass
@@ -22,16 +25,22 @@ class DataStatistics:
 
     records: int = 0
     blank_records: int = 0  # records without any text (plain text only)
+    bad_records: int = 0  # records that cannot be used, and lines that are none; not in `records`
     examples: int = 0  # kept
     tokens: int = 0
     target_tokens: int = 0
     truncated: int = 0  # examples cut to max_length, which keeps their start
     without_target: int = 0  # examples that had no target left after the cut; not kept
     dropped: int = 0  # examples over max_length that were not kept because overlong is "drop"
+    duplicates: int = 0  # examples that are also held out and were not kept (drop_duplicates)
     longest: int = 0  # tokens of the longest example before any cut
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
+
+
+class WrongTokenizer(UserError):
+    """The tokenizer has ids that the model does not have, so no record is to blame."""
 
 
 class RecordEncoder:
@@ -39,27 +48,42 @@ class RecordEncoder:
 
     `overlong` decides about an example of more than `max_length` tokens: "truncate" keeps its
     start, "drop" leaves it out, "error" raises. `vocab_size` is the number of rows of the model's
-    embedding.
+    embedding. A record that does not fit the format raises UserError; with `bad` it is noted there.
     """
 
-    def __init__(self, format: Format, *, max_length: int, overlong: str, vocab_size: int) -> None:
+    def __init__(
+        self,
+        format: Format,
+        *,
+        max_length: int,
+        overlong: str,
+        vocab_size: int,
+        bad: BadRecords | None = None,
+    ) -> None:
         assert overlong in ("truncate", "drop", "error"), overlong
         self.format = format
         self.max_length = max_length
         self.overlong = overlong
         self.vocab_size = vocab_size
+        self.bad = bad
+        self._counted = 0  # bad records, also those that were noted by what reads the files
         self.statistics = DataStatistics()
 
     def __call__(self, where: str, record: Record) -> list[Example]:
-        """Return the examples of the record.
+        """Return the examples of the record; none of one that is noted as bad.
 
-        Raises UserError, with `where` in front, if the record does not fit the format.
+        Raises UserError, with `where` in front.
         """
         try:
             found = self.format.examples(record)
             kept = [example for example in map(self._fit, found) if example is not None]
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+            if self.bad is None or isinstance(error, WrongTokenizer):
+                raise type(error)(f"{where}: {error}") from error
+            self.bad.add(where, f": {error}")
+            self.count_bad()
+            return []
+        self.count_bad()
         counts = self.statistics
         counts.records += 1
         counts.blank_records += not found
@@ -68,10 +92,16 @@ class RecordEncoder:
         counts.target_tokens += sum(example.num_target_tokens for example in kept)
         return kept
 
+    def count_bad(self) -> None:
+        """Count the bad records that were noted since the last call, also while files were read."""
+        if self.bad is not None:
+            self.statistics.bad_records += self.bad.count - self._counted
+            self._counted = self.bad.count
+
     def _fit(self, example: Example) -> Example | None:
         """Return the example within the limits, or None if it is dropped."""
         if (largest := max(*example.input_ids, *example.labels)) >= self.vocab_size:
-            raise UserError(
+            raise WrongTokenizer(
                 f"token id {largest} is outside the model's vocabulary of {self.vocab_size} rows, "
                 "so the tokenizer does not belong to the model. Use the one that comes with it"
             )
@@ -159,16 +189,25 @@ def encode(
     max_length: int,
     overlong: str,
     vocab_size: int,
+    bad: BadRecords | None = None,
 ) -> EncodedDataset:
     """Encode all records, each given as (where it comes from, record).
 
-    Raises UserError for a record that does not fit, or if the records hold no target token.
+    Raises UserError with a list of the records that do not fit, unless `bad` drops them, or if the
+    records hold no target token.
     """
-    encoder = RecordEncoder(format, max_length=max_length, overlong=overlong, vocab_size=vocab_size)
+    bad = BadRecords() if bad is None else bad
+    encoder = RecordEncoder(
+        format, max_length=max_length, overlong=overlong, vocab_size=vocab_size, bad=bad
+    )
     dataset = EncodedDataset()
     for where, record in records:
         for example in encoder(where, record):
             dataset.append(example)
+        if bad.count == _HOPELESS and encoder.statistics.records == 0:
+            break
+    encoder.count_bad()
+    bad.check()
     dataset.statistics = encoder.statistics
     require_targets(encoder.statistics, max_length=max_length)
     return dataset
@@ -177,7 +216,8 @@ def encode(
 def require_targets(counts: DataStatistics, *, max_length: int) -> None:
     """Raise UserError if there is no target token."""
     if counts.records == 0:
-        raise UserError("the data holds no records")
+        reason = f": all {counts.bad_records:,} were dropped" if counts.bad_records else ""
+        raise UserError(f"the data holds no records{reason}")
     if counts.target_tokens == 0:
         reasons = (
             (counts.dropped, f"over data.max_length = {max_length} and dropped"),

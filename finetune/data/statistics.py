@@ -6,7 +6,7 @@ here.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -49,15 +49,37 @@ def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | 
     return sum(token in used for token in held_out.token_ids) / len(held_out.token_ids)
 
 
+def also_in(train: EncodedDataset, held_out: EncodedDataset) -> int:
+    """Return how many held-out examples are also in the training data, token for token."""
+    keys = {held_out.key(i) for i in range(len(held_out))}
+    known = {key for i in range(len(train)) if (key := train.key(i)) in keys}
+    return sum(held_out.key(i) in known for i in range(len(held_out)))
+
+
+def without(dataset: EncodedDataset, others: EncodedDataset) -> EncodedDataset:
+    """Return the dataset without the examples that are also in `others`, which it counts."""
+    keys = {others.key(i) for i in range(len(others))}
+    kept, counts = EncodedDataset(), dataset.statistics
+    for i in range(len(dataset)):
+        if dataset.key(i) not in keys:
+            kept.append(dataset[i])
+    kept.statistics = replace(
+        counts,
+        examples=len(kept),
+        tokens=len(kept.token_ids),
+        target_tokens=sum(kept.target_counts),
+        duplicates=len(dataset) - len(kept),
+    )
+    return kept
+
+
 def report_on(
     train: EncodedDataset, held_out: EncodedDataset | None, *, tokenizer: Tokenizer, vocab_size: int
 ) -> DataReport:
     """Return the figures of the encoded data. `vocab_size` is the rows of the embedding."""
     lengths = sorted(train.lengths)
     known = Counter(train.key(i) for i in range(len(train)))
-    leaked = None
-    if held_out is not None:
-        leaked = sum(held_out.key(i) in known for i in range(len(held_out)))
+    leaked = None if held_out is None else also_in(train, held_out)
     return DataReport(
         train=train.statistics.as_dict(),
         held_out=None if held_out is None else held_out.statistics.as_dict(),

@@ -19,8 +19,11 @@ IGNORE_INDEX = -100
 Record = Mapping[str, Any]
 """One record of a dataset: column -> value."""
 
-Message = dict[str, str]
-"""One message of a conversation: {"role": "system" | "user" | "assistant", "content": text}."""
+Message = dict[str, Any]
+"""One message: {"role", "content"}, and what else a chat template may write of it.
+
+Roles are system, developer, user, assistant and tool.
+"""
 
 
 class Tokenizer(Protocol):
@@ -31,15 +34,22 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
 
-    def __call__(self, text: str, **options: Any) -> Any: ...
+    def __call__(self, text: Any, **options: Any) -> Any: ...
 
     def __len__(self) -> int: ...
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
+    def get_chat_template(self, chat_template: str | None, tools: Any) -> str: ...
+
     def decode(self, token_ids: Any, **options: Any) -> Any: ...
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
+
     def get_added_vocab(self) -> Mapping[str, int]: ...
+
+    def parse_response(self, response: Any, *, prefix: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +96,22 @@ class Prompt:
     input_ids: Sequence[int]
     text: str  # what a person reads as the input: the source sentence, the last user turn
     reference: str
+    tool_calls: Sequence[Mapping[str, Any]] = ()  # of the reference: {"name", "arguments"}
+    language: str | None = None  # of the reference, if it is known
 
 
 class Format(Protocol):
     """A format turns records into examples. There are three: chat, translation, text."""
 
     name: str
+
+    @property
+    def common_system_prompt(self) -> str | None:
+        """The system prompt of all examples so far, for use after training; None if there is none.
+
+        If they differ it is the one of the config.
+        """
+        ...
 
     def examples(self, record: Record) -> list[Example]:
         """Return the examples of one record, untruncated.
@@ -103,4 +123,11 @@ class Format(Protocol):
 
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the prompts whose answers are compared with the record's; plain text has none."""
+        ...
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each thing that records say and that is not used.
+
+        It is about the records whose examples were made since the last call.
+        """
         ...

@@ -1,6 +1,6 @@
 """The evaluation of a model: the loss on held-out data, and metrics over the answers it writes.
 
-Read `loss` first, then `answers`.
+Read `loss` first, then `answers` with `tool_calls`.
 """
 
 from finetune.evaluation.answers import Answer, evaluate_generation

@@ -6,17 +6,28 @@ sacrebleu. Each comes with the signature that makes a score comparable with anot
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from functools import cache
+from typing import Any, NotRequired, TypedDict
 
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 
+from finetune.data.formats.languages import script_of
 from finetune.data.types import Prompt, Tokenizer
 from finetune.errors import UserError, did_you_mean
+from finetune.evaluation.tool_calls import call_scores, judge_calls
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.describe import CausalLM
 
-TEXT_METRICS = {"chrf": CHRF, "bleu": BLEU}
+TEXT_METRICS = ("chrf", "bleu")
+_TOKENIZERS = {  # script -> sacrebleu's tokenizer; others have blanks between words
+    **dict.fromkeys(("Hans", "Hant", "Hani"), "zh"),
+    "Jpan": "ja-mecab",
+    "Kore": "ko-mecab",
+    **dict.fromkeys(("Thai", "Laoo", "Khmr", "Mymr", "Tibt"), "char"),
+}
+TOOL_CALLS = "tool_calls"
+"""The metric of the answers that should call tools (see `tool_calls`)."""
 
 
 class Answer(TypedDict):
@@ -25,6 +36,7 @@ class Answer(TypedDict):
     prompt: str
     reference: str
     output: str
+    calls: NotRequired[tuple[bool, bool]]  # see `judge_calls`; only until the scores are made
 
 
 def evaluate_generation(
@@ -42,7 +54,8 @@ def evaluate_generation(
     """Answer `prompts`; return the metrics (see `text_metrics`) and all answers.
 
     `prompts` are this process's share, a block of the whole, so that the answers keep their order.
-    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone.
+    `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone. Calls
+    of tools are judged whenever references have some.
     `inactive`: [V] bool; the scores then have `generated_outside`, the share of such tokens in all
     that was generated.
     """
@@ -57,10 +70,18 @@ def evaluate_generation(
     own = [
         Answer(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)
     ]
+    for number, (prompt, tokens) in enumerate(zip(prompts, generated)):
+        if prompt.tool_calls:
+            own[number]["calls"] = judge_calls(tokenizer, prompt, tokens)
     answers = gather(own)
+    texts_of = [name for name in metrics if name != TOOL_CALLS]
     scores = text_metrics(
-        metrics, [a["output"] for a in answers], [a["reference"] for a in answers]
+        texts_of,
+        [a["output"] for a in answers],
+        [a["reference"] for a in answers],
+        languages=gather([prompt.language for prompt in prompts]),
     )
+    scores |= call_scores([a.pop("calls") for a in answers if "calls" in a])
     if inactive is not None:
         outside = gather([bool(inactive[token]) for tokens in generated for token in tokens])
         scores["generated_outside"] = sum(outside) / max(1, len(outside))
@@ -68,11 +89,16 @@ def evaluate_generation(
 
 
 def text_metrics(
-    names: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+    names: Sequence[str],
+    outputs: Sequence[str],
+    references: Sequence[str],
+    *,
+    languages: Sequence[str | None] = (),
 ) -> dict[str, float | str]:
     """Return the scores of a corpus for each metric in `names`, with the metric's signature.
 
-    For example `{"chrf": 34.4, "chrf_signature": "nrefs:1|..."}`, from 0 to 100.
+    For example `{"chrf": 34.4, "chrf_signature": "nrefs:1|..."}`, from 0 to 100. `languages` are
+    those of the references, if they are known: BLEU cuts each into words by its language's rules.
     An empty output is a wrong one. Raises UserError for an unknown name, or if there is nothing to
     score.
     """
@@ -88,7 +114,45 @@ def text_metrics(
             raise UserError(
                 f"there is no output to compute {name} from: the held-out data gave no prompt"
             )
-        metric = TEXT_METRICS[name]()
-        scores[name] = metric.corpus_score(outputs, [references]).score
-        scores[f"{name}_signature"] = str(metric.get_signature())
+        scores[name], scores[f"{name}_signature"] = (
+            _bleu(outputs, references, languages) if name == "bleu" else _chrf(outputs, references)
+        )
     return scores
+
+
+def _chrf(outputs: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+    metric = CHRF()
+    return metric.corpus_score(outputs, [references]).score, str(metric.get_signature())
+
+
+def _bleu(
+    outputs: Sequence[str], references: Sequence[str], languages: Sequence[str | None]
+) -> tuple[float, str]:
+    """Return BLEU and its signature, with each sentence cut into words by its language's rules."""
+    used = [_tokenizer_of(language) for language in languages] or ["13a"] * len(outputs)
+    names = sorted(set(used))
+    if len(names) == 1:
+        metric = BLEU(tokenize=names[0])
+        return metric.corpus_score(outputs, [references]).score, str(metric.get_signature())
+    cut = {name: BLEU(tokenize=name).tokenizer for name in names}
+    outputs, references = (
+        [cut[name](text.rstrip()) for name, text in zip(used, side, strict=True)]
+        for side in (outputs, references)
+    )
+    metric = BLEU(tokenize="none", force=True)  # the words are cut already
+    score = metric.corpus_score(outputs, [references]).score
+    return score, str(metric.get_signature()).replace("tok:none", f"tok:{'+'.join(names)}")
+
+
+@cache
+def _tokenizer_of(language: str | None) -> str:
+    """Return sacrebleu's name of what cuts text of a language into words.
+
+    It is "char" if the script has no blanks between words, or if MeCab is not installed.
+    """
+    name = _TOKENIZERS.get(script_of(language) or "", "13a") if language else "13a"
+    try:
+        BLEU(tokenize=name)
+    except (ImportError, RuntimeError):
+        return "char"
+    return name

@@ -5,7 +5,7 @@ It knows no terminal: a command line or a server prints what it yields.
 
 from collections.abc import Callable, Iterator
 
-from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.formats.rendering import PLAIN, ChatTemplate, TemplateSettings
 from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, stream
@@ -15,6 +15,8 @@ from finetune.models.describe import CausalLM, context_length
 class Conversation:
     """One conversation with `model`, which is on its device.
 
+    `template` has what the chat template gets with each prompt.
+    A control token that a question spells out, such as <|im_end|>, is plain text.
     `turns` holds the questions and answers so far. When they outgrow the model's context, the
     oldest pair is dropped, and `notify` gets a sentence about it. Raises UserError if the
     tokenizer has no chat template, or one that cannot hold the system prompt.
@@ -26,6 +28,7 @@ class Conversation:
         tokenizer: Tokenizer,
         *,
         settings: GenerationSettings,
+        template: TemplateSettings = PLAIN,
         system_prompt: str | None,
         notify: Callable[[str], None],
     ) -> None:
@@ -35,17 +38,42 @@ class Conversation:
                 "continue a text, or `finetune translate` for a model that was trained to translate"
             )
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
-        self.template = ChatTemplate(tokenizer)
-        if system_prompt is not None and not self.template.writes_system_messages():
-            raise UserError("the chat template of this model takes no system prompt. Leave it out")
-        self._system: list[Message] = (
-            [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        )
+        self.template = ChatTemplate(tokenizer, template)
+        self._require_system(system_prompt)
+        self.system_prompt = system_prompt or None
         self.turns: list[Message] = []
+        self.num_tokens = 0  # of the newest answer
+
+    @property
+    def messages(self) -> list[Message]:
+        """The system prompt, if there is one, and the turns."""
+        return [*self._system, *self.turns]
+
+    @property
+    def _system(self) -> list[Message]:
+        prompt = self.system_prompt
+        return [] if prompt is None else [{"role": "system", "content": prompt}]
+
+    def set_system_prompt(self, prompt: str) -> None:
+        """Change the system prompt; "" is none. Raises UserError if the template takes none."""
+        self._require_system(prompt)
+        self.system_prompt = prompt or None
+
+    def _require_system(self, prompt: str | None) -> None:
+        if prompt and not self.template.writes("system"):
+            raise UserError("the chat template of this model takes no system prompt. Leave it out")
 
     def reset(self) -> None:
         """Forget the turns; the system prompt stays."""
         self.turns = []
+
+    def undo(self) -> str | None:
+        """Forget the newest question and its answer; return the question, None if there is none."""
+        if not self.turns:
+            return None
+        question: str = self.turns[-2]["content"]
+        self.turns = self.turns[:-2]
+        return question
 
     def reply(self, text: str) -> Iterator[str]:
         """Yield the answer to `text` in pieces.
@@ -56,8 +84,11 @@ class Conversation:
         question: Message = {"role": "user", "content": text}
         prompt, self.turns = self._fit(question)
         pieces: list[str] = []
+        self.num_tokens = 0
         try:
-            for piece in stream(self.model, self.tokenizer, prompt, self.settings):
+            for piece in stream(
+                self.model, self.tokenizer, prompt, self.settings, on_token=self._count
+            ):
                 pieces.append(piece)
                 yield piece
         finally:
@@ -65,12 +96,17 @@ class Conversation:
                 answer: Message = {"role": "assistant", "content": "".join(pieces)}
                 self.turns = [*self.turns, question, answer]
 
+    def _count(self) -> None:
+        self.num_tokens += 1
+
     def _fit(self, question: Message) -> tuple[list[int], list[Message]]:
         """Return the prompt for `question`, and the newest turns that fit with it and an answer."""
         limit = context_length(self.model)
         turns = self.turns
         while True:
-            prompt = self.template.prompt([*self._system, *turns, question])
+            prompt = self.template.prompt(
+                [*self._system, *turns, question], parse_control_tokens=False
+            )
             if (
                 limit is None
                 or len(prompt) + min(self.settings.max_new_tokens, limit // 2) <= limit

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+from finetune.data.sources.files import read_lines
 from finetune.data.types import Tokenizer
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, generate
@@ -64,19 +65,13 @@ def translate_file(
     if target.exists() and target.samefile(source):
         raise UserError(f"{target} is the source itself. Name another file for the translation")
     try:
-        with source.open(encoding="utf-8") as lines:
-            total = sum(1 for _ in lines)
-            lines.seek(0)
-            with target.open("w", encoding="utf-8") as out:
-                for done, translation in enumerate(translate(lines), start=1):
-                    out.write(translation + "\n")
-                    out.flush()
-                    if on_progress is not None:
-                        on_progress(done, total)
+        total = sum(1 for _ in read_lines(source))
+        with target.open("w", encoding="utf-8") as out:
+            for done, translation in enumerate(translate(read_lines(source)), start=1):
+                out.write(translation + "\n")
+                out.flush()
+                if on_progress is not None:
+                    on_progress(done, total)
     except OSError as error:
         raise UserError(f"{source} cannot be translated into {target}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source} is not UTF-8 text (byte {error.start}). Convert it first"
-        ) from error
     return total

@@ -1,14 +1,10 @@
 """The export of a trained model, as a plain Hugging Face folder.
 
 It has the weights in safetensors, the tokenizer, the template, the generation config and a model
-card. The folder is written next to its place and renamed, so an earlier export is whole until the
-new one is.
+card. An earlier export is whole until the new one is (see `run.replace`).
 """
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from finetune.models.adapters import merge_lora
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
 from finetune.models.vocabulary.activate import full_vocabulary
+from finetune.run.replace import replacing
 
 
 def export_model(
@@ -43,26 +40,10 @@ def export_model(
     LoRA is merged into a copy, and an active vocabulary is written back into the full table; the
     model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
     of the saved weights; None: as they are. Raises UserError if the disk refuses, or if `dest` has
-    other files than a model's.
+    a file that no export wrote.
     """
-    if (
-        dest.exists()
-        and not (dest / "config.json").is_file()
-        and (dest.is_file() or any(dest.iterdir()))
-    ):
-        raise UserError(
-            f"the export's destination {dest} exists and is not a model. Give an empty or a new "
-            "folder"
-        )
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
-    except OSError as error:
-        raise UserError(
-            f"the model could not be written to {dest}: {error.strerror or error}"
-        ) from error
-    try:
-        with full_vocabulary(model):
+        with replacing(dest) as work, full_vocabulary(model):
             _write(
                 merge_lora(model) if isinstance(model, PeftModel) else model,
                 tokenizer,
@@ -70,14 +51,10 @@ def export_model(
                 card,
                 dtype,
             )
-        for path in (work, *work.iterdir()):  # mkdtemp and safetensors make them private
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        _replace(dest, work)
     except (OSError, SafetensorError) as error:
         kept = "; the earlier export is untouched" if dest.exists() else ""
-        raise UserError(f"the model could not be written to {dest}: {error}{kept}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the model could not be written to {dest}: {reason}{kept}") from error
 
 
 @torch.no_grad()
@@ -152,27 +129,3 @@ def _write(
         )
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _replace(dest: Path, work: Path) -> None:
-    """Put `work` in the place of `dest`.
-
-    A folder cannot replace a full one in one step, so the old one is moved aside first.
-    """
-    if not dest.exists():
-        work.rename(dest)
-        return
-    aside = work.with_name(work.name + "-old")
-    dest.rename(aside)
-    try:
-        work.rename(dest)
-    except OSError:
-        aside.rename(dest)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

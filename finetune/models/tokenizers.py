@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from finetune.data.formats.rendering import ChatTemplate, encode_text
+from finetune.data.formats.borders import encode_text
+from finetune.data.formats.rendering import ChatTemplate
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec
@@ -47,6 +48,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"the tokenizer of {spec.name!r} could not be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {spec.name!r} is {type(tokenizer).__name__}, which is written in "
+            "Python and knows no places of tokens in a text. Use a model with a fast tokenizer "
+            "(tokenizer.json)"
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -91,6 +98,7 @@ class ChatTokens:
 
     added: tuple[int, ...] = ()  # ids that the tokenizer did not have before
     stops: tuple[int, ...] = ()  # ids that end an answer, the template's end of turn first
+    completed: bool = False  # whether the template got the generation prompt that it lacked
 
 
 def set_template(
@@ -110,13 +118,14 @@ def set_template(
         )
     elif chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be '
                 f"read: {error}"
             ) from error
     stop = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    completed = _complete_template(tokenizer)
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if stop is not None:
         tokenizer.eos_token = stop
@@ -125,7 +134,20 @@ def set_template(
         # Never learnt: the labels of padding are IGNORE_INDEX.
         tokenizer.pad_token = tokenizer.eos_token
     added = sorted(set(tokenizer.get_vocab().values()) - before)
-    return ChatTokens(tuple(added), tuple(stops))
+    return ChatTokens(tuple(added), tuple(stops), completed)
+
+
+def _complete_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Give the template the generation prompt that it lacks; return whether it lacked one.
+
+    Without one a model would have to write the header of its own turn, in every runtime.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return False
+    complete = ChatTemplate(tokenizer).source()
+    lacked = complete != tokenizer.chat_template
+    tokenizer.chat_template = complete
+    return lacked
 
 
 def fit_to_tokenizer(
@@ -232,7 +254,7 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
         return set()
     template = ChatTemplate(tokenizer)
     turns = [{"role": role, "content": "Yes."} for role in ("system", "user", "assistant")]
-    turns = turns if template.writes_system_messages() else turns[1:]
+    turns = turns if template.writes("system") else turns[1:]
     return {
         *encode_text(tokenizer, template.render(turns), []).input_ids,
         *template.prompt(turns[:-1]),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from finetune.config import load_config
 from finetune.display import Display
-from finetune.errors import UserError
+from finetune.errors import UserError, visible
 from finetune.recipes.train.train import run_training
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
@@ -78,5 +78,5 @@ def _print_result(run: RunDir) -> None:
 
 def _line(text: str, width: int = 160) -> str:
     """Return the text on one line of at most `width` characters."""
-    text = " ".join(text.split())
+    text = visible(" ".join(text.split()))
     return text if len(text) <= width else text[: width - 1] + "…"

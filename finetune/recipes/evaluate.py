@@ -42,6 +42,8 @@ def evaluate_target(
             f"{target} is a model, not a run, so no data is known to evaluate it on. "
             "Give --config FILE"
         )
+    if settings.data.system_prompt is not None:
+        display.say(f"system prompt: {settings.data.system_prompt}")
     material = read_material(
         _evaluation_config(settings, opened.model.device.type),
         display,

@@ -16,6 +16,7 @@ from finetune.recipes.build.card import run_card
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
 from finetune.run.folder import RunDir, step_of
+from finetune.run.marker import MARKER
 from finetune.run.records import evaluations_by_step
 from finetune.training.checkpoint import find_checkpoint, load
 
@@ -39,8 +40,7 @@ def export_run(
     run, display = RunDir(run_root), display or Display()
     if not run.is_run():
         raise UserError(
-            f"{run_root} is not a run's folder: it has no {run.config.name}. "
-            "Give the folder of a run"
+            f"{run_root} is not a run's folder: it has no {MARKER}. Give the folder of a run"
         )
     if dest.exists():
         raise UserError(f"{dest} already exists. Name a folder that does not exist yet")

@@ -10,6 +10,7 @@ from finetune.config import RunConfig
 from finetune.data.statistics import DataReport, pieces, report_on
 from finetune.data.types import Example, Tokenizer
 from finetune.display import Display
+from finetune.errors import visible
 from finetune.recipes.build.data import STREAM_SAMPLE
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.vocabulary import plan_vocabulary
@@ -17,12 +18,14 @@ from finetune.recipes.build.vocabulary import plan_vocabulary
 LABELS = {
     "records": "records",
     "blank_records": "records without text",
+    "bad_records": "bad records dropped",
     "examples": "examples",
     "tokens": "tokens",
     "target_tokens": "target tokens",
     "truncated": "examples cut to data.max_length",
     "without_target": "of these left out, without a target",
     "dropped": "examples dropped as too long",
+    "duplicates": "examples dropped as held out too",
     "longest": "longest example before a cut, tokens",
 }
 """The label of each field of DataStatistics."""
@@ -53,6 +56,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
+    for sentence in material.advice():
+        display.note(sentence)
     return report
 
 
@@ -66,7 +71,10 @@ def _marked(stretches: Sequence[tuple[str, bool]], *, in_colour: bool) -> Text:
     """Return the text with its targets in colour, or in brackets."""
     if in_colour:
         return Text.assemble(
-            *((text, "bold green" if is_target else "dim") for text, is_target in stretches)
+            *(
+                (visible(text), "bold green" if is_target else "dim")
+                for text, is_target in stretches
+            )
         )
     return Text("".join(f"⟦{text}⟧" if is_target else text for text, is_target in stretches))
 

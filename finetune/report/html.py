@@ -1,13 +1,12 @@
 """What every page has in common: how its template is filled in, and how its file is written."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from finetune.errors import UserError
+from finetune.run.files import write_text
 
 _HERE = Path(__file__).parent
 
@@ -33,10 +32,5 @@ def write_page(page: str, target: Path) -> Path:
 
     Raises UserError if it cannot be written.
     """
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(f"the page {target} cannot be written: {error.strerror}") from error
+    write_text(target, page)
     return target

@@ -17,11 +17,16 @@ def write_text(path: Path, text: str) -> None:
 
     If the process dies meanwhile, the old file stays whole. Raises UserError if the disk refuses.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` in the place of the file at `path`, as `write_text` does with text."""
+    temporary = temporary_of(path)
     with _refusals(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -29,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2) -> None:
@@ -37,14 +42,29 @@ def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 2)
     write_text(path, json.dumps(finite(values), indent=indent))
 
 
+def temporary_of(path: Path) -> Path:
+    """Return the file that is written before it takes the place of the one at `path`."""
+    return path.with_name(f".{path.name.lstrip('.')}.tmp")
+
+
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Add one JSON object a line to the file at `path`. Raises UserError if the disk refuses.
 
     It does not wait for the disk: a killed process may leave a line that is cut short.
     """
-    with _refusals(path), path.open("a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+    text = "".join(json.dumps(finite(line), ensure_ascii=False) + "\n" for line in lines)
+    with _refusals(path), path.open("ab") as file:
+        file.write(text.encode("utf-8"))
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has what was appended to the file at `path`, if there is one.
+
+    Raises UserError if the disk refuses.
+    """
+    if path.is_file():
+        with _refusals(path), path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def make_folder(path: Path) -> None:
@@ -130,15 +150,16 @@ def _refusals(path: Path) -> Iterator[None]:
 
 def _left(path: Path) -> str:
     run = RunDir(path.parent)
-    if not run.is_run():
-        return ""
+    with contextlib.suppress(UserError):  # of a damaged marker
+        if not run.is_run():
+            return ""
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         return "; there is no checkpoint yet"
     return f"; the last complete checkpoint {newest} is untouched. Continue with --resume auto"
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Write the new name of a file to the disk, on systems that can open a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -1,13 +1,18 @@
 """The paths in a run's folder, and which of its checkpoints are complete."""
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.errors import UserError
+from finetune.run.marker import MARKER, is_marked, own_files, read_marker, remove_own
+
 MARK = "complete.json"
-"""The file in a checkpoint that lists all its other files with their sizes, and the step."""
+"""The file in a checkpoint that lists its other files with sizes and hashes, and the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +86,9 @@ class RunDir:
         """The batch on which a run stopped with a NaN or diverging loss (`torch.load`)."""
         return self.root / "bad_batch.pt"
 
-    def is_run(self) -> bool:
-        """Return whether a run has begun here."""
-        return self.config.is_file()
-
-    def has_started(self) -> bool:
-        """Return whether there is something to lose: a logged step or evaluation."""
-        return self.is_run() and self.metrics.is_file()
-
-    def clear(self) -> None:
-        """Delete the run. Other files in the folder stay."""
-        for folder in (self.checkpoints, self.model):
-            shutil.rmtree(folder, ignore_errors=True)
-        for file in (
+    def written(self) -> tuple[Path, ...]:
+        """Return every path that a run writes, but for the marker and the lock."""
+        return (
             self.config,
             self.environment,
             self.data,
@@ -105,8 +100,35 @@ class RunDir:
             self.updates,
             self.report,
             self.bad_batch,
-        ):
-            file.unlink(missing_ok=True)
+            self.checkpoints,
+            self.model,
+        )
+
+    def is_run(self) -> bool:
+        """Return whether a run was ever begun here. Raises UserError for a damaged marker."""
+        return is_marked(self.root, "run")
+
+    def has_started(self) -> bool:
+        """Return whether there is something to lose: a step or an evaluation was logged."""
+        return self.is_run() and self.metrics.is_file()
+
+    def clear(self) -> None:
+        """Delete what the run wrote. Other files stay, also those in its folders.
+
+        Raises UserError if the disk refuses.
+        """
+        try:
+            remove_checkpoints(self.checkpoints)
+            model = read_marker(self.model)
+            if model is not None and model.kind == "model":
+                remove_own(self.model, model.files, MARKER)
+            for path in self.written():
+                if path.is_file() or path.is_symlink():
+                    path.unlink()
+        except OSError as error:
+            raise UserError(
+                f"the run {self.root} could not be deleted: {error.strerror or error}"
+            ) from error
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:
@@ -114,11 +136,45 @@ def checkpoint_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:08d}"
 
 
+@dataclass(frozen=True)
+class Mark:
+    """complete.json: what a checkpoint holds."""
+
+    step: int  # after which it was taken
+    sizes: Mapping[str, int]  # of its files, in bytes
+    hashes: Mapping[str, str]
+
+    def as_text(self) -> str:
+        """Return what the file holds."""
+        files = {
+            name: {"bytes": size, "xxh3": self.hashes[name]} for name, size in self.sizes.items()
+        }
+        return json.dumps({"step": self.step, "files": files}, indent=1)
+
+
+def read_mark(checkpoint: Path) -> Mark | None:
+    """Return the mark of a checkpoint, or None if there is none that can be read."""
+    try:
+        values = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
+        files = {
+            str(name): (int(f["bytes"]), str(f["xxh3"])) for name, f in values["files"].items()
+        }
+        step = int(values["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    sizes = {name: size for name, (size, _) in files.items()}
+    return Mark(step, sizes, {name: hashed for name, (_, hashed) in files.items()})
+
+
 def complete_steps(checkpoints: Path) -> list[int]:
     """Return the steps of all complete checkpoints, oldest first."""
-    folders = checkpoints.glob("step-*") if checkpoints.is_dir() else ()
-    found = (re.fullmatch(r"step-(\d{8,})", folder.name) for folder in folders)
-    return sorted(int(match[1]) for match in found if match and is_complete(checkpoints / match[0]))
+    return [step for step, folder in step_folders(checkpoints).items() if is_complete(folder)]
+
+
+def step_folders(checkpoints: Path) -> dict[int, Path]:
+    """Return the folders of all checkpoints by their steps, also those that are not complete."""
+    found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in checkpoints.glob("step-*"))
+    return dict(sorted((int(match[1]), checkpoints / match[0]) for match in found if match))
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -129,13 +185,46 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 
 def is_complete(checkpoint: Path) -> bool:
     """Return whether every file that the mark lists is there with its size."""
-    try:
-        sizes = json.loads((checkpoint / MARK).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+    mark = read_mark(checkpoint)
+    if mark is None:
         return False
+    files = own_files(checkpoint, tuple(mark.sizes))
+    try:
+        sizes = [file.stat().st_size for file in files]
+    except OSError:
+        return False
+    return sizes == list(mark.sizes.values())
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step of a complete checkpoint. Its folder may have been renamed."""
-    return json.loads((checkpoint / MARK).read_text())["step"]
+    """Return the step after which a complete checkpoint was taken. Its folder may be renamed."""
+    mark = read_mark(checkpoint)
+    assert mark is not None, checkpoint
+    return mark.step
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete what a save wrote into the folder of a checkpoint, complete or not. Raises OSError.
+
+    A folder whose mark cannot be read stays, because it is not known what in it is ours.
+    """
+    mark = read_mark(checkpoint)
+    if mark is not None:
+        remove_own(checkpoint, tuple(mark.sizes), MARK)
+    elif checkpoint.is_dir() and not any(checkpoint.iterdir()):
+        checkpoint.rmdir()
+
+
+def remove_checkpoints(checkpoints: Path) -> None:
+    """Delete all checkpoints of a run, what a killed save left, and the folder. Raises OSError."""
+    for folder in reversed(step_folders(checkpoints).values()):
+        remove_checkpoint(folder)
+    remove_unfinished(checkpoints)
+    if checkpoints.is_dir() and not checkpoints.is_symlink() and not os.listdir(checkpoints):
+        checkpoints.rmdir()
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete the folders of saves that were killed. Raises OSError."""
+    for folder in checkpoints.glob(".step-*"):
+        shutil.rmtree(folder)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune.run.files import append_lines, make_folder, raw_lines, write_text
+from finetune.run.files import append_lines, make_folder, raw_lines, sync_file, write_text
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluation, Sample, StepRecord
 
@@ -26,6 +26,11 @@ class MetricLogger:
         for listener in self._listeners:
             listener(record)
 
+    def sync(self) -> None:
+        """Wait until the disk has all lines. Raises UserError if it refuses."""
+        for path in (self._path, RunDir(self._path.parent).samples):
+            sync_file(path)
+
 
 def keep_samples(run: RunDir, samples: Sequence[Sample]) -> None:
     """Append `samples` to samples.jsonl. Raises UserError if the disk refuses."""
@@ -37,7 +42,7 @@ def forget_after(run: RunDir, step: int) -> None:
 
     A resumed run takes these steps again. Raises UserError if the disk refuses.
     """
-    for path in (run.metrics, run.samples):
+    for path in (run.metrics, run.samples, run.updates):
         if path.is_file():
             kept = [line.decode() for line in raw_lines(path) if _is_up_to(step, line)]
             write_text(path, "".join(line + "\n" for line in kept))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from finetune.errors import UserError
 from finetune.run.files import read_json, read_json_lines, read_text, write_json, write_text
 from finetune.run.folder import RunDir
+from finetune.run.marker import MARKER
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class DataCounts(JsonRecord):
     train: Mapping[str, int] | None = None  # what is counted -> how many
     languages: Sequence[str] | None = None  # source and target, of translation data
     validation: Mapping[str, int] | None = None
+    system_prompt: str | None = None  # of all training conversations
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def read_run(root: Path) -> RunRecords:
     """
     run = RunDir(root)
     if not run.is_run():
-        what = "holds no run (it has no config.yaml)" if root.is_dir() else "does not exist"
+        what = f"holds no run (it has no {MARKER})" if root.is_dir() else "does not exist"
         raise UserError(
             f"{root} {what}. Name the folder that a training run has written, the output_dir of "
             "its config"

@@ -2,8 +2,11 @@
 
 They are written to a temporary folder, marked complete, and renamed. A killed process leaves at
 most a folder named `.step-…`, which nothing reads and the next save removes. The mark,
-`complete.json`, lists every file with its size. So a folder that a copy or a full disk cut short
-does not count.
+`complete.json`, lists every file with its size and its hash. So a folder that a copy or a full disk
+cut short does not count, and bits that a disk turned are noticed before training goes on with them.
+
+The hash is XXH3 with 128 bits (https://xxhash.com), computed piece by piece while the piece is
+written, and still in the processor's cache.
 
 Each file is a tree for `torch.save`. Tensors that an engine shards are in `shards/` instead,
 written by the processes that hold them (`shards`). `load` puts the two together, so nothing else
@@ -11,27 +14,34 @@ has to know which kind a checkpoint is.
 """
 
 import errno
-import json
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune.errors import UserError
+from finetune.run.files import sync_folder
 from finetune.run.folder import (
     MARK,
+    Mark,
     checkpoint_path,
     complete_steps,
     is_complete,
     newest_checkpoint,
+    read_mark,
+    remove_checkpoint,
+    remove_unfinished,
+    step_folders,
 )
 from finetune.training.shards import (
     SHARDS,
@@ -40,6 +50,12 @@ from finetune.training.shards import (
     refusals_of_the_disk,
     take_out_shards,
     write_shards,
+)
+
+PIECE = 1 << 17  # bytes that are written and hashed at once: less than the processor's cache
+UNREADABLE = (  # what torch.load raises for a file that is not one of ours
+    *(OSError, EOFError, pickle.UnpicklingError, RuntimeError),
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
 )
 
 
@@ -63,26 +79,35 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, Any], *, best_step: int | None) -> Path:
         """Write `files` (name -> object for `torch.save`) as the checkpoint of `step`.
 
-        Then checkpoints that are no longer kept are removed. So are later ones: they are from
-        before the run went back to an earlier one. Raises UserError, on every process, if a disk
-        refuses; the earlier checkpoints are untouched then.
+        Then checkpoints that are no longer kept are removed (see `prune`). Raises UserError, on
+        every process, if a disk refuses; the earlier checkpoints are untouched then.
         """
         temporary = self.root / f".step-{step:08d}"
         plain, shards = take_out_shards(files)
-        with self._agreed(step, temporary):
+        what = f"the checkpoint of step {step} could not be written to {self.root}"
+        with self._agreed(what, temporary):
             if self.is_main:
                 self._begin(temporary)
         if shards:
-            with self._agreed(step, temporary):
+            with self._agreed(what, temporary):
                 _check_shared(temporary)
-            with self._agreed(step, temporary):
+            with self._agreed(what, temporary):
                 write_shards(temporary / SHARDS, shards)
-        with self._agreed(step, temporary):
+        with self._agreed(what, temporary):
             if self.is_main:
                 self._finish(step, temporary, plain)
-        if self.is_main:
-            self._prune(step, best_step)
+        self.prune(step, best_step=best_step)
         return self.path(step)
+
+    def prune(self, newest: int, *, best_step: int | None) -> None:
+        """Delete what is not kept if `newest` is the newest step: older ones, and later ones.
+
+        So is what a killed save or a killed deletion has left. Raises UserError, on every process,
+        if a disk refuses.
+        """
+        with self._agreed(f"an old checkpoint could not be removed from {self.root}"):
+            if self.is_main:
+                self._prune(newest, best_step)
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, oldest first."""
@@ -94,23 +119,39 @@ class CheckpointStore:
 
     def _begin(self, temporary: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob(".step-*"):
-            shutil.rmtree(stale)
+        remove_unfinished(self.root)
         temporary.mkdir()
 
     def _finish(self, step: int, temporary: Path, files: Mapping[str, Any]) -> None:
-        for name, content in files.items():
-            _write_file(temporary / name, content)
-        written = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in written}
-        (temporary / MARK).write_text(json.dumps({"step": step, "files": sizes}))
-        if self.path(step).exists():
-            shutil.rmtree(self.path(step))
+        hashes = {name: _write_file(temporary / name, files[name]) for name in files}
+        for path in sorted((temporary / SHARDS).glob("*")):
+            hashes[f"{SHARDS}/{path.name}"] = hash_of(path)
+        sizes = {name: (temporary / name).stat().st_size for name in hashes}
+        with (temporary / MARK).open("w", encoding="utf-8") as file:
+            file.write(Mark(step, sizes, hashes).as_text())
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(temporary)
+        self._make_room(self.path(step))
         os.replace(temporary, self.path(step))
+        sync_folder(self.root)
+
+    def _make_room(self, place: Path) -> None:
+        """Delete an earlier checkpoint at `place`. What else is there gets another name."""
+        remove_checkpoint(place)
+        number = 1
+        while os.path.lexists(place):
+            aside = place.with_name(f"{place.name}.other{number}")
+            if not os.path.lexists(aside):
+                place.rename(aside)
+            number += 1
 
     @contextmanager
-    def _agreed(self, step: int, temporary: Path) -> Iterator[None]:
-        """Have every process end this part of a save, or every process raise the same UserError."""
+    def _agreed(self, what: str, temporary: Path | None = None) -> Iterator[None]:
+        """Have every process end this part of a save, or every process raise the same UserError.
+
+        `what` says what was not possible.
+        """
         refusal = None
         try:
             yield
@@ -119,7 +160,7 @@ class CheckpointStore:
         refusals = self.gather([] if refusal is None else [refusal.strerror or str(refusal)])
         if not refusals:
             return
-        if self.is_main:
+        if self.is_main and temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         previous = self.newest()
         kept = (
@@ -127,17 +168,16 @@ class CheckpointStore:
             if previous
             else "there is no earlier checkpoint"
         )
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {self.root}: "
-            f"{refusals[0]}; {kept}"
-        ) from refusal
+        raise UserError(f"{what}: {refusals[0]}; {kept}") from refusal
 
     def _prune(self, newest: int, best_step: int | None) -> None:
-        steps = self.steps()
-        kept = {*[step for step in steps if step <= newest][-self.keep :], best_step}
-        for step in steps:
-            if step not in kept:
-                shutil.rmtree(self.path(step))
+        remove_unfinished(self.root)
+        folders = step_folders(self.root)
+        complete = [step for step, folder in folders.items() if is_complete(folder)]
+        kept = {*[step for step in complete if step <= newest][-self.keep :], best_step}
+        for step, folder in folders.items():
+            if step not in kept or step not in complete:  # also one that is half removed
+                remove_checkpoint(folder)
 
 
 def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
@@ -146,18 +186,26 @@ def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
     `own(place)` may return this process's shard of the tensor at `place`. That tensor is then
     loaded as a shard.
     """
-    tree = torch.load(folder / name, map_location="cpu", weights_only=True)
+    try:
+        tree = torch.load(folder / name, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"{folder / name} cannot be read: {reason}. Take another checkpoint"
+        ) from error
     return put_in_shards(tree, folder / SHARDS, name, own)
 
 
-def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
+def find_checkpoint(
+    resume: str, checkpoints: Path, *, note: Callable[[str], None] = lambda text: None
+) -> Path | None:
     """Return the folder that `--resume auto|PATH` means, or None if `auto` finds none.
 
-    PATH is a checkpoint, or a run's folder, meaning its newest complete checkpoint. Raises
-    UserError.
+    PATH is a checkpoint, or a run's folder, meaning its newest complete checkpoint. `note` gets a
+    sentence about each newer one that is damaged. Raises UserError.
     """
     if resume == "auto":
-        return newest_checkpoint(checkpoints)
+        return _newest_whole(checkpoints, note)
     folder = Path(resume)
     if not folder.is_dir():
         raise UserError(
@@ -165,24 +213,80 @@ def find_checkpoint(resume: str, checkpoints: Path) -> Path | None:
             f"Give a folder such as {checkpoints / 'step-00000100'}, or auto"
         )
     if (folder / "checkpoints").is_dir():
-        newest = newest_checkpoint(folder / "checkpoints")
+        newest = _newest_whole(folder / "checkpoints", note)
         if newest is None:
             raise UserError(f"the run {folder} has no complete checkpoint to resume from")
         return newest
-    if not is_complete(folder):
-        raise UserError(
-            f"{folder} is not a complete checkpoint ({MARK} is missing or does not match the "
-            "files). Try --resume auto"
-        )
+    if (damage := damage_of(folder)) is not None:
+        raise UserError(f"{folder} is not a complete checkpoint: {damage}. Try --resume auto")
     return folder
 
 
-def _write_file(path: Path, content: Any) -> None:
+def _newest_whole(checkpoints: Path, note: Callable[[str], None]) -> Path | None:
+    for folder in reversed(step_folders(checkpoints).values()):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder
+        note(f"the checkpoint {folder} is damaged: {damage}. An older one is taken")
+    return None
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, or None if they are as they were saved.
+
+    Every byte is read.
+    """
+    mark = read_mark(checkpoint)
+    if mark is None:
+        return f"{MARK} is missing or cannot be read"
+    for name, size in mark.sizes.items():
+        path = checkpoint / name
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes, and {size:,} were written"
+            if hash_of(path) != mark.hashes[name]:
+                return f"{name} does not hold what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def hash_of(path: Path) -> str:
+    """Return the hash of the file at `path`, as the mark holds it."""
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            found.update(piece)
+    return found.hexdigest()
+
+
+class _HashedFile:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, xxhash.xxh3_128()
+
+    def write(self, data: bytes) -> int:
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), PIECE):
+            piece = view[begin : begin + PIECE]
+            self.hash.update(piece)
+            self.file.write(piece)
+        return len(view)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_file(path: Path, content: Any) -> str:
+    """Write `content` and return the hash of the file."""
     with path.open("wb") as file:
+        hashed = _HashedFile(file)
         with refusals_of_the_disk():
-            torch.save(content, file)
+            torch.save(content, hashed)  # type: ignore[arg-type]  # it needs write and flush alone
         file.flush()
         os.fsync(file.fileno())
+    return hashed.hash.hexdigest()
 
 
 def _check_shared(folder: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,10 +24,10 @@ from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
 from finetune.errors import UserError
 from finetune.optim import LazyAdamW, options_of
-from finetune.run.folder import is_complete
+from finetune.run.files import write_bytes
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
-from finetune.training.checkpoint import CheckpointStore, load
+from finetune.training.checkpoint import CheckpointStore, damage_of, load
 from finetune.training.step import StepResult, take_step
 from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
 
@@ -105,6 +105,8 @@ class Trainer:
         steps = iter(self.batches)
         with StopSignal() as signal:
             while self.progress.step < self.cadence.num_steps:
+                if self._out_of_patience():  # also at once, if a stopped run is resumed
+                    return "early stopping"
                 record = self._step(next(steps))
                 signalled = self._on_any_process(signal.received)
                 if self.accelerator.is_main_process:
@@ -114,9 +116,7 @@ class Trainer:
                     self._save()
                 if signalled:
                     return "signal"
-                if self._out_of_patience():
-                    return "early stopping"
-        return "finished"
+        return "early stopping" if self._out_of_patience() else "finished"
 
     def _step(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
@@ -168,10 +168,9 @@ class Trainer:
             data = io.BytesIO()
             torch.save({"step": self.progress.step + 1, "micro_batches": batch.micro_batches}, data)
             try:
-                self.bad_batch_path.parent.mkdir(parents=True, exist_ok=True)
-                self.bad_batch_path.write_bytes(data.getvalue())
-            except OSError as error:
-                kept = f"could not be written to {self.bad_batch_path} ({error.strerror})"
+                write_bytes(self.bad_batch_path, data.getvalue())
+            except UserError as error:
+                kept = f"is lost ({error})"
         raise Diverged(
             f"training stopped at step {self.progress.step + 1}: {problem}; the batch {kept}, the "
             "checkpoints are untouched. Lower optimizer.lr, or look at that batch"
@@ -225,13 +224,16 @@ class Trainer:
                 "identity": self.identity,
             },
         }
+        if self.accelerator.is_main_process:
+            self.logger.sync()  # no checkpoint is on the disk before the lines of its steps
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
     def resume(self, checkpoint: Path) -> int | None:
         """Continue from a checkpoint of the same run (see `check_identity`).
 
         Optimizer and schedule keep the options that they have now. If the checkpoint of the best
-        evaluation so far is not in the store, that evaluation is forgotten, and its step returned.
+        evaluation so far is missing or damaged, that evaluation is forgotten, and its step is
+        returned.
         """
         state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
         self.restore(checkpoint)
@@ -251,7 +253,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.guard.load_state_dict(self.progress.guard)
         best = self.progress.best_step
-        if best is not None and not is_complete(self.checkpoints.path(best)):
+        if best is not None and damage_of(self.checkpoints.path(best)) is not None:
             self.progress.best_step = self.progress.best_value = None
             self.progress.evaluations_since_best = 0
             return best
@@ -301,20 +303,52 @@ def restore_checkpoint(
     """Load weights and optimizer state into the model and the optimizer that they were saved from.
 
     Under an engine that shards, each process loads its shards. What has the shape of a parameter is
-    sharded like that parameter.
+    sharded like that parameter. Raises UserError unless the checkpoint has every weight that trains
+    and no other, each with its shape.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     with stored_rows(optimizer):
         weights = model.state_dict()
         stored = load(checkpoint, "model.pt", own=lambda place: weights.get(place[0]))
-        unexpected = model.load_state_dict(stored, strict=False).unexpected_keys
-        assert not unexpected, unexpected
+        _check_weights(trainable_state(model), stored, checkpoint)
+        # Frozen weights are those of the base model. A module may hold buffers that it has not
+        # measured yet, so only the loading shows what the model does not have.
+        _refuse_weights(
+            "has, unlike the model,",
+            model.load_state_dict(stored, strict=False).unexpected_keys,
+            checkpoint,
+        )
         stored = load(
             checkpoint,
             "optimizer.pt",
             own=lambda place: parameters[place[1]] if place[0] == "state" else None,
         )
         optimizer.load_state_dict(stored)
+
+
+def _check_weights(wanted: Mapping[str, torch.Tensor], stored: object, checkpoint: Path) -> None:
+    """Raise UserError if `stored` lacks a name or a shape of `wanted`."""
+    found = stored if isinstance(stored, Mapping) else {}
+    shapes = [
+        name
+        for name in wanted.keys() & found.keys()
+        if getattr(found[name], "shape", None) != wanted[name].shape
+    ]
+    _refuse_weights("lacks", wanted.keys() - found.keys(), checkpoint)
+    if shapes:
+        name = min(shapes)
+        raise UserError(
+            f"in {checkpoint / 'model.pt'} {name} has another shape than "
+            f"{tuple(wanted[name].shape)}, which the model needs. Take another checkpoint"
+        )
+
+
+def _refuse_weights(what: str, names: Collection[str], checkpoint: Path) -> None:
+    if names:
+        raise UserError(
+            f"{checkpoint / 'model.pt'} {what} {len(names)} weights, such as {min(names)}. "
+            "Take another checkpoint, or the model that it was saved from"
+        )
 
 
 def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:

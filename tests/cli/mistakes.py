@@ -15,6 +15,10 @@ PAIRS = "".join(
 
 
 Files = Mapping[str, str | bytes]
+HALF_A_RUN = {
+    "half/.finetune.json": json.dumps({"format": 1, "kind": "run"}),
+    "half/config.yaml": "a: 1",
+}
 
 
 @dataclass(frozen=True)
@@ -231,10 +235,10 @@ CASES: dict[str, dict[str, Case]] = {
     "missing column": {
         "no known column": configured(
             data("a.jsonl"),
-            "question, answer",
+            "frage, antwort",
             "messages",
             "data.columns",
-            files={"a.jsonl": '{"question": "a", "answer": "b"}\n'},
+            files={"a.jsonl": '{"frage": "a", "antwort": "b"}\n'},
         ),
         "column of a format": configured(
             {"data": {"format": "translation"}}, "format 'translation'", "messages"
@@ -274,47 +278,47 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "no assistant turn": {
         "question alone": bad_records(
-            records(turns(("user", "Hello?"))), "row 3", "no assistant turn"
+            records(turns(("user", "Hello?"))), "line 3", "no assistant turn"
         ),
-        "no messages": bad_records(records({"messages": []}), "row 3", "no assistant turn"),
+        "no messages": bad_records(records({"messages": []}), "line 3", "no assistant turn"),
     },
     "roles out of order": {
         "two questions": bad_records(
             records(turns(("user", "a"), ("user", "b"), ("assistant", "c"))),
-            "row 3",
+            "line 3",
             "message 2 is from user after user",
             "must be from assistant",
         ),
         "answer first": bad_records(
             records(turns(("assistant", "c"), ("user", "b"))),
-            "row 3",
+            "line 3",
             "message 1 is from assistant at the start",
             "must be from user",
         ),
         "late system": bad_records(
             records(turns(("user", "a"), ("assistant", "b"), ("system", "c"))),
-            "row 3",
+            "line 3",
             "message 3 is from system",
         ),
         "unknown role": bad_records(
-            records(turns(("user", "a"), ("robot", "b"))), "row 3", "'robot'", "assistant"
+            records(turns(("user", "a"), ("robot", "b"))), "line 3", "'robot'", "assistant"
         ),
         "empty message": bad_records(
             records(turns(("user", "a"), ("assistant", " "))),
-            "row 3",
+            "line 3",
             "message 2 (assistant) is empty",
         ),
     },
     "pair with an empty side": {
         "empty target": configured(
             data("a.jsonl"),
-            "row 5",
+            "line 5",
             "empty side",
             "'fr'",
             files={"a.jsonl": PAIRS + '{"translation": {"en": "a", "fr": " "}}\n'},
         ),
         "empty cell": configured(
-            data("a.csv"), "row 2", "empty side", "'en'", files={"a.csv": "en,fr\na,b\n,c\n"}
+            data("a.csv"), "line 3", "empty side", "'en'", files={"a.csv": "en,fr\na,b\n,c\n"}
         ),
         "unequal files": configured(
             data([{"path": "a.txt", "target_path": "b.txt"}]),
@@ -328,7 +332,7 @@ CASES: dict[str, dict[str, Case]] = {
     "text over the limit": {
         "long record": configured(
             {"data": {"max_length": 12, "overlong": "error"}},
-            "row 1",
+            "lines 1, 2",
             "tokens",
             "data.max_length = 12",
             "truncate or drop",
@@ -401,7 +405,7 @@ CASES: dict[str, dict[str, Case]] = {
                 "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
             )
             + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "row 8",
+            "line 8",
             "chat template fails",
             "seven",
             **data("chat.jsonl"),
@@ -498,7 +502,7 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "no run and no model": {
-        "report on no run": typed("report .", "holds no run", "config.yaml", files={"a": ""}),
+        "report on no run": typed("report .", "holds no run", ".finetune.json", files={"a": ""}),
         "report on nothing": typed("report none", "none does not exist"),
         "export of no run": typed("export . out", "not a run's folder"),
         "export of nothing": typed("export none out", "none", "run"),
@@ -512,13 +516,13 @@ CASES: dict[str, dict[str, Case]] = {
             "no model/ yet",
             "--resume auto",
             "--checkpoint",
-            files={"half/config.yaml": "a: 1"},
+            files=HALF_A_RUN,
         ),
         "unfinished run": typed(
             "generate half --prompt a",
             "no model/ yet",
             "--resume auto",
-            files={"half/config.yaml": "a: 1"},
+            files=HALF_A_RUN,
         ),
     },
     "usage": {

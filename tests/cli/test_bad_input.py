@@ -199,7 +199,7 @@ def test_a_label_outside_the_vocabulary(copy, command):
     )
     assert_message(
         result,
-        "chat.jsonl, row ",
+        "chat.jsonl line ",
         "is outside the model's vocabulary of 280 rows",
         "the tokenizer does not belong",
     )
@@ -231,7 +231,7 @@ def test_out_of_disk_leaves_the_previous_checkpoint_and_a_run_that_resumes(copy)
 )
 def test_out_of_disk_in_any_file_of_a_run(copy, name):
     """The file is a link to a device that is always full."""
-    written = copy / "run" / (name if name.endswith(".jsonl") else f"{name}.tmp")
+    written = copy / "run" / (name if name.endswith(".jsonl") else f".{name}.tmp")
     written.unlink(missing_ok=True)
     written.symlink_to("/dev/full")
     kept = (copy / "run" / name).read_text() if name.endswith(".json") else None

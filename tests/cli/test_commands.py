@@ -365,7 +365,7 @@ def test_chat_reads_questions_from_a_pipe(chat_run):
         stdin="Hello?\n\n/reset\nAnd now?\n/exit\nnever read\n",
     )
     assert result.code == 0, result.err
-    assert "(forgotten)" in result.err
+    assert "(conversation cleared)" in result.err
     assert not result.out.startswith("> ")  # answers alone
     assert finetune("chat", "run", stdin="").code == 0
 
@@ -380,7 +380,7 @@ def test_chat_on_a_terminal(chat_run):
     code, shown = on_a_terminal("chat", "run", "--max-new-tokens", "3", replies=replies)
     assert code == 0, shown
     assert "Traceback" not in shown
-    for text in ("/exit ends it", "> Hello?", "(forgotten)", "> And now?", "> /exit"):
+    for text in ("/exit ends it", "> Hello?", "(conversation cleared)", "> And now?", "> /exit"):
         assert text in shown, shown
     assert next(script, None) is None
 
@@ -408,6 +408,22 @@ def test_translate_sentences_stdin_and_files(translation_run):
         finetune("translate", "run/model", "--from", "en", "--to", "fr", sentences[0]).out
         == piped.out.splitlines()[0] + "\n"
     )
+
+
+def test_translate_knows_languages_by_any_name_and_the_direction(translation_run):
+    plain = finetune("translate", "run", "The house is small.")
+    named = finetune(
+        "translate", "run", "--from", "eng_Latn", "--to", "French", "The house is small."
+    )
+    assert (named.code, named.out, named.err) == (0, plain.out, plain.err)
+    assert "note:" not in plain.err
+    for languages, expected in {
+        ("fr", "en"): "note: this run learnt en → fr, not fr → en",
+        ("en", "de"): "note: this run learnt en → fr, not en → de",
+    }.items():
+        result = finetune("translate", "run", "--from", languages[0], "--to", languages[1], "Hm.")
+        assert result.code == 0
+        assert expected in result.err
 
 
 def test_inspect_shows_examples_targets_and_figures(chat_run):

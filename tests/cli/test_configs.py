@@ -6,16 +6,20 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.config import load_config
+from finetune.models.load import ModelSpec, load_model
 from tests.cli.conftest import finetune
+from tests.vocabularies import real_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMOS = sorted((ROOT / "finetune" / "resources").glob("demo_*.yaml"))
 TINY = [path for path in CONFIGS if path.stem.startswith("tiny_")]
-PRETRAINED = [path for path in CONFIGS + DEMOS if path not in TINY]
+QWEN3 = [path for path in CONFIGS if path.stem.startswith("qwen3-")]
+PRETRAINED = [path for path in CONFIGS + DEMOS if path not in TINY + QWEN3]
 
 WIDTH = {
     "hidden_size": 32,
@@ -56,7 +60,7 @@ def name_of(path: Path) -> str:
 
 def test_there_is_one_for_every_kind():
     assert len(CONFIGS) >= 16
-    assert (len(DEMOS), len(TINY)) == (2, 2)
+    assert (len(DEMOS), len(TINY), len(QWEN3)) == (2, 2, 2)
     assert {load_config(path).model.name for path in PRETRAINED} == ARCHITECTURES.keys()
     for task in ("chat", "translation"):
         assert sum(f"_{task}" in path.stem for path in CONFIGS) >= 8
@@ -103,6 +107,45 @@ def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
         json.loads((folder / "run" / "model" / "config.json").read_text())["model_type"]
         == architecture["model_type"]
     )
+
+
+@pytest.mark.parametrize("path", QWEN3, ids=name_of)
+def test_tools_and_thoughts_run_with_the_real_tokenizer(path, folder):
+    """The template must write calls or thoughts, so the tokenizer is Qwen3's own."""
+    tokenizer = real_tokenizer("qwen3")
+    tokenizer.save_pretrained(folder / "base")
+    sizes = {**LLAMA, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    kind = {**sizes, "model_type": "qwen3", "head_dim": 8, "max_position_embeddings": 1024}
+    torch.manual_seed(0)
+    model = load_model(ModelSpec(config=kind, vocab_size=len(tokenizer)))
+    model.save_pretrained(folder / "base")
+    result = finetune(
+        "train",
+        str(path),
+        "model.name=base",
+        "training.max_steps=1",
+        "evaluation.before=false",
+        "evaluation.generate=2",
+        "evaluation.samples=2",
+        "generation.max_new_tokens=2",
+        "output_dir=run",
+    )
+    assert result.code == 0, result.err
+    assert "not used:" not in result.err
+    summary = json.loads((folder / "run" / "evaluation.json").read_text())["after"]
+    samples = [
+        json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()
+    ]
+    counts = json.loads((folder / "run" / "data.json").read_text())["train"]
+    if "tools" in path.stem:
+        assert counts["records"] == 150
+        assert counts["examples"] == 300  # a call, and the answer after it
+        assert summary["tool_calls_parsed"] == summary["tool_calls_equal"] == 0
+        assert "<tool_call>" in samples[0]["reference"]
+        assert 'assistant: {"name": ' in samples[1]["prompt"], "the call, before the answer"
+    else:
+        assert counts["examples"] == 150
+        assert all(sample["reference"].startswith("<think>\n") for sample in samples)
 
 
 @pytest.mark.slow

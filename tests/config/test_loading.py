@@ -1,13 +1,15 @@
 """A config is read strictly: each mistake is answered with what was given and what is allowed."""
 
+import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from finetune.config import dump_config, load_config
-from finetune.config.loading import ALIASES, NOT_ALIASES, make_config
+from finetune.config.loading import make_config
+from finetune.config.other_tools import ALIASES, NOT_ALIASES
 from finetune.config.schema import RunConfig
 from finetune.config.yaml12 import parse
 from finetune.errors import UserError
@@ -103,6 +105,8 @@ def test_every_hugging_face_name_means_the_same_key(name):
         "model_name_or_path": "gpt2",
         "optim": "sgd",
         "packing": False,
+        "sample_packing": False,
+        "base_model": "gpt2",
         "attn_implementation": "eager",
         "torch_compile": True,
         "gradient_checkpointing": True,
@@ -110,7 +114,7 @@ def test_every_hugging_face_name_means_the_same_key(name):
     }
     value = values.get(name, 7)
     tree = {"output_dir": "x", "data": {"train": "a"}, "model": {"name": "m"}}
-    if name == "model_name_or_path":
+    if ALIASES[name] == "model.name":
         del tree["model"]
     found = make_config({**tree, name: value})
     for part in ALIASES[name].split("."):
@@ -129,7 +133,8 @@ def test_all_aliases_point_at_keys():
 
 @pytest.mark.parametrize("name", sorted(NOT_ALIASES))
 def test_names_without_an_equal_say_what_to_write(name):
-    with pytest.raises(UserError, match=rf"training: '{name}' is not a key here\. (Write|Set) "):
+    says = rf"training: '{name}' is not a key here\. (Write|Set|Leave) "
+    with pytest.raises(UserError, match=says):
         make_config({"training": {name: 1}})
 
 
@@ -170,7 +175,7 @@ def test_names_without_an_equal_say_what_to_write(name):
         (
             "training: {epochs: many}",
             ["seed=-1"],
-            "seed = -1 is not allowed: input should be greater than or equal to 0. "
+            "seed = -1 is not allowed: input should be at least 0 and less than 4,294,967,296. "
             "training.epochs = 'many' is not allowed: input should be a valid number",
         ),
         ("", ["training.epochs"], "is not of the form key=value"),
@@ -191,6 +196,215 @@ def test_mistakes_are_named(write, text, overrides, expected):
         load_config(write(BASE + text + "\n"), overrides)
     assert expected is None or expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+TEXTS = [
+    "Answer #1",
+    "Answer: yes",
+    "a=b: c",
+    "# all",
+    "- one",
+    "  two blanks  ",
+    "true",
+    "2024-01-01",
+    "1e3",
+    "{a: b}",
+    "[x",
+    "*star",
+    "&and",
+    "100 %",
+    "it's",
+    '"Yes" or "no"?',
+    "a\nb",
+    "yes: [no",
+    "!wow",
+    "`tick`",
+    "@at",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    "key", ["data.system_prompt", "data.translation.template", "data.columns.prompt", "model.name"]
+)
+def test_an_override_of_a_text_takes_the_text_as_it_is(write, key, text):
+    if key == "model.name" and not text:
+        text = "a"  # a model needs a name
+    found = load_config(write(BASE), [f"{key}={text}"])
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == (text if text or key == "data.columns.prompt" else None)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_is_taken(text):
+    assume(text.strip()[:1] not in ("'", '"') and text.strip() not in ("", "~"))
+    assume(text.strip().lower() != "null")
+    tree = {"output_dir": "x", "data": {"train": "a"}, "model": {"name": "m"}}
+    assert make_config(tree, [f"data.system_prompt={text}"]).data.system_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.system_prompt='Answer: #1'", "Answer: #1"),
+        ('data.system_prompt="two\\nlines"', "two\nlines"),
+        ("data.system_prompt=null", None),
+        ("data.system_prompt=~", None),
+    ],
+)
+def test_quoted_texts_and_nothing_are_yaml(write, override, expected):
+    assert load_config(write(BASE), [override]).data.system_prompt == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("a #1.jsonl", ["a #1.jsonl"]),
+        ("*.jsonl", ["*.jsonl"]),
+        ("data[1].jsonl", ["data[1].jsonl"]),
+        ("a: b.jsonl", ["a: b.jsonl"]),
+        ("[a.csv, {path: b.csv}]", ["a.csv", "b.csv"]),
+        ("{path: b.csv}", ["b.csv"]),
+    ],
+)
+def test_a_source_is_a_text_or_in_brackets(write, text, paths):
+    for key in ("train", "validation"):
+        found = load_config(write(BASE), [f"data.{key}={text}"])
+        assert [source.path for source in getattr(found.data, key)] == paths
+
+
+def test_dashes_before_an_override_are_passed_over(write):
+    assert load_config(write(BASE), ["--training.epochs=1"]).training.epochs == 1
+
+
+def test_home_and_variables_are_known_in_every_path(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    text = (
+        "output_dir: ~/x\nmodel: {name: ~/m, chat_template: $RUNS/t.jinja}\n"
+        "data: {train: ['~/a', {path: '${RUNS}/b', target_path: ~/c}], test: $RUNS}\n"
+    )
+    for config in (load_config(write(text)), load_config(write(BASE), overrides_of(text))):
+        assert config.output_dir == Path("/home/me/x")
+        assert (config.model.name, config.model.chat_template) == ("/home/me/m", "/runs/t.jinja")
+        assert [source.path for source in config.data.train] == ["/home/me/a", "/runs/b"]
+        assert config.data.train[1].target_path == "/home/me/c"
+        assert config.data.test[0].path == "/runs"
+    assert load_config(write(BASE), ["output_dir=a~/$b"]).output_dir == Path("a~/$b")
+    with pytest.raises(
+        UserError, match=r"'\$NO/x' begins with an environment variable that is not"
+    ):
+        load_config(write(BASE), ["output_dir=$NO/x"])
+
+
+def overrides_of(text):
+    tree = parse(text)
+    return [
+        f"output_dir={tree['output_dir']}",
+        *(f"model.{key}={value}" for key, value in tree["model"].items()),
+        "data.train=['~/a', {path: '${RUNS}/b', target_path: ~/c}]",
+        "data.test=$RUNS",
+    ]
+
+
+ABSURD = [
+    ("optimizer.lr", "greater than 0 and at most 1,000"),
+    ("optimizer.weight_decay", "at least 0"),
+    ("training.epochs", "greater than 0 and at most 1,000,000"),
+    ("training.batch_size", "at least 1 and at most 1,000,000,000"),
+    ("training.max_grad_norm", "at least 0"),
+    ("data.max_length", "at least 1 and at most 16,777,216"),
+    ("data.validation_fraction", "at least 0.0 and at most 1.0"),
+    ("generation.top_p", "greater than 0 and at most 1"),
+    ("generation.temperature", "at least 0"),
+    ("model.lora.rank", "at least 1 and at most"),
+    ("seed", "at least 0 and less than"),
+]
+
+
+@pytest.mark.parametrize(("key", "allowed"), ABSURD)
+def test_what_is_not_finite_or_absurd_is_refused_with_the_range(write, key, allowed):
+    values = [".inf", "-.inf", ".nan", "-1"]
+    values += ["1e300", "99999999999"] if "at most" in allowed or "less than" in allowed else []
+    for value in values:
+        with pytest.raises(UserError) as error:
+            load_config(write(BASE), [f"{key}={value}"])
+        assert re.search(
+            rf"{key} = .* is not allowed: input should be {re.escape(allowed)}", str(error.value)
+        )
+
+
+def test_a_weight_and_an_option_that_are_not_finite_are_refused(write):
+    for override in (
+        "data.train=[{path: a, weight: .inf}]",
+        "optimizer.eps=.nan",
+        "model.lora.alpha=.inf",
+    ):
+        with pytest.raises(UserError, match=r"= (inf|nan) is not allowed: "):
+            load_config(write(BASE), [override])
+
+
+def test_merge_keys(write):
+    config = load_config(
+        write(
+            "x-small: &small {epochs: 2, batch_size: 4}\n"
+            + "x-more: &more {<<: *small, epochs: 3}\n"
+            + BASE
+            + "training: {<<: *more, max_grad_norm: 2}\n"
+            + "optimizer: {<<: [{lr: 1}, {lr: 2, eps: 3}]}\n"
+        )
+    )
+    training = config.training
+    assert (training.epochs, training.batch_size, training.max_grad_norm) == (3, 4, 2)
+    assert (config.optimizer.lr, config.optimizer.options) == (1, {"eps": 3})
+    with pytest.raises(UserError, match="the key 'lr' is given twice at line"):
+        load_config(write(BASE + "optimizer: {lr: 1, lr: 2}"))
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("epochs: 2", [], "'epochs' is not a key here. Write training.epochs"),
+        ("lora: {r: 8}", [], "'lora' is not a key here. Write model.lora"),
+        ("", ["model.lora.r=8"], "'r' is not a key here. Write model.lora.rank"),
+        ("", ["epochs=2"], "'epochs' is not a key here. Write training.epochs"),
+        ("training: {lr: 1}", [], "training: 'lr' is not a key here. Write optimizer.lr"),
+        ("", ["model=gpt2"], "mapping of keys to values. Write model: {name: gpt2}"),
+        ("", ["data=a.jsonl"], "mapping of keys to values. Write data: {train: a.jsonl}"),
+        ("load_in_4bit: true", [], "Leave it out: there is no quantised training here"),
+        (
+            "output_dir: 2024",
+            [],
+            "output_dir = 2024 is not allowed: input should be a path",
+        ),
+    ],
+)
+def test_keys_of_other_tools_have_a_hint(write, text, overrides, expected):
+    with pytest.raises(UserError) as error:
+        load_config(write(BASE + text + "\n"), overrides)
+    assert expected in str(error.value)
+
+
+def test_several_mistakes_are_said_at_once(write):
+    with pytest.raises(UserError) as error:
+        load_config(
+            write(BASE + "epochs: 2\nbf16: true\ntraining: {lr: 1, epohs: 2}\n"), ["seed=-1", "x"]
+        )
+    for said in (
+        "training.epochs",
+        "training.precision: bf16",
+        "optimizer.lr",
+        "'epohs'",
+        "seed = -1",
+        "'x'",
+    ):
+        assert said in str(error.value)
+    with pytest.raises(UserError) as error:
+        load_config(write("modle: {name: a}\ndata: {train: x}\n"))
+    assert "Did you mean 'model'" in str(error.value)
+    assert "missing" not in str(error.value)
 
 
 def test_missing_unreadable_and_shapeless_files(tmp_path):

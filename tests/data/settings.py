@@ -6,6 +6,7 @@ from typing import Any
 from finetune.config.schema import SourceSection
 from finetune.data.batches.steps import BatchShape
 from finetune.data.formats.detect import FormatOptions
+from finetune.data.formats.rendering import PLAIN
 from finetune.data.sources import Source
 
 
@@ -23,6 +24,9 @@ def format_options(**options: Any) -> FormatOptions:
         "target_language": None,
         "direction": "forward",
         "template": None,
+        "settings": PLAIN,
+        "refuse_control_tokens": False,
+        "merge_turns": False,
     }
     return FormatOptions(**(defaults | options))
 

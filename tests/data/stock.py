@@ -75,9 +75,29 @@ FORCED_THOUGHT = (  # R1: asks with <think>, finished turns have none
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+OTHER_HEADER = CHATML.replace("<|im_start|>assistant", "<|im_start|>model")
 NO_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if "
     "add_generation_prompt %}assistant: {% endif %}"
+)
+
+PHI3 = (  # writes eos_token at the end of a conversation, after the end of the turn
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+NO_HEADER_ASKED = (  # ignores add_generation_prompt
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}\n"
+)
+R1 = (  # asks with <think>, and strips the thoughts of finished turns
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+THOUGHTS_DROPPED = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+TODAY = (
+    "<|im_start|>system\nToday is {{ strftime_now('%d %b %Y') }}, a "
+    "{% set code = '%A' %}{{ strftime_now(code) }}.<|im_end|>\n" + CHATML
 )
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

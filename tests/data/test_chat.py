@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.detect import build_format
+from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
 
@@ -44,6 +46,8 @@ def chat(
         columns=columns or {},
         targets=targets,
         system_prompt=system,
+        settings=TemplateSettings(),
+        control=ControlTokens(tokenizer),
     )
 
 
@@ -70,7 +74,13 @@ def test_the_assistants_turns_with_their_end_mark_are_learnt(
     assert all(label != IGNORE_INDEX for label in example.labels[n:]), (
         "and all that follows is the last answer"
     )
-    assert (prompt.text, prompt.reference) == ("Où est la gare ?", "I am fine, thank you.")
+    assert prompt.reference == "I am fine, thank you."
+    assert prompt.text == (
+        "user: What is the capital of France?\n\nassistant: The capital of France is Paris.\n\n"
+        "user: Où est la gare ?"
+    )
+    [alone] = chat(tokenizer).prompts({"messages": MESSAGES[:2]})
+    assert alone.text == "What is the capital of France?"
 
 
 def test_tokens_that_do_not_concatenate_are_those_of_the_whole_text(
@@ -108,7 +118,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer
     format = chat(tokenizer, system=system)
     examples = format.examples({"messages": MESSAGES})
     assert len(examples) == 2
-    conversation = format.messages({"messages": MESSAGES})
+    conversation = format.dialog({"messages": MESSAGES}).messages
     for example, end in zip(examples, [len(conversation) - 3, len(conversation) - 1], strict=True):
         prompt = format.template.prompt(conversation[:end])
         assert list(example.input_ids[: len(prompt)]) == prompt, (
@@ -232,7 +242,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "only a system message": ([message("system", "x")], "no assistant turn"),
     "unknown role": (
         [message("robot", "x"), ANSWER],
-        "message 1 has the unknown role 'robot'; known are system, user, human, assistant",
+        "message 1 has the unknown role 'robot'; known are system, developer, user, human, ",
     ),
     "empty answer": ([USER, message("assistant", "  ")], "message 2 (assistant) is empty"),
     "empty question": ([message("user", ""), ANSWER], "message 1 (user) is empty"),
@@ -271,7 +281,7 @@ TEMPLATE_ERRORS = {
     "{{ raise_exception('only in rhyme') }}": "fails on this conversation: only in rhyme",
     "{% for m in messages %}{{ m.content.upper( }}{% endfor %}": "the chat template fails on this",
     "{{ nothing.at.all }}": "the chat template fails on this conversation: 'nothing' is undefined",
-    stock.FORCED_THOUGHT: "the chat template cannot be split before an answer",
+    stock.OTHER_HEADER: "the chat template cannot be split before an answer",
     stock.NO_END: "is not a special token, so a model trained with it would never stop",
     "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}": (
         "leaves out the assistant"

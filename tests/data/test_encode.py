@@ -1,10 +1,11 @@
 """Encoding: limits, counts, flat storage, and the errors that must come before the first step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytest
 
+from finetune.data.bad_records import BadRecords
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.types import IGNORE_INDEX, Example, Prompt, Record
 from finetune.errors import UserError
@@ -34,13 +35,21 @@ def record(length: int, prompt: int = 1) -> dict[str, Any]:
 
 
 def run(
-    items: list[tuple[str, Record]],
+    items: Iterable[tuple[str, Record]],
     *,
     overlong: str = "truncate",
     max_length: int = 10,
     vocab_size: int = 50,
+    bad: BadRecords | None = None,
 ) -> EncodedDataset:
-    return encode(items, Given(), max_length=max_length, overlong=overlong, vocab_size=vocab_size)
+    return encode(
+        items,
+        Given(),
+        max_length=max_length,
+        overlong=overlong,
+        vocab_size=vocab_size,
+        bad=bad,
+    )
 
 
 def test_truncation_keeps_the_start_and_is_counted() -> None:
@@ -50,8 +59,9 @@ def test_truncation_keeps_the_start_and_is_counted() -> None:
     assert [list(e.input_ids) for e in dataset] == [[0, 1, 2, 3], list(range(10))]
     assert list(dataset[1].labels) == [-100, -100, -100, 3, 4, 5, 6, 7, 8, 9]
     assert dataset.statistics.as_dict() == {
-        "records": 4, "blank_records": 1, "examples": 2, "tokens": 14, "target_tokens": 10,
-        "truncated": 2, "without_target": 1, "dropped": 0, "longest": 14,
+        "records": 4, "blank_records": 1, "bad_records": 0, "examples": 2, "tokens": 14,
+        "target_tokens": 10, "truncated": 2, "without_target": 1, "dropped": 0,
+        "duplicates": 0, "longest": 14,
     }  # fmt: skip
 
 
@@ -95,6 +105,55 @@ def test_the_fingerprint_tells_other_data() -> None:
 def test_a_bad_record_is_named() -> None:
     with pytest.raises(UserError, match=r"^data\.jsonl, row 2: the record is bad$"):
         run(records(record(4), {"ids": "bad", "prompt": 1}))
+
+
+def test_all_bad_records_are_listed() -> None:
+    bad = {"ids": "bad", "prompt": 1}
+    given = [(f"a.jsonl line {n}", item) for n, item in enumerate([record(4), bad, bad, bad])]
+    with pytest.raises(UserError) as caught:
+        run([*given, ("b.jsonl line 1", bad)])
+    assert str(caught.value) == (
+        "4 records cannot be used: a.jsonl lines 1, 2, 3, b.jsonl line 1: the record is bad. "
+        "Mend them, or set data.on_bad_record=drop to go on without them"
+    )
+    with pytest.raises(UserError) as caught:
+        run([(f"a.jsonl line {n}", [bad, record(12)][n % 2]) for n in range(60)], overlong="error")
+    message = str(caught.value)
+    assert message.startswith("60 records cannot be used: a.jsonl lines 0, 2, 4, ")
+    assert "a.jsonl lines 1, 3" in message
+    assert ": the text has 12 tokens, more than data.max_length = 10; and 40 more. " in message
+    assert message.endswith("Mend them, or set data.on_bad_record=drop to go on without them")
+    with pytest.raises(UserError, match=r"18, 19: the text .*; and 1 more\. Raise data"):
+        run([(f"a.jsonl line {n}", record(12)) for n in range(21)], overlong="error")
+
+
+def test_bad_records_are_dropped_and_counted() -> None:
+    bad = BadRecords("drop")
+    bad.add("data.jsonl line 7", " is broken JSON")
+    dataset = run(records(record(4), {"ids": "bad", "prompt": 1}, record(5)), bad=bad)
+    assert [len(example) for example in dataset] == [4, 5]
+    assert (dataset.statistics.records, dataset.statistics.bad_records) == (2, 2)
+    assert bad.sentence() == (
+        "2 records cannot be used: data.jsonl line 7 is broken JSON; data.jsonl, row 2: the record "
+        "is bad"
+    )
+    with pytest.raises(UserError, match="the data holds no records: all 1 were dropped"):
+        run(records({"ids": "bad", "prompt": 1}), bad=BadRecords("drop"))
+
+
+def test_reading_stops_if_nothing_is_good() -> None:
+    read = []
+
+    def endless() -> Any:
+        for number in range(10**6):
+            read.append(number)
+            yield f"line {number}", {"ids": "bad", "prompt": 1}
+
+    with pytest.raises(
+        UserError, match=r"^1,000 records cannot be used: line 0, line 1, .*; and 980"
+    ):
+        run(endless())
+    assert len(read) == 1000
 
 
 def test_a_token_outside_the_vocabulary_is_an_error() -> None:

@@ -60,7 +60,9 @@ def test_local_files_of_every_kind(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, name, PAIRS)
     assert read(source(path)) == PAIRS
     assert read(source(path, max_records=3)) == PAIRS[:3]
-    assert load_records([source(path)]).describe(4) == f"{path}, row 5"
+    where = {".jsonl": " line 5", ".json": " line 18", ".parquet": ", row 5"}
+    place = where.get(path.suffix, " line 6")
+    assert load_records([source(path)]).describe(4) == f"{path}{place}"
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.tsv"])
@@ -183,7 +185,7 @@ def test_records_are_held_out_at_random_and_for_good(tmp_path: Path) -> None:
     assert sorted(texts(train) + texts(held_out)) == sorted(texts(records))
     assert texts(split_held_out(records, fraction=0.1, seed=0)[1]) == texts(held_out)
     assert texts(split_held_out(records, fraction=0.1, seed=1)[1]) != texts(held_out)
-    assert held_out.describe(0).endswith(f"row {int(held_out[0]['text']) + 1}"), (
+    assert held_out.describe(0).endswith(f"line {int(held_out[0]['text']) + 1}"), (
         "a record keeps its number"
     )
     assert len(split_held_out(records.take(2), fraction=0.001, seed=0)[1]) == 1
@@ -230,11 +232,11 @@ BROKEN = {
     "empty.jsonl": ("", "empty.jsonl is empty"),
     "blank.jsonl": ("\n\n", "blank.jsonl is empty: it has no rows"),
     "header.csv": ("en,fr\n", "header.csv is empty: it has no rows"),
-    "ragged.csv": ("en,fr\na,b\nc,d,e\n", "ragged.csv cannot be read"),
+    "ragged.csv": ("en,fr\na,b\nc,d,e\n", "ragged.csv line 3 has 3 fields, but the header has 2"),
     "data.xml": (
         "<a/>",
-        "data.xml has the unknown ending '.xml'; known are .json, .jsonl, .csv, .tsv, .parquet, "
-        ".txt",
+        "data.xml has the unknown ending '.xml'; known are .json, .jsonl, .ndjson, .csv, .tsv, "
+        ".parquet, .txt, each also with .gz, .zst, .bz2, .xz",
     ),
     "data.parquet": ("no parquet at all", "data.parquet cannot be read"),
 }
@@ -255,14 +257,25 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(name: str, tmp_path
         assert expected in str(caught.value)
 
 
+CHAT = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+COMPLETION = [{"prompt": "a", "completion": "b"}]
+
+
+def test_records_of_different_columns_are_read_as_they_are(tmp_path: Path) -> None:
+    """No record gets a column of another one."""
+    write(tmp_path, "a.jsonl", CHAT)
+    write(tmp_path, "b.jsonl", COMPLETION)
+    assert read(source(tmp_path)) == CHAT + COMPLETION
+    write(tmp_path, "c.jsonl", CHAT + COMPLETION)
+    assert read(source(tmp_path / "c.jsonl")) == CHAT + COMPLETION
+
+
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_of_different_columns_are_to_be_several_sources(
+def test_parquet_files_of_different_columns_are_to_be_several_sources(
     streaming: bool, tmp_path: Path
 ) -> None:
-    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    completion = [{"prompt": "a", "completion": "b"}]
-    write(tmp_path, "a.jsonl", chat)
-    write(tmp_path, "b.jsonl", completion)
+    write(tmp_path, "a.parquet", CHAT)
+    write(tmp_path, "b.parquet", COMPLETION)
     read = (lambda sources: list(stream_records(sources))) if streaming else load_records
     with pytest.raises(UserError) as caught:
         read([source(tmp_path)])
@@ -273,9 +286,8 @@ def test_files_of_different_columns_are_to_be_several_sources(
     assert message.endswith(
         "Put each kind into files of its own, and list these as several sources"
     )
-    assert (
-        len(list(stream_records([source(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]))) == 2
-    )
+    names = ("a.parquet", "b.parquet")
+    assert len(list(stream_records([source(tmp_path / name) for name in names]))) == 2
 
 
 MISSING = {

@@ -163,6 +163,6 @@ def test_a_stream_without_records_or_targets_is_an_error(make: Any, tmp_path: Pa
 def test_a_bad_record_is_named(make: Any, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"words": "fine"}\n')
     with pytest.raises(
-        UserError, match=r"b\.jsonl, row 1: column 'text' is missing; the columns are words$"
+        UserError, match=r"b\.jsonl line 1: column 'text' is missing; the columns are words$"
     ):
         next(iter(make()))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.data.formats.detect import build_format
-from finetune.data.formats.languages import is_language, language_name
+from finetune.data.formats.languages import is_language, language_name, language_tag
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import IGNORE_INDEX, Record
 from finetune.errors import UserError
@@ -98,7 +98,7 @@ def test_a_wording_of_ones_own(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(None)
     template = "<{source_language}2{target_language}> {source} => "
     assert shown(build(tokenizer, template=template), tokenizer) == [
-        ("<en2fr> Hello there => ", "Bonjour</s>")
+        ("<en2fr> Hello there =>", " Bonjour</s>")
     ]
     tokenizer = make_tokenizer()
     [(prompt, _)] = shown(
@@ -159,6 +159,21 @@ COLUMNS: dict[str, tuple[Record, dict[str, Any]]] = {
         {"translation": {"de": None, "fr": "Bonjour", "en": "Hello there"}},
         {"source_language": "en", "target_language": "fr"},
     ),
+    "languages by their names": ({"English": "Hello there", "French": "Bonjour"}, {}),
+    "languages by codes of three letters": ({"eng": "Hello there", "fra": "Bonjour"}, {}),
+    "languages by NLLB's codes": ({"eng_Latn": "Hello there", "fra_Latn": "Bonjour"}, {}),
+    "languages in columns that are named by the user": (
+        {"no": 7, "a": "Hello there", "b": "Bonjour"},
+        {"columns": {"English": "a", "fr": "b"}},
+    ),
+    "a language by another name than its column's": (
+        {"fra_Latn": "Bonjour", "English": "Hello there", "de": "Guten Tag"},
+        {"source_language": "en", "target_language": "French"},
+    ),
+    "a key by another name": (
+        {"translation": {"fra": "Bonjour", "eng": "Hello there"}},
+        {"source_language": "English"},
+    ),
     "a pair by another name": ({"pair": PAIR["translation"]}, {"columns": {"translation": "pair"}}),
 }
 
@@ -217,6 +232,17 @@ REFUSED: dict[str, tuple[Record, dict[str, Any], str]] = {
         {"translation": {"de": "x", "en": "y", "fr": "z"}},
         {},
         "not clear (found: de, en, fr). Set",
+    ),
+    "one language for both sides": (
+        PAIR,
+        {"source_language": "en", "target_language": "English"},
+        "source and target language are both 'en'. Set",
+    ),
+    "a column with a slip": ({"mesages": []}, {}, "Rename the column 'mesages', or set data.co"),
+    "no header line": (
+        {"Hello there, how are you today?": "x", "b": "y"},
+        {},
+        "If the file has no header line, add one",
     ),
     "template without the source": (
         PAIR,
@@ -297,15 +323,112 @@ def test_a_prompt_needs_no_record(make_tokenizer: MakeTokenizer) -> None:
     assert format.examples(PAIR) == build(tokenizer).examples(PAIR)
 
 
-def test_language_names() -> None:
-    assert [language_name(code) for code in ("en", "pt-BR", "zh_Hans", "Klingon")] == [
-        "English",
-        "Portuguese",
-        "Chinese",
-        "Klingon",
+NAMES = {  # name -> tag, English name, whether a column of this name is recognised
+    "en": ("en", "English", True),
+    "EN": ("en", "English", True),
+    "eng": ("en", "English", True),
+    "English": ("en", "English", True),
+    "ENGLISH ": ("en", "English", True),
+    "eng_Latn": ("en", "English", True),
+    "en_XX": ("en", "English", True),
+    "fra_Latn": ("fr", "French", True),
+    "français": ("fr", "French", True),
+    "arb_Arab": ("ar", "Arabic", True),
+    "kor_Hang": ("ko", "Korean", True),
+    "tl": ("fil", "Filipino", True),
+    "Cantonese": ("yue", "Cantonese", True),
+    "no": ("no", "Norwegian", True),
+    "nb": ("nb", "Norwegian Bokmål", True),
+    "pt-BR": ("pt-BR", "Portuguese (Brazil)", True),
+    "Brazilian Portuguese": ("pt-BR", "Portuguese (Brazil)", True),
+    "Portuguese (Brazil)": ("pt-BR", "Portuguese (Brazil)", True),
+    "zh_Hans": ("zh", "Chinese", True),
+    "zho_Hant": ("zh-Hant", "Chinese (Traditional)", True),
+    "Chinese (Traditional)": ("zh-Hant", "Chinese (Traditional)", True),
+    "sr-Latn": ("sr-Latn", "Serbian (Latin)", True),
+    "Klingon": ("tlh", "Klingon", False),
+    "Elvish": ("elvish", "Elvish", False),
+    **{name: (name, None, False) for name in ("tag", "key", "url", "ids", "tgt", "row")},
+    **{name: (name, name, False) for name in ("source", "text", "name", "mul", "und", "xx")},
+    **dict.fromkeys(("label", "index", "src"), (None, None, False)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_languages_by_the_names_that_people_use(name: str) -> None:
+    tag, english, is_column = NAMES[name]
+    assert tag is None or language_tag(name) == tag
+    assert english is None or language_name(name) == english
+    assert is_language(name) == is_column
+
+
+VARIANTS = [
+    ("zh-Hans", "zh-Hant", "Chinese (Simplified)", "Chinese (Traditional)"),
+    ("zho_Hans", "zho_Hant", "Chinese (Simplified)", "Chinese (Traditional)"),
+    ("pt-BR", "pt-PT", "Portuguese (Brazil)", "Portuguese (Portugal)"),
+    ("sr-Latn", "sr-Cyrl", "Serbian (Latin)", "Serbian (Cyrillic)"),
+    ("en-GB", "en-US", "English (United Kingdom)", "English (United States)"),
+    ("nb", "nn", "Norwegian Bokmål", "Norwegian Nynorsk"),
+    ("eng_Latn", "fra_Latn", "English", "French"),
+    ("en", "zh-Hans", "English", "Chinese"),
+    ("en", "pt-BR", "English", "Portuguese (Brazil)"),
+    ("en", "pt-PT", "English", "Portuguese (Portugal)"),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_language_are_told_apart(
+    variant: tuple[str, str, str, str], make_tokenizer: MakeTokenizer
+) -> None:
+    first, second, name, other = variant
+    tokenizer, record = make_tokenizer(None), {"translation": {first: "a", second: "b"}}
+    format = build(tokenizer, record, direction="both")
+    assert [tokenizer.decode(list(prompt.input_ids)) for prompt in format.prompts(record)] == [
+        f"{name}: a\n{other}:",
+        f"{other}: b\n{name}:",
     ]
-    assert is_language("fr_FR")
-    assert not is_language("source")
+
+
+CHAT_COLUMNS: list[tuple[Record, str, str]] = [
+    ({"question": "a", "answer": "b"}, "a", "b"),
+    ({"Question": "a", "Answer": "b", "id": 3}, "a", "b"),
+    ({"input": "a", "output": "b"}, "a", "b"),
+    ({"user": "a", "assistant": "b"}, "a", "b"),
+    ({"prompt": "a", "response": "b"}, "a", "b"),
+    ({"instruction": "a", "context": "c", "response": "b"}, "a\n\nc", "b"),
+    ({"instruction": "a", "context": "", "response": "b"}, "a", "b"),
+    ({"instruction": "a", "input": "c", "answer": "b"}, "a\n\nc", "b"),
+    ({"question": "a", "context": "c", "answer": "b"}, "a\n\nc", "b"),
+    ({"input": "a", "context": "c", "output": "b"}, "a\n\nc", "b"),
+]
+
+
+@pytest.mark.parametrize("case", CHAT_COLUMNS)
+def test_questions_and_answers_by_the_names_that_people_use(
+    case: tuple[Record, str, str], make_tokenizer: MakeTokenizer
+) -> None:
+    record, question, answer = case
+    tokenizer = make_tokenizer()
+    [(prompt, learnt)] = shown(build(tokenizer, record), tokenizer, record)
+    assert prompt == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    assert learnt == f"{answer}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"question": "a", "answer": "b", "response": "c"},
+        {"question": "a", "instruction": "b", "answer": "c"},
+        {"question": "a", "input": "b", "context": "c", "answer": "d"},
+        {"answer": "a"},
+    ],
+)
+def test_columns_that_could_be_meant_in_several_ways_are_refused(
+    record: Record, make_tokenizer: MakeTokenizer
+) -> None:
+    with pytest.raises(UserError, match="no format fits the columns"):
+        build(make_tokenizer(), record)
 
 
 def test_plain_text_is_learnt_whole(make_tokenizer: MakeTokenizer) -> None:
@@ -321,4 +444,5 @@ def test_plain_text_is_learnt_whole(make_tokenizer: MakeTokenizer) -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(COLUMNS), len(REFUSED), len(BAD_PAIRS)) == (8, 10, 7)
+    assert (len(COLUMNS), len(REFUSED), len(BAD_PAIRS)) == (14, 13, 7)
+    assert (len(NAMES), len(VARIANTS), len(CHAT_COLUMNS)) == (39, 10, 10)

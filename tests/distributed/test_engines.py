@@ -232,7 +232,9 @@ def test_a_run_killed_in_mid_save_goes_on_with_another_number_of_processes(folde
 
 
 def marked(checkpoint: Path) -> dict[str, int]:
-    return json.loads((checkpoint / "complete.json").read_text())["files"]
+    """Return the files that the mark lists, with their sizes in bytes."""
+    files = json.loads((checkpoint / "complete.json").read_text())["files"]
+    return {name: file["bytes"] for name, file in files.items()}
 
 
 def same_shape(ours, theirs, where: str) -> None:

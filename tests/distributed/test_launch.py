@@ -114,7 +114,7 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
     steps = len(losses(folder / "run"))
     assert 8 <= steps < NUM_STEPS
     assert (
-        f"stopped by a signal after step {steps}, which is saved; go on with --resume auto"
+        f"stopped by a signal after step {steps}, which is saved. Go on with --resume auto"
         in done.stdout
     )
     assert "Traceback" not in done.stdout  # of the process that lost the other
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     monkeypatch.setattr(sys, "argv", sys.argv)
     (folder / "run").mkdir()
-    (folder / "run" / "environment.json.tmp").symlink_to("/dev/full")
+    (folder / "run" / ".environment.json.tmp").symlink_to("/dev/full")
     task = {
         "config": "c.yaml",
         "overrides": ["output_dir=run"],

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from sacrebleu.metrics import BLEU
 
 from finetune.data.batches.collate import collate
 from finetune.data.formats.rendering import encode_text
@@ -291,6 +292,47 @@ def test_an_unknown_metric_and_an_empty_corpus_are_explained():
     with pytest.raises(UserError, match="there is no output"):
         text_metrics(["bleu"], [], [])
     assert text_metrics([], [], []) == {}
+
+
+SENTENCES = {
+    "zh": "我喜欢在北京的公园里散步和看书。",
+    "zho_Hant": "我喜歡在北京的公園裡散步和看書。",
+    "yue": "我鍾意喺公園度行下同埋睇下書。",
+    "Japanese": "私は公園で散歩をするのが好きです。",
+    "ko": "나는 공원에서 산책하는 것을 좋아한다.",
+    "th": "ฉันชอบเดินเล่นในสวนสาธารณะ",
+    "km": "ខ្ញុំចូលចិត្តដើរលេងនៅក្នុងសួន",
+    "my": "ကျွန်တော်ပန်းခြံထဲမှာလမ်းလျှောက်ရတာကြိုက်တယ်",
+    "fr": "J'aime marcher dans le parc.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_bleu_cuts_into_words_by_the_rules_of_the_target_language(language):
+    text = SENTENCES[language]
+    scores = text_metrics(["bleu"], [text], [text], languages=[language])
+    assert scores["bleu"] == pytest.approx(100)
+    allowed = {
+        "fr": ["13a"],
+        "Japanese": ["ja-mecab-0", "ja-mecab", "char"],
+        "ko": ["ko-mecab", "char"],
+        **{key: ["char"] for key in ("th", "km", "my")},
+    }.get(language, ["zh"])
+    signature = dict(part.split(":", 1) for part in scores["bleu_signature"].split("|"))
+    assert any(signature["tok"].startswith(name) for name in allowed), signature
+    assert len(SENTENCES) == 9
+
+
+def test_bleu_of_two_languages_cuts_each_by_its_own_rules():
+    texts = [SENTENCES["zh"], SENTENCES["fr"]]
+    other = ["我在公园里看书。", "J'aime le parc."]
+    both = text_metrics(["bleu"], other, texts, languages=["zh", "fr"])
+    cut = [BLEU(tokenize=name).tokenizer for name in ("zh", "13a")]
+    expected = BLEU(tokenize="none", force=True).corpus_score(
+        [c(t) for c, t in zip(cut, other)], [[c(t) for c, t in zip(cut, texts)]]
+    )
+    assert both["bleu"] == expected.score
+    assert "tok:13a+zh" in both["bleu_signature"]
 
 
 def test_generation_is_scored_over_all_processes_in_order(llama, tokenizer):

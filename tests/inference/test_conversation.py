@@ -155,6 +155,21 @@ def test_a_file_becomes_a_file_with_as_many_lines(tmp_path, translate):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_a_file_has_the_lines_that_wc_counts(tmp_path, translate):
+    """A byte order mark is no text, and a lone carriage return ends no line."""
+    seen = []
+
+    def kept(lines):
+        seen.extend(lines)
+        return seen
+
+    source, target = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_bytes("\ufeffA\rB\r\n\nC\u2028D\n".encode())
+    assert translate_file(source, target, kept) == 3
+    assert seen == ["A\rB", "", "C\u2028D"]
+    assert target.read_bytes().count(b"\n") == 3
+
+
 def test_files_that_cannot_be_translated_are_explained(tmp_path, translate):
     source, target = tmp_path / "in.txt", tmp_path / "out.txt"
     with pytest.raises(UserError, match="No such file"):

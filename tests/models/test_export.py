@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 
 import pytest
 import torch
@@ -87,7 +88,10 @@ def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(
 def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path):
     model, dest = make_model("llama"), tmp_path / "model"
     export_model(model, chat_tokenizer, dest, card="old")
-    (dest / "stale.txt").touch()
+    (dest / "model-00002-of-00002.safetensors").touch()  # of an earlier export, in parts
+    marker = json.loads((dest / ".finetune.json").read_text())
+    marker["files"].append("model-00002-of-00002.safetensors")
+    (dest / ".finetune.json").write_text(json.dumps(marker))
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     with pytest.raises(
@@ -96,15 +100,29 @@ def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path)
         verify_export(dest, model, IDS)
     export_model(model, chat_tokenizer, dest, card="new")
     verify_export(dest, model, IDS)
-    assert not (dest / "stale.txt").exists()
+    assert not (dest / "model-00002-of-00002.safetensors").exists()
     assert (dest / "README.md").read_text() == "new"
 
 
 def test_a_folder_that_holds_something_else_is_not_replaced(make_model, chat_tokenizer, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is not a model"):
-        export_model(make_model("llama"), chat_tokenizer, tmp_path, card="")
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    model, dest = make_model("llama"), tmp_path / "model"
+    dest.mkdir()
+    (dest / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not a model that finetune wrote"):
+        export_model(model, chat_tokenizer, dest, card="")
+    (dest / "thesis.txt").rename(tmp_path / "thesis.txt")
+    model.save_pretrained(dest)  # a base model is someone's too
+    before = (dest / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is not a model that finetune wrote"):
+        export_model(model, chat_tokenizer, dest, card="")
+    assert (dest / "model.safetensors").read_bytes() == before
+    shutil.rmtree(dest)
+    export_model(model, chat_tokenizer, dest, card="")
+    (dest / "model.gguf").write_text("converted by another program")
+    with pytest.raises(UserError, match=r"model\.gguf would be deleted with the model in"):
+        export_model(model, chat_tokenizer, dest, card="")
+    assert (dest / "model.gguf").read_text() == "converted by another program"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "thesis.txt"]
 
 
 def test_a_destination_that_cannot_be_made_is_named(make_model, chat_tokenizer, tmp_path):

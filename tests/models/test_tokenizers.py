@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec
@@ -178,6 +178,9 @@ def test_a_template_from_a_file_sets_its_own_end_of_turn(tmp_path):
     file.write_text("{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
     set_template(tokenizer, str(file))
     assert (tokenizer.chat_template, tokenizer.eos_token) == (file.read_text(), "<|endoftext|>")
+    file.write_text("\ufeff" + file.read_text(), encoding="utf-8")
+    set_template(tokenizer, str(file))
+    assert tokenizer.chat_template.startswith("{% for"), "a byte order mark is no text"
 
 
 def test_a_missing_or_failing_template_is_explained(tmp_path):
@@ -194,6 +197,13 @@ def test_a_missing_or_failing_template_is_explained(tmp_path):
     (tmp_path / "worse.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="fails to render"):
         set_template(tokenizer, str(tmp_path / "worse.jinja"))
+
+
+def test_a_tokenizer_written_in_python_is_refused(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="is ByT5Tokenizer, which is written in Python"):
+        load_tokenizer(ModelSpec(name=str(tmp_path)))
 
 
 def test_a_model_without_a_tokenizer_is_explained(tmp_path, make_model):

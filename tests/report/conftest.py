@@ -5,6 +5,9 @@ import math
 
 import pytest
 
+from finetune.run.claim import write_marker
+from finetune.run.marker import Marker
+
 CONFIG = """\
 output_dir: runs/demo-translation
 seed: 0
@@ -75,6 +78,7 @@ def evaluation(loss, chrf, bleu, **more):
 
 def write_run(root, num_steps=52, finished=True):
     root.mkdir(parents=True)
+    write_marker(root, Marker("run"))
     (root / "config.yaml").write_text(CONFIG, encoding="utf-8")
     environment = {
         "command": "finetune demo translation",

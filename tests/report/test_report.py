@@ -10,6 +10,8 @@ import pytest
 import finetune.report
 from finetune.errors import UserError
 from finetune.report import write_report
+from finetune.run.claim import write_marker
+from finetune.run.marker import Marker
 
 VOID = {"meta", "link", "br", "path", "use", "rect", "img", "input"}
 
@@ -209,6 +211,7 @@ def test_any_file_but_the_config_may_be_missing(run_folder, missing):
 
 
 def test_a_run_that_has_only_begun(tmp_path):
+    write_marker(tmp_path, Marker("run"))
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     page = page_of(tmp_path)
     assert "No evaluation was recorded" in page.text
@@ -267,7 +270,7 @@ def test_a_long_run_makes_no_huge_file(run_folder):
 
 
 def test_folders_that_are_no_run_are_refused(tmp_path, run_folder):
-    with pytest.raises(UserError, match=r"holds no run \(it has no config.yaml\)"):
+    with pytest.raises(UserError, match=r"holds no run \(it has no .finetune.json\)"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         write_report(tmp_path / "nowhere")

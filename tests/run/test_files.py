@@ -1,14 +1,15 @@
 """A record is whole or as it was; a disk that refuses is one message; `clear` forgets nothing."""
 
 import errno
-import json
 import os
 
 import pytest
 
 from finetune.errors import UserError, disk_refusal
+from finetune.run.claim import write_marker
 from finetune.run.files import append_lines, write_json
 from finetune.run.folder import (
+    Mark,
     RunDir,
     checkpoint_path,
     complete_steps,
@@ -17,6 +18,7 @@ from finetune.run.folder import (
     step_of,
 )
 from finetune.run.log import MetricLogger, forget_after
+from finetune.run.marker import MARKER, Marker
 from finetune.run.records import DataCounts, StepRecord, write_config
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -36,7 +38,7 @@ def raising(error):
 @pytest.fixture
 def run(tmp_path):
     run = RunDir(tmp_path / "run")
-    run.root.mkdir()
+    write_marker(run.root, Marker("run"))
     write_config(run, "seed: 0\n")
     DataCounts(format="chat").write(run)
     return run
@@ -46,7 +48,7 @@ def make_checkpoint(run, step):
     folder = checkpoint_path(run.checkpoints, step)
     folder.mkdir(parents=True)
     (folder / "model.pt").write_bytes(b"weights")
-    (folder / "complete.json").write_text(json.dumps({"step": step, "files": {"model.pt": 7}}))
+    (folder / "complete.json").write_text(Mark(step, {"model.pt": 7}, {"model.pt": "a"}).as_text())
     return folder
 
 
@@ -70,7 +72,7 @@ def test_a_kill_while_writing_leaves_the_old_record_and_the_next_write_succeeds(
     monkeypatch.undo()
     DataCounts(format="text").write(run)
     assert DataCounts.read(run).format == "text"
-    assert sorted(path.name for path in run.root.iterdir()) == ["config.yaml", "data.json"]
+    assert sorted(path.name for path in run.root.iterdir()) == [MARKER, "config.yaml", "data.json"]
 
 
 def test_a_record_is_on_the_disk_before_it_has_its_name(run, monkeypatch):
@@ -139,11 +141,36 @@ def test_clear_deletes_everything_that_a_run_writes_and_nothing_else(run):
     for name in names:
         path = getattr(run, name)
         path.mkdir() if "." not in path.name else path.touch()
+    assert sorted(getattr(run, name) for name in names) == sorted(run.written())
+    write_marker(run.model, Marker("model", files=("config.json", "inner/weights")))
+    (run.model / "inner").mkdir()
+    for name in ("config.json", "inner/weights"):
+        (run.model / name).touch()
     make_checkpoint(run, 2)
+    (make_checkpoint(run, 4) / "model.pt").unlink()  # half deleted
+    (run.checkpoints / "step-00000006").mkdir()
+    (run.checkpoints / ".step-00000008").mkdir()
     (run.root / "thesis.txt").write_text("years of work")
     run.clear()
-    assert [path.name for path in run.root.iterdir()] == ["thesis.txt"]
+    assert sorted(path.name for path in run.root.iterdir()) == [MARKER, "thesis.txt"]
     run.clear()
+
+
+def test_clear_leaves_what_someone_put_into_the_folders_of_a_run(run):
+    write_marker(run.model, Marker("model", files=("config.json", "../thesis.txt", "/etc/hosts")))
+    mine = [
+        run.root / "thesis.txt",
+        run.model / "model.gguf",
+        run.checkpoints / "precious.bin",
+        make_checkpoint(run, 2) / "notes.txt",
+        run.checkpoints / "step-00000004" / "model.pt",  # without a mark
+    ]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    run.clear()
+    left = {path for path in run.root.rglob("*") if path.is_file()}
+    assert left == {run.root / MARKER, *mine}
 
 
 def test_checkpoints_are_found_by_their_mark(run):

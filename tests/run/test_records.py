@@ -8,9 +8,11 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.evaluation.loss import LossResult, VocabularyLoss
+from finetune.run.claim import write_marker
 from finetune.run.environment import collect_environment
 from finetune.run.folder import RunDir
 from finetune.run.log import MetricLogger, forget_after, keep_samples, tracker_values
+from finetune.run.marker import Marker
 from finetune.run.metrics import METRICS
 from finetune.run.records import (
     DataCounts,
@@ -67,7 +69,7 @@ SAMPLES = [Sample(0, "Où ?", "Là.", "two\u2028lines\x85"), Sample(3, "a\nb", "
 @pytest.fixture
 def run(tmp_path):
     run = RunDir(tmp_path / "run")
-    run.root.mkdir()
+    write_marker(run.root, Marker("run"))
     write_config(run, "seed: 0\n")
     return run
 

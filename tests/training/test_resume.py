@@ -27,10 +27,11 @@ import os, signal
 from finetune.training import checkpoint
 write = checkpoint._write_file
 def write_half_then_die(path, content):
-    write(path, content)
+    written = write(path, content)
     if path.parent.name.endswith("6") and path.name == "optimizer.pt":
         os.truncate(path, path.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
+    return written
 checkpoint._write_file = write_half_then_die
 """
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from finetune.data.bad_records import BadRecords
 from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
 from finetune.data.batches.steps import BatchShape, StepBatch, cut_step, group_by_length
@@ -199,6 +200,7 @@ class StreamingBatches:
             max_length=encoder.max_length,
             overlong=encoder.overlong,
             vocab_size=encoder.vocab_size,
+            bad=None if encoder.bad is None else BadRecords(encoder.bad.action),
         )
         first = islice(self.records, _HASHED_RECORDS)
         examples = [example for where, record in first for example in probe(where, record)]

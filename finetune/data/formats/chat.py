@@ -2,28 +2,35 @@
 
 Accepted shapes of a record:
 
-- `messages` or `conversations`: a list of {"role", "content"} (OpenAI) or {"from", "value"}
-  (ShareGPT);
+- `messages` or `conversations`: a list of messages (see `messages`);
 - `prompt` and `completion`: both strings or both lists of messages;
 - `instruction` and `output`: with an optional `input`, which is written below the instruction.
+
+Each may come with `system` (text), `history` (pairs of question and answer), `tools` (JSON schemas)
+and `chat_template_kwargs` (variables of the template).
+
+What a record says is learnt, or the record is refused: whether the template writes something is
+found by leaving it out and rendering again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from finetune.data.formats.borders import encode_text
 from finetune.data.formats.columns import column, text_column
-from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.formats.control import ControlTokens
+from finetune.data.formats.messages import (
+    check_order,
+    conversation_text,
+    merge_turns,
+    read_messages,
+    read_tools,
+)
+from finetune.data.formats.rendering import ChatTemplate, Dialog, TemplateSettings
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
 
 CHAT_SHAPES: dict[str, list[str]] = {
     "messages": ["messages"],
@@ -32,6 +39,9 @@ CHAT_SHAPES: dict[str, list[str]] = {
     "instruction": ["instruction", "output"],
 }
 """Shape -> the columns it needs."""
+
+CHAT_OPTIONAL = ["input", "system", "history", "tools", "chat_template_kwargs"]
+"""Columns that a shape may have as well."""
 
 
 class ChatFormat:
@@ -42,6 +52,8 @@ class ChatFormat:
     `columns` maps what this format calls a column to what the data calls it.
     `targets` is "assistant" (the assistant's turns with their end mark) or "all".
     `system_prompt` is put before conversations that have no system message.
+    `settings` are those of the chat template. `control` counts or refuses control tokens in texts.
+    `merge_turns`: whether turns of one role in a row become one.
     """
 
     name = "chat"
@@ -54,25 +66,106 @@ class ChatFormat:
         columns: Mapping[str, str],
         targets: str,
         system_prompt: str | None,
+        settings: TemplateSettings,
+        control: ControlTokens,
+        merge_turns: bool = False,
     ) -> None:
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, settings)
+        self.control = control
+        self.merge_turns = merge_turns
         self.columns = columns
         self.targets = targets
         self.system_prompt = system_prompt
         self.shape = shape
+        self.calls_tools = False  # whether a record so far called a tool
+        self._systems: set[str | None] = set()  # of examples, at most two of them
+        self._counts: dict[tuple[str, ...], bool] = {}  # what messages say -> whether it is written
+        self._unused: Counter[str] = Counter()  # what is not used -> records that have it
 
-    def messages(self, record: Record) -> list[Message]:
+    def dialog(self, record: Record) -> Dialog:
         """Return the record's conversation, checked, up to its last assistant turn.
 
-        What follows that turn teaches nothing.
+        What follows that turn teaches nothing. Raises UserError for a conversation that is out of
+        order, or says something that the template does not write.
         """
-        messages = _READERS[self._shape_of(record)](record, self.columns)
-        _check_order(messages)
+        dialog, _ = self._read(record)
+        return dialog
+
+    def _read(self, record: Record) -> tuple[Dialog, set[str]]:
+        """Return the conversation, and what the record says that is not used."""
+        shape = self._shape_of(record)
+        messages, muted = _READERS[shape](record, self.columns)
+        unused = self._unused_columns(record, shape)
+        history = self._history(record)
+        messages, muted = [*history, *messages], {len(history) + i for i in muted}
+        system = self._text_of(record, "system")
+        if system:
+            if messages and messages[0]["role"] in ("system", "developer"):
+                raise UserError("there are a column and a message with a system prompt. Keep one")
+            messages, muted = [_system(system), *messages], {i + 1 for i in muted}
+        if self.merge_turns:
+            messages, muted = merge_turns(messages, muted)
+        check_order(messages)
         while messages[-1]["role"] != "assistant":
             messages.pop()
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return messages
+            unused.add("messages after the last answer")
+        if self.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+            messages, muted = [_system(self.system_prompt), *messages], {i + 1 for i in muted}
+        if messages[0]["role"] == "developer" and not self._writes("developer"):
+            messages[0] = {**messages[0], "role": "system"}
+        self.calls_tools |= any("tool_calls" in message for message in messages)
+        tools = read_tools(self._optional(record, "tools"))
+        dialog = Dialog(messages, tools, self._options(record), frozenset(muted))
+        self._require_answer(dialog)
+        self._require_written(dialog)
+        for place in range(len(messages)):
+            unused |= self._unwritten_keys(dialog, place)
+        return dialog, unused
+
+    def examples(self, record: Record) -> list[Example]:
+        dialog, unused = self._read(record)
+        self.control.check([*dialog.messages, dialog.tools or ()])
+        self._unused.update(unused)
+        if len(self._systems) < 2:
+            first = dialog.messages[0]
+            self._systems.add(None if first["role"] == "user" else first["content"])
+        return self.template.examples(dialog, targets=self.targets)
+
+    def prompts(self, record: Record) -> list[Prompt]:
+        """Return the conversation up to its last answer that is learnt, and up to each call.
+
+        The answer is the reference, as the template writes it, with thoughts and calls.
+        """
+        dialog = self.dialog(record)
+        calls = [i for i in dialog.answers if dialog.messages[i].get("tool_calls")]
+        return [self._prompt(dialog, place) for place in sorted({*calls, dialog.answers[-1]})]
+
+    def _prompt(self, dialog: Dialog, place: int) -> Prompt:
+        before, answer = dialog.upto(place), dialog.messages[place]
+        tokenizer, turn = self.template.tokenizer, self.template.turn(dialog, place)
+        said = encode_text(tokenizer, turn.answer, []).input_ids
+        return Prompt(
+            self.template.prompt(before),
+            conversation_text(before.messages, dialog.tools),
+            tokenizer.decode(list(said), skip_special_tokens=True).strip(),
+            tuple(call["function"] for call in answer.get("tool_calls", ())),
+        )
+
+    @property
+    def common_system_prompt(self) -> str | None:
+        """The system prompt of every conversation so far; that of the config if they differ."""
+        return next(iter(self._systems)) if len(self._systems) == 1 else self.system_prompt
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each thing that records say and that is not used.
+
+        It is about the records whose examples were made since the last call.
+        """
+        unused, self._unused = self._unused, Counter()
+        return [
+            f"not used: {what} ({count:,} record{'s' * (count != 1)})"
+            for what, count in sorted(unused.items())
+        ] + self.control.notes()
 
     def _shape_of(self, record: Record) -> str:
         """Return the record's shape, which may differ between sources and within a JSON file.
@@ -87,94 +180,161 @@ class ChatFormat:
         ]
         return self.shape if self.shape in fitting or not fitting else fitting[0]
 
-    def examples(self, record: Record) -> list[Example]:
-        return self.template.examples(self.messages(record), targets=self.targets)
+    def _optional(self, record: Record, name: str) -> Any:
+        return record.get(self.columns.get(name, name))
 
-    def prompts(self, record: Record) -> list[Prompt]:
-        """Return the conversation up to its last assistant turn; that turn is the reference."""
-        *before, answer = self.messages(record)
-        return [Prompt(self.template.prompt(before), before[-1]["content"], answer["content"])]
+    def _text_of(self, record: Record, name: str) -> str:
+        return text_column(record, name, self.columns) if self._has(record, name) else ""
 
+    def _has(self, record: Record, name: str) -> bool:
+        return self.columns.get(name, name) in record
 
-def as_messages(value: Any) -> list[Message]:
-    """Return messages in OpenAI's or ShareGPT's shape as {"role", "content"}.
+    def _history(self, record: Record) -> list[Message]:
+        """Return the turns of the column `history`, pairs of question and answer."""
+        pairs = self._optional(record, "history") or []
+        messages = []
+        for pair in pairs if isinstance(pairs, list | tuple) else [None]:
+            if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+                raise UserError(
+                    f"history must be a list of pairs of question and answer, not {pairs!r:.80}"
+                )
+            messages += _question_and_answer(*pair)
+        return messages
 
-    Raises UserError for anything else.
-    """
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"a conversation is a list of messages, not {value!r:.80}")
-    return [_as_message(item, number) for number, item in enumerate(value, start=1)]
+    def _options(self, record: Record) -> Mapping[str, Any]:
+        options = self._optional(record, "chat_template_kwargs") or {}
+        if not isinstance(options, Mapping):
+            raise UserError(f"chat_template_kwargs must be an object, not {options!r:.80}")
+        return {key: value for key, value in options.items() if value is not None}
 
+    def _require_answer(self, dialog: Dialog) -> None:
+        if not dialog.answers:
+            raise UserError("no answer of the conversation is to be learnt: all are switched off")
 
-def _as_message(item: Any, number: int) -> Message:
-    if not isinstance(item, Mapping):
-        raise UserError(
-            f"message {number} must be an object with role and content, not {item!r:.80}"
-        )
-    role = item.get("role", item.get("from"))
-    content = item.get("content", item.get("value"))
-    if role not in ROLES:
-        raise UserError(
-            f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}"
-        )
-    if not isinstance(content, str):
-        raise UserError(
-            f"the content of message {number} ({role}) must be text, not {content!r:.80}"
-        )
-    return {"role": ROLES[role], "content": content}
-
-
-def _check_order(messages: list[Message]) -> None:
-    """Raise UserError unless user and assistant alternate, after an optional system message.
-
-    User and assistant messages must not be empty.
-    """
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(
-            "the conversation has no assistant turn, so there is nothing to learn from it"
-        )
-    first = 1 if messages[0]["role"] == "system" else 0
-    for i, message in enumerate(messages[first:]):
-        number, expected = first + i + 1, ("user", "assistant")[i % 2]
-        if message["role"] != expected:
-            after = f"after {messages[number - 2]['role']}" if number > 1 else "at the start"
+    def _require_written(self, dialog: Dialog) -> None:
+        """Raise UserError if the template leaves out tools, one of its options, or a role."""
+        if dialog.tools and not self._matters(("tools",), dialog, replace(dialog, tools=None)):
             raise UserError(
-                f"roles out of order: message {number} is from {message['role']} {after}, but must "
-                f"be from {expected}; user and assistant take turns, after an optional system "
-                "message"
+                "the chat template does not write tools. Use a template that does, or leave the "
+                "column out"
             )
-        if not message["content"].strip():
-            raise UserError(f"message {number} ({message['role']}) is empty")
+        for key, value in dialog.options.items():
+            others = [{k: v for k, v in dialog.options.items() if k != key}]
+            others += [{**dialog.options, key: not value}] if isinstance(value, bool) else []
+            without = [replace(dialog, options=options) for options in others]
+            if not self._matters(("chat_template_kwargs", key), dialog, *without):
+                raise UserError(
+                    f"the chat template does not use {key!r} of chat_template_kwargs. Leave it out"
+                )
+        for place, message in enumerate(dialog.messages):
+            role = message["role"]
+            if role in ("user", "assistant") or not message["content"].strip():
+                continue
+            changed = dialog.with_message(place, {**message, "content": "Zwqx"})
+            if not self._matters((role,), dialog, changed):
+                raise UserError(
+                    f"the chat template leaves out messages of the role {role}. Use a template "
+                    "that writes them (model.chat_template)"
+                )
+
+    def _unwritten_keys(self, dialog: Dialog, place: int) -> set[str]:
+        """Return the texts and numbers of a message that the template leaves out, such as an id.
+
+        Raises UserError for anything else that it leaves out, such as thoughts or a switch.
+        """
+        unused, message = set(), dialog.messages[place]
+        role = message["role"]
+        for key in message.keys() - {"role", "content"}:
+            fewer = {name: value for name, value in message.items() if name != key}
+            end = place + 1 if role == "assistant" else len(dialog.messages)
+            changed = dialog.with_message(place, fewer)
+            if self._matters((role, key), dialog.upto(end), changed.upto(end)):
+                continue
+            says = key == "reasoning_content" or isinstance(message[key], bool)
+            if says or not isinstance(message[key], str | int | float):
+                raise UserError(
+                    f"the chat template does not write {key!r} of message {place + 1} ({role}), so "
+                    "it would not be learnt. Use a template that writes it (model.chat_template), "
+                    "or remove the key"
+                )
+            unused.add(f"{key!r} of messages")
+        return unused
+
+    def _matters(self, what: tuple[str, ...], dialog: Dialog, *changed: Dialog) -> bool:
+        """Return whether the template writes `what`: if any change of it changes the rendering.
+
+        It is tried on the first record that has it.
+        """
+        if what not in self._counts:
+            original = self._views(dialog)
+            self._counts[what] = any(self._views(other) != original for other in changed)
+        return self._counts[what]
+
+    def _views(self, dialog: Dialog) -> tuple[str, ...]:
+        """Return the conversation as it is learnt from: the whole, and its last answer."""
+        try:
+            whole = self.template.render(dialog)
+            last = len(dialog.messages) - 1
+            if dialog.messages[last]["role"] != "assistant":
+                return (whole,)
+            turn = self.template.turn(dialog, last)
+            return whole, turn.prompt, turn.learnt
+        except UserError as error:
+            return (str(error),)
+
+    def _writes(self, role: str) -> bool:
+        if ("writes", role) not in self._counts:
+            self._counts["writes", role] = self.template.writes(role)
+        return self._counts["writes", role]
+
+    def _unused_columns(self, record: Record, shape: str) -> set[str]:
+        """Return the columns that have a value and are not used."""
+        used = {self.columns.get(name, name) for name in [*CHAT_SHAPES[shape], *CHAT_OPTIONAL]}
+        return {
+            f"the column {name!r}"
+            for name, value in record.items()
+            if name not in used and value not in (None, "", [], {})
+        }
 
 
-def _from_messages(record: Record, columns: Mapping[str, str]) -> list[Message]:
-    return as_messages(column(record, "messages", columns))
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
 
 
-def _from_conversations(record: Record, columns: Mapping[str, str]) -> list[Message]:
-    return as_messages(column(record, "conversations", columns))
+def _question_and_answer(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _from_prompt(record: Record, columns: Mapping[str, str]) -> list[Message]:
+Read = tuple[list[Message], set[int]]
+"""Messages, and the places of the answers that are not learnt."""
+
+
+def _from_messages(record: Record, columns: Mapping[str, str]) -> Read:
+    return read_messages(column(record, "messages", columns))
+
+
+def _from_conversations(record: Record, columns: Mapping[str, str]) -> Read:
+    return read_messages(column(record, "conversations", columns))
+
+
+def _from_prompt(record: Record, columns: Mapping[str, str]) -> Read:
     prompt, completion = column(record, "prompt", columns), column(record, "completion", columns)
     if isinstance(prompt, str) and isinstance(completion, str):
-        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return as_messages(prompt) + as_messages(completion)
+        return _question_and_answer(prompt, completion), set()
+    (before, context), (after, muted) = read_messages(prompt), read_messages(completion)
+    return [*before, *after], context | {len(before) + i for i in muted}
 
 
-def _from_instruction(record: Record, columns: Mapping[str, str]) -> list[Message]:
+def _from_instruction(record: Record, columns: Mapping[str, str]) -> Read:
     question = text_column(record, "instruction", columns)
     if (columns.get("input", "input")) in record and (
         context := text_column(record, "input", columns)
     ).strip():
         question = f"{question}\n\n{context}"
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": text_column(record, "output", columns)},
-    ]
+    return _question_and_answer(question, text_column(record, "output", columns)), set()
 
 
-_READERS: dict[str, Callable[[Record, Mapping[str, str]], list[Message]]] = {
+_READERS: dict[str, Callable[[Record, Mapping[str, str]], Read]] = {
     "messages": _from_messages,
     "conversations": _from_conversations,
     "prompt": _from_prompt,

@@ -1,40 +1,107 @@
-"""English names of languages by their ISO 639-1 codes, for prompts that a model can read.
+"""Languages by the names that people use: codes of two or three letters, NLLB's codes, names.
 
-A code with a region or script ("pt-BR", "zh_Hans") has the name of its language. An unknown code is
-its own name.
+`langcodes` knows them all: "en", "eng", "eng_Latn", "pt-BR", "English", "Portuguese (Brazil)".
 """
 
 import re
+from functools import cache
 
-LANGUAGES = {
-    "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian",
-    "bg": "Bulgarian", "bn": "Bengali", "bs": "Bosnian", "ca": "Catalan", "cs": "Czech",
-    "cy": "Welsh", "da": "Danish", "de": "German", "el": "Greek", "en": "English",
-    "eo": "Esperanto", "es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian",
-    "fi": "Finnish", "fr": "French", "ga": "Irish", "gl": "Galician", "gu": "Gujarati",
-    "ha": "Hausa", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian",
-    "hy": "Armenian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese",
-    "ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "la": "Latin",
-    "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam",
-    "mn": "Mongolian", "mr": "Marathi", "ms": "Malay", "mt": "Maltese", "my": "Burmese",
-    "ne": "Nepali", "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi", "pl": "Polish",
-    "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "si": "Sinhala", "sk": "Slovak",
-    "sl": "Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili",
-    "ta": "Tamil", "te": "Telugu", "th": "Thai", "tl": "Tagalog", "tr": "Turkish",
-    "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese", "xh": "Xhosa",
-    "yo": "Yoruba", "zh": "Chinese", "zu": "Zulu",
-}  # fmt: skip
+from langcodes import Language, LanguageTagError, tag_is_valid
+from language_data.names import name_to_code
+
+_MANY_SPEAKERS = 10_000_000
+_VARIANT = re.compile(r"(.+?)\s*\((.+)\)")  # Portuguese (Brazil)
 
 
-def is_language(code: str) -> bool:
-    """Return whether this is a known language's code, with or without a region or script."""
-    return bool(re.fullmatch(r"[A-Za-z]{2}([-_][A-Za-z]{2,4})?", code)) and _base(code) in LANGUAGES
+@cache
+def is_language(text: str) -> bool:
+    """Return whether a column or a file's ending of this name holds text of a language.
+
+    Languages with less than ten million speakers and no code of two letters count only with a
+    script or a region: "tag", "key" and "label" are languages too.
+    """
+    language = _find(text)
+    if language is None:
+        return False
+    text = text.strip()
+    if not tag_is_valid(text):  # a name
+        return len(str(language.language)) == 2 or _has_many_speakers(language)
+    code = Language.get(text)
+    has_short_code = 2 in (len(text), len(str(code.language)))
+    has_more = bool(language.script or language.territory)
+    return has_short_code or has_more or _has_many_speakers(language)
 
 
-def language_name(code: str) -> str:
-    """Return the English name of the language, or `code` itself if it is unknown."""
-    return LANGUAGES.get(_base(code), code)
+def _has_many_speakers(language: Language) -> bool:
+    return language.speaking_population() >= _MANY_SPEAKERS
 
 
-def _base(code: str) -> str:
-    return code.replace("_", "-").split("-")[0].lower()
+@cache
+def language_tag(text: str) -> str:
+    """Return what is equal for two names of one language: "en" for "English", "eng", "eng_Latn".
+
+    A name that is not known is returned as it is, in small letters.
+    """
+    language = _find(text)
+    return text.lower() if language is None else str(_without_usual_script(language))
+
+
+def base_language(text: str) -> str:
+    """Return the tag of the language without its script and region: "pt" for "pt-BR"."""
+    return language_tag(text).split("-")[0]
+
+
+@cache
+def script_of(text: str) -> str | None:
+    """Return the script that the language is usually written in, such as "Latn", if known."""
+    language = _find(text)
+    return None if language is None else language.maximize().script
+
+
+@cache
+def language_name(text: str, *, full: bool = False) -> str:
+    """Return the English name of a language, or `text` itself if it is unknown.
+
+    The region is part of it, "Portuguese (Brazil)", and an unusual script, "Serbian (Latin)". With
+    `full` the usual script is part of it too, "Serbian (Cyrillic)".
+    """
+    language = _find(text)
+    if language is None:
+        return text
+    return (language if full else _without_usual_script(language)).display_name("en")
+
+
+def _find(text: str) -> Language | None:
+    """Return the language of a code or a name, or None."""
+    text = text.strip()
+    if tag_is_valid(text):
+        return _plain(Language.get(text))
+    variant = _VARIANT.fullmatch(text)
+    try:
+        language = Language.find(variant[1] if variant else text)
+    except (LookupError, LanguageTagError):
+        return None
+    if variant is None:
+        return _plain(language)
+    region = name_to_code("territory", variant[2], "en")
+    script = name_to_code("script", variant[2], "en")
+    if region is None and script is None:
+        return None
+    return _plain(Language.make(language=language.language, script=script, territory=region))
+
+
+def _plain(language: Language) -> Language | None:
+    """Return language, script and region alone; None for codes that name no language."""
+    if language.language in (None, "und", "mul", "mis", "zxx"):
+        return None
+    if len(language.language) == 3:
+        language = language.prefer_macrolanguage()  # "arb" is "ar" for most people
+    territory = None if language.territory in ("XX", "ZZ") else language.territory
+    return Language.make(language=language.language, script=language.script, territory=territory)
+
+
+def _without_usual_script(language: Language) -> Language:
+    bare = Language.make(language=language.language, territory=language.territory)
+    usual = bare.maximize().script
+    is_usual = language.script == usual or (language.script, usual) == ("Hang", "Kore")
+    return bare if is_usual else language

@@ -3,113 +3,252 @@
 **How the assistant's turns are found.** Stock chat templates do not mark which part of their output
 the assistant wrote. So prefixes of the conversation are rendered. The prompt of an answer is the
 rendering of the turns before it, with the generation prompt. The answer is what the rendering of
-the same turns *with* the answer adds to that.
+the same turns *with* the answer adds to that, up to the token at which generation stops.
 
-If all these renderings are prefixes of the rendering of the whole conversation, the conversation is
-one example with several spans of targets. Some templates write earlier turns differently once later
-ones follow: they strip the thoughts, or move the system message to the last question. Then each
-answered turn becomes an example of its own, which is exactly what the model sees when it is used.
+If all these texts are prefixes of the rendering of the whole conversation, and so are their tokens,
+the conversation is one example with several spans of targets. Some templates write earlier turns
+differently once later ones follow: they strip the thoughts, or move the system message to the last
+question. Then each answered turn becomes an example of its own, which is exactly what the model
+sees when it is used.
 
-Spans are found in the text and carried over to tokens by the tokenizer's character offsets, because
-tokens do not concatenate. A SentencePiece tokenizer, for instance, begins "answer" with another
-token if it comes alone than if it comes after a prompt.
+Spans are found in the text and carried over to tokens (see `borders`).
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+from typing import Any
 
+from finetune.data.formats.borders import Span, Turn, encode_text, encode_turn, encode_turns
+from finetune.data.formats.control import ControlTokens
+from finetune.data.formats.jinja import (
+    missing_generation_prompt,
+    shared_start,
+    with_date,
+    with_generation_prompt,
+)
 from finetune.data.types import IGNORE_INDEX, Example, Message, Tokenizer
 from finetune.errors import UserError
 
-Span = tuple[int, int]
-"""Characters [start, end) of a text."""
+_OPENED = re.compile(r"<([\w:-]+)>\s*$")
+"""The tag that a generation prompt opens for the assistant's thoughts: <think>."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialog:
+    """A conversation, and what the template is given with it."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None  # JSON schemas
+    options: Mapping[str, Any] = field(default_factory=dict)  # variables of the template
+    muted: frozenset[int] = frozenset()  # places of the answers that are read, not learnt
+
+    def upto(self, count: int) -> "Dialog":
+        """Return the first `count` messages."""
+        return replace(self, messages=self.messages[:count])
+
+    def with_message(self, place: int, message: Message) -> "Dialog":
+        """Return the conversation with another message at `place`."""
+        messages = list(self.messages)
+        messages[place] = message
+        return replace(self, messages=messages)
+
+    @property
+    def answers(self) -> list[int]:
+        """The places of the answers that are learnt."""
+        return [
+            i
+            for i, message in enumerate(self.messages)
+            if message["role"] == "assistant" and i not in self.muted
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSettings:
+    """What a chat template gets with every conversation."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)  # its variables: enable_thinking
+    now: datetime | None = None  # the time that it prints; None: that of each rendering
+
+
+PLAIN = TemplateSettings()
 
 
 class ChatTemplate:
     """Conversations through the tokenizer's chat template. Raises UserError if it has none."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: TemplateSettings = PLAIN) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "the tokenizer has no chat template. Set model.chat_template to chatml, or to the "
                 "path of a Jinja file"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.settings = tokenizer, settings
         self._marks = frozenset(tokenizer.get_added_vocab().values())
+        self._templates: dict[bool, str] = {}
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message] | Dialog, *, add_generation_prompt: bool = False
+    ) -> str:
         """Return the conversation as text. Raises UserError if the template fails."""
+        dialog = _as_dialog(messages)
+        return str(
+            self._apply(
+                dialog,
+                self.source(with_tools=dialog.tools is not None),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+
+    def _apply(self, dialog: Dialog, template: str, **how: Any) -> Any:
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            return self.tokenizer.apply_chat_template(
+                list(dialog.messages),
+                tools=None if dialog.tools is None else list(dialog.tools),
+                chat_template=template,
+                **how,
+                **(dict(self.settings.options) | dict(dialog.options)),
             )
         except Exception as error:  # a template is a program of the user's: it may raise anything
             raise UserError(f"the chat template fails on this conversation: {error}") from error
-        return str(text)
 
-    def writes_system_messages(self) -> bool:
-        """Return whether the template writes a system message as given.
+    def source(self, *, with_tools: bool = False) -> str:
+        """Return the template's text, with a fixed date and a generation prompt if it lacks one."""
+        if with_tools not in self._templates:
+            source = self.tokenizer.get_chat_template(None, [{}] if with_tools else None)
+            now = self.settings.now
+            dated = source if now is None else with_date(source, now)
 
-        Gemma's template refuses it, others leave it out.
+            def render(messages: Sequence[Message], **how: Any) -> str:
+                return str(self._apply(Dialog(messages), dated, tokenize=False, **how))
+
+            self._templates[with_tools] = with_generation_prompt(
+                dated, missing_generation_prompt(render)
+            )
+        return self._templates[with_tools]
+
+    def writes(self, role: str) -> bool:
+        """Return whether the template writes a message of this role as given.
+
+        Gemma's template refuses system messages, others leave them out.
         """
         try:
             return "Zwqx" in self.render(
-                [{"role": "system", "content": "Zwqx"}, {"role": "user", "content": "a"}]
+                [{"role": role, "content": "Zwqx"}, {"role": "user", "content": "a"}]
             )
         except UserError:
             return False
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of the conversation up to the place where the assistant answers."""
+    def prompt(
+        self, messages: Sequence[Message] | Dialog, *, parse_control_tokens: bool = True
+    ) -> list[int]:
+        """Return the token ids of the conversation up to the place where the assistant answers.
+
+        `parse_control_tokens`: False reads a control token that a message spells out as plain text.
+        """
+        dialog = _as_dialog(messages)
+        if not parse_control_tokens and ControlTokens(self.tokenizer).find(list(dialog.messages)):
+            how = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
+            source = self.source(with_tools=dialog.tools is not None)
+            return list(self._apply(dialog, source, add_generation_prompt=True, **how))
         text = self.render(messages, add_generation_prompt=True)
         return list(encode_text(self.tokenizer, text, []).input_ids)
 
-    def examples(self, messages: Sequence[Message], *, targets: str) -> list[Example]:
+    def examples(self, messages: Sequence[Message] | Dialog, *, targets: str) -> list[Example]:
         """Return one example for the conversation, or one for each assistant turn (see the module).
 
         `targets` is "assistant" (its turns with their end mark) or "all" (every token but the
         first).
         """
-        whole = self.render(messages)
+        dialog = _as_dialog(messages)
+        whole = self.render(dialog)
         if targets == "all":
-            return [encode_text(self.tokenizer, whole, [(0, len(whole))])]
-        turns = [
-            self._answer(messages, i, whole)
-            for i, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        if all(whole.startswith(text) for text, _ in turns):
-            turns = [(whole, [span for _, spans in turns for span in spans])]
-        # Text after the last target teaches nothing.
-        return [self._example(text[: spans[-1][1]], spans) for text, spans in turns]
+            spans = self._all_but_muted(dialog, whole)
+            return [encode_text(self.tokenizer, whole, spans)]
+        turns = [self.turn(dialog, i, whole) for i in dialog.answers]
+        if all(whole.startswith(turn.learnt) for turn in turns):
+            # Text after the last target teaches nothing.
+            text = turns[-1].learnt
+            example = encode_turns(self.tokenizer, text, turns)
+            if example is not None:
+                return [self._checked(example, text)]
+        return [self._checked(encode_turn(self.tokenizer, turn), turn.learnt) for turn in turns]
 
-    def _answer(
-        self, messages: Sequence[Message], index: int, whole: str
-    ) -> tuple[str, list[Span]]:
-        """Return the text up to the end of the turn messages[index], and the span of that turn."""
-        prompt = self.render(messages[:index], add_generation_prompt=True)
-        text = whole if index + 1 == len(messages) else self.render(messages[: index + 1])
+    def turn(self, dialog: Dialog, index: int, whole: str | None = None) -> Turn:
+        """Return the answer messages[index] in its place, after its prompt.
+
+        `whole` is the rendering of the whole conversation, if it is known.
+        Raises UserError if the template does not write it there.
+        """
+        prompt = self.render(dialog.upto(index), add_generation_prompt=True)
+        is_last = index + 1 == len(dialog.messages)
+        text = whole if whole is not None and is_last else self.render(dialog.upto(index + 1))
         if not text.startswith(prompt):
+            text = _with_thoughts(prompt, text, dialog.messages[index]) or ""
+        if not text:
             raise UserError(
                 "the chat template cannot be split before an answer: it asks the model to continue "
                 f"after {prompt[-40:]!r}, but the same turns with the answer do not begin like "
                 "that. Give another template (model.chat_template), or set data.targets to all"
             )
-        # Nothing is learnt of the line break after the end mark: generation has stopped by then.
-        end = len(text.rstrip())
-        if end <= len(prompt):
+        after, closing = self._closing
+        # Nothing is learnt of what follows the end mark: generation has stopped by then.
+        if closing and text.endswith(after):
+            content_end = len(text) - len(after)
+            end = content_end + len(closing)
+        else:
+            content_end = end = len(text.rstrip())
+        if not text[len(prompt) : content_end].strip():
             raise UserError(
                 "the chat template leaves out the assistant's answer "
-                f"{messages[index]['content'][:60]!r}"
+                f"{str(dialog.messages[index].get('content'))[:60]!r}"
             )
-        return text, [(len(prompt), end)]
+        _require_thoughts(dialog.messages[index], text[len(prompt) :])
+        return Turn(prompt, text, end, content_end)
 
-    def _example(self, text: str, spans: list[Span]) -> Example:
-        """Return the text as an example.
+    @cached_property
+    def _closing(self) -> tuple[str, str]:
+        """What the template writes after an answer, and that up to its first special token.
+
+        Both are empty if the template fails on a question and an answer.
+        """
+        question = {"role": "user", "content": "Is it?"}
+        try:
+            backwards = [
+                self.render([question, {"role": "assistant", "content": word}])[::-1]
+                for word in ("Yes", "No")
+            ]
+        except UserError:
+            return "", ""
+        after = shared_start(*backwards)[::-1]
+        marks = [mark for mark in self.tokenizer.get_added_vocab() if mark.strip()]
+        found = [(after.index(mark), -len(mark)) for mark in marks if mark in after]
+        place, length = min(found, default=(0, 0))
+        return after, after[: place - length]
+
+    def _all_but_muted(self, dialog: Dialog, whole: str) -> list[Span]:
+        """Return the spans of the whole text without the answers that are not learnt."""
+        spans, start = [], 0
+        for index in sorted(dialog.muted):
+            turn = self.turn(dialog, index)
+            if not whole.startswith(turn.learnt):
+                raise UserError(
+                    "the chat template writes an earlier answer differently once others follow, so "
+                    "it cannot be left out of data.targets: all. Set data.targets to assistant"
+                )
+            spans.append((start, len(turn.prompt)))
+            start = turn.end
+        return [*spans, (start, len(whole))]
+
+    def _checked(self, example: Example, text: str) -> Example:
+        """Return the example.
 
         Raises UserError if a turn does not end in a special token: a model trained on it would
         never stop.
         """
-        example = encode_text(self.tokenizer, text, spans)
         following = [*example.labels[1:], IGNORE_INDEX]
         ends = [
             a for a, b in zip(example.labels, following) if a != IGNORE_INDEX and b == IGNORE_INDEX
@@ -123,10 +262,47 @@ class ChatTemplate:
         return example
 
 
+def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
+    return messages if isinstance(messages, Dialog) else Dialog(messages)
+
+
+def _require_thoughts(answer: Message, written: str) -> None:
+    """Raise UserError if thoughts in the content of an answer are not in what is written of it."""
+    content = str(answer.get("content") or "")
+    if "</think>" not in content:
+        return
+    thoughts = content.split("</think>")[0].split("<think>")[-1].strip()
+    if thoughts not in written:
+        raise UserError(
+            f"the chat template leaves out the thoughts of an answer, {thoughts[:40]!r}. Use a "
+            "template that writes them (model.chat_template), or remove them"
+        )
+
+
+def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:
+    """Return `prompt` and the answer after it, if the prompt opens the assistant's thoughts.
+
+    DeepSeek-R1's template asks the model to go on after <think>, and leaves thoughts out of
+    finished turns. Here the thoughts of the answer come first; an answer without any has empty
+    ones. None for any other template. `text` is the template's own rendering of the turn.
+    """
+    opened = _OPENED.search(prompt)
+    if opened is None or not text.startswith(prompt[: opened.start()]):
+        return None
+    close = f"</{opened[1]}>"
+    thoughts, content = answer.get("reasoning_content"), str(answer.get("content") or "")
+    if thoughts is None and close in content:
+        thoughts = content.split(close)[0].split(f"<{opened[1]}>")[-1]
+    rest = text[opened.start() :].split(close, 1)[-1].lstrip("\n")
+    return f"{prompt}{(thoughts or '').strip(chr(10))}\n{close}\n\n{rest}"
+
+
 class PlainText:
     """Text without a chat template: prompt, answer, EOS.
 
-    BOS comes first if the tokenizer itself begins with it.
+    BOS comes first if the tokenizer itself begins with it. White space at the end of a prompt
+    belongs to the answer, in training and in use: most tokenizers join a blank with the word after
+    it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -136,48 +312,27 @@ class PlainText:
                 "model.chat_template to chatml"
             )
         self.tokenizer = tokenizer
-        first = list(tokenizer("a", add_special_tokens=True)["input_ids"])[:1]
-        self._bos = first if first == [tokenizer.bos_token_id] else []
+        self._bos = first_tokens(tokenizer)
         self._eos = [tokenizer.eos_token_id]
 
     def prompt(self, prompt: str) -> list[int]:
         """Return the token ids to generate from, with which `example` begins."""
-        return [*self._bos, *encode_text(self.tokenizer, prompt, []).input_ids]
+        return [*self._bos, *encode_text(self.tokenizer, prompt.rstrip(), []).input_ids]
 
     def example(self, prompt: str, answer: str, *, targets: str) -> Example:
         """Return prompt and answer as an example.
 
         `targets` is "assistant" (the answer and EOS) or "all" (every token but the first).
         """
-        span = (len(prompt), len(prompt) + len(answer))
-        body = encode_text(self.tokenizer, prompt + answer, [span])
+        text = prompt + answer
+        body = encode_turn(self.tokenizer, Turn(prompt.rstrip(), text, len(text)))
         ids = [*self._bos, *body.input_ids, *self._eos]
         before = [IGNORE_INDEX] * len(self._bos)
         labels = ids if targets == "all" else [*before, *body.labels, *self._eos]
         return Example(ids, [IGNORE_INDEX, *labels[1:]])
 
 
-def encode_text(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
-    """Return the token ids of `text`, with the characters in `spans` as targets.
-
-    Nothing is added to the text: a template writes its own BOS. A token that lies across the start
-    of a span belongs to it. `spans` are in order and do not overlap.
-    """
-    assert tokenizer.is_fast, "a tokenizer without character offsets"
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = list(encoding["input_ids"])
-    labels = [IGNORE_INDEX] * len(ids)
-    remaining = iter(spans)
-    span = next(remaining, None)
-    for i, (start, end) in enumerate(encoding["offset_mapping"]):
-        while span is not None and start >= span[1]:
-            span = next(remaining, None)
-        if span is None:
-            break
-        if end > span[0]:
-            labels[i] = ids[i]
-    if labels:
-        labels[0] = IGNORE_INDEX
-    if not ids:
-        raise UserError("the text is empty")
-    return Example(ids, labels)
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Return [BOS] if the tokenizer itself begins a text with it, else nothing."""
+    first = list(tokenizer("a", add_special_tokens=True)["input_ids"])[:1]
+    return first if first == [tokenizer.bos_token_id] else []

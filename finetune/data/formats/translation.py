@@ -13,8 +13,9 @@ import string
 from collections.abc import Mapping
 
 from finetune.data.formats.columns import column
-from finetune.data.formats.languages import language_name
-from finetune.data.formats.rendering import ChatTemplate, PlainText
+from finetune.data.formats.control import ControlTokens
+from finetune.data.formats.languages import base_language, language_name
+from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
 
@@ -26,12 +27,13 @@ _FIELDS = ("source", "source_name", "target_name", "source_language", "target_la
 class TranslationFormat:
     """Records become pairs, and pairs become examples.
 
-    `languages` is (source, target), as codes ("en") or names.
+    `languages` is (source, target), as codes ("en") or names ("English").
     `direction` is "forward", "backward" or "both" (two examples a record).
     `template` is the wording of the question, with {source} in it; None for the default wording.
     `targets` is "assistant" (the translation with its end mark) or "all".
     `system_prompt` is the system message; None for the instruction.
     `pair_column` is the column with {language: text}; None if each side is a column of its own.
+    `settings` are those of the chat template. `control` counts or refuses control tokens in texts.
     `sides` names the keys or columns of (source, target); None if they are named by the languages.
     """
 
@@ -48,9 +50,12 @@ class TranslationFormat:
         system_prompt: str | None,
         pair_column: str | None = "translation",
         sides: tuple[str, str] | None = None,
+        settings: TemplateSettings = PLAIN,
+        control: ControlTokens | None = None,
     ) -> None:
         if template is not None:
             _check_template(template)
+        self.control = control or ControlTokens(tokenizer)
         self.languages = languages
         self.sides = sides if sides is not None else languages
         self.pair_column = pair_column
@@ -59,12 +64,13 @@ class TranslationFormat:
         self.system_prompt = system_prompt
         backward = {"forward": [False], "backward": [True], "both": [False, True]}
         self.directions = backward[direction]  # whether reversed
-        self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._chat = ChatTemplate(tokenizer, settings) if tokenizer.chat_template else None
         self._plain = PlainText(tokenizer) if self._chat is None else None
-        self._has_system_role = self._chat is not None and self._chat.writes_system_messages()
+        self._has_system_role = self._chat is not None and self._chat.writes("system")
 
     def examples(self, record: Record) -> list[Example]:
         source, target = self._pair(record)
+        self.control.check((source, target))
         return [
             example
             for reverse in self.directions
@@ -81,16 +87,29 @@ class TranslationFormat:
             for reverse in self.directions
         ]
 
+    @property
+    def common_system_prompt(self) -> str | None:
+        """The system message of every pair; None if the directions have different ones."""
+        if self._chat is None or len(self.directions) > 1:
+            return self.system_prompt
+        first = self._question("", self.directions[0])[0]
+        return first["content"] if first["role"] == "system" else None
+
+    def notes(self) -> list[str]:
+        return self.control.notes()
+
     def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
         """Return the prompt that asks for the translation of `text`.
 
         `reverse` asks for a translation from the target language to the source language.
         """
+        language = self.languages[0 if reverse else 1]
         if self._chat is not None:
-            return Prompt(self._chat.prompt(self._question(text, reverse)), text, reference)
-        assert self._plain is not None
-        question = self._fill(self.template or PLAIN_TEMPLATE, text, reverse)
-        return Prompt(self._plain.prompt(question), text, reference)
+            ids = self._chat.prompt(self._question(text, reverse))
+        else:
+            assert self._plain is not None
+            ids = self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse))
+        return Prompt(ids, text, reference, language=language)
 
     def _examples(self, source: str, target: str, reverse: bool) -> list[Example]:
         text, answer = (target, source) if reverse else (source, target)
@@ -118,7 +137,11 @@ class TranslationFormat:
 
     def _fill(self, template: str, text: str, reverse: bool) -> str:
         first, second = self.languages[::-1] if reverse else self.languages
-        names = {"source_name": language_name(first), "target_name": language_name(second)}
+        same = base_language(first) == base_language(second)  # zh-Hans and zh-Hant
+        names = {
+            "source_name": language_name(first, full=same),
+            "target_name": language_name(second, full=same),
+        }
         return template.format(source=text, source_language=first, target_language=second, **names)
 
     def _pair(self, record: Record) -> tuple[str, str]:

@@ -1,7 +1,13 @@
 """Where records come from: the Hugging Face hub, local files and folders, the demo data.
 
-Read `files` (local names and what can be wrong with them), `opening` (the only file that imports
-`datasets`), then `records` (several sources as one dataset or one stream). Import from here.
+Read in this order:
+
+- `files`: names and lines;
+- `tables` and `json_files`: the records in them;
+- `local`: records found by their place, or streamed;
+- `aligned`: two text files as one;
+- `opening`: any source; the only file that imports `datasets`;
+- `records`: several sources as one dataset or stream.
 """
 
 from finetune.data.sources.opening import Source

@@ -1,45 +1,55 @@
-"""Local data files: which kind a name is, and what is wrong with a file that cannot be read."""
+"""Local data files: which kind a name is, how a file is opened, and the lines in it."""
 
-import csv
-import glob
-import json
+import bz2
+import gzip
+import lzma
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob, has_magic
 from importlib.resources import files
+from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import IO, cast
+
+import pyarrow as pa
 
 from finetune.errors import UserError, did_you_mean
 
 KINDS = {
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".txt": "text",
 }
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 PACKAGE = "package:"
+BOM = "\ufeff"
 
 
 def local_files(path: str, *, is_text: bool = False) -> list[Path]:
     """Return the files that `path` names: a file, a glob, or package:NAME for the demo data.
 
-    The result is empty for a folder or the name of a hub dataset. With `is_text`, files of any
-    ending are text. Raises UserError for a local name without a file, or for an empty file.
+    A file or folder of that very name is preferred to a glob. The result is empty for a folder or
+    the name of a hub dataset. With `is_text`, files of any ending are text. Raises UserError for a
+    local name without a file, or for an empty file.
     """
     if path.startswith(PACKAGE):
         return [_package_file(path)]
-    if glob.has_magic(path):
-        found = sorted(
-            Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file()
-        )
+    given = Path(path).expanduser()
+    if given.is_file():
+        found = [given]
+    elif given.is_dir():
+        return []
+    elif has_magic(path):
+        found = sorted(Path(name) for name in glob(str(given), recursive=True))
+        found = [file for file in found if file.is_file()]
         if not found:
             raise UserError(f"no file matches {path!r} (looked in {Path.cwd()})")
-    elif Path(path).expanduser().is_file():
-        found = [Path(path).expanduser()]
-    elif Path(path).expanduser().is_dir():
-        return []
-    elif Path(path).suffix in KINDS or path.startswith((".", "/", "~")):
+    elif _ending(given)[0] in KINDS or path.startswith((".", "/", "~")):
         raise UserError(f"there is no file or folder {path!r} (looked in {Path.cwd()})")
     else:
         return []
@@ -52,12 +62,35 @@ def local_files(path: str, *, is_text: bool = False) -> list[Path]:
 
 
 def kind_of(file: Path) -> str:
-    """Return the kind of a data file by its ending."""
-    if file.suffix not in KINDS:
+    """Return the kind of a data file by its ending, in capitals or not, compressed or not.
+
+    Raises UserError if the ending is unknown.
+    """
+    ending, _ = _ending(file)
+    if ending not in KINDS:
         raise UserError(
-            f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}"
+            f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}, each "
+            f"also with {', '.join(_COMPRESSED)}"
         )
-    return KINDS[file.suffix]
+    return KINDS[ending]
+
+
+def kind_ending(file: Path) -> str:
+    """Return the ending that names a file's kind, in small letters: ".json" of a.JSON.gz."""
+    return _ending(file)[0]
+
+
+def compression(file: Path) -> str:
+    """Return the ending of a compressed file, such as ".gz"; "" for another file."""
+    return _ending(file)[1]
+
+
+def _ending(file: Path) -> tuple[str, str]:
+    """Return the ending that names the kind, and that of the compression or ""."""
+    last = file.suffix.lower()
+    if last in _COMPRESSED:
+        return Path(file.stem).suffix.lower(), last
+    return last, ""
 
 
 def _package_file(path: str) -> Path:
@@ -76,65 +109,75 @@ def _package_file(path: str) -> Path:
     return Path(str(folder / f"{name}.jsonl"))
 
 
-def read_lines(file: Path) -> Iterator[str]:
-    """Yield the lines of a text file without their line breaks.
-
-    Only \\n and \\r\\n end a line, as `wc -l` counts.
-    """
+@contextmanager
+def open_bytes(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed. Raises UserError if it is not what its name says."""
+    ending = compression(file)
     try:
-        with file.open(encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                yield line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
+        with _decompressed(file, ending) as stream:
+            yield stream
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(_not_whole(file, ending, error)) from error
+    except OSError as error:  # of bz2 and zstd, which have no error of their own
+        if not ending or error.errno is not None:
+            raise
+        raise UserError(_not_whole(file, ending, error)) from error
 
 
-def table_options(file: Path, kind: str) -> dict[str, Any]:
-    """Return how a CSV or TSV file is to be read, with the names of its `columns`.
+def _decompressed(file: Path, ending: str) -> IO[bytes]:
+    if ending == ".gz":
+        return cast(IO[bytes], gzip.open(file))
+    if ending == ".bz2":
+        return bz2.open(file)
+    if ending == ".xz":
+        return lzma.open(file)
+    if ending == ".zst":  # not in Python before 3.14
+        return BufferedReader(cast(RawIOBase, pa.input_stream(str(file), compression="zstd")))
+    return file.open("rb")
 
-    For other kinds the result is empty. TSV has no quotes: a quotation mark is plain text, and each
-    line is a row.
-    """
-    if kind not in ("csv", "tsv"):
-        return {}
-    options: dict[str, Any] = (
-        {"sep": ","} if kind == "csv" else {"sep": "\t", "quoting": csv.QUOTE_NONE}
+
+def _not_whole(file: Path, ending: str, error: Exception) -> str:
+    return (
+        f"{file} is not a whole {ending} file ({str(error).rstrip('.').lower()}). Compress it "
+        "again, or copy it again from where it came"
     )
-    quoting = options.get("quoting", csv.QUOTE_MINIMAL)
-    header = next(csv.reader(read_lines(file), delimiter=options["sep"], quoting=quoting), [])
-    columns = [name.removeprefix("\ufeff") for name in header]
-    return {**options, "columns": columns, "keep_default_na": False}
 
 
-def check_json(file: Path) -> None:
-    """Raise UserError if a JSON file is broken: neither one object a line nor a list of objects."""
-    first_error: UserError | None = None
-    for number, line in enumerate(read_lines(file), start=1):
-        if not line.strip():
-            continue
+class Lines(Iterator[str]):
+    """The lines of an open file with their ends. Only \\n ends a line, as `wc -l` counts.
+
+    A byte order mark at the start of the file is left out. `number` counts the lines so far, and
+    `offset` the bytes. Raises UserError for a line that is not UTF-8.
+    """
+
+    def __init__(self, file: Path, stream: IO[bytes], *, number: int = 0, offset: int = 0) -> None:
+        self.file, self._stream = file, stream
+        self.number, self.offset = number, offset
+
+    def __next__(self) -> str:
+        raw = self._stream.readline()
+        if not raw:
+            raise StopIteration
+        self.number += 1
         try:
-            if isinstance(json.loads(line), dict):
-                continue
-            first_error = UserError(
-                f"{file} line {number} must be a JSON object, such as {{...}}, not {line[:60]!r}"
-            )
-        except json.JSONDecodeError as error:
-            first_error = UserError(f"{file} line {number} is broken JSON: {_problem(error)}")
-        break
-    if first_error is not None and file.suffix == ".json":
-        _check_json_list(file)
-    elif first_error is not None:
-        raise first_error
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.file} is not UTF-8 text (line {self.number}: {error.reason} at byte "
+                f"{error.start + 1} of it). Save the file as UTF-8, e.g. with iconv"
+            ) from error
+        if self.offset == 0:
+            line = line.lstrip(BOM)
+        self.offset += len(raw)
+        return line
 
 
-def _check_json_list(file: Path) -> None:
-    try:
-        value = json.loads("\n".join(read_lines(file)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} line {error.lineno} is broken JSON: {_problem(error)}") from error
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f"{file} must hold a list of JSON objects, or one object a line")
+def without_end(line: str) -> str:
+    """Return the line without its end, which is \\n or \\r\\n."""
+    return line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
 
 
-def _problem(error: json.JSONDecodeError) -> str:
-    return f"{error.msg.removesuffix(' starting at').lower()} at column {error.colno}"
+def read_lines(file: Path) -> Iterator[str]:
+    """Yield the lines of a text file without their ends. Raises UserError if it is not UTF-8."""
+    with open_bytes(file) as stream:
+        yield from map(without_end, Lines(file, stream))

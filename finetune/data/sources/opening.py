@@ -1,30 +1,40 @@
-"""One source of records, opened with `datasets`, or a sentence why it cannot be opened.
+"""One source of records, opened, or a sentence why it cannot be opened.
 
-This is the only file that imports `datasets`.
+Local files of text are read by `finetune.data.sources.local`. Everything else (Parquet, the hub,
+folders of other files) is read by `datasets`, and this is the only file that imports it.
 """
 
 import contextlib
+import copy
+import glob
+import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.table import CastError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from finetune.data.formats.languages import is_language
-from finetune.data.sources.files import (
-    KINDS,
-    check_json,
-    kind_of,
-    local_files,
-    read_lines,
-    table_options,
+from finetune.data.bad_records import BadRecords
+from finetune.data.sources.aligned import aligned_sides
+from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
+from finetune.data.sources.local import (
+    AlignedStream,
+    AlignedTable,
+    FileStream,
+    FileTable,
+    Item,
+    TextLines,
+    reader_of,
 )
+from finetune.data.types import Record
 from finetune.errors import UserError
 
 _HUB_TIMEOUT = 5.0  # seconds after which the hub counts as unreachable
@@ -42,106 +52,231 @@ class Source:
     weight: float | None
     max_records: int | None
 
-    def files(self) -> list[Path]:
-        """Return the local files of `path`; see `finetune.data.sources.files.local_files`."""
-        return local_files(self.path, is_text=self.target_path is not None)
-
     def __str__(self) -> str:
         name = f" {self.name}" if self.name else ""
         split = f" ({self.split})" if self.split != "train" else ""
         return f"{self.path}{name}{split}"
 
 
-def open_source(source: Source, *, streaming: bool) -> Any:
-    """Return a `datasets.Dataset`, or an `IterableDataset` if `streaming`.
+class Table(Protocol):
+    """Records that are found by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]: ...
+
+    def where(self, number: int) -> str:
+        """Return where a record is, for messages."""
+        ...
+
+
+class Stream(Protocol):
+    """Records that are read one after the other, as often as wanted."""
+
+    def read(self, place: Any, bad: BadRecords) -> Iterator[Item]:
+        """Yield what follows a place, or everything for None; lines that are none go to `bad`."""
+        ...
+
+
+class _DatasetTable:
+    def __init__(self, dataset: Any, label: str) -> None:
+        self._dataset, self._label = dataset, label
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
+        return list(self._dataset.__getitems__(list(numbers)))
+
+    def where(self, number: int) -> str:
+        return f"{self._label}, row {number + 1}"
+
+
+class _DatasetStream:
+    def __init__(self, dataset: Any, label: str) -> None:
+        self._dataset, self._label = dataset, label
+
+    def read(self, place: Any, bad: BadRecords) -> Iterator[Item]:
+        # Copied here and not when the first record is asked for: that may happen in another thread,
+        # where fsspec fills the cache of file systems that is being copied.
+        dataset = copy.deepcopy(self._dataset)
+        if place is not None:
+            dataset.load_state_dict(place[0])
+        return self._read(dataset, 0 if place is None else place[1])
+
+    def _read(self, dataset: Any, count: int) -> Iterator[Item]:
+        records = iter(dataset)
+        while True:
+            with explained(self._label):
+                record = next(records, None)
+            if record is None:
+                return
+            count += 1
+            yield lambda n=count: [dataset.state_dict(), n], f"{self._label}, row {count}", record  # type: ignore[misc]
+
+
+class _Picked:
+    """Chosen records of several tables, one after another."""
+
+    def __init__(self, tables: Sequence[FileTable], picks: Sequence[tuple[int, int]]) -> None:
+        self._tables, self._picks = tables, picks
+
+    def __len__(self) -> int:
+        return len(self._picks)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
+        places = [self._picks[number] for number in numbers]
+        return [self._tables[table].__getitems__([item])[0] for table, item in places]
+
+    def where(self, number: int) -> str:
+        table, item = self._picks[number]
+        return self._tables[table].where(item)
+
+
+def open_table(source: Source, bad: BadRecords) -> Table:
+    """Return the records of a source. Lines that are no records are noted in `bad`.
 
     Raises UserError if the source cannot be opened.
     """
-    files = source.files()
+    limit = source.max_records
+    with explained(str(source)):
+        if sides := _aligned(source):
+            return AlignedTable([FileTable(f, reader, limit, bad) for f, reader in sides])
+        splits = _splits(source)
+        if not _are_ours(splits):
+            return _DatasetTable(_open_dataset(source, splits, streaming=False), str(source))
+        if source.split in splits:
+            return FileTable(splits[source.split], reader_of, limit, bad)
+        tables = {
+            name: FileTable(files, reader_of, None, bad)
+            for name, files in splits.items()
+            if re.search(rf"\b{re.escape(name)}\b", source.split)
+        }
+        sizes = {name: len(tables.get(name, ())) for name in splits}
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(sizes)
+        numbers = {name: number for number, name in enumerate(tables)}
+        picks = [(numbers[p.splitname], i) for p in parts for i in range(p.from_, p.to)]
+        return _Picked(list(tables.values()), picks)
+
+
+def open_stream(source: Source) -> Stream:
+    """Return the records of a source as a stream; see `open_table`."""
+    limit = source.max_records
+    with explained(str(source)):
+        if sides := _aligned(source):
+            return AlignedStream([FileStream(f, reader, limit) for f, reader in sides])
+        splits = _splits(source)
+        if not _are_ours(splits):
+            dataset = _open_dataset(source, splits, streaming=True)
+            return _DatasetStream(dataset if limit is None else dataset.take(limit), str(source))
+        if source.split in splits:
+            return FileStream(splits[source.split], reader_of, limit)
+        datasets.ReadInstruction.from_spec(source.split).to_absolute(dict.fromkeys(splits, 10**9))
+        raise UserError(
+            f"{source}: a part of a split cannot be streamed. Name a whole split, and set "
+            "max_records"
+        )
+
+
+def _aligned(source: Source) -> list[tuple[list[Path], Callable[[Path], TextLines]]]:
+    sides = aligned_sides(source.path, source.target_path)
+    if sides and source.split != "train":
+        raise ValueError(f"Unknown split {source.split!r}. Should be one of ['train'].")
+    return sides
+
+
+def _are_ours(splits: Mapping[str, Sequence[Path]]) -> bool:
+    """Return whether there are files, and `local` reads them."""
+    kinds = {kind_of(file) for files in splits.values() for file in files}
+    return bool(kinds) and "parquet" not in kinds
+
+
+def _splits(source: Source) -> dict[str, list[Path]]:
+    """Return split -> the local data files in it; nothing if the source has none.
+
+    Raises UserError if the files are of several kinds.
+    """
     folder = Path(source.path).expanduser()
-    with explained(str(source), files):
-        if source.target_path is not None:
-            return _open_aligned(
-                source, files, local_files(source.target_path, is_text=True), streaming=streaming
+    files = local_files(source.path)
+    splits = {"train": files} if files else {}
+    if folder.is_dir() and not _is_saved(folder):
+        splits = _splits_of_folder(folder, source.name)
+    kinds = {kind_of(file) for files in splits.values() for file in files}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{source.path}: files of several kinds in one source ({', '.join(sorted(kinds))}). "
+            "Make a source of each kind"
+        )
+    return splits
+
+
+def _splits_of_folder(folder: Path, name: str | None) -> dict[str, list[Path]]:
+    """Return split -> data files, by the rules of `datasets`; nothing if there are no data files.
+
+    Text files beside data of another kind are no data: they are licences and notes.
+    """
+    base, card = glob.escape(str(folder)), folder / "README.md"
+    if name is not None or (card.is_file() and "configs:" in card.read_text("utf-8", "replace")):
+        found = datasets.load_dataset_builder(str(folder), name=name).config.data_files
+    else:
+        try:
+            found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+        except EmptyDatasetError:
+            return {}
+    paths = {str(split): [Path(str(file)) for file in files] for split, files in found.items()}
+    splits = {
+        split: [f for f in files if kind_ending(f) in KINDS] for split, files in paths.items()
+    }
+    if any(kind_of(file) != "text" for files in splits.values() for file in files):
+        splits = {
+            split: [file for file in files if kind_of(file) != "text"]
+            for split, files in splits.items()
+        }
+    return {split: files for split, files in splits.items() if files}
+
+
+def _open_dataset(source: Source, splits: dict[str, list[Path]], *, streaming: bool) -> Any:
+    """Return what `datasets` reads: Parquet files, a folder, or a dataset of the hub."""
+    folder = Path(source.path).expanduser()
+    if _is_saved(folder):
+        return _open_saved(folder, source.split, streaming=streaming)
+    with _quietly():
+        if splits:
+            # Kept under the bytes of the files, and not under their names and times as is usual.
+            digest = hashlib.sha256()
+            for file in itertools.chain.from_iterable(splits.values()):
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            return datasets.load_dataset(
+                "parquet",
+                data_files={
+                    split: [glob.escape(str(file)) for file in files]
+                    for split, files in splits.items()
+                },
+                split=source.split,
+                streaming=streaming,
+                cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / digest.hexdigest()[:32]),
             )
-        if files:
-            return _open_files(files, source.split, streaming=streaming)
-        if not folder.is_dir():
-            return _open_from_hub(source, streaming=streaming)
-        with _quietly():
+        if folder.is_dir():
             return datasets.load_dataset(
                 str(folder), name=source.name, split=source.split, streaming=streaming
             )
+    return _open_from_hub(source, streaming=streaming)
 
 
-def _open_files(files: list[Path], split: str, *, streaming: bool) -> Any:
-    kinds = {kind_of(file) for file in files}
-    if len(kinds) > 1:
-        raise UserError(
-            f"files of several kinds in one source ({', '.join(sorted(kinds))}). Make a source of "
-            "each kind"
-        )
-    kind = kinds.pop()
-    if kind == "text":
-        return _from_lines({"text": files}, split, streaming=streaming)
-    options = table_options(files[0], kind)
-    if options:
-        # Every value is text and none means "missing": the pair ("None", "Aucun") is a pair.
-        options["features"] = datasets.Features(
-            {name: datasets.Value("string") for name in options.pop("columns")}
-        )
-    builder, names = "csv" if kind == "tsv" else kind, [str(file) for file in files]
-    with _quietly():
-        return datasets.load_dataset(
-            builder, data_files=names, split=split, streaming=streaming, **options
-        )
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` of `datasets` wrote the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _open_aligned(
-    source: Source, sources: list[Path], targets: list[Path], *, streaming: bool
-) -> Any:
-    """Open two text files whose lines n belong together, as two columns.
-
-    The columns are `source` and `target`, or the languages if the files end in them (corpus.en and
-    corpus.fr).
-    """
-    kinds = {KINDS.get(file.suffix, "text") for file in sources + targets}
-    if not sources or not targets or kinds != {"text"}:
-        raise UserError(
-            f"path and target_path must be two text files, not {source.path!r} and "
-            f"{source.target_path!r}"
-        )
-    counts = [sum(1 for file in side for _ in read_lines(file)) for side in (sources, targets)]
-    if counts[0] != counts[1]:
-        raise UserError(
-            f"{source.path!r} has {counts[0]} lines and {source.target_path!r} has {counts[1]}; "
-            "aligned files must have equally many lines"
-        )
-    endings = sources[0].suffix[1:], targets[0].suffix[1:]
-    languages = endings[0] != endings[1] and all(map(is_language, endings))
-    names = endings if languages else ("source", "target")
-    return _from_lines(
-        dict(zip(names, (sources, targets), strict=True)), source.split, streaming=streaming
-    )
-
-
-def _from_lines(sides: dict[str, list[Path]], split: str, *, streaming: bool) -> Any:
-    """Return one record for each line, with a column for each list of text files."""
-    if split != "train":
-        raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
-    if streaming:  # tuples: `datasets` would cut lists into shards
-        files = tuple((name, tuple(side)) for name, side in sides.items())
-        return datasets.IterableDataset.from_generator(_line_records, gen_kwargs={"sides": files})
-    return datasets.Dataset.from_dict(
-        {name: [line for file in side for line in read_lines(file)] for name, side in sides.items()}
-    )
-
-
-def _line_records(sides: tuple[tuple[str, tuple[Path, ...]], ...]) -> Iterator[dict[str, str]]:
-    names = [name for name, _ in sides]
-    texts = [itertools.chain.from_iterable(map(read_lines, files)) for _, files in sides]
-    for lines in zip(*texts, strict=True):
-        yield dict(zip(names, lines))
+def _open_saved(folder: Path, split: str, *, streaming: bool) -> Any:
+    """Return the records that `save_to_disk` of `datasets` wrote."""
+    found = datasets.load_from_disk(str(folder))
+    if isinstance(found, datasets.Dataset):
+        found = {"train": found}
+    if split not in found:
+        raise ValueError(f"Unknown split {split!r}. Should be one of {list(found)}.")
+    return found[split].to_iterable_dataset() if streaming else found[split]
 
 
 def _open_from_hub(source: Source, *, streaming: bool) -> Any:
@@ -201,7 +336,7 @@ def _quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(label: str, files: Sequence[Path]) -> Iterator[None]:
+def explained(label: str) -> Iterator[None]:
     """Turn an exception of `datasets` into a UserError that says what is wrong with the source.
 
     What `datasets` logs meanwhile is hidden.
@@ -214,9 +349,6 @@ def explained(label: str, files: Sequence[Path]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        for file in files:
-            if kind_of(file) == "json":
-                check_json(file)
         raise UserError(_explanation(label, error)) from error
     finally:
         logger.setLevel(level)

@@ -13,11 +13,12 @@ import copy
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Any
 
-from finetune.data.sources.opening import Source, explained, open_source
+from finetune.data.bad_records import BadRecords
+from finetune.data.sources.local import Item
+from finetune.data.sources.opening import Source, Stream, Table, open_stream, open_table
 from finetune.data.types import Record
 from finetune.errors import UserError
 
@@ -25,15 +26,15 @@ _CHUNK = 1000  # records fetched at a time: several times as fast as one by one
 
 
 class Records:
-    """Records in memory-mapped tables, each known by its source and its number there.
+    """Records of several tables, each known by its table and its number there.
 
-    Iterating gives (where, record).
+    Iterating gives (where, record). `bad` has the lines of the sources that are no records.
     """
 
     def __init__(
-        self, tables: Sequence[Any], labels: Sequence[str], picks: Iterable[tuple[int, int]]
+        self, tables: Sequence[Table], picks: Iterable[tuple[int, int]], bad: BadRecords
     ) -> None:
-        self._tables, self._labels = tables, labels
+        self._tables, self.bad = tables, bad
         self._table_of, self._number_of = array("i"), array("q")
         for table, number in picks:
             self._table_of.append(table)
@@ -45,7 +46,7 @@ class Records:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._tables[self._table_of[index]][self._number_of[index]]
+        return self._tables[self._table_of[index]].__getitems__([self._number_of[index]])[0]
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         for start in range(0, len(self), _CHUNK):
@@ -61,12 +62,17 @@ class Records:
                 yield self.describe(i), next(found[self._table_of[i]])
 
     def describe(self, index: int) -> str:
-        """Return where the record is, e.g. "train.csv, row 12" (counted from 1)."""
-        return f"{self._labels[self._table_of[index]]}, row {self._number_of[index] + 1}"
+        """Return where the record is, e.g. "train.csv line 12" (counted from 1)."""
+        return self._tables[self._table_of[index]].where(self._number_of[index])
 
     def select(self, indices: Sequence[int]) -> "Records":
         picks = ((self._table_of[i], self._number_of[i]) for i in indices)
-        return Records(self._tables, self._labels, picks)
+        return Records(self._tables, picks, self.bad)
+
+    def without_bad(self) -> "Records":
+        """Return the records without the note of bad ones, which another part keeps."""
+        picks = zip(self._table_of, self._number_of)
+        return Records(self._tables, picks, BadRecords(self.bad.action))
 
     def take(self, count: int | None) -> "Records":
         """Return the first `count` records, or all of them for None."""
@@ -80,44 +86,36 @@ class RecordStream:
     """
 
     def __init__(
-        self,
-        streams: Sequence[Any],
-        labels: Sequence[str],
-        weights: Sequence[float] | None,
-        files: Sequence[list[Path]],
+        self, streams: Sequence[Stream], weights: Sequence[float] | None, bad: BadRecords
     ) -> None:
-        self._streams, self._labels, self._weights, self._files = streams, labels, weights, files
+        self._streams, self._weights, self.bad = streams, weights, bad
         self._places: list[Callable[[], Any]] = []
         self._counts: list[int] = []
         self._resume: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[tuple[str, Record]]:
-        # Copied here and not when the first record is asked for: that may happen in another thread,
-        # where fsspec fills the cache of file systems that is being copied.
-        state, self._resume = self._resume, None
-        live = [copy.deepcopy(stream) for stream in self._streams]
-        self._counts = [0] * len(live)
-        self._places = [stream.state_dict for stream in live]
-        if state is not None:
-            self._counts = list(state["counts"])
-            for k, place in enumerate(state["places"]):
-                live[k].load_state_dict(place)
-                # A stream that is not read yet forgets the state that it has loaded.
-                self._places[k] = partial(copy.deepcopy, place)
-        return self._read(live)
+    def fresh(self) -> "RecordStream":
+        """Return the same stream from its start on, with a note of bad records of its own."""
+        return RecordStream(self._streams, self._weights, BadRecords(self.bad.action))
 
-    def _read(self, live: Sequence[Any]) -> Iterator[tuple[str, Record]]:
-        iterators = [iter(stream) for stream in live]
+    def __iter__(self) -> Iterator[tuple[str, Record]]:
+        state, self._resume = self._resume, None
+        places = [None] * len(self._streams) if state is None else state["places"]
+        self._counts = [0] * len(places) if state is None else list(state["counts"])
+        self._places = [partial(copy.deepcopy, place) for place in places]
+        return self._read(
+            [stream.read(place, self.bad) for stream, place in zip(self._streams, places)]
+        )
+
+    def _read(self, iterators: Sequence[Iterator[Item]]) -> Iterator[tuple[str, Record]]:
         active = list(range(len(iterators)))
         shares = self._weights or [1.0] * len(iterators)
         while active:
             k = min(active, key=lambda k: (self._counts[k] + 1) / shares[k])
-            with explained(self._labels[k], self._files[k]):
-                record = next(iterators[k], None)
-            self._places[k] = live[k].state_dict
-            if record is not None:
+            item = next(iterators[k], None)
+            if item is not None:
+                self._places[k], where, record = item
                 self._counts[k] += 1
-                yield f"{self._labels[k]}, row {self._counts[k]}", record
+                yield where, record
             elif self._weights is None:
                 active.remove(k)
             else:
@@ -134,32 +132,31 @@ class RecordStream:
         self._resume = copy.deepcopy(state)
 
 
-def load_records(sources: Sequence[Source]) -> Records:
-    """Return all records of the sources, interleaved. Raises UserError if one cannot be read."""
-    weights = _weights(sources)
-    tables = [open_source(source, streaming=False) for source in sources]
+def load_records(sources: Sequence[Source], *, on_bad: str = "error") -> Records:
+    """Return all records of the sources, interleaved.
+
+    `on_bad` is "error" or "drop", for lines that are no records. Raises UserError if a source
+    cannot be read.
+    """
+    weights, bad = _weights(sources), BadRecords(on_bad)
+    tables = [open_table(source, bad) for source in sources]
+    bad.check()
     sizes = [
         min(len(table), source.max_records or len(table)) for source, table in zip(sources, tables)
     ]
     for source, size in zip(sources, sizes):
         if size == 0:
             raise UserError(f"{source} is empty: it has no rows")
-    return Records(tables, [str(source) for source in sources], _interleave(sizes, weights))
+    return Records(tables, _interleave(sizes, weights), bad)
 
 
-def stream_records(sources: Sequence[Source]) -> RecordStream:
-    """Return the records of the sources as a stream.
+def stream_records(sources: Sequence[Source], *, on_bad: str = "error") -> RecordStream:
+    """Return the records of the sources as a stream; see `load_records` for `on_bad`.
 
     Raises UserError if a source cannot be opened; reading raises one if a record cannot be read.
     """
     weights = _weights(sources)
-    opened = [open_source(source, streaming=True) for source in sources]
-    streams = [
-        stream if source.max_records is None else stream.take(source.max_records)
-        for source, stream in zip(sources, opened)
-    ]
-    labels = [str(source) for source in sources]
-    return RecordStream(streams, labels, weights, [source.files() for source in sources])
+    return RecordStream([open_stream(source) for source in sources], weights, BadRecords(on_bad))
 
 
 def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Records, Records]:
@@ -176,7 +173,7 @@ def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Rec
     held_out = Random(f"{seed}/held out").sample(range(len(records)), count)
     taken = set(held_out)
     rest = [i for i in range(len(records)) if i not in taken]
-    return records.select(rest), records.select(held_out)
+    return records.select(rest), records.select(held_out).without_bad()
 
 
 def _weights(sources: Sequence[Source]) -> list[float] | None:

@@ -1,13 +1,18 @@
 """From the data section of a config to records, format and encoded examples."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, time
 from itertools import islice
 from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
+from finetune.data.bad_records import BadRecords
 from finetune.data.encode import EncodedDataset, encode
+from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
+from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.sources import (
     Records,
@@ -20,6 +25,7 @@ from finetune.data.sources import (
 from finetune.data.types import Format, Prompt, Record
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.evaluation.answers import TOOL_CALLS
 from finetune.models.describe import context_length
 
 STREAM_SAMPLE = 1000  # records of a stream that are read in advance
@@ -54,12 +60,18 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
             raise UserError(
                 "a stream cannot be split. Give data.validation, or set data.validation_fraction=0"
             )
-        stream = stream_records(as_sources(config.train))
-        first = next(iter(stream_records(as_sources(config.train))), None)
+        if config.drop_duplicates:
+            raise UserError(
+                "duplicates in a stream cannot be found. Set data.streaming or "
+                "data.drop_duplicates to false"
+            )
+        sources, on_bad = as_sources(config.train), config.on_bad_record
+        stream = stream_records(sources, on_bad=on_bad)
+        first = next(iter(stream_records(sources, on_bad=on_bad)), None)
         if first is None:
             raise UserError(f"{config.train[0].path} is empty: it has no rows")
         return RawData(stream, _validation(config), first[1])
-    train, validation = load_records(as_sources(config.train)), _validation(config)
+    train, validation = open_records(config.train, config), _validation(config)
     if validation is None and config.validation_fraction > 0:
         train, validation = split_held_out(train, fraction=config.validation_fraction, seed=seed)
         validation = validation.take(config.max_validation_records)
@@ -69,12 +81,24 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
 def _validation(config: DataSection) -> Records | None:
     if config.validation is None:
         return None
-    return load_records(as_sources(config.validation)).take(config.max_validation_records)
+    return open_records(config.validation, config).take(config.max_validation_records)
+
+
+def open_records(sections: Sequence[SourceSection], config: DataSection) -> Records:
+    """Return the records of the sections, with bad lines handled as `config` says."""
+    return load_records(as_sources(sections), on_bad=config.on_bad_record)
 
 
 def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
     """Return what the data room opens."""
     return [Source(**section.model_dump()) for section in sections]
+
+
+def template_settings(config: DataSection) -> TemplateSettings:
+    """Return what the chat template of a run gets in training and evaluation."""
+    day = config.template_date
+    now = None if day is None else datetime.combine(day, time())
+    return TemplateSettings(options=config.chat_template_kwargs, now=now)
 
 
 def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Format:
@@ -88,6 +112,9 @@ def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Fo
         target_language=pair.target_language,
         direction=pair.direction,
         template=pair.template,
+        settings=template_settings(config),
+        refuse_control_tokens=config.control_tokens == "refuse",
+        merge_turns=config.merge_turns,
     )
     return build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
 
@@ -99,17 +126,30 @@ def encode_records(
     *,
     vocab_size: int,
     display: Display | None = None,
+    bad: BadRecords | None = None,
 ) -> EncodedDataset:
-    """Encode all records, or the first STREAM_SAMPLE of a stream, and show the progress."""
-    count = STREAM_SAMPLE if isinstance(records, RecordStream) else len(records)
-    with (display or Display(enabled=False)).bar("encoding", count, unit="records") as advance:
-        return encode(
+    """Encode all records, or the first STREAM_SAMPLE of a stream, and show the progress.
+
+    `bad` has records of other data that are to be listed too.
+    """
+    display = display or Display(enabled=False)
+    if isinstance(records, RecordStream):
+        count, records = STREAM_SAMPLE, records.fresh()
+        bad = records.bad
+    else:
+        count, bad = len(records), copy.deepcopy(records.bad) if bad is None else bad
+    with display.bar("encoding", count, unit="records") as advance:
+        encoded = encode(
             _watched(islice(records, count), advance),
             format,
             max_length=config.max_length,
             overlong=config.overlong,
             vocab_size=vocab_size,
+            bad=bad,
         )
+    if bad.count:
+        display.note(f"dropped: {bad.sentence()} (data.on_bad_record)")
+    return encoded
 
 
 def _watched(
@@ -131,10 +171,14 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
     if data.unrelated is None:
         return None
     try:
-        records = load_records(as_sources(data.unrelated)).take(data.max_validation_records)
-        format = TextFormat(tokenizer=tokenizer, columns={})
+        records = open_records(data.unrelated, data).take(data.max_validation_records)
         return encode(
-            records, format, max_length=data.max_length, overlong="truncate", vocab_size=vocab_size
+            records,
+            TextFormat(tokenizer=tokenizer, columns={}),
+            max_length=data.max_length,
+            overlong="truncate",
+            vocab_size=vocab_size,
+            bad=copy.deepcopy(records.bad),
         )
     except UserError as error:
         raise UserError(f"data.unrelated, which is plain text: {error}") from error
@@ -152,7 +196,7 @@ def first_prompts(
     """Return the prompts of the first held-out records, at most `count`.
 
     Prompts that leave the model less room than `room` tokens for an answer are passed over; `note`
-    gets a sentence about them. Raises UserError for a bad record.
+    gets a sentence about them. So are bad records that are dropped; others raise UserError.
     """
     limit = context_length(model)
     prompts: list[Prompt] = []
@@ -163,6 +207,8 @@ def first_prompts(
         try:
             found = format.prompts(record)
         except UserError as error:
+            if records is not None and records.bad.action == "drop":
+                continue
             raise UserError(f"{where}: {error}") from error
         fitting = [
             prompt for prompt in found if limit is None or len(prompt.input_ids) + room <= limit
@@ -179,14 +225,17 @@ def first_prompts(
 
 
 def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
-    """Return the metrics over answers: those of the config, else chrF and BLEU for translation.
+    """Return the metrics over answers: those of the config, else those that suit the format.
 
-    There are none if no answers are generated.
+    These are chrF and BLEU for translation, and calls for conversations that call tools. There are
+    none if no answers are generated.
     """
     if config.evaluation.generate == 0:
         return ()
     if config.evaluation.metrics is not None:
         return config.evaluation.metrics
+    if isinstance(format, ChatFormat):
+        return (TOOL_CALLS,) if format.calls_tools else ()
     return ("chrf", "bleu") if format.name == "translation" else ()
 
 

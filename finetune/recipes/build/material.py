@@ -4,14 +4,22 @@ It is the first of two stages, and enough for `finetune inspect`. `parts` makes 
 it, with a model.
 """
 
+import math
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property
 from typing import Any
 
 from finetune.config import RunConfig
+from finetune.data.advice import advice
+from finetune.data.bad_records import BadRecords, UnusableRecords
+from finetune.data.batches.packing import pack
 from finetune.data.encode import EncodedDataset
+from finetune.data.formats.jinja import prints_the_date
+from finetune.data.statistics import without
 from finetune.data.types import Format
 from finetune.display import Display
+from finetune.errors import UserError
 from finetune.models.describe import token_tables
 from finetune.models.load import load_skeleton
 from finetune.models.tokenizers import ChatTokens, set_template
@@ -49,7 +57,21 @@ class Material:
     @cached_property
     def train(self) -> EncodedDataset:
         """The training data; of a stream, its first records."""
-        return self.encode(self.raw.train)
+        try:
+            encoded = self.encode(self.raw.train)
+        except UnusableRecords as error:
+            if self.raw.validation is not None:
+                self.encode(self.raw.validation, bad=error.bad)  # lists those of both
+            raise
+        if not self.config.data.drop_duplicates or self.validation is None:
+            return encoded
+        kept = without(encoded, self.validation)
+        if len(kept) == 0:
+            raise UserError(
+                f"all {len(encoded):,} training examples are also held out, and "
+                "data.drop_duplicates leaves them out. Give other held-out data"
+            )
+        return kept
 
     @cached_property
     def validation(self) -> EncodedDataset | None:
@@ -66,23 +88,66 @@ class Material:
         """The training data, and the held-out data if there is any."""
         return [self.train, *([self.validation] if self.validation is not None else [])]
 
+    @cached_property
+    def examples_per_step(self) -> float | None:
+        """Examples that go through in an optimizer step, on average; None for a stream."""
+        data, size = self.config.data, self.config.training.batch_size
+        if data.streaming:
+            return None
+        train = self.train
+        sequences = len(pack(train.lengths, data.max_length)) if data.packing else len(train)
+        return len(train) / math.ceil(sequences / size)
+
+    def advice(self) -> list[str]:
+        """Return what small or odd data does to the run; see `finetune.data.advice`."""
+        training, per_step = self.config.training, self.examples_per_step
+        num_steps = None
+        if training.max_steps is None and per_step is not None:
+            num_steps = max(1, math.ceil(training.epochs * round(len(self.train) / per_step)))
+        return advice(
+            self.train,
+            self.validation,
+            num_steps=num_steps,
+            per_step=per_step,
+            max_length=self.config.data.max_length,
+        )
+
     def with_config(self, config: RunConfig) -> "Material":
-        """Return the material of a changed config; only a changed data section is encoded anew."""
+        """Return the material of a changed config; only a changed data section is encoded anew.
+
+        The day that the chat template prints stays.
+        """
+        config = with_template_date(config, self.config.data.template_date)
         changed = replace(self, config=config)
         if config.data == self.config.data:
             encoded = ("train", "validation", "unrelated")
             changed.__dict__.update({key: vars(self)[key] for key in encoded if key in vars(self)})
         return changed
 
-    def encode(self, records: Any) -> EncodedDataset:
-        """Encode other records as those of the run are. Raises UserError."""
-        return encode_records(
+    def encode(self, records: Any, *, bad: BadRecords | None = None) -> EncodedDataset:
+        """Encode other records as those of the run are, and note what is not used of them.
+
+        Raises UserError.
+        """
+        encoded = encode_records(
             records,
             self.format,
             self.config.data,
             vocab_size=self.table_rows,
             display=self.display,
+            bad=bad,
         )
+        for note in self.format.notes():
+            self.display.note(note)
+        return encoded
+
+
+def with_template_date(config: RunConfig, day: date | None) -> RunConfig:
+    """Return the config with the day that the chat template prints, unless it has one."""
+    if config.data.template_date is not None or day is None:
+        return config
+    data = config.data.model_copy(update={"template_date": day})
+    return config.model_copy(update={"data": data})
 
 
 def read_material(
@@ -100,7 +165,14 @@ def read_material(
     else:
         tokenizer = make_tokenizer(config.model, raw.texts())
         tokens = set_template(tokenizer, config.model.chat_template)
+        if tokens.completed:
+            display.note(
+                "the chat template wrote no header where the assistant is to answer; it was added, "
+                "and is saved with the model"
+            )
         skeleton = load_skeleton(model_spec(config.model, tokenizer))
+    if prints_the_date(tokenizer.chat_template):
+        config = with_template_date(config, date.today())
     check_length(skeleton, config.data.max_length)
     format = make_format(config.data, tokenizer, raw.first_record)
     return Material(config, display, raw, tokenizer, tokens, skeleton, format)

@@ -156,15 +156,17 @@ def _make_batches(
         batches = TrainingBatches(material.train, shape, max_length=data.max_length)
         return batches, material.train.statistics
     count_steps(config, None)  # raises if the stream has no end
+    records = material.raw.train.fresh()
     encoder = RecordEncoder(
         material.format,
         max_length=data.max_length,
         overlong=data.overlong,
         vocab_size=material.table_rows,
+        bad=records.bad if data.on_bad_record == "drop" else None,
     )
-    stream = StreamingBatches(
-        material.raw.train, encoder, shape, shuffle_buffer=data.shuffle_buffer
-    )
+    stream = StreamingBatches(records, encoder, shape, shuffle_buffer=data.shuffle_buffer)
+    encoder.count_bad()
+    encoder.statistics.bad_records = 0  # those of the first records, which were looked at
     return stream, encoder.statistics
 
 
@@ -177,6 +179,7 @@ def say_counts(
         display.say(
             f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, "
             f"{share:.0%} of them targets"
+            + (f"; {counts.bad_records:,} bad records dropped" if counts.bad_records else "")
         )
     limit = config.data.max_length
     if counts.truncated or counts.dropped:

@@ -11,12 +11,14 @@ import torch
 from finetune.config import RunConfig, load_config
 from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
+from finetune.data.formats.rendering import ChatTemplate, TemplateSettings
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
-from finetune.recipes.build.model import load_trained
+from finetune.recipes.build.model import load_trained, make_model, make_tokenizer
 from finetune.run.folder import RunDir
+from finetune.run.records import DataCounts
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,31 @@ class Opened:
     tokenizer: Any
     run: RunDir | None
     config: RunConfig | None
+
+    def system_prompt(self, given: str | None, display: Display) -> str | None:
+        """Return the system prompt that was given, or that of the run's training, which is said.
+
+        An empty one is none.
+        """
+        if given is not None or self.run is None:
+            return given or None
+        trained = DataCounts.read(self.run).system_prompt
+        if trained:
+            display.say(f"system prompt of the run: {trained} (--system changes it)")
+        return trained or None
+
+    def template(self) -> ChatTemplate:
+        """Return the chat template, with the variables that the run gives to it.
+
+        Raises UserError if there is none.
+        """
+        return ChatTemplate(self.tokenizer, self.template_settings)
+
+    @property
+    def template_settings(self) -> TemplateSettings:
+        """What the chat template gets in use: the variables of the run, and today's date."""
+        options = {} if self.config is None else self.config.data.chat_template_kwargs
+        return TemplateSettings(options=options)
 
     def settings(self, given: Mapping[str, Any]) -> GenerationSection:
         """Return the generation section of the run, or the defaults, changed by `given`.
@@ -58,14 +85,63 @@ def open_target(target: str) -> Opened:
     return Opened(model, tokenizer, run if is_run else None, config)
 
 
+def open_base(opened: Opened) -> Opened:
+    """Load the model that a run began with, as it was before the first step.
+
+    Weights that the run did not change are shared with the trained model's. Raises UserError if
+    `opened` is no run, or if it began with random weights.
+    """
+    config = opened.config
+    if config is None or config.model.name is None:
+        raise UserError(
+            "there is no base model to compare with: "
+            + ("this is no run" if config is None else "the run began with random weights")
+        )
+    tokenizer = make_tokenizer(config.model, ())
+    tokens = set_template(tokenizer, config.model.chat_template)
+    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
+    model.to(opened.model.device).eval()
+    _share_equal_weights(model, opened.model)
+    return Opened(model, tokenizer, opened.run, config)
+
+
+def _share_equal_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let `model` use the weights of `other` that have the same name and the same values.
+
+    Neither model may be trained afterwards.
+    """
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        twin = theirs.get(name)
+        if twin is not None and twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            parameter.data = twin.data
+
+
+def require_utf8(text: str, what: str) -> str:
+    """Return `text`. Raises UserError if it holds bytes that were not UTF-8.
+
+    In the C locales Python reads such bytes as lone surrogates, which no tokenizer takes.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{what} is not UTF-8 text: {text!r:.80}. Convert it first")
+    return text
+
+
 def stdin_lines(display: Display, what: str) -> Iterator[str]:
-    """Yield the lines of stdin; at a terminal, first print what to type."""
+    """Yield the lines of stdin; at a terminal, first print what to type.
+
+    Only \\n and \\r\\n end a line. A byte order mark is no text. Raises UserError for a line that
+    is not UTF-8, in any locale.
+    """
     if sys.stdin.isatty():
         display.say(f"type {what}, and Ctrl-D at the end")
-    try:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"stdin is not UTF-8 text (byte {error.start}). Convert it first"
-        ) from error
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
+        try:
+            text = line.decode() if isinstance(line, bytes) else line
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"line {number} of stdin is not UTF-8 text (byte {error.start} of the line). "
+                "Convert it first"
+            ) from error
+        text = text.removeprefix("\ufeff") if number == 1 else text
+        yield text.removesuffix("\n").removesuffix("\r")

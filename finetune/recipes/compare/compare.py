@@ -25,6 +25,7 @@ from finetune.recipes.compare.study import (
     tune_learning_rate,
 )
 from finetune.recipes.compare.trial import run_trial
+from finetune.run.claim import locked
 from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
 
@@ -50,28 +51,29 @@ def compare_optimizers(
     config = load_config(path, [folder, *others])
     optimizers = optimizer_names(DEFAULT_OPTIMIZERS if names is None else names)
     notes = check_candidates(config, optimizers)
-    base = prepare_study(config, trials=trials, budget=budget, test=True, display=display)
-    display.say(
-        f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), "
-        f"in {config.output_dir}"
-    )
-    tuning: dict[str, list[Run]] = {}
-    for name in optimizers:
-        found = tune_learning_rate(base, name, trials=trials, decays=(), display=display)
-        if found is None:
+    with locked(config.output_dir, display.note):
+        base = prepare_study(config, trials=trials, budget=budget, test=True, display=display)
+        display.say(
+            f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), "
+            f"in {config.output_dir}"
+        )
+        tuning: dict[str, list[Run]] = {}
+        for name in optimizers:
+            found = tune_learning_rate(base, name, trials=trials, decays=(), display=display)
+            if found is None:
+                return report_stop(config, display)
+            tuning[name] = found
+        reported = _run_seeds(base, tuning, seeds=seeds, display=display)
+        if reported is None:
             return report_stop(config, display)
-        tuning[name] = found
-    reported = _run_seeds(base, tuning, seeds=seeds, display=display)
-    if reported is None:
-        return report_stop(config, display)
-    _check_starts(reported, config.output_dir)
-    summary = summarise(tuning, reported, grid_size=trials)
-    rule = data_rule(config.data)
-    page = write_outcome(summary, base, rule=rule, trials=trials, seeds=seeds, notes=notes)
-    for sentence in summary["verdict"]["sentences"]:
-        display.say(sentence)
-    display.say(f"comparison: {page}")
-    return "finished"
+        _check_starts(reported, config.output_dir)
+        summary = summarise(tuning, reported, grid_size=trials)
+        rule = data_rule(config.data)
+        page = write_outcome(summary, base, rule=rule, trials=trials, seeds=seeds, notes=notes)
+        for sentence in summary["verdict"]["sentences"]:
+            display.say(sentence)
+        display.say(f"comparison: {page}")
+        return "finished"
 
 
 def _run_seeds(

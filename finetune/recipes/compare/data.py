@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from finetune.config.schema import DataSection, SourceSection
-from finetune.data.sources import Records, load_records
+from finetune.data.sources import Records
 from finetune.errors import UserError
-from finetune.recipes.build.data import as_sources, load_raw_data
-from finetune.run.files import make_folder
+from finetune.recipes.build.data import load_raw_data, open_records
+from finetune.run.files import make_folder, write_text
 
 HALVES = (
     "the held-out records are split in two: the 1st, 3rd, 5th … choose, "
@@ -66,7 +66,7 @@ def data_rule(data: DataSection) -> str:
 def _split(held_out: Records, data: DataSection) -> tuple[Records, Records]:
     """Return the records that choose, and those of the test data."""
     if data.test is not None:
-        return held_out, load_records(as_sources(data.test)).take(data.max_validation_records)
+        return held_out, open_records(data.test, data).take(data.max_validation_records)
     if len(held_out) < 2:
         raise UserError(
             "one record is held out, and it cannot both choose and be the test data. "
@@ -76,12 +76,6 @@ def _split(held_out: Records, data: DataSection) -> tuple[Records, Records]:
 
 
 def _write(path: Path, records: Iterable[tuple[str, object]]) -> None:
-    """Write the records to `path`, one JSON object a line.
-
-    A process that dies on the way leaves no file there.
-    """
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for _, record in records:
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
-    temporary.replace(path)
+    """Write the records to `path`, one JSON object a line, whole or not at all."""
+    lines = (json.dumps(record, ensure_ascii=False, default=str) + "\n" for _, record in records)
+    write_text(path, "".join(lines))

@@ -1,6 +1,7 @@
 """The end of a comparison: comparison.json, comparison.csv and comparison.html in its folder."""
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from finetune.comparison import grids
 from finetune.config import RunConfig, dump_config
 from finetune.report.comparison_page import write_comparison
 from finetune.run.environment import collect_environment
-from finetune.run.files import write_json
+from finetune.run.files import write_json, write_text
 from finetune.run.folder import RunDir
 from finetune.run.records import Environment
 from finetune.run.wording import listed
@@ -60,10 +61,11 @@ def write_outcome(
         "config": dump_config(base),
     }
     write_json(root / "comparison.json", record, indent=1)
-    with (root / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(summary["runs"][0]))
-        writer.writeheader()
-        writer.writerows(summary["runs"])
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(summary["runs"][0]))
+    writer.writeheader()
+    writer.writerows(summary["runs"])
+    write_text(root / "comparison.csv", table.getvalue())
     return write_comparison(root)
 
 

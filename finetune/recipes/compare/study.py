@@ -25,11 +25,15 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
 from finetune.recipes.compare.trial import run_trial
-from finetune.run.files import make_folder, read_text, write_text
-from finetune.run.folder import RunDir
+from finetune.run.claim import claim_folder
+from finetune.run.files import read_text, write_text
 from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
 
+NAMES = (  # what a comparison or a search writes into its folder
+    *("protocol.yaml", "study.db", "data", "runs", "best.yaml"),
+    *("comparison.json", "comparison.csv", "comparison.html"),
+)
 EVALUATIONS = 10  # of a run, if evaluation.every is not set
 
 Grid = dict[str, list[float]]  # "lr", and "weight_decay" if it is searched too
@@ -81,11 +85,12 @@ def prepare_study(
 
 
 def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
-    """Make the folder ours, unless it is already.
+    """Make the folder ours, unless it is already. Raises UserError if it holds other files.
 
     protocol.yaml holds what all runs of the folder have in common. Raises UserError if it differs.
     """
     root = config.output_dir
+    claim_folder(root, "comparison", [root / name for name in NAMES])
     same = config.model_copy(update={"output_dir": Path(), "overwrite_output_dir": False})
     tree = {**yaml.safe_load(dump_config(same)), **numbers}
     tree["optimizer"] = {
@@ -102,9 +107,6 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
                 f"{root} holds a comparison with other settings ({', '.join(changed)}; "
                 f"see {path}). Name another output_dir, or delete the folder"
             )
-    elif RunDir(root).is_run():
-        raise UserError(f"{root} holds a training run. Name another output_dir")
-    make_folder(root)
     write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
 
 

@@ -5,7 +5,6 @@ A run that was stopped goes on from its last checkpoint. A finished run is read,
 
 import json
 import math
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,18 @@ import torch
 from finetune.comparison.frequency import BINS, bins_of
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
-from finetune.data.sources import load_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
+from finetune.errors import UserError
 from finetune.models.describe import inner_model, tensor_bytes, token_tables
 from finetune.optim import optimizer_info
-from finetune.recipes.build.data import as_sources
+from finetune.recipes.build.data import open_records
 from finetune.recipes.build.evaluator import evaluator_of
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.train.finish import LiveRun
 from finetune.recipes.train.train import run_training
-from finetune.run.folder import RunDir
+from finetune.run.folder import RunDir, remove_checkpoints
 from finetune.run.log import Listener
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.trials import Phase, Result, Run, keep_update, read_trial
@@ -42,7 +41,9 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     A reported run is also measured on data.test. A run that diverged is not measured.
     """
     folder = config.output_dir
+    run = RunDir(folder)
     if (done := read_trial(folder)) is not None:
+        _delete_weights(run)
         return done
     name = config.optimizer.name
     watch = RunWatch(folder, test=phase == "reported")
@@ -64,9 +65,6 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
             problem = str(error)
         except KeyboardInterrupt:  # before or after the steps, which handle it themselves
             return None
-    run = RunDir(folder)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    run.bad_batch.unlink(missing_ok=True)
     settings = {**optimizer_info(name).options, **optimizer_options(config)}
     settings = json.loads(
         json.dumps(
@@ -75,7 +73,19 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     )
     measured = {} if problem else watch.measured
     Result(name, phase, config.seed, settings, problem, watch.began_with, **measured).write(run)
+    _delete_weights(run)
     return read_trial(folder)
+
+
+def _delete_weights(run: RunDir) -> None:
+    """Delete what a trial that is over needs no more. Raises UserError if the disk refuses."""
+    try:
+        remove_checkpoints(run.checkpoints)
+        run.bad_batch.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the checkpoints of {run.root} could not be deleted: {error.strerror or error}"
+        ) from error
 
 
 class RunWatch:
@@ -143,7 +153,7 @@ def _test_losses(parts: Parts) -> dict[str, Any]:
     config = parts.config
     assert config.data.test is not None
     bins = bins_of(_target_counts(parts, parts.material.table_rows))
-    dataset = parts.material.encode(load_records(as_sources(config.data.test)))
+    dataset = parts.material.encode(open_records(config.data.test, config.data))
     result = evaluator_of(parts).loss(dataset, groups=bins)
     found = dict(zip(BINS, result.by_group))
     sizes = torch.bincount(bins, minlength=len(BINS)).tolist()

@@ -21,6 +21,7 @@ from finetune.recipes.compare.study import (
     report_stop,
     tune_learning_rate,
 )
+from finetune.run.claim import locked
 from finetune.run.files import write_text
 from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
@@ -47,27 +48,28 @@ def tune_optimizer(
     config = load_config(path, [folder, *others])
     name = optimizer_info(config.optimizer.name).name
     decays = _check_decays(config, name, WEIGHT_DECAYS if given is None else given)
-    base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
-    middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
-    runs = tune_learning_rate(
-        base, name, trials=trials, decays=decays, display=display, middle=middle
-    )
-    if runs is None:
-        return report_stop(config, display)
-    best = best_of(runs)
-    if best.diverged:
-        raise UserError(
-            f"all {len(runs)} runs diverged, also the one with the lowest lr, {best.result.lr:g}. "
-            "Begin with a lower optimizer.lr"
+    with locked(config.output_dir, display.note):
+        base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
+        middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
+        runs = tune_learning_rate(
+            base, name, trials=trials, decays=decays, display=display, middle=middle
         )
-    chosen = config.output_dir / "best.yaml"
-    write_text(chosen, dump_config(_best_config(config, best, budget, path)))
-    _print_runs(name, runs, best, trials * max(1, len(decays)))
-    display.say(
-        f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
-        f"Go on with: finetune train {chosen}"
-    )
-    return "finished"
+        if runs is None:
+            return report_stop(config, display)
+        best = best_of(runs)
+        if best.diverged:
+            raise UserError(
+                f"all {len(runs)} runs diverged, also the one with the lowest lr, "
+                f"{best.result.lr:g}. Begin with a lower optimizer.lr"
+            )
+        chosen = config.output_dir / "best.yaml"
+        write_text(chosen, dump_config(_best_config(config, best, budget, path)))
+        _print_runs(name, runs, best, trials * max(1, len(decays)))
+        display.say(
+            f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
+            f"Go on with: finetune train {chosen}"
+        )
+        return "finished"
 
 
 def _check_decays(config: RunConfig, name: str, decays: Sequence[Any]) -> list[float]:

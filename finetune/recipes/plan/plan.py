@@ -36,6 +36,8 @@ def plan_run(
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
+    for sentence in planner.material.advice():
+        display.note(sentence)
     return plan
 
 

@@ -57,6 +57,7 @@ class Work:
     accumulates: bool  # whether a step has several micro-batches
     num_steps: int
     tokens_per_step: float  # mean, without padding
+    examples_per_step: float  # mean
     num_evaluations: int
     used_rows: int  # rows of the token table whose token occurs in the training data
     coverage: float | None  # share of the held-out tokens that occur in the training data
@@ -155,6 +156,7 @@ class Planner:
             inference=_inference_bytes(config, work, rehearsal),
             export=_export_bytes(config, description, weights, compact=bool(vocabulary.ids)),
             device=self.device.type,
+            precision=precision,
         )
         return description, memory, tensor_bytes(trainable) + buffers + state
 
@@ -248,6 +250,7 @@ def work_of(material: Material) -> Work:
     per_epoch = None if config.data.streaming else batches.steps_per_epoch
     num_steps = count_steps(config, per_epoch)
     steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
+    examples = [i for step in steps for part in step.example_ids for ids in part for i in ids]
     micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
     largest = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
     every = config.evaluation.every or per_epoch or num_steps
@@ -259,6 +262,7 @@ def work_of(material: Material) -> Work:
         accumulates=any(len(step.micro_batches) > 1 for step in steps),
         num_steps=num_steps,
         tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
+        examples_per_step=len(examples) / len(steps),
         num_evaluations=num_evaluations if held_out is not None else 0,
         used_rows=len(set(train.token_ids)),
         coverage=coverage(train, held_out),

@@ -89,6 +89,7 @@ def _work(plan: Plan) -> Table:
     table = _table("the work")
     table.add_row("steps", f"{work.num_steps:,}")
     table.add_row("tokens of a step", f"{work.tokens_per_step:,.0f}", "mean, without padding")
+    table.add_row("examples of a step", f"{work.examples_per_step:,.0f}", "mean")
     table.add_row("tokens of all steps", f"{work.tokens_per_step * work.num_steps:,.0f}")
     table.add_row("evaluations", f"{work.num_evaluations:,}")
     table.add_row("disk for a checkpoint", size(plan.checkpoint_bytes))

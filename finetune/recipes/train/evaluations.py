@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from finetune.config import RunConfig
@@ -38,7 +39,8 @@ class RunEvaluations:
             results["active_tokens"] = int((~inactive).sum())
         if main and answers:
             kept = answers[: material.config.evaluation.samples]
-            keep_samples(self.run, [Sample(step, **answer) for answer in kept])
+            samples = [Sample(step, a["prompt"], a["reference"], a["output"]) for a in kept]
+            keep_samples(self.run, samples)
         results["seconds"] = round(time.perf_counter() - started, 3)
         self.records[step] = Evaluation(step, results)
         if main:
@@ -48,12 +50,20 @@ class RunEvaluations:
     def write_summary(self, *, best_step: int | None, last_step: int) -> Evaluations:
         """Write and return the evaluations before, after, and the best one.
 
-        Evaluations from before a resume count too.
+        Evaluations from before a resume count too. Figures on test data stay if the others do:
+        then the model is the one that they were measured on.
         """
         records = {**evaluations_by_step(self.run), **self.records}
         before, after = records.get(0), records.get(last_step)
         best = None if best_step is None else records.get(best_step)
         summary = Evaluations(before, after, best)
+        try:
+            earlier = Evaluations.read(self.run)
+        except UserError:
+            self.display.note(f"{self.run.evaluation} is damaged. It is made again")
+            earlier = Evaluations()
+        if replace(earlier, test=None).as_dict() == summary.as_dict():
+            summary = replace(summary, test=earlier.test)
         summary.write(self.run)
         if before is not None and after is not None:
             self.display.say("held-out before: " + format_metrics(before.metrics))

@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.distributed.sharding import is_sharded
+from finetune.errors import UserError
 from finetune.models.export import export_model
 from finetune.recipes.build.card import run_card
 from finetune.recipes.build.model import model_of_checkpoint
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.train.evaluations import RunEvaluations
 from finetune.report import write_report
-from finetune.run.folder import RunDir, is_complete
+from finetune.run.folder import RunDir
 from finetune.run.records import Environment, Evaluations, Vocabulary
+from finetune.training.checkpoint import damage_of
 from finetune.training.trainer import Stopped, Trainer
 
 
@@ -40,7 +42,11 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
         chosen = progress.best_step
         display.note(f"model/ holds the weights of step {chosen}, the best evaluation")
     checkpoint = trainer.checkpoints.path(chosen)
-    assert is_complete(checkpoint), checkpoint
+    if chosen != progress.step and (damage := damage_of(checkpoint)) is not None:
+        raise UserError(
+            f"{checkpoint}, the best evaluation, is damaged: {damage}. Set "
+            "checkpoint.save_best_model=false and go on with --resume auto, to export the last step"
+        )
     if chosen != progress.step and not sharded:
         trainer.restore(checkpoint)
     if accelerator.is_main_process:

@@ -26,8 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.run.folder import RunDir
-from finetune.training.checkpoint import find_checkpoint
+from finetune.run.folder import RunDir, newest_checkpoint
 
 USER_ERROR, SIGNALLED = 2, 130  # exit codes of a worker, as of the command line
 SAVING_TIME = 600  # seconds that the processes have to save after a signal, before they are killed
@@ -69,12 +68,12 @@ def launch_training(
     }
     checkpoints = RunDir(settings.output_dir).checkpoints
     for restart in range(restarts + 1):
-        if restart and (find_checkpoint("auto", checkpoints) or resume is None):
+        if restart and (newest_checkpoint(checkpoints) or resume is None):
             task["resume"] = "auto"
         try:
             return _launch(task, count)
         except ProcessFailed as error:
-            newest = find_checkpoint("auto", checkpoints)
+            newest = newest_checkpoint(checkpoints)
             if restart < restarts:
                 display.say(
                     f"{error}; restart {restart + 1} of {restarts}, from "

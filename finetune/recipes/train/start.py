@@ -1,61 +1,117 @@
-"""The folder of a run at its start: refused if it is occupied, claimed, and its records written."""
+"""The folder of a run at its start: locked, refused if it is occupied, claimed, and filled."""
 
-import tempfile
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
-from finetune.config import RunConfig, dump_config
+from finetune.config import RunConfig, dump_config, load_config
 from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.recipes.build.parts import Parts
+from finetune.run.claim import check_claim, claim_folder, locked, write_marker
 from finetune.run.environment import collect_environment
 from finetune.run.folder import RunDir
+from finetune.run.marker import Marker, read_marker
 from finetune.run.records import DataCounts, Environment, read_config, write_config
+from finetune.run.replace import check_replaceable
+from finetune.training.checkpoint import agree_on_checkpoint, find_checkpoint
 
 
-def refuse_occupied(
-    run: RunDir, config: RunConfig, accelerator: Accelerator, *, resuming: bool
-) -> None:
-    """Raise UserError if the folder holds another run. Process 0 looks, the others wait."""
-    if (
-        accelerator.is_main_process
-        and run.has_started()
-        and not resuming
-        and not config.overwrite_output_dir
-    ):
-        raise UserError(
-            f"{run.root} holds another run. Continue it with --resume auto, name another "
-            "output_dir, or set overwrite_output_dir=true to delete it"
-        )
+@contextlib.contextmanager
+def hold_folder(run: RunDir, accelerator: Accelerator, display: Display) -> Iterator[None]:
+    """Keep other runs out of the folder. Process 0 holds it; the others wait until it does.
+
+    A deletion that was broken off is finished. Raises UserError if another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(locked(run.root, display.note))
+            marker = read_marker(run.root)
+            if marker is not None and marker.kind == "run" and marker.emptying:
+                _make_empty(run)
+        accelerator.wait_for_everyone()
+        yield
+
+
+def find_start(
+    resume: str | None, run: RunDir, config: RunConfig, accelerator: Accelerator, display: Display
+) -> tuple[Path | None, bool]:
+    """Return the checkpoint to begin from, if any, and whether the run in the folder goes on.
+
+    Process 0 looks, and the others take what it finds. Raises UserError if there is no such
+    checkpoint, if the folder holds another run, or if it holds files of someone else.
+    """
+    checkpoint = None
+    if accelerator.is_main_process and resume is not None:
+        checkpoint = find_checkpoint(resume, run.checkpoints, note=display.note)
+    checkpoint = agree_on_checkpoint(checkpoint, accelerator)
+    own = checkpoint is None or checkpoint.parent.resolve() == run.checkpoints.resolve()
+    resuming = resume is not None and own
+    if accelerator.is_main_process:
+        check_claim(run.root, "run", run.written())
+        check_replaceable(run.model)
+        _check_inputs(run, config)
+        if run.has_started() and not resuming and not config.overwrite_output_dir:
+            raise UserError(
+                f"{run.root} holds another run. Continue it with --resume auto, name another "
+                "output_dir, or set overwrite_output_dir=true to delete it"
+            )
     accelerator.wait_for_everyone()
+    return checkpoint, resuming
+
+
+def _check_inputs(run: RunDir, config: RunConfig) -> None:
+    """Raise UserError if the run would replace the model or the data that it reads."""
+    parts = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
+    inputs = [(f"data.{name}", source.path) for name in parts for source in parts[name] or ()]
+    written = {path.resolve() for path in run.written()}
+    for key, name in [("model.name", config.model.name), *inputs]:
+        try:
+            place = Path(name or "").resolve()
+        except (OSError, ValueError):  # no path: a hub name, or a mistake
+            continue
+        if written & {place, *place.parents}:
+            raise UserError(
+                f"{key} is {name}, and the run writes its own files there. Name another output_dir"
+            )
 
 
 def claim(run: RunDir, accelerator: Accelerator, *, resuming: bool) -> None:
     """Make the folder ours, once everything else is in order. Process 0 acts, the others wait."""
     if accelerator.is_main_process:
         if run.is_run() and not resuming:
-            run.clear()
-        try:
-            run.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=run.root):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"the run's folder {run.root} cannot be written: {error.strerror}"
-            ) from error
+            _make_empty(run)
+        claim_folder(run.root, "run", run.written())
     accelerator.wait_for_everyone()
 
 
+def _make_empty(run: RunDir) -> None:
+    """Delete the run in the folder. The marker has it finished if this process dies on the way."""
+    write_marker(run.root, Marker("run", emptying=True))
+    run.clear()
+    write_marker(run.root, Marker("run"))
+
+
 def write_records(parts: Parts, run: RunDir) -> None:
-    """Write what the run is made of. A resumed run keeps the command that it was started with."""
-    accelerator = parts.accelerator
-    if run.is_run():
+    """Write what the run is made of. A resumed run keeps the command that it was started with.
+
+    A record of an earlier start that is damaged is named in a note, and made again.
+    """
+    accelerator, earlier = parts.accelerator, Environment()
+    if run.config.is_file():
         _say_changes(run, parts.config, parts.display)
+    try:
+        earlier = Environment.read(run)
+    except UserError:
+        parts.display.note(f"{run.environment} is damaged. It is made again")
     write_config(run, dump_config(parts.config))
     record = collect_environment(
         processes=accelerator.num_processes,
@@ -64,11 +120,22 @@ def write_records(parts: Parts, run: RunDir) -> None:
     )
     replace(
         record,
-        command=Environment.read(run).command or record.command,
+        command=earlier.command or record.command,
         model=describe_model(parts.model),
         notes=parts.display.notes,
     ).write(run)
     write_counts(parts, run)
+
+
+def template_date(run: RunDir) -> date | None:
+    """Return the day that the chat template of `run` prints, if it prints one.
+
+    None if the config is damaged: the run's identity then shows whether the day mattered.
+    """
+    try:
+        return load_config(run.config).data.template_date if run.is_run() else None
+    except UserError:
+        return None
 
 
 def write_counts(parts: Parts, run: RunDir) -> None:
@@ -79,6 +146,7 @@ def write_counts(parts: Parts, run: RunDir) -> None:
         train=parts.statistics.as_dict(),
         languages=format.languages if isinstance(format, TranslationFormat) else None,
         validation=None if held_out is None else held_out.statistics.as_dict(),
+        system_prompt=format.common_system_prompt,
     ).write(run)
 
 
@@ -86,8 +154,11 @@ def _say_changes(run: RunDir, config: RunConfig, display: Display) -> None:
     """Note the settings that differ from those that the run was started with."""
     try:
         then = flat_settings(yaml.safe_load(read_config(run)))
-    except yaml.YAMLError as error:
-        raise UserError(f"{run.config} is not valid YAML. Restore it, or remove it") from error
+    except (UserError, yaml.YAMLError, ValueError, RecursionError):
+        then = {"": None}
+    if "" in then:
+        display.note(f"{run.config} is damaged. It is made again")
+        return
     now = flat_settings(yaml.safe_load(dump_config(config)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if changed:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from finetune.config import RunConfig, dump_config
@@ -13,21 +14,23 @@ from finetune.distributed.engines import let_go, prepare, with_whole_model
 from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
-from finetune.recipes.build.material import read_material
+from finetune.recipes.build.material import read_material, with_template_date
 from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run
 from finetune.recipes.train.start import (
     claim,
+    find_start,
     flat_settings,
-    refuse_occupied,
+    hold_folder,
+    template_date,
     write_counts,
     write_records,
 )
 from finetune.run.folder import RunDir, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
-from finetune.training.checkpoint import CheckpointStore, agree_on_checkpoint, find_checkpoint
+from finetune.training.checkpoint import CheckpointStore, find_checkpoint
 from finetune.training.stopping import DivergenceGuard
 from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
 
@@ -54,25 +57,22 @@ def run_training(
     """
     check_optimizer(config.optimizer.name, optimizer_options(config))
     run, display = RunDir(config.output_dir), display or Display()
-    checkpoint = find_checkpoint(resume, run.checkpoints) if resume is not None else None
     accelerator = make_accelerator(config, display)
-    checkpoint = agree_on_checkpoint(checkpoint, accelerator)
-    own = checkpoint is None or checkpoint.parent.resolve() == run.checkpoints.resolve()
-    resuming = resume is not None and own
-    if not dry_run:
-        refuse_occupied(run, config, accelerator, resuming=resuming)
-    with display.warnings():
-        material = read_material(config, display)
-        parts = assemble(material, accelerator=accelerator, display=display)
-        optimizer = make_optimizer(parts.model, config)
-        check_best(
-            config, generation_metrics(config, material.format), material.validation is not None
-        )
-        if dry_run:
-            display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
-            if accelerator.is_main_process:
-                print(dump_config(config), end="")
-            return "finished"
+    if dry_run:
+        if resume is not None:
+            find_checkpoint(resume, run.checkpoints)
+        with display.warnings():
+            parts, _ = _build(config, accelerator, display)
+        display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
+        if accelerator.is_main_process:
+            print(dump_config(config), end="")
+        return "finished"
+    with hold_folder(run, accelerator, display), display.warnings():
+        checkpoint, resuming = find_start(resume, run, config, accelerator, display)
+        if checkpoint is not None:  # the template prints the day of the first start
+            config = with_template_date(config, template_date(RunDir(checkpoint.parents[1])))
+        parts, optimizer = _build(config, accelerator, display)
+        config = parts.config
         if resume is not None and checkpoint is None:
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
         if checkpoint is not None:
@@ -81,6 +81,24 @@ def run_training(
         stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish)
         accelerator.end_training()
     return stopped
+
+
+def _build(
+    config: RunConfig, accelerator: Accelerator, display: Display
+) -> tuple[Parts, torch.optim.Optimizer]:
+    """Return the parts of the run and its optimizer. Raises UserError for any that is wrong."""
+    material = read_material(config, display)
+    parts = assemble(material, accelerator=accelerator, display=display)
+    optimizer = make_optimizer(parts.model, config)
+    metrics = generation_metrics(config, material.format)
+    check_best(config, metrics, material.validation is not None)
+    if material.examples_per_step is not None:
+        display.say(
+            f"{parts.num_steps:,} steps, each of about {material.examples_per_step:,.0f} examples"
+        )
+    for sentence in material.advice():
+        display.note(sentence)
+    return parts, optimizer
 
 
 def _train(
@@ -106,12 +124,15 @@ def _train(
             display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
             if forgotten is not None:
                 display.note(
-                    f"the checkpoint of step {forgotten}, the best so far, is not in "
-                    f"{run.checkpoints}: not counted"
+                    f"the checkpoint of step {forgotten}, the best so far, is missing or damaged "
+                    f"in {run.checkpoints}, and is not counted"
                 )
+        begun = trainer.progress.step if checkpoint is not None else -1
+        # first the checkpoints: a kill must leave none whose steps are not logged
+        trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
+            forget_after(run, begun)
             write_records(parts, run)
-            forget_after(run, trainer.progress.step if checkpoint is not None else -1)
         on_start(live)
         if parts.config.evaluation.before and checkpoint is None:
             trainer.evaluate(0)

@@ -1,0 +1,296 @@
+"""The messages of a record, in the shapes that people keep them in, as a chat template reads them.
+
+A message has role and content (OpenAI) or from and value (ShareGPT). All that it also says is kept
+for the template under one name: thoughts as `reasoning_content`, calls as `tool_calls`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from finetune.data.types import Message
+from finetune.errors import UserError
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+"""Name of a role -> what templates call it."""
+
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+SWITCHES = ("weight", "train", "training", "train_on_turn", "loss", "loss_mask")
+"""Keys that say whether an answer is learnt."""
+
+_SPOKEN = ("role", "from", "content", "value", "function_call", *THOUGHTS, *SWITCHES)
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_messages(value: object) -> tuple[list[Message], set[int]]:
+    """Return messages in OpenAI's or ShareGPT's shape, and the places of answers not to learn.
+
+    Raises UserError for anything else.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"a conversation is a list of messages, not {value!r:.80}")
+    messages, muted = [], set()
+    for number, item in enumerate(value, start=1):
+        if not isinstance(item, Mapping):
+            raise UserError(
+                f"message {number} must be an object with role and content, not {item!r:.80}"
+            )
+        message = _message(item, number)
+        messages.append(message)
+        if not _is_learnt(item, message["role"], number):
+            muted.add(number - 1)
+    return messages, muted
+
+
+def _message(item: Mapping[str, object], number: int) -> Message:
+    given = _one_of(item, ("role", "from"), number)
+    role = given.lower() if isinstance(given, str) else given
+    if not isinstance(role, str) or role not in ROLES:
+        raise UserError(
+            f"message {number} has the unknown role {given!r}; known are {', '.join(ROLES)}"
+        )
+    content = _one_of(item, ("content", "value"), number)
+    message: Message = {"role": ROLES[role]}
+    calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
+    if role == "function_call":
+        calls, content = [_from_json(content, f"the call in message {number}")], ""
+        calls = calls[0] if isinstance(calls[0], list) else calls
+    if calls and content is None:
+        content = ""
+    message["content"] = _text(content, number, role)
+    thoughts = _one_of(item, THOUGHTS, number)
+    if thoughts:
+        message["reasoning_content"] = thoughts
+    if calls:
+        message["tool_calls"] = read_calls(calls, f"message {number}")
+    message |= {
+        key: value
+        for key, value in item.items()
+        if key not in _SPOKEN and key != "tool_calls" and value not in (None, "", [], {})
+    }
+    return message
+
+
+def _one_of(item: Mapping[str, object], keys: Sequence[str], number: int) -> object:
+    """Return the value under the one of `keys` that the message has, or None."""
+    given = {key: item[key] for key in keys if item.get(key) is not None}
+    values = list(given.values())
+    if any(value != values[0] for value in values):
+        raise UserError(
+            f"message {number} has {' and '.join(given)}, which differ. Keep one of them"
+        )
+    return values[0] if values else None
+
+
+def _text(content: object, number: int, role: str) -> str:
+    """Return the content as text. A list of parts of text is joined; a tool may answer in JSON."""
+    if isinstance(content, list | tuple) and content:
+        parts = [_part(part, number) for part in content]
+        if None not in parts:
+            return "".join(map(str, parts))
+    if ROLES[role] == "tool" and isinstance(content, dict | list):
+        return json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, str):
+        raise UserError(
+            f"the content of message {number} ({role}) must be text, not {content!r:.80}"
+        )
+    return content
+
+
+def _part(part: object, number: int) -> str | None:
+    """Return the text of a part of the content, or None if it is no part of a known kind.
+
+    Raises UserError for a part that is no text, such as an image.
+    """
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping) or "type" not in part:
+        return None
+    said = {key: value for key, value in part.items() if value is not None}
+    if part["type"] in _TEXT_PARTS and said.keys() == {"type", "text"}:
+        return str(part["text"])
+    raise UserError(
+        f"message {number} has a part of the content that is not text alone: {dict(part)!r:.80}. "
+        "Parts must be like {type: text, text: ...}"
+    )
+
+
+def _is_learnt(item: Mapping[str, object], role: str, number: int) -> bool:
+    """Return whether a message is learnt, as far as it says so. Raises UserError."""
+    switches = {key: item[key] for key in SWITCHES if item.get(key) is not None}
+    for key, value in switches.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(
+                f"{key} of message {number} must be 0 or 1 (false or true), not {value!r:.80}"
+            )
+        if value and role != "assistant":
+            raise UserError(
+                f"message {number} ({role}) has {key}: {value!r}, but only answers can be learnt "
+                "turn by turn. Remove it, or set data.targets to all"
+            )
+    if len({bool(value) for value in switches.values()}) > 1:
+        raise UserError(f"message {number} has {' and '.join(switches)}, which differ. Keep one")
+    return all(switches.values())
+
+
+def read_calls(value: object, where: str) -> list[dict[str, object]]:
+    """Return calls of tools in OpenAI's shape, with arguments as an object.
+
+    An argument that is null is left out: Parquet cannot tell it from one that is missing. Arguments
+    given as a text of JSON keep it. Raises UserError for anything that is no list of calls.
+    """
+    calls = _from_json(value, f"tool_calls of {where}")
+    if not isinstance(calls, list):
+        raise UserError(f"tool_calls of {where} must be a list of calls, not {calls!r:.80}")
+    return [_call(call, f"call {number} of {where}") for number, call in enumerate(calls, start=1)]
+
+
+def _call(value: object, where: str) -> dict[str, object]:
+    call = value.get("function") or value if isinstance(value, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise UserError(f"{where} must be like {{name: ..., arguments: ...}}, not {value!r:.80}")
+    given = call.get("arguments", call.get("parameters"))
+    arguments = {} if given is None or given == "" else _from_json(given, f"arguments of {where}")
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"arguments of {where} must be an object, not {given!r:.80}")
+    if not isinstance(given, str):
+        arguments = _object_without_nulls(arguments)
+    outer = {"id": value["id"]} if isinstance(value, Mapping) and value.get("id") else {}
+    return {
+        **outer,
+        "type": "function",
+        "function": {"name": call["name"], "arguments": dict(arguments)},
+    }
+
+
+def read_tools(value: object) -> list[dict[str, object]] | None:
+    """Return the tools of a record as JSON schemas; None if there are none.
+
+    `value` is a list of objects, or the same as a text of JSON. Raises UserError.
+    """
+    tools = _from_json(value, "the column of tools") if value else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(f"tools must be a list of objects, not {tools!r:.80}")
+    return [_object_without_nulls(tool) for tool in tools]
+
+
+def _from_json(value: object, what: str) -> object:
+    if not isinstance(value, str):
+        return list(value) if isinstance(value, tuple) else value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UserError(f"{what} must be JSON, not {value!r:.80} ({error})") from error
+
+
+def _without_nulls(value: object) -> object:
+    if isinstance(value, Mapping):
+        return _object_without_nulls(value)
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _object_without_nulls(value: Mapping[str, object]) -> dict[str, object]:
+    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+
+
+def merge_turns(messages: Sequence[Message], muted: set[int]) -> tuple[list[Message], set[int]]:
+    """Return the messages with turns of one role in a row as one, joined by a blank line.
+
+    `muted` are the places of answers not to learn. Turns that say more than text, a tool's answers,
+    and an answer to learn beside one that is not, stay apart.
+    """
+    merged: list[Message] = []
+    places: set[int] = set()
+    for place, message in enumerate(messages):
+        last = merged[-1] if merged else None
+        is_muted = place in muted
+        if (
+            last is not None
+            and message["role"] == last["role"] != "tool"
+            and message.keys() == last.keys() == {"role", "content"}
+            and is_muted == (len(merged) - 1 in places)
+        ):
+            texts = [text for text in (last["content"], message["content"]) if text.strip()]
+            merged[-1] = {**last, "content": "\n\n".join(texts)}
+            continue
+        if is_muted:
+            places.add(len(merged))
+        merged.append(message)
+    return merged, places
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """Raise UserError unless the messages are in an order that a template can write.
+
+    A system message may come first. Then user and assistant take turns. After an assistant's call
+    come the tool's answers, and then the assistant again. Only a system message or a tool's answer
+    may be empty, and an assistant's content beside a call.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(
+            "the conversation has no assistant turn, so there is nothing to learn from it"
+        )
+    before = None
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if number == 1 and role in ("system", "developer"):
+            continue
+        allowed = _allowed_after(before)
+        if role not in allowed:
+            after = f"after {messages[number - 2]['role']}" if number > 1 else "at the start"
+            raise UserError(
+                f"roles out of order: message {number} is from {role} {after}, but must "
+                f"be from {' or '.join(allowed)}; user and assistant take turns, after an optional "
+                "system message, and a tool answers a call"
+                + (". Set data.merge_turns=true to join them" if _same(message, before) else "")
+            )
+        if role != "tool" and not message["content"].strip() and not message.get("tool_calls"):
+            raise UserError(f"message {number} ({role}) is empty")
+        before = message
+
+
+def _same(message: Message, before: Message | None) -> bool:
+    return before is not None and before["role"] == message["role"]
+
+
+def _allowed_after(message: Message | None) -> tuple[str, ...]:
+    if message is None:
+        return ("user",)
+    if message["role"] == "assistant":
+        return ("tool",) if message.get("tool_calls") else ("user",)
+    return ("assistant", "tool") if message["role"] == "tool" else ("assistant",)
+
+
+def conversation_text(messages: Sequence[Message], tools: Sequence[object] | None = None) -> str:
+    """Return what a person reads of the messages before an answer.
+
+    A single question is itself. Otherwise each message has its role in front.
+    """
+    if len(messages) == 1 and not tools:
+        return str(messages[0]["content"])
+    parts = [f"tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
+    for message in messages:
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in called(message)]
+        said = [message.get("reasoning_content"), message["content"], *calls]
+        parts.append(f"{message['role']}: " + "\n".join(str(part) for part in said if part))
+    return "\n\n".join(parts)
+
+
+def called(message: Message) -> list[dict[str, object]]:
+    """Return the calls of a message, if any."""
+    return list(message.get("tool_calls") or ())

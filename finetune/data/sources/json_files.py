@@ -1,0 +1,135 @@
+"""JSON files: one object a line, or one document with a list of objects.
+
+A record is exactly the object in the file: no type is guessed, and no key is added.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.data.sources.files import BOM, Lines, kind_ending, open_bytes
+from finetune.data.types import Record
+from finetune.errors import UserError
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where a text may have half of a surrogate pair
+
+
+class JsonLines:
+    """A file with one JSON object a line; blank lines are passed over."""
+
+    def records(self, lines: Lines) -> Iterator[tuple[int, Record | str]]:
+        """Yield (line, record), or what is wrong with the line instead of the record."""
+        for line in lines:
+            if text := line.strip().lstrip(BOM):  # files with a mark may have been joined
+                yield lines.number, _read(text)
+
+
+def is_document(file: Path) -> bool:
+    """Return whether a JSON file is one document, and not one object a line."""
+    with open_bytes(file) as stream:
+        texts = (text for line in Lines(file, stream) if (text := line.strip()))
+        first, is_single = next(texts, ""), next(texts, None) is None
+    is_json = kind_ending(file) == ".json"
+    if not first.startswith(("{", "[")):
+        return False
+    try:
+        return isinstance(json.loads(first), list) or (is_json and is_single)
+    except json.JSONDecodeError as error:
+        return first.startswith("[") or is_json or error.pos >= len(first)
+    except (ValueError, RecursionError):
+        return False
+
+
+def document_records(file: Path) -> Iterator[tuple[int, Record | str]]:
+    """Yield (line, record) for a document: a list of objects or of texts, or one object.
+
+    Raises UserError for a document that is neither, or is broken.
+    """
+    with open_bytes(file) as stream:
+        text = "".join(Lines(file, stream)).rstrip()
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} line {error.lineno} is broken JSON: {_problem(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is broken JSON: {_lower(error)}") from error
+    if isinstance(document, dict):
+        _check_single(file, document)
+        yield 1, _read(text)
+        return
+    number, end = 1, text.index("[") + 1
+    decoder = json.JSONDecoder()
+    for item in document:
+        start = _next_item(text, end)
+        number += text.count("\n", end, start)
+        end = decoder.raw_decode(text, start)[1]
+        yield number, {"text": item} if isinstance(item, str) else _read(text[start:end])
+        number += text.count("\n", start, end)
+
+
+def _next_item(text: str, position: int) -> int:
+    """Return where the next item of a list begins, after the comma and the white space."""
+    while text[position] in ", \t\r\n":
+        position += 1
+    return position
+
+
+def _check_single(file: Path, document: dict[str, Any]) -> None:
+    """Raise UserError for an object that holds many records, and is not one record itself."""
+    lists = {key: value for key, value in document.items() if isinstance(value, list) and value}
+    for key, value in lists.items():
+        are_records = all(isinstance(item, dict) for item in value)
+        if are_records and not {"role", "from"} & set(value[0]):
+            raise UserError(
+                f"{file} holds one object with the records in its key {key!r}. Write that list "
+                "alone to the file"
+            )
+    lengths = {len(value) for value in lists.values()}
+    if len(document) > 1 and len(lists) == len(document) and len(lengths) == 1:
+        raise UserError(
+            f"{file} holds one object with a list for each column. Write one object for each record"
+        )
+
+
+def _read(text: str) -> Record | str:
+    """Return the object in the text, or what is wrong with it."""
+    try:
+        value = json.loads(text, object_pairs_hook=_without_twins)
+    except json.JSONDecodeError as error:
+        return f"is broken JSON: {_problem(error)}"
+    except RecursionError:
+        return "is broken JSON: it is nested too deeply"
+    except ValueError as error:
+        return f"is broken JSON: {_lower(error)}"
+    if not isinstance(value, dict):
+        return f"must be a JSON object, such as {{...}}, not {text[:60]!r}"
+    if _HALF.search(text) and not _is_whole(value):
+        return "has half of a surrogate pair, such as \\ud83d, which is no character"
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _problem(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' starting at').lower()} at column {error.colno}"
+
+
+def _lower(error: Exception) -> str:
+    message = str(error)
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,201 @@
+"""CSV and TSV files: how one is laid out, and its rows.
+
+Every value is the text in the file. CSV is read as RFC 4180 has it, with commas, semicolons, tabs
+or bars. In TSV a quotation mark is plain text, unless the whole file is exactly what a program
+writes that puts fields in quotation marks.
+"""
+
+import csv
+import io
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.data.sources.files import Lines, open_bytes, without_end
+from finetune.errors import UserError
+
+_SEPARATORS = {"csv": ",;\t|", "tsv": "\t,;|"}  # tried in this order
+_NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+_SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?')  # Excel's own first line
+_CR = "\ufdd0"  # in place of a lone \r, which the csv module would take for the end of a row
+
+
+@dataclass(frozen=True)
+class TableLayout:
+    """How the rows of a file are read: the names of its columns, and what separates fields."""
+
+    file: Path
+    columns: tuple[str, ...]
+    separator: str
+    quoted: bool
+
+    def records(self, lines: Lines) -> Iterator[tuple[int, dict[str, str] | str]]:
+        """Yield (line, row) for what follows; at the start of the file the header is passed over.
+
+        Instead of a row that cannot be used there is what is wrong with it. Raises UserError for
+        quotation marks that do not fit.
+        """
+        rows = _fields(lines, self.separator, quoted=self.quoted)
+        if lines.offset == 0:
+            next(rows, None)
+        for number, fields in rows:
+            if fields == [""] and len(self.columns) > 1 and not self.quoted:
+                continue  # a blank line
+            if len(fields) != len(self.columns):
+                yield number, self._problem(len(fields))
+            elif len(fields) > 1 and tuple(fields) == self.columns:
+                yield number, "repeats the header. Remove the line"
+            else:
+                yield number, dict(zip(self.columns, fields))
+
+    def _problem(self, count: int) -> str:
+        problem = f"has {count} field{'s' * (count != 1)}, but the header has {len(self.columns)}"
+        if count < len(self.columns):
+            return problem
+        name = _NAMES[self.separator]
+        remedy = f"Put fields with {name} in quotation marks" if self.quoted else "Remove the tab"
+        return f"{problem}. {remedy}, or name every field in the header"
+
+
+def read_layout(file: Path, kind: str) -> TableLayout:
+    """Return the layout of a file of the kind "csv" or "tsv"; an empty file has no columns.
+
+    Raises UserError if the header cannot be read, or names a column twice.
+    """
+    with open_bytes(file) as stream:
+        said = _SEPARATOR_LINE.fullmatch(without_end(next(Lines(file, stream), "")))
+    separators = said[1] if said is not None else _SEPARATORS[kind]
+    is_quoted = kind == "csv" or _is_quoted(file)
+    layouts = [(separator, is_quoted or separator != "\t") for separator in separators]
+    separator, quoted = next(
+        (found for found in layouts if _fits(file, *found)),
+        next((found for found in layouts if len(_start(file, *found)[0]) > 1), layouts[0]),
+    )
+    with open_bytes(file) as stream:
+        header = next(_fields(Lines(file, stream), separator, quoted=quoted), (0, []))[1]
+    if any("\r" in name for name in header):
+        raise UserError(
+            f"{file} ends its lines with carriage returns alone. Save it with the line ends of "
+            "Unix or Windows"
+        )
+    columns = [name.strip() or f"column {n}" for n, name in enumerate(header, start=1)]
+    for name in columns:
+        if columns.count(name) > 1:
+            raise UserError(f"{file} names the column {name!r} twice. Rename or remove one of them")
+    return TableLayout(file, tuple(columns), separator, quoted)
+
+
+def _fits(file: Path, separator: str, quoted: bool) -> bool:
+    """Return whether it separates several fields in the header, and as many in the first row."""
+    header, *rows = _start(file, separator, quoted)
+    return len(header) > 1 and all(len(row) == len(header) for row in rows)
+
+
+def _start(file: Path, separator: str, quoted: bool) -> list[list[str]]:
+    """Return the header and the first row, or one empty header if they cannot be read so."""
+    try:
+        with open_bytes(file) as stream:
+            rows = _fields(Lines(file, stream), separator, quoted=quoted)
+            return [fields for _, fields in itertools.islice(rows, 2)] or [[]]
+    except UserError:
+        return [[]]
+
+
+def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields) for the header and each row.
+
+    Blank lines and Excel's line "sep=;" are passed over; without quotation marks a blank line after
+    the header is a row with one empty field.
+    """
+    csv.field_size_limit(sys.maxsize)
+    source = _Protected(lines)
+    is_header = lines.offset == 0
+    rows: Iterator[list[str]] = csv.reader(source, delimiter=separator, strict=True)
+    if not quoted:
+        rows = (without_end(line).split(separator) for line in source)
+    while True:
+        first = lines.number + 1
+        try:
+            fields = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(_quote_problem(f"{lines.file} line {first}", str(error))) from error
+        is_blank = not fields if quoted else is_header and fields == [""]
+        if not is_blank:
+            is_header = False
+            yield first, source.restored(fields)
+
+
+class _Protected(Iterator[str]):
+    """Lines in which a lone \\r has another character in its place, until `restored`."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines, self._replaced, self._genuine = lines, False, False
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        if self._lines.number == 1 and _SEPARATOR_LINE.fullmatch(without_end(line)):
+            line = next(self._lines)
+        body = without_end(line)
+        if "\r" not in body:
+            self._genuine = self._genuine or _CR in body
+            return line
+        self._replaced, self._genuine = True, self._genuine or _CR in body
+        return body.replace("\r", _CR) + line[len(body) :]
+
+    def restored(self, fields: list[str]) -> list[str]:
+        """Return the fields as they are in the file, and forget what was replaced."""
+        replaced, self._replaced = self._replaced, False
+        genuine, self._genuine = self._genuine, False
+        if not replaced:
+            return fields
+        if genuine:
+            raise UserError(
+                f"{self._lines.file} line {self._lines.number} has a carriage return and the "
+                "character U+FDD0 in one row. Remove one of them"
+            )
+        return [field.replace(_CR, "\r") for field in fields]
+
+
+def _quote_problem(where: str, problem: str) -> str:
+    if "end of data" in problem:
+        return f"{where} opens a quotation mark that is never closed. Close it"
+    return f'{where} has a quotation mark within a field in quotation marks. Write it twice: ""'
+
+
+def _is_quoted(file: Path) -> bool:
+    """Return whether a TSV file is exactly what the csv module writes, with fields in quotes."""
+    with open_bytes(file) as stream:
+        if not any(line.startswith('"') or '\t"' in line for line in Lines(file, stream)):
+            return False
+    styles: set[Literal[0, 1]] = {csv.QUOTE_MINIMAL, csv.QUOTE_ALL}
+    with open_bytes(file) as stream:
+        taken: list[str] = []
+        rows = csv.reader(_kept(Lines(file, stream), taken), delimiter="\t", strict=True)
+        try:
+            for fields in rows:
+                text = without_end("".join(taken))
+                taken.clear()
+                styles = {style for style in styles if not text or _written(fields, style) == text}
+                if not styles:
+                    return False
+        except csv.Error:
+            return False
+    return True
+
+
+def _kept(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _written(fields: list[str], style: Literal[0, 1]) -> str:
+    text = io.StringIO()
+    csv.writer(text, delimiter="\t", quoting=style, lineterminator="\r\n").writerow(fields)
+    return text.getvalue().removesuffix("\r\n")

@@ -1,0 +1,134 @@
+"""Lines in are lines out; bytes that are not UTF-8 get a sentence, and control characters show."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import visible
+from finetune.recipes.build.target import stdin_lines
+from tests.cli.conftest import finetune
+
+ESCAPES = "\x1b]0;owned\x07 \x9b2J"
+
+
+@pytest.fixture
+def chat_run(finished: Path, folder: Path) -> Path:
+    """Return the working directory, with a copy of the run on conversations."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return folder
+
+
+class Silent:
+    def say(self, text: str) -> None: ...
+
+
+def read(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    # As in the C locale: bytes that are not UTF-8 are lone surrogates.
+    stream = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="\n")
+    monkeypatch.setattr(sys, "stdin", stream)
+    return list(stdin_lines(Silent(), "a line"))  # type: ignore[arg-type]
+
+
+LINES = {
+    b"one\ntwo\n": ["one", "two"],
+    b"one\r\ntwo\r\n": ["one", "two"],
+    b"one\rand\ntwo": ["one\rand", "two"],
+    b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n": ["one", "\ufefftwo"],
+    b"\n\n one \n\n": ["", "", " one ", ""],
+    b"a\x0bb\x0c\x1cc\xc2\x85d\xe2\x80\xa8e\n": ["a\x0bb\x0c\x1cc\x85d\u2028e"],
+    b"caf\xc3\xa9": ["café"],
+    b"": [],
+}
+
+
+@pytest.mark.parametrize("data", LINES)
+def test_lines_of_stdin_are_those_that_wc_counts(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read(data, monkeypatch) == LINES[data]
+
+
+def program(*arguments: str | bytes, stdin: bytes = b"", **environment: str):
+    """Return the exit code, stdout and stderr of `finetune ARGUMENTS` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", *arguments],
+        input=stdin, capture_output=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONUTF8": "0", **environment},
+    )  # fmt: skip
+    return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode()
+
+
+def run(name: str, *arguments: str | bytes) -> tuple[str | bytes, ...]:
+    return (name, "run", *arguments)
+
+
+NOT_UTF8 = {
+    "generate": (run("generate"), b"one\ncaf\xe9\n"),
+    "generate, an argument": (run("generate", "--prompt", b"caf\xe9"), b""),
+    "translate, an argument": (run("translate", "--from", "en", "--to", "fr", b"caf\xe9"), b""),
+}
+
+
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("case", NOT_UTF8)
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_bytes_that_are_not_utf8_are_refused_in_a_sentence(
+    case: str, locale: str, chat_run: Path
+) -> None:
+    arguments, stdin = NOT_UTF8[case]
+    code, _, err = program(*arguments, stdin=stdin, LC_ALL=locale)
+    assert code == 2, err
+    assert "is not UTF-8 text" in err
+    assert "Traceback" not in err
+    assert ("line 2 of stdin" in err) == bool(stdin)
+
+
+@pytest.mark.slow  # a process each
+def test_a_question_that_is_not_utf8_is_passed_over(chat_run: Path) -> None:
+    code, _, err = program("chat", "run", stdin=b"caf\xe9\n", LC_ALL="C")
+    assert code == 0, err
+    assert "the question is not UTF-8 text" in err
+
+
+@pytest.mark.slow  # a process each
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_is_not_utf8_gets_escapes(encoding: str, chat_run: Path) -> None:
+    asked = "Hello ☃ 🙂"
+    arguments = ("generate", "run", "--raw", "--prompt", asked, "--json")
+    code, out, err = program(*arguments, PYTHONIOENCODING=encoding, LC_ALL="C.UTF-8")
+    assert code == 0, err
+    assert json.loads(out)["prompt"] == asked
+    code, out, err = program("inspect", "c.yaml", PYTHONIOENCODING=encoding, LC_ALL="C.UTF-8")
+    assert code == 0, err
+    assert r"\u27e6" in out
+
+
+def test_blank_lines_of_stdin_keep_their_place(chat_run: Path) -> None:
+    result = finetune("generate", "run", "--raw", "--json", stdin="one\n\n  \ntwo\n")
+    assert result.code == 0, result.err
+    answers = [json.loads(line) for line in result.out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["one", "", "  ", "two"]
+    assert [answer["answer"] for answer in answers][1:3] == ["", ""]
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    assert visible(ESCAPES + "\n\ta\r") == "\\x1b]0;owned\\x07 \\x9b2J\n\ta\\x0d"
+    assert visible("café 日本 🙂 \u2028") == "café 日本 🙂 \u2028"
+
+
+def test_an_error_is_one_line_without_control_characters(folder: Path) -> None:
+    (folder / "a.jsonl").write_text(json.dumps({f"x{ESCAPES}\nfinetune: all is well": "a"}) + "\n")
+    (folder / "c.yaml").write_text(
+        "{output_dir: run, model: {config: {model_type: llama}}, data: {train: a.jsonl}}"
+    )
+    result = finetune("train", "c.yaml")
+    assert result.code == 2
+    assert [line for line in result.err.splitlines() if line.startswith("finetune: all")] == []
+    assert "\x1b" not in result.err
+    assert "\x9b" not in result.err

@@ -1,0 +1,413 @@
+"""What a chat record also says: learnt as Qwen3's template writes it, or refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune.data.formats.chat import ChatFormat
+from finetune.data.formats.detect import build_format
+from finetune.data.formats.rendering import TemplateSettings
+from finetune.data.types import IGNORE_INDEX
+from finetune.errors import UserError
+from finetune.models.tokenizers import set_template
+from tests.vocabularies import real_tokenizer
+
+from . import stock
+from .settings import format_options
+from .stock import MakeTokenizer
+
+Case = dict[str, Any]
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+WRITTEN_CALL = (
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+)
+NO_THOUGHT, END = "<think>\n\n</think>\n\n", "<|im_end|>"
+
+
+def user(text: str = "2+2?", **more: Any) -> Case:
+    return {"role": "user", "content": text, **more}
+
+
+def answer(text: str | None = "4", **more: Any) -> Case:
+    return {"role": "assistant", "content": text, **more}
+
+
+def chat(*messages: Case, **columns: Any) -> Case:
+    return {"messages": list(messages), **columns}
+
+
+THOUGHT = "<think>\nTwo and two make four.\n</think>\n\n4<|im_end|>"
+TOOL_TURNS = [
+    user("Weather in Oslo?"),
+    answer(None, tool_calls=[CALL]),
+    {"role": "tool", "content": "5C"},
+    answer("5 degrees."),
+]
+
+LEARNT: dict[str, tuple[Case, list[str], list[str]]] = {
+    # record -> what is learnt of it, and what else is in its text
+    "reasoning_content": (
+        chat(user(), answer(reasoning_content="Two and two make four.")),
+        [THOUGHT],
+        [],
+    ),
+    "thinking": (chat(user(), answer(thinking="Two and two make four.")), [THOUGHT], []),
+    "reasoning": (chat(user(), answer(reasoning="Two and two make four.")), [THOUGHT], []),
+    "content and a call": (
+        chat(user("Weather?"), answer("I look it up.", tool_calls=[CALL]), tools=[WEATHER]),
+        [NO_THOUGHT + "I look it up.\n" + WRITTEN_CALL],
+        ["# Tools", '"Weather of a city"'],
+    ),
+    "tools as text": (
+        chat(user("Hi"), answer("Hello"), tools=json.dumps([WEATHER])),
+        [NO_THOUGHT + "Hello" + END],
+        ["# Tools", '"Weather of a city"'],
+    ),
+    "a call, its answer, and an answer": (
+        chat(*TOOL_TURNS, tools=[WEATHER]),
+        [NO_THOUGHT + WRITTEN_CALL, NO_THOUGHT + "5 degrees." + END],
+        ["<tool_response>\n5C\n</tool_response>"],
+    ),
+    "arguments as text": (
+        chat(
+            user("Weather?"),
+            answer(
+                "", tool_calls=[{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]
+            ),
+        ),
+        [NO_THOUGHT + WRITTEN_CALL],
+        [],
+    ),
+    "nulls that Parquet put beside the arguments": (
+        chat(
+            user("Weather?"),
+            answer(
+                "", tool_calls=[{"name": "weather", "arguments": {"city": "Oslo", "day": None}}]
+            ),
+        ),
+        [NO_THOUGHT + WRITTEN_CALL],
+        [],
+    ),
+    "the old function_call": (
+        chat(
+            user("W?"),
+            answer(None, function_call={"name": "weather", "arguments": '{"city": "Oslo"}'}),
+        ),
+        [NO_THOUGHT + WRITTEN_CALL],
+        [],
+    ),
+    "ShareGPT's function_call and observation": (
+        {
+            "conversations": [
+                {"from": "human", "value": "W?"},
+                {
+                    "from": "function_call",
+                    "value": '{"name": "weather", "arguments": {"city": "Oslo"}}',
+                },
+                {"from": "observation", "value": "5C"},
+                {"from": "gpt", "value": "5 degrees."},
+            ]
+        },
+        [NO_THOUGHT + WRITTEN_CALL, NO_THOUGHT + "5 degrees." + END],
+        ["<tool_response>\n5C\n</tool_response>"],
+    ),
+    "a column system": (
+        {
+            "system": "Answer like a pirate.",
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Arr!"}],
+        },
+        [NO_THOUGHT + "Arr!" + END],
+        ["<|im_start|>system\nAnswer like a pirate.<|im_end|>"],
+    ),
+    "columns system and history": (
+        {
+            "instruction": "And 3+3?",
+            "input": "",
+            "output": "6",
+            "system": "Be terse.",
+            "history": [["2+2?", "4"]],
+        },
+        ["4" + END + NO_THOUGHT + "6" + END, NO_THOUGHT + "4" + END],
+        ["system\nBe terse.<", "user\n2+2?<"],
+    ),
+    "system with prompt and completion": (
+        {"system": "Be terse.", "prompt": "3+3?", "completion": "6"},
+        [NO_THOUGHT + "6" + END],
+        ["system\nBe terse.<"],
+    ),
+    "a turn of weight 0": (
+        chat(user(), answer("5", weight=0), user("wrong"), answer("4", weight=1)),
+        [NO_THOUGHT + "4" + END],
+        ["assistant\n5<", "user\nwrong<"],
+    ),
+    "a turn with train: false": (
+        chat(user(), answer("5", train=False), user("wrong"), answer("4", train=True)),
+        [NO_THOUGHT + "4" + END],
+        ["assistant\n5<"],
+    ),
+    "thinking switched off": (
+        chat(user(), answer(), chat_template_kwargs={"enable_thinking": False}),
+        ["4" + END],
+        ["assistant\n<think>\n\n</think>\n\n4<"],
+    ),
+    "a developer": (
+        chat({"role": "developer", "content": "terse"}, user(), answer()),
+        [NO_THOUGHT + "4" + END],
+        ["system\nterse<"],
+    ),
+    "capitals": (
+        chat({"role": "User", "content": "2+2?"}, {"role": "Assistant", "content": "4"}),
+        [NO_THOUGHT + "4" + END],
+        ["user\n2+2?<"],
+    ),
+    "parts of text": (
+        chat(
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "c"}, {"type": "text", "text": "?"}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "d"}]},
+        ),
+        [NO_THOUGHT + "d" + END],
+        ["user\nc?<"],
+    ),
+    "nulls of other records": (
+        chat(
+            user(weight=None, name=None),
+            answer(tool_calls=None, reasoning_content=None),
+            tools=None,
+        ),
+        [NO_THOUGHT + "4" + END],
+        [],
+    ),
+    "a tool that answers in JSON": (
+        chat(*TOOL_TURNS[:2], {"role": "tool", "content": {"temp": 5}}, TOOL_TURNS[3]),
+        [NO_THOUGHT + WRITTEN_CALL, NO_THOUGHT + "5 degrees." + END],
+        ['<tool_response>\n{"temp": 5}\n</tool_response>'],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> Any:
+    tokenizer = real_tokenizer("qwen3")
+    set_template(tokenizer)
+    return tokenizer
+
+
+def detected(tokenizer: Any, record: Case, **options: Any) -> ChatFormat:
+    format = build_format(
+        "auto", format_options(**options), tokenizer=tokenizer, first_record=record
+    )
+    assert isinstance(format, ChatFormat)
+    return format
+
+
+def learnt(format: ChatFormat, record: Case) -> tuple[list[str], list[str]]:
+    """Return what is learnt of each example, and the whole text of each."""
+    decode, examples = format.template.tokenizer.decode, format.examples(record)
+    targets = [[label for label in e.labels if label != IGNORE_INDEX] for e in examples]
+    return list(map(decode, targets)), [decode(list(e.input_ids)) for e in examples]
+
+
+@pytest.mark.parametrize("case", LEARNT)
+def test_what_a_record_says_is_learnt(case: str, qwen3: Any) -> None:
+    record, expected, beside = LEARNT[case]
+    format = detected(qwen3, record)
+    targets, texts = learnt(format, record)
+    if case == "columns system and history":  # Qwen3 writes the first answer otherwise
+        expected = [NO_THOUGHT + "4" + END, NO_THOUGHT + "6" + END]
+    assert targets == expected
+    assert [text for text in beside if text not in texts[-1]] == []
+    assert format.notes() == []
+
+
+def with_call(**call: Any) -> Case:
+    return chat(user("Weather?"), answer("", tool_calls=[call]))
+
+
+REFUSED: dict[str, tuple[Case, str]] = {
+    "a weight between": (
+        chat(user(), answer(weight=0.5)),
+        "weight of message 2 must be 0 or 1 (false or true), not 0.5",
+    ),
+    "nothing to learn": (chat(user(), answer(weight=0)), "no answer of the conversation is to be"),
+    "a user's turn to learn": (
+        chat(user(train=True), answer()),
+        "message 1 (user) has train: True, but only answers can be learnt",
+    ),
+    "switches that differ": (
+        chat(user(), answer(train=True, weight=0)),
+        "message 2 has weight and train, which differ",
+    ),
+    "another switch": (
+        chat(user(), answer(prefix=True)),
+        "does not write 'prefix' of message 2 (assistant), so it would not be learnt",
+    ),
+    "a structure": (chat(user(), answer(audio={"id": "a"})), "does not write 'audio' of message 2"),
+    "an option that does nothing": (
+        chat(user(), answer(), chat_template_kwargs={"enable_thinkin": False}),
+        "does not use 'enable_thinkin' of chat_template_kwargs",
+    ),
+    "an image": (
+        chat({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, answer()),
+        "message 1 has a part of the content that is not text alone",
+    ),
+    "two systems": (
+        chat({"role": "system", "content": "a"}, user(), answer(), system="b"),
+        "a column and a message with a system prompt",
+    ),
+    "a history of texts": (
+        {"instruction": "a", "output": "b", "history": ["c", "d"]},
+        "history must be a list of pairs of question and answer",
+    ),
+    "arguments that are no JSON": (
+        with_call(name="weather", arguments="{city"),
+        "arguments of call 1 of message 2 must be JSON",
+    ),
+    "arguments that are a list": (
+        with_call(name="weather", arguments=["Oslo"]),
+        "arguments of call 1 of message 2 must be an object",
+    ),
+    "a call without a name": (with_call(arguments={}), "call 1 of message 2 must be like {name"),
+    "tools that are no list": (
+        chat(user(), answer(), tools="weather"),
+        "the column of tools must be",
+    ),
+    "a tool without a call": (
+        chat(user(), {"role": "tool", "content": "5C"}, answer()),
+        "message 2 is from tool after user, but must be from assistant",
+    ),
+    "a call without its answer": (
+        chat(*TOOL_TURNS[:2], user("And?"), answer("x")),
+        "message 3 is from user after assistant, but must be from tool",
+    ),
+    "content and value that differ": (
+        chat(user(), {"role": "assistant", "content": "a", "value": "b"}),
+        "message 2 has content and value, which differ",
+    ),
+    "content null without a call": (chat(user(), answer(None)), "must be text, not None"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_learnt_is_refused(case: str, qwen3: Any) -> None:
+    record, expected = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        detected(qwen3, record).examples(record)
+    assert expected in str(caught.value)
+
+
+LEFT_OUT: dict[str, tuple[Case, str]] = {
+    "thoughts": (
+        chat(user(), answer(reasoning_content="Hm.")),
+        "does not write 'reasoning_content'",
+    ),
+    "calls": (
+        chat(user(), answer("Wait.", tool_calls=[CALL])),
+        "does not write 'tool_calls' of message 2 (assistant)",
+    ),
+    "tools": (chat(user(), answer(), tools=[WEATHER]), "does not write tools"),
+    "options": (
+        chat(user(), answer(), chat_template_kwargs={"enable_thinking": False}),
+        "does not use 'enable_thinking'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_a_template_leaves_out_is_refused(case: str, make_tokenizer: MakeTokenizer) -> None:
+    record, expected = LEFT_OUT[case]
+    with pytest.raises(UserError) as caught:
+        detected(make_tokenizer(), record).examples(record)
+    assert expected in str(caught.value)
+
+
+def test_a_role_that_a_template_leaves_out_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(
+        stock.CHATML.replace("messages %}", "messages if m.role != 'system' %}")
+    )
+    record = chat({"role": "system", "content": "Be brief."}, user(), answer())
+    with pytest.raises(UserError, match="leaves out messages of the role system"):
+        detected(tokenizer, record).examples(record)
+
+
+def test_thoughts_in_the_content_that_a_template_drops_are_refused(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(stock.THOUGHTS_DROPPED)
+    record = chat(user(), answer("<think>\nTwo and two.\n</think>\n\n4"))
+    with pytest.raises(UserError, match="leaves out the thoughts of an answer, 'Two and two"):
+        detected(tokenizer, record).examples(record)
+    assert learnt(detected(tokenizer, record), chat(user(), answer()))[0] == ["4" + END]
+
+
+def test_columns_and_keys_that_are_not_used_are_noted(qwen3: Any) -> None:
+    record = chat(user(name="Bob"), answer(id=3), user("Bye"), source="web", empty="", tools=[])
+    format = detected(qwen3, record)
+    for _ in range(2):
+        format.examples(record)
+    format.prompts(record)
+    assert format.notes() == [
+        "not used: 'id' of messages (2 records)",
+        "not used: 'name' of messages (2 records)",
+        "not used: messages after the last answer (2 records)",
+        "not used: the column 'source' (2 records)",
+    ]
+
+
+def test_columns_of_other_names(qwen3: Any) -> None:
+    record = {"q": "2+2?", "a": "4", "rule": "Be terse.", "functions": [WEATHER]}
+    columns = {"prompt": "q", "completion": "a", "system": "rule", "tools": "functions"}
+    format = detected(qwen3, record, columns=columns)
+    _, [text] = learnt(format, record)
+    assert "Be terse.\n\n# Tools" in text
+    assert format.notes() == []
+
+
+def test_options_of_the_run_are_those_of_every_record(qwen3: Any) -> None:
+    record = chat(user(), answer())
+    settings = TemplateSettings(options={"enable_thinking": False})
+    assert learnt(detected(qwen3, record, settings=settings), record)[0] == ["4" + END]
+
+
+def test_a_switched_off_turn_is_left_out_of_all_targets(make_tokenizer: MakeTokenizer) -> None:
+    record = chat(user("a"), answer("b", weight=0), user("c"), answer("d"))
+    format = detected(make_tokenizer(), record, targets="all")
+    [targets], [text] = learnt(format, record)
+    assert "assistant\nb<|im_end|>" in text
+    assert "assistant\n\n<|im_start|>user\nc" in targets
+
+
+def test_a_prompt_shows_the_conversation_and_holds_the_calls_of_the_reference(qwen3: Any) -> None:
+    record = chat({"role": "system", "content": "Be brief."}, *TOOL_TURNS[:2], tools=[WEATHER])
+    [prompt] = detected(qwen3, record).prompts(record)
+    assert prompt.text == (
+        f"tools: {json.dumps([WEATHER])}\n\nsystem: Be brief.\n\nuser: Weather in Oslo?"
+    )
+    assert prompt.reference == (NO_THOUGHT + WRITTEN_CALL.removesuffix(END)).strip()
+    assert prompt.tool_calls == ({"name": "weather", "arguments": {"city": "Oslo"}},)
+
+
+def test_each_call_is_asked_for_and_the_last_answer(qwen3: Any) -> None:
+    record = chat(*TOOL_TURNS, tools=[WEATHER])
+    call, last = detected(qwen3, record).prompts(record)
+    assert [len(prompt.tool_calls) for prompt in (call, last)] == [1, 0]
+    assert last.text.endswith(
+        'assistant: {"name": "weather", "arguments": {"city": "Oslo"}}\n\ntool: 5C'
+    )
+    assert last.reference == NO_THOUGHT + "5 degrees."
+
+
+def test_there_was_something_to_check() -> None:
+    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (21, 18, 4)

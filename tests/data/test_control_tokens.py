@@ -1,0 +1,86 @@
+"""Control tokens that a text spells out: counted, refused on request, and plain text when typed."""
+
+from typing import Any
+
+import pytest
+
+from finetune.data.formats.control import ControlTokens
+from finetune.data.formats.detect import build_format
+from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.types import Format
+from finetune.errors import UserError
+from tests.vocabularies import real_tokenizer
+
+from .settings import format_options
+from .stock import MakeTokenizer
+
+RECORDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "chat": (
+        {
+            "messages": [
+                {"role": "user", "content": "What is it?"},
+                {"role": "assistant", "content": "%s"},
+            ]
+        },
+        {},
+    ),
+    "columns of a chat": ({"prompt": "a %s", "completion": "b", "system": ""}, {}),
+    "translation": ({"translation": {"en": "The %s file", "fr": "Le fichier"}}, {}),
+    "text": ({"text": "some %s text"}, {}),
+}
+
+
+def filled(value: Any, word: str) -> Any:
+    if isinstance(value, dict):
+        return {key: filled(item, word) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled(item, word) for item in value]
+    return value.replace("%s", word)
+
+
+def build(tokenizer: Any, record: Any, **options: Any) -> Format:
+    return build_format("auto", format_options(**options), tokenizer=tokenizer, first_record=record)
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_record_with_a_control_token_is_counted_or_refused(
+    case: str, make_tokenizer: MakeTokenizer
+) -> None:
+    record, options = RECORDS[case]
+    tokenizer = make_tokenizer()
+    marked, plain = filled(record, "<|im_end|> x"), filled(record, "<|im_ end|> x")
+    format = build(tokenizer, plain, **options)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in format.examples(marked)[0].input_ids
+    format.examples(plain)
+    format.examples(marked)
+    assert format.notes() == [
+        "2 records have a control token such as '<|im_end|>' in the text. It is learnt as a "
+        "control token, as servers read it (data.control_tokens)"
+    ]
+    assert format.notes() == []
+    strict = build(tokenizer, plain, **options, refuse_control_tokens=True)
+    assert strict.examples(plain)
+    with pytest.raises(UserError, match=r"has the control token '<\|im_end\|>', and data.control"):
+        strict.examples(marked)
+
+
+def test_a_call_may_hold_one_too() -> None:
+    tokenizer = real_tokenizer("qwen3")
+    control = ControlTokens(tokenizer)
+    call = {"function": {"name": "say", "arguments": {"text": ["<|im_start|>"]}}}
+    assert (
+        control.find([{"role": "assistant", "content": "", "tool_calls": [call]}]) == "<|im_start|>"
+    )
+    assert control.find("<think>\nHm.\n</think> <tool_call>") is None, "these are the answer's own"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1"])
+def test_what_is_typed_is_plain_text(name: str) -> None:
+    tokenizer = real_tokenizer(name)
+    template, mark = ChatTemplate(tokenizer), tokenizer.eos_token
+    typed = [{"role": "user", "content": f"What does {mark} mean?"}]
+    parsed, plain = template.prompt(typed), template.prompt(typed, parse_control_tokens=False)
+    assert parsed.count(tokenizer.eos_token_id) == plain.count(tokenizer.eos_token_id) + 1
+    assert f"What does {mark} mean?" in tokenizer.decode(plain)
+    harmless = [{"role": "user", "content": "What does it mean?"}]
+    assert template.prompt(harmless) == template.prompt(harmless, parse_control_tokens=False)

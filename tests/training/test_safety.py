@@ -1,0 +1,336 @@
+"""A run loses nothing of anyone's, notices what is damaged, and stays what it is when resumed."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config.loading import make_config
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.train.evaluations import RunEvaluations
+from finetune.recipes.train.train import run_training
+from finetune.run.claim import write_marker
+from finetune.run.folder import RunDir, checkpoint_path, complete_steps, newest_checkpoint
+from finetune.run.log import MetricLogger
+from finetune.run.marker import Marker
+from finetune.training.checkpoint import damage_of
+from tests.training.kills import kept
+
+
+def train(tree, **options):
+    display = Display(enabled=False)
+    return run_training(make_config(tree), display=display, **options), display.notes
+
+
+def steps_of(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def tree(tiny, tmp_path, monkeypatch):
+    """A run of four steps, each saved and evaluated. The working directory is that of the run."""
+    monkeypatch.chdir(tmp_path)
+    return tiny(
+        training={"max_steps": 4},
+        checkpoint={"every": 1, "keep": 4},
+        evaluation={"every": 1, "before": True},
+    )
+
+
+# What is not the run's
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("name", ["config.yaml", "data.json", "checkpoints/a.bin", "model/a.bin"])
+def test_files_of_someone_else_are_not_replaced(tree, tmp_path, name, overwrite, resume):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("# my own\n")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"{name.split('/')[0]} would be replaced, and finetune "):
+        train({**tree, "output_dir": ".", "overwrite_output_dir": overwrite}, resume=resume)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_a_run_does_not_replace_what_it_reads(tree, tmp_path, chat_file, key):
+    train({**tree, "training": {**tree["training"], "max_steps": 1}})
+    run = tmp_path / "run"
+    if key == "model":
+        changed = {"model": {"name": str(run / "model")}}
+    else:
+        shutil.copy(chat_file, run / "samples.jsonl")
+        changed = {"data": {**tree["data"], "train": "run/samples.jsonl"}}
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"(model.name|data.train) is .*, and the run writes its o"):
+        train({**tree, **changed, "overwrite_output_dir": True})
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_deletes_what_the_run_wrote_and_no_more(tree, tmp_path):
+    train(tree)
+    run = RunDir(tmp_path / "run")
+    mine = [run.root / "notes.txt", run.checkpoints / "a.bin", run.checkpoints / "step-00000004/a"]
+    for path in mine:
+        path.write_text("mine")
+    train({**tree, "training": {**tree["training"], "max_steps": 2}, "overwrite_output_dir": True})
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert steps_of(run.root) == [1, 2]
+    assert complete_steps(run.checkpoints) == [1, 2]
+    (run.model / "model.gguf").write_text("mine")
+    with pytest.raises(UserError, match=r"model/model\.gguf would be deleted with the model"):
+        train(tree, resume="auto")
+    assert complete_steps(run.checkpoints) == [1, 2]
+
+
+def test_a_file_in_the_way_of_a_checkpoint_is_kept(tree, tmp_path):
+    write_marker(tmp_path / "run", Marker("run"))
+    mine = checkpoint_path(tmp_path / "run" / "checkpoints", 2) / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    train(tree)
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [1, 2, 3, 4]
+    assert (mine.parent.with_name("step-00000002.other1") / "mine").read_text() == "mine"
+
+
+def test_a_deletion_that_was_killed_is_finished_before_the_run_is_resumed(tree, tmp_path):
+    """Else the checkpoints that were not deleted yet would be continued."""
+    train({**tree, "output_dir": "whole"})
+    other = {**tree, "optimizer": {"lr": 1e-4}}
+    train(other)
+    run = RunDir(tmp_path / "run")
+    write_marker(run.root, Marker("run", emptying=True))
+    run.config.unlink()
+    train(tree, resume="auto")
+    assert kept(run.root) == kept(tmp_path / "whole")
+
+
+def test_a_second_run_is_kept_out_and_the_first_is_not_harmed(tree, tmp_path):
+    train({**tree, "output_dir": "whole"})
+    said = []
+
+    def start_another(live):
+        for resume in (None, "auto"):
+            with pytest.raises(UserError) as error:
+                train(tree, resume=resume)
+            said.append(str(error.value))
+
+    train(tree, on_start=start_another)
+    assert len(said) == 2
+    assert all("run is in use by process" in message for message in said)
+    assert kept(tmp_path / "run") == kept(tmp_path / "whole")
+
+
+# What is damaged
+
+
+class Killed(BaseException):
+    """An exception that nothing catches."""
+
+
+@pytest.fixture
+def half(tree, tmp_path, monkeypatch):
+    """Return the folder of a run that was killed after step 4 was logged, and its notes."""
+    train({**tree, "output_dir": "whole"})
+    log = MetricLogger.log
+
+    def log_and_die(self, record):
+        log(self, record)
+        if record.step == 4:
+            raise Killed
+
+    monkeypatch.setattr(MetricLogger, "log", log_and_die)
+    with pytest.raises(Killed):
+        train(tree)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+def turn_a_bit(path: Path, seed: int) -> None:
+    data, draw = bytearray(path.read_bytes()), random.Random(seed)
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "garbage": lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
+    **{f"bit {seed}": lambda path, seed=seed: turn_a_bit(path, seed) for seed in range(5)},
+}
+
+
+@pytest.mark.parametrize("name", ["model.pt", "optimizer.pt", "training.pt", "complete.json"])
+def test_every_damage_of_a_checkpoint_is_seen(half, name):
+    newest = newest_checkpoint(half / "checkpoints")
+    assert damage_of(newest) is None
+    for number, (kind, damage) in enumerate(DAMAGES.items()):
+        copy = newest.with_name(f"copy{number}")
+        shutil.copytree(newest, copy)
+        damage(copy / name)
+        found = damage_of(copy)
+        # a bit of the mark that says nothing, such as a space, is no damage
+        assert found is not None or (name == "complete.json" and kind.startswith("bit")), kind
+
+
+@pytest.mark.parametrize("name", ["model.pt", "complete.json"])
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(tree, half, tmp_path, name):
+    DAMAGES["garbage"](checkpoint_path(half / "checkpoints", 3) / name)
+    _, notes = train(tree, resume="auto")
+    (note,) = [note for note in notes if "is damaged" in note]
+    assert "checkpoints/step-00000003 is damaged: " in note
+    assert name in note
+    assert steps_of(half) == [1, 2, 3, 4]
+    found, wanted = kept(half), kept(tmp_path / "whole")
+    if name == "complete.json":  # without a mark it is not known what in the folder is ours
+        aside = "checkpoints/step-00000003.other1"
+        assert aside in found.pop("names")
+        wanted.pop("names")
+        found = {key: value for key, value in found.items() if not key.startswith(aside)}
+    assert found == wanted
+
+
+def test_if_every_checkpoint_is_damaged_the_run_begins_again(tree, half, tmp_path):
+    for step in complete_steps(half / "checkpoints"):
+        turn_a_bit(checkpoint_path(half / "checkpoints", step) / "optimizer.pt", step)
+    _, notes = train(tree, resume="auto")
+    assert len([note for note in notes if "is damaged" in note]) == 3
+    assert kept(half) == kept(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tree, half):
+    asked = checkpoint_path(half / "checkpoints", 2)
+    turn_a_bit(asked / "model.pt", 1)
+    with pytest.raises(UserError, match=r"not a complete checkpoint: model\.pt does not hold what"):
+        train(tree, resume=str(asked))
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_exported(tree, tmp_path, monkeypatch):
+    """The weights of the best evaluation, here the first, are read again at the end."""
+    evaluate = RunEvaluations.__call__
+    monkeypatch.setattr(
+        RunEvaluations, "__call__", lambda self, step: {**evaluate(self, step), "loss": float(step)}
+    )
+
+    def damage_the_best(record):
+        if record.step == 4 and hasattr(record, "loss"):
+            turn_a_bit(checkpoint_path(tmp_path / "run" / "checkpoints", 1) / "model.pt", 3)
+
+    refused = "step-00000001, the best evaluation, is damaged: model.pt"
+    with pytest.raises(UserError, match=refused):
+        train(tree, listener=damage_the_best)
+    assert not (tmp_path / "run" / "model").exists()
+    last = {**tree, "checkpoint": {**tree["checkpoint"], "save_best_model": False}}
+    _, notes = train(last, resume="auto")
+    assert [note for note in notes if "the checkpoint of step 1, the best so far" in note]
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "data:\n  train: a\n  valid", "\xff"])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "evaluation.json"])
+def test_a_damaged_record_is_named_and_made_again(tree, half, tmp_path, name, text):
+    (half / name).write_text(text, encoding="latin-1")
+    stopped, notes = train(tree, resume="auto")
+    assert stopped == "finished"
+    assert [note for note in notes if f"run/{name} is damaged. It is made again" in note]
+    assert kept(half) == kept(tmp_path / "whole")
+
+
+def change_weights(checkpoint: Path, change) -> None:
+    """Change the weights of a checkpoint, and its mark accordingly."""
+    weights = torch.load(checkpoint / "model.pt")
+    change(weights)
+    torch.save(weights, checkpoint / "model.pt")
+    from finetune.training.checkpoint import hash_of
+
+    mark = json.loads((checkpoint / "complete.json").read_text())
+    size = (checkpoint / "model.pt").stat().st_size
+    mark["files"]["model.pt"] = {"bytes": size, "xxh3": hash_of(checkpoint / "model.pt")}
+    (checkpoint / "complete.json").write_text(json.dumps(mark))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda weights: weights.pop(min(weights)), "lacks 1 weights, such as"),
+        (lambda weights: weights.clear(), r"lacks \d+ weights, such as"),
+        (lambda weights: weights.update(other=torch.ones(1)), "has, unlike the model, 1 weights"),
+        (lambda weights: weights.update({min(weights): torch.ones(1)}), "has another shape than"),
+    ],
+    ids=["one is missing", "all are missing", "one more", "another shape"],
+)
+def test_weights_that_are_not_those_of_the_model_are_an_error(tree, half, change, says):
+    change_weights(newest_checkpoint(half / "checkpoints"), change)
+    before = contents(half)
+    with pytest.raises(UserError, match=says):
+        train(tree, resume="auto")
+    assert contents(half) == before
+
+
+# What is over, and what goes back
+
+
+def test_a_finished_run_stays_what_it_is(tree, tmp_path):
+    train(tree)
+    run = tmp_path / "run"
+    summary = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({**summary, "test": {"loss": 1.5}}))
+    before = kept(run)
+    for _ in range(2):
+        assert train(tree, resume="auto")[0] == "finished"
+        assert kept(run) == before
+    longer = {**tree, "training": {**tree["training"], "max_steps": 5}}
+    assert train(longer, resume="auto")[0] == "finished"
+    assert "test" not in json.loads((run / "evaluation.json").read_text())  # of another model
+
+
+def test_a_run_that_stopped_early_stays_what_it_is(tree, tmp_path):
+    evaluation = {**tree["evaluation"], "early_stopping_patience": 2}
+    training = {**tree["training"], "max_steps": 30, "divergence_threshold": 1e9}
+    tree = {**tree, "evaluation": evaluation, "training": training, "optimizer": {"lr": 1.0}}
+    assert train(tree)[0] == "early stopping"
+    run = tmp_path / "run"
+    before, last = kept(run), steps_of(run)[-1]
+    assert train(tree, resume="auto")[0] == "early stopping"
+    assert kept(run) == before
+    patient = {**tree, "evaluation": {**evaluation, "early_stopping_patience": 3}}
+    train(patient, resume="auto")
+    assert steps_of(run)[-1] > last
+
+
+def test_going_back_and_a_kill_before_the_next_checkpoint_leave_no_hole(
+    tree, tmp_path, monkeypatch
+):
+    train(tree)
+    before = kept(tmp_path / "run")
+    early = checkpoint_path(tmp_path / "run" / "checkpoints", 2)
+    log = MetricLogger.log
+
+    def log_and_die(self, record):
+        log(self, record)
+        raise Killed
+
+    monkeypatch.setattr(MetricLogger, "log", log_and_die)
+    with pytest.raises(Killed):
+        train(tree, resume=str(early))
+    monkeypatch.undo()
+    train({**tree, "output_dir": str(tmp_path / "run")}, resume="auto")
+    assert kept(tmp_path / "run") == before
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
