@@ -117,7 +117,7 @@ READS = {
     "neighbours": lambda m: F.normalize(m.emb.weight, dim=1) @ F.normalize(m.emb.weight, dim=1).T,
     "logits": lambda m: F.linear(torch.ones(2, WIDTH, dtype=m.emb.weight.dtype), m.emb.weight),
     "matmul": lambda m: torch.ones(2, WIDTH, dtype=m.emb.weight.dtype) @ m.emb.weight.T,
-    "cdist": lambda m: torch.cdist(m.emb.weight.float(), m.emb.weight[:2].float()),
+    "cdist": lambda m: torch.cdist(m.emb.weight.float(), m.emb.weight[:2].float(), p=1.0),
     "cat": lambda m: torch.cat([m.emb.weight, m.head.weight]),
     "einsum": lambda m: torch.einsum("vd,vd->v", m.emb.weight, m.emb.weight),
     "F.embedding": lambda m: F.embedding(EVERY, m.emb.weight),
