@@ -9,7 +9,8 @@ from finetune.optim import catalogue as catalogue  # fills the registry
 from finetune.optim.factory import build_optimizer, check_optimizer
 from finetune.optim.gradients import clip_grad_norm_
 from finetune.optim.lazy.adamw import LazyAdamW
-from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
+from finetune.optim.lazy.convert import adapt_state, from_adamw_state, to_adamw_state
+from finetune.optim.lazy_path import build_with_lazy_path, why_no_lazy_path
 from finetune.optim.registry import (
     OptimizerInfo,
     list_optimizers,
@@ -18,14 +19,16 @@ from finetune.optim.registry import (
     register_optimizer,
 )
 from finetune.optim.schedules import SCHEDULES, build_lr_scheduler
-from finetune.optim.stamp import options_of
+from finetune.optim.stamp import options_of, rule_of
 
 __all__ = [
     "SCHEDULES",
     "LazyAdamW",
     "OptimizerInfo",
+    "adapt_state",
     "build_lr_scheduler",
     "build_optimizer",
+    "build_with_lazy_path",
     "check_optimizer",
     "clip_grad_norm_",
     "from_adamw_state",
@@ -34,5 +37,7 @@ __all__ = [
     "optimizer_table",
     "options_of",
     "register_optimizer",
+    "rule_of",
     "to_adamw_state",
+    "why_no_lazy_path",
 ]

@@ -86,11 +86,16 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
         group.get(KEY) or (name if _same_rule(ours[0], group) else "another optimizer")
         for group in saved
     }
-    others = {other for other in found if rule_of(other) != rule_of(name)}
-    if others:
+    lags = any("last_step" in entry for entry in state_dict["state"].values())
+    if found != {name}:
         raise UserError(
-            f"the saved optimizer state is of {', '.join(sorted(others))}, but this run "
+            f"the saved optimizer state is of {', '.join(sorted(found - {name}))}, but this run "
             f"uses {name}. Resume with the same optimizer, or start again from the weights alone"
+        )
+    if lags and not hasattr(optimizer, "registered_weights"):
+        raise UserError(
+            "the saved optimizer state has rows of a table that was stepped lazily. Load "
+            "finetune.optim.adapt_state(optimizer, state), after the weights saved with it"
         )
     if [len(group["params"]) for group in ours] != [len(group["params"]) for group in saved]:
         raise UserError(

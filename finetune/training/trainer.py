@@ -23,7 +23,7 @@ from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
 from finetune.errors import UserError
-from finetune.optim import LazyAdamW, options_of
+from finetune.optim import LazyAdamW, adapt_state, options_of
 from finetune.run.files import write_bytes
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
@@ -323,7 +323,8 @@ def restore_checkpoint(
             "optimizer.pt",
             own=lambda place: parameters[place[1]] if place[0] == "state" else None,
         )
-        optimizer.load_state_dict(stored)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        optimizer.load_state_dict(adapt_state(inner, stored))
 
 
 def _check_weights(wanted: Mapping[str, torch.Tensor], stored: object, checkpoint: Path) -> None:

@@ -167,7 +167,7 @@ def test_it_is_refused_or_right(name):
 def test_a_half_that_was_refused_leaves_the_run_as_it_was():
     pairs = twins()
     before = stored(pairs[0][0].emb.weight).clone()
-    with pytest.raises(UserError, match="became torch.float16"):
+    with pytest.raises(UserError, match=r"became torch\.float16"):
         pairs[0][0].emb.half()
     pairs[0][0].emb.float()
     assert pairs[0][0].emb.weight.dtype == torch.float32
