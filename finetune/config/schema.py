@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     ValidationInfo,
     field_validator,
@@ -277,6 +278,9 @@ class OptimizerSection(Plain):
 
     name: str = "lazy_adamw"  # `finetune optimizers` lists them
     lr: Rate = 5e-5  # the highest learning rate, which the schedule multiplies
+    # adamw and adam compute only the rows in use of an untied token table, with the same result.
+    # auto: if the table, betas and options allow it; true: or the run stops; false: never.
+    lazy: Literal["auto"] | StrictBool = "auto"
     # None: the optimizer's own, which is 0.01 for adamw and lazy_adamw.
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # parameters without weight decay

@@ -23,25 +23,29 @@ if TYPE_CHECKING:
     from finetune.optim.factory import build_optimizer, check_optimizer
     from finetune.optim.gradients import clip_grad_norm_
     from finetune.optim.lazy.adamw import LazyAdamW
-    from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
+    from finetune.optim.lazy.convert import adapt_state, from_adamw_state, to_adamw_state
+    from finetune.optim.lazy_path import build_with_lazy_path, why_no_lazy_path
     from finetune.optim.schedules import SCHEDULES, build_lr_scheduler
-    from finetune.optim.stamp import options_of
+    from finetune.optim.stamp import options_of, rule_of
 
 _MODULES = {
     "factory": ("build_optimizer", "check_optimizer"),
     "gradients": ("clip_grad_norm_",),
     "lazy.adamw": ("LazyAdamW",),
-    "lazy.convert": ("from_adamw_state", "to_adamw_state"),
+    "lazy.convert": ("adapt_state", "from_adamw_state", "to_adamw_state"),
+    "lazy_path": ("build_with_lazy_path", "why_no_lazy_path"),
     "schedules": ("SCHEDULES", "build_lr_scheduler"),
-    "stamp": ("options_of",),
+    "stamp": ("options_of", "rule_of"),
 }
 
 __all__ = [
     "SCHEDULES",
     "LazyAdamW",
     "OptimizerInfo",
+    "adapt_state",
     "build_lr_scheduler",
     "build_optimizer",
+    "build_with_lazy_path",
     "check_optimizer",
     "clip_grad_norm_",
     "from_adamw_state",
@@ -50,7 +54,9 @@ __all__ = [
     "optimizer_table",
     "options_of",
     "register_optimizer",
+    "rule_of",
     "to_adamw_state",
+    "why_no_lazy_path",
 ]
 
 

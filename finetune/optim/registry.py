@@ -49,6 +49,7 @@ class OptimizerInfo:
     must_know: ModelKnowledge = "nothing"
     takes_dense: bool = True  # gradients that are not row-sparse
     scale_free: bool = True  # a gradient ten times as large makes the same step, except for eps
+    rule: str = ""  # the optimizer with the same result, whose checkpoints it takes; "": itself
     second_weights: bool = False  # its state holds other weights, which overwrite the parameters'
 
     @property

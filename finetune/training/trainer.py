@@ -23,7 +23,7 @@ from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
 from finetune.errors import Border, UserError
-from finetune.optim import LazyAdamW, options_of
+from finetune.optim import LazyAdamW, adapt_state, options_of
 from finetune.run.files import write_bytes
 from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
@@ -378,6 +378,7 @@ def restore_checkpoint(
             own=lambda place: parameters[place[1]] if place[0] == "state" else None,
         )
         with as_written(checkpoint / "optimizer.pt"):
+            stored = adapt_state(getattr(optimizer, "optimizer", optimizer), stored)
             check_optimizer_state(stored, optimizer.state_dict(), parameters)
         with Border(f"{checkpoint / 'optimizer.pt'} does not fit", do=ANOTHER):
             optimizer.load_state_dict(stored)

@@ -25,6 +25,7 @@ from finetune.models.speed import (
     enable_activation_checkpointing,
 )
 from finetune.models.tokenizers import pad_id
+from finetune.optim import rule_of
 from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
@@ -108,7 +109,7 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
         "the training data": batches.fingerprint,
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),
-        "optimizer.name": config.optimizer.name,
+        "optimizer.name": rule_of(config.optimizer.name),
         "the vocabulary": vocabulary.identity(),
     }
     keeper = VocabularyKeeper(

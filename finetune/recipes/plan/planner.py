@@ -31,6 +31,7 @@ from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.recipes.build.accelerator import resolve_device
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
+from finetune.recipes.build.optimizer import may_be_lazy
 from finetune.recipes.build.parts import count_steps
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.recipes.plan.memory import (
@@ -132,7 +133,7 @@ class Planner:
         apply_vocabulary(vocabulary, model, config, bf16=precision == "bf16")
         with torch.device("meta"):
             model = adapt_model(model, config.model, tokens.added, seed=config.seed)
-        tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
+        tables = row_sparse_embeddings(model) if may_be_lazy(config) else []
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_state_bytes(
             model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows

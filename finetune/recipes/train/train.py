@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 
 from finetune.config import RunConfig, dump_config
@@ -98,7 +98,8 @@ def _build(
     """Return the parts of the run and its optimizer. Raises UserError for any that is wrong."""
     material = read_material(config, display)
     parts = assemble(material, accelerator=accelerator, display=display)
-    optimizer = make_optimizer(parts.model, config)
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    optimizer = make_optimizer(parts.model, config, sharded=sharded, note=display.note)
     metrics = generation_metrics(config, material.format)
     check_best(config, metrics, material.validation is not None)
     if material.examples_per_step is not None:
