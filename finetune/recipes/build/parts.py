@@ -189,8 +189,8 @@ def say_counts(
     limit, said = config.data.max_length, []
     if counts.split:
         display.note(
-            f"{part}: {counts.split:,} texts over {limit:,} tokens were split into several examples "
-            "(data.max_length, data.overlong)"
+            f"{part}: {counts.split:,} texts over {limit:,} tokens were split into several "
+            "examples (data.max_length, data.overlong)"
         )
     if counts.truncated:
         said.append(f"{counts.truncated:,} were cut")
