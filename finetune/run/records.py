@@ -80,7 +80,10 @@ class Environment(JsonRecord):
     precision: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)  # its shape and parameters, counted
+    model: Mapping[str, Any] = field(default_factory=dict)  # name, shape, parameters counted
+    training: Mapping[str, Any] = field(default_factory=dict)  # optimizer and method, in words
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that differ from the defaults
+    peak_memory_gib: float | None = None  # of the main process, at the end
     notes: Sequence[str] = ()  # choices made, things left out
 
 
@@ -183,6 +186,7 @@ class Sample:
     prompt: str
     reference: str
     output: str
+    cut: bool = False  # the answer has all the tokens that it may have
 
 
 def write_config(run: RunDir, text: str) -> None:
@@ -246,7 +250,8 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
     samples: list[Sample] = []
     for line in lines:
         try:
-            values = {item.name: line[item.name] for item in fields(Sample)}
+            values = {item.name: line[item.name] for item in fields(Sample) if item.name != "cut"}
+            values["cut"] = bool(line.get("cut"))
             check_types(Sample, values)
         except (KeyError, TypeError):
             unreadable += 1
