@@ -250,8 +250,8 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
     samples: list[Sample] = []
     for line in lines:
         try:
-            values = {"cut": False, **line}
-            values = {item.name: values[item.name] for item in fields(Sample)}
+            values = {item.name: line[item.name] for item in fields(Sample) if item.name != "cut"}
+            values["cut"] = bool(line.get("cut"))
             check_types(Sample, values)
         except (KeyError, TypeError):
             unreadable += 1

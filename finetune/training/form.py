@@ -3,6 +3,7 @@
 Their hashes say that they are as they were written. They do not say who wrote them.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,27 @@ def check_like(found: object, ours: object, where: str) -> None:
             raise TypeError(f"{where} is not a number of its kind")
         if isinstance(found, int) and not 0 <= found < _LARGEST:
             raise TypeError(f"{where} is {found}")
+
+
+def in_order(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state dict of an optimizer so that equal states become equal bytes.
+
+    The parameters are in their order, also after a state was loaded. Equal texts are one object,
+    which a pickle writes once.
+    """
+    return {
+        **state_dict,
+        "state": _with_shared_texts(dict(sorted(state_dict["state"].items()))),
+        "param_groups": _with_shared_texts(state_dict["param_groups"]),
+    }
+
+
+def _with_shared_texts(tree: Any) -> Any:
+    if isinstance(tree, str):
+        return sys.intern(str(tree))
+    if type(tree) is dict:
+        return {_with_shared_texts(key): _with_shared_texts(tree[key]) for key in tree}
+    return [_with_shared_texts(item) for item in tree] if type(tree) is list else tree
 
 
 def check_optimizer_state(

@@ -29,7 +29,7 @@ from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
 from finetune.training.checkpoint import ANOTHER, CheckpointStore, as_written, damage_of, load
 from finetune.training.clock import Clock
-from finetune.training.form import check_like
+from finetune.training.form import check_like, in_order
 from finetune.training.restore import restore_checkpoint, stored_rows, trainable_state
 from finetune.training.step import StepResult, take_step
 from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
@@ -238,11 +238,7 @@ class Trainer:
         self.progress.guard, scaler = self.guard.state_dict(), self.accelerator.scaler
         files = {
             "model.pt": weights,
-            # in the order of the parameters, so that a resumed run writes the same bytes
-            "optimizer.pt": {
-                **optimizer_state,
-                "state": dict(sorted(optimizer_state["state"].items())),
-            },
+            "optimizer.pt": in_order(optimizer_state),
             "training.pt": {
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.torture.warm import Ended, run
+from scripts.torture.warm import Ended, import_what, run
 
 MARKER = "executed"
 """The file that a payload writes if it runs. It is written to the working directory."""
@@ -91,8 +91,9 @@ def make_base(base: Path) -> None:
         (base / f"{name}.jsonl").write_text("".join(lines))
     tree = config(Path(), training={"max_steps": 4}, evaluation={"before": True})
     (base / "c.yaml").write_text(json.dumps({**tree, "output_dir": "new"}))
-    for arguments in (["train", "c.yaml", "output_dir=run"], ["train", "c.yaml", "--dry-run"]):
-        ended = run(arguments, base)
+    answer = ["--prompt", "Hi", "--max-new-tokens", "2"]
+    for arguments in (["train", "c.yaml", "output_dir=run"], ["generate", "run", *answer]):
+        ended = import_what(arguments, base)
         assert ended.verdict == "fine", ended.output
     shutil.copytree(base / "run" / "model", base / "model")
     (base / "model" / ".finetune.json").unlink()

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import os
 import resource
 import signal
@@ -49,8 +50,6 @@ class Ended:
 def warm() -> None:
     """Import everything that a command imports, and what transformers imports for a model."""
     os.environ.update(SETTINGS)
-    from importlib import import_module
-
     for name in (
         "finetune.cli",
         *(
@@ -66,9 +65,26 @@ def warm() -> None:
         "transformers.models.gpt2.configuration_gpt2",
         "transformers.integrations.gguf.reader",
     ):
-        import_module(name)
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # so that the children share these pages
+
+
+def import_what(arguments: list[str], folder: Path) -> Ended:
+    """Run a command in a child, and then import here what it has imported there."""
+    before, listed = set(sys.modules), folder / "modules.txt"
+
+    def listing() -> Callable[[], None]:
+        return lambda: (listed.write_text("\n".join(set(sys.modules) - before)), None)[1]
+
+    ended = run(arguments, folder, before=listing)
+    for name in listed.read_text().split():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    listed.unlink()
+    gc.collect()
+    gc.freeze()
+    return ended
 
 
 def start(
