@@ -237,8 +237,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any, *, given: str | None) ->
             below = tree[parent] = {}
         if not isinstance(below, dict):
             raise UserError(
-                f"{dotted} cannot be set: {'.'.join(parents[: depth + 1])} is {kind_in_words(below)}, "
-                "not a section"
+                f"{dotted} cannot be set: {'.'.join(parents[: depth + 1])} is "
+                f"{kind_in_words(below)}, not a section"
             )
         tree = below
     if given is not None and leaf in tree:
