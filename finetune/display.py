@@ -147,7 +147,7 @@ class Display:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[facts]}"),
-                _TimesColumn(limit),
+                _TimesColumn(limit, start),
             )
             with Progress(*columns, console=self._console, transient=True) as progress:
                 task = progress.add_task(label, total=total, completed=start, facts="")
@@ -180,14 +180,19 @@ class Display:
 
 
 class _TimesColumn(ProgressColumn):
-    """The time elapsed, and the time left as soon as it is known."""
+    """The time elapsed, and the time left as soon as it is known, at the mean rate so far.
 
-    def __init__(self, limit: float | None) -> None:
+    `first` is what was done at the start.
+    """
+
+    def __init__(self, limit: float | None, first: int = 0) -> None:
         super().__init__()
-        self._limit = limit
+        self._limit, self._first = limit, first
 
     def render(self, task: Task) -> Text:
-        elapsed, left = task.elapsed or 0.0, task.time_remaining
+        elapsed, left = task.elapsed or 0.0, None
+        if task.total and self._first < task.completed < task.total:
+            left = elapsed * (task.total - task.completed) / (task.completed - self._first)
         return Text(_times(elapsed, _sooner(left, self._limit, elapsed)))
 
 

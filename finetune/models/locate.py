@@ -139,7 +139,9 @@ def push_files(name: str, files: Mapping[str, Path | bytes], *, private: bool, s
         raise UserError(
             f"the hub {constants.ENDPOINT} refuses {name!r}: it answers {status}{login}"
         ) from error
-    # No network: the clients' exceptions have no other base class in common.
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
+        # No network: the client's errors and Python's have no other base class in common.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
         raise UserError(f"the hub {constants.ENDPOINT} cannot be reached: {error}") from error
     return str(place)

@@ -32,7 +32,7 @@ class Hub(BaseHTTPRequestHandler):
             if hub.refuses:  # type: ignore[attr-defined]
                 status, answer = 401, {"error": "who are you?"}
             else:
-                answer = {"url": f"http://x/{NAME}", "id": NAME}
+                answer = {"url": f"http://{self.headers['Host']}/{NAME}", "id": NAME}
                 hub.repo = json.loads(body)  # type: ignore[attr-defined]
         elif self.path.endswith("/preupload/main"):
             paths = [file["path"] for file in json.loads(body)["files"]]
@@ -45,7 +45,11 @@ class Hub(BaseHTTPRequestHandler):
                     hub.files[value["path"]] = base64.b64decode(value["content"])  # type: ignore[attr-defined]
                 else:
                     hub.message = line["value"]["summary"]  # type: ignore[attr-defined]
-            answer = {"commitUrl": "http://x/c", "commitOid": "0" * 40, "hookOutput": ""}
+            answer = {
+                "commitUrl": f"http://{self.headers['Host']}/{NAME}/commit/0",
+                "commitOid": "0" * 40,
+                "hookOutput": "",
+            }
         elif self.path == "/api/validate-yaml":
             answer = {"errors": [], "warnings": []}
         else:
