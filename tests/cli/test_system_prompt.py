@@ -63,8 +63,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     opened = []
     open_target = generating.open_target
 
-    def watched_open(target):
-        opened.append(open_target(target))
+    def watched_open(target, **options):
+        opened.append(open_target(target, **options))
         return opened[-1]
 
     monkeypatch.setattr(generating, "open_target", watched_open)

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.columns import column, text_column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
@@ -73,6 +74,7 @@ class ChatFormat:
         merge_turns: bool = False,
     ) -> None:
         self.template = ChatTemplate(tokenizer, settings)
+        self.texts = self.template.texts
         require_options(self.template, settings.options)
         self.control = control
         self.merge_turns = merge_turns
@@ -138,13 +140,16 @@ class ChatFormat:
         return self._written.role("system") or not self._written.role("developer")
 
     def examples(self, record: Record) -> list[Example]:
+        return self.texts.examples(self.drafts(record))
+
+    def drafts(self, record: Record) -> list[Draft]:
         dialog, unused = self._read(record)
         self.control.check([*dialog.messages, dialog.tools or ()])
         self._unused.update(unused)
         if len(self._systems) < 2:
             first = dialog.messages[0]
             self._systems.add(None if first["role"] == "user" else first["content"])
-        return self.template.examples(dialog, targets=self.targets)
+        return self.template.drafts(dialog, targets=self.targets)
 
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the conversation up to its last answer that is learnt, and up to each call.
@@ -170,6 +175,23 @@ class ChatFormat:
     def common_system_prompt(self) -> str | None:
         """The system prompt of every conversation so far; that of the config if they differ."""
         return next(iter(self._systems)) if len(self._systems) == 1 else self.system_prompt
+
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        return {
+            "calls_tools": self.calls_tools,
+            "systems": sorted(self._systems, key=str),
+            "written": self._written.state(),
+            "unused": dict(self._unused),
+            "control": self.control.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
+        self.calls_tools, self._systems = state["calls_tools"], set(state["systems"])
+        self._written.restore(state["written"])
+        self._unused = Counter(state["unused"])
+        self.control.restore(state["control"])
 
     def notes(self) -> list[str]:
         """Return a sentence for each thing that records say and that is not used.

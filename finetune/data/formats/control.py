@@ -5,7 +5,8 @@ counted, or refused.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from finetune.data.types import Tokenizer
 from finetune.errors import UserError
@@ -51,6 +52,14 @@ class ControlTokens:
             )
         self.records += 1
         self._example = found
+
+    def state(self) -> list[int | str]:
+        """Return what was counted since the last note."""
+        return [self.records, self._example]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Go on from `state`."""
+        self.records, self._example = state
 
     def notes(self) -> list[str]:
         """Return a sentence about the records counted since the last call, if there are any."""

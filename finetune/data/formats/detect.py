@@ -1,9 +1,9 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
@@ -39,6 +39,9 @@ _ACCEPTED = (
     "source and target; two columns named by languages (en, fr); text"
 )
 
+Languages = tuple[str | None, str | None]
+"""The languages that a config names, source and target; None: found in the data."""
+
 
 @dataclass(frozen=True)
 class FormatOptions:
@@ -56,22 +59,51 @@ class FormatOptions:
     merge_turns: bool  # chat: turns of one role in a row become one
 
     @property
-    def languages(self) -> tuple[str | None, str | None]:
+    def languages(self) -> Languages:
         return self.source_language, self.target_language
+
+
+Builder = Callable[[Tokenizer, FormatOptions], Format]
+
+
+@dataclass(frozen=True)
+class _Registered:
+    build: Builder
+    columns: Sequence[str]
+
+
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register_format(name: str, build: Builder, *, columns: Sequence[str]) -> None:
+    """Add a format of one's own, for `data.format: NAME` and for `auto`.
+
+    `build` makes it from the tokenizer and the wishes of the config. It is recognised by `columns`,
+    before the formats that come with the package. Raises UserError if the name is taken, or if
+    there are no columns.
+    """
+    if name in (*SHAPES, *_REGISTERED, "auto"):
+        raise UserError(f"the format name {name!r} is taken. Choose another name")
+    if not columns:
+        raise UserError(f"the format {name!r} names no columns. Name those that it reads")
+    _REGISTERED[name] = _Registered(build, tuple(columns))
 
 
 def build_format(
     kind: str, options: FormatOptions, *, tokenizer: Tokenizer, first_record: Record
 ) -> Format:
-    """Return the format `kind`: "chat", "translation" or "text".
+    """Return the format `kind`: "chat", "translation", "text", or one that was registered.
 
     For "auto" it is the one that fits the columns of `first_record`. Raises UserError if the
     columns of `first_record` fit no accepted shape.
     """
-    _check_columns(options, first_record)
-    options = replace(options, columns={**_other_case(first_record), **options.columns})
+    languages = options.languages
+    kind, shape, columns = find_shape(
+        kind, first_record, columns=options.columns, languages=languages
+    )
+    if kind in _REGISTERED:
+        return _REGISTERED[kind].build(tokenizer, options)
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
-    kind, shape, columns = _detect(kind, first_record, options)
     if kind == "chat":
         chat = ChatFormat(
             tokenizer=tokenizer,
@@ -89,17 +121,17 @@ def build_format(
     if kind == "text" or not tokenizer.chat_template:
         _require_no_chat(options)
     if kind == "text":
-        return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
-    sides, languages = _pair(shape, first_record, options)
+        return TextFormat(tokenizer=tokenizer, columns=columns, control=control)
+    sides, found = _pair(shape, first_record, columns, languages)
     in_one = shape == "translation"
     return TranslationFormat(
         tokenizer=tokenizer,
-        languages=languages,
+        languages=found,
         direction=options.direction,
         template=options.template,
         targets=options.targets,
         system_prompt=options.system_prompt,
-        pair_column=options.columns.get("translation", "translation") if in_one else None,
+        pair_column=columns.get("translation", "translation") if in_one else None,
         sides=sides,
         settings=options.settings,
         control=control,
@@ -120,15 +152,40 @@ def _require_no_chat(options: FormatOptions) -> None:
             )
 
 
-def _detect(
-    kind: str, record: Record, options: FormatOptions
+def find_shape(
+    kind: str, record: Record, *, columns: Mapping[str, str], languages: Languages
 ) -> tuple[str, str, Mapping[str, str]]:
-    """Return the format, its shape, and the columns that it reads by other names."""
-    columns = options.columns
-    pairs = _language_columns(record, options)
+    """Return the format, its shape, and the columns that it reads by other names.
+
+    The arguments are those of `build_format` and its options. Raises UserError if nothing fits.
+    """
+    known = ["auto", *SHAPES, *_REGISTERED]
+    if kind not in known:
+        near = did_you_mean(kind, known)
+        raise UserError(f"data.format is {kind!r}; the formats are {', '.join(known)}{near}")
+    for name, own in _REGISTERED.items():
+        reads = all(columns.get(column, column) in record for column in own.columns)
+        if kind == name and not reads:
+            raise UserError(
+                f"the format {name!r} does not fit the columns ({', '.join(record) or 'none'}); it "
+                f"needs {' and '.join(own.columns)}. Set data.columns if yours have other names"
+            )
+        if reads and kind in ("auto", name):
+            return name, name, columns
+    _check_columns(columns, languages, record)
+    columns = {**_other_case(record), **columns}
+    kind, shape, found = _detect(kind, record, columns, languages)
+    if kind == "translation":
+        _pair(shape, record, columns, languages)
+    return kind, shape, found
+
+
+def _detect(
+    kind: str, record: Record, columns: Mapping[str, str], languages: Languages
+) -> tuple[str, str, Mapping[str, str]]:
+    pairs = _language_columns(record, columns, languages)
     named = all(
-        language is not None and _key_of(language, pairs) is not None
-        for language in options.languages
+        language is not None and _key_of(language, pairs) is not None for language in languages
     )
     for candidate in SHAPES if kind == "auto" else [kind]:
         if candidate == "translation" and named:
@@ -212,10 +269,9 @@ def _found(usual: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def _pair(
-    shape: str, record: Record, options: FormatOptions
+    shape: str, record: Record, columns: Mapping[str, str], languages: Languages
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return the keys or columns of the two sides of a pair, and their languages."""
-    columns, languages = options.columns, options.languages
     if shape == "sides":
         if languages[0] is None or languages[1] is None:
             raise UserError(
@@ -228,17 +284,19 @@ def _pair(
         pair = record[columns.get("translation", "translation")]
         keys = {key: key for key in pair} if isinstance(pair, Mapping) else {}
     else:
-        keys = _language_columns(record, options)
+        keys = _language_columns(record, columns, languages)
     return _sides(keys, *languages)
 
 
-def _language_columns(record: Record, options: FormatOptions) -> dict[str, str]:
+def _language_columns(
+    record: Record, columns: Mapping[str, str], languages: Languages
+) -> dict[str, str]:
     """Return language -> the column with its text; those in `data.columns` are all, if any are.
 
     The column "id" is a number, and Indonesian only if that is one of the languages asked for.
     """
-    given = {name: column for name, column in options.columns.items() if is_known_language(name)}
-    indonesian = {language_tag(language) for language in options.languages if language} & {"id"}
+    given = {name: column for name, column in columns.items() if is_known_language(name)}
+    indonesian = {language_tag(language) for language in languages if language} & {"id"}
     return given or {
         name: name
         for name in record
@@ -290,16 +348,16 @@ def _other(keys: Mapping[str, str], language: str | None) -> str:
     return next(name for name, key in keys.items() if key != taken)
 
 
-def _check_columns(options: FormatOptions, record: Record) -> None:
-    """Raise UserError for a name in `options.columns` that no format knows, or a missing column."""
+def _check_columns(columns: Mapping[str, str], languages: Languages, record: Record) -> None:
+    """Raise UserError for a name in `columns` that no format knows, or a missing column."""
     known = [
         name
         for kind, shapes in SHAPES.items()
         for needed in [*shapes.values(), _OPTIONAL[kind]]
         for name in needed
     ]
-    known += [language for language in options.languages if language is not None]
-    for name, given in options.columns.items():
+    known += [language for language in languages if language is not None]
+    for name, given in columns.items():
         if name not in known and not is_known_language(name):
             raise UserError(
                 f"data.columns has the unknown name {name!r}; known are {', '.join(known)}"

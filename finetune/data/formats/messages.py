@@ -46,6 +46,9 @@ def read_messages(value: object) -> tuple[list[Message], set[int]]:
         raise UserError(f"a conversation is a list of messages, not {value!r:.80}")
     messages, muted = [], set()
     for number, item in enumerate(value, start=1):
+        if _is_plain(item):  # most are
+            messages.append({"role": ROLES[item["role"]], "content": item["content"]})
+            continue
         if not isinstance(item, Mapping):
             raise UserError(
                 f"message {number} must be an object with role and content, not {item!r:.80}"
@@ -63,6 +66,18 @@ def _transposed(columns: Mapping[str, object]) -> object:
     if not lists or len(lists) < len(columns) or len(set(map(len, lists))) > 1:
         return columns
     return [dict(zip(columns, values)) for values in zip(*lists)]
+
+
+def _is_plain(item: object) -> bool:
+    """Return whether a message is a role and a text in OpenAI's shape, and nothing else."""
+    return (
+        isinstance(item, dict)
+        and item.keys() == {"role", "content"}
+        and isinstance(item["content"], str)
+        and isinstance(item["role"], str)
+        and ROLES.get(item["role"]) in ("system", "developer", "user", "assistant")
+        and item["role"] != "function_call"
+    )
 
 
 def _message(item: Mapping[str, object], number: int) -> Message:

@@ -4,7 +4,7 @@ It is tried on the first record that says a thing. A record for which the templa
 no measure: it is a bad record for the reason that the template gives.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from finetune.data.types import Message
 from finetune.errors import UserError
 
 _MARK = "Zwqx"
+_ALWAYS = ("user", "assistant")  # every template writes their texts
 
 
 class Written:
@@ -26,6 +27,14 @@ class Written:
         self.template, self.whole = template, whole
         self._known: dict[tuple[object, ...], bool] = {}
 
+    def state(self) -> list[tuple[tuple[object, ...], bool]]:
+        """Return what is known so far."""
+        return sorted(self._known.items(), key=repr)
+
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+        """Know what was known."""
+        self._known = {tuple(what): known for what, known in state}
+
     def role(self, role: str) -> bool:
         """Return whether the template writes a message of this role as given."""
         if ("writes", role) not in self._known:
@@ -37,6 +46,9 @@ class Written:
 
         Raises UserError if it leaves out anything else: tools, an option, a role, thoughts, a call.
         """
+        is_plain = not dialog.tools and not dialog.options
+        if is_plain and all(len(m) == 2 and m["role"] in _ALWAYS for m in dialog.messages):
+            return set()
         self._require_tools(dialog)
         self._require_options(dialog)
         self._require_roles(dialog)

@@ -23,6 +23,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finetune.data.bad_records import BadRecords
+from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
 from finetune.data.sources.json_files import without_padding
@@ -70,6 +71,10 @@ class Table(Protocol):
         """Return where a record is, for messages."""
         ...
 
+    def fingerprint(self) -> str | None:
+        """Return what differs if the records do; None if that is not known."""
+        ...
+
 
 class Stream(Protocol):
     """Records that are read one after the other, as often as wanted."""
@@ -91,6 +96,12 @@ class _DatasetTable:
 
     def where(self, number: int) -> str:
         return f"{self._label}, row {number + 1}"
+
+    def fingerprint(self) -> str | None:
+        files = [Path(file["filename"]) for file in self._dataset.cache_files]
+        hashes = [hash_bytes(file) for file in files]
+        # The fingerprint of `datasets` says which rows of these files there are.
+        return f"{self._label} {hashes} {self._dataset._fingerprint}" if files else None
 
 
 class _DatasetStream:
@@ -134,23 +145,28 @@ class _Picked:
         table, item = self._picks[number]
         return self._tables[table].where(item)
 
+    def fingerprint(self) -> str | None:
+        tables = [table.fingerprint() for table in self._tables]
+        return None if None in tables else repr([tables, self._picks])
 
-def open_table(source: Source, bad: BadRecords) -> Table:
+
+def open_table(source: Source, bad: BadRecords, store: Store | None = None) -> Table:
     """Return the records of a source. Lines that are no records are noted in `bad`.
 
-    Raises UserError if the source cannot be opened.
+    `store` keeps where the records are from one run to the next. Raises UserError if the source
+    cannot be opened.
     """
     limit = source.max_records
     with explained(str(source)):
         if sides := _aligned(source):
-            return AlignedTable([FileTable(f, reader, limit, bad) for f, reader in sides])
+            return AlignedTable([FileTable(f, reader, limit, bad, store) for f, reader in sides])
         splits = _splits(source)
         if not _are_ours(splits):
             return _DatasetTable(_open_dataset(source, splits, streaming=False), str(source))
         if source.split in splits:
-            return FileTable(splits[source.split], reader_of, limit, bad)
+            return FileTable(splits[source.split], reader_of, limit, bad, store)
         tables = {
-            name: FileTable(files, reader_of, None, bad)
+            name: FileTable(files, reader_of, None, bad, store)
             for name, files in splits.items()
             if re.search(rf"\b{re.escape(name)}\b", source.split)
         }

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
+from finetune.recipes.build.look import look_at_target
 from finetune.recipes.build.model import load_trained, make_model, make_tokenizer
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
@@ -66,25 +66,27 @@ class Opened:
         return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
 
 
-def open_target(target: str) -> Opened:
-    """Load a run's model/, or a model by name, onto the GPU if there is one. Raises UserError."""
-    run = RunDir(Path(target))
-    is_run = run.is_run()
-    if is_run and not (run.model / "config.json").is_file():
-        raise UserError(
-            f"the run {target} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`"
-        )
-    config = load_config(run.config) if is_run else None
+def trusting(trust: bool) -> list[str]:
+    """Return the overrides of a run's own config; `trust`: the model's code may run."""
+    return ["model.trust_remote_code=true"] if trust else []
+
+
+def open_target(target: str, *, trust: bool = False) -> Opened:
+    """Load a run's model/, or a model by name, onto the GPU if there is one.
+
+    `trust`: run the code that comes with the model. Raises UserError.
+    """
+    run = look_at_target(target)
+    config = None if run is None else load_config(run.config, trusting(trust))
     model: Any
-    if config is not None:
+    if run is not None and config is not None:
         model, tokenizer = load_trained(run.model, config.model)
     else:
-        spec = ModelSpec(name=target)
+        spec = ModelSpec(name=target, trust_remote_code=trust)
         model, tokenizer = load_model(spec), load_tokenizer(spec)
     fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(model, tokenizer, run if is_run else None, config)
+    return Opened(model, tokenizer, run, config)
 
 
 def open_base(opened: Opened) -> Opened:
