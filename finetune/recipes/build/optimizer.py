@@ -16,6 +16,7 @@ from finetune.optim import (
     optimizer_info,
     why_no_lazy_path,
 )
+from finetune.training.clock import TICKS
 
 
 def make_optimizer(
@@ -47,9 +48,20 @@ def may_be_lazy(config: RunConfig, *, sharded: bool = False) -> bool:
 
 
 def make_scheduler(optimizer: Optimizer, config: RunConfig, num_steps: int) -> LambdaLR:
-    """Return the learning rate's schedule over the `num_steps` optimizer steps of a whole run."""
+    """Return the learning rate's schedule over the `num_steps` optimizer steps of a whole run.
+
+    With `training.max_time` it is over the ticks of the clock. Raises UserError if that is to be
+    warmed up for a number of steps.
+    """
     section = config.scheduler
     warmup = section.warmup_steps
+    if config.training.max_time is not None:
+        if warmup is not None:
+            raise UserError(
+                "scheduler.warmup_steps counts steps, and with training.max_time the schedule "
+                "follows the clock. Set scheduler.warmup_ratio instead"
+            )
+        num_steps = TICKS
     if warmup is None:
         warmup = math.ceil(section.warmup_ratio * num_steps)
     return build_lr_scheduler(

@@ -156,7 +156,7 @@ def active_ids(
     They are the tokens of the data, special, added, byte and chat template tokens, and those of
     `keep`: ids, or texts whose tokens are meant.
     """
-    ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
+    ids = {i for corpus in corpora for i in corpus.used_ids}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= byte_tokens(tokenizer) | template_tokens(tokenizer)
     return ids | kept_ids(tokenizer, keep)
