@@ -18,7 +18,12 @@ from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import TRACKING, make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.material import read_material, with_template_date
-from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
+from finetune.recipes.build.optimizer import (
+    make_optimizer,
+    make_scheduler,
+    may_be_lazy,
+    optimizer_options,
+)
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run
@@ -64,6 +69,7 @@ def run_training(
     Raises UserError for anything wrong with config, data, model, checkpoint or folder.
     """
     check_optimizer(config.optimizer.name, optimizer_options(config))
+    may_be_lazy(config)  # raises if optimizer.lazy asks for what cannot be
     run, display = RunDir(config.output_dir), display or Display()
     accelerator = make_accelerator(config, display)
     if dry_run:
