@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Target, Trust, app
+from finetune.cli.app import Target, Trust, app, say_start
 from finetune.cli.use import MaxNewTokens, System, Temperature, TopK, TopP, given
 
 
@@ -29,6 +29,10 @@ def serve(
 
     It is made for one person. The guide names servers for many.
     """
+    from finetune.recipes.build.look import look_at_target
+
+    look_at_target(target)
+    say_start()
     from finetune.recipes.serve import serve_target
 
     settings = given(

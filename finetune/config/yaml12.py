@@ -94,6 +94,26 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+class CoreDumper(yaml.SafeDumper):
+    """SafeDumper that also puts a text in quotation marks if it reads as a number here: 1e5."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *CoreLoader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {
+            *yaml.SafeDumper.yaml_implicit_resolvers,
+            *CoreLoader.yaml_implicit_resolvers,
+        }
+    }
+
+
+def dump(value: Any) -> str:
+    """Return the value as YAML, which `parse` reads back to an equal one."""
+    return str(yaml.dump(value, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120))
+
+
 def parse(text: str) -> Any:
     """Return the value of one YAML document. Raises yaml.YAMLError."""
     if len(text) > MOST_CHARACTERS:

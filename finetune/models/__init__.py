@@ -42,9 +42,6 @@ __all__ = [
     "measure_frozen_rows",
 ]
 
-# The command line shows progress of its own. Downloads keep their bars.
-logging.disable_progress_bar()
-
 
 def _escape(record: LogRecord) -> bool:
     """Escape the control characters in what transformers logs, such as names of a file."""

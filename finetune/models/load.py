@@ -12,10 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from finetune.errors import Border, UserError, did_you_mean, reason_of
 from finetune.models.checks import check_config, check_number, check_stops, check_weights
 from finetune.models.locate import resolve_name
+
+# The command line shows progress of its own. Downloads keep their bars.
+logging.disable_progress_bar()
 
 AT_LEAST_ONE = (
     "hidden_size",

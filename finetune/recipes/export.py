@@ -13,11 +13,11 @@ from finetune.models.export import export_model, verify_export
 from finetune.models.load import ModelSpec
 from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.recipes.build.card import run_card
+from finetune.recipes.build.look import look_at_export
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
 from finetune.recipes.build.target import trusting
 from finetune.run.folder import RunDir, step_of
-from finetune.run.marker import MARKER
 from finetune.run.records import evaluations_by_step
 from finetune.training.checkpoint import find_checkpoint, load
 
@@ -40,19 +40,7 @@ def export_run(
     `trust`: run the code that comes with the model.
     Raises UserError if there is no such model, or if `dest` exists.
     """
-    run, display = RunDir(run_root), display or Display()
-    if not run.is_run():
-        raise UserError(
-            f"{run_root} is not a run's folder: it has no {MARKER}. Give the folder of a run"
-        )
-    if dest.exists():
-        raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
-    if checkpoint is None and not (run.model / "config.json").is_file():
-        raise UserError(
-            f"the run {run_root} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`, "
-            "or name one of its checkpoints with --checkpoint"
-        )
+    run, display = look_at_export(run_root, dest, checkpoint), display or Display()
     config = load_config(run.config, trusting(trust))
     if checkpoint is None:
         model, tokenizer = load_trained(run.model, config.model)

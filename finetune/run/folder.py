@@ -47,6 +47,11 @@ class RunDir:
         return self.root / "samples.jsonl"
 
     @property
+    def log(self) -> Path:
+        """What the run said on the terminal, line by line with the time."""
+        return self.root / "train.log"
+
+    @property
     def evaluation(self) -> Path:
         """The evaluations before and after training, the best one, and one on test data."""
         return self.root / "evaluation.json"
@@ -94,6 +99,7 @@ class RunDir:
             self.data,
             self.metrics,
             self.samples,
+            self.log,
             self.evaluation,
             self.vocabulary,
             self.result,

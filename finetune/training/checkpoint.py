@@ -211,10 +211,9 @@ def find_checkpoint(
         return _newest_whole(checkpoints, note)
     folder = Path(resume)
     if not folder.is_dir():
-        raise UserError(
-            f"there is no checkpoint at {folder}. "
-            f"Give a folder such as {checkpoints / 'step-00000100'}, or auto"
-        )
+        there = [str(path) for path in step_folders(checkpoints).values()]
+        found = f"Give {' or '.join(there)}" if there else "Give the folder of a checkpoint"
+        raise UserError(f"there is no checkpoint at {folder}. {found}, or auto")
     if (folder / "checkpoints").is_dir():
         newest = _newest_whole(folder / "checkpoints", note)
         if newest is None:

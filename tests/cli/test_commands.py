@@ -27,6 +27,9 @@ from tests.conftest import conversation
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
+    "init",
+    "keys",
+    "runs",
     "train",
     "demo",
     "inspect",
@@ -40,6 +43,7 @@ COMMANDS = [
     "serve",
     "report",
     "export",
+    "push",
     "optimizers",
     "landscape",
 ]
@@ -150,7 +154,7 @@ def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
         COMMANDS
     )
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 19
 
 
 def test_the_bare_command_and_the_module_show_the_help():

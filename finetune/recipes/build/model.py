@@ -26,7 +26,7 @@ from finetune.models.vocabulary.activate import active_modules
 from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.vocabulary import apply_saved_vocabulary
 from finetune.training.checkpoint import load
-from finetune.training.trainer import restore_checkpoint
+from finetune.training.restore import restore_checkpoint
 
 
 def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:

@@ -25,7 +25,7 @@ from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
-from finetune.recipes.compare.trial import run_trial
+from finetune.recipes.compare.trial import Tally, run_trial
 from finetune.run.claim import claim_folder
 from finetune.run.files import read_text, write_text
 from finetune.run.trials import Run
@@ -52,6 +52,11 @@ def prepare_study(
     if make_accelerator(config, Display(enabled=False)).num_processes > 1:
         raise UserError(
             "comparing and tuning run in one process. Start them without `accelerate launch`"
+        )
+    if config.training.max_time is not None:
+        raise UserError(
+            "training.max_time would give each run another number of steps. Leave it out, and set "
+            "training.max_steps or --budget"
         )
     steps = budget if budget is not None else config.training.max_steps
     if steps is None:
@@ -136,6 +141,7 @@ def tune_learning_rate(
     trials: int,
     decays: Sequence[float],
     display: Display,
+    tally: Tally,
     middle: float | None = None,
 ) -> list[Run] | None:
     """Run the grid of optimizer `name` with the config's seed; return None if a signal stopped it.
@@ -156,7 +162,7 @@ def tune_learning_rate(
         folder = base.output_dir / "runs" / name / place.replace(", ", "-").replace(" ", "-")
         section = section_for(base.optimizer, name, **point)
         trial = base.model_copy(update={"optimizer": section, "output_dir": folder})
-        run = run_trial(trial, phase="tuning", display=display)
+        run = run_trial(trial, phase="tuning", display=display, tally=tally)
         if run is not None and place not in reported:
             reported.add(place)
             widened = "" if point["lr"] in lrs else " (widened)"
