@@ -25,7 +25,7 @@ Penalty = Annotated[
 System = Annotated[
     str | None, typer.Option(help="System prompt; '' is none.", show_default="the run's own")
 ]
-Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Random seed for sampling.")]
 
 
 @app.command()
