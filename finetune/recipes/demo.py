@@ -74,6 +74,15 @@ def _print_result(run: RunDir) -> None:
     command = "translate" if "chrf" in after else "chat"
     console.print(f"\nThe whole report: {run.report}")
     console.print(f"Try the model:    finetune {command} {run.root}")
+    shipped = f"{run.root}-shipped"
+    console.print(
+        f"Make one file:    finetune export {run.root} {shipped} --trim --gguf q8_0 "
+        "--dtype bfloat16"
+    )
+    console.print(
+        f"Run it in Ollama: ollama create {run.root.name} -f {shipped}/Modelfile && "
+        f"ollama run {run.root.name}"
+    )
 
 
 def _line(text: str, width: int = 160) -> str:

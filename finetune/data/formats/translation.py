@@ -98,6 +98,10 @@ class TranslationFormat:
     def notes(self) -> list[str]:
         return self.control.notes()
 
+    def texts(self, record: Record) -> dict[str, str]:
+        """Return the text of a record in each language. Raises UserError if it is no pair."""
+        return dict(zip(self.languages, self._pair(record)))
+
     def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
         """Return the prompt that asks for the translation of `text`.
 

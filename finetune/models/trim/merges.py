@@ -25,7 +25,8 @@ class Bpe:
         only stands for a whole word, is made by no merge.
         """
         parts = [symbol for character in token for symbol in self._symbols(character)]
-        characters, made = list(parts), []
+        characters = list(parts)
+        made: list[Merge] = []
         while True:
             pairs = list(itertools.pairwise(parts))
             best = min(pairs, key=self._rank, default=None)  # the leftmost of equals

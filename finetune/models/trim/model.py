@@ -55,9 +55,10 @@ def _renumber(config: PretrainedConfig | GenerationConfig, new_ids: Mapping[int,
 def _check_other_tables(model: PreTrainedModel) -> None:
     """Raise UserError if another embedding than the input's has a row for each token (Gemma 3n)."""
     table = model.get_input_embeddings()
+    rows = len(token_tables(model)[0])
     for name, module in model.named_modules():
         size = module.num_embeddings if isinstance(module, nn.Embedding) else None
-        if module is not table and size == len(table.weight) != context_length(model):
+        if module is not table and size == rows != context_length(model):
             raise UserError(
                 f"{name} also has a row for each of the {size:,} tokens, and it is not known how "
                 "to trim it. Export without --trim"
