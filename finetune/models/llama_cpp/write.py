@@ -51,7 +51,7 @@ def write_gguf(
     name: str,
     license: str | None = None,
 ) -> None:
-    """Write the file at `path`. `kind` is a key of GGUF_KINDS; `name` and `license` go in as they are.
+    """Write the file at `path`. `kind` is a key of GGUF_KINDS; `name` and `license` are metadata.
 
     Raises UserError if the model or its tokenizer is not of a family that llama.cpp runs.
     """
