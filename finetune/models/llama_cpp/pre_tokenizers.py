@@ -8,13 +8,6 @@ from finetune.errors import UserError
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = _ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _BYTES_ALONE = "bytes"  # after a pattern that cuts the words
 
 PATTERNS: Mapping[tuple[str, ...], str] = {
@@ -22,11 +15,13 @@ PATTERNS: Mapping[tuple[str, ...], str] = {
     ("single digits", "words of GPT-2"): "smollm",
     (_WORDS + r"\p{N}{1,3}" + _REST, _BYTES_ALONE): "dbrx",
     (_WORDS + r"\p{N}" + _REST, _BYTES_ALONE): "qwen2",
-    (_GPT4O, _BYTES_ALONE): "gpt-4o",
 }
-"""The parts of a pre-tokenizer -> the name that llama.cpp has for them."""
+"""The parts of a pre-tokenizer -> the name that llama.cpp has for them.
 
-WHOLE_WORDS = {"dbrx": "llama-bpe", "gpt-4o": "gpt-4o"}
+Its "gpt-4o" is left out: it cuts words with combining marks (Hindi) at other places.
+"""
+
+WHOLE_WORDS = {"dbrx": "llama-bpe"}
 """The name of the same words if a word that is a token is taken without merges."""
 
 
