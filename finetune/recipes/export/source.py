@@ -1,5 +1,6 @@
 """What is exported: the model of a run, one of its checkpoints, or any other model."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,7 +79,13 @@ def open_source(target: str, checkpoint: Path | None) -> ExportSource:
     card = base_card(
         title=Path(target).name, base_model=target, license=license_of(resolve_name(target))
     )
-    return ExportSource(Path(target).stem, opened.model, opened.tokenizer, card)
+    return ExportSource(_file_name(target), opened.model, opened.tokenizer, card)
+
+
+def _file_name(target: str) -> str:
+    """Return a name for files: the last part of a path or hub name, without odd characters."""
+    last = Path(target.removeprefix("package:")).resolve().name.removesuffix(".gguf")
+    return re.sub(r"[^\w.-]+", "-", last)
 
 
 def _of_run(run: RunDir, checkpoint: Path | None) -> ExportSource:
@@ -88,7 +95,7 @@ def _of_run(run: RunDir, checkpoint: Path | None) -> ExportSource:
             f"Finish it with `finetune train {run.config} --resume auto`, "
             "or name one of its checkpoints with --checkpoint"
         )
-    config, name = load_config(run.config), run.root.resolve().name
+    config, name = load_config(run.config), _file_name(str(run.root))
     if checkpoint is None:
         model, tokenizer = load_trained(run.model, config.model)
         card = (run.model / "README.md").read_text(encoding="utf-8")
