@@ -113,6 +113,7 @@ def words():
 def test_a_saved_tokenizer_is_the_same_and_keeps_its_special_tokens(name, tmp_path):
     whole, trimmed = pair(name)
     trimmed.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     again = AutoTokenizer.from_pretrained(tmp_path)
     for text in [*CORPUS, *OTHERS, "".join(map(str, whole.all_special_tokens))]:
         assert encoded(again, text) == encoded(trimmed.tokenizer, text)
