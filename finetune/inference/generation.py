@@ -67,28 +67,32 @@ def generate(
 
 
 def stream(
-    model: CausalLM, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    on_token: Callable[[], None] | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces of text that join to the whole answer.
 
-    No character is cut in two. Raises UserError as `generate` does.
+    No character is cut in two. `on_token` is called for each token of the answer. Raises UserError
+    as `generate` does.
     """
+    text = AnswerText(tokenizer)
     with evaluating(model):
-        decoder = Decoder(model, {0: prompt}, {0: settings})
-        yield from text_pieces(decoder.tokens(), tokenizer)
+        for token in Decoder(model, {0: prompt}, {0: settings}).tokens():
+            if on_token is not None:
+                on_token()
+            if piece := text.add(token):
+                yield piece
+    if rest := text.rest():
+        yield rest
 
 
 def with_seed(settings: GenerationSettings, number: int) -> GenerationSettings:
     """Return the settings of prompt `number`, whose seed differs from those of the others."""
     return settings if settings.seed is None else replace(settings, seed=settings.seed + number)
-
-
-def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of `tokens` in pieces, each character once all of its bytes have come."""
-    text = AnswerText(tokenizer)
-    yield from filter(None, map(text.add, tokens))
-    if rest := text.rest():
-        yield rest
 
 
 class AnswerText:
@@ -280,7 +284,8 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -
     """Return `logits` with the tokens that already occurred made less likely.
 
     Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
-    `seen` are [prompts, V], `penalty` is one number or [prompts, 1]. Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
+    `seen` are [prompts, V], `penalty` is one number or [prompts, 1].
+    Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
