@@ -1,13 +1,13 @@
-"""`finetune report` and `export`: what a run leaves for others."""
+"""`finetune report`, `export` and `push`: what a run leaves for others."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from finetune.cli.app import Target, app
+from finetune.cli.app import Target, Trust, app, say_start
 
-Texts = Annotated[
+TextFiles = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
@@ -66,17 +66,22 @@ def export(
             "--trim", help="Keep only the tokens that the run used, and what any text needs."
         ),
     ] = False,
-    text: Texts = None,
+    text: TextFiles = None,
     keep: Kept = None,
     frequent: Frequent = 1000,
     min_coverage: MinCoverage = None,
     gguf: Gguf = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write the model of a run, or any model, as a plain Hugging Face folder.
 
     The model is then loaded from there, and its logits are compared.
     With --trim the tokenizer and the token table hold only what is used.
     """
+    from finetune.recipes.build.look import look_at_export
+
+    look_at_export(target, dest, checkpoint)
+    say_start()
     from finetune.recipes.export.export import export_target
     from finetune.recipes.export.trim import TrimOptions
 
@@ -94,4 +99,27 @@ def export(
         checkpoint=checkpoint,
         trim=options if trim else None,
         gguf=gguf,
+        trust=trust_remote_code,
     )
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name there: OWNER/NAME.")],
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .gguf file to send too. Those in RUN are sent anyway."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Only you may read it.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files, and send nothing.")
+    ] = False,
+) -> None:
+    """Put a run's model on the Hugging Face hub, with a card that says what it is.
+
+    `hf auth login` stores the token for it.
+    """
+    from finetune.recipes.push import push_run
+
+    push_run(run, name, gguf=gguf or (), private=private, dry_run=dry_run)

@@ -26,6 +26,7 @@ LABELS = {
     "tokens": "tokens",
     "target_tokens": "target tokens",
     "truncated": "examples cut to data.max_length",
+    "split": "texts split at data.max_length",
     "without_target": "of these left out, without a target",
     "dropped": "examples dropped as too long",
     "duplicates": "examples dropped as held out too",
@@ -132,7 +133,7 @@ def language_density(material: Material) -> dict[str, float]:
     for record in records:
         if isinstance(material.format, TranslationFormat):
             try:
-                found = material.format.texts(record).items()
+                found = material.format.by_language(record).items()
             except UserError:  # a bad record, which the encoding has reported
                 continue
             for language, text in found:

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from finetune.display import Display
-from finetune.errors import UserError
 from finetune.models.export import export_model, verify_export
+from finetune.recipes.build.look import look_at_export
 from finetune.recipes.export.ship import check_shippable, report_rounding, write_shipped
 from finetune.recipes.export.source import open_source
 from finetune.recipes.export.trim import TrimOptions, trim_source
@@ -23,19 +23,20 @@ def export_target(
     checkpoint: Path | None = None,
     trim: TrimOptions | None = None,
     gguf: str | None = None,
+    trust: bool = False,
     display: Display | None = None,
 ) -> None:
     """Write the model to `dest`, reload it from there, and compare the logits.
 
     `target`: a run's folder, a model's folder, or a hub name. `dtype` is a key of DTYPES.
     `checkpoint`: write the model of this one, not the run's model/. `trim`: keep only the tokens
-    that are used. `gguf`: also write a GGUF file of this kind, with a Modelfile. Raises UserError
+    that are used. `gguf`: also write a GGUF file of this kind, with a Modelfile.
+    `trust`: run the code that comes with the model. Raises UserError
     if there is no such model, if it cannot be written so, or if `dest` exists.
     """
     display = display or Display()
-    if dest.exists():
-        raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
-    source = open_source(str(target), checkpoint)
+    run = look_at_export(str(target), dest, checkpoint)
+    source = open_source(str(target), run, checkpoint, trust=trust)
     if checkpoint is not None and (trim is not None or gguf is not None):
         source = source.as_plain()
     if gguf is not None:
@@ -53,7 +54,7 @@ def export_target(
         else lambda model, folder: write_shipped(source, model, folder, gguf),
     )
     ids = source.tokenizer(PROBE).input_ids
-    trusted = source.trust_remote_code
+    trusted = source.trusted
     difference = verify_export(dest, source.model, ids, trust_remote_code=trusted)
     size = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
     display.say(

@@ -19,7 +19,7 @@ from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.recipes.build.card import run_card
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
-from finetune.recipes.build.target import open_target
+from finetune.recipes.build.target import open_target, trusting
 from finetune.report.card import base_card, license_of
 from finetune.run.folder import RunDir, step_of
 from finetune.run.records import evaluations_by_step
@@ -36,11 +36,7 @@ class ExportSource:
     card: str
     run: RunDir | None = None
     config: RunConfig | None = None
-
-    @property
-    def trust_remote_code(self) -> bool:
-        """Whether the model's own code is run, as in its training."""
-        return self.config is not None and self.config.model.trust_remote_code
+    trusted: bool = False  # whether the code that comes with the model is run
 
     @property
     def template_settings(self) -> TemplateSettings:
@@ -63,23 +59,20 @@ class ExportSource:
             return replace(self, model=load_trained(path, self.config.model)[0])
 
 
-def open_source(target: str, checkpoint: Path | None) -> ExportSource:
-    """Return the run's model or one of its checkpoints, or the model that `target` names.
+def open_source(
+    target: str, run: RunDir | None, checkpoint: Path | None, *, trust: bool
+) -> ExportSource:
+    """Return the model of `run` or one of its checkpoints, or the model that `target` names.
 
-    Raises UserError if there is none.
+    `trust`: run the code that comes with the model. Raises UserError if there is none.
     """
-    run = RunDir(Path(target))
-    if run.is_run():
-        return _of_run(run, checkpoint)
-    if checkpoint is not None:
-        raise UserError(
-            f"--checkpoint is given, and {target} is not a run's folder. Give the folder of the run"
-        )
-    opened = open_target(target)
+    if run is not None:
+        return _of_run(run, checkpoint, trust=trust)
+    opened = open_target(target, trust=trust)
     card = base_card(
         title=Path(target).name, base_model=target, license=license_of(resolve_name(target))
     )
-    return ExportSource(_file_name(target), opened.model, opened.tokenizer, card)
+    return ExportSource(_file_name(target), opened.model, opened.tokenizer, card, trusted=trust)
 
 
 def _file_name(target: str) -> str:
@@ -88,22 +81,17 @@ def _file_name(target: str) -> str:
     return re.sub(r"[^\w.-]+", "-", last)
 
 
-def _of_run(run: RunDir, checkpoint: Path | None) -> ExportSource:
-    if checkpoint is None and not (run.model / "config.json").is_file():
-        raise UserError(
-            f"the run {run.root} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`, "
-            "or name one of its checkpoints with --checkpoint"
-        )
-    config, name = load_config(run.config), _file_name(str(run.root))
+def _of_run(run: RunDir, checkpoint: Path | None, *, trust: bool) -> ExportSource:
+    config = load_config(run.config, trusting(trust))
+    name, trusted = _file_name(str(run.root)), config.model.trust_remote_code
     if checkpoint is None:
         model, tokenizer = load_trained(run.model, config.model)
         card = (run.model / "README.md").read_text(encoding="utf-8")
-        return ExportSource(name, model, tokenizer, card, run, config)
+        return ExportSource(name, model, tokenizer, card, run, config, trusted)
     folder = find_checkpoint(str(checkpoint), run.checkpoints)
     assert folder is not None
     tokenizer = _tokenizer_of(run, config, folder)
-    model = model_of_checkpoint(run, folder, tokenizer)
+    model = model_of_checkpoint(config, folder, tokenizer)
     evaluations = evaluations_by_step(run)
     metrics = {
         f"step {step}": evaluations[step].metrics
@@ -111,7 +99,7 @@ def _of_run(run: RunDir, checkpoint: Path | None) -> ExportSource:
         if step in evaluations
     }
     card = run_card(run, config, metrics)
-    return ExportSource(name, model, tokenizer, card, run, config)
+    return ExportSource(name, model, tokenizer, card, run, config, trusted)
 
 
 def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
@@ -129,8 +117,11 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         return tokenizer
     material = read_material(config, Display(enabled=False))
     if isinstance(material.raw.train, Records):
-        then = load(checkpoint, "training.pt")["identity"]["the training data"]
-        if material.train.fingerprint != then:  # other data makes another tokenizer
+        # other data makes another tokenizer
+        then = load(checkpoint, "training.pt")
+        known = then.get("identity") if isinstance(then, dict) else None
+        now = material.train.fingerprint
+        if not isinstance(known, dict) or known.get("the training data") != now:
             raise UserError(
                 f"the training data of {run.root} changed, so its tokenizer cannot be made again. "
                 "Restore the data"
