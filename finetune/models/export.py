@@ -5,7 +5,7 @@ card. An earlier export is whole until the new one is (see `run.replace`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +34,22 @@ def export_model(
     *,
     card: str,
     dtype: torch.dtype | None = None,
+    beside: Callable[[PreTrainedModel, Path], None] | None = None,
 ) -> None:
     """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, over an earlier export.
 
     LoRA is merged into a copy, and an active vocabulary is written back into the full table; the
     model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
-    of the saved weights; None: as they are. Raises UserError if the disk refuses, or if `dest` has
+    of the saved weights; None: as they are. `beside` writes more files into the folder, from the
+    plain model. Raises UserError if the disk refuses, or if `dest` has
     a file that no export wrote.
     """
     try:
         with replacing(dest) as work, full_vocabulary(model):
-            _write(
-                merge_lora(model) if isinstance(model, PeftModel) else model,
-                tokenizer,
-                work,
-                card,
-                dtype,
-            )
+            plain = merge_lora(model) if isinstance(model, PeftModel) else model
+            _write(plain, tokenizer, work, card, dtype)
+            if beside is not None:
+                beside(plain, work)
     except (OSError, SafetensorError) as error:
         kept = "; the earlier export is untouched" if dest.exists() else ""
         reason = getattr(error, "strerror", None) or error

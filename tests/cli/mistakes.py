@@ -512,8 +512,8 @@ CASES: dict[str, dict[str, Case]] = {
     "no run and no model": {
         "report on no run": typed("report .", "holds no run", ".finetune.json", files={"a": ""}),
         "report on nothing": typed("report none", "none does not exist"),
-        "export of no run": typed("export . out", "not a run's folder"),
-        "export of nothing": typed("export none out", "none", "run"),
+        "export of no run": typed("export . out", "not a model", "config.json"),
+        "export of nothing": typed("export none out", "none", "not found"),
         "translate with no model": typed(
             "translate here Hello.", "is not a model", "config.json", files={"here/a": ""}
         ),

@@ -50,7 +50,7 @@ class RawData:
         The tokenizer may read them in another thread.
         """
         records = islice(iter(self.train), TOKENIZER_RECORDS)
-        return (text for _, record in records for text in _texts(record))
+        return (text for _, record in records for text in texts_in(record))
 
 
 def load_raw_data(config: DataSection, *, seed: int) -> RawData:
@@ -283,12 +283,13 @@ def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
     return ("chrf", "bleu") if format.name == "translation" else ()
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a record, or in a value of one."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)
