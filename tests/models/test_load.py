@@ -55,10 +55,6 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
         (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama. Did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
         (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
-        (
-            {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4},
-            "Set model.attn_implementation: eager",
-        ),
     ],
 )
 def test_a_wrong_config_is_explained(config, message):
