@@ -68,7 +68,7 @@ def add_lora(
                 "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
             )
             # peft has settings for experts that it does not adapt here.
-            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(

@@ -39,8 +39,8 @@ def export_model(
 
     LoRA is merged into a copy, and an active vocabulary is written back into the full table; the
     model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
-    of the saved weights; None: as they are. Raises UserError if the disk refuses, or if `dest` has
-    a file that no export wrote.
+    of the saved weights; None: as they are. Raises UserError if the disk or transformers refuses,
+    or if `dest` has a file that no export wrote.
     """
     try:
         with replacing(dest) as work, full_vocabulary(model):
@@ -51,7 +51,9 @@ def export_model(
                 card,
                 dtype,
             )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         kept = "; the earlier export is untouched" if dest.exists() else ""
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the model could not be written to {dest}: {reason}{kept}") from error
