@@ -110,6 +110,9 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),
+        "data.packing": str(config.data.packing),  # it and the length of a sequence make the steps
+        "data.max_length": str(config.data.max_length if config.data.packing else None),
+        "data.shuffle_buffer": str(config.data.shuffle_buffer if config.data.streaming else None),
         "the training data": batches.fingerprint,
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),

@@ -15,11 +15,17 @@ from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.material import read_material, with_template_date
-from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
+from finetune.recipes.build.optimizer import (
+    longer_warmup,
+    make_optimizer,
+    make_scheduler,
+    optimizer_options,
+)
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run
 from finetune.recipes.train.start import (
+    changed_settings,
     claim,
     find_start,
     flat_settings,
@@ -76,7 +82,12 @@ def run_training(
         if resume is not None and checkpoint is None:
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
         if checkpoint is not None:
-            check_identity(checkpoint, parts.identity)
+            earlier = RunDir(checkpoint.parents[1])
+            check_identity(
+                checkpoint,
+                parts.identity,
+                lambda: changed_settings(earlier, parts.config, "data.") or [],
+            )
         claim(run, accelerator, resuming=resuming)
         stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish)
         accelerator.end_training()
@@ -89,6 +100,7 @@ def _build(
     """Return the parts of the run and its optimizer. Raises UserError for any that is wrong."""
     material = read_material(config, display)
     parts = assemble(material, accelerator=accelerator, display=display)
+    material = parts.material
     optimizer = make_optimizer(parts.model, config)
     metrics = generation_metrics(config, material.format)
     check_best(config, metrics, material.validation is not None)
@@ -96,6 +108,8 @@ def _build(
         display.say(
             f"{parts.num_steps:,} steps, each of about {material.examples_per_step:,.0f} examples"
         )
+    if (sentence := longer_warmup(config, parts.num_steps)) is not None:
+        display.note(sentence)
     for sentence in material.advice():
         display.note(sentence)
     return parts, optimizer
@@ -114,7 +128,8 @@ def _train(
     display, is_main = parts.display, parts.accelerator.is_main_process
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     with display.steps(parts.num_steps, first_step) as show:
-        listeners = (show, *_trackers(parts, run), *([listener] if listener else []))
+        trackers = _trackers(parts, run, None if checkpoint is None else first_step + 1)
+        listeners = (show, *trackers, *([listener] if listener else []))
         live = _make_trainer(
             parts, raw_optimizer, run, MetricLogger(run.metrics, listeners=listeners)
         )
@@ -122,6 +137,8 @@ def _train(
         if checkpoint is not None:
             forgotten = trainer.resume(checkpoint)
             display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
+            if (over := trainer.why_over()) is not None:
+                display.say(f"the run is finished, and nothing is trained: {over}")
             if forgotten is not None:
                 display.note(
                     f"the checkpoint of step {forgotten}, the best so far, is missing or damaged "
@@ -201,12 +218,14 @@ def _cadence(parts: Parts) -> Cadence:
     )
 
 
-def _trackers(parts: Parts, run: RunDir) -> tuple[Listener, ...]:
+def _trackers(parts: Parts, run: RunDir, first: int | None) -> tuple[Listener, ...]:
+    """Return what passes records on to the trackers. `first`: the first step that is repeated."""
     if not parts.config.tracking:
         return ()
     settings = {
         key: str(value)
         for key, value in flat_settings(parts.config.model_dump(mode="json")).items()
     }
-    parts.accelerator.init_trackers(run.root.name, config=settings)
+    options = {} if first is None else {"tensorboard": {"purge_step": first}}
+    parts.accelerator.init_trackers(run.root.name, config=settings, init_kwargs=options)
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record.step),)
