@@ -99,7 +99,7 @@ class _Trial(Decoder):
 
     def __init__(self, model: CausalLM, texts: dict[int, list[int]], way: Way) -> None:
         prompts = {i: text[:-NEW_TOKENS] for i, text in texts.items()}
-        super().__init__(model, prompts, _settings(), way)
+        super().__init__(model, prompts, dict.fromkeys(prompts, _settings()), way)
         self.texts, self.logits = texts, dict[int, list[Tensor]]((i, []) for i in texts)
         if len(texts) > 1:
             self.room[max(texts)] -= 1  # it leaves the batch before the others

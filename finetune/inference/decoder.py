@@ -42,28 +42,27 @@ class Way(NamedTuple):
 class Decoder:
     """A batch of prompts, one token further at each step. `active` has the unfinished prompts.
 
-    A `way` without `batches` takes one prompt. Raises UserError for a prompt that is empty or
-    leaves no room for an answer.
+    `model` is on its device and in evaluation mode. Each prompt has settings of its own. A `way`
+    without `batches` takes one prompt. Raises UserError for a prompt that is empty or leaves no
+    room for an answer.
     """
 
     def __init__(
         self,
         model: CausalLM,
-        prompts: dict[int, Sequence[int]],
-        settings: GenerationSettings,
+        prompts: Mapping[int, Sequence[int]],
+        settings: Mapping[int, GenerationSettings],
         way: Way,
     ) -> None:
         assert way.batches or len(prompts) == 1
         self.model, self.device, self.settings, self.way = model, model.device, settings, way
-        self.stop_ids = frozenset(settings.stop_ids)
         self.active = list(prompts)
-        limit = context_length(model)
         self.room = {
-            i: _room(prompt, settings.max_new_tokens, limit) for i, prompt in prompts.items()
+            i: answer_room(model, prompt, settings[i].max_new_tokens)
+            for i, prompt in prompts.items()
         }
         # Not from torch's own random state: a training run must not be changed by its evaluations.
-        seed = secrets.randbits(32) if settings.seed is None else settings.seed
-        self.generators = {i: torch.Generator().manual_seed(seed + i) for i in prompts}
+        self.generators = {i: _generator(settings[i].seed) for i in prompts}
         self.seen: Tensor | None = None
         self.cache: Any = None
         texts = list(prompts.values())
@@ -87,7 +86,7 @@ class Decoder:
         self.input_ids = torch.tensor(rest, device=self.device)  # [prompts, width - shared]
         self.mask = torch.tensor(mask, device=self.device)  # [prompts, width]
         self.position_ids = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-        if self.settings.repetition_penalty != 1.0:
+        if any(self.settings[i].repetition_penalty != 1.0 for i in self.active):
             num_tokens = self.model.config.get_text_config().vocab_size
             self.seen = torch.zeros(len(prompts), num_tokens, dtype=torch.bool, device=self.device)
             for seen, prompt in zip(self.seen, prompts):
@@ -114,13 +113,17 @@ class Decoder:
         tokens = [
             (i, token)
             for i, token in zip(self.active, chosen.tolist())
-            if token not in self.stop_ids
+            if token not in self.settings[i].stop_ids
         ]
         for i, _ in tokens:
             self.room[i] -= 1
         going_on = {i for i, _ in tokens if self.room[i] > 0}
         self._advance(chosen, [place for place, i in enumerate(self.active) if i in going_on])
         return tokens
+
+    def finish(self, prompt: int) -> None:
+        """Let the answer to a prompt end with the next token."""
+        self.room[prompt] = 0
 
     def _run(self, **options: Any) -> Any:
         """Run the model with what its forward takes of `options`.
@@ -133,16 +136,16 @@ class Decoder:
         return self.model(**taken(self.model, options))
 
     def _choose(self, logits: Tensor) -> Tensor:
-        settings = self.settings
+        settings = [self.settings[i] for i in self.active]
         if self.seen is not None:
-            logits = penalise_repetition(logits, self.seen, settings.repetition_penalty)
-        return next_tokens(
-            logits,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            generators=[self.generators[i] for i in self.active],
-        )
+            penalties = torch.tensor([each.repetition_penalty for each in settings])
+            logits = penalise_repetition(logits, self.seen, penalties[:, None].to(self.device))
+        generators = [self.generators[i] for i in self.active]
+        ways = [(each.temperature, each.top_p, each.top_k) for each in settings]
+        if len(set(ways)) == 1:
+            return _draw(logits, ways[0], generators)
+        rows = zip(logits.split(1), ways, generators)
+        return torch.cat([_draw(row, way, [generator]) for row, way, generator in rows])
 
     def _advance(self, chosen: Tensor, kept: list[int]) -> None:
         """Make the chosen tokens the next input, without the prompts that are finished."""
@@ -180,12 +183,20 @@ def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
-    """Return how many tokens the answer may have."""
+def _generator(seed: int | None) -> torch.Generator:
+    return torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
+
+
+def answer_room(model: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """Return how many tokens the answer to `prompt` may have.
+
+    Raises UserError if the prompt is empty, or too long for the model.
+    """
     if not prompt:
         raise UserError(
             "the prompt is empty, and a model continues at least one token. Give a text"
         )
+    limit = context_length(model)
     if limit is None:
         return max_new_tokens
     if len(prompt) >= limit:
@@ -208,14 +219,24 @@ def _shared_length(prompts: Collection[Sequence[int]]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     """Return `logits` with the tokens that already occurred made less likely.
 
     Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
-    `seen` are [prompts, V]. Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
+    `seen` are [prompts, V], `penalty` is one number or [prompts, 1].
+    Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
+
+
+def _draw(
+    logits: Tensor, way: tuple[float, float, int], generators: Sequence[torch.Generator]
+) -> Tensor:
+    temperature, top_p, top_k = way
+    return next_tokens(
+        logits, temperature=temperature, top_p=top_p, top_k=top_k, generators=generators
+    )
 
 
 def next_tokens(

@@ -8,6 +8,7 @@ on the other prompts: a model that cannot do all this is asked in a slower way (
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from finetune.data.types import Tokenizer
 from finetune.inference.batching import batches_of, way_of
@@ -35,7 +36,8 @@ def generate(
     with evaluating(model):
         way = way_of(model)
         for members in batches_of(prompts, way, batch_size):
-            decoder = Decoder(model, {i: prompts[i] for i in members}, settings, way)
+            own_settings = {i: with_seed(settings, i) for i in members}
+            decoder = Decoder(model, {i: prompts[i] for i in members}, own_settings, way)
             start += len(members)
             while decoder.active:
                 for i, token in decoder.step():
@@ -48,36 +50,59 @@ def generate(
 
 
 def stream(
-    model: CausalLM, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    on_token: Callable[[], None] | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces of text that join to the whole answer.
 
-    No character is cut in two. Raises UserError as `generate` does.
+    No character is cut in two. `on_token` is called for each token of the answer. Raises UserError
+    as `generate` does.
     """
+    text = AnswerText(tokenizer)
     with evaluating(model):
-        decoder = Decoder(model, {0: prompt}, settings, way_of(model))
-        yield from text_pieces(decoder.tokens(), tokenizer)
+        for token in Decoder(model, {0: prompt}, {0: settings}, way_of(model)).tokens():
+            if on_token is not None:
+                on_token()
+            if piece := text.add(token):
+                yield piece
+    if rest := text.rest():
+        yield rest
 
 
-def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of `tokens` in pieces, each character once all of its bytes have come.
+def with_seed(settings: GenerationSettings, number: int) -> GenerationSettings:
+    """Return the settings of prompt `number`, whose seed differs from those of the others."""
+    return settings if settings.seed is None else replace(settings, seed=settings.seed + number)
+
+
+class AnswerText:
+    """The text of an answer, token by token.
 
     A piece is what the newest tokens add to the text of those shortly before them. A token alone
     may decode differently: SentencePiece drops the space at the start of a text. The idea is
     `stream` of Hugging Face's text-generation-inference.
     """
 
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # tokens whose text was returned already
+        self._pending: list[int] = []
 
-    context: list[int] = []  # tokens whose text was yielded already
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        before, after = decode(context), decode(context + pending)
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            yield after[len(before) :]
-            context, pending = pending, []
-    rest = decode(context + pending)[len(decode(context)) :]
-    if rest:
-        yield rest
+    def add(self, token: int) -> str:
+        """Return the text that `token` completes; "" until all bytes of a character have come."""
+        self._pending.append(token)
+        before, after = self._decode(self._context), self._decode(self._context + self._pending)
+        if len(after) <= len(before) or after.endswith("\ufffd"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return after[len(before) :]
+
+    def rest(self) -> str:
+        """Return what is left at the end of the answer."""
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
