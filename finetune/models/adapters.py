@@ -11,12 +11,13 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import UserError
@@ -24,6 +25,8 @@ from finetune.models.describe import token_tables
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
+
+ADAPTERS = "adapters"  # the folder in an exported model that has LoRA's adapters by themselves
 
 
 def add_lora(
@@ -91,6 +94,31 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     `model` itself stays as it is.
     """
     return copy.deepcopy(model).merge_and_unload()
+
+
+def base_of_adapters(model: PeftModel) -> str:
+    """Return the name of the model that the adapters belong to; "" if they alone are not enough.
+
+    They are not if the base has random weights, or if rows of an active vocabulary train too.
+    """
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name and "trainable_tokens" not in name
+    ]
+    return "" if others else str(getattr(model.get_base_model(), "name_or_path", "") or "")
+
+
+def save_adapters(
+    model: PeftModel, base: str, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write adapter_model.safetensors and its config, which peft loads onto the model `base`.
+
+    The tokenizer is written too: the base may need rows for tokens that were added.
+    """
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
 
 
 def _check_targets(

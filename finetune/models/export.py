@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from finetune.errors import UserError
-from finetune.models.adapters import merge_lora
+from finetune.models.adapters import ADAPTERS, base_of_adapters, merge_lora, save_adapters
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
 from finetune.models.vocabulary.activate import full_vocabulary
-from finetune.run.replace import replacing
+from finetune.run.replace import discard, replacing
 
 
 def export_model(
@@ -37,10 +37,11 @@ def export_model(
 ) -> None:
     """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, over an earlier export.
 
-    LoRA is merged into a copy, and an active vocabulary is written back into the full table; the
-    model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
-    of the saved weights; None: as they are. Raises UserError if the disk or transformers refuses,
-    or if `dest` has a file that no export wrote.
+    LoRA is merged into a copy. It is also kept in `adapters/`, if the adapters alone make the
+    trained model of a base that has a name. An active vocabulary is written back into the full
+    table; the model in memory stays as it is. `card`: the text of README.md (see
+    `card.model_card`). `dtype`: of the saved weights; None: as they are. Raises UserError if the
+    disk or transformers refuses, or if `dest` has a file that no export wrote.
     """
     try:
         with replacing(dest) as work, full_vocabulary(model):
@@ -51,6 +52,8 @@ def export_model(
                 card,
                 dtype,
             )
+            if isinstance(model, PeftModel) and (base := base_of_adapters(model)):
+                save_adapters(model, base, tokenizer, work / ADAPTERS)
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -71,8 +74,22 @@ def verify_export(
 
     It is a share of the largest logit. Raises UserError if the model does not load, if the logits
     differ by more than rounding (1e-4; 0.05 for 16-bit weights), or if input and output are tied in
-    one model alone.
+    one model alone. The folder is deleted then: it would be taken for the trained model.
     """
+    try:
+        return _difference(dest, model, sample_ids, trust_remote_code)
+    except UserError as error:
+        discard(dest)
+        raise UserError(f"{error}. It is deleted") from error
+
+
+def _difference(
+    dest: Path,
+    model: PreTrainedModel | PeftModel,
+    sample_ids: Sequence[int],
+    trust_remote_code: bool,
+) -> float:
+    """Return the largest difference of a logit. Raises UserError as `verify_export` does."""
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
         reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", **options)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from finetune.errors import UserError
-from finetune.models.adapters import add_lora, merge_lora
+from finetune.models.adapters import add_lora, base_of_adapters, merge_lora
 from finetune.models.describe import describe_model, token_tables
 from finetune.models.export import export_model, verify_export
 from finetune.models.language_model import LanguageModel
@@ -144,3 +146,31 @@ def test_experts_that_get_no_adapters_are_said(caplog):
     model = load_model(ModelSpec(config=config, vocab_size=97))
     add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
     assert f"the {2 * 4 * 3 * 16 * 32:,} weights of the experts" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
+def test_adapters_are_also_kept_by_themselves(make_model, kind, chat_tokenizer, tmp_path):
+    base = tmp_path / "base"
+    make_model(kind, len(chat_tokenizer)).save_pretrained(base)
+    model = add_lora(load_model(ModelSpec(name=str(base))), **LORA, new_token_ids=[3, 5])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    export_model(model, chat_tokenizer, tmp_path / "model", card="")
+    folder = tmp_path / "model" / "adapters"
+    assert (folder / "adapter_model.safetensors").is_file()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
+        torch.testing.assert_close(again.eval()(ids).logits, merged, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_random_weights_or_beside_active_rows_are_not_kept(make_model):
+    wrapped = add_lora(make_model("llama"), **LORA)
+    assert base_of_adapters(wrapped) == ""
+    wrapped.get_base_model().name_or_path = "somewhere"
+    assert base_of_adapters(wrapped) == "somewhere"
+    wrapped.get_input_embeddings().weight.requires_grad_(True)
+    assert base_of_adapters(wrapped) == ""
