@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
+from finetune.compute import products
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.errors import UserError
 from finetune.models.describe import inner_model
@@ -39,6 +40,7 @@ class StepMemory:
 
     activations: int  # kept for the backward at the end of the forward
     loss: int  # the most that the loss adds: one chunk of logits, and the gradient of the head
+    kept: int  # buffers that stay for the next step: a chunk of logits, on a CPU
     peak: int  # the most alive at once, with gradients; they come as activations go
 
 
@@ -123,9 +125,11 @@ class Rehearsal:
                 loss.backward()
                 del loss
             peak = live.peak
+            kept = products.rehearsed_bytes()
+            products.release()
         self.model.zero_grad()
         sparse_gradients = sequences * length * self.sparse_width * 4
-        return StepMemory(activations, in_loss, peak + sparse_gradients)
+        return StepMemory(activations, in_loss, kept, peak + sparse_gradients)
 
     def inference(self, *, sequences: int, length: int, num_logits: int, use_cache: bool) -> int:
         """Return the most that a forward without gradients allocates, in bytes.

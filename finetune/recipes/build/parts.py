@@ -35,6 +35,8 @@ from finetune.recipes.build.vocabulary import (
 )
 from finetune.training.vocabulary import VocabularyKeeper, measuring_batches
 
+NOT_PACKED = "packing is off"  # the beginning of a note
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -102,7 +104,7 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     language_model = _wrap(model, config)
     if config.data.packing and (reason := why_not_packed(language_model)) is not None:
-        display.note(f"packing is off, one example a sequence: {reason}")
+        display.note(f"{NOT_PACKED}, one example a sequence: {reason}")
         data = config.data.model_copy(update={"packing": False})
         config = config.model_copy(update={"data": data})
         material = material.with_config(config)

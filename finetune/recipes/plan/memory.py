@@ -69,7 +69,7 @@ def estimate_memory(
     share = FP32_FRAGMENTATION if fp32_cpu else FRAGMENTATION[device]
     unusable = round(share * step.activations)
     phases = {"training step": resident + step.peak + unusable}
-    phases |= {name: resident + allocated for name, allocated in inference.items()}
+    phases |= {name: resident + step.kept + allocated for name, allocated in inference.items()}
     if export:
         phases["export"] = resident + export
     return MemoryEstimate(
