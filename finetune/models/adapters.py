@@ -8,6 +8,7 @@ is then wrong after reloading.)
 
 import copy
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,7 @@ def add_lora(
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"LoRA cannot adapt {type(model).__name__}: {str(error).splitlines()[0].rstrip('.')}. "
+            f"LoRA cannot adapt {type(model).__name__}: {_first_sentence(error)}. "
             "Leave out model.lora, or name other model.lora.target_modules"
         ) from error
     assert isinstance(wrapped, PeftModel)
@@ -94,6 +95,11 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     `model` itself stays as it is.
     """
     return copy.deepcopy(model).merge_and_unload()
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return what an error of peft says first, without the mark in brackets."""
+    return re.sub(r"^(\[[^]]*\] ?)+", "", str(error).splitlines()[0]).split(". ")[0].rstrip(".")
 
 
 def base_of_adapters(model: PeftModel) -> str:

@@ -86,6 +86,7 @@ def check_causal(language_model: LanguageModel) -> None:
     if enough_alike(together[early], alone[early], effect) and enough_alike(
         short, other[early], effect
     ):
+        _read_in_training(language_model, first)
         return
     if enough_alike(_losses(language_model, changed)[early], alone[early], effect):
         raise UserError(
@@ -96,6 +97,15 @@ def check_causal(language_model: LanguageModel) -> None:
         f"{name} sees the tokens that it is to predict: later tokens change its earlier "
         "predictions. Take a decoder, or set is_decoder to true in the model's config"
     )
+
+
+@torch.no_grad()
+def _read_in_training(language_model: LanguageModel, text: list[int]) -> None:
+    """Raise what the model raises if it reads a text of this length in evaluation mode alone."""
+    ids = torch.tensor([text], device=language_model.causal_lm.device)
+    with evaluating(language_model), torch.random.fork_rng(devices=[]):  # dropout draws numbers
+        language_model.train()
+        language_model(ids, ids)
 
 
 def check_packing(language_model: LanguageModel) -> None:

@@ -1,7 +1,6 @@
 """What a model must do before it is trained, and what it may not be able to do."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -50,13 +49,11 @@ def test_a_model_that_sees_the_future_is_refused(kind):
     check_causal(made(config | {"is_decoder": True}))
 
 
-def test_decoders_pass_and_a_probe_takes_less_than_a_second(make_model):
+def test_decoders_pass(make_model):
     for kind in ("gpt2", "llama", "gemma3", "gpt_neox", "bloom"):
         language_model = LanguageModel(make_model(kind))
-        started = time.perf_counter()
         check_causal(language_model)
-        why_not_packed(language_model)
-        assert time.perf_counter() - started < 1
+        assert (why_not_packed(language_model) is None) == (kind != "bloom")
     check_causal(made(LFM2))
 
 
