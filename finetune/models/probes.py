@@ -20,6 +20,7 @@ from finetune.models.language_model import LanguageModel, evaluating
 Probed = TypeVar("Probed", bound=nn.Module)
 
 LENGTH = 16  # tokens of a probe
+ODD_LENGTH = 72  # tokens: a multiple of 8, as batches are, and of no larger power of two
 EXACT_UP_TO = 20_000_000  # parameters of a model that is probed in float64
 
 
@@ -86,7 +87,7 @@ def check_causal(language_model: LanguageModel) -> None:
     if enough_alike(together[early], alone[early], effect) and enough_alike(
         short, other[early], effect
     ):
-        _read_in_training(language_model, first)
+        _read_in_training(language_model)
         return
     if enough_alike(_losses(language_model, changed)[early], alone[early], effect):
         raise UserError(
@@ -100,9 +101,14 @@ def check_causal(language_model: LanguageModel) -> None:
 
 
 @torch.no_grad()
-def _read_in_training(language_model: LanguageModel, text: list[int]) -> None:
-    """Raise what the model raises if it reads a text of this length in evaluation mode alone."""
-    ids = torch.tensor([text], device=language_model.causal_lm.device)
+def _read_in_training(language_model: LanguageModel) -> None:
+    """Raise what the model raises if it reads a text in evaluation mode alone.
+
+    Reformer's training takes multiples of 64 tokens, which its evaluation pads to.
+    """
+    model = language_model.causal_lm
+    length = min(ODD_LENGTH, context_length(model) or ODD_LENGTH)
+    ids = torch.tensor([some_ids(model, length)], device=model.device)
     with evaluating(language_model), torch.random.fork_rng(devices=[]):  # dropout draws numbers
         language_model.train()
         language_model(ids, ids)
