@@ -10,9 +10,12 @@ number of target tokens of an example is therefore the number of its labels that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-import torch
+if TYPE_CHECKING:  # what is looked at first needs records, and not torch
+    import torch
+
+from finetune.errors import UserError
 
 IGNORE_INDEX = -100
 
@@ -33,6 +36,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     bos_token_id: int | None
     eos_token_id: int | None
+    backend_tokenizer: Any
 
     def __call__(self, text: Any, **options: Any) -> Any: ...
 
@@ -73,7 +77,7 @@ class Example:
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 class MicroBatch(TypedDict, total=False):
@@ -84,9 +88,9 @@ class MicroBatch(TypedDict, total=False):
     labels of the padding are `IGNORE_INDEX`.
     """
 
-    input_ids: torch.Tensor  # [sequences, length] int64
-    labels: torch.Tensor  # [sequences, length] int64, IGNORE_INDEX for tokens that are not targets
-    position_ids: torch.Tensor  # [sequences, length] int64, packed sequences only
+    input_ids: "torch.Tensor"  # [sequences, length] int64
+    labels: "torch.Tensor"  # [sequences, length] int64, IGNORE_INDEX where nothing is a target
+    position_ids: "torch.Tensor"  # [sequences, length] int64, packed sequences only
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,23 @@ class Prompt:
     language: str | None = None  # of the reference, if it is known
 
 
+class Texts(Protocol):
+    """What makes examples of drafts, those of many records at a time."""
+
+    def encode(self, given: Sequence[Any]) -> list[list[Example] | UserError]:
+        """Return the examples of each record's drafts. What is an error already stays one."""
+        ...
+
+
 class Format(Protocol):
     """A format turns records into examples. There are three: chat, translation, text."""
 
     name: str
+
+    @property
+    def texts(self) -> Texts:
+        """What makes examples of drafts."""
+        ...
 
     @property
     def common_system_prompt(self) -> str | None:
@@ -121,6 +138,10 @@ class Format(Protocol):
         """
         ...
 
+    def drafts(self, record: Record) -> Sequence[Any]:
+        """Return what `texts` makes the examples of one record from. Raises UserError."""
+        ...
+
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the prompts whose answers are compared with the record's; plain text has none."""
         ...
@@ -130,4 +151,12 @@ class Format(Protocol):
 
         It is about the records whose examples were made since the last call.
         """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
         ...

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
 from finetune.models.adapters import ADAPTERS, base_of_adapters, merge_lora, save_adapters
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
@@ -90,12 +90,10 @@ def _difference(
     trust_remote_code: bool,
 ) -> float:
     """Return the largest difference of a logit. Raises UserError as `verify_export` does."""
-    try:
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with Border(f"the export {dest} does not load"):
         reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", **options)
         AutoTokenizer.from_pretrained(dest, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the export {dest} does not load: {error}") from error
     bound = 1e-4 if reloaded.dtype == torch.float32 else 0.05
     reloaded.to(model.device, torch.float32)
     ids = torch.tensor([list(sample_ids)], device=model.device)

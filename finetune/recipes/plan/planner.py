@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from finetune.config import RunConfig
+from finetune.config.schema import MOST
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import BatchShape
 from finetune.data.statistics import coverage
@@ -27,8 +28,10 @@ from finetune.models.speed import resolve_precision
 from finetune.models.tokenizers import pad_id
 from finetune.optim import optimizer_info
 from finetune.optim.lazy.eligible import row_sparse_embeddings
+from finetune.recipes.build.accelerator import resolve_device
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
+from finetune.recipes.build.optimizer import may_be_lazy
 from finetune.recipes.build.parts import count_steps
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.recipes.plan.memory import (
@@ -55,10 +58,11 @@ class Work:
     length: int  # tokens of each of its sequences, padding included
     num_targets: int  # the most target tokens of a micro-batch
     accumulates: bool  # whether a step has several micro-batches
-    num_steps: int
+    num_steps: int  # MOST if a time ends the run, until steps were timed
     tokens_per_step: float  # mean, without padding
     examples_per_step: float  # mean
     num_evaluations: int
+    evaluate_every: int  # steps
     used_rows: int  # rows of the token table whose token occurs in the training data
     coverage: float | None  # share of the held-out tokens that occur in the training data
     prompt_length: int  # tokens of the longest held-out example
@@ -92,7 +96,8 @@ class Planner:
         self, config: RunConfig, display: Display, memory_limit: int | None = None
     ) -> None:
         self.config, self.display, self.memory_limit = config, display, memory_limit
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = resolve_device(config.training.device)
+        self.device = torch.device("cpu" if wanted == "mps" else wanted)  # its memory is the CPU's
         self.material = read_material(config, display)
         self.work = work_of(self.material)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
@@ -132,7 +137,7 @@ class Planner:
         apply_vocabulary(vocabulary, model, config, bf16=precision == "bf16")
         with torch.device("meta"):
             model = adapt_model(model, config.model, tokens.added, seed=config.seed)
-        tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
+        tables = row_sparse_embeddings(model) if may_be_lazy(config) else []
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_state_bytes(
             model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows
@@ -259,6 +264,8 @@ def work_of(material: Material) -> Work:
     largest = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
     every = config.evaluation.every or per_epoch or num_steps
     num_evaluations = config.evaluation.before + math.ceil(num_steps / every)
+    if num_steps == MOST:
+        num_evaluations = config.evaluation.before + 1
     return Work(
         num_sequences=largest[0],
         length=largest[1],
@@ -268,7 +275,8 @@ def work_of(material: Material) -> Work:
         tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
         examples_per_step=len(examples) / len(steps),
         num_evaluations=num_evaluations if held_out is not None else 0,
-        used_rows=len(set(train.token_ids)),
+        evaluate_every=every,
+        used_rows=len(train.used_ids),
         coverage=coverage(train, held_out),
         prompt_length=max(held_out.lengths) if held_out is not None else 0,
     )
