@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
-from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.language_model import LanguageModel
+from finetune.models.probes import check_packing
 from finetune.models.speed import compile_decoder
 from finetune.models.vocabulary.activate import activate_vocabulary
 from finetune.optim import LazyAdamW, clip_grad_norm_

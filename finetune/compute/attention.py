@@ -67,8 +67,9 @@ def attend(
 ) -> Tensor:
     """Attend within the examples of `layout`, in the dtype of the query or of autocast, on a CPU.
 
-    query [sequences, heads, length, d] and key and value [sequences, fewer heads, length, d] give
-    [sequences, length, heads, d]. `scale`: of the scores; None: d to the power of -1/2.
+    query [sequences, heads, length, d], key [sequences, fewer heads, length, d] and value
+    [sequences, fewer heads, length, v] give [sequences, length, heads, v]. `scale`: of the scores;
+    None: d to the power of -1/2.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -139,7 +140,7 @@ def causal_square(length: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """query [N, heads, d], key and value [N, fewer heads, d] to [N, heads, d], of N tokens."""
+    """query [N, heads, d], key [N, fewer heads, d], value [N, fewer heads, v] to [N, heads, v]."""
 
     @staticmethod
     def forward(
@@ -151,10 +152,10 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        output, masks = torch.empty_like(query), []
+        output, masks = value.new_empty(*query.shape[:2], value.shape[2]), []
         for group in layout.groups:
             q, k, v = (_take(tensor, group, key.shape[1]) for tensor in (query, key, value))
-            attended = torch.empty_like(q)
+            attended = q.new_empty(*q.shape[:3], v.shape[3])
             for block, seen in _blocks(group):
                 probabilities = _probabilities(
                     q[:, :, block], k[:, 0, seen], layout.bias[block, seen], scale
@@ -180,7 +181,7 @@ class _Attention(torch.autograd.Function):
             q, k, v = (_take(tensor, group, key.shape[1]) for tensor in (query, key, value))
             do = _take(grad, group, key.shape[1], zero_padding=True)
             dq = torch.empty_like(q)
-            dk, dv = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
+            dk, dv = (torch.zeros_like(part, dtype=torch.float32) for part in (k, v))
             for block, seen in _blocks(group):
                 probabilities = _probabilities(
                     q[:, :, block], k[:, 0, seen], ctx.layout.bias[block, seen], ctx.scale

@@ -5,6 +5,9 @@ same, up to rounding. `output_head` reads from a model what the loss needs, so t
 take the place of the model's own product with its head.
 """
 
+import inspect
+import re
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +33,22 @@ def fuse(model: PreTrainedModel) -> None:
 
     A part that is not understood, or not faster this way on its device, computes as before.
     """
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not _asks_for_the_name(model):
         model.set_attn_implementation(BY_EXAMPLE)
     fuse_norms(model)
     fuse_gates(model)
+
+
+def _asks_for_the_name(model: PreTrainedModel) -> bool:
+    """Return whether the code of `model` does something else for attention of another name.
+
+    DeepSeek-V3.2 and its kind put the keys that their indexer chose into the mask for two names
+    only.
+    """
+    code = inspect.getsource(sys.modules[type(model).__module__])
+    return (
+        re.search(r'_attn_implementation (in \(|== )[^\n]*"sdpa"(?!.*trf-ignore)', code) is not None
+    )
 
 
 class OutputHead(NamedTuple):

@@ -8,12 +8,14 @@ Packing. A new example begins at each position id of 0, and examples must not se
 transformers builds the block mask from the position ids by itself, a sliding window included. It
 does so only without an attention mask and without a cache
 (`transformers.masking_utils.find_packed_sequence_indices`), and not in every architecture:
-`check_packing` checks it.
+`finetune.models.probes` checks it.
 """
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -53,6 +55,7 @@ class LanguageModel(nn.Module):
         fuse(self.causal_lm)
         # Frozen rows drawn for a training step, and the place of every token's row then.
         self.sample: tuple[FrozenRows, Tensor] | None = None
+        self.routers = _router_loss(self.causal_lm)
         self.fused = self._logits_are_understood()
         if not self.fused:
             _logger.warning(
@@ -77,10 +80,21 @@ class LanguageModel(nn.Module):
         tokens `inactive` ([V] bool; 0 without them). Raises UserError for a target that is neither
         active nor among the frozen rows drawn for the step.
         """
+        whole = self.causal_lm.base_model if self.fused else self.causal_lm
+        output = self._run(whole, input_ids, position_ids)
+        routing = None
+        if self.routers is not None and self.training and reduction == "sum":
+            routing = self.routers(output.router_logits, labels)
+        loss = self._loss(output, labels, reduction, inactive)
+        return loss if routing is None else loss + routing
+
+    def _loss(self, output: Any, labels: Tensor, reduction: str, inactive: Tensor | None) -> Tensor:
+        """Return the loss, or scores, from the output of the decoder or of the whole model."""
         if not self.fused:
-            logits = self._run(self.causal_lm, input_ids, position_ids).logits
+            logits = output.logits
+            inactive = None if inactive is None else inactive[: logits.shape[-1]]
             return causal_lm_loss_of_logits(logits, labels, reduction=reduction, inactive=inactive)
-        hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
+        hidden = output.last_hidden_state
         head = output_head(self.causal_lm)
         module = self.causal_lm.get_output_embeddings()
         if isinstance(module, ActiveHead):
@@ -96,6 +110,8 @@ class LanguageModel(nn.Module):
             if inactive is not None:
                 ids = torch.cat([vocabulary.active_ids.clamp(min=0), vocabulary.frozen_ids])
                 inactive = inactive[ids]
+        elif inactive is not None:  # the input table may have more rows than the head
+            inactive = inactive[: len(head.weight)]
         return causal_lm_loss(
             hidden, labels, **head._asdict(), reduction=reduction, inactive=inactive
         )
@@ -160,38 +176,59 @@ class LanguageModel(nn.Module):
         )
 
 
+class RouterLoss(NamedTuple):
+    """The auxiliary loss of a mixture of experts, which spreads the tokens over its experts.
+
+    A call returns its share of a micro-batch: as transformers adds it to the mean over target
+    tokens, here it is added to their sum once for each. Tokens after the last target of a sequence
+    do not count: no loss depends on them, and they may be padding.
+    """
+
+    balance: Callable[..., Tensor]  # transformers' load_balancing_loss_func
+    num_experts: int
+    num_chosen: int  # experts of each token
+    coefficient: float
+
+    def __call__(self, router_logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        targets = (labels != IGNORE_INDEX).int()
+        counted = targets.flip(1).cumsum(1).flip(1).clamp(max=1)
+        loss = self.balance(router_logits, self.num_experts, self.num_chosen, counted)
+        return self.coefficient * targets[:, 1:].sum() * loss
+
+
+def _router_loss(model: PreTrainedModel) -> RouterLoss | None:
+    """Return the loss of the routers if the config asks for it, and log that.
+
+    Raises UserError if it asks for one that this model does not have.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None
+    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
+    experts, chosen = (
+        getattr(model, name, getattr(config, name, None))
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    if balance is None or coefficient is None or experts is None or chosen is None:
+        raise UserError(
+            f"output_router_logits is set for {type(model).__name__}, which has no loss of its "
+            "routers. Set it to false in the model's config"
+        )
+    _logger.warning(
+        "%g times the routers' loss is part of the training loss, and not of the held-out loss "
+        "(output_router_logits, router_aux_loss_coef)",
+        coefficient,
+    )
+    return RouterLoss(balance, experts, chosen, coefficient)
+
+
 def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
     missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
     if len(missing):
         raise UserError(
             f"the target token {int(missing[0])} does not train and was not drawn for this step. "
             "Make it active, or give the step's targets to FrozenSampler.before_step"
-        )
-
-
-def check_packing(language_model: LanguageModel) -> None:
-    """Raise UserError unless examples packed into one sequence have the losses they have alone.
-
-    Some architectures (Bloom, whose alibi knows no positions) or attention implementations let them
-    see each other.
-    """
-    model = language_model.causal_lm
-    vocabulary, device = token_tables(model)[0].shape[0], model.device
-    lengths = (5, 1, 7, 4)
-    ids = torch.arange(sum(lengths), device=device)[None] * 7 % vocabulary
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    labels = torch.where(positions == 0, IGNORE_INDEX, ids)
-    with evaluating(language_model):
-        packed = language_model.token_losses(ids, labels, positions)
-        pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
-        alone = torch.cat([language_model.token_losses(*piece) for piece in pieces])
-        mixed = language_model.token_losses(ids, labels)
-    error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
-    if not error <= 0.1 * leak + 1e-5:  # NaN is refused too
-        raise UserError(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
-            f"packed examples see each other (losses differ by up to {error:.2g} nats from those "
-            "of the examples alone). Set data.packing: false"
         )
 
 
