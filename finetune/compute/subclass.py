@@ -38,7 +38,10 @@ def _kind(value: Any) -> Hashable:
         return value.shape
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), value
-    return id(value) if isinstance(value, Tensor) or value else type(value)
+    if isinstance(value, Tensor) or value:
+        return id(value)
+    kind: type = type(value)
+    return kind
 
 
 @functools.cache

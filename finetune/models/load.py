@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from logging import getLogger
+from logging import LogRecord, getLogger
 from typing import Any
 
 import torch
@@ -18,12 +18,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from finetune.errors import Border, UserError, did_you_mean, reason_of
+from finetune.errors import Border, UserError, did_you_mean, reason_of, visible
 from finetune.models.checks import check_config, check_number, check_stops, check_weights
 from finetune.models.locate import resolve_name
 
 # The command line shows progress of its own. Downloads keep their bars.
 logging.disable_progress_bar()
+
+
+def _escape(record: LogRecord) -> bool:
+    """Escape the control characters in what transformers logs, such as names of a file."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
+
+
+for _handler in logging.get_logger("transformers").handlers:
+    _handler.addFilter(_escape)
 
 _logger = getLogger(__name__)
 
