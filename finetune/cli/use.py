@@ -50,7 +50,8 @@ def evaluate(
     run = look_at_target(target)
     source = run.config if config is None and run is not None else config
     if source is not None:
-        look_at(load_config(source, overrides or ()))
+        trusted = ["model.trust_remote_code=true"] if trust_remote_code and config is None else []
+        look_at(load_config(source, [*trusted, *(overrides or ())]))
     say_start()
     from finetune.recipes.evaluate import evaluate_target
 

@@ -40,7 +40,7 @@ MISTAKES = {  # what is typed -> what the answer has
     ("chat", "./none"): "the model folder ./none does not exist",
     ("translate", "./none"): "the model folder ./none does not exist",
     ("translate", "run", "--input", "none.txt"): "the input none.txt is not a file",
-    ("export", "none", "new"): "none is not a run's folder",
+    ("export", "./none", "new"): "the model folder ./none does not exist",
     ("export", "run", "new"): "the run run has no model/ yet",
     ("report", "none"): "none does not exist. Name the folder",
     ("landscape", "--optimizers", "adam,sdg"): "Did you mean 'sgd'?",

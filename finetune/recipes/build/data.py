@@ -11,6 +11,7 @@ from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.bad_records import BadRecords
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.encoding.kept import KeptEncoding
+from finetune.data.encoding.own import OwnFormat
 from finetune.data.encoding.store import EntryDraft, Store
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
@@ -185,7 +186,7 @@ def encode_records(
                 draft=draft,
             )
 
-    if store is None or data is None or made_from is None:
+    if store is None or data is None or made_from is None or isinstance(format, OwnFormat):
         encoded = run(None)
     else:
         limits = config.max_length, overlong, vocab_size
