@@ -43,15 +43,15 @@ def exact(module: Probed) -> Probed:
     """
     if sum(parameter.numel() for parameter in module.parameters()) > EXACT_UP_TO:
         return module
-    found: Any = copy.deepcopy(module).double()
-    model = found.causal_lm if isinstance(found, LanguageModel) else inner_model(found)
     try:
+        found: Any = copy.deepcopy(module).double()
+        model = found.causal_lm if isinstance(found, LanguageModel) else inner_model(found)
         if model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # grouped products are not for float64
         with torch.no_grad(), evaluating(model):
             ids = torch.tensor([some_ids(model, 4)], device=model.device)
             model(input_ids=ids, use_cache=False)
-    except Exception:  # its code has float32 in it
+    except Exception:  # its code has float32 in it, or an engine shards it
         return module
     return found
 
