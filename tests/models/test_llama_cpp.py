@@ -281,14 +281,17 @@ def rendered(template, messages):
     )
 
 
-@pytest.mark.parametrize("name", ["CHATML", "DEFAULT_SYSTEM", "ZEPHYR", "GEMMA"])
-@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        *((name, False) for name in ("CHATML", "DEFAULT_SYSTEM", "ZEPHYR", "GEMMA")),
+        *((name, True) for name in ("CHATML", "DEFAULT_SYSTEM", "ZEPHYR")),  # Gemma takes none
+    ],
+)
 def test_ollama_writes_what_the_chat_template_writes(name, system):
     tokenizer = train_tokenizer(["a few words"], 300)
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.chat_template = getattr(stock, name)
-    if name == "GEMMA" and system:
-        pytest.skip("the template takes no system message")
     turns = [{"role": "system", "content": "Be kind."}] if system else []
     turns += [
         {"role": role, "content": text}
