@@ -22,7 +22,7 @@ from tests.conftest import PYTHIA
 from tests.training.kills import KILLED, Operations, Point, config, without_time
 
 MOST_KILLS = 6  # in a chain
-TIMED = {"environment.json", "README.md", "protocol.yaml"}  # hold times, or a command
+TIMED = {"environment.json", "README.md", "protocol.yaml", "train.log"}  # hold times, or a command
 FOUND_AGAIN = {"report.html", "study.db", "tune.db"}  # these hold times too
 FOUND_AGAIN |= {"comparison.html", "comparison.json", "comparison.csv"}
 

@@ -48,7 +48,7 @@ class _Rows(torch.autograd.Function):
 
 
 def look_up(table: RowTable, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
-    """Return the rows `ids` of a lagging table as of now, as `torch.nn.functional.embedding` does.
+    """Return the rows `ids` of a table as of now, as `torch.nn.functional.embedding` does.
 
     The gradient of `weight` is row-sparse. It is called while torch's functions do not go through
     `LazyRows`. Raises IndexError for an id that the table does not have.

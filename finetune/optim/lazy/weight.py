@@ -332,9 +332,9 @@ def _version(values: Tensor) -> int:
 
 
 def _looks_up(ids: Tensor, weight: Tensor, **options: object) -> bool:
-    """Return whether `torch.nn.functional.embedding` is called with a weight whose rows lag."""
+    """Return whether `torch.nn.functional.embedding` is called with the weight of a table."""
     table = None if isinstance(ids, LazyRows) else table_of(weight)
-    if table is None or table.weight_is_current:
+    if table is None:
         return False
     check_weight(table, stored(weight))
     return options["max_norm"] is None and not options["scale_grad_by_freq"]
