@@ -83,7 +83,7 @@ class Environment(JsonRecord):
     model: Mapping[str, Any] = field(default_factory=dict)  # name, shape, parameters counted
     training: Mapping[str, Any] = field(default_factory=dict)  # optimizer and method, in words
     settings: Mapping[str, Any] = field(default_factory=dict)  # that differ from the defaults
-    peak_memory_gib: float | None = None  # of the main process, at the end
+    peak_memory_gib: float | None = None  # of the main process, over all starts
     notes: Sequence[str] = ()  # choices made, things left out
 
 

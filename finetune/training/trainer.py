@@ -165,8 +165,10 @@ class Trainer:
 
     def _is_over(self) -> bool:
         """Return whether the last step was taken: by their number, or because the time is up."""
-        up = self.clock is not None and self.progress.seconds >= self.clock.limit
-        return up or self.progress.step >= self.cadence.num_steps
+        return self._time_is_up() or self.progress.step >= self.cadence.num_steps
+
+    def _time_is_up(self) -> bool:
+        return self.clock is not None and self.progress.seconds >= self.clock.limit
 
     def _follow(self, clock: Clock) -> None:
         """Bring the learning rate to where the run is, by time or by steps, whichever is more."""
@@ -229,6 +231,8 @@ class Trainer:
         """Return why there is no step to take; None if there is one."""
         if self.progress.step >= self.cadence.num_steps:
             return f"all {self.cadence.num_steps:,} steps are taken (training.max_steps)"
+        if self._time_is_up():
+            return "its time is used (training.max_time)"
         if self._out_of_patience():
             return "it stopped early (evaluation.early_stopping_patience)"
         return None

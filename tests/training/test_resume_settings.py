@@ -1,5 +1,7 @@
 """What a resumed run says of settings that changed, and what it refuses."""
 
+import json
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -54,10 +56,21 @@ def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(tiny):
     assert "finished" not in said
 
 
-def test_a_finished_run_says_so(tiny):
-    train(tiny(training={"max_steps": 2}))
-    said = train(tiny(training={"max_steps": 2}), resume="auto")
-    assert "the run is finished, and nothing is trained: all 2 steps are taken" in said
+@pytest.mark.parametrize(
+    ("length", "why"),
+    [
+        ({"max_steps": 2}, "all 2 steps are taken"),
+        ({"max_steps": 100_000, "max_time": "2s"}, "its time is used"),
+    ],
+)
+def test_a_finished_run_says_so(tiny, tmp_path, length, why):
+    train(tiny(training=length))
+    record = tmp_path / "run" / "environment.json"
+    much = {**json.loads(record.read_text()), "peak_memory_gib": 1000.0}
+    record.write_text(json.dumps(much))
+    said = train(tiny(training=length), resume="auto")
+    assert f"the run is finished, and nothing is trained: {why}" in said
+    assert json.loads(record.read_text())["peak_memory_gib"] == 1000.0  # training took it
 
 
 @pytest.mark.parametrize(("asked", "said"), [(100, True), (6, False)])

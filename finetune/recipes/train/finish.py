@@ -67,8 +67,10 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
             run.model,
             card=run_card(run, parts.config, _named(summary, chosen)),
         )
+        record = Environment.read(run)
         memory = round(_peak_memory(accelerator.device) / 2**30, 2)
-        replace(Environment.read(run), notes=display.notes, peak_memory_gib=memory).write(run)
+        peak = max(memory, record.peak_memory_gib or 0)  # that of an earlier start counts too
+        replace(record, notes=display.notes, peak_memory_gib=peak).write(run)
         write_report(run.root)
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")

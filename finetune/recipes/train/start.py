@@ -130,6 +130,7 @@ def write_records(parts: Parts, run: RunDir) -> None:
         },
         settings=flat_settings(parts.config.model_dump(mode="json", exclude_defaults=True)),
         notes=parts.display.notes,
+        peak_memory_gib=earlier.peak_memory_gib,
     ).write(run)
     write_counts(parts, run)
 
