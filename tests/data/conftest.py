@@ -5,7 +5,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from .stock import CHATML, SPECIAL, MakeTokenizer, byte_level, metaspace
+from tests.data.stock import CHATML, SPECIAL, MakeTokenizer, byte_level, metaspace
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ from finetune.data.encode import EncodedDataset, encode
 from finetune.data.formats.detect import build_format
 from finetune.data.sources import load_records, stream_records
 from finetune.errors import UserError
-
-from .settings import format_options, source
-from .stock import MakeTokenizer
+from tests.data.settings import format_options, source
+from tests.data.stock import MakeTokenizer
 
 
 def said(*turns: tuple[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from finetune.data.batches.steps import StepBatch, cut_step, group_by_length
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import IGNORE_INDEX, Example, MicroBatch
 from finetune.errors import UserError
-
-from .settings import batch_shape
+from tests.data.settings import batch_shape
 
 
 def dataset_of(num_examples: int, *, seed: int = 0, longest: int = 30) -> EncodedDataset:

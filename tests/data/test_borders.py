@@ -12,10 +12,9 @@ from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText, Tem
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.models.tokenizers import CHATML, set_template
+from tests.data import stock
+from tests.data.stock import MakeTokenizer
 from tests.vocabularies import NAMES, real_tokenizer
-
-from . import stock
-from .stock import MakeTokenizer
 
 QUESTION, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 TWO_TURNS = [QUESTION, ANSWER, {"role": "user", "content": "Sure?"}, ANSWER]

@@ -10,10 +10,9 @@ from finetune.data.formats.detect import build_format
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
-
-from . import stock
-from .settings import format_options
-from .stock import MakeTokenizer
+from tests.data import stock
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 
 TURNS = [
     ("user", "What is the capital of France?"),

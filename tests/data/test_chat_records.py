@@ -11,11 +11,10 @@ from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.models.tokenizers import set_template
+from tests.data import stock
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 from tests.vocabularies import real_tokenizer
-
-from . import stock
-from .settings import format_options
-from .stock import MakeTokenizer
 
 Case = dict[str, Any]
 

@@ -10,10 +10,9 @@ from finetune.data.formats.detect import build_format
 from finetune.data.formats.rendering import ChatTemplate
 from finetune.data.types import Format
 from finetune.errors import UserError
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 from tests.vocabularies import real_tokenizer
-
-from .settings import format_options
-from .stock import MakeTokenizer
 
 RECORDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "chat": (

@@ -13,11 +13,10 @@ from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText, req
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
 from finetune.models.tokenizers import CHATML, set_template
+from tests.data import stock
+from tests.data.stock import MakeTokenizer
+from tests.data.test_borders import PIECES
 from tests.vocabularies import NAMES, real_tokenizer
-
-from . import stock
-from .stock import MakeTokenizer
-from .test_borders import PIECES
 
 LOOKS_AT_THE_LAST = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"

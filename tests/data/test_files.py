@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 
 from finetune.data.sources import load_records, stream_records
 from finetune.errors import UserError
-
-from .settings import source
+from tests.data.settings import source
 
 Write = Callable[..., Path]
 

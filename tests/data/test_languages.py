@@ -10,9 +10,8 @@ from finetune.data.formats.detect import build_format
 from finetune.data.formats.languages import is_language, language_name, language_tag
 from finetune.errors import UserError
 from finetune.evaluation.answers import text_metrics
-
-from .settings import format_options
-from .stock import MakeTokenizer
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 
 SAME: list[tuple[str, ...]] = [
     # names of one language

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from finetune.data.formats.detect import build_format
 from finetune.data.formats.messages import merge_turns
 from finetune.errors import UserError
-
-from .settings import format_options
-from .stock import MakeTokenizer
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 
 TURNS = [
     {"role": "user", "content": "Hello?"},

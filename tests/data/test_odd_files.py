@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from finetune.data.formats.detect import build_format
 from finetune.data.sources import load_records, stream_records
 from finetune.errors import UserError
-
-from .settings import format_options, source
-from .stock import MakeTokenizer
-from .test_files import TEXT, everywhere, read, refused
+from tests.data.settings import format_options, source
+from tests.data.stock import MakeTokenizer
+from tests.data.test_files import TEXT, everywhere, read, refused
 
 READ: dict[str, tuple[str | bytes, list[dict[str, Any]]]] = {
     # name -> content, the records in it

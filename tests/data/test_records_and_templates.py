@@ -10,12 +10,21 @@ from finetune.data.formats.detect import build_format
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.errors import UserError
 from finetune.models.tokenizers import set_template
+from tests.data import stock
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
+from tests.data.test_chat_records import (
+    CALL,
+    END,
+    NO_THOUGHT,
+    WEATHER,
+    answer,
+    chat,
+    detected,
+    learnt,
+    user,
+)
 from tests.vocabularies import real_tokenizer
-
-from . import stock
-from .settings import format_options
-from .stock import MakeTokenizer
-from .test_chat_records import CALL, END, NO_THOUGHT, WEATHER, answer, chat, detected, learnt, user
 
 CITY = {**CALL, "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"

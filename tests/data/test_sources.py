@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from finetune.data.sources import Records, Source, load_records, split_held_out, stream_records
 from finetune.data.sources.records import _interleave
 from finetune.errors import UserError
-
-from .settings import source
+from tests.data.settings import source
 
 PAIRS = [{"en": f"Sentence {i}", "fr": f"Phrase {i}"} for i in range(7)]
 ODD = [

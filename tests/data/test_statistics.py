@@ -13,10 +13,9 @@ from finetune.data.formats.detect import build_format
 from finetune.data.sources import load_records
 from finetune.data.statistics import characters_per_token, histogram, pieces, report_on
 from finetune.data.types import IGNORE_INDEX, Example
+from tests.data.settings import batch_shape, format_options, source
+from tests.data.stock import DEFAULT_SYSTEM, MakeTokenizer
 from tests.vocabularies import real_tokenizer
-
-from .settings import batch_shape, format_options, source
-from .stock import DEFAULT_SYSTEM, MakeTokenizer
 
 
 def test_examples_read_as_text_with_their_targets(make_tokenizer: MakeTokenizer) -> None:

@@ -10,9 +10,8 @@ from finetune.data.formats.rendering import ChatTemplate, Dialog, TemplateSettin
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.models.tokenizers import set_template
+from tests.data.test_chat_records import CALL, WEATHER, answer, chat, detected, user
 from tests.vocabularies import real_tokenizer, stock_template
-
-from .test_chat_records import CALL, WEATHER, answer, chat, detected, user
 
 pytestmark = pytest.mark.slow  # fetches up to 150 MB the first time
 

@@ -17,9 +17,8 @@ from finetune.data.formats.text import TextFormat
 from finetune.data.sources import stream_records
 from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
-
-from .settings import batch_shape, source
-from .stock import MakeTokenizer
+from tests.data.settings import batch_shape, source
+from tests.data.stock import MakeTokenizer
 
 NUM_RECORDS = 90
 MAX_LENGTH = 24

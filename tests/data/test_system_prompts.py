@@ -7,10 +7,9 @@ import pytest
 from finetune.data.formats.detect import build_format
 from finetune.data.formats.rendering import ChatTemplate
 from finetune.models.tokenizers import set_template
-
-from . import stock
-from .settings import format_options
-from .stock import MakeTokenizer
+from tests.data import stock
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 
 TERSE = "Be terse."
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

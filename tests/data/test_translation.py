@@ -10,10 +10,9 @@ from finetune.data.formats.languages import is_language, language_name, language
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.types import IGNORE_INDEX, Record
 from finetune.errors import UserError
-
-from . import stock
-from .settings import format_options
-from .stock import MakeTokenizer
+from tests.data import stock
+from tests.data.settings import format_options
+from tests.data.stock import MakeTokenizer
 
 PAIR = {"translation": {"en": "Hello there", "fr": "Bonjour"}}
 
