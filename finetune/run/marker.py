@@ -4,6 +4,7 @@ Every command that writes into a folder asks it first. A folder without the mark
 someone else: nothing in it is deleted or replaced. The marker is the first file that is written.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -85,7 +86,11 @@ def remove_own(folder: Path, names: tuple[str, ...], mark: str) -> None:
     """
     files = own_files(folder, names)
     for file in files:
-        file.unlink(missing_ok=True)
+        if file.is_dir() and not file.is_symlink():  # somebody put it in the place of the file
+            _remove_empty(file)
+        else:
+            with contextlib.suppress(NotADirectoryError):
+                file.unlink(missing_ok=True)
     for inner in sorted({file.parent for file in files} - {folder}, reverse=True):
         _remove_empty(inner)
     (folder / mark).unlink(missing_ok=True)

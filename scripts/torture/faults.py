@@ -65,6 +65,8 @@ class Faults:
             found, wanted = (
                 left(each) if each.is_dir() else {} for each in (run, self.chains.whole)
             )
+            if kind == self._signal:  # it is saved where the signal came, and others are not kept
+                found, wanted = _without_earlier(found), _without_earlier(wanted)
             different = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
             if ended.code != 0:
                 problem = f"the resumed run ends with {ended.code}: {ended.output[-600:]}"
@@ -113,6 +115,13 @@ class Faults:
             Signalled(run, number, 0)
 
         return f"{name} at operation {number}", before, {0, 130, -15}
+
+
+def _without_earlier(files: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run has left without its checkpoints but the last."""
+    saved = sorted({key.split("/")[1] for key in files if key.startswith("checkpoints/")})
+    earlier = tuple(f"checkpoints/{name}/" for name in saved[:-1])
+    return {key: value for key, value in files.items() if not key.startswith(earlier)}
 
 
 def campaign(

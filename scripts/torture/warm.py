@@ -116,8 +116,9 @@ def start(
         code = _command()
         if after is not None:
             after()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
     finally:
         os._exit(code)
 

@@ -207,6 +207,22 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(tree, half, tmp_pa
     assert found == wanted
 
 
+@pytest.mark.parametrize("inside", [None, "mine"])
+def test_a_folder_in_the_place_of_a_file_ends_no_run(tree, half, tmp_path, inside):
+    file = checkpoint_path(half / "checkpoints", 3) / "optimizer.pt"
+    file.unlink()
+    file.mkdir()
+    if inside is not None:
+        (file / inside).write_text(inside)
+    _, notes = train(tree, resume="auto")
+    assert [note for note in notes if "checkpoints/step-00000003 is damaged: optimizer.pt" in note]
+    assert steps_of(half) == [1, 2, 3, 4]
+    aside = [path.read_text() for path in half.glob("checkpoints/*.other1/optimizer.pt/*")]
+    assert aside == ([] if inside is None else [inside])
+    shutil.rmtree(half / "checkpoints" / "step-00000003.other1", ignore_errors=True)
+    assert kept(half) == kept(tmp_path / "whole")
+
+
 def test_if_every_checkpoint_is_damaged_the_run_begins_again(tree, half, tmp_path):
     for step in complete_steps(half / "checkpoints"):
         turn_a_bit(checkpoint_path(half / "checkpoints", step) / "optimizer.pt", step)
