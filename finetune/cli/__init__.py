@@ -29,8 +29,11 @@ def main() -> None:
     except Exception as error:
         if (message := _message(error)) is None:
             raise
-        print_chain(error)
-        typer.echo(f"finetune: {' '.join(visible(message).splitlines())}", err=True)
+        try:
+            print_chain(error)
+            typer.echo(f"finetune: {' '.join(visible(message).splitlines())}", err=True)
+        except OSError:  # a full disk, or nobody listens: the exit code still says it
+            sys.stderr = None  # else Python would fail once more when it ends
         sys.exit(2)
 
 

@@ -124,15 +124,13 @@ PATHS = (  # of a file that cannot be one
 PLACES = ("output_dir", "data.train", "data.validation", "model.name", "model.chat_template")
 
 
-def keys(model: Any, above: str = "") -> list[str]:
-    """Return the dotted keys of the config."""
-    from finetune.config.loading import _section
+def keys() -> list[str]:
+    """Return the dotted keys of the config, and those of its sections."""
+    from finetune.config.keys import list_keys
 
-    found: list[str] = []
-    for key in model.model_fields:
-        section = _section(model, key)
-        found += [above + key, *(keys(section, f"{above}{key}.") if section else [])]
-    return found
+    names = [key.name for key in list_keys()]
+    sections = {name.rpartition(".")[0] for name in names} - {""}
+    return [*names, *sorted(sections)]
 
 
 def bombs() -> dict[str, str]:
@@ -149,9 +147,7 @@ def bombs() -> dict[str, str]:
 
 def bad_configs(chance: random.Random) -> Iterator[Bad]:
     """Yield values for keys, as YAML and as overrides; broken YAML; bombs."""
-    from finetune.config import RunConfig
-
-    known = [*keys(RunConfig), "model.config.hidden_size", "model.config.vocab_size"]
+    known = [*keys(), "model.config.hidden_size", "model.config.vocab_size"]
     known += ["optimizer.betas", "optimizer.eps", "model.config.num_hidden_layers"]
     known += ["model.lora.rank", "model.config.attention_dropout", "model.config.rms_norm_eps"]
     while True:

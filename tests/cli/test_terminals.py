@@ -105,3 +105,12 @@ def test_progress_that_nobody_hears_ends_no_run(monkeypatch):
         for _ in range(3):
             advance(1)
     assert display.notes == ["a choice"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_mistake_that_nobody_hears_has_its_exit_code(tmp_path):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "finetune", "train", "none.yaml"], stderr=full
+        )
+    assert ended.returncode == 2
