@@ -224,7 +224,8 @@ def print_table(found: dict[str, Any]) -> None:
     rows.append(("chrF", answers["chrf_whole"], answers["chrf_trimmed"]))
     print(f"{'':24}{'whole':>14}{'trimmed':>14}{'ratio':>8}")
     for name, before, after in rows:
-        print(f"{name:24}{before:>14,.1f}{after:>14,.1f}{after / before:>8.3f}")
+        ratio = f"{after / before:.3f}" if before else "-"  # the chrF of a random model is 0
+        print(f"{name:24}{before:>14,.1f}{after:>14,.1f}{ratio:>8}")
     print(
         f"same answers: {answers['same_within']:.1%} of {answers['within']} sentences of "
         f"{answers['sentences']}; chrF of the trimmed Q8_0 file: {answers['chrf_gguf']}"
