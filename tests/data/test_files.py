@@ -249,7 +249,6 @@ def test_what_the_csv_module_writes_is_read_back(
     writer.writeheader()
     writer.writerows(rows)
     path = write(name, text.getvalue().encode("utf-8-sig" if mark else "utf-8"), alone=True)
-    assume(text.getvalue().count("\ufdd0") == 0 or "\r" not in text.getvalue().replace("\r\n", ""))
     assert everywhere(path) == rows
 
 

@@ -5,11 +5,13 @@ counted, or refused.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finetune.data.types import Tokenizer
 from finetune.errors import UserError
+
+_BETWEEN = "\0"  # no control token has it
 
 
 class ControlTokens:
@@ -32,13 +34,12 @@ class ControlTokens:
 
     def find(self, value: object) -> str | None:
         """Return a control token in a text, or in the texts of a list or an object."""
-        if isinstance(value, str):
-            match = self._any.search(value) if self._any is not None else None
-            return match[0] if match else None
-        if isinstance(value, Mapping):
-            return self.find(list(value.values()))
-        parts = value if isinstance(value, list | tuple) else ()
-        return next((found for part in parts if (found := self.find(part))), None)
+        if self._any is None:
+            return None
+        texts: list[str] = []
+        _collect(value, texts)
+        match = self._any.search(_BETWEEN.join(texts))
+        return match[0] if match else None
 
     def check(self, texts: Iterable[object]) -> None:
         """Count a record by its texts. Raises UserError if it is to be refused."""
@@ -71,3 +72,15 @@ class ControlTokens:
             f"{self._example!r} in the text. It is learnt as a control token, as servers read it "
             "(data.control_tokens)"
         ]
+
+
+def _collect(value: object, texts: list[str]) -> None:
+    """Add a text, or the texts of a list or an object, to `texts`."""
+    if isinstance(value, str):
+        texts.append(value)
+    elif isinstance(value, dict):
+        for part in value.values():
+            _collect(part, texts)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _collect(part, texts)

@@ -116,7 +116,7 @@ def _check_single(file: Path, document: dict[str, Any]) -> None:
 def _read(text: str) -> Record | str:
     """Return the object in the text, or what is wrong with it."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_twins)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         return f"is broken JSON: {_problem(error)}"
     except RecursionError:
@@ -136,6 +136,9 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
     return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins)
 
 
 def _is_whole(value: Any) -> bool:

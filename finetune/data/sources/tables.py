@@ -21,7 +21,7 @@ from finetune.errors import UserError
 _SEPARATORS = {"csv": ",;\t|", "tsv": "\t,;|"}  # tried in this order
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?')  # Excel's own first line
-_CR = "\ufdd0"  # in place of a lone \r, which the csv module would take for the end of a row
+_ESCAPE = "\ufdd0"  # before 1: a lone \r, which the csv module would take for the end of a row
 
 
 @dataclass(frozen=True)
@@ -137,34 +137,30 @@ def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int
 
 
 class _Protected(Iterator[str]):
-    """Lines in which a lone \\r has another character in its place, until `restored`."""
+    """Lines in which a lone \\r is written in two other characters, until `restored`."""
 
     def __init__(self, lines: Lines) -> None:
-        self._lines, self._replaced, self._genuine = lines, False, False
+        self._lines, self._is_escaped = lines, False
 
     def __next__(self) -> str:
         line = next(self._lines)
         if self._lines.number == 1 and _SEPARATOR_LINE.fullmatch(without_end(line)):
             line = next(self._lines)
         body = without_end(line)
-        if "\r" not in body:
-            self._genuine = self._genuine or _CR in body
+        if "\r" not in body and _ESCAPE not in body:
             return line
-        self._replaced, self._genuine = True, self._genuine or _CR in body
-        return body.replace("\r", _CR) + line[len(body) :]
+        self._is_escaped = True
+        escaped = body.replace(_ESCAPE, f"{_ESCAPE}0").replace("\r", f"{_ESCAPE}1")
+        return escaped + line[len(body) :]
 
     def restored(self, fields: list[str]) -> list[str]:
-        """Return the fields as they are in the file, and forget what was replaced."""
-        replaced, self._replaced = self._replaced, False
-        genuine, self._genuine = self._genuine, False
-        if not replaced:
+        """Return the fields as they are in the file."""
+        if not self._is_escaped:
             return fields
-        if genuine:
-            raise UserError(
-                f"{self._lines.file} line {self._lines.number} has a carriage return and the "
-                "character U+FDD0 in one row. Remove one of them"
-            )
-        return [field.replace(_CR, "\r") for field in fields]
+        self._is_escaped = False
+        return [
+            field.replace(f"{_ESCAPE}1", "\r").replace(f"{_ESCAPE}0", _ESCAPE) for field in fields
+        ]
 
 
 def _quote_problem(where: str, problem: str) -> str:
