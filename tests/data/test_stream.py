@@ -159,6 +159,17 @@ def test_a_stream_without_records_or_targets_is_an_error(make: Any, tmp_path: Pa
         next(iter(make()))
 
 
+@pytest.mark.parametrize("text", ["", '{"text": " "}\n'])
+def test_a_stream_that_is_emptied_ends_the_run(make: Any, tmp_path: Path, text: str) -> None:
+    steps = iter(make())
+    next(steps)
+    for name in ("a.jsonl", "b.jsonl"):  # a log that is rotated
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="over the training data gave no examples, and earlier"):
+        for _ in range(100):
+            next(steps)
+
+
 def test_a_bad_record_is_named(make: Any, tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"words": "fine"}\n')
     with pytest.raises(

@@ -70,12 +70,19 @@ class StreamingBatches:
         self.fingerprint = self._hash_first_records()
 
     def __iter__(self) -> Iterator[StepBatch]:
+        passes_without = 0  # the rest of a pass may be empty after a resume, a whole one may not
         while True:
             sequences = list(islice(iter(self._next_sequence, None), self.shape.batch_size))
+            passes_without = 0 if sequences else passes_without + 1
             if sequences:
                 yield self._step(sequences)
             else:
                 require_targets(self.encoder.statistics, max_length=self.encoder.max_length)
+            if passes_without > 1:
+                raise UserError(
+                    f"pass {self._epoch + 1} over the training data gave no examples, and earlier "
+                    "ones did. Restore the data, and go on with --resume auto"
+                )
             if len(sequences) < self.shape.batch_size:
                 self._epoch, self._source = self._epoch + 1, None
 
