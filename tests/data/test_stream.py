@@ -166,8 +166,7 @@ def test_a_stream_that_is_emptied_ends_the_run(make: Any, tmp_path: Path, text: 
     for name in ("a.jsonl", "b.jsonl"):  # a log that is rotated
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match="over the training data gave no examples, and earlier"):
-        for _ in range(100):
-            next(steps)
+        list(islice(steps, 100))
 
 
 def test_a_bad_record_is_named(make: Any, tmp_path: Path) -> None:
