@@ -43,12 +43,20 @@ def check_config(config: Any, where: str) -> None:
     """Raise UserError if a value of a transformers config is out of its range."""
     text = config.get_text_config()
     for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        value = getattr(text, key, None)
+        value = of_all_layers(text, key)
         if isinstance(value, int) and value < 1:
             raise UserError(f"{key} of {where} is {value}. Give 1 or more")
     for key, value in text.to_dict().items():
         if isinstance(value, int | float):
             check_number(f"{key} of {where}", key, value)
+
+
+def of_all_layers(config: Any, key: str) -> Any:
+    """Return a value of a transformers config; None if there is none, or if layers differ in it."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # how transformers answers for a value that layers have of their own
+        return None
 
 
 def check_number(what: str, key: str, value: float) -> None:

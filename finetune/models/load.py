@@ -19,7 +19,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from finetune.errors import Border, UserError, did_you_mean, reason_of, visible
-from finetune.models.checks import check_config, check_number, check_stops, check_weights
+from finetune.models.checks import (
+    check_config,
+    check_number,
+    check_stops,
+    check_weights,
+    of_all_layers,
+)
 from finetune.models.locate import resolve_name
 
 # The command line shows progress of its own. Downloads keep their bars.
@@ -210,7 +216,7 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     with Border(f"model.config is not a {model_type} configuration"):
         made = config_class(**options)
     heads, groups = (
-        getattr(made.get_text_config(), key, None)
+        of_all_layers(made.get_text_config(), key)
         for key in ("num_attention_heads", "num_key_value_heads")
     )
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from finetune.errors import UserError
+from finetune.models.checks import check_config, of_all_layers
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.locate import resolve_name
 
@@ -215,3 +217,13 @@ def test_a_key_that_only_the_model_s_code_knows_is_allowed():
     config = LLAMA | {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4}
     config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
     assert load_model(ModelSpec(config=config, vocab_size=50)).config.head_dim == 8
+
+
+def test_a_config_whose_layers_differ_is_checked_by_what_they_share():
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(num_hidden_layers=2, per_layer_config={1: heads})
+    assert of_all_layers(config, "num_attention_heads") is None  # transformers raises
+    check_config(config, "the model")
+    config.rms_norm_eps = -1.0
+    with pytest.raises(UserError, match="rms_norm_eps of the model is -1"):
+        check_config(config, "the model")
