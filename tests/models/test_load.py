@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import Qwen3Config
 
 from finetune.errors import UserError
 from finetune.models.checks import check_config, of_all_layers
@@ -221,7 +221,7 @@ def test_a_key_that_only_the_model_s_code_knows_is_allowed():
 
 def test_a_config_whose_layers_differ_is_checked_by_what_they_share():
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(num_hidden_layers=2, per_layer_config={1: heads})
+    config = Qwen3Config(num_hidden_layers=2, per_layer_config={1: heads})
     assert of_all_layers(config, "num_attention_heads") is None  # transformers raises
     check_config(config, "the model")
     config.rms_norm_eps = -1.0
