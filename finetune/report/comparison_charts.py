@@ -334,7 +334,11 @@ def _finish(axes: Axes, along: str, up: str) -> None:
 
 
 def _decades(axis: Any) -> None:
-    """Set the ticks of an axis that was made logarithmic before."""
+    """Set the ticks of an axis that was made logarithmic before: 1e-3, 1e-2, 1e-1, 1."""
     axis.set_major_locator(LogLocator(numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.set_major_formatter(
+        FuncFormatter(
+            lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value < 1 else tick(value)
+        )
+    )
     axis.set_minor_formatter(NullFormatter())

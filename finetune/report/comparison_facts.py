@@ -3,6 +3,7 @@
 from typing import Any
 
 from finetune.report import run_facts
+from finetune.report.svg import tick
 from finetune.run.metrics import MISSING
 from finetune.run.wording import size
 
@@ -188,7 +189,7 @@ def optimizer_line(comparison: JsonObject, name: str) -> JsonObject:
     settings = entry["settings"].items()
     return {
         "name": name,
-        "lr": f"{entry['lr']:g}",
+        "lr": tick(entry["lr"]),
         "trials": trials + (", at the end" if entry["at_edge"] else ""),
         "test": _mean_and_interval(entry["test"], spread=seeds if few else None),
         "validation": _mean_and_interval(entry["validation"], spread="" if few else None),
@@ -237,7 +238,7 @@ def run_line(run: JsonObject) -> list[str]:
     return [
         phase,
         str(run["seed"]),
-        f"{run['lr']:g}",
+        tick(run["lr"]),
         f"{run['steps']:,}",
         loss,
         test,
