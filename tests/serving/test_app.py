@@ -120,6 +120,8 @@ REFUSED = {  # what is sent -> status, and words of the sentence
     "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     "hot": ({"temperature": 9}, 400, "temperature: "),
     "unknown": ({"tempature": 1}, 400, "tempature: is not a parameter of this server"),
+    "many stops": ({"stop": ["a"] * 5}, 400, "stop: list should have at most 4 items"),
+    "a stop": ({"stop": 7}, 400, "stop: input should be a valid string"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens: "),
     "too long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "at most 128"),
     "no translator": ({"translate": {}}, 400, "was not trained to translate"),
