@@ -205,6 +205,7 @@ def _run(run: Run, target: float | None, *, widening: bool) -> dict[str, Any]:
         "tokens": last.tokens,
         "seconds": round(last.seconds, 3),
         "state_bytes": result.state_bytes,
+        "load": result.load,
         "problem": result.problem,
     }
 

@@ -59,7 +59,7 @@ class BadRecords:
     def sentence(self) -> str:
         """Return how many records cannot be used, and where the first of them are."""
         listed = [
-            _listed(places) + problem.split(". ")[0]  # without what to do
+            _listed(places) + _said_of(len(places), problem.split(". ")[0])  # not what to do
             for problem, places in self.listed.items()
         ]
         more = self.count - sum(map(len, self.listed.values()))
@@ -67,6 +67,14 @@ class BadRecords:
             f"{self.count:,} record{'s' * (self.count != 1)} cannot be used: {'; '.join(listed)}"
             + (f"; and {more:,} more" if more else "")
         )
+
+
+def _said_of(count: int, problem: str) -> str:
+    """Return the problem of so many lines: one line "has", two "have"."""
+    for one, many in (("has ", "have "), ("repeats ", "repeat ")):
+        if count > 1 and problem.lstrip().startswith(one):
+            return problem.replace(one, many, 1)
+    return problem
 
 
 def _listed(places: Iterable[str]) -> str:

@@ -5,8 +5,9 @@ import copy
 import re
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.display import Display
 from finetune.errors import UserError
@@ -16,10 +17,34 @@ from finetune.recipes.build.target import Opened, open_base, open_target
 from finetune.recipes.build.translation import learnt_directions, translation_format
 from finetune.run.metrics import METRICS
 from finetune.run.records import RunRecords, read_run
+from finetune.run.wording import size
+
+if TYPE_CHECKING:
+    from finetune.serving.app import Server
+    from finetune.serving.served import Served
+    from finetune.serving.worker import Worker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_WAITING = 64  # requests
 MOST_EXAMPLES = 50  # held-out prompts that the page offers
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server that is ready to run, what it serves, and the thread that draws the answers."""
+
+    served: "Served"
+    worker: "Worker"
+    server: "Server"
+    listener: socket.socket
+    address: str  # such as http://127.0.0.1:8000
+
+    def run(self) -> None:
+        """Answer requests until a signal comes, or until `server.should_exit` is set."""
+        try:
+            self.server.run(sockets=[self.listener])
+        finally:
+            self.worker.close()
 
 
 def serve_target(
@@ -32,23 +57,59 @@ def serve_target(
     settings: Mapping[str, Any],
     trust: bool = False,
 ) -> None:
-    """Answer requests until a signal comes.
+    """Answer requests until a signal comes. The arguments and errors are those of `open_service`.
+
+    Answers that are being drawn then end, which their clients are told.
+    """
+    display = Display()
+    service = open_service(
+        target,
+        host=host,
+        port=port,
+        base=base,
+        system_prompt=system_prompt,
+        settings=settings,
+        trust=trust,
+        display=display,
+    )
+    names = " and ".join(service.served.models)
+    display.say(f"serving {names} at {service.address} (Ctrl-C ends it)")
+    if host not in LOOPBACK:
+        display.say(
+            f"note: whoever reaches {host} can use the model and read the run's held-out prompts; "
+            "there is no password and no encryption"
+        )
+    with contextlib.suppress(KeyboardInterrupt):
+        service.run()
+    display.say("the server has ended")
+
+
+def open_service(
+    target: str,
+    *,
+    host: str,
+    port: int,
+    base: bool,
+    system_prompt: str | None,
+    settings: Mapping[str, Any],
+    trust: bool = False,
+    most_waiting: int = MOST_WAITING,
+    display: Display,
+) -> Service:
+    """Open the target, and return its server, which already holds its port.
 
     `base` serves the model that the run began with, too. `trust`: run the code that comes with the
-    model. Raises UserError for a target that cannot
-    be opened, for an address that is taken, and if the extra is not installed.
+    model. At most `most_waiting` requests wait. Raises UserError for a target that cannot be
+    opened, for an address that is taken, and if the extra is not installed.
     """
     try:
-        import uvicorn
-
-        from finetune.serving.app import make_app
+        from finetune.serving.app import make_app, make_server
         from finetune.serving.worker import Worker
     except ImportError as error:
         raise UserError(
             f"finetune serve needs the package {error.name}. Install it with: pip install "
             "'finetune-rows[serve]'"
         ) from error
-    display = Display()
     listener = _listen(host, port)
     opened = open_target(target, trust=trust)
     served, batch_size = _served(opened, target, base, system_prompt, settings, display)
@@ -56,22 +117,11 @@ def serve_target(
         {name: each.model for name, each in served.models.items()},
         {name: copy.deepcopy(each.tokenizer) for name, each in served.models.items()},
         batch_size=batch_size,
-        most_waiting=MOST_WAITING,
+        most_waiting=most_waiting,
     )
     app = make_app(served, worker, hosts=LOOPBACK if host in LOOPBACK else None)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    display.say(f"serving {' and '.join(served.models)} at {address} (Ctrl-C ends it)")
-    if host not in LOOPBACK:
-        display.say(
-            f"note: whoever reaches {host} can use the model and read the run's held-out prompts; "
-            "there is no password and no encryption"
-        )
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, lifespan="off"
-    )
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
-    worker.close()
+    return Service(served, worker, make_server(app, worker), listener, address)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -98,14 +148,14 @@ def _served(
     system_prompt: str | None,
     settings: Mapping[str, Any],
     display: Display,
-) -> tuple[Any, int]:
+) -> tuple["Served", int]:
     """Return what is served, and how many answers are drawn at a time."""
     from finetune.serving.served import Served
 
     section = opened.settings(settings)
     system = opened.system_prompt(system_prompt, display)
     name = Path(target).resolve().name if Path(target).exists() else target
-    models = {name: _model(opened, section, system, display)}
+    models = {name: _model(opened, section, system, system_prompt)}
     base_name = None
     if base and opened.run is not None:
         try:
@@ -114,21 +164,23 @@ def _served(
             display.say(f"note: the base model is not served: {error}")
         else:
             base_name = _base_name(opened, name)
-            models[base_name] = _model(began_with, section, system, display)
+            models[base_name] = _model(began_with, section, system, system_prompt)
             _say_memory(opened, began_with, display)
     about = _about(opened, name, base_name, system, section)
     report = None if opened.run is None else opened.run.report
     return Served(models, about=about, report=report), section.batch_size
 
 
-def _model(opened: Opened, section: Any, system: str | None, display: Display) -> Any:
+def _model(opened: Opened, section: Any, system: str | None, given: str | None) -> Any:
+    """Return a model as it is asked: with the system prompt of the run, or the one `given`."""
     from finetune.serving.served import ServedModel
 
     quiet = Display(enabled=False)
     directions = learnt_directions(opened)
 
-    def translate(text: str, source: str | None, target: str | None) -> Any:
-        format = translation_format(opened, source, target, quiet)
+    def translate(text: str, source: str | None, target: str | None, asked: str | None) -> Any:
+        prompt = given if asked is None else asked
+        format = translation_format(opened, source, target, quiet, system_prompt=prompt)
         return format.prompt(text, reverse=False).input_ids
 
     template = opened.template() if opened.tokenizer.chat_template else None
@@ -151,8 +203,8 @@ def _base_name(opened: Opened, name: str) -> str:
 
 def _say_memory(opened: Opened, base: Opened, display: Display) -> None:
     both = [*opened.model.parameters(), *base.model.parameters()]
-    size = tensor_bytes({each.data_ptr(): each for each in both}.values())
-    display.say(f"the two models hold {size / 1e9:.1f} GB of weights, equal ones once")
+    held = tensor_bytes({each.data_ptr(): each for each in both}.values())
+    display.say(f"the two models hold {size(held)} of weights, equal ones once")
 
 
 def _about(

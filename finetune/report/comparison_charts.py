@@ -1,12 +1,12 @@
 """The drawings of a comparison. Each has a text alternative with its numbers.
 
-First the lines: loss against cost, loss against learning rate, size of the updates. Then the
-drawings that list the optimizers one below the other: test loss, steps to the target, optimizer
-state.
+There are lines: loss against cost, loss against learning rate, size of the updates. Each has its
+legend. Other drawings list the optimizers one below the other: test loss, steps to the target,
+optimizer state. All have the same width and the same order of the optimizers, the best first.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -15,55 +15,47 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from finetune.comparison.frequency import BINS
-from finetune.report.comparison_facts import JsonObject, ranked
+from finetune.report.comparison_facts import JsonObject, has_few_seeds, ranked, seed_losses
 from finetune.report.svg import INK, Picture, draw_svg, line_style, look, tick
 
 COSTS = {"step": "steps", "tokens": "tokens", "seconds": "seconds of training"}
+_LOSS = "held-out loss, nats"
+_WIDTH = 440  # of every drawing, so that their letters have one size
 _MARKS = 12  # markers on a line, about
 _CROSS: dict[str, Any] = {"marker": "x", "markeredgewidth": 2, "linestyle": "none"}
 
 
 def pictures_of(comparison: JsonObject) -> list[Picture]:
-    """Return all drawings in the order of the page."""
-    optimizers = comparison["optimizers"]
-    target = comparison["target"]["loss"]
+    """Return all drawings but those of `cost_pictures`, in the order of the page."""
+    panels = {name: f"{name}, {part['tokens']:,} tokens" for name, part in _bins(comparison)}
     found = [
-        _test_losses(comparison),
-        *(_learning(optimizers, key, target) for key in COSTS),
+        _test_losses(comparison, "all", "all tokens"),
         _learning_rates(comparison),
-        _updates(optimizers),
+        _updates(comparison),
     ]
-    if target is not None:
+    if comparison["target"]["loss"] is not None:
         found.append(_steps_to_target(comparison))
-    return [*found, _state_sizes(optimizers)]
+    found.append(_state_sizes(comparison))
+    return found + [_test_losses(comparison, panel, title) for panel, title in panels.items()]
 
 
-def legend(names: Sequence[str]) -> str:
-    """Return a strip that shows the line and the marker of each optimizer."""
-
-    def fill(figure: Figure) -> None:
-        handles = [
-            Line2D([], [], label=name, **line_style(number)) for number, name in enumerate(names)
-        ]
-        figure.legend(
-            handles=handles,
-            loc="center left",
-            ncols=7,
-            handlelength=3.6,
-            borderaxespad=0,
-            columnspacing=1.8,
-        )
-
-    size = (920, 26 * math.ceil(len(names) / 7))
-    return draw_svg("legend", size, "Legend: " + ", ".join(names) + ".", fill)
+def cost_pictures(comparison: JsonObject) -> list[tuple[str, Picture]]:
+    """Return the held-out loss against each of COSTS, with the key of the cost."""
+    return [(key, _learning(comparison, key)) for key in COSTS]
 
 
-def _learning(optimizers: JsonObject, key: str, target: float | None) -> Picture:
+def _bins(comparison: JsonObject) -> list[tuple[str, JsonObject]]:
+    bins = comparison["bins"]
+    return [(name, bins[name]) for name in BINS if bins and bins[name]["targets"]]
+
+
+def _learning(comparison: JsonObject, key: str) -> Picture:
     """Draw the mean held-out loss, with a band from the lowest to the highest seed."""
+    entries, target = ranked(comparison), comparison["target"]["loss"]
 
     def fill(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for number, entry in enumerate(optimizers.values()):
+        for number, (_, entry) in enumerate(entries):
             curve, colour = entry["curve"], look(number).colour
             along = [point[key] for point in curve]
             low, high = [point["lowest"] for point in curve], [point["highest"] for point in curve]
@@ -81,16 +73,42 @@ def _learning(optimizers: JsonObject, key: str, target: float | None) -> Picture
                 "va": "bottom",
             }
             axes.annotate("target", (0.015, target), color=INK, fontsize=10, **place)
-        _finish(axes, COSTS[key])
+        _finish(axes, COSTS[key], _LOSS)
 
     sentences = []
-    for name, entry in optimizers.items():
+    for name, entry in entries:
         if curve := entry["curve"]:
             start, end = curve[0]["loss"], curve[-1]["loss"]
             sentences.append(f"{name}: {start:.3f} at first, {end:.3f} at the end.")
-    title = f"Held-out loss against {COSTS[key].split()[0]}"
-    svg = draw_svg(f"by-{key}", (330, 260), f"{title}. " + " ".join(sentences), fill)
-    return Picture(title, "mean and range over seeds", svg, "third")
+    title = f"Held-out loss against {COSTS[key]}"
+    svg = _draw_lines(f"by-{key}", entries, f"{title}. " + " ".join(sentences), fill)
+    return Picture("Held-out loss", "mean and range over seeds, against", svg)
+
+
+def _draw_lines(
+    name: str,
+    entries: Sequence[tuple[str, JsonObject]],
+    description: str,
+    fill: Callable[[Figure], None],
+) -> str:
+    """Return a drawing of lines, above which a legend names the optimizers."""
+    names = [each for each, _ in entries]
+    columns = max(1, min(len(names), (_WIDTH - 10) // (62 + 7 * max(map(len, names), default=1))))
+
+    def fill_with_legend(figure: Figure) -> None:
+        fill(figure)
+        handles = [Line2D([], [], label=each, **line_style(i)) for i, each in enumerate(names)]
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=columns,
+            handlelength=3.6,
+            borderaxespad=0,
+            columnspacing=1.4,
+        )
+
+    height = 280 + 19 * math.ceil(len(names) / columns)
+    return draw_svg(name, (_WIDTH, height), description, fill_with_legend)
 
 
 def _learning_rates(comparison: JsonObject) -> Picture:
@@ -98,7 +116,8 @@ def _learning_rates(comparison: JsonObject) -> Picture:
 
     A run that diverged, or that ended above the loss before training, is a cross at the upper edge.
     """
-    optimizers = comparison["optimizers"]
+    entries = ranked(comparison)
+    optimizers = dict(entries)
     trials = {name: _trials(comparison, name) for name in optimizers}
     untrained = max(
         (entry["curve"][0]["loss"] for entry in optimizers.values() if entry["curve"]),
@@ -125,7 +144,7 @@ def _learning_rates(comparison: JsonObject) -> Picture:
             axes.plot(bad, [edge] * len(bad), color=colour, markersize=8, **_CROSS)
             best = [loss for lr, loss in good if lr == chosen]
             axes.plot([chosen] * len(best), best, color=colour, **ring)
-        _finish(axes, "learning rate")
+        _finish(axes, "learning rate", _LOSS)
         axes.set_xscale("log")
         axes.set_ylim(min(shown) - 2 * space, edge + space)
         _decades(axes.xaxis)
@@ -139,8 +158,8 @@ def _learning_rates(comparison: JsonObject) -> Picture:
         sentences.append(f"{name}: best {optimizers[name]['lr']:g}, tried {tried}.")
     description = "Held-out loss by learning rate. " + " ".join(sentences)
     unit = "one seed; a ring marks the best; × at the top: diverged, or no better than untrained"
-    svg = draw_svg("learning-rates", (440, 300), description, fill)
-    return Picture("Learning rate", unit, svg, "half")
+    svg = _draw_lines("learning-rates", entries, description, fill)
+    return Picture("Learning rate", unit, svg)
 
 
 def _trials(comparison: JsonObject, name: str) -> list[tuple[float, float]]:
@@ -156,69 +175,61 @@ def _trials(comparison: JsonObject, name: str) -> list[tuple[float, float]]:
     )
 
 
-def _updates(optimizers: JsonObject) -> Picture:
+def _updates(comparison: JsonObject) -> Picture:
     """Draw the norm of a step's change over the norm of the weights."""
+    entries = ranked(comparison)
 
     def fill(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for number, entry in enumerate(optimizers.values()):
+        for number, (_, entry) in enumerate(entries):
             moved = [(step, ratio) for step, ratio in entry["updates"] if ratio > 0]
             steps, ratios = [step for step, _ in moved], [ratio for _, ratio in moved]
             every = max(1, len(moved) // _MARKS)
             axes.plot(steps, ratios, markevery=every, **line_style(number))
-        _finish(axes, "steps")
+        _finish(axes, "steps", "share of the weights")
         axes.set_yscale("log")
         _decades(axes.yaxis)
 
     sentences = [
         f"{name}: {entry['updates'][0][1]:.2g} at first, {entry['updates'][-1][1]:.2g} at the end."
-        for name, entry in optimizers.items()
+        for name, entry in entries
         if entry["updates"]
     ]
     description = "Size of an update. " + " ".join(sentences)
     unit = "norm of a step's change divided by the norm of the weights, without the token tables"
-    svg = draw_svg("updates", (440, 300), description, fill)
-    return Picture("Size of an update", unit, svg, "half")
+    svg = _draw_lines("updates", entries, description, fill)
+    return Picture("Size of an update", unit, svg)
 
 
-def _test_losses(comparison: JsonObject) -> Picture:
-    """Draw the test loss with its interval, over all tokens and by frequency; the best on top."""
-    optimizers, bins = comparison["optimizers"], comparison["bins"]
-    order = [name for name, _ in ranked(comparison)]
-    numbers = {name: number for number, name in enumerate(optimizers)}
-    titles = {"all": "all tokens"} | {
-        name: f"{name}: {bins[name]['tokens']:,} tokens"
-        for name in BINS
-        if bins and bins[name]["targets"]
-    }
+def _test_losses(comparison: JsonObject, panel: str, title: str) -> Picture:
+    """Draw the test loss over the tokens of `panel`, the best optimizer on top.
+
+    With few seeds there is a dot for each seed. With more there is the mean and its interval.
+    """
+    entries, few = ranked(comparison), has_few_seeds(comparison)
 
     def fill(figure: Figure) -> None:
-        for axes, (panel, title) in zip(
-            figure.subplots(1, len(titles), sharey=True, squeeze=False)[0], titles.items()
-        ):
-            axes.set_title(title, fontsize=11, color=INK, loc="left")
-            for place, name in enumerate(order):
-                _dot(axes, _test_of(optimizers[name], panel), place, numbers[name])
-            _list_down(axes, order, "")
-            axes.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
+        axes = figure.add_subplot()
+        for place, (name, entry) in enumerate(entries):
+            found = seed_losses(comparison, name, panel) if few else []
+            _dot(axes, _test_of(entry, panel), place, found)
+        _list_down(axes, [name for name, _ in entries], "test loss, nats")
 
-    sentences = []
-    for name in order:
-        means = {panel: (_test_of(optimizers[name], panel) or {}).get("mean") for panel in titles}
-        parts = [
-            f"{panel} {'diverged' if mean is None else f'{mean:.3f}'}"
-            for panel, mean in means.items()
-        ]
-        sentences.append(f"{name}: {', '.join(parts)}.")
-    description = "Test loss. " + " ".join(sentences)
-    unit = "nats per target token; mean and 95 % interval; by the frequency of a token in training"
-    svg = draw_svg("test", (920, 80 + 26 * len(order)), description, fill)
-    return Picture("Test loss", unit, svg, "wide")
+    means = {name: (_test_of(entry, panel) or {}).get("mean") for name, entry in entries}
+    sentences = [
+        f"{name}: {'diverged' if mean is None else f'{mean:.3f}'}." for name, mean in means.items()
+    ]
+    description = f"Test loss, {title}. " + " ".join(sentences)
+    unit = f"{title}; {'one dot a seed' if few else 'mean and 95 % interval'}"
+    height = 70 + 28 * len(entries)
+    svg = draw_svg(f"test-{panel}", (_WIDTH, height), description, fill)
+    return Picture("Test loss", unit, svg)
 
 
 def _steps_to_target(comparison: JsonObject) -> Picture:
     """Draw a dot for each seed, and at the right edge a cross with the number of misses."""
-    names, steps = list(comparison["optimizers"]), comparison["protocol"]["steps"]
+    entries, steps = ranked(comparison), comparison["protocol"]["steps"]
+    names = [name for name, _ in entries]
     reported = [run for run in comparison["runs"] if run["phase"] == "reported"]
 
     def fill(figure: Figure) -> None:
@@ -238,7 +249,7 @@ def _steps_to_target(comparison: JsonObject) -> Picture:
         axes.set_xlim(0, steps * 1.2)
 
     sentences = []
-    for name, entry in comparison["optimizers"].items():
+    for name, entry in entries:
         found = entry["to_target"]
         median = "missed" if found["steps"] is None else f"{found['steps']:g} steps"
         reached = f"reached by {found['reached']} of {entry['reported_runs']}"
@@ -246,14 +257,14 @@ def _steps_to_target(comparison: JsonObject) -> Picture:
     description = "Steps to the target. " + " ".join(sentences)
     target = f"to a held-out loss of {comparison['target']['loss']:.3f}"
     unit = f"{target}; one dot per seed; ×: the number of seeds that missed it"
-    svg = draw_svg("to-target", (440, 70 + 28 * len(names)), description, fill)
-    return Picture("Steps to target", unit, svg, "half")
+    svg = draw_svg("to-target", (_WIDTH, 70 + 28 * len(names)), description, fill)
+    return Picture("Steps to target", unit, svg)
 
 
-def _state_sizes(optimizers: JsonObject) -> Picture:
+def _state_sizes(comparison: JsonObject) -> Picture:
     """Draw the memory that each optimizer keeps in addition to the weights."""
-    names = list(optimizers)
-    sizes = [entry["state_bytes"] / 2**20 for entry in optimizers.values()]
+    names = [name for name, _ in ranked(comparison)]
+    sizes = [entry["state_bytes"] / 2**20 for _, entry in ranked(comparison)]
 
     def fill(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -266,24 +277,30 @@ def _state_sizes(optimizers: JsonObject) -> Picture:
 
     sentences = " ".join(f"{name}: {size:,.3g} MiB." for name, size in zip(names, sizes))
     height = 70 + 28 * len(names)
-    svg = draw_svg("state", (440, height), f"Optimizer state. {sentences}", fill)
-    return Picture("Optimizer state", "MiB after the last step, measured", svg, "half")
+    svg = draw_svg("state", (_WIDTH, height), f"Optimizer state. {sentences}", fill)
+    return Picture("Optimizer state", "MiB after the last step, measured", svg)
 
 
 def _test_of(entry: JsonObject, panel: str) -> JsonObject | None:
     return entry["test"] if panel == "all" else (entry["test_by_frequency"] or {}).get(panel)
 
 
-def _dot(axes: Axes, interval: JsonObject | None, place: int, number: int) -> None:
-    """Draw a mean with its interval, or the word "diverged"."""
+def _dot(axes: Axes, interval: JsonObject | None, place: int, seeds: Sequence[float]) -> None:
+    """Draw the dots of `seeds` or, without them, the mean with its interval.
+
+    An optimizer without an interval gets the word "diverged".
+    """
     if interval is None:
         where: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center"}
         axes.annotate("diverged", (0.03, place), color=INK, fontsize=10, **where)
         return
-    colour, low, high = look(number).colour, interval["low"], interval["high"]
-    if low is not None:
+    colour, marker = look(place).colour, look(place).marker
+    low, high = interval["low"], interval["high"]
+    if not seeds and low is not None:
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
-    axes.plot([interval["mean"]], [place], color=colour, marker=look(number).marker, markersize=7)
+    points = list(seeds) or [interval["mean"]]
+    style = {"color": colour, "marker": marker, "markersize": 7, "linestyle": "none"}
+    axes.plot(points, [place] * len(points), **style)
 
 
 def _note(axes: Axes, text: str, along: float, place: int) -> None:
@@ -305,17 +322,23 @@ def _list_down(axes: Axes, names: Sequence[str], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _finish(axes: Axes, label: str) -> None:
+def _finish(axes: Axes, along: str, up: str) -> None:
+    """Set the ticks of both axes and their names: of `along`, and of `up`."""
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    axes.set_xlabel(label)
+    axes.set_xlabel(along)
+    axes.set_ylabel(up)
     axes.margins(x=0.03)
 
 
 def _decades(axis: Any) -> None:
-    """Set the ticks of an axis that was made logarithmic before."""
+    """Set the ticks of an axis that was made logarithmic before: 1e-3, 1e-2, 1e-1, 1."""
     axis.set_major_locator(LogLocator(numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.set_major_formatter(
+        FuncFormatter(
+            lambda value, _: f"{value:.0e}".replace("e-0", "e-") if value < 1 else tick(value)
+        )
+    )
     axis.set_minor_formatter(NullFormatter())

@@ -3,11 +3,15 @@
 from typing import Any
 
 from finetune.report import run_facts
+from finetune.report.svg import tick
 from finetune.run.metrics import MISSING
 from finetune.run.wording import size
 
 JsonObject = dict[str, Any]
 """An object of comparison.json, such as the whole file or the entry of one optimizer."""
+
+FEW_SEEDS = 3
+"""With fewer, the page shows each seed: an interval of two is wider than most differences."""
 
 _LEFT_OUT = {
     "lr",
@@ -58,7 +62,7 @@ def rules(comparison: JsonObject) -> list[str]:
         "A run diverged if a loss or a gradient was not a number, or if the loss rose by "
         f"{protocol['divergence_threshold']:g} nats above its best. "
         "Such runs are counted, and their optimizer is not ranked.",
-        f"The held-out loss is measured every {protocol['evaluate_every']:,} steps. "
+        f"The held-out loss is measured {_every(protocol['evaluate_every'])}. "
         "Seconds count the training steps alone. "
         "The runs were made one after another on this machine.",
     ]
@@ -86,15 +90,13 @@ def caveats(comparison: JsonObject) -> list[str]:
             "the grid was not widened."
         )
     widened = [
-        f"{name} ({entry['widenings']})"
-        for name, entry in comparison["optimizers"].items()
-        if entry["widenings"]
+        f"{name} {entry['widenings']}" for name, entry in ranked(comparison) if entry["widenings"]
     ]
     if widened:
-        found.append(
-            f"Trials added to widen a grid, beyond the {trials} planned: {', '.join(widened)}."
-        )
-    for name, entry in comparison["optimizers"].items():
+        found.append(f"Learning rates added at the ends of the grid: {', '.join(widened)}.")
+    if shared := _shared_machine(comparison):
+        found.append(shared)
+    for name, entry in ranked(comparison):
         if entry["at_edge"]:
             found.append(
                 f"{name}: the best learning rate is still at an end of the grid. "
@@ -103,6 +105,22 @@ def caveats(comparison: JsonObject) -> list[str]:
         if diverged := entry["reported_diverged"]:
             found.append(f"{name}: {diverged} of {entry['reported_runs']} reported runs diverged.")
     return found + comparison["notes"]
+
+
+def _shared_machine(comparison: JsonObject) -> str:
+    """Return a warning if other programs used the machine during a run, else ""."""
+    cores = comparison["environment"]["machine"]["cores"]
+    load = max((run.get("load") or 0.0 for run in comparison["runs"]), default=0.0)
+    if load < cores + 1:
+        return ""
+    return (
+        f"The machine's {cores} cores had a load of up to {load:.0f}, so other programs used them. "
+        "Seconds measured here are too long, and not comparable."
+    )
+
+
+def _every(steps: int) -> str:
+    return "after every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def bins(comparison: JsonObject) -> str:
@@ -127,7 +145,8 @@ def subtitle(comparison: JsonObject) -> list[str]:
     model, num_parameters = comparison["model"], comparison["model"]["parameters"]
     parameters = run_facts.parameter_count(num_parameters)
     steps = f"{comparison['protocol']['steps']:,} steps a run"
-    return [model["architecture"], parameters, steps, comparison["environment"]["started"][:10]]
+    started = run_facts.date_of(comparison["environment"]["started"])
+    return [model.get("name") or model["architecture"], parameters, steps, started]
 
 
 def run_counts(comparison: JsonObject) -> str:
@@ -143,8 +162,25 @@ def ranked(comparison: JsonObject) -> list[tuple[str, JsonObject]]:
     return [(name, comparison["optimizers"][name]) for name in names]
 
 
-def optimizer_line(name: str, entry: JsonObject) -> JsonObject:
+def has_few_seeds(comparison: JsonObject) -> bool:
+    """Return whether the page shows each seed in place of intervals."""
+    return len(comparison["protocol"]["seeds"]) < FEW_SEEDS
+
+
+def seed_losses(comparison: JsonObject, name: str, panel: str) -> list[float]:
+    """Return the test loss of each seed over "all" tokens, or over those of a frequency."""
+    key = "test_loss" if panel == "all" else f"test_loss_{panel}"
+    return [
+        run[key]
+        for run in comparison["runs"]
+        if run["optimizer"] == name and run["phase"] == "reported" and run[key] is not None
+    ]
+
+
+def optimizer_line(comparison: JsonObject, name: str) -> JsonObject:
     """Return the cells of one optimizer in the tables, as text."""
+    entry, few = comparison["optimizers"][name], has_few_seeds(comparison)
+    seeds = " and ".join(f"{loss:.3f}" for loss in seed_losses(comparison, name, "all"))
     to_target, trials = entry["to_target"], f"of {entry['tuning_trials']}"
     if entry["widenings"]:
         trials += f", {entry['widenings']} added"
@@ -153,11 +189,13 @@ def optimizer_line(name: str, entry: JsonObject) -> JsonObject:
     settings = entry["settings"].items()
     return {
         "name": name,
-        "lr": f"{entry['lr']:g}",
+        "lr": tick(entry["lr"]),
         "trials": trials + (", at the end" if entry["at_edge"] else ""),
-        "test": _mean_and_interval(entry["test"]),
-        "validation": _mean_and_interval(entry["validation"]),
-        "difference": _mean_and_interval(entry["difference_to_best"], signed=True),
+        "test": _mean_and_interval(entry["test"], spread=seeds if few else None),
+        "validation": _mean_and_interval(entry["validation"], spread="" if few else None),
+        "difference": _mean_and_interval(
+            entry["difference_to_best"], signed=True, spread="" if few else None
+        ),
         "steps": MISSING if to_target["steps"] is None else f"{to_target['steps']:,.0f}",
         "reached": f"{to_target['reached']} of {entry['reported_runs']} seeds",
         "tokens": MISSING if to_target["tokens"] is None else f"{to_target['tokens']:,.0f} tokens",
@@ -171,11 +209,15 @@ def optimizer_line(name: str, entry: JsonObject) -> JsonObject:
     }
 
 
-def _mean_and_interval(value: JsonObject | None, *, signed: bool = False) -> tuple[str, str]:
+def _mean_and_interval(
+    value: JsonObject | None, *, signed: bool = False, spread: str | None = None
+) -> tuple[str, str]:
+    """Return the mean, and `spread`, which is by default the interval."""
     if value is None:
         return MISSING, ""
     form = "+.3f" if signed else ".3f"
-    spread = "" if value["low"] is None else f"{value['low']:{form}} to {value['high']:{form}}"
+    if spread is None:
+        spread = "" if value["low"] is None else f"{value['low']:{form}} to {value['high']:{form}}"
     return f"{value['mean']:{form}}".replace("-", "−"), spread.replace("-", "−")
 
 
@@ -196,7 +238,7 @@ def run_line(run: JsonObject) -> list[str]:
     return [
         phase,
         str(run["seed"]),
-        f"{run['lr']:g}",
+        tick(run["lr"]),
         f"{run['steps']:,}",
         loss,
         test,

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from finetune.errors import UserError
 from finetune.report import comparison_facts as facts
 from finetune.report import run_facts
-from finetune.report.comparison_charts import legend, pictures_of
+from finetune.report.comparison_charts import COSTS, cost_pictures, pictures_of
 from finetune.report.html import fill_template, write_page
 
 
@@ -37,9 +37,13 @@ def _render(comparison: facts.JsonObject) -> str:
         comparison=comparison,
         subtitle=facts.subtitle(comparison),
         state=facts.run_counts(comparison),
-        legend=Markup(legend(list(comparison["optimizers"]))),
+        costs=[
+            (key, COSTS[key], picture, Markup(picture.svg))
+            for key, picture in cost_pictures(comparison)
+        ],
         pictures=[(picture, Markup(picture.svg)) for picture in pictures_of(comparison)],
-        lines=[facts.optimizer_line(name, entry) for name, entry in facts.ranked(comparison)],
+        spread="each seed" if facts.has_few_seeds(comparison) else "95 % interval",
+        lines=[facts.optimizer_line(comparison, name) for name, _ in facts.ranked(comparison)],
         rules=facts.rules(comparison),
         caveats=facts.caveats(comparison),
         bins=facts.bins(comparison),

@@ -25,13 +25,13 @@ def charts_of(run: RunRecords) -> list[Picture]:
     if text:
         description = " ".join(_in_words(curve.label, curve.points) for curve in text)
         svg = draw_curves("text", text, description=description, last_step=last, zero=True)
-        charts.append(Picture("Generated text", "0 to 100, higher is better", svg, "half"))
+        charts.append(Picture("Generated text", "0 to 100, higher is better", svg))
     for key, title, unit in _TRAINING:
         if points := points_of(run.steps, key):
             curves = [Curve(title, points, "line")] if key == "lr" else _with_smoothing(points)
             description = _in_words(title, points)
             svg = draw_curves(key, curves, description=description, last_step=last, zero=True)
-            charts.append(Picture(title, unit, svg, "half"))
+            charts.append(Picture(title, unit, svg))
     return charts
 
 
@@ -50,7 +50,7 @@ def _loss(run: RunRecords, last_step: int) -> list[Picture]:
     best = run.best.step if run.best is not None and len(held_out) > 2 else None
     svg = draw_curves("loss", curves, description=description, last_step=last_step, best_step=best)
     unit = "nats per target token, lower is better; the axis need not begin at 0"
-    return [Picture("Loss", unit, svg, "half")]
+    return [Picture("Loss", unit, svg)]
 
 
 def _with_smoothing(points: Points) -> list[Curve]:

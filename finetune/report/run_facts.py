@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune.run.metrics import METRICS, MISSING, Metric
+from finetune.run.metrics import METRICS, MISSING, Metric, number
 from finetune.run.records import Evaluation, RunRecords
 from finetune.run.wording import clock, listed
 
@@ -37,13 +37,19 @@ def metric_changes(run: RunRecords) -> list[Change]:
     ]
 
 
+_OF_INACTIVE_TARGETS = ("loss_inside", "share_outside")  # they say nothing if there are none
+
+
 def vocabulary_lines(run: RunRecords) -> list[tuple[Metric, str, str]]:
-    """Return (metric, before, after) of each figure about the vocabulary that was measured."""
+    """Return (metric, before, after) of each figure about the vocabulary that says something."""
     before, after = (part.metrics if part else {} for part in (run.before, run.after))
+    has_inactive = any(number(part, "share_outside") for part in (before, after))
     return [
         (metric, metric.show(before), metric.show(after))
         for metric in METRICS
-        if metric.about_vocabulary and (metric.value(before), metric.value(after)) != (None, None)
+        if metric.about_vocabulary
+        and (has_inactive or metric.key not in _OF_INACTIVE_TARGETS)
+        and (metric.value(before), metric.value(after)) != (None, None)
     ]
 
 
@@ -67,8 +73,8 @@ def evaluation_parts(run: RunRecords) -> list[tuple[bool, list[Evaluation]]]:
         return [(False, run.evaluations)]
     best = run.best.step if run.best is not None else None
     parts: list[tuple[bool, list[Evaluation]]] = []
-    for number, evaluation in enumerate(run.evaluations):
-        is_open = number in (0, len(run.evaluations) - 1) or evaluation.step == best
+    for place, evaluation in enumerate(run.evaluations):
+        is_open = place in (0, len(run.evaluations) - 1) or evaluation.step == best
         if not parts or parts[-1][0] is is_open:
             parts.append((not is_open, []))
         parts[-1][1].append(evaluation)

@@ -69,7 +69,6 @@ class Picture:
     title: str
     unit: str
     svg: str
-    size: str  # how much of the page's width it takes: "wide", "half" or "third"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ class Result(JsonRecord):
     state_bytes: int = 0  # of the optimizer, after the last step
     test: dict[str, float] | None = None  # nats per target token: "all", "head", "body", "tail"
     bins: dict[str, dict[str, int]] | None = None  # "tokens" of the vocabulary, test "targets"
+    load: float | None = (
+        None  # of the machine at the end: processes that ran or waited, of a minute
+    )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

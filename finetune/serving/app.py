@@ -4,11 +4,13 @@ import asyncio
 import base64
 import hashlib
 import re
+import socket
 from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
@@ -50,6 +52,29 @@ def make_app(served: Served, worker: Worker, *, hosts: Collection[str] | None) -
     app.include_router(_interface(served, worker))
     app.include_router(_page(served))
     return app
+
+
+def make_server(app: FastAPI, worker: Worker) -> "Server":
+    """Return the server of `app`. When it ends, so do the answers that are being drawn."""
+    return Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, lifespan="off"
+        ),
+        worker,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which would wait for streams to end by themselves, and then break them."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End all answers, then the server."""
+        self._worker.stop()
+        await super().shutdown(sockets)
 
 
 class _Guard:
@@ -192,8 +217,9 @@ class _Answering:
                     break
         finally:
             self.job.cancel()
-        if piece.ending == "error":
-            return _refusal(500, _FAILED, type="server_error")
+        if piece.ending in _BROKEN:
+            status = 503 if piece.ending == "closed" else 500
+            return _refusal(status, _BROKEN[piece.ending], type="server_error")
         message, ending = self._message("".join(texts), piece)
         usage = protocol.usage_of(len(self.prompt), piece.num_tokens)
         name = self.asked.model
@@ -213,8 +239,9 @@ class _Answering:
                     yield protocol.event(protocol.chunk(id, name, {"content": piece.text}))
                 if piece.ending is not None:
                     break
-            if piece.ending == "error":
-                yield protocol.event(protocol.error_body(_FAILED, type="server_error"))
+            if piece.ending in _BROKEN:
+                body = protocol.error_body(_BROKEN[piece.ending], type="server_error")
+                yield protocol.event(body)
                 return
             message, ending = self._message("".join(held), piece)
             if self._may_call:
@@ -237,6 +264,7 @@ class _Answering:
 
 
 _FAILED = "the answer failed; the server's terminal says why"
+_BROKEN = {"error": _FAILED, "closed": "the server was stopped before the answer was whole"}
 
 
 async def _read(request: Request, shape: type[Shape]) -> Shape | Response:

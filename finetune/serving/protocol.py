@@ -104,12 +104,21 @@ def read_request(shape: type[Shape], body: bytes) -> Shape:
     try:
         return shape.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"][:3]))
-        problem = "is not a parameter of this server" if first["type"] == "extra_forbidden" else ""
-        raise UserError(
-            f"{where or 'the body'}: {problem or first['msg'][:200].lower()}"
-        ) from error
+        raise UserError(_first_mistake(error)) from error
+
+
+def _first_mistake(error: ValidationError) -> str:
+    """Return the first mistake in words.
+
+    Of the ways to give one parameter, such as text or a list, the one that was taken is meant.
+    """
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    name = found[0]["loc"][:1]
+    same = [each for each in found if each["loc"][:1] == name]
+    first = next((each for each in same if not each["type"].endswith("_type")), same[0])
+    where = ".".join(map(str, name if len(same) > 1 else first["loc"][:3]))
+    problem = "is not a parameter of this server" if first["type"] == "extra_forbidden" else ""
+    return f"{where or 'the body'}: {problem or first['msg'][:200].lower()}"
 
 
 def new_id() -> str:

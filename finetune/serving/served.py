@@ -14,8 +14,8 @@ from finetune.inference.decoder import GenerationSettings, answer_room
 from finetune.models.describe import CausalLM
 from finetune.serving.protocol import ChatRequest
 
-Translate = Callable[[str, str | None, str | None], Sequence[int]]
-"""From a sentence, its language and the one to translate to, to the ids of the prompt."""
+Translate = Callable[[str, str | None, str | None, str | None], Sequence[int]]
+"""From a sentence, its language, the one to translate to and a system prompt, to a prompt's ids."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,17 @@ class ServedModel:
         assert request.translate is not None
         if self.translate is None:
             raise UserError("this model was not trained to translate. Leave out translate")
-        if len(messages) != 1 or messages[0]["role"] != "user":
-            raise UserError("translate takes one message from the user, which is the sentence")
-        text = messages[0]["content"].strip()
-        return list(self.translate(text, request.translate.source, request.translate.target))
+        *before, last = messages
+        roles = [message["role"] for message in messages]
+        if roles not in (["user"], ["system", "user"]):
+            raise UserError(
+                "translate takes the sentence as one message from the user, after a system message "
+                f"or none, and not {', '.join(roles)}"
+            )
+        system = before[0]["content"] if before else None
+        direction = request.translate
+        text = last["content"].strip()
+        return list(self.translate(text, direction.source, direction.target, system))
 
     def _with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
         """Return the messages after the run's system prompt. An empty one in front means none.

@@ -24,7 +24,7 @@ class Piece:
 
     text: str
     num_tokens: int  # of the answer so far
-    ending: str | None = None  # "stop", "length" or "error"
+    ending: str | None = None  # "stop", "length", "error", or "closed" if the worker was stopped
     ids: Sequence[int] = ()  # all tokens of the answer, at its end
 
 
@@ -73,6 +73,9 @@ class Worker:
     def submit(self, model: str, job: Job) -> None:
         """Let `job` wait for the model of that name. Raises QueueFull."""
         with self._changed:
+            if self._closing:
+                job.emit(Piece("", 0, "closed"))
+                return
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull
             self._waiting.append((model, job))
@@ -84,11 +87,21 @@ class Worker:
         with self._changed:
             return bool(self._waiting or self._batches)
 
-    def close(self) -> None:
-        """End the thread after the token that it is at."""
+    def stop(self) -> None:
+        """End all answers at once. The thread ends after the token that it is at."""
         with self._changed:
             self._closing = True
+            jobs = [job for _, job in self._waiting]
+            jobs += [answer.job for batch in self._batches for answer in batch.answers]
+            self._waiting = []
             self._changed.notify()
+        for job in jobs:
+            job.cancel()
+            job.emit(Piece("", 0, "closed"))
+
+    def close(self) -> None:
+        """Stop, and wait for the thread."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:
@@ -135,6 +148,11 @@ class _Batch:
         self._model, self._tokenizer, self._way = model, tokenizer, way
         self.running = {number: _Answer(job, tokenizer) for number, job in enumerate(jobs)}
         self._decoder: Decoder | None = None
+
+    @property
+    def answers(self) -> list["_Answer"]:
+        """Those that go on. Any thread may ask."""
+        return list(self.running.values())
 
     def step(self) -> None:
         """Draw one token for each answer; whatever fails ends the answers of this batch."""

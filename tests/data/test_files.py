@@ -136,7 +136,7 @@ def test_a_table_is_read_as_it_is(name: str, write: Write) -> None:
 REFUSED: dict[str, tuple[str | bytes, str]] = {
     "score.tsv": (
         "en\tfr\nHello\tBonjour\t0.98\nBye\tSalut\t0.91\n",
-        r"^2 records cannot be used: .*score\.tsv lines 2, 3 has 3 fields, but the header has 2"
+        r"^2 records cannot be used: .*score\.tsv lines 2, 3 have 3 fields, but the header has 2"
         r"\. Remove the tab, or name every field in the header$",
     ),
     "first only.csv": ("text\nHello, world\nx\n", r"line 2 has 2 fields, but the header has 1\."),

@@ -161,6 +161,30 @@ def test_an_evaluation_on_test_data_has_a_row_and_does_not_finish_a_run(run_fold
     assert "not finished" in page_of(run_folder).text
 
 
+def measured_too(folder, found):
+    """Add the figures of `found`, {when: figures}, to the evaluations of the run."""
+    summary = json.loads((folder / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for when, more in found.items():
+        summary[when] |= more
+        next(
+            line for line in lines if "evaluation" in line and line["step"] == summary[when]["step"]
+        )["evaluation"] |= more
+    (folder / "evaluation.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_figures_that_say_nothing_are_left_out(run_folder, share):
+    """Without inactive targets the active loss is the loss."""
+    figures = {"loss_inside": 2.5, "share_outside": share, "inactive_mass": 0.09}
+    measured_too(run_folder, {"before": figures, "after": figures})
+    text = page_of(run_folder).text
+    assert "Inactive mass, %" in text
+    for name in ("Active loss nats", "Inactive targets, %"):
+        assert (name in text) == (share > 0), name
+
+
 def test_figures_on_the_vocabulary_are_shown_with_the_others_if_there_are_any(run_folder):
     assert "nactive" not in page_of(run_folder).text
     assert "Unrelated" not in page_of(run_folder).text
@@ -180,15 +204,7 @@ def test_figures_on_the_vocabulary_are_shown_with_the_others_if_there_are_any(ru
             "unrelated_loss": 4.1,
         },
     }
-    summary = json.loads((run_folder / "evaluation.json").read_text())
-    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    for when, more in found.items():
-        summary[when] |= more
-        next(
-            line for line in lines if "evaluation" in line and line["step"] == summary[when]["step"]
-        )["evaluation"] |= more
-    (run_folder / "evaluation.json").write_text(json.dumps(summary))
-    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    measured_too(run_folder, found)
     text = page_of(run_folder).text
     packed = text.replace(" ", "")
     assert "Inactivemass,%oftheprobability9.023.12" in packed

@@ -1,7 +1,6 @@
 """A server of a tiny run, in a thread of this process, on a free port of the loopback."""
 
 import contextlib
-import copy
 import json
 import threading
 import time
@@ -11,12 +10,9 @@ from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 
 from finetune.display import Display
-from finetune.recipes.build.target import open_target
-from finetune.recipes.serve import LOOPBACK, _listen, _served
-from finetune.serving.app import make_app
+from finetune.recipes.serve import open_service
 from finetune.serving.served import Served
 from finetune.serving.worker import Worker
 from tests.cli.conftest import train_in
@@ -38,30 +34,25 @@ class Running:
 
 @contextlib.contextmanager
 def running(run: Path, *, most_waiting: int = 64, **settings: float) -> Iterator[Running]:
-    served, batch_size = _served(
-        open_target(str(run)), str(run), True, None, settings, Display(enabled=False)
-    )
-    worker = Worker(
-        {name: each.model for name, each in served.models.items()},
-        {name: copy.deepcopy(each.tokenizer) for name, each in served.models.items()},
-        batch_size=batch_size,
+    service = open_service(
+        str(run),
+        host="127.0.0.1",
+        port=0,
+        base=True,
+        system_prompt=None,
+        settings=settings,
         most_waiting=most_waiting,
+        display=Display(enabled=False),
     )
-    listener = _listen("127.0.0.1", 0)
-    app = make_app(served, worker, hosts=LOOPBACK)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3)
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread = threading.Thread(target=service.run, daemon=True)
     thread.start()
     try:
-        while not server.started:
+        while not service.server.started:
             time.sleep(0.01)
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", served, worker)
+        yield Running(service.address, service.served, service.worker)
     finally:
-        server.should_exit = True
+        service.server.should_exit = True
         thread.join(timeout=60)
-        worker.close()
         assert not thread.is_alive(), "the server does not end"
 
 

@@ -120,6 +120,8 @@ REFUSED = {  # what is sent -> status, and words of the sentence
     "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     "hot": ({"temperature": 9}, 400, "temperature: "),
     "unknown": ({"tempature": 1}, 400, "tempature: is not a parameter of this server"),
+    "many stops": ({"stop": ["a"] * 5}, 400, "stop: list should have at most 4 items"),
+    "a stop": ({"stop": 7}, 400, "stop: input should be a valid string"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens: "),
     "too long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "at most 128"),
     "no translator": ({"translate": {}}, 400, "was not trained to translate"),
@@ -248,6 +250,27 @@ def wait_for(condition, seconds=60):
         time.sleep(0.01)
 
 
+def test_answers_end_with_the_server(chat_run, serve, caplog):
+    """A client of a stream, and one that waits, are told. Nothing is left on the terminal."""
+    body = {"model": "trained", "messages": ASK, "max_tokens": 60, "temperature": 2}
+    with ThreadPoolExecutor(4) as pool:
+        with serve(chat_run) as server:
+            hook = server.served.models["trained"].model.register_forward_pre_hook(
+                lambda *_: time.sleep(0.2)
+            )
+            replies = [pool.submit(post, server, body | {"stream": n % 2 == 0}) for n in range(4)]
+            wait_for(lambda: server.worker.is_busy)
+            time.sleep(0.5)
+            began = time.monotonic()
+        assert time.monotonic() - began < 3  # uvicorn would wait for 3 s, and break them then
+        hook.remove()
+        streamed, waited, *_ = [reply.result() for reply in replies]
+    assert "the server was stopped" in streamed.text.split("data: ")[-1]
+    assert waited.status_code == 503
+    assert "the server was stopped" in waited.json()["error"]["message"]
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_batch_that_fails_is_an_error_and_the_server_lives(server, monkeypatch, caplog):
     model = server.served.models["trained"].model
     hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -272,6 +295,11 @@ def test_a_translation_run_takes_sentences(translation_run, serve):
         body = {"model": "run", "messages": [{"role": "user", "content": sentence}]}
         reply = post(server, {**body, "translate": {}, "temperature": 0}).json()
         assert reply["choices"][0]["message"]["content"].strip() == command.out.strip()
+        system = {"role": "system", "content": "Be brief."}
+        own = finetune("translate", str(translation_run), sentence, "--system", "Be brief.")
+        body["messages"] = [system, *body["messages"]]
+        reply = post(server, {**body, "translate": {}, "temperature": 0}).json()
+        assert reply["choices"][0]["message"]["content"].strip() == own.out.strip()
         scored = httpx.post(f"{server.url}/api/score", json={"output": "a b", "reference": "a b"})
         assert scored.json() == {"chrf": pytest.approx(100)}
 

@@ -277,7 +277,8 @@ def _pair(
         if languages[0] is None or languages[1] is None:
             raise UserError(
                 "the columns do not show which languages they are in. Set "
-                "data.translation.source_language and target_language, e.g. to en and fr"
+                "data.translation.source_language and target_language, e.g. to en and fr. "
+                "`finetune init` takes them as --from en --to fr"
             )
         sides = columns.get("source", "source"), columns.get("target", "target")
         return sides, (languages[0], languages[1])

@@ -79,7 +79,8 @@ class Material:
     @cached_property
     def validation(self) -> EncodedDataset | None:
         """The held-out data."""
-        return None if self.raw.validation is None else self.encode(self.raw.validation)
+        held_out = self.raw.validation
+        return None if held_out is None else self.encode(held_out, of=" of the held-out data")
 
     @cached_property
     def unrelated(self) -> EncodedDataset | None:
@@ -129,10 +130,12 @@ class Material:
             changed.__dict__.update({key: vars(self)[key] for key in encoded if key in vars(self)})
         return changed
 
-    def encode(self, records: Any, *, bad: BadRecords | None = None) -> EncodedDataset:
+    def encode(
+        self, records: Any, *, bad: BadRecords | None = None, of: str = ""
+    ) -> EncodedDataset:
         """Encode other records as those of the run are, and note what is not used of them.
 
-        Raises UserError.
+        `of` ends each note. Raises UserError.
         """
         encoded = encode_records(
             records,
@@ -144,7 +147,7 @@ class Material:
             made_from=self.made_from,
         )
         for note in self.format.notes():
-            self.display.note(note)
+            self.display.note(note + of)
         return encoded
 
 

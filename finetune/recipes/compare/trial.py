@@ -5,6 +5,7 @@ A run that was stopped goes on from its last checkpoint. A finished run is read,
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -155,13 +156,14 @@ class RunWatch:
         self._before = self._copy() if step % self._every == 0 else None
 
     def finish(self, live: LiveRun, stopped: Stopped) -> None:
-        """Measure the optimizer's state, and the test loss if it is asked for."""
+        """Measure the optimizer's state, the machine's load and, if asked for, the test loss."""
         states = live.trainer.optimizer.state.values()
         values = [value for state in states for value in state.values()]
         self.measured = {
             "state_bytes": tensor_bytes(
                 value for value in values if isinstance(value, torch.Tensor)
-            )
+            ),
+            "load": os.getloadavg()[0],
         }
         if self._test:
             self.measured |= _test_losses(live.parts)

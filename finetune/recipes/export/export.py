@@ -57,10 +57,14 @@ def export_target(
     trusted = source.trusted
     difference = verify_export(dest, source.model, ids, trust_remote_code=trusted)
     size = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())
+    whose = "model" if source.run is None else "run"
+    moved = (
+        f"differ from the {whose}'s by at most {difference:.1g} of the largest"
+        if difference
+        else f"are equal to the {whose}'s"
+    )
     display.say(
-        f"{dest}: written in {dtype}, {size / 1e6:.0f} MB, and reloaded. "
-        f"Its logits differ from the {'model' if source.run is None else 'run'}'s by "
-        f"{difference:.1g} of the largest"
+        f"{dest}: written in {dtype}, {size / 1e6:,.3g} MB, and reloaded. Its logits {moved}"
     )
     if gguf is not None:
         report_rounding(source, dest, gguf, PROBE, display)

@@ -39,9 +39,14 @@ class TimeEstimate:
 
 
 def steps_within(limit: float, time: TimeEstimate, *, evaluate_every: int) -> int:
-    """Return how many steps fit into `limit` seconds, with the evaluations between them."""
-    evaluation = (time.evaluation + time.generation) / evaluate_every
-    return max(1, round(limit / (time.step + evaluation)))
+    """Return how many steps fit into `limit` seconds, with the evaluations between them.
+
+    There is one after every `evaluate_every` steps. The one at the end does not count.
+    """
+    evaluation = time.evaluation + time.generation
+    rounds, rest = divmod(limit, evaluate_every * time.step + evaluation)
+    further = min(evaluate_every, round(rest / time.step))
+    return max(1, int(rounds) * evaluate_every + further)
 
 
 def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> TimeEstimate:

@@ -16,6 +16,7 @@ from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
+from finetune.models.locate import find_local
 from finetune.recipes.build.parts import Parts
 from finetune.run.claim import check_claim, claim_folder, locked, write_marker
 from finetune.run.environment import collect_environment
@@ -136,7 +137,11 @@ def write_records(parts: Parts, run: RunDir) -> None:
 
 
 def _model_name(config: RunConfig) -> str:
-    return config.model.name or f"{(config.model.config or {}).get('model_type')}, random weights"
+    """Return what the report calls the model: of a package also the name of the file in it."""
+    name = config.model.name
+    if name is not None and name.startswith("package:") and (place := find_local(name)):
+        return f"{place.stem} ({name})"
+    return name or f"{(config.model.config or {}).get('model_type')}, random weights"
 
 
 def _method(config: RunConfig) -> str:
