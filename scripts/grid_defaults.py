@@ -125,13 +125,13 @@ def run_ours(config: Any, *, before: bool) -> dict[str, Any]:
 
     def evaluate(parts: Any, step: int) -> dict[str, float]:
         evaluator = evaluator_of(parts)
-        held_out = evaluator.loss(parts.material.validation).loss
-        test = evaluator.loss(test_data(parts.material)).loss
+        held_out, loss = (evaluator.loss(data).loss for data in (parts.material.validation, test))
         epoch = records[-1].epoch if records else 0
-        curve.append({"epoch": epoch, "held_out": held_out, "test": test})
+        curve.append({"epoch": epoch, "held_out": held_out, "test": loss})
         return {"loss": held_out}
 
     trainer, parts = make_trainer(config, records.append, evaluate)
+    test = test_data(parts.material)
     untrained = evaluate(parts, 0)["loss"] if before else None
     started, diverged = time.monotonic(), False
     try:
@@ -298,6 +298,28 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: row["records"])
 
 
+def bars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return how much of the best rival's fall of the loss the defaults reach, 1 or more if all.
+
+    The rivals are TRL's defaults, and ours with a batch size of the user's.
+    """
+    groups: dict[str, dict[str, list[Any]]] = {}
+    for result in results.values():
+        if set(result["changes"]) <= {"trl", "training.batch_size"} and result["best"] is not None:
+            where = [*sorted(result["set"]), result["task"], f"{result['records']} records"]
+            group = groups.setdefault(", ".join(where), {})
+            group.setdefault(in_words(result["changes"]), []).append(result)
+    found = {}
+    for where, group in groups.items():
+        ours = group.pop(in_words({}), [])
+        if not ours or not group:
+            continue
+        before = ours[0]["curve"][0]["test"]
+        best = min(statistics.mean(run["best"] for run in runs) for runs in group.values())
+        found[where] = (before - statistics.mean(run["best"] for run in ours)) / (before - best)
+    return {where: round(value, 4) for where, value in found.items()}
+
+
 def print_page(table: list[dict[str, Any]]) -> None:
     """Print the rows as tables of Markdown, one for each number of records."""
     for records in dict.fromkeys(row["records"] for row in table):
@@ -347,7 +369,10 @@ def main() -> None:
     table = rows(read_results(args.results))
     print_page(table)
     if not args.page:
-        print(json.dumps({"model": args.model, "rows": table}))
+        reached = bars(read_results(args.results))
+        for where, value in reached.items():
+            print(f"\n{where}: the defaults reach {value:.1%} of the best rival's fall of the loss")
+        print(json.dumps({"model": args.model, "bars": reached, "rows": table}))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,9 @@ def test_the_grid_of_defaults_goes_on_where_it_stopped(model, tmp_path):
     assert ours["chat"]["examples"] == 1
     assert theirs["chat"]["steps"] == 6, "three epochs of 12 examples, 8 a step"
     assert ours["chat"]["loss"] < theirs["chat"]["loss"]
+    ((where, reached),) = first["bars"].items()
+    assert where == "data.max_length=96, chat, 12 records"
+    assert reached > 1, "more steps fall further"
     kept = results.read_text()
     second = bench("grid_defaults.py", *small, "--parts=default,trl,length", "--minutes=0")
     assert second["rows"] == first["rows"]
