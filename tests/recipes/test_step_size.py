@@ -12,7 +12,7 @@ from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.material import read_material
-from finetune.recipes.build.size import step_size_in_words, with_step_size
+from finetune.recipes.build.size import idle_processes, step_size_in_words, with_step_size
 from finetune.recipes.compare.study import prepare_study
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.train.train import run_training
@@ -68,6 +68,16 @@ def test_a_stream_has_8_sequences_a_step_and_no_length_of_its_own(tiny):
     tree["data"]["packed_length"] = 64
     with pytest.raises(UserError, match="a stream is packed in sequences of"):
         train(tree)
+
+
+@pytest.mark.parametrize(("processes", "idle"), [(1, None), (4, None), (5, 1), (16, 12)])
+def test_processes_without_a_sequence_are_said(tiny, processes, idle):
+    said = idle_processes(make_config(tiny()), processes)
+    if idle is None:
+        assert said is None
+    else:
+        assert said is not None
+        assert said.startswith(f"{idle} of {processes} processes have no sequence in a step, since")
 
 
 def test_a_resumed_run_keeps_what_it_began_with(tiny, tmp_path, capsys):

@@ -31,7 +31,12 @@ from finetune.optim import rule_of
 from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
-from finetune.recipes.build.size import batch_size_of, step_size_in_words, with_step_size
+from finetune.recipes.build.size import (
+    batch_size_of,
+    idle_processes,
+    step_size_in_words,
+    with_step_size,
+)
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.training.vocabulary import VocabularyKeeper, measuring_batches
 
@@ -113,13 +118,10 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
         material = with_step_size(unpacked)
         config = material.config
         batches, statistics = _make_batches(material, accelerator)
-    if (size := step_size_in_words(given.config, config)) is not None:
-        display.note(size)
-    if (idle := accelerator.num_processes - batch_size_of(config)) > 0:
-        display.note(
-            f"{idle} of {accelerator.num_processes} processes have no sequence in a step, since it "
-            f"has {batch_size_of(config)}. Raise training.batch_size, or start fewer processes"
-        )
+    idle = idle_processes(config, accelerator.num_processes)
+    for sentence in (step_size_in_words(given.config, config), idle):
+        if sentence is not None:
+            display.note(sentence)
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),

@@ -79,6 +79,17 @@ def step_size_in_words(given: RunConfig, config: RunConfig) -> str | None:
     return said if size == LARGEST else f"{said}, so that small data makes many steps"
 
 
+def idle_processes(config: RunConfig, num_processes: int) -> str | None:
+    """Return a sentence if a step has too few sequences for so many processes."""
+    size = batch_size_of(config)
+    if (idle := num_processes - size) <= 0:
+        return None
+    return (
+        f"{idle} of {num_processes} processes have no sequence in a step, since it has {size}. "
+        "Raise training.batch_size, or start fewer processes"
+    )
+
+
 def _sized(config: RunConfig, size: int | Literal["auto"], length: int | None) -> RunConfig:
     training = config.training.model_copy(update={"batch_size": size})
     data = config.data.model_copy(update={"packed_length": length})
