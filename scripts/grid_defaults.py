@@ -45,18 +45,18 @@ def vary(key: str, *values: Any) -> list[Changes]:
 
 def modes() -> Iterator[Changes]:
     """Yield the ways to train, each at its own learning rates."""
-    for mode, lrs in {
-        "full": (5e-5, 1e-4, 2e-4, 4e-4),
-        "active": (5e-5, 1e-4, 2e-4, 4e-4),
-        "sampled": (5e-5, 1e-4, 2e-4, 4e-4),
-        "frozen": (1e-3, 3e-3, 1e-2, 3e-2),
-    }.items():
-        keep = {"vocabulary.keep": KEEP} if mode == "frozen" else {}
-        for lr in lrs:
-            # beside frozen rows nothing else trains, as if a tokenizer had got new tokens
-            yield {"vocabulary.mode": mode, "optimizer.lr": lr, **keep}
+    for mode in ("full", "active", "sampled"):
+        for lr in (5e-5, 1e-4, 2e-4, 4e-4):
+            yield {"vocabulary.mode": mode, "optimizer.lr": lr}
     for lr in (2e-4, 5e-4, 1e-3, 2e-3):
         yield {"model.lora": {"rank": 16}, "optimizer.lr": lr}
+    for lr in (1e-4, 1e-3, 1e-2):  # of the rows of KEEP; the layers have the default
+        overrides = [{"pattern": "*embed_tokens*", "lr": lr}]
+        yield {
+            "vocabulary.mode": "frozen",
+            "vocabulary.keep": KEEP,
+            "optimizer.overrides": overrides,
+        }
 
 
 PARTS: dict[str, list[Changes]] = {
