@@ -139,18 +139,18 @@ def test_what_is_learnt_in_equal_time(model, tmp_path):
     data = [
         f"--{part}={pairs / f'translation.en-fr.{part}.jsonl'}" for part in ("train", "validation")
     ]
-    names = "finetune,finetune:sampled,trl,trl-lora"
+    names = "finetune:sampled,trl-lora"
     small = (model, *data, f"--out={tmp_path / 'out'}", "--quick", f"--contestants={names}")
     found = bench("bench_equal_time.py", *small, "--length=64")
     assert list(found["contestants"]) == ["untrained", *names.split(",")]
-    assert set(found["rates"]) == {"finetune", "trl", "trl-lora"}
+    assert set(found["rates"]) == {"finetune", "trl-lora"}
     untrained = found["contestants"].pop("untrained")
     for name, row in found["contestants"].items():
         assert row["loss"][0] < untrained["loss"][0] or name == "trl-lora"
         assert row["steps"][0] > 1
         assert row["peak_memory_gb"][0] > 0.1
         assert 0 <= row["chrf"][0] <= 100
-    folder = tmp_path / "out" / "trl" / "seed-0"
+    folder = tmp_path / "out" / "trl-lora" / "seed-0"
     result = json.loads((folder / "result.json").read_text())
     assert result["training_seconds"] >= 5
     assert 0 < len(result["answers"]) <= 8, "those whose prompts leave room for an answer"
