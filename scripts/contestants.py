@@ -16,9 +16,7 @@ says that the chip multiplies it.
 - trl-padded    SFTTrainer without packing: sequences of similar length together, and as many
                 conversations a step as have the same number of tokens
 
-TRL gets our token ids and labels, because its own assistant-only loss knows the templates of few
-model families. Gradient checkpointing, which it has on by default, is off, and so is all else that
-costs time.
+rivals.py says how TRL is driven.
 
 Tokens are those that are not padding. Seconds go from the end of one step to the end of the next,
 so they include data and logging. A contestant's figure for one round is the median over its steps
@@ -47,6 +45,7 @@ from ground import (
     training_state,
 )
 from harness import CLOCKS, Stopwatch, add_arguments
+from rivals import batches_of, trl_trainer
 
 
 def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,51 +108,11 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
 def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Return what was measured of TRL in one of TRL_MODES."""
     sys.path.append(str(args.trl))
-    from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from finetune.models.speed import resolve_precision
 
     material = our_material(args)
     order = shuffled(len(material.train), args.seed)
     examples = [material.train[i] for i in order]
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [list(e.input_ids) for e in examples],
-            "labels": [list(e.labels) for e in examples],
-        }
-    )
-    sequences, options = args.sequences, {"packing": mode != "trl-padded"}
-    if mode == "trl-padded":
-        mean_length = sum(map(len, examples)) / len(examples)
-        sequences = max(1, round(args.sequences * args.length / mean_length))
-        options |= {"train_sampling_strategy": "group_by_length"}
-    else:
-        options |= {"packing_strategy": "wrapped" if mode == "trl-wrapped" else "bfd"}
-    config = SFTConfig(
-        output_dir=str(args.folder),
-        max_length=args.length,
-        per_device_train_batch_size=sequences,
-        max_steps=args.steps,
-        seed=args.seed,
-        learning_rate=args.lr,
-        lr_scheduler_type="linear",
-        weight_decay=0.0,
-        max_grad_norm=CLIP,
-        optim="adamw_torch_fused",
-        bf16=resolve_precision("auto", device())[0] == "bf16",
-        gradient_checkpointing=False,
-        use_cpu=device() == "cpu",
-        dataloader_pin_memory=False,
-        logging_strategy="no",
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataset_kwargs=None,
-        **options,
-    )
     watch = Stopwatch(args.clock, peak_memory)
 
     class Clock(TrainerCallback):
@@ -171,12 +130,19 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         return collate_and_count
 
     model = load_plain(args)
-    trainer = SFTTrainer(
-        model=model,
-        args=config,
-        train_dataset=dataset,
-        processing_class=material.tokenizer,
+    trainer = trl_trainer(
+        model,
+        material.tokenizer,
+        examples,
+        args.folder,
         callbacks=[Clock()],
+        max_steps=args.steps,
+        seed=args.seed,
+        learning_rate=args.lr,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        **batches_of(mode, examples, sequences=args.sequences, length=args.length),
     )
     trainer.data_collator = counting(trainer.data_collator)
     trainer.train()

@@ -112,18 +112,24 @@ def our_material(args: argparse.Namespace, **changes: str) -> Any:
     return read_material(our_config(args, **changes), Display(enabled=False))
 
 
-@contextmanager
-def our_trainer(
-    args: argparse.Namespace, on_record: Callable[[Any], None]
-) -> Iterator[tuple[Any, Any]]:
-    """Yield the trainer and the parts of a run, without evaluations, checkpoints and export."""
+def make_trainer(
+    config: Any,
+    on_record: Callable[[Any], None],
+    evaluate: Callable[[Any, int], dict[str, float]] = lambda parts, step: {},
+) -> tuple[Any, Any]:
+    """Return the trainer and the parts of a run, without checkpoints and export.
+
+    `evaluate(parts, step)` is called at the end of each epoch, and at the end.
+    """
     from finetune.display import Display
     from finetune.distributed.engines import prepare
     from finetune.recipes.build.accelerator import make_accelerator
+    from finetune.recipes.build.material import read_material
     from finetune.recipes.build.optimizer import make_optimizer, make_scheduler
     from finetune.recipes.build.parts import assemble
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
+    from finetune.training.clock import Clock
     from finetune.training.stopping import DivergenceGuard
     from finetune.training.trainer import Cadence, Trainer
 
@@ -131,21 +137,25 @@ def our_trainer(
         def save(self, *_: Any, **__: Any) -> None:
             pass
 
-    material, display = our_material(args), Display(enabled=False)
-    config, accelerator = material.config, make_accelerator(material.config, display)
-    parts = assemble(material, accelerator=accelerator, display=display)
+    display = Display(enabled=False)
+    accelerator = make_accelerator(config, display)
+    parts = assemble(read_material(config, display), accelerator=accelerator, display=display)
+    config, limit = parts.config, parts.config.training.max_time
     optimizer = make_optimizer(parts.model, config)
-    scheduler = make_scheduler(optimizer, config, args.steps)
+    scheduler = make_scheduler(optimizer, config, parts.num_steps)
     module, optimizer, average_rows = prepare(accelerator, parts.language_model, optimizer, display)
-    run = RunDir(args.folder)
+    run = RunDir(config.output_dir)
+    run.root.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         accelerator=accelerator,
         model=module,
         optimizer=optimizer,
         scheduler=scheduler,
         batches=parts.batches,
-        evaluate=lambda step: {},
-        cadence=Cadence(args.steps, args.steps, args.steps, "loss", False, None),
+        evaluate=lambda step: evaluate(parts, step),
+        cadence=Cadence(
+            parts.num_steps, _epoch_of(parts), parts.num_steps, "loss", False, patience=None
+        ),
         checkpoints=NoCheckpoints(),  # type: ignore[arg-type]
         logger=MetricLogger(run.metrics, listeners=(on_record,)),
         guard=DivergenceGuard(threshold=config.training.divergence_threshold),
@@ -153,17 +163,37 @@ def our_trainer(
         seed=config.seed,
         identity=parts.identity,
         bad_batch_path=run.bad_batch,
+        clock=None if limit is None else Clock(limit, accelerator),
         average_rows=average_rows,
         before_step=parts.vocabulary.before_step,
     )
-    yield trainer, parts
+    return trainer, parts
+
+
+def _epoch_of(parts: Any) -> int:
+    """Return the steps of an epoch; of a run that something else ends, its steps."""
+    training = parts.config.training
+    limited = training.max_steps is not None or training.max_time is not None
+    return parts.num_steps if limited else parts.batches.steps_per_epoch
+
+
+@contextmanager
+def our_trainer(
+    args: argparse.Namespace, on_record: Callable[[Any], None]
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the trainer and the parts of our contestant, without evaluations."""
+    yield make_trainer(our_config(args), on_record)
 
 
 def load_plain(args: argparse.Namespace) -> Any:
     """Return the model as transformers loads it, with rows for the template's new tokens."""
+    return load_plain_of(our_material(args))
+
+
+def load_plain_of(material: Any) -> Any:
+    """Return the model of a material as `load_plain` does."""
     from finetune.recipes.build.model import make_model
 
-    material = our_material(args)
     return make_model(material.config.model, material.tokenizer, material.tokens, seed=0)
 
 

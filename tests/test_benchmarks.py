@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,58 @@ def test_an_export(tiny, tmp_path):
     assert found["answers"]["same_within"] == 1
     assert found["batches"]["same"] == 1
     assert all(rate > 0 for rates in found["speed"].values() for rate in rates)
+
+
+@pytest.mark.slow
+def test_the_grid_of_defaults_goes_on_where_it_stopped(model, tmp_path):
+    pytest.importorskip("trl")
+    results = tmp_path / "grid.jsonl"
+    small = (model, f"--results={results}", "--records=12", "--seeds=0", "--tasks=chat")
+    small += ("--set", "data.max_length=96")
+    first = bench("grid_defaults.py", *small, "--parts=default,trl")
+    ours, theirs = first["rows"]
+    assert ours["changes"] == "data.max_length=96; the defaults"
+    assert theirs["changes"] == "data.max_length=96; TRL's defaults"
+    assert ours["chat"]["steps"] == 33, "three epochs of 11 examples, each a step"
+    assert ours["chat"]["examples"] == 1
+    assert theirs["chat"]["steps"] == 6, "three epochs of 12 examples, 8 a step"
+    assert ours["chat"]["loss"] < theirs["chat"]["loss"]
+    ((where, reached),) = first["bars"].items()
+    assert where == "data.max_length=96, chat, 12 records"
+    assert reached > 1, "more steps fall further"
+    kept = results.read_text()
+    second = bench("grid_defaults.py", *small, "--parts=default,trl,length", "--minutes=0")
+    assert second["rows"] == first["rows"]
+    assert results.read_text() == kept, "nothing is run twice, and nothing without time"
+    third = bench("grid_defaults.py", *small, "--parts=default,decay")
+    assert len(third["rows"]) == 3, "the tables are of these parts"
+    assert results.read_text().startswith(kept)
+
+
+@pytest.mark.slow
+def test_what_is_learnt_in_equal_time(model, tmp_path):
+    pytest.importorskip("trl")
+    pairs = files("finetune") / "resources" / "data"
+    data = [
+        f"--{part}={pairs / f'translation.en-fr.{part}.jsonl'}" for part in ("train", "validation")
+    ]
+    names = "finetune:sampled,trl-lora"
+    small = (model, *data, f"--out={tmp_path / 'out'}", "--quick", f"--contestants={names}")
+    found = bench("bench_equal_time.py", *small, "--length=64")
+    assert list(found["contestants"]) == ["untrained", *names.split(",")]
+    assert set(found["rates"]) == {"finetune", "trl-lora"}
+    untrained = found["contestants"].pop("untrained")
+    for name, row in found["contestants"].items():
+        assert row["loss"][0] < untrained["loss"][0] or name == "trl-lora"
+        assert row["steps"][0] > 1
+        assert row["peak_memory_gb"][0] > 0.1
+        assert 0 <= row["chrf"][0] <= 100
+    folder = tmp_path / "out" / "trl-lora" / "seed-0"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["training_seconds"] >= 5
+    assert 0 < len(result["answers"]) <= 8, "those whose prompts leave room for an answer"
+    (folder / "result.json").unlink()  # as if it had been killed there
+    others = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
+    bench("bench_equal_time.py", *small, "--length=64")
+    assert (folder / "result.json").is_file()
+    assert all(path.stat().st_mtime_ns == time for path, time in others.items())

@@ -43,7 +43,7 @@ def sentences_of(errors: Iterable[Any]) -> list[str]:
 
 def _sentence(problem: Any) -> str:
     path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
-    if path and path[-1] in ("int", "str"):  # the kind of value that was tried
+    if path and path[-1] in ("int", "str", "constrained-int"):  # the kind of value that was tried
         path.pop()
     key, given = ".".join(path) or "config", problem["input"]
     if problem["type"] == "extra_forbidden":

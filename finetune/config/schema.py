@@ -236,6 +236,9 @@ class DataSection(Section):
     # True: several examples a sequence, isolated from each other. False: one example a sequence,
     # padded, in batches of sequences of similar length.
     packing: bool = True
+    # Tokens of a packed sequence; a longer example has one of its own. None: max_length, or less if
+    # training.batch_size is auto and the data small. Not for a stream.
+    packed_length: TokenCount | None = None
     streaming: bool = False  # True: read records during training; needs training.max_steps
     shuffle_buffer: PositiveInt = 2048  # examples, streaming only
 
@@ -321,7 +324,10 @@ class TrainingSection(Section):
     # evaluations between the steps. The run ends at the earlier of it and max_steps, and the
     # schedule follows the clock.
     max_time: Duration | None = None
-    batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
+    # Sequences per optimizer step, over all processes. auto: 16, or the next smaller power of two
+    # with which the run has 100 steps; if 1 is too many, packed sequences are made shorter. With
+    # max_steps or max_time, and for a stream: 8. A resumed run keeps what it began with.
+    batch_size: PositiveInt | Literal["auto"] = "auto"
     micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
     # auto: the CUDA GPU if there is one, else the CPU. mps: the GPU of a Mac, which is not tried

@@ -1,10 +1,10 @@
 """What small or odd data does to a run, with what to change. Nothing is printed here."""
 
+from finetune.data.batches.size import ENOUGH_STEPS
 from finetune.data.encode import EncodedDataset
 from finetune.data.statistics import also_in
 from finetune.data.types import IGNORE_INDEX
 
-FEW_STEPS = 50
 FEW_HELD_OUT = 20  # examples
 _LOOKED_AT = 10_000  # examples whose targets are compared
 
@@ -23,11 +23,11 @@ def advice(
     for a stream.
     """
     found = []
-    if num_steps is not None and per_step is not None and num_steps < FEW_STEPS:
+    if num_steps is not None and per_step is not None and num_steps < ENOUGH_STEPS:
+        smaller = "" if per_step < 2 else "Set training.batch_size=auto, or raise training.epochs"
         found.append(
             f"the run has {num_steps} step{'s' * (num_steps != 1)}, which is few: each takes about "
-            f"{per_step:,.0f} of the {len(train):,} examples. Lower training.batch_size, or raise "
-            "training.epochs"
+            f"{per_step:,.0f} of the {len(train):,} examples. {smaller or 'Raise training.epochs'}"
         )
     if held_out is not None:
         found += _of_held_out(train, held_out)

@@ -16,6 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError, visible
 from finetune.recipes.build.data import STREAM_SAMPLE, texts_in
 from finetune.recipes.build.material import Material, read_material
+from finetune.recipes.build.size import with_step_size
 from finetune.recipes.build.vocabulary import plan_vocabulary
 
 LABELS = {
@@ -70,7 +71,7 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
                 f"{language} falls into bytes: a token has {density:.2f} characters, so its texts "
                 "are long for this tokenizer. A model whose tokenizer knows it costs less"
             )
-    for sentence in material.advice():
+    for sentence in with_step_size(material).advice():
         display.note(sentence)
     return report
 

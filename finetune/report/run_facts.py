@@ -202,6 +202,7 @@ def pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 _LABELS = {
     "lora": "LoRA",
+    "step": "A step has",
     "tied": "Input and output share their table",
     "token_table_share": "Token tables' share of the parameters",
     "memory_gib": "Memory of the machine (GiB)",

@@ -1,4 +1,4 @@
-"""Durations, sizes and lists in words, on the terminal and on a page."""
+"""Durations, sizes, counts and lists in words, on the terminal and on a page."""
 
 from collections.abc import Sequence
 
@@ -28,3 +28,8 @@ def size(num_bytes: float) -> str:
 def listed(names: Sequence[str]) -> str:
     """Return the names as a phrase: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def counted(number: float, thing: str) -> str:
+    """Return a whole number of things: "1 example", "2,000 examples"."""
+    return f"{number:,.0f} {thing}{'s' * (round(number) != 1)}"

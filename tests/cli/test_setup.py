@@ -16,9 +16,10 @@ import yaml
 from finetune.config import RunConfig, load_config
 from finetune.config.keys import json_schema, list_keys
 from finetune.config.yaml12 import parse
+from finetune.data.batches.size import ENOUGH_STEPS
 from finetune.data.sources.peek import first_record
 from finetune.errors import UserError
-from finetune.recipes.init import ENOUGH_STEPS, sizes_for
+from finetune.recipes.init import sizes_for
 from finetune.run.claim import locked
 from finetune.run.folder import RunDir
 from tests.cli.conftest import finetune
@@ -35,8 +36,9 @@ def test_every_key_has_its_default_its_values_and_a_meaning() -> None:
     assert len(keys) > 80
     assert [name for name, key in keys.items() if not key.meaning or not key.values] == []
     assert keys["training.epochs"].default == "3.0"
-    assert keys["training.batch_size"].meaning == (
-        "sequences per optimizer step, over all processes"
+    assert keys["training.batch_size"].default == "auto"
+    assert keys["training.batch_size"].meaning.startswith(
+        "Sequences per optimizer step, over all processes. auto: 16, or the next smaller power"
     )
     assert keys["vocabulary.mode"].values == "auto | full | active | sampled | frozen"
     assert keys["model.lora.rank"].default == "16"
@@ -56,7 +58,7 @@ def test_keys_are_found_by_a_part_or_a_pattern() -> None:
         *("training.batch_size", "training.micro_batch_size"),
         *("evaluation.batch_size", "generation.batch_size"),
     ]
-    assert "sequences per optimizer step" in found
+    assert "Sequences per optimizer step" in found
     assert len(re.findall(r"^checkpoint\.\w+: ", finetune("keys", "check*").out, flags=re.M)) == 3
     wrong = finetune("keys", "epoch_count")
     assert wrong.code == 2
@@ -102,7 +104,8 @@ def test_init_writes_a_config_that_trains(base: Path, folder: Path) -> None:
     assert "on_bad_record: drop  # 1 records cannot be used" in text
     assert text.count("#") > 6, "it is commented"
     config = load_config(Path("pairs.yaml"))
-    assert config.data.max_length == 128
+    assert config.training.batch_size == "auto"
+    assert "batch_size: auto  # now 1: about 3 examples a step, and 180 steps" in text
     assert config.data.validation_fraction == 0.1
     trained = finetune("train", "pairs.yaml", "evaluation.generate=0", "evaluation.samples=0")
     assert trained.code == 0, trained.err
@@ -126,17 +129,16 @@ def test_init_asks_for_languages_that_the_columns_do_not_show(base: Path, folder
     assert "there is no file or folder 'none.jsonl'" in none.err
 
 
-@pytest.mark.parametrize("count", [6, 50, 113, 200, 500, 2000, 100_000])
-@pytest.mark.parametrize("length", [20, 96, 400, 3000])
-def test_sizes_fit_the_data(count: int, length: int) -> None:
-    sizes = sizes_for([length] * count, count)
-    assert sizes.max_length <= 512
-    assert sizes.packing or sizes.max_length >= min(length, 512)
-    assert 1 <= round(sizes.validation_fraction * count) < count
-    steps = sizes.epochs * sizes.steps_per_epoch
+@pytest.mark.parametrize(
+    ("count", "epochs", "held_out"),
+    [(6, 10, 1), (20, 7, 4), (50, 3, 10), (200, 3, 20), (2000, 3, 100), (100_000, 3, 5000)],
+)
+def test_sizes_fit_the_data(count: int, epochs: int, held_out: int) -> None:
+    sizes = sizes_for(count, count)
+    assert sizes.epochs == epochs
+    assert round(sizes.validation_fraction * count) == held_out
+    steps = sizes.epochs * (count - held_out)  # of one example each
     assert steps >= ENOUGH_STEPS or sizes.epochs == 10
-    if count >= 2000:
-        assert (sizes.epochs, sizes.batch_size) == (3, 16) or not sizes.packing
 
 
 # --- runs

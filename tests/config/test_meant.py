@@ -124,6 +124,8 @@ REFUSED: list[tuple[str, str]] = [
     ("scheduler=cosine", "Write scheduler: {name: cosine}"),
     ("model.lora=16", "Write model.lora: {rank: 16}"),
     ("training.batch_size=4.5", "input should be a valid integer, got a number with a fractional"),
+    ("training.batch_size=0", "input should be at least 1 and at most 1,000,000,000 or 'auto'"),
+    ("training.batch_size=large", "training.batch_size = 'large' is not allowed: input should be"),
     ("data.validation_fraction=5%", "input should be a valid number"),
     ("training.epochs", "is not of the form key=value"),
     ("model.dtype=bf16", "Write training.precision: bf16, fp16 or fp32"),
@@ -151,4 +153,4 @@ def test_a_switch_takes_true_and_a_number_does_not_in_a_file_either() -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(MEANT), len(SOURCES), len(REFUSED)) == (25, 10, 26)
+    assert (len(MEANT), len(SOURCES), len(REFUSED)) == (25, 10, 28)

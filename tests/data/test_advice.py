@@ -25,17 +25,22 @@ def dataset(answers: Sequence[int], *, start: int = 0, **counts: int) -> Encoded
 GOOD: dict[str, Any] = {
     "train": dataset(range(100)),
     "held_out": dataset(range(20), start=1000),
-    "num_steps": 50,
+    "num_steps": 100,
     "per_step": 6.0,
     "max_length": 64,
 }
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "few steps": (
         {"num_steps": 6, "per_step": 50.2},
-        "the run has 6 steps, which is few: each takes about 50 of the 100 examples. Lower "
-        "training.batch_size, or raise training.epochs",
+        "the run has 6 steps, which is few: each takes about 50 of the 100 examples. Set "
+        "training.batch_size=auto, or raise training.epochs",
     ),
     "one step": ({"num_steps": 1, "per_step": 100.0}, "the run has 1 step, which is few"),
+    "few examples": (
+        {"num_steps": 60, "per_step": 1.0},
+        "the run has 60 steps, which is few: each takes about 1 of the 100 examples. Raise "
+        "training.epochs",
+    ),
     "few held-out examples": (
         {"held_out": dataset(range(19), start=1000)},
         "the held-out data has 19 examples, so its figures are rough. Raise data.validation_f",
@@ -70,13 +75,13 @@ def test_each_case_has_its_sentence_with_what_to_change(case: str) -> None:
     [sentence] = advice(**GOOD | changed)
     assert sentence.startswith(expected)
     assert ". " in sentence
-    assert len(CASES) == 7
+    assert len(CASES) == 8
 
 
 EDGES: dict[str, tuple[dict[str, Any], int]] = {
     # the change -> how many sentences
-    "49 steps": ({"num_steps": 49}, 1),
-    "50 steps": ({"num_steps": 50}, 0),
+    "99 steps": ({"num_steps": 99}, 1),
+    "100 steps": ({"num_steps": 100}, 0),
     "steps without their examples": ({"num_steps": 5, "per_step": None}, 0),
     "19 held out": ({"held_out": dataset(range(19), start=1000)}, 1),
     "20 held out": ({"held_out": dataset(range(20), start=1000)}, 0),

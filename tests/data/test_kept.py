@@ -21,6 +21,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build import data as data_room
 from finetune.recipes.build.material import Material, read_material
+from finetune.recipes.build.size import with_step_size
 
 MODEL = {
     "config": {
@@ -91,7 +92,7 @@ def everything(folder: Path, records: Any, **data: Any) -> dict[str, Any]:
     found["notes"] = said.said
     found["format"] = made.format.state()
     found["system"] = made.format.common_system_prompt
-    found["advice"] = made.advice() if "train counts" in found else []
+    found["advice"] = with_step_size(made).advice() if "train counts" in found else []
     return found
 
 

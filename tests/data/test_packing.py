@@ -71,6 +71,7 @@ def test_a_case_by_hand() -> None:
     assert pack([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
     assert pack([], 10) == []
     assert pack([10, 10], 10) == [[0], [1]]
+    assert pack([3, 12, 4], 10) == [[1], [2, 0]], "a longer one has a sequence of its own"
 
 
 def test_shuffled_lengths_make_sequences_as_full_with_other_companions() -> None:

@@ -15,16 +15,16 @@ from collections.abc import Sequence
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Return sequences of indices into `lengths`, each index in exactly one of them.
 
-    The lengths of a sequence sum to at most `max_length`. The result is deterministic. Examples of
-    equal length are placed in the order given, so shuffled lengths give other companions in
-    sequences that are just as full.
+    The lengths of a sequence sum to at most `max_length`; a longer example has one of its own. The
+    result is deterministic. Examples of equal length are placed in the order given, so shuffled
+    lengths give other companions in sequences that are just as full.
     """
     sequences: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # room -> sequence numbers
     rooms = 0  # bit r is set if with_room[r] is not empty
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        length = lengths[index]
-        assert 0 < length <= max_length, (length, max_length)
+        length = min(lengths[index], max_length)
+        assert length > 0, lengths[index]
         enough = rooms >> length
         if enough:
             room = length + (enough & -enough).bit_length() - 1

@@ -14,6 +14,7 @@ from finetune.config import RunConfig
 from finetune.data.advice import advice
 from finetune.data.bad_records import BadRecords, UnusableRecords
 from finetune.data.batches.packing import pack
+from finetune.data.batches.size import steps_of
 from finetune.data.encode import EncodedDataset
 from finetune.data.encoding.kept import said_of_tokenizer
 from finetune.data.formats.jinja import prints_the_date
@@ -93,38 +94,46 @@ class Material:
         return [self.train, *([self.validation] if self.validation is not None else [])]
 
     @cached_property
-    def examples_per_step(self) -> float | None:
-        """Examples that go through in an optimizer step, on average; None for a stream."""
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of a pass over the data; None for a stream."""
         data, size = self.config.data, self.config.training.batch_size
+        assert size != "auto", "finetune.recipes.build.size comes first"
         if data.streaming:
             return None
-        train = self.train
-        sequences = len(pack(train.lengths, data.max_length)) if data.packing else len(train)
-        return len(train) / math.ceil(sequences / size)
+        lengths, most = self.train.lengths, data.packed_length or data.max_length
+        sequences = len(pack(lengths, most)) if data.packing else len(lengths)
+        return math.ceil(sequences / size)
+
+    @property
+    def examples_per_step(self) -> float | None:
+        """Examples that go through in an optimizer step, on average; None for a stream."""
+        if self.steps_per_epoch is None:
+            return None
+        return len(self.train) / self.steps_per_epoch
 
     def advice(self) -> list[str]:
         """Return what small or odd data does to the run; see `finetune.data.advice`."""
-        training, per_step = self.config.training, self.examples_per_step
+        training, per_epoch = self.config.training, self.steps_per_epoch
         num_steps = None
         is_open = training.max_steps is None and training.max_time is None
-        if is_open and per_step is not None:
-            num_steps = max(1, math.ceil(training.epochs * round(len(self.train) / per_step)))
+        if is_open and per_epoch is not None:
+            num_steps = steps_of(per_epoch, training.epochs)
         return advice(
             self.train,
             self.validation,
             num_steps=num_steps,
-            per_step=per_step,
+            per_step=self.examples_per_step,
             max_length=self.config.data.max_length,
         )
 
     def with_config(self, config: RunConfig) -> "Material":
         """Return the material of a changed config; only a changed data section is encoded anew.
 
-        Packing changes no example. The day that the chat template prints stays.
+        Packing and its length change no example. The day that the chat template prints stays.
         """
         config = with_template_date(config, self.config.data.template_date)
         changed = replace(self, config=config)
-        packing = {"packing": self.config.data.packing}
+        packing = {key: getattr(self.config.data, key) for key in ("packing", "packed_length")}
         if config.data.model_copy(update=packing) == self.config.data:
             encoded = ("train", "validation", "unrelated")
             changed.__dict__.update({key: vars(self)[key] for key in encoded if key in vars(self)})

@@ -3,7 +3,6 @@
 `material` makes the first stage, without weights.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from finetune.config import RunConfig
 from finetune.config.schema import MOST
 from finetune.data.batches.dataset import TrainingBatches
+from finetune.data.batches.size import steps_of
 from finetune.data.batches.steps import BatchShape
 from finetune.data.batches.stream import StreamingBatches
 from finetune.data.encode import DataStatistics, RecordEncoder
@@ -31,10 +31,13 @@ from finetune.optim import rule_of
 from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
-from finetune.recipes.build.vocabulary import (
-    apply_vocabulary,
-    plan_vocabulary,
+from finetune.recipes.build.size import (
+    batch_size_of,
+    idle_processes,
+    step_size_in_words,
+    with_step_size,
 )
+from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.training.vocabulary import VocabularyKeeper, measuring_batches
 
 NOT_PACKED = "packing is off"  # the beginning of a note
@@ -79,7 +82,7 @@ def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
         return MOST
     if steps_per_epoch is None:
         raise UserError("a stream has no known length. Set training.max_steps or training.max_time")
-    return max(1, math.ceil(config.training.epochs * steps_per_epoch))
+    return steps_of(steps_per_epoch, config.training.epochs)
 
 
 def assemble(material: Material, *, accelerator: Accelerator, display: Display) -> Parts:
@@ -88,6 +91,7 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     The order is part of the result. The vocabulary is chosen for the model without LoRA, and LoRA
     then freezes all but the rows that train.
     """
+    given, material = material, with_step_size(material)
     config = material.config
     batches, statistics = _make_batches(material, accelerator)
     held_out = material.validation.statistics if material.validation is not None else None
@@ -109,15 +113,21 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     language_model = _wrap(model, config)
     if config.data.packing and (reason := why_not_packed(language_model)) is not None:
         display.note(f"{NOT_PACKED}, one example a sequence: {reason}")
-        data = config.data.model_copy(update={"packing": False})
-        config = config.model_copy(update={"data": data})
-        material = material.with_config(config)
+        data = given.config.data.model_copy(update={"packing": False})
+        unpacked = given.with_config(given.config.model_copy(update={"data": data}))
+        material = with_step_size(unpacked)
+        config = material.config
         batches, statistics = _make_batches(material, accelerator)
+    idle = idle_processes(config, accelerator.num_processes)
+    for sentence in (step_size_in_words(given.config, config), idle):
+        if sentence is not None:
+            display.note(sentence)
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),
         "data.packing": str(config.data.packing),  # it and the length of a sequence make the steps
         "data.max_length": str(config.data.max_length if config.data.packing else None),
+        "data.packed_length": str(config.data.packed_length if config.data.packing else None),
         "data.shuffle_buffer": str(config.data.shuffle_buffer if config.data.streaming else None),
         "the training data": batches.fingerprint,
         "training.batch_size": str(config.training.batch_size),
@@ -170,7 +180,7 @@ def _make_batches(
     config, data = material.config, material.config.data
     shape = BatchShape(
         packing=data.packing,
-        batch_size=config.training.batch_size,
+        batch_size=batch_size_of(config),
         micro_batch_size=config.training.micro_batch_size,
         pad_id=pad_id(material.tokenizer),
         seed=config.seed,
@@ -178,7 +188,8 @@ def _make_batches(
         num_processes=accelerator.num_processes,
     )
     if isinstance(material.raw.train, Records):
-        batches = TrainingBatches(material.train, shape, max_length=data.max_length)
+        length = data.packed_length or data.max_length
+        batches = TrainingBatches(material.train, shape, max_length=length)
         return batches, material.train.statistics
     count_steps(config, None)  # raises if the stream has no end
     records = material.raw.train.fresh()

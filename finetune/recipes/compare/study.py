@@ -23,6 +23,7 @@ from finetune.config.yaml12 import parse
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
+from finetune.recipes.build.size import batch_size_of, with_limited_size
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
 from finetune.recipes.compare.trial import Tally, run_trial
@@ -64,6 +65,10 @@ def prepare_study(
             "every run of a comparison needs the same number of steps. "
             "Give --budget STEPS, or set training.max_steps"
         )
+    if config.training.batch_size == "auto":
+        config = with_limited_size(config)
+        size = batch_size_of(config)
+        display.say(f"training.batch_size: auto is {size} sequences a step, the same in every run")
     _claim(config, {"trials": trials, "budget": steps})
     every = config.evaluation.every or max(1, steps // EVALUATIONS)
     loss_alone = {

@@ -12,6 +12,7 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import NOT_PACKED, Parts, assemble, count_steps
+from finetune.recipes.build.size import step_size_in_words
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
 from finetune.recipes.plan.timing import TimeEstimate, steps_within, time_run
@@ -33,7 +34,7 @@ def plan_run(
         planner = Planner(config, display, memory_limit)
         plan = planner.plan()
         if plan.fits:
-            parts = _real_parts(planner.material, display)
+            parts = _real_parts(planner.given, display)
             if parts.config.data.packing != config.data.packing:  # this model cannot be packed
                 planner.use(parts.material)
                 plan = planner.plan()
@@ -41,6 +42,8 @@ def plan_run(
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
+    if (size := step_size_in_words(config, planner.material.config)) is not None:
+        display.note(size)
     for sentence in planner.material.advice():
         display.note(sentence)
     return plan

@@ -33,6 +33,7 @@ from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
 from finetune.recipes.build.optimizer import may_be_lazy
 from finetune.recipes.build.parts import count_steps
+from finetune.recipes.build.size import batch_size_of, with_step_size
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.recipes.plan.memory import (
     CUDA_CONTEXT,
@@ -54,6 +55,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Work:
     """What a run goes through in one process, in sequences, tokens and steps."""
 
+    batch_size: int  # sequences of a step
     num_sequences: int  # of the largest micro-batch
     length: int  # tokens of each of its sequences, padding included
     num_targets: int  # the most target tokens of a micro-batch
@@ -95,11 +97,12 @@ class Planner:
     def __init__(
         self, config: RunConfig, display: Display, memory_limit: int | None = None
     ) -> None:
-        self.config, self.display, self.memory_limit = config, display, memory_limit
+        self.display, self.memory_limit = display, memory_limit
         wanted = resolve_device(config.training.device)
         self.device = torch.device("cpu" if wanted == "mps" else wanted)  # its memory is the CPU's
-        self.material = read_material(config, display)
-        self.work = work_of(self.material)
+        self.given = read_material(config, display)
+        self.material = with_step_size(self.given)
+        self.config, self.work = self.material.config, work_of(self.material)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
     def use(self, material: Material) -> None:
@@ -250,12 +253,13 @@ def work_of(material: Material) -> Work:
     config, train, held_out = material.config, material.train, material.validation
     shape = BatchShape(
         packing=config.data.packing,
-        batch_size=config.training.batch_size,
+        batch_size=batch_size_of(config),
         micro_batch_size=config.training.micro_batch_size,
         pad_id=pad_id(material.tokenizer),
         seed=config.seed,
     )
-    batches = TrainingBatches(train, shape, max_length=config.data.max_length)
+    length = config.data.packed_length or config.data.max_length
+    batches = TrainingBatches(train, shape, max_length=length)
     per_epoch = None if config.data.streaming else batches.steps_per_epoch
     num_steps = count_steps(config, per_epoch)
     steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
@@ -267,6 +271,7 @@ def work_of(material: Material) -> Work:
     if num_steps == MOST:
         num_evaluations = config.evaluation.before + 1
     return Work(
+        batch_size=shape.batch_size,
         num_sequences=largest[0],
         length=largest[1],
         num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),

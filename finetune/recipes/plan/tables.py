@@ -90,6 +90,7 @@ def _work(plan: Plan) -> Table:
     table = _table("the work")
     unknown = work.num_steps == MOST
     table.add_row("steps", "as many as fit" if unknown else f"{work.num_steps:,}")
+    table.add_row("sequences of a step", f"{work.batch_size:,}", "training.batch_size")
     table.add_row("tokens of a step", f"{work.tokens_per_step:,.0f}", "mean, without padding")
     table.add_row("examples of a step", f"{work.examples_per_step:,.0f}", "mean")
     if not unknown:

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,16 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.models.locate import find_local
+from finetune.recipes.build.material import with_template_date
 from finetune.recipes.build.parts import Parts
+from finetune.recipes.build.size import batch_size_of, with_size_of
 from finetune.run.claim import check_claim, claim_folder, locked, write_marker
 from finetune.run.environment import collect_environment
 from finetune.run.folder import RunDir
 from finetune.run.marker import Marker, read_marker
 from finetune.run.records import DataCounts, Environment, read_config, write_config
 from finetune.run.replace import check_replaceable
+from finetune.run.wording import counted
 from finetune.training.checkpoint import agree_on_checkpoint, find_checkpoint
 
 
@@ -128,6 +130,7 @@ def write_records(parts: Parts, run: RunDir) -> None:
             "optimizer": parts.config.optimizer.name,
             "method": _method(parts.config),
             "vocabulary": parts.vocabulary.line(),
+            "step": _step(parts),
         },
         settings=flat_settings(parts.config.model_dump(mode="json", exclude_defaults=True)),
         notes=parts.display.notes,
@@ -144,21 +147,31 @@ def _model_name(config: RunConfig) -> str:
     return name or f"{(config.model.config or {}).get('model_type')}, random weights"
 
 
+def _step(parts: Parts) -> str:
+    """Return in words what a step has."""
+    said = counted(batch_size_of(parts.config), "sequence")
+    examples = parts.material.examples_per_step
+    return said if examples is None else f"{said}, about {counted(examples, 'example')}"
+
+
 def _method(config: RunConfig) -> str:
     return "full" if config.model.lora is None else f"LoRA, rank {config.model.lora.rank}"
 
 
-def template_date(run: RunDir) -> date | None:
-    """Return the day that the chat template of `run` prints, if it prints one.
+def as_begun(checkpoint: Path, config: RunConfig) -> RunConfig:
+    """Return the config with what the run of `checkpoint` settled when it began.
 
-    None if the config is damaged: the run's identity then shows whether the day mattered.
+    That is the day that its chat template prints, and the size of its steps. If the config in its
+    folder is damaged, the run's identity shows whether these mattered.
     """
+    run = RunDir(checkpoint.parents[1])
     if not run.is_run():
-        return None
+        return config
     try:
-        return load_config(run.config, ["model.trust_remote_code=false"]).data.template_date
+        earlier = load_config(run.config, ["model.trust_remote_code=false"])
     except UserError:
-        return None
+        return config
+    return with_size_of(earlier, with_template_date(config, earlier.data.template_date))
 
 
 def write_counts(parts: Parts, run: RunDir) -> None:

@@ -17,7 +17,7 @@ from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import TRACKING, make_accelerator
 from finetune.recipes.build.data import generation_metrics
-from finetune.recipes.build.material import read_material, with_template_date
+from finetune.recipes.build.material import read_material
 from finetune.recipes.build.optimizer import (
     longer_warmup,
     make_optimizer,
@@ -29,19 +29,19 @@ from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run
 from finetune.recipes.train.start import (
+    as_begun,
     changed_settings,
     claim,
     find_start,
     flat_settings,
     hold_folder,
-    template_date,
     write_counts,
     write_records,
 )
 from finetune.report import write_report
 from finetune.run.folder import RunDir, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
-from finetune.run.wording import clock
+from finetune.run.wording import clock, counted
 from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
 from finetune.training.clock import Clock
 from finetune.training.probe import check_device
@@ -75,18 +75,18 @@ def run_training(
     run, display = RunDir(config.output_dir), display or Display()
     accelerator = make_accelerator(config, display)
     if dry_run:
-        if resume is not None:
-            find_checkpoint(resume, run.checkpoints)
+        found = None if resume is None else find_checkpoint(resume, run.checkpoints)
         with display.warnings():
-            parts, _ = _build(config, accelerator, display)
+            begun = config if found is None else as_begun(found, config)
+            parts, _ = _build(begun, accelerator, display)
         display.say(f"everything is in order: {_length_of(parts)}; the resolved config:")
         if accelerator.is_main_process:
-            print(dump_config(config), end="")
+            print(dump_config(parts.config), end="")
         return "finished"
     with hold_folder(run, accelerator, display), display.warnings():
         checkpoint, resuming = find_start(resume, run, config, accelerator, display)
-        if checkpoint is not None:  # the template prints the day of the first start
-            config = with_template_date(config, template_date(RunDir(checkpoint.parents[1])))
+        if checkpoint is not None:
+            config = as_begun(checkpoint, config)
         parts, optimizer = _build(config, accelerator, display)
         config = parts.config
         if resume is not None and checkpoint is None:
@@ -117,9 +117,8 @@ def _build(
     metrics = generation_metrics(config, material.format)
     check_best(config, metrics, material.validation is not None)
     if material.examples_per_step is not None:
-        display.say(
-            f"{_length_of(parts)}, each of about {material.examples_per_step:,.0f} examples"
-        )
+        examples = counted(material.examples_per_step, "example")
+        display.say(f"{_length_of(parts)}, each of about {examples}")
     if (sentence := longer_warmup(config, parts.num_steps)) is not None:
         display.note(sentence)
     for sentence in material.advice():
