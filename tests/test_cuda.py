@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
+from finetune.data.types import targets_of
 from finetune.models.language_model import LanguageModel, check_packing
 from finetune.models.speed import compile_decoder
 from finetune.models.vocabulary.activate import activate_vocabulary
@@ -172,8 +173,9 @@ def test_packed_examples_do_not_see_each_other(family):
     check_packing(wrapped)
     ids = torch.randint(0, 97, (1, 20), device="cuda")
     positions = torch.cat([torch.arange(n) for n in (5, 1, 14)])[None].cuda()
-    together = wrapped(ids, ids.masked_fill(positions == 0, -100), positions)
-    apart = sum(wrapped(part, part) for part in ids.split((5, 1, 14), dim=1))
+    targets = targets_of(ids.masked_fill(positions == 0, -100))
+    together = wrapped(ids, targets, positions)
+    apart = sum(wrapped(part, targets_of(part)) for part in ids.split((5, 1, 14), dim=1))
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
 
 
@@ -188,7 +190,7 @@ SMALL = {
 
 def loss_and_gradients(model, ids, *, precision=torch.float32):
     with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
-        loss = model(ids, ids)
+        loss = model(ids, targets_of(ids))
     loss.backward()
     return loss.detach(), {
         name.removeprefix("model."): p.grad for name, p in model.named_parameters()
@@ -255,7 +257,7 @@ def test_an_active_vocabulary_gives_the_loss_and_gradients_of_the_full_one():
         if active:
             activate_vocabulary(model, active)
         ids = torch.tensor([[1, 5, 8, 1, 13, 2]], device="cuda")
-        loss = LanguageModel(model)(ids, ids)
+        loss = LanguageModel(model)(ids, targets_of(ids))
         loss.backward()
         return loss.detach(), model.get_input_embeddings().weight.grad
 

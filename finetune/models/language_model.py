@@ -1,4 +1,4 @@
-"""A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
+"""A causal language model as the trainer sees it: token ids and targets in, the summed loss out.
 
 `LanguageModel` is what Accelerate wraps, so every use of a parameter is inside its `forward`. The
 decoder gives hidden states, and `finetune.compute.loss` turns them and the output head into the
@@ -26,7 +26,7 @@ from finetune.compute.loss import (
     causal_lm_loss_of_logits,
     frozen_square_probabilities,
 )
-from finetune.data.types import IGNORE_INDEX
+from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, inner_model, token_tables
 from finetune.models.fuse import fuse, has_plain_head, output_head
@@ -64,22 +64,23 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        targets: Tensor,
         position_ids: Tensor | None = None,
         reduction: str = "sum",
         inactive: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a micro-batch in nats: summed over target tokens, or of each of them.
 
-        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.MicroBatch`.
-        "sum" gives the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32
-        in the order of the sequences: the loss of each target token, and the probability of the
-        tokens `inactive` ([V] bool; 0 without them). Raises UserError for a target that is neither
-        active nor among the frozen rows drawn for the step.
+        input_ids and position_ids [sequences, length] and targets [N, 2] are as in
+        `finetune.data.types.MicroBatch`; `targets_of` there makes targets of labels. "sum" gives
+        the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32 in the
+        order of the targets: the loss of each, and the probability of the tokens `inactive` ([V]
+        bool; 0 without them). Raises UserError for a target that is neither active nor among the
+        frozen rows drawn for the step.
         """
         if not self.fused:
             logits = self._run(self.causal_lm, input_ids, position_ids).logits
-            return causal_lm_loss_of_logits(logits, labels, reduction=reduction, inactive=inactive)
+            return causal_lm_loss_of_logits(logits, targets, reduction=reduction, inactive=inactive)
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         head = output_head(self.causal_lm)
         module = self.causal_lm.get_output_embeddings()
@@ -89,32 +90,30 @@ class LanguageModel(nn.Module):
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
                 head = head._replace(frozen=frozen)
-                _check_sample(labels[:, 1:], row_of_id)
-            labels = torch.where(
-                labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)]
-            )
+                _check_sample(targets[:, 1], row_of_id)
+            targets = torch.stack([targets[:, 0], row_of_id[targets[:, 1]]], 1)
             if inactive is not None:
                 ids = torch.cat([vocabulary.active_ids.clamp(min=0), vocabulary.frozen_ids])
                 inactive = inactive[ids]
         return causal_lm_loss(
-            hidden, labels, **head._asdict(), reduction=reduction, inactive=inactive
+            hidden, targets, **head._asdict(), reduction=reduction, inactive=inactive
         )
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of each target token in nats, [N] float32, in the sequences' order.
+        """Return the loss of each target token in nats, [N] float32, in the targets' order.
 
         Sets no mode: call `eval()` before.
         """
-        return self(input_ids, labels, position_ids, reduction="none")[:, 0]
+        return self(input_ids, targets, position_ids, reduction="none")[:, 0]
 
     @torch.no_grad()
     def frozen_square_probabilities(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """Return each frozen row's squared probability, summed over N target positions, and N.
+        """Return each frozen row's squared probability, summed over the N targets, and N.
 
         The first is [F] float32.
         """
@@ -123,7 +122,7 @@ class LanguageModel(nn.Module):
         hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
         return frozen_square_probabilities(
             hidden,
-            labels,
+            targets,
             head.weight,
             head.frozen,
             softcap=head.softcap,
@@ -161,7 +160,7 @@ class LanguageModel(nn.Module):
 
 
 def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
-    missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
+    missing = targets[row_of_id[targets] == NOT_SAMPLED]
     if len(missing):
         raise UserError(
             f"the target token {int(missing[0])} does not train and was not drawn for this step. "
@@ -182,10 +181,12 @@ def check_packing(language_model: LanguageModel) -> None:
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
     labels = torch.where(positions == 0, IGNORE_INDEX, ids)
     with evaluating(language_model):
-        packed = language_model.token_losses(ids, labels, positions)
+        packed = language_model.token_losses(ids, targets_of(labels), positions)
         pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
-        alone = torch.cat([language_model.token_losses(*piece) for piece in pieces])
-        mixed = language_model.token_losses(ids, labels)
+        alone = torch.cat(
+            [language_model.token_losses(piece, targets_of(own)) for piece, own in pieces]
+        )
+        mixed = language_model.token_losses(ids, targets_of(labels))
     error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
     if not error <= 0.1 * leak + 1e-5:  # NaN is refused too
         raise UserError(

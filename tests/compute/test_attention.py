@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from finetune.compute import attention
+from finetune.data.types import targets_of
 from finetune.models import fuse
 from finetune.models.language_model import LanguageModel
 
@@ -14,7 +15,7 @@ LENGTHS = ((5, 1, 14), (9, 9, 2))
 def packed_batch():
     ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(3))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
-    return ids, ids.masked_fill(positions == 0, -100), positions
+    return ids, targets_of(ids.masked_fill(positions == 0, -100)), positions
 
 
 def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
@@ -62,8 +63,8 @@ def test_loss_and_gradients_are_those_of_one_masked_call(kind, queries, make_mod
 
 @pytest.mark.parametrize("kind", PACKABLE)
 def test_rows_of_one_example_are_attended_to_in_the_same_way(kind, make_model, monkeypatch):
-    ids, labels, _ = packed_batch()
-    assert_same(make_model(kind), (ids, labels), monkeypatch)
+    ids, targets, _ = packed_batch()
+    assert_same(make_model(kind), (ids, targets), monkeypatch)
 
 
 def test_a_window_shorter_than_an_example_still_holds(make_model, monkeypatch):

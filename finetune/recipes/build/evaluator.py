@@ -19,6 +19,7 @@ from finetune.data.types import Prompt
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.evaluation import Answer, LossResult, evaluate_generation, evaluate_loss
+from finetune.evaluation.loss import count_target_bytes
 from finetune.inference.generation import GenerationSettings
 from finetune.models.language_model import LanguageModel
 from finetune.models.speed import uncompiled
@@ -97,12 +98,15 @@ class Evaluator:
         """
         accelerator, batches = self.accelerator, self.batches(dataset)
         count = len(batches) if num_batches is None else num_batches
+        read = (i for part in batches.example_ids[:count] for ids in part for i in ids)
+        tokenizer = self.material.tokenizer
+        num_bytes = sum(count_target_bytes(dataset[i].labels, tokenizer) for i in read)
         bar = self.display.bar("evaluating the loss", count)
         with bar as advance, accelerator.autocast():
             return evaluate_loss(
                 self.language_model,
                 islice(batches, count),
-                tokenizer=self.material.tokenizer,
+                num_bytes=num_bytes,
                 device=accelerator.device,
                 reduce=self._add_up,
                 inactive=inactive,

@@ -17,7 +17,6 @@ from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import BatchShape
 from finetune.data.statistics import coverage
-from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model, tensor_bytes
@@ -258,7 +257,7 @@ def work_of(material: Material) -> Work:
     return Work(
         num_sequences=largest[0],
         length=largest[1],
-        num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),
+        num_targets=max(len(batch["targets"]) for batch in micro_batches),
         accumulates=any(len(step.micro_batches) > 1 for step in steps),
         num_steps=num_steps,
         tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
