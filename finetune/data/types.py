@@ -84,11 +84,15 @@ class MicroBatch(TypedDict, total=False):
     Positions restart at 0 with each example. Padded sequences are padded on the right and need no
     attention mask. Under causal attention no real token attends to the padding after it, and the
     padding has no targets.
+
+    In trees (`finetune.data.batches.trees`) positions count from the root. A token at place i of
+    its sequence is seen by those from i on that are before place `reach[i]`.
     """
 
     input_ids: Tensor  # [sequences, length] int64
     targets: Tensor  # [N, 2] int64: place in the flattened batch, token that is predicted there
     position_ids: Tensor  # [sequences, length] int64, packed sequences only
+    reach: Tensor  # [sequences, length] int64, trees only: where the last descendant ends
 
 
 def targets_of(labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
-from finetune.data.batches.steps import BatchShape, StepBatch, cut_step, plan_epoch
+from finetune.data.batches.steps import BatchShape, StepBatch, lay_out, plan_epoch
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import MicroBatch
 from finetune.errors import UserError
@@ -67,24 +67,18 @@ class TrainingBatches:
         return plan_epoch(self._lengths, self.shape, max_length=self.max_length, epoch=epoch)
 
     def _step(self, sequences: list[list[int]], epoch: int, step: int) -> StepBatch:
-        example_ids = [
-            [sequences[i] for i in part] for part in cut_step(len(sequences), self.shape)
-        ]
-        examples = [i for sequence in sequences for i in sequence]
+        numbers = [i for sequence in sequences for i in sequence]
+        examples = {i: self.dataset[i] for i in numbers}
+        micro_batches, example_ids, num_computed = lay_out(
+            sequences, examples, self.shape, max_length=self.max_length
+        )
         return StepBatch(
-            micro_batches=[self._collate(part) for part in example_ids],
-            num_target_tokens=sum(self.dataset.target_counts[i] for i in examples),
-            num_tokens=sum(self._lengths[i] for i in examples),
+            micro_batches=micro_batches,
+            num_target_tokens=sum(self.dataset.target_counts[i] for i in numbers),
+            num_tokens=sum(self._lengths[i] for i in numbers),
+            num_computed=num_computed,
             epoch=epoch + (step + 1) / self.steps_per_epoch,
             example_ids=example_ids,
-        )
-
-    def _collate(self, sequences: list[list[int]]) -> MicroBatch:
-        return collate(
-            [[self.dataset[i] for i in sequence] for sequence in sequences],
-            pad_id=self.shape.pad_id,
-            packed=self.shape.packing,
-            max_length=self.max_length,
         )
 
 
