@@ -6,6 +6,10 @@ examples of a micro-batch are sorted into groups of similar length and padded. E
 of queries takes one product. Only queries, keys and values are kept for the backward pass. It
 computes the probabilities again, as the fused kernel does (https://arxiv.org/abs/2205.14135).
 Queries share key and value heads without copies of these.
+
+Trees (`finetune.data.batches.trees`) are taken apart into their nodes. The queries of a node see
+the keys on its path, from the root on, and those of siblings are in one product. Gradients of keys
+add up over all nodes below them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,6 +34,10 @@ LENGTHS = (64, 128, 256)
 
 There are few of them because oneDNN makes and keeps 2 MB of code for each shape of a product.
 """
+TREE_QUERIES = 64
+"""Queries of a node in one product: few, so that little of what they may not see is computed."""
+PATHS = (16, 32, 64, 96, 128)
+"""What the lengths of paths to a node are padded to; above that, to a multiple of 64."""
 ALIKE = 0.75
 """The share of a group's longest example that another one needs to join it.
 
@@ -37,15 +45,25 @@ Padding then costs less than one more product.
 """
 
 
+_Blocks = tuple[tuple[slice, slice], ...]
+
+
 @dataclass(frozen=True)
 class _Group:
-    """G examples, padded to one length L."""
+    """G examples, or G nodes with one parent, padded to one length L."""
 
     size: tuple[int, int]  # G, L
     # [G * L] int64: each token's place in the sequences laid end to end; padding has the place of
     # its example's first token.
     tokens: Tensor
     slots: Tensor | None  # [n] int64: those that are not padding; None: all
+    # queries, and the keys that they may see, counted from the first of the path
+    blocks: _Blocks
+    bias: Tensor  # [L or more, P + L or more] float32, added to the scores: 0 or -inf
+    # Of nodes: the stretches of places of each, and of the tokens before them.
+    spans: tuple[tuple[int, int], ...] = ()
+    path: tuple[tuple[int, int], ...] = ()
+    path_places: Tensor | None = None  # [P] int64: those of the path; padding comes first
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Layout:
     """How a micro-batch is taken apart, the same in all layers that share a mask."""
 
     groups: list[_Group]
-    bias: Tensor  # [longest, longest] float32, added to the scores of every example: 0 or -inf
+    of_trees: bool = False  # a key may be seen from several groups
 
 
 def attend(
@@ -84,10 +102,93 @@ def plan_layout(lengths: Sequence[int], seen: Tensor, heads: int) -> Layout:
     `seen`: [longest, longest] bool, the keys that each query of an example sees.
     """
     starts = torch.tensor([0, *lengths]).cumsum(0)
+    # What padding sees does not count, but it must see something.
+    bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(1)
+    bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
+    groups = []
+    for part in _alike(lengths, heads, queries=QUERIES):
+        size, tokens, slots = _slots([lengths[i] for i in part], starts[part])
+        groups.append(_Group(size, tokens, slots, _blocks(size[1], QUERIES), bias))
+    return Layout(groups)
+
+
+def plan_tree_layout(
+    reach: Sequence[int], positions: Sequence[int], heads: int, *, window: int | None = None
+) -> Layout:
+    """Return how trees that follow each other are taken apart.
+
+    `reach` and `positions` of each token are as in `finetune.data.types.MicroBatch`. In a sliding
+    `window` a query sees so many positions, its own included.
+    """
+    families: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
+    path: list[tuple[int, int, int]] = []  # start, length and reach of the nodes above
+    for start, length in _nodes(reach, positions):
+        while path and path[-1][2] <= start:
+            path.pop()
+        families.setdefault(tuple(node[:2] for node in path), []).append((start, length))
+        path.append((start, length, reach[start]))
+    biases: dict[tuple[int, int], Tensor] = {}
+    groups = []
+    for above, nodes in families.items():
+        depth = sum(length for _, length in above)
+        room = _padded_path(depth)
+        places = None
+        if above:
+            own = torch.cat([torch.arange(start, start + length) for start, length in above])
+            places = torch.cat([own.new_full((room - depth,), above[0][0]), own])
+        lengths = [length for _, length in nodes]
+        for part in _alike(lengths, heads, queries=TREE_QUERIES, path=room):
+            spans = tuple(nodes[i] for i in part)
+            starts = torch.tensor([start for start, _ in spans])
+            size, tokens, slots = _slots([length for _, length in spans], starts)
+            key = (size[1], depth)
+            if key not in biases:
+                biases[key] = _tree_bias(size[1], depth, window)
+            blocks = _blocks(size[1], TREE_QUERIES, path=room, window=window)
+            groups.append(_Group(size, tokens, slots, blocks, biases[key], spans, above, places))
+    return Layout(groups, of_trees=True)
+
+
+def _nodes(reach: Sequence[int], positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where each node starts, and its length."""
+    start = 0
+    for place in range(1, len(reach) + 1):
+        if (
+            place == len(reach)
+            or reach[place] != reach[start]
+            or positions[place] != positions[place - 1] + 1
+        ):
+            yield start, place - start
+            start = place
+
+
+def _tree_bias(length: int, depth: int, window: int | None) -> Tensor:
+    """Return what nodes of `length` behind a path of `depth` see: [length, path + length]."""
+    queries = torch.arange(depth, depth + length)[:, None]
+    keys = torch.arange(depth - _padded_path(depth), depth + length)
+    seen = (keys >= 0) & (keys <= queries)
+    if window is not None:
+        seen &= queries - keys < window
+    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+
+def _padded(length: int) -> int:
+    return next((padded for padded in LENGTHS if padded >= length), -(-length // 128) * 128)
+
+
+def _padded_path(length: int) -> int:
+    known = (padded for padded in (0, *PATHS) if padded >= length)
+    return next(known, -(-length // 64) * 64)
+
+
+def _alike(
+    lengths: Sequence[int], heads: int, *, queries: int, path: int = 0
+) -> Iterator[list[int]]:
+    """Yield groups of numbers of examples whose lengths are alike, the longest first."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = _padded(lengths[groups[-1][0]]) if groups else 0
-        scores = longest * min(longest, QUERIES) * heads
+        scores = (path + longest) * min(longest, queries) * heads
         if (
             groups
             and _padded(lengths[i]) >= ALIKE * longest
@@ -96,21 +197,7 @@ def plan_layout(lengths: Sequence[int], seen: Tensor, heads: int) -> Layout:
             groups[-1].append(i)
         else:
             groups.append([i])
-    # What padding sees does not count, but it must see something.
-    bias = torch.full((_padded(len(seen)),) * 2, -torch.inf).triu_(1)
-    bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
-    return Layout(
-        [
-            _group([lengths[i] for i in part], starts[part])
-            for group in groups
-            for part in _cut(group)
-        ],
-        bias,
-    )
-
-
-def _padded(length: int) -> int:
-    return next((padded for padded in LENGTHS if padded >= length), -(-length // 128) * 128)
+    return (part for group in groups for part in _cut(group))
 
 
 def _cut(group: list[int]) -> Iterator[list[int]]:
@@ -121,7 +208,8 @@ def _cut(group: list[int]) -> Iterator[list[int]]:
         group = group[size:]
 
 
-def _group(lengths: Sequence[int], starts: Tensor) -> _Group:
+def _slots(lengths: Sequence[int], starts: Tensor) -> tuple[tuple[int, int], Tensor, Tensor | None]:
+    """Return size, tokens and slots of a group."""
     longest = _padded(max(lengths))
     steps = torch.arange(longest)
     tokens = starts[:, None] + steps.where(steps < torch.tensor(lengths)[:, None], 0)
@@ -130,7 +218,19 @@ def _group(lengths: Sequence[int], starts: Tensor) -> _Group:
         if min(lengths) == longest
         else torch.cat([steps[:n] + i * longest for i, n in enumerate(lengths)])
     )
-    return _Group((len(lengths), longest), tokens.flatten(), slots)
+    return (len(lengths), longest), tokens.flatten(), slots
+
+
+def _blocks(
+    length: int, queries: int, *, path: int = 0, window: int | None = None
+) -> tuple[tuple[slice, slice], ...]:
+    """Return blocks of queries, and the keys that they may see, behind a `path` of keys."""
+    blocks = []
+    for start in range(0, length, queries):
+        end = min(length, start + queries)
+        first = 0 if window is None else max(0, path + start - window + 1) // 16 * 16
+        blocks.append((slice(start, end), slice(first, path + end)))
+    return tuple(blocks)
 
 
 def causal_square(length: int) -> Tensor:
@@ -153,11 +253,12 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         output, masks = torch.empty_like(query), []
         for group in layout.groups:
-            q, k, v = (_take(tensor, group, key.shape[1]) for tensor in (query, key, value))
+            q = _take(query, group, key.shape[1])
+            k, v = (_take_path(tensor, group) for tensor in (key, value))
             attended = torch.empty_like(q)
-            for block, seen in _blocks(group):
+            for block, seen in group.blocks:
                 probabilities = _probabilities(
-                    q[:, :, block], k[:, 0, seen], layout.bias[block, seen], scale
+                    q[:, :, block], k[:, 0, seen], group.bias[block, seen], scale
                 )
                 if dropout:
                     probabilities, mask = torch.native_dropout(probabilities, dropout, True)
@@ -175,15 +276,19 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *masks = ctx.saved_tensors
         kept = iter(masks)
+        exact = torch.promote_types(query.dtype, torch.float32)
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        if ctx.layout.of_trees:
+            grads[1:] = [torch.zeros_like(tensor, dtype=exact) for tensor in (key, value)]
         for group in ctx.layout.groups:
-            q, k, v = (_take(tensor, group, key.shape[1]) for tensor in (query, key, value))
+            q = _take(query, group, key.shape[1])
+            k, v = (_take_path(tensor, group) for tensor in (key, value))
             do = _take(grad, group, key.shape[1], zero_padding=True)
             dq = torch.empty_like(q)
-            dk, dv = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
-            for block, seen in _blocks(group):
+            dk, dv = (torch.zeros_like(k, dtype=exact) for _ in range(2))
+            for block, seen in group.blocks:
                 probabilities = _probabilities(
-                    q[:, :, block], k[:, 0, seen], ctx.layout.bias[block, seen], ctx.scale
+                    q[:, :, block], k[:, 0, seen], group.bias[block, seen], ctx.scale
                 )
                 queries, outputs = q[:, :, block].flatten(1, 2), do[:, :, block].flatten(1, 2)
                 used, slope = probabilities, torch.bmm(outputs, v[:, 0, seen].transpose(1, 2))
@@ -199,9 +304,13 @@ class _Attention(torch.autograd.Function):
                 dq[:, :, block] = torch.bmm(scores, k[:, 0, seen]).view_as(dq[:, :, block])
                 dk[:, 0, seen] += torch.bmm(scores.transpose(1, 2), queries)
                 dv[:, 0, seen] += torch.bmm(used.transpose(1, 2), outputs)
-            for into, part in zip(grads, (dq, dk, dv), strict=True):
-                _put(into, part, group)
-        return *grads, None, None, None
+            _put(grads[0], dq, group)
+            for into, part in zip(grads[1:], (dk, dv), strict=True):
+                if ctx.layout.of_trees:
+                    _add_path(into, part, group)
+                else:
+                    _put(into, part, group)
+        return *(grad.to(query.dtype) for grad in grads), None, None, None
 
 
 def _end_to_end(tensor: Tensor) -> Tensor:
@@ -225,6 +334,29 @@ def _take(tensor: Tensor, group: _Group, shared: int, *, zero_padding: bool = Fa
     )
 
 
+def _take_path(tensor: Tensor, group: _Group) -> Tensor:
+    """Return the keys that the group sees, of [N, shared, d], as [G * shared, 1, P + L, d]."""
+    own = _take(tensor, group, tensor.shape[1])
+    if group.path_places is None:
+        return own
+    path = tensor.index_select(0, group.path_places).transpose(0, 1)
+    path = path.expand(group.size[0], -1, -1, -1).flatten(0, 1)
+    return torch.cat([path[:, None], own], 2)
+
+
+def _add_path(into: Tensor, part: Tensor, group: _Group) -> None:
+    """Add to [N, shared, d] the gradients [G * shared, 1, P + L, d] of what `_take_path` took."""
+    by_node = part.view(group.size[0], -1, *part.shape[2:]).transpose(1, 2)  # [G, P + L, shared, d]
+    begin = part.shape[2] - group.size[1]
+    for (start, length), own in zip(group.spans, by_node[:, begin:], strict=True):
+        into[start : start + length] += own[:length]
+    if group.path:
+        shared, place = by_node[:, :begin].sum(0), begin - sum(n for _, n in group.path)
+        for start, length in group.path:
+            into[start : start + length] += shared[place : place + length]
+            place += length
+
+
 def _put(into: Tensor, part: Tensor, group: _Group) -> None:
     """Write what `_take` took back into [N, heads, d]."""
     (size, length), (_, heads, width) = group.size, into.shape
@@ -237,13 +369,6 @@ def _put(into: Tensor, part: Tensor, group: _Group) -> None:
     if group.slots is not None:
         tokens, back = tokens[group.slots], back[group.slots]
     into.index_copy_(0, tokens, back.to(into.dtype))
-
-
-def _blocks(group: _Group) -> Iterator[tuple[slice, slice]]:
-    """Yield queries, and the keys that they may see."""
-    for start in range(0, group.size[1], QUERIES):
-        end = min(group.size[1], start + QUERIES)
-        yield slice(start, end), slice(0, end)
 
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -15,7 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetune.compute.attention import Layout, attend, causal_square, plan_layout
+from finetune.compute.attention import (
+    Layout,
+    attend,
+    causal_square,
+    plan_layout,
+    plan_tree_layout,
+)
 from finetune.compute.gates import fuse_gates
 from finetune.compute.loss import FrozenRows
 from finetune.compute.norms import fuse_norms
@@ -112,8 +118,20 @@ def _layout_of(
         return plan_layout([length] * sequences, causal_square(length), heads)
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
         positions = options.get("position_ids")
-        mask._layout = _read_layout(mask, positions, sequences, length, heads)  # type: ignore[attr-defined]
+        mask._layout = (  # type: ignore[attr-defined]
+            _tree_layout(mask._tree, heads)
+            if hasattr(mask, "_tree")
+            else _read_layout(mask, positions, sequences, length, heads)
+        )
     return mask._layout  # type: ignore[attr-defined]
+
+
+def _tree_layout(tree: tuple[Tensor, Tensor, int | None], heads: int) -> Layout:
+    """Return the layout of the trees that a mask was made of (see `finetune.models.trees`)."""
+    reach, positions, window = tree
+    begins = torch.arange(len(reach))[:, None] * reach.shape[1]  # places go on from row to row
+    ends = (reach + begins).flatten().tolist()
+    return plan_tree_layout(ends, positions.flatten().tolist(), heads, window=window)
 
 
 def _read_layout(

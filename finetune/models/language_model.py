@@ -14,6 +14,7 @@ does so only without an attention mask and without a cache
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,6 +31,7 @@ from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, inner_model, token_tables
 from finetune.models.fuse import fuse, has_plain_head, output_head
+from finetune.models.trees import tree_masks
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
@@ -66,12 +68,13 @@ class LanguageModel(nn.Module):
         input_ids: Tensor,
         targets: Tensor,
         position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
         reduction: str = "sum",
         inactive: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a micro-batch in nats: summed over target tokens, or of each of them.
 
-        input_ids and position_ids [sequences, length] and targets [N, 2] are as in
+        input_ids, position_ids and reach [sequences, length] and targets [N, 2] are as in
         `finetune.data.types.MicroBatch`; `targets_of` there makes targets of labels. "sum" gives
         the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32 in the
         order of the targets: the loss of each, and the probability of the tokens `inactive` ([V]
@@ -79,9 +82,9 @@ class LanguageModel(nn.Module):
         frozen rows drawn for the step.
         """
         if not self.fused:
-            logits = self._run(self.causal_lm, input_ids, position_ids).logits
+            logits = self._run(self.causal_lm, input_ids, position_ids, reach).logits
             return causal_lm_loss_of_logits(logits, targets, reduction=reduction, inactive=inactive)
-        hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
+        hidden = self._hidden(input_ids, position_ids, reach)
         head = output_head(self.causal_lm)
         module = self.causal_lm.get_output_embeddings()
         if isinstance(module, ActiveHead):
@@ -101,17 +104,25 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of each target token in nats, [N] float32, in the targets' order.
 
         Sets no mode: call `eval()` before.
         """
-        return self(input_ids, targets, position_ids, reduction="none")[:, 0]
+        return self(input_ids, targets, position_ids, reach, reduction="none")[:, 0]
 
     @torch.no_grad()
     def frozen_square_probabilities(
-        self, input_ids: Tensor, targets: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Return each frozen row's squared probability, summed over the N targets, and N.
 
@@ -119,7 +130,7 @@ class LanguageModel(nn.Module):
         """
         head = output_head(self.causal_lm)
         assert head.frozen is not None
-        hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
+        hidden = self._hidden(input_ids, position_ids, reach)
         return frozen_square_probabilities(
             hidden,
             targets,
@@ -134,9 +145,24 @@ class LanguageModel(nn.Module):
         """The model of transformers, inside peft's wrapper if there is one."""
         return inner_model(self.model)
 
-    @staticmethod
-    def _run(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None):
-        packed = {} if position_ids is None else {"position_ids": position_ids}
+    def _hidden(
+        self, input_ids: Tensor, position_ids: Tensor | None, reach: Tensor | None
+    ) -> Tensor:
+        decoder = self.causal_lm.base_model
+        return self._run(decoder, input_ids, position_ids, reach).last_hidden_state
+
+    def _run(
+        self,
+        module: nn.Module,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
+    ):
+        packed: dict[str, Any] = {}
+        if position_ids is not None:
+            packed["position_ids"] = position_ids
+        if position_ids is not None and reach is not None:
+            packed["attention_mask"] = tree_masks(self.causal_lm, position_ids, reach)
         return module(input_ids=input_ids, use_cache=False, **packed)
 
     @torch.no_grad()
@@ -147,8 +173,8 @@ class LanguageModel(nn.Module):
         head, rule = model.get_output_embeddings(), output_head(model)
         with evaluating(model):
             ids = torch.arange(8, device=model.device)[None] % token_tables(model)[0].shape[0]
-            theirs = self._run(model, ids, None).logits.float()
-            hidden = getattr(self._run(model.base_model, ids, None), "last_hidden_state", None)
+            theirs = self._run(model, ids).logits.float()
+            hidden = getattr(self._run(model.base_model, ids), "last_hidden_state", None)
             if hidden is None or hidden.shape[-1] != rule.weight.shape[-1]:
                 return False
             ours = head(hidden).float() * rule.logit_scale
@@ -194,6 +220,36 @@ def check_packing(language_model: LanguageModel) -> None:
             f"packed examples see each other (losses differ by up to {error:.2g} nats from those "
             "of the examples alone). Set data.packing: false"
         )
+
+
+def check_trees(language_model: LanguageModel) -> str | None:
+    """Return what is wrong if examples that share beginnings lose other than they do alone.
+
+    It is the end of a sentence about the model; None if nothing is wrong.
+    """
+    model = language_model.causal_lm
+    vocabulary, device = token_tables(model)[0].shape[0], model.device
+    # a root of 9 tokens with branches of 8 (with two of their own), 3 and 1, and another root of 5
+    nodes = ((9, 0, 23), (8, 9, 22), (2, 17, 19), (3, 17, 22), (1, 9, 23), (5, 0, 28))
+    ids = torch.arange(28, device=device)[None] * 7 % vocabulary
+    positions = torch.cat([torch.arange(start, start + n) for n, start, _ in nodes])[None]
+    reach = torch.cat([torch.full((n,), end) for n, _, end in nodes])[None].to(device)
+    positions, places = positions.to(device), torch.arange(28, device=device)
+    paths = [(places <= end - 1) & (reach[0] >= end) for end in (19, 22, 23, 28)]
+    with evaluating(language_model):
+        inside, alone, mixed = [], [], []
+        for path in (places[seen] for seen in paths):
+            own = ids[:, path]
+            targets = targets_of(torch.cat([own[:, :1] * 0 + IGNORE_INDEX, own[:, 1:]], 1))
+            alone.append(language_model.token_losses(own, targets))
+            moved = torch.stack([path[targets[:, 0]], targets[:, 1]], 1)
+            inside.append(language_model.token_losses(ids, moved, positions, reach))
+            mixed.append(language_model.token_losses(ids, moved))
+    pairs = [torch.cat(losses) for losses in (inside, alone, mixed)]
+    error, leak = ((pairs[k] - pairs[1]).abs().max() for k in (0, 2))
+    if not error <= 0.1 * leak + 1e-5:  # NaN is wrong too
+        return f"its losses differ by up to {error:.2g} nats from those of the examples alone"
+    return None
 
 
 @contextmanager
