@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from finetune.models.describe import CausalLM, inner_model
 
-KINDS = ("full_attention", "sliding_attention")
+LAYER_KINDS = ("full_attention", "sliding_attention")
 """The kinds of layers, as configs name them, for which there are masks of trees."""
 
 COUNTS_PLACES = {
@@ -74,7 +74,7 @@ def _obstacles(model: nn.Module, inner: PreTrainedModel, max_length: int) -> Ite
     kinds = set(getattr(config, "layer_types", None) or ())
     if "chunked_attention" in kinds or getattr(config, "attention_chunk_size", None):
         yield "its chunked attention counts places instead of positions"
-    if getattr(inner, "_is_stateful", False) or kinds - set(KINDS):
+    if getattr(inner, "_is_stateful", False) or kinds - set(LAYER_KINDS):
         yield STATEFUL
     if (limit := _rotary_limit(config)) is not None and max_length > limit:
         yield f"beyond {limit} tokens its rotary scaling depends on the longest example of a batch"

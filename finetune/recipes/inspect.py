@@ -13,6 +13,7 @@ from finetune.display import Display
 from finetune.errors import visible
 from finetune.recipes.build.data import STREAM_SAMPLE
 from finetune.recipes.build.material import read_material
+from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.vocabulary import plan_vocabulary
 
 LABELS = {
@@ -56,6 +57,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
+    for line in sharing_lines(material):
+        console.print(line, markup=False)
     for sentence in material.advice():
         display.note(sentence)
     return report

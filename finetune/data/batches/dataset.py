@@ -10,7 +10,20 @@ from typing import Any
 
 from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
-from finetune.data.batches.steps import BatchShape, StepBatch, lay_out, plan_epoch
+from finetune.data.batches.steps import (
+    BatchShape,
+    StepBatch,
+    lay_out,
+    plan_epoch,
+    plan_step_trees,
+)
+from finetune.data.batches.trees import (
+    LEAST_SAVED,
+    collate_trees,
+    count_tokens,
+    leaves,
+    plan_trees,
+)
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import MicroBatch
 from finetune.errors import UserError
@@ -45,6 +58,22 @@ class TrainingBatches:
         for step in range(start_step, self.steps_per_epoch):
             self._place = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield self._step(sequences[step * size : (step + 1) * size], epoch, step)
+
+    def count_shared(self, most: int) -> tuple[int, int]:
+        """Return the tokens of the first epoch, and how many of them trees compute.
+
+        At most `most` steps are looked at, spread over the epoch.
+        """
+        sequences, size = self._plan(0), self.shape.batch_size
+        tokens = computed = 0
+        for step in range(0, self.steps_per_epoch, -(-self.steps_per_epoch // most)):
+            own = sequences[step * size : (step + 1) * size]
+            examples = [self.dataset[i] for sequence in own for i in sequence]
+            forests = plan_step_trees(examples, len(own), self.shape, max_length=self.max_length)
+            count = sum(map(len, examples))
+            tokens += count
+            computed += count if forests is None else sum(map(count_tokens, forests))
+        return tokens, computed
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the data after the last step yielded, and the data's fingerprint."""
@@ -86,7 +115,8 @@ class EvaluationBatches:
     """Every example once in a fixed order, the longest first.
 
     A batch holds `batch_size` sequences, and the processes take batches in turn. All processes have
-    equally many batches. The last ones may be empty, which is one sequence of padding.
+    equally many batches. The last ones may be empty, which is one sequence of padding. With `share`
+    packed batches are trees of as many tokens (`trees`), if that saves LEAST_SAVED of them.
     """
 
     def __init__(
@@ -99,6 +129,7 @@ class EvaluationBatches:
         pad_id: int,
         rank: int = 0,
         num_processes: int = 1,
+        share: bool = False,
     ) -> None:
         self.dataset = dataset
         self.max_length = max_length
@@ -110,12 +141,24 @@ class EvaluationBatches:
         batches = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
         batches += [[] for _ in range(-len(batches) % num_processes)]
         self.example_ids = batches[rank::num_processes]
+        self.forests = None
+        if share and packing:
+            forests = plan_trees(
+                dataset, capacity=batch_size * max_length, num_processes=num_processes
+            )
+            computed = sum(map(count_tokens, forests or []))
+            if forests is not None and computed <= (1 - LEAST_SAVED) * sum(lengths):
+                forests.sort(key=count_tokens, reverse=True)
+                self.forests = forests[rank::num_processes]
+                self.example_ids = [[leaves(forest)] for forest in self.forests]
 
     def __len__(self) -> int:
         return len(self.example_ids)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for sequences in self.example_ids:
+        for forest in self.forests or ():
+            yield collate_trees(forest, self.dataset, pad_id=self.pad_id)
+        for sequences in self.example_ids if self.forests is None else ():
             yield collate(
                 [[self.dataset[i] for i in sequence] for sequence in sequences],
                 pad_id=self.pad_id,

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 
 from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
-from finetune.data.batches.trees import collate_trees, count_tokens, leaves, plan_trees
+from finetune.data.batches.trees import (
+    Forest,
+    collate_trees,
+    count_tokens,
+    leaves,
+    plan_trees,
+)
 from finetune.data.types import Example, MicroBatch
 
 _WINDOW = 64  # batches that are sorted by length together: enough for little padding, and they mix
@@ -114,6 +120,21 @@ def cut_step(num_sequences: int, shape: BatchShape) -> list[range]:
     return [range(ends[k], ends[k + 1]) for k in range(shape.rank, cuts, shape.num_processes)]
 
 
+def plan_step_trees(
+    examples: Sequence[Example], num_sequences: int, shape: BatchShape, *, max_length: int
+) -> list[Forest] | None:
+    """Return the trees of a step, of all processes; None if its examples do not share.
+
+    So it is if they are to be laid out as sequences, or need fewer micro-batches as sequences.
+    """
+    if not (shape.share and shape.packing):
+        return None
+    capacity, processes = shape.micro_batch_size * max_length, shape.num_processes
+    forests = plan_trees(examples, capacity=capacity, num_processes=processes)
+    most = len(cut_step(num_sequences, shape)) * processes
+    return None if forests is None or len(forests) > most else forests
+
+
 def lay_out(
     sequences: Sequence[Sequence[int]],
     examples: Mapping[int, Example],
@@ -128,13 +149,10 @@ def lay_out(
     processes.
     """
     numbers = [i for sequence in sequences for i in sequence]
-    cuts = cut_step(len(sequences), shape)
-    forests = None
-    if shape.share and shape.packing:
-        members = [examples[i] for i in numbers]
-        capacity = shape.micro_batch_size * max_length
-        forests = plan_trees(members, capacity=capacity, num_processes=shape.num_processes)
-    if forests is None or len(forests) > len(cuts) * shape.num_processes:
+    members = [examples[i] for i in numbers]
+    forests = plan_step_trees(members, len(sequences), shape, max_length=max_length)
+    if forests is None:
+        cuts = cut_step(len(sequences), shape)
         parts = [[list(sequences[k]) for k in cut] for cut in cuts]
         batches = [
             collate(

@@ -19,6 +19,8 @@ from finetune.data.types import IGNORE_INDEX, Example, MicroBatch
 
 LEAST = 8
 """Tokens of a node that is shared: a shorter beginning is computed again for each branch."""
+LEAST_SAVED = 0.05
+"""The share of tokens that trees must save where nobody asks for them."""
 TREE_MULTIPLE = 32
 """The length of a micro-batch of trees is a multiple of this: oneDNN keeps 2 MB a shape."""
 
@@ -83,6 +85,12 @@ def count_tokens(forest: Forest) -> int:
 def leaves(forest: Forest) -> list[int]:
     """Return the examples of `forest`, in the order of their leaves."""
     return [node.example for node in forest if node.is_leaf]
+
+
+def common_tokens(examples: Sequence[Example], most: int) -> int:
+    """Return how many tokens all examples have in common before a target; `most` are looked at."""
+    keys = [beginning(examples[i]) for i in range(0, len(examples), -(-len(examples) // most))]
+    return _shared(min(keys), max(keys))  # the two that differ first
 
 
 def beginning(example: Example) -> bytes:

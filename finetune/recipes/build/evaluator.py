@@ -36,7 +36,8 @@ class Evaluator:
 
     Every process of a run calls the same methods; each evaluates its share. `inactive()` returns
     [V] bool, true for tokens that the run does not use, or None (see `evaluate_loss`).
-    `num_answers`: how many held-out prompts are answered at most.
+    `num_answers`: how many held-out prompts are answered at most. `share`: examples may share their
+    beginnings, if that saves enough.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Evaluator:
         num_answers: int,
         display: Display,
         inactive: Callable[[], torch.Tensor | None] = lambda: None,
+        share: bool = False,
     ) -> None:
         config = material.config
+        self.share = share
         self.material, self.language_model = material, language_model
         self.accelerator, self.inactive, self.display = accelerator, inactive, display
         self.metrics = generation_metrics(config, material.format)
@@ -125,6 +128,7 @@ class Evaluator:
             pad_id=pad_id(self.material.tokenizer),
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
+            share=self.share,
         )
 
     def answer(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[Answer]]:
@@ -189,4 +193,5 @@ def evaluator_of(parts: Parts) -> Evaluator:
         num_answers=section.generate if scored else section.samples,
         display=parts.display,
         inactive=parts.vocabulary.inactive_tokens,
+        share=parts.sharing.possible,
     )

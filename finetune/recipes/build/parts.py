@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -26,6 +26,7 @@ from finetune.models.speed import (
 from finetune.models.tokenizers import pad_id
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
+from finetune.recipes.build.sharing import Sharing, plan_sharing
 from finetune.recipes.build.vocabulary import (
     apply_vocabulary,
     plan_vocabulary,
@@ -44,6 +45,7 @@ class Parts:
     batches: TrainingBatches | StreamingBatches
     statistics: DataStatistics  # of the training data; a stream's grow as it is read
     vocabulary: VocabularyKeeper
+    sharing: Sharing
     identity: dict[str, str]  # what a resumed run must have in common with the one it continues
 
     @property
@@ -98,6 +100,11 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     language_model = _wrap(model, config)
+    sharing = plan_sharing(
+        config, material.train, batches.shape, model=model, language_model=language_model
+    )
+    display.say(f"shared beginnings: {sharing.line()}")
+    batches.shape = replace(batches.shape, share=sharing.shares)
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),
@@ -117,7 +124,9 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
         note=display.note,
     )
     return Parts(
-        material, accelerator, display, language_model, batches, statistics, keeper, identity
+        *(material, accelerator, display, language_model, batches, statistics, keeper),
+        sharing=sharing,
+        identity=identity,
     )
 
 

@@ -11,6 +11,7 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import assemble, count_steps
+from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
 from finetune.recipes.plan.timing import TimeEstimate, time_run
@@ -36,6 +37,8 @@ def plan_run(
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
+    for line in sharing_lines(planner.material):
+        display.say(line)
     for sentence in planner.material.advice():
         display.note(sentence)
     return plan

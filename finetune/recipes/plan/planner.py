@@ -6,7 +6,7 @@ costs little. The time is measured elsewhere, and only if the run fits.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from finetune.config import RunConfig
 from finetune.data.batches.dataset import TrainingBatches
-from finetune.data.batches.steps import BatchShape
 from finetune.data.statistics import coverage
 from finetune.display import Display
 from finetune.errors import UserError
@@ -23,12 +22,12 @@ from finetune.models.describe import describe_model, tensor_bytes
 from finetune.models.load import load_skeleton
 from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
-from finetune.models.tokenizers import pad_id
 from finetune.optim import optimizer_info
 from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
 from finetune.recipes.build.parts import count_steps
+from finetune.recipes.build.sharing import plan_sharing, step_shape
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.recipes.plan.memory import (
     CUDA_CONTEXT,
@@ -56,6 +55,7 @@ class Work:
     accumulates: bool  # whether a step has several micro-batches
     num_steps: int
     tokens_per_step: float  # mean, without padding
+    computed_per_step: float  # mean; shared beginnings count once
     examples_per_step: float  # mean
     num_evaluations: int
     used_rows: int  # rows of the token table whose token occurs in the training data
@@ -238,29 +238,28 @@ def fitted_skeleton(material: Material) -> Any:
 def work_of(material: Material) -> Work:
     """Return what a run on one process goes through."""
     config, train, held_out = material.config, material.train, material.validation
-    shape = BatchShape(
-        packing=config.data.packing,
-        batch_size=config.training.batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        pad_id=pad_id(material.tokenizer),
-        seed=config.seed,
-    )
+    shape = step_shape(config)
+    sharing = plan_sharing(config, train, shape, model=material.skeleton)
+    shape = replace(shape, share=sharing.shares)
     batches = TrainingBatches(train, shape, max_length=config.data.max_length)
     per_epoch = None if config.data.streaming else batches.steps_per_epoch
     num_steps = count_steps(config, per_epoch)
     steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
     examples = [i for step in steps for part in step.example_ids for ids in part for i in ids]
     micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
-    largest = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+    rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+    if length > config.data.max_length:  # of trees: as much memory as sequences of one example
+        rows, length = -(-length // config.data.max_length), config.data.max_length
     every = config.evaluation.every or per_epoch or num_steps
     num_evaluations = config.evaluation.before + math.ceil(num_steps / every)
     return Work(
-        num_sequences=largest[0],
-        length=largest[1],
+        num_sequences=rows,
+        length=length,
         num_targets=max(len(batch["targets"]) for batch in micro_batches),
         accumulates=any(len(step.micro_batches) > 1 for step in steps),
         num_steps=num_steps,
         tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
+        computed_per_step=sum(step.num_computed for step in steps) / len(steps),
         examples_per_step=len(examples) / len(steps),
         num_evaluations=num_evaluations if held_out is not None else 0,
         used_rows=len(set(train.token_ids)),

@@ -89,6 +89,10 @@ def _work(plan: Plan) -> Table:
     table = _table("the work")
     table.add_row("steps", f"{work.num_steps:,}")
     table.add_row("tokens of a step", f"{work.tokens_per_step:,.0f}", "mean, without padding")
+    if work.computed_per_step < work.tokens_per_step:
+        table.add_row(
+            "tokens computed", f"{work.computed_per_step:,.0f}", "mean, shared beginnings once"
+        )
     table.add_row("examples of a step", f"{work.examples_per_step:,.0f}", "mean")
     table.add_row("tokens of all steps", f"{work.tokens_per_step * work.num_steps:,.0f}")
     table.add_row("evaluations", f"{work.num_evaluations:,}")

@@ -1,0 +1,184 @@
+"""Runs that share beginnings against the same runs that do not; what is said of it."""
+
+import json
+import random
+
+import pytest
+
+from finetune.config.loading import make_config
+from finetune.data.encode import EncodedDataset
+from finetune.data.near_misses import near_miss
+from finetune.data.types import IGNORE_INDEX, Example
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.inspect import inspect_data
+from finetune.recipes.train.train import run_training
+from tests.conftest import conversation
+from tests.data.settings import batch_shape
+
+RULES = "You add numbers, and answer in one short sentence without a word that is not needed."
+
+
+@pytest.fixture
+def ruled(tiny, tmp_path):
+    """A config tree whose conversations begin with the same rules."""
+    path = tmp_path / "ruled.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(48):
+            record = conversation(number)
+            record["messages"].insert(0, {"role": "system", "content": RULES})
+            file.write(json.dumps(record) + "\n")
+
+    def ruled(**sections):
+        training = {"batch_size": 8, "micro_batch_size": 2, **sections.pop("training", {})}
+        data = {"train": str(path), "max_length": 128, **sections.pop("data", {})}
+        return tiny(training=training, data=data, **sections)
+
+    return ruled
+
+
+class Said(Display):
+    def __init__(self):
+        super().__init__(enabled=False)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def train(tree, share, tmp_path, **options):
+    """The lines of metrics.jsonl, and what was said of sharing."""
+    tree = {**tree, "training": {**tree["training"], "share_prefixes": share}}
+    tree |= {"output_dir": str(tmp_path / f"run-{share}-{len(options)}")}
+    display = Said()
+    run_training(make_config(tree), display=display, **options)
+    found = (tmp_path / f"run-{share}-{len(options)}" / "metrics.jsonl").read_text().splitlines()
+    said = [line for line in display.lines if line.startswith("shared beginnings: ")]
+    return [json.loads(line) for line in found], said
+
+
+def losses(lines):
+    return [line["loss"] if "loss" in line else line["evaluation"]["loss"] for line in lines]
+
+
+def computed(lines):
+    steps = [line for line in lines if "loss" in line]
+    return sum(s["num_computed_tokens"] for s in steps), sum(s["num_tokens"] for s in steps)
+
+
+LORA = {"lora": {"rank": 2}}
+STREAM = {"streaming": True, "shuffle_buffer": 8, "validation_fraction": 0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocabulary": {"mode": "full"}},
+        {"vocabulary": {"mode": "active"}},
+        {"vocabulary": {"mode": "sampled", "num_sampled": 20}},
+        {"model": LORA},
+        {"training": {"activation_checkpointing": True, "micro_batch_size": 1}},
+        {"data": STREAM, "evaluation": {"every": 3}},
+    ],
+    ids=["full", "active", "sampled", "lora", "checkpointing", "stream"],
+)
+def test_a_run_is_the_same_run_to_rounding_with_fewer_tokens(changes, ruled, tmp_path):
+    tree = ruled(**changes)
+    plain, _ = train(tree, False, tmp_path)
+    shared, said = train(tree, "auto", tmp_path)
+    assert losses(shared) == pytest.approx(losses(plain), rel=2e-5)
+    assert losses(shared) != losses(plain) or len(plain) == 0
+    fewer, tokens = computed(shared)
+    assert computed(plain) == (tokens, tokens)
+    assert fewer < 0.75 * tokens
+    (line,) = said
+    assert "tokens of all examples are computed once a micro-batch" in line
+    assert "times fewer tokens" in line
+    for one, other in zip(plain, shared, strict=True):
+        if "evaluation" in one:
+            assert one["evaluation"]["num_target_bytes"] == other["evaluation"]["num_target_bytes"]
+
+
+def test_sharing_is_switched_in_mid_run(ruled, tmp_path):
+    tree = ruled(checkpoint={"every": 3, "keep": 9})
+    plain, _ = train(tree, False, tmp_path)
+    shared, _ = train(tree, True, tmp_path)
+    for share, first in ((True, False), (False, True)):
+        path = tmp_path / f"run-{first}-0" / "checkpoints" / "step-00000003"
+        resumed, _ = train(tree, share, tmp_path, resume=str(path))
+        assert [line["step"] for line in resumed if "loss" in line] == [4, 5, 6]
+        rest = losses([line for line in resumed if "loss" in line])
+        assert rest == pytest.approx(losses([s for s in plain if "loss" in s])[3:], rel=2e-5)
+        fewer, tokens = computed(resumed)
+        assert (fewer < tokens) == share
+    assert computed(shared)[0] < computed(plain)[0]
+
+
+def test_nothing_in_common_gives_the_same_bytes_and_one_line(tiny, tmp_path):
+    plain, _ = train(tiny(), False, tmp_path)
+    auto, said = train(tiny(), "auto", tmp_path)
+    keys = ("loss", "grad_norm", "num_tokens", "num_computed_tokens")
+    found, wanted = (
+        [[line[key] for key in keys] for line in lines if "loss" in line] for lines in (auto, plain)
+    )
+    assert found == wanted
+    assert len(found) == 6
+    assert said[0].startswith("shared beginnings: none worth it: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data": {"packing": False}}, "data.packing is false"),
+        ({"model": {"lora": {"rank": 2, "dropout": 0.1}}}, "model.lora.dropout would be drawn"),
+    ],
+)
+def test_what_is_impossible_is_refused_or_said(changes, reason, ruled, tmp_path):
+    with pytest.raises(UserError, match=rf"true, which is not possible: {reason}.*Set training"):
+        train(ruled(**changes), True, tmp_path)
+    lines, said = train(ruled(**changes), "auto", tmp_path)
+    fewer, tokens = computed(lines)
+    assert fewer == tokens
+    assert reason in said[0]
+
+
+def test_plain_text_says_that_every_token_is_learnt(tiny, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{RULES} {n}"}) + "\n" for n in range(40)))
+    _, said = train(tiny(data={"train": str(path)}), "auto", tmp_path)
+    assert "every token is learnt" in said[0]
+
+
+def test_a_near_miss_is_named_with_what_it_would_save(make_dated):
+    train, tokenizer = make_dated
+    found = near_miss(train, batch_shape(share=True), tokenizer, max_length=128)
+    assert found is not None
+    assert (found.token, found.common) == (4, 60)
+    assert found.saves > 2
+    assert "from token 5 on (“17”" in found.sentence() or "from token 5 on (“" in found.sentence()
+    assert "60 tokens in common that follow" in found.sentence()
+
+
+@pytest.fixture
+def make_dated():
+    """Examples with four tokens, a date of two, sixty in common, and twelve of their own."""
+    generator = random.Random(0)
+    common = [generator.randrange(1000, 2000) for _ in range(60)]
+    train = EncodedDataset()
+    for number in range(80):
+        own = [generator.randrange(2000, 9000) for _ in range(12)]
+        ids = [1, 2, 3, 4, 10 + number, 500 + number % 9, *common, *own]
+        train.append(Example(ids, [IGNORE_INDEX] * 70 + ids[70:]))
+
+    class Numbers:
+        def decode(self, ids, **_):
+            return " ".join(map(str, ids))
+
+    return train, Numbers()
+
+
+def test_inspect_says_what_is_shared(ruled, capsys):
+    inspect_data(make_config(ruled()), examples=0)
+    out = capsys.readouterr().out
+    assert "shared beginnings: the first " in out
+    assert "computed once a micro-batch" in " ".join(out.split())
