@@ -12,7 +12,7 @@ import typer
 
 # importing registers the commands, in the order of --help
 # isort: off
-from finetune.cli import train, use, results, compare  # noqa: F401
+from finetune.cli import train, use, serve, results, compare  # noqa: F401
 
 # isort: on
 from finetune.cli.app import app

@@ -95,6 +95,9 @@ def generate(
 @app.command()
 def chat(
     target: Target,
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the run's base model answer, too.")
+    ] = False,
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
@@ -103,8 +106,8 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
 ) -> None:
-    """Talk with a model in the terminal. /reset forgets the conversation, /exit ends it."""
-    from finetune.recipes.generate import chat_in_terminal
+    """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
+    from finetune.recipes.chat import chat_in_terminal
 
     settings = given(
         max_new_tokens=max_new_tokens,
@@ -113,7 +116,7 @@ def chat(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    chat_in_terminal(target, system_prompt=system, seed=seed, settings=settings)
+    chat_in_terminal(target, base=base, system_prompt=system, seed=seed, settings=settings)
 
 
 @app.command()

@@ -39,16 +39,41 @@ class Conversation:
             )
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
         self.template = ChatTemplate(tokenizer, template)
-        if system_prompt is not None and not self.template.writes("system"):
-            raise UserError("the chat template of this model takes no system prompt. Leave it out")
-        self._system: list[Message] = (
-            [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        )
+        self._require_system(system_prompt)
+        self.system_prompt = system_prompt or None
         self.turns: list[Message] = []
+        self.num_tokens = 0  # of the newest answer
+
+    @property
+    def messages(self) -> list[Message]:
+        """The system prompt, if there is one, and the turns."""
+        return [*self._system, *self.turns]
+
+    @property
+    def _system(self) -> list[Message]:
+        prompt = self.system_prompt
+        return [] if prompt is None else [{"role": "system", "content": prompt}]
+
+    def set_system_prompt(self, prompt: str) -> None:
+        """Change the system prompt; "" is none. Raises UserError if the template takes none."""
+        self._require_system(prompt)
+        self.system_prompt = prompt or None
+
+    def _require_system(self, prompt: str | None) -> None:
+        if prompt and not self.template.writes("system"):
+            raise UserError("the chat template of this model takes no system prompt. Leave it out")
 
     def reset(self) -> None:
         """Forget the turns; the system prompt stays."""
         self.turns = []
+
+    def undo(self) -> str | None:
+        """Forget the newest question and its answer; return the question, None if there is none."""
+        if not self.turns:
+            return None
+        question: str = self.turns[-2]["content"]
+        self.turns = self.turns[:-2]
+        return question
 
     def reply(self, text: str) -> Iterator[str]:
         """Yield the answer to `text` in pieces.
@@ -59,14 +84,20 @@ class Conversation:
         question: Message = {"role": "user", "content": text}
         prompt, self.turns = self._fit(question)
         pieces: list[str] = []
+        self.num_tokens = 0
         try:
-            for piece in stream(self.model, self.tokenizer, prompt, self.settings):
+            for piece in stream(
+                self.model, self.tokenizer, prompt, self.settings, on_token=self._count
+            ):
                 pieces.append(piece)
                 yield piece
         finally:
             if pieces:
                 answer: Message = {"role": "assistant", "content": "".join(pieces)}
                 self.turns = [*self.turns, question, answer]
+
+    def _count(self) -> None:
+        self.num_tokens += 1
 
     def _fit(self, question: Message) -> tuple[list[int], list[Message]]:
         """Return the prompt for `question`, and the newest turns that fit with it and an answer."""

@@ -8,8 +8,8 @@ on the other prompts. transformers' own `generate` does only the last of these.
 """
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,8 @@ def generate(
     with evaluating(model):
         for start in range(0, len(prompts), batch_size):
             members = longest_first[start : start + batch_size]
-            decoder = _Decoder(model, {i: prompts[i] for i in members}, settings)
+            own_settings = {i: with_seed(settings, i) for i in members}
+            decoder = Decoder(model, {i: prompts[i] for i in members}, own_settings)
             while decoder.active:
                 for i, token in decoder.step():
                     answers[i].append(token)
@@ -66,57 +67,85 @@ def generate(
 
 
 def stream(
-    model: CausalLM, tokenizer: Tokenizer, prompt: Sequence[int], settings: GenerationSettings
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    settings: GenerationSettings,
+    *,
+    on_token: Callable[[], None] | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces of text that join to the whole answer.
 
-    No character is cut in two. Raises UserError as `generate` does.
+    No character is cut in two. `on_token` is called for each token of the answer. Raises UserError
+    as `generate` does.
     """
+    text = AnswerText(tokenizer)
     with evaluating(model):
-        decoder = _Decoder(model, {0: prompt}, settings)
-        yield from text_pieces(decoder.tokens(), tokenizer)
+        for token in Decoder(model, {0: prompt}, {0: settings}).tokens():
+            if on_token is not None:
+                on_token()
+            if piece := text.add(token):
+                yield piece
+    if rest := text.rest():
+        yield rest
 
 
-def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of `tokens` in pieces, each character once all of its bytes have come.
+def with_seed(settings: GenerationSettings, number: int) -> GenerationSettings:
+    """Return the settings of prompt `number`, whose seed differs from those of the others."""
+    return settings if settings.seed is None else replace(settings, seed=settings.seed + number)
+
+
+class AnswerText:
+    """The text of an answer, token by token.
 
     A piece is what the newest tokens add to the text of those shortly before them. A token alone
     may decode differently: SentencePiece drops the space at the start of a text. The idea is
     `stream` of Hugging Face's text-generation-inference.
     """
 
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # tokens whose text was returned already
+        self._pending: list[int] = []
 
-    context: list[int] = []  # tokens whose text was yielded already
-    pending: list[int] = []
-    for token in tokens:
-        pending.append(token)
-        before, after = decode(context), decode(context + pending)
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            yield after[len(before) :]
-            context, pending = pending, []
-    rest = decode(context + pending)[len(decode(context)) :]
-    if rest:
-        yield rest
+    def add(self, token: int) -> str:
+        """Return the text that `token` completes; "" until all bytes of a character have come."""
+        self._pending.append(token)
+        before, after = self._decode(self._context), self._decode(self._context + self._pending)
+        if len(after) <= len(before) or after.endswith("\ufffd"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return after[len(before) :]
+
+    def rest(self) -> str:
+        """Return what is left at the end of the answer."""
+        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
-class _Decoder:
-    """A batch of prompts, one token further at each step. `active` has the unfinished prompts."""
+class Decoder:
+    """A batch of prompts, one token further at each step. `active` has the unfinished prompts.
+
+    `model` is on its device and in evaluation mode. Each prompt has settings of its own. Raises
+    UserError for a prompt that is empty or leaves no room for an answer.
+    """
 
     def __init__(
-        self, model: CausalLM, prompts: dict[int, Sequence[int]], settings: GenerationSettings
+        self,
+        model: CausalLM,
+        prompts: Mapping[int, Sequence[int]],
+        settings: Mapping[int, GenerationSettings],
     ) -> None:
         self.model, self.device, self.settings = model, model.device, settings
-        self.stop_ids = frozenset(settings.stop_ids)
         self.active = list(prompts)
-        limit = context_length(model)
         self.room = {
-            i: _room(prompt, settings.max_new_tokens, limit) for i, prompt in prompts.items()
+            i: answer_room(model, prompt, settings[i].max_new_tokens)
+            for i, prompt in prompts.items()
         }
         # Not from torch's own random state: a training run must not be changed by its evaluations.
-        seed = secrets.randbits(32) if settings.seed is None else settings.seed
-        self.generators = {i: torch.Generator().manual_seed(seed + i) for i in prompts}
+        self.generators = {i: _generator(settings[i].seed) for i in prompts}
         self.seen: Tensor | None = None
         self.cache: Any = None
         self._read(list(prompts.values()), shared=_shared_length(prompts.values(), model.config))
@@ -140,7 +169,7 @@ class _Decoder:
         self.input_ids = torch.tensor(rest, device=self.device)  # [prompts, width - shared]
         self.mask = torch.tensor(mask, device=self.device)  # [prompts, width]
         self.position_ids = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
-        if self.settings.repetition_penalty != 1.0:
+        if any(self.settings[i].repetition_penalty != 1.0 for i in self.active):
             num_tokens = self.model.config.get_text_config().vocab_size
             self.seen = torch.zeros(len(prompts), num_tokens, dtype=torch.bool, device=self.device)
             for seen, prompt in zip(self.seen, prompts):
@@ -170,7 +199,7 @@ class _Decoder:
         tokens = [
             (i, token)
             for i, token in zip(self.active, chosen.tolist())
-            if token not in self.stop_ids
+            if token not in self.settings[i].stop_ids
         ]
         for i, _ in tokens:
             self.room[i] -= 1
@@ -178,17 +207,21 @@ class _Decoder:
         self._advance(chosen, [place for place, i in enumerate(self.active) if i in going_on])
         return tokens
 
+    def finish(self, prompt: int) -> None:
+        """Let the answer to a prompt end with the next token."""
+        self.room[prompt] = 0
+
     def _choose(self, logits: Tensor) -> Tensor:
-        settings = self.settings
+        settings = [self.settings[i] for i in self.active]
         if self.seen is not None:
-            logits = penalise_repetition(logits, self.seen, settings.repetition_penalty)
-        return next_tokens(
-            logits,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            generators=[self.generators[i] for i in self.active],
-        )
+            penalties = torch.tensor([each.repetition_penalty for each in settings])
+            logits = penalise_repetition(logits, self.seen, penalties[:, None].to(self.device))
+        generators = [self.generators[i] for i in self.active]
+        ways = [(each.temperature, each.top_p, each.top_k) for each in settings]
+        if len(set(ways)) == 1:
+            return _draw(logits, ways[0], generators)
+        rows = zip(logits.split(1), ways, generators)
+        return torch.cat([_draw(row, way, [generator]) for row, way, generator in rows])
 
     def _advance(self, chosen: Tensor, kept: list[int]) -> None:
         """Make the chosen tokens the next input, without the prompts that are finished."""
@@ -207,12 +240,20 @@ class _Decoder:
         self.active = [self.active[place] for place in kept]
 
 
-def _room(prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
-    """Return how many tokens the answer may have."""
+def _generator(seed: int | None) -> torch.Generator:
+    return torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
+
+
+def answer_room(model: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """Return how many tokens the answer to `prompt` may have.
+
+    Raises UserError if the prompt is empty, or too long for the model.
+    """
     if not prompt:
         raise UserError(
             "the prompt is empty, and a model continues at least one token. Give a text"
         )
+    limit = context_length(model)
     if limit is None:
         return max_new_tokens
     if len(prompt) >= limit:
@@ -239,14 +280,24 @@ def _shared_length(prompts: Collection[Sequence[int]], config: Any) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     """Return `logits` with the tokens that already occurred made less likely.
 
     Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
-    `seen` are [prompts, V]. Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
+    `seen` are [prompts, V], `penalty` is one number or [prompts, 1].
+    Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
     """
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(seen, penalised, logits)
+
+
+def _draw(
+    logits: Tensor, way: tuple[float, float, int], generators: Sequence[torch.Generator]
+) -> Tensor:
+    temperature, top_p, top_k = way
+    return next_tokens(
+        logits, temperature=temperature, top_p=top_p, top_k=top_k, generators=generators
+    )
 
 
 def next_tokens(

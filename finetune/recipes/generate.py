@@ -1,17 +1,12 @@
-"""`finetune generate` and `finetune chat`: answers of a run or a model.
+"""`finetune generate`: answers of a run or a model to arguments or to lines of stdin."""
 
-The prompts are arguments, lines of stdin, or what someone types at a terminal.
-"""
-
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from finetune.data.formats.rendering import ChatTemplate, first_tokens
-from finetune.display import Display, differences, on_terminal
+from finetune.display import Display, differences
 from finetune.errors import UserError
-from finetune.inference.conversation import Conversation
 from finetune.inference.generation import generate
 from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.target import open_target, require_utf8, stdin_lines
@@ -61,29 +56,6 @@ def generate_answers(
         yield from ((text, next(decoded) if given or text.strip() else "") for text in texts)
 
 
-def chat_in_terminal(
-    target: str, *, system_prompt: str | None, seed: int, settings: Mapping[str, Any]
-) -> None:
-    """Read questions from stdin and stream the answers, until the input ends or is /exit."""
-    opened, display = open_target(target), Display()
-    talk = Conversation(
-        opened.model,
-        opened.tokenizer,
-        template=opened.template_settings,
-        system_prompt=opened.system_prompt(system_prompt, display),
-        notify=display.say,
-        settings=generation_settings(opened.settings(settings), opened.model, seed=seed),
-    )
-    display.say("Ask something. /reset forgets the conversation, /exit ends it.")
-    while (question := _ask(display)) not in (None, "/exit", "/quit"):
-        assert question is not None
-        if question == "/reset":
-            talk.reset()
-            display.say("(forgotten)")
-        elif question.strip():
-            _print_reply(talk, question, display)
-
-
 def _chat_prompt(template: ChatTemplate, system_prompt: str | None) -> Callable[[str], list[int]]:
     """Return a function from a question to the token ids of a conversation that asks it."""
     if system_prompt is not None and not template.writes("system"):
@@ -96,33 +68,6 @@ def _raw_prompt(tokenizer: Any) -> Callable[[str], list[int]]:
     """Return a function from a text to its token ids, without an end mark after them."""
     bos = first_tokens(tokenizer)
     return lambda text: [*bos, *tokenizer(text, add_special_tokens=False).input_ids]
-
-
-def _ask(display: Display) -> str | None:
-    """Return the next question, or None at the end of the input.
-
-    A line that is not UTF-8 is reported, and is no question.
-    """
-    try:
-        text = input("> " if sys.stdin.isatty() else "")
-        return require_utf8(text.removesuffix("\r"), "the question")
-    except (EOFError, KeyboardInterrupt):
-        return None
-    except (UserError, UnicodeDecodeError) as error:
-        display.say(str(error))
-        return ""
-
-
-def _print_reply(talk: Conversation, question: str, display: Display) -> None:
-    """Print the answer as it is generated; Ctrl-C cuts it short."""
-    try:
-        for piece in talk.reply(question):
-            print(on_terminal(piece), end="", flush=True)
-        print()
-    except KeyboardInterrupt:
-        print(" …")
-    except UserError as error:
-        display.say(str(error))
 
 
 def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:

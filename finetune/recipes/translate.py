@@ -5,16 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.data.formats.languages import language_tag
-from finetune.data.formats.translation import TranslationFormat
 from finetune.data.sources.files import read_lines
 from finetune.display import Display, differences, on_terminal
 from finetune.errors import UserError
 from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
-from finetune.run.folder import RunDir
-from finetune.run.records import DataCounts
+from finetune.recipes.build.target import open_target, require_utf8, stdin_lines
+from finetune.recipes.build.translation import note_other_direction, translation_format
 
 
 def translate_text(
@@ -41,9 +38,9 @@ def translate_text(
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     texts = [require_utf8(text, "the sentence") for text in texts]
     opened, display = open_target(target), display or Display()
-    format = _translation_format(opened, source, to, display)
+    format = translation_format(opened, source, to, display)
     section = opened.settings(settings)
-    _note_other_direction(opened, format, display)
+    note_other_direction(opened, format, display)
     translate = functools.partial(
         translate_lines,
         model=opened.model,
@@ -63,62 +60,3 @@ def translate_text(
     )
     for line in translate(lines):
         print(on_terminal(line), flush=True)
-
-
-def _translation_format(
-    opened: Opened, source: str | None, to: str | None, display: Display
-) -> TranslationFormat:
-    """Return the format of the run's own training, from `source` to `to`.
-
-    By default the languages are those of the run, in the direction that it was trained in.
-    """
-    data = opened.config.data if opened.config is not None else None
-    trained = _trained_languages(opened.run)
-    if data is not None and data.translation.direction == "backward":
-        trained = trained[::-1]
-    if trained:
-        source = trained[0] if source is None else _as_trained(source, trained)
-        to = trained[1] if to is None else _as_trained(to, trained)
-    if source is None or to is None:
-        raise UserError(
-            "the languages are not known. Give --from and --to, such as --from en --to fr"
-        )
-    system = data.system_prompt if data is not None else None
-    if system is not None:
-        display.say(f"system prompt of the run: {system}")
-    return TranslationFormat(
-        tokenizer=opened.tokenizer,
-        languages=(source, to),
-        direction="forward",
-        template=data.translation.template if data is not None else None,
-        targets="assistant",
-        system_prompt=system,
-        settings=opened.template_settings,
-    )
-
-
-def _as_trained(language: str, trained: Sequence[str]) -> str:
-    """Return the name that the run's data has for a language, or the one given."""
-    same = [name for name in trained if language_tag(name) == language_tag(language)]
-    return same[0] if same else language
-
-
-def _note_other_direction(opened: Opened, format: TranslationFormat, display: Display) -> None:
-    """Print a note if the run did not learn to translate in the direction of `format`."""
-    trained = tuple(_trained_languages(opened.run))
-    if opened.config is None or not trained:
-        return
-    directions = {
-        "forward": [trained],
-        "backward": [trained[::-1]],
-        "both": [trained, trained[::-1]],
-    }[opened.config.data.translation.direction]
-    if format.languages not in directions:
-        learnt = " and ".join(" → ".join(direction) for direction in directions)
-        remedy = " (see data.translation.direction)" * (format.languages[::-1] in directions)
-        display.say(f"note: this run learnt {learnt}, not {' → '.join(format.languages)}{remedy}")
-
-
-def _trained_languages(run: RunDir | None) -> Sequence[str]:
-    """Return the two languages that a run was trained on; none if that is not known."""
-    return (DataCounts.read(run).languages or ()) if run is not None else ()

@@ -365,7 +365,7 @@ def test_chat_reads_questions_from_a_pipe(chat_run):
         stdin="Hello?\n\n/reset\nAnd now?\n/exit\nnever read\n",
     )
     assert result.code == 0, result.err
-    assert "(forgotten)" in result.err
+    assert "(conversation cleared)" in result.err
     assert not result.out.startswith("> ")  # answers alone
     assert finetune("chat", "run", stdin="").code == 0
 
@@ -380,7 +380,7 @@ def test_chat_on_a_terminal(chat_run):
     code, shown = on_a_terminal("chat", "run", "--max-new-tokens", "3", replies=replies)
     assert code == 0, shown
     assert "Traceback" not in shown
-    for text in ("/exit ends it", "> Hello?", "(forgotten)", "> And now?", "> /exit"):
+    for text in ("/exit ends it", "> Hello?", "(conversation cleared)", "> And now?", "> /exit"):
         assert text in shown, shown
     assert next(script, None) is None
 

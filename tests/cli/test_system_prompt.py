@@ -52,9 +52,9 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.extend(map(decode, ids))
         return generate(model, ids, **options)
 
-    def watched_stream(model, tokenizer, ids, settings):
+    def watched_stream(model, tokenizer, ids, settings, **options):
         seen.append(tokenizer.decode(ids))
-        yield from stream(model, tokenizer, ids, settings)
+        yield from stream(model, tokenizer, ids, settings, **options)
 
     def decode(ids):
         return opened[-1].tokenizer.decode(ids)

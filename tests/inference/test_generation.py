@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from finetune.inference.generation import GenerationSettings, generate, stream, text_pieces
+from finetune.inference.generation import AnswerText, GenerationSettings, generate, stream
 
 GREEDY = GenerationSettings(
     max_new_tokens=9, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[]
@@ -131,11 +131,16 @@ def test_streamed_pieces_join_to_the_generated_answer(llama, tokenizer):
     assert len(pieces) > 5
 
 
+def pieces_of(ids, tokenizer):
+    text = AnswerText(tokenizer)
+    return [*filter(None, map(text.add, ids)), *filter(None, [text.rest()])]
+
+
 @settings(max_examples=30, deadline=None)
 @given(text=st.text(max_size=30))
 def test_a_piece_never_holds_half_a_character(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = list(text_pieces(iter(ids), tokenizer))
+    pieces = pieces_of(ids, tokenizer)
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
@@ -143,4 +148,4 @@ def test_a_piece_never_holds_half_a_character(tokenizer, text):
 def test_a_character_of_four_bytes_comes_out_at_once(tokenizer):
     ids = tokenizer("a🙃b", add_special_tokens=False)["input_ids"]
     assert len(ids) > 3
-    assert list(text_pieces(iter(ids), tokenizer)) == ["a", "🙃", "b"]
+    assert pieces_of(ids, tokenizer) == ["a", "🙃", "b"]

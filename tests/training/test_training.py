@@ -17,7 +17,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
-from tests.conftest import PYTHIA
+from tests.conftest import LLAMA, PYTHIA
 
 
 def train(tree, **options):
@@ -156,9 +156,8 @@ def test_early_stopping_keeps_the_best_model(tiny, tmp_path):
 
 
 def test_a_nan_stops_the_run_and_saves_the_batch(tiny, tmp_path):
-    tree = tiny(
-        optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0}
-    )
+    broken = {**LLAMA, "rms_norm_eps": -1.0}  # the root of a negative number
+    tree = tiny(model={"config": broken}, data={"packing": False})
     with pytest.raises(
         UserError, match=r"training stopped at step \d: the (loss|gradient norm) is (nan|inf)"
     ):
@@ -168,9 +167,8 @@ def test_a_nan_stops_the_run_and_saves_the_batch(tiny, tmp_path):
 
 
 def test_a_nan_is_told_where_the_disk_has_no_room_for_the_batch(tiny, tmp_path):
-    tree = tiny(
-        optimizer={"name": "sgd", "lr": 1e30, "weight_decay": 0.0}, training={"max_grad_norm": 0}
-    )
+    broken = {**LLAMA, "rms_norm_eps": -1.0}  # the root of a negative number
+    tree = tiny(model={"config": broken}, data={"packing": False})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".bad_batch.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(

@@ -56,7 +56,7 @@ def read_messages(value: object) -> tuple[list[Message], set[int]]:
 def _message(item: Mapping[str, object], number: int) -> Message:
     given = _one_of(item, ("role", "from"), number)
     role = given.lower() if isinstance(given, str) else given
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(
             f"message {number} has the unknown role {given!r}; known are {', '.join(ROLES)}"
         )

@@ -16,7 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
-from finetune.recipes.build.model import load_trained
+from finetune.recipes.build.model import load_trained, make_model, make_tokenizer
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
 
@@ -83,6 +83,38 @@ def open_target(target: str) -> Opened:
     fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return Opened(model, tokenizer, run if is_run else None, config)
+
+
+def open_base(opened: Opened) -> Opened:
+    """Load the model that a run began with, as it was before the first step.
+
+    Weights that the run did not change are shared with the trained model's. Raises UserError if
+    `opened` is no run, or if it began with random weights.
+    """
+    config = opened.config
+    if config is None or config.model.name is None:
+        raise UserError(
+            "there is no base model to compare with: "
+            + ("this is no run" if config is None else "the run began with random weights")
+        )
+    tokenizer = make_tokenizer(config.model, ())
+    tokens = set_template(tokenizer, config.model.chat_template)
+    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
+    model.to(opened.model.device).eval()
+    _share_equal_weights(model, opened.model)
+    return Opened(model, tokenizer, opened.run, config)
+
+
+def _share_equal_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Let `model` use the weights of `other` that have the same name and the same values.
+
+    Neither model may be trained afterwards.
+    """
+    theirs = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        twin = theirs.get(name)
+        if twin is not None and twin.dtype == parameter.dtype and torch.equal(twin, parameter):
+            parameter.data = twin.data
 
 
 def require_utf8(text: str, what: str) -> str:

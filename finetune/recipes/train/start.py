@@ -128,8 +128,14 @@ def write_records(parts: Parts, run: RunDir) -> None:
 
 
 def template_date(run: RunDir) -> date | None:
-    """Return the day that the chat template of `run` prints, if it prints one."""
-    return load_config(run.config).data.template_date if run.is_run() else None
+    """Return the day that the chat template of `run` prints, if it prints one.
+
+    None if the config is damaged: the run's identity then shows whether the day mattered.
+    """
+    try:
+        return load_config(run.config).data.template_date if run.is_run() else None
+    except UserError:
+        return None
 
 
 def write_counts(parts: Parts, run: RunDir) -> None:

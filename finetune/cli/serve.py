@@ -1,0 +1,36 @@
+"""`finetune serve`: a model for other programs, and a page to try it."""
+
+from typing import Annotated
+
+import typer
+
+from finetune.cli.app import Target, app
+from finetune.cli.use import MaxNewTokens, System, Temperature, TopK, TopP, given
+
+
+@app.command()
+def serve(
+    target: Target,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any but this machine's own is open to all.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    base: Annotated[
+        bool, typer.Option("--base/--no-base", help="Serve the run's base model beside it.")
+    ] = True,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+) -> None:
+    """Serve a model: a page to try it, and /v1/chat/completions as OpenAI has it.
+
+    It is made for one person. The guide names servers for many.
+    """
+    from finetune.recipes.serve import serve_target
+
+    settings = given(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
+    )
+    serve_target(target, host=host, port=port, base=base, system_prompt=system, settings=settings)

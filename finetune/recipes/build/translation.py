@@ -1,0 +1,73 @@
+"""How an opened run is asked to translate: in the words and the direction of its training."""
+
+from collections.abc import Sequence
+
+from finetune.data.formats.languages import language_tag
+from finetune.data.formats.translation import TranslationFormat
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.build.target import Opened
+from finetune.run.folder import RunDir
+from finetune.run.records import DataCounts
+
+
+def translation_format(
+    opened: Opened, source: str | None, to: str | None, display: Display
+) -> TranslationFormat:
+    """Return the format of the run's own training, from `source` to `to`.
+
+    By default the languages are those of the run, in the direction that it was trained in.
+    """
+    data = opened.config.data if opened.config is not None else None
+    trained = trained_languages(opened.run)
+    if data is not None and data.translation.direction == "backward":
+        trained = trained[::-1]
+    if trained:
+        source = trained[0] if source is None else _as_trained(source, trained)
+        to = trained[1] if to is None else _as_trained(to, trained)
+    if source is None or to is None:
+        raise UserError(
+            "the languages are not known. Give --from and --to, such as --from en --to fr"
+        )
+    system = data.system_prompt if data is not None else None
+    if system is not None:
+        display.say(f"system prompt of the run: {system}")
+    return TranslationFormat(
+        tokenizer=opened.tokenizer,
+        languages=(source, to),
+        direction="forward",
+        template=data.translation.template if data is not None else None,
+        targets="assistant",
+        system_prompt=system,
+        settings=opened.template_settings,
+    )
+
+
+def _as_trained(language: str, trained: Sequence[str]) -> str:
+    """Return the name that the run's data has for a language, or the one given."""
+    same = [name for name in trained if language_tag(name) == language_tag(language)]
+    return same[0] if same else language
+
+
+def note_other_direction(opened: Opened, format: TranslationFormat, display: Display) -> None:
+    """Print a note if the run did not learn to translate in the direction of `format`."""
+    directions = learnt_directions(opened)
+    if directions and format.languages not in directions:
+        learnt = " and ".join(" → ".join(direction) for direction in directions)
+        remedy = " (see data.translation.direction)" * (format.languages[::-1] in directions)
+        display.say(f"note: this run learnt {learnt}, not {' → '.join(format.languages)}{remedy}")
+
+
+def trained_languages(run: RunDir | None) -> Sequence[str]:
+    """Return the two languages that a run was trained on; none if that is not known."""
+    return (DataCounts.read(run).languages or ()) if run is not None else ()
+
+
+def learnt_directions(opened: Opened) -> list[tuple[str, str]]:
+    """Return the pairs (source, target) that a translation run learnt; none for any other."""
+    if opened.config is None or len(languages := trained_languages(opened.run)) != 2:
+        return []
+    forward = (languages[0], languages[1])
+    return {"forward": [forward], "backward": [forward[::-1]], "both": [forward, forward[::-1]]}[
+        opened.config.data.translation.direction
+    ]

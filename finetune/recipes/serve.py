@@ -1,0 +1,210 @@
+"""`finetune serve`: a run or a model behind OpenAI's interface, with a page to try it."""
+
+import contextlib
+import copy
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.models.describe import tensor_bytes
+from finetune.recipes.build.model import generation_settings
+from finetune.recipes.build.target import Opened, open_base, open_target
+from finetune.recipes.build.translation import learnt_directions, translation_format
+from finetune.run.metrics import METRICS
+from finetune.run.records import RunRecords, read_run
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_WAITING = 64  # requests
+MOST_EXAMPLES = 50  # held-out prompts that the page offers
+
+
+def serve_target(
+    target: str,
+    *,
+    host: str,
+    port: int,
+    base: bool,
+    system_prompt: str | None,
+    settings: Mapping[str, Any],
+) -> None:
+    """Answer requests until a signal comes.
+
+    `base` serves the model that the run began with, too. Raises UserError for a target that cannot
+    be opened, for an address that is taken, and if the extra is not installed.
+    """
+    try:
+        import uvicorn
+
+        from finetune.serving.app import make_app
+        from finetune.serving.worker import Worker
+    except ImportError as error:
+        raise UserError(
+            f"finetune serve needs the package {error.name}. Install it with: pip install "
+            "'finetune-rows[serve]'"
+        ) from error
+    display = Display()
+    listener = _listen(host, port)
+    opened = open_target(target)
+    served, batch_size = _served(opened, target, base, system_prompt, settings, display)
+    worker = Worker(
+        {name: each.model for name, each in served.models.items()},
+        {name: copy.deepcopy(each.tokenizer) for name, each in served.models.items()},
+        batch_size=batch_size,
+        most_waiting=MOST_WAITING,
+    )
+    app = make_app(served, worker, hosts=LOOPBACK if host in LOOPBACK else None)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    display.say(f"serving {' and '.join(served.models)} at {address} (Ctrl-C ends it)")
+    if host not in LOOPBACK:
+        display.say(
+            f"note: whoever reaches {host} can use the model and read the run's held-out prompts; "
+            "there is no password and no encryption"
+        )
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, lifespan="off"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+    worker.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; taken before the model loads, which takes long."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()
+        return listener
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"the address {host}, port {port} cannot be used: {reason}. Give another with --port "
+            "or --host"
+        ) from error
+
+
+def _served(
+    opened: Opened,
+    target: str,
+    base: bool,
+    system_prompt: str | None,
+    settings: Mapping[str, Any],
+    display: Display,
+) -> tuple[Any, int]:
+    """Return what is served, and how many answers are drawn at a time."""
+    from finetune.serving.served import Served
+
+    section = opened.settings(settings)
+    system = opened.system_prompt(system_prompt, display)
+    name = Path(target).resolve().name if Path(target).exists() else target
+    models = {name: _model(opened, section, system, display)}
+    base_name = None
+    if base and opened.run is not None:
+        try:
+            began_with = open_base(opened)
+        except UserError as error:
+            display.say(f"note: the base model is not served: {error}")
+        else:
+            base_name = _base_name(opened, name)
+            models[base_name] = _model(began_with, section, system, display)
+            _say_memory(opened, began_with, display)
+    about = _about(opened, name, base_name, system, section)
+    report = None if opened.run is None else opened.run.report
+    return Served(models, about=about, report=report), section.batch_size
+
+
+def _model(opened: Opened, section: Any, system: str | None, display: Display) -> Any:
+    from finetune.serving.served import ServedModel
+
+    quiet = Display(enabled=False)
+    directions = learnt_directions(opened)
+
+    def translate(text: str, source: str | None, target: str | None) -> Any:
+        format = translation_format(opened, source, target, quiet)
+        return format.prompt(text, reverse=False).input_ids
+
+    template = opened.template() if opened.tokenizer.chat_template else None
+    return ServedModel(
+        model=opened.model,
+        tokenizer=opened.tokenizer,
+        settings=generation_settings(section, opened.model, seed=None),
+        template=template,
+        system_prompt=system if template is not None and template.writes("system") else None,
+        translate=translate if directions else None,
+    )
+
+
+def _base_name(opened: Opened, name: str) -> str:
+    assert opened.config is not None
+    assert opened.config.model.name is not None
+    base = Path(opened.config.model.name).name
+    return base if base != name else f"{base} (base)"
+
+
+def _say_memory(opened: Opened, base: Opened, display: Display) -> None:
+    both = [*opened.model.parameters(), *base.model.parameters()]
+    size = tensor_bytes({each.data_ptr(): each for each in both}.values())
+    display.say(f"the two models hold {size / 1e9:.1f} GB of weights, equal ones once")
+
+
+def _about(
+    opened: Opened, name: str, base: str | None, system: str | None, section: Any
+) -> dict[str, Any]:
+    """Return what the page shows of the run."""
+    records = read_run(opened.run.root) if opened.run is not None else None
+    directions = learnt_directions(opened)
+    return {
+        "trained": name,
+        "base": base,
+        "is_run": records is not None,
+        "can_chat": bool(opened.tokenizer.chat_template),
+        "directions": directions,
+        "system_prompt": system or "",
+        "settings": section.model_dump(
+            include={"max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty"}
+        ),
+        "figures": _figures(records),
+        "examples": [] if records is None else _examples(records, system),
+        "has_report": opened.run is not None and opened.run.report.is_file(),
+    }
+
+
+def _figures(records: RunRecords | None) -> list[dict[str, Any]]:
+    """Return the head figures before and after training."""
+    if records is None or records.after is None:
+        return []
+    before = records.before.metrics if records.before is not None else None
+    after = (records.best or records.after).metrics
+    return [
+        {"name": metric.name, "before": metric.show(before), "after": metric.show(after)}
+        for metric in METRICS
+        if metric.short and metric.key != "inactive_mass" and metric.value(after) is not None
+    ]
+
+
+def _examples(records: RunRecords, system: str | None) -> list[dict[str, str]]:
+    """Return held-out prompts that are one question, with their references."""
+    found: dict[str, str] = {}
+    for sample in records.samples:
+        question = _question(sample.prompt, system)
+        if question is not None:
+            found.setdefault(question, sample.reference)
+    return [
+        {"prompt": prompt, "reference": reference}
+        for prompt, reference in list(found.items())[:MOST_EXAMPLES]
+    ]
+
+
+def _question(prompt: str, system: str | None) -> str | None:
+    """Return the question of a sample, or None if it is a longer conversation."""
+    text = prompt.removeprefix(f"system: {system}\n\n") if system else prompt
+    turns = re.findall(r"^(system|user|assistant|tool|tools): ", text, re.MULTILINE)
+    if not turns:
+        return text
+    return text.removeprefix("user: ") if turns == ["user"] and text != prompt else None

@@ -1,0 +1,250 @@
+"""The web server: OpenAI's interface, the page, and what the page asks besides."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+
+from finetune.errors import UserError
+from finetune.evaluation.answers import text_metrics
+from finetune.serving import protocol
+from finetune.serving.protocol import ChatRequest, ScoreRequest, Shape
+from finetune.serving.served import Served, ServedModel
+from finetune.serving.worker import Job, Piece, QueueFull, Worker
+
+MOST_BYTES = 1_000_000  # of a body
+_PAGE = Path(__file__).parent / "page.html"
+
+
+def make_app(served: Served, worker: Worker, *, hosts: Collection[str] | None) -> FastAPI:
+    """Return the server of `served`, whose answers `worker` draws.
+
+    Only requests to one of `hosts` are answered (None: to any), and no page of another site may
+    ask: a browser would let any site talk to a server of its own machine.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        host = request.headers.get("host", "")
+        if hosts is not None and urlsplit(f"//{host}").hostname not in hosts:
+            return _refusal(403, f"this server is not {host!r:.100}")
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return _refusal(403, f"a page of {origin!r:.100} may not ask this server")
+        response = await call_next(request)
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response
+
+    @app.exception_handler(404)
+    async def not_found(request: Request, _: Exception) -> Response:
+        return _refusal(404, f"there is nothing at {request.url.path!r:.200}", code="not_found")
+
+    @app.exception_handler(405)
+    async def not_allowed(request: Request, _: Exception) -> Response:
+        return _refusal(405, f"{request.method:.20} is not allowed at {request.url.path!r:.200}")
+
+    @app.exception_handler(500)
+    async def failed(_: Request, __: Exception) -> Response:
+        return _refusal(500, _FAILED, type="server_error")
+
+    app.include_router(_interface(served, worker))
+    app.include_router(_page(served))
+    return app
+
+
+def _interface(served: Served, worker: Worker) -> APIRouter:
+    """Return OpenAI's interface."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def models() -> Response:
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "finetune"}
+            for name in served.models
+        ]
+        return JSONResponse({"object": "list", "data": data})
+
+    @routes.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked = await _read(request, ChatRequest)
+        if isinstance(asked, Response):
+            return asked
+        if asked.model not in served.models:
+            known = ", ".join(served.models)
+            sentence = f"there is no model {asked.model!r:.100}; known are {known}"
+            return _refusal(404, sentence, code="model_not_found")
+        try:
+            answer = _Answering(asked, served.models[asked.model])
+            worker.submit(asked.model, answer.job)
+        except UserError as error:
+            return _refusal(400, str(error))
+        except QueueFull:
+            sentence = "too many requests wait. Ask again in a few seconds"
+            reply = _refusal(429, sentence, type="rate_limit_error", code="queue_full")
+            reply.headers["Retry-After"] = "2"
+            return reply
+        if asked.stream:
+            return StreamingResponse(answer.events(), media_type="text/event-stream")
+        return await answer.whole(request)
+
+    return routes
+
+
+def _page(served: Served) -> APIRouter:
+    """Return the page, and what it asks besides answers."""
+    routes = APIRouter()
+    page = _PAGE.read_text(encoding="utf-8")
+    policy = _policy(page)
+
+    @routes.get("/")
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+    @routes.get("/report")
+    async def show_report() -> Response:
+        if served.report is None or not served.report.is_file():
+            return _refusal(404, "there is no report", code="not_found")
+        return FileResponse(served.report, media_type="text/html")
+
+    @routes.get("/api/about")
+    async def about() -> Response:
+        return JSONResponse(dict(served.about) | {"models": list(served.models)})
+
+    @routes.post("/api/score")
+    async def score(request: Request) -> Response:
+        asked = await _read(request, ScoreRequest)
+        if isinstance(asked, Response):
+            return asked
+        scores = text_metrics(["chrf"], [asked.output], [asked.reference])
+        return JSONResponse({"chrf": scores["chrf"]})
+
+    return routes
+
+
+class _Answering:
+    """One request while it is answered. Must be made in the server's event loop."""
+
+    def __init__(self, asked: ChatRequest, model: ServedModel) -> None:
+        self.asked, self.model, self.id = asked, model, protocol.new_id()
+        self.prompt = model.prompt(asked)
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        settings = model.drawing(asked, self.prompt)
+        self.job = Job(self.prompt, settings, self._emit, asked.stops())
+
+    def _emit(self, piece: Piece) -> None:
+        """Pass a piece from the worker's thread to the event loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+        except RuntimeError:  # the server was stopped
+            self.job.cancel()
+
+    @property
+    def _may_call(self) -> bool:
+        return bool(self.asked.tools) and self.asked.tool_choice != "none"
+
+    async def whole(self, request: Request) -> Response:
+        """Return the whole answer, unless the client goes away before."""
+        texts: list[str] = []
+        try:
+            while True:
+                try:
+                    piece = await asyncio.wait_for(self._pieces.get(), timeout=1.0)
+                except TimeoutError:
+                    if await request.is_disconnected():
+                        return Response(status_code=499)
+                    continue
+                texts.append(piece.text)
+                if piece.ending is not None:
+                    break
+        finally:
+            self.job.cancel()
+        if piece.ending == "error":
+            return _refusal(500, _FAILED, type="server_error")
+        message, ending = self._message("".join(texts), piece)
+        usage = protocol.usage_of(len(self.prompt), piece.num_tokens)
+        name = self.asked.model
+        return JSONResponse(protocol.completion(self.id, name, message, ending, usage))
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the answer as server-sent events; the job ends if nobody reads them any more."""
+        id, name = self.id, self.asked.model
+        held: list[str] = []  # all text, if it may turn out to be a call
+        try:
+            yield protocol.event(protocol.chunk(id, name, {"role": "assistant", "content": ""}))
+            while True:
+                piece = await self._pieces.get()
+                if self._may_call:
+                    held.append(piece.text)
+                elif piece.text:
+                    yield protocol.event(protocol.chunk(id, name, {"content": piece.text}))
+                if piece.ending is not None:
+                    break
+            if piece.ending == "error":
+                yield protocol.event(protocol.error_body(_FAILED, type="server_error"))
+                return
+            message, ending = self._message("".join(held), piece)
+            if self._may_call:
+                calls = message.get("tool_calls", ())
+                delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
+                body = delta if calls else {"content": message["content"]}
+                yield protocol.event(protocol.chunk(id, name, body))
+            yield protocol.event(protocol.chunk(id, name, {}, ending))
+            if self.asked.stream_options and self.asked.stream_options.include_usage:
+                usage = protocol.usage_of(len(self.prompt), piece.num_tokens)
+                yield protocol.event(protocol.usage_chunk(id, name, usage))
+            yield "data: [DONE]\n\n"
+        finally:
+            self.job.cancel()
+
+    def _message(self, text: str, last: Piece) -> tuple[dict[str, Any], str]:
+        """Return the message of the whole answer, and why it ended in OpenAI's words."""
+        calls = self.model.calls(self.prompt, last.ids) if self._may_call else None
+        return protocol.message_of(text, calls), "tool_calls" if calls else str(last.ending)
+
+
+_FAILED = "the answer failed; the server's terminal says why"
+
+
+async def _read(request: Request, shape: type[Shape]) -> Shape | Response:
+    """Return what is asked, or the refusal of a body that is too large or wrong."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BYTES:
+            return _refusal(413, f"the body has more than {MOST_BYTES:,} bytes. Send less")
+    try:
+        return protocol.read_request(shape, bytes(body))
+    except UserError as error:
+        return _refusal(400, str(error))
+
+
+def _refusal(
+    status: int, message: str, *, type: str = "invalid_request_error", code: str | None = None
+) -> JSONResponse:
+    return JSONResponse(protocol.error_body(message, type=type, code=code), status_code=status)
+
+
+def _policy(page: str) -> str:
+    """Return the content security policy of the page: its own script and style, and this server."""
+    own = {
+        kind: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
+        )
+        for kind in ("script", "style")
+    }
+    return (
+        f"default-src 'none'; script-src {own['script']}; style-src {own['style']}; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

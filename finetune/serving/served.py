@@ -1,0 +1,87 @@
+"""The models that are served: how a request becomes a prompt, and a prompt a job."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.formats.messages import read_messages, read_tools
+from finetune.data.formats.rendering import ChatTemplate, Dialog
+from finetune.data.types import Message, Tokenizer
+from finetune.errors import UserError
+from finetune.evaluation.tool_calls import read_answer_calls
+from finetune.inference.generation import GenerationSettings, answer_room
+from finetune.models.describe import CausalLM
+from finetune.serving.protocol import ChatRequest
+
+Translate = Callable[[str, str | None, str | None], Sequence[int]]
+"""From a sentence, its language and the one to translate to, to the ids of the prompt."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model, and how it is asked.
+
+    `system_prompt` is that of the run's training. It comes before a conversation that has none.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    settings: GenerationSettings  # unless a request says otherwise
+    template: ChatTemplate | None  # None: it knows no turns
+    system_prompt: str | None = None
+    translate: Translate | None = None  # None: the run was not one of translation
+
+    def prompt(self, request: ChatRequest) -> list[int]:
+        """Return the ids of the prompt. Raises UserError for what this model cannot be asked."""
+        messages, _ = read_messages(request.messages)
+        if request.translate is not None:
+            return self._sentence(messages, request)
+        if self.template is None:
+            raise UserError(
+                "this model has no chat template, so it knows no turns; a translation run takes "
+                'a sentence with "translate": {}'
+            )
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise UserError(
+                f"the last message is from {messages[-1]['role']}, but must be from user or tool"
+            )
+        tools = None if request.tool_choice == "none" else read_tools(request.tools)
+        dialog = Dialog(self._with_system_prompt(messages), tools=tools)
+        return self.template.prompt(dialog, parse_control_tokens=False)
+
+    def _sentence(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
+        assert request.translate is not None
+        if self.translate is None:
+            raise UserError("this model was not trained to translate. Leave out translate")
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            raise UserError("translate takes one message from the user, which is the sentence")
+        text = messages[0]["content"].strip()
+        return list(self.translate(text, request.translate.source, request.translate.target))
+
+    def _with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages after the run's system prompt. An empty one in front means none."""
+        if messages[0]["role"] in ("system", "developer"):
+            return list(messages if messages[0]["content"].strip() else messages[1:])
+        if not self.system_prompt:
+            return list(messages)
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def drawing(self, request: ChatRequest, prompt: Sequence[int]) -> GenerationSettings:
+        """Return the settings of the answer. Raises UserError if the prompt leaves no room."""
+        settings = replace(self.settings, **request.drawing())
+        answer_room(self.model, prompt, settings.max_new_tokens)
+        return settings
+
+    def calls(self, prompt: Sequence[int], answer: Sequence[int]) -> list[dict[str, object]] | None:
+        """Return the calls of tools in an answer, or None if there are none to be read."""
+        return read_answer_calls(self.tokenizer, answer, prompt=prompt)
+
+
+@dataclass(frozen=True)
+class Served:
+    """All that is served."""
+
+    models: Mapping[str, ServedModel]  # by the name that a request gives
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the page shows, for JSON
+    report: Path | None = None  # the run's report.html

@@ -1,0 +1,82 @@
+"""The commands of `finetune chat`, typed into a pipe."""
+
+import json
+
+import pytest
+
+from tests.cli.conftest import finetune
+
+
+def chat(run, *lines, options=()):
+    result = finetune("chat", str(run), *options, stdin="\n".join(lines) + "\n")
+    assert result.code == 0, result.err
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return finished / "run"
+
+
+def test_help_names_every_command(run):
+    from finetune.recipes.chat import COMMANDS
+
+    shown = chat(run, "/help").err
+    assert all(f"/{name}" in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_is_refused_and_the_chat_goes_on(run):
+    result = chat(run, "/rest", "/reset now", "Hello?")
+    assert "there is no command /rest; known are /help, /system" in result.err
+    assert "Did you mean 'reset'?" in result.err
+    assert "/reset takes no text, but 'now' follows it" in result.err
+    assert len(result.out.splitlines()) >= 1  # the answer to Hello?
+
+
+def test_what_is_said_and_undone_is_what_is_saved(run, tmp_path):
+    target = tmp_path / "talk.jsonl"
+    chat(
+        run, "One?", "Two?", "/undo", "/system Be kind.", "Three?", "/retry", f"/save {target}",
+        "/reset", "Four?", f"/save {target}",
+    )  # fmt: skip
+    first, second = (json.loads(line)["messages"] for line in target.read_text().splitlines())
+    assert [m["content"] for m in first if m["role"] != "assistant"] == [
+        "Be kind.", "One?", "Three?",
+    ]  # fmt: skip
+    assert [m["content"] for m in second if m["role"] == "user"] == ["Four?"]
+
+
+def test_a_conversation_that_was_saved_can_be_trained_on(run, tmp_path):
+    target = tmp_path / "talk.jsonl"
+    drawn = ["--temperature", "2", "--max-new-tokens", "8"]  # greedy, the tiny model is silent
+    chat(run, "One?", "Two?", f"/save {target}", options=drawn)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}\n"
+        f"data: {{train: {target}, validation_fraction: 0}}\n"
+    )
+    assert finetune("inspect", str(config)).code == 0
+
+
+def test_nothing_to_undo_retry_or_save(run):
+    shown = chat(run, "/undo", "/retry", "/save x.jsonl", "/save", "/temperature hot").err
+    for sentence in (
+        "there is no question to undo",
+        "there is no question to answer anew",
+        "there is nothing to save yet",
+        "/save needs the name of a file",
+        "the temperature is 'hot', but must be from 0 to 100",
+    ):
+        assert sentence in shown
+
+
+def test_a_new_temperature_and_a_retry_draw_anew(run):
+    lines = ["/temperature 2", "Hello?", "/retry", "/retry", "/retry"]
+    answers = chat(run, *lines, options=["--max-new-tokens", "8"]).out
+    assert len(set(answers.splitlines())) > 1
+
+
+def test_a_base_that_was_random_is_refused(run):
+    result = finetune("chat", str(run), "--base", stdin="")
+    assert result.code == 2
+    assert "the run began with random weights" in result.err

@@ -1,0 +1,293 @@
+"""The server as its clients meet it: the openai package, plain HTTP, and garbage."""
+
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from finetune.serving.app import MOST_BYTES
+from tests.cli.conftest import finetune
+
+ASK = [{"role": "user", "content": "What is 3 plus 4?"}]
+
+
+def answer(server, **changes):
+    asked = {"model": "trained", "messages": ASK, "temperature": 0, **changes}
+    return server.client.chat.completions.create(**asked)
+
+
+def post(server, body, **options):
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, **options)
+
+
+def test_both_models_are_listed_and_their_equal_weights_are_held_once(server):
+    assert [model.id for model in server.client.models.list()] == ["trained", "model"]
+    trained, base = (each.model for each in server.served.models.values())
+    assert len(list(trained.parameters())) == len(list(base.parameters()))
+
+
+def test_an_answer_is_that_of_the_command(server, chat_run):
+    command = finetune("generate", str(chat_run), "--prompt", ASK[0]["content"])
+    assert command.code == 0, command.err
+    reply = answer(server)
+    assert reply.choices[0].message.content == command.out.removesuffix("\n")
+    assert reply.choices[0].finish_reason in ("stop", "length")
+    assert reply.usage.completion_tokens <= 4
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+@pytest.mark.parametrize("model", ["trained", "model"])
+def test_a_streamed_answer_is_the_same(server, model):
+    whole = answer(server, model=model, max_tokens=12)
+    parts = list(
+        answer(
+            server, model=model, max_tokens=12, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content
+    endings = [part.choices[0].finish_reason for part in parts if part.choices]
+    assert endings[-1] == whole.choices[0].finish_reason
+    assert set(endings[:-1]) == {None}
+    assert parts[-1].usage == whole.usage
+
+
+def test_the_systems_prompt_of_the_run_is_used_unless_another_is_given(server):
+    def num_prompt_tokens(*before):
+        return answer(server, messages=[*before, *ASK]).usage.prompt_tokens
+
+    own = {"role": "system", "content": "Be exact."}
+    assert num_prompt_tokens() == num_prompt_tokens(own)
+    assert num_prompt_tokens({"role": "system", "content": ""}) < num_prompt_tokens()
+    assert num_prompt_tokens({"role": "system", "content": "Be exact. Be kind."}) > (
+        num_prompt_tokens()
+    )
+
+
+def test_a_seed_repeats_an_answer_and_settings_do_not_leak_between_requests(server):
+    drawn = {"temperature": 2.0, "max_tokens": 12}
+    texts = [answer(server, seed=seed, **drawn).choices[0].message.content for seed in (1, 2, 1)]
+    assert texts[0] == texts[2] != texts[1]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(
+            pool.map(lambda seed: answer(server, seed=seed, **drawn), [1, 2, 1, 2, 1, 2])
+        )
+    assert [reply.choices[0].message.content for reply in together] == texts[:2] * 3
+
+
+def test_an_answer_ends_before_a_stop_text(server):
+    whole = answer(server, max_tokens=12).choices[0].message.content
+    middle = whole[len(whole) // 2 :][:2]
+    cut = answer(server, max_tokens=12, stop=[middle]).choices[0]
+    assert cut.message.content == whole[: whole.index(middle)]
+    assert cut.finish_reason == "stop"
+
+
+def test_a_stream_that_is_left_in_the_middle_ends_the_answer(server):
+    drawn = []
+
+    def slow(*_):
+        drawn.append(time.sleep(0.05))
+
+    hook = server.served.models["trained"].model.register_forward_pre_hook(slow)
+    try:
+        stream = answer(server, max_tokens=1000, stream=True, temperature=2.0, seed=3)
+        next(iter(stream))
+        stream.close()
+        wait_for(lambda: not server.worker.is_busy)
+    finally:
+        hook.remove()
+    assert len(drawn) < 40  # of about 90 that the model has room for
+
+
+REFUSED = {  # what is sent -> status, and words of the sentence
+    "model": ({"model": "gpt-4"}, 404, "there is no model 'gpt-4'; known are trained, model"),
+    "nothing asked": ({"messages": []}, 400, "messages: "),
+    "no user": ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "from user or tool"),
+    "role": ({"messages": [{"role": "king", "content": "a"}]}, 400, "unknown role 'king'"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        400,
+        "not text alone",
+    ),
+    "two answers": ({"n": 2}, 400, "n: "),
+    "logprobs": ({"logprobs": True}, 400, "logprobs: "),
+    "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "hot": ({"temperature": 9}, 400, "temperature: "),
+    "unknown": ({"tempature": 1}, 400, "tempature: is not a parameter of this server"),
+    "no tokens": ({"max_tokens": 0}, 400, "max_tokens: "),
+    "too long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "at most 128"),
+    "no translator": ({"translate": {}}, 400, "was not trained to translate"),
+    "seed": ({"seed": 2**70}, 400, "seed: "),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_refused_in_a_sentence(server, name):
+    changes, status, words = REFUSED[name]
+    reply = post(server, {"model": "trained", "messages": ASK, **changes})
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert words in error["message"]
+    assert error.keys() == {"message", "type", "param", "code"}
+
+
+def test_the_openai_package_raises_its_own_errors(server):
+    with pytest.raises(openai.NotFoundError, match="there is no model"):
+        answer(server, model="gpt-4")
+    with pytest.raises(openai.BadRequestError, match="Shorten the text"):
+        answer(server, messages=[{"role": "user", "content": "a b " * 400}])
+
+
+def test_a_body_that_is_too_large_and_what_is_not_there(server):
+    body = {"model": "trained", "messages": [{"role": "user", "content": "a" * MOST_BYTES}]}
+    assert post(server, body).status_code == 413
+    for method, path, status in [
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/etc/passwd", 404),
+        ("GET", "/../pyproject.toml", 404),
+        ("POST", "/v1/embeddings", 404),
+    ]:
+        reply = httpx.request(method, server.url + path)
+        assert reply.status_code == status
+        assert "message" in reply.json()["error"]
+
+
+def test_pages_of_other_sites_may_not_ask(server):
+    body = {"model": "trained", "messages": ASK}
+    assert post(server, body, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert post(server, body, headers={"Host": "evil.example"}).status_code == 403
+    assert post(server, body, headers={"Host": "localhost:1"}).status_code == 200
+    assert post(server, body, headers={"Origin": server.url}).status_code == 200
+
+
+def garbage(draw: random.Random) -> bytes:
+    """Return a body that is broken in one of many ways."""
+    good = {"model": "trained", "messages": ASK, "max_tokens": 1}
+    text = json.dumps(good)
+    odd = [None, 1, -1, 1e400, "", [], {}, [[]], {"a": []}, "\ud800", True, 10**30, "x" * 999]
+    kind = draw.randrange(6)
+    if kind == 0:
+        return draw.randbytes(draw.randrange(200))
+    if kind == 1:
+        return text[: draw.randrange(len(text))].encode()
+    if kind == 2:
+        place = draw.randrange(len(text))
+        return (text[:place] + chr(draw.randrange(32, 127)) + text[place + 1 :]).encode()
+    if kind == 3:
+        return json.dumps(
+            {**good, draw.choice([*good, "stop", "tools"]): draw.choice(odd)}
+        ).encode()
+    if kind == 4:
+        message = {"role": "user", "content": "a", draw.choice(["role", "content", "name"]): 0}
+        message[draw.choice(list(message))] = draw.choice(odd)
+        return json.dumps({**good, "messages": [message]}).encode()
+    depth = draw.randrange(1, 100_000)
+    return b'{"messages":' + draw.choice([b"[", b'{"a":']) * depth
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_garbage_is_refused_and_breaks_nothing(server, count):
+    draw = random.Random(count)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        statuses = [
+            client.post("/v1/chat/completions", content=garbage(draw)).status_code
+            for _ in range(count)
+        ]
+    assert set(statuses) <= {200, 400, 404, 413}
+    assert statuses.count(400) > count / 2
+    assert answer(server).choices[0].message.content is not None
+
+
+def test_twenty_clients_at_once_get_the_answers_they_get_alone(server):
+    questions = [[{"role": "user", "content": f"What is {n} plus 1?"}] for n in range(20)]
+
+    def ask(question):
+        return answer(server, messages=question, max_tokens=8).choices[0].message.content
+
+    alone = [ask(question) for question in questions]
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(ask, questions)) == alone
+
+
+def test_a_full_queue_refuses(chat_run, serve):
+    body = {"model": "trained", "messages": ASK}
+    with serve(chat_run, most_waiting=2) as server, ThreadPoolExecutor(8) as pool:
+        begun, free = threading.Event(), threading.Event()
+
+        def held(*_):
+            begun.set()
+            free.wait(60)
+
+        hook = server.served.models["trained"].model.register_forward_pre_hook(held)
+        replies = [pool.submit(post, server, body)]
+        try:
+            assert begun.wait(60)
+            replies += [pool.submit(post, server, body) for _ in range(5)]
+            wait_for(lambda: sum(reply.done() for reply in replies) == 3)
+        finally:
+            hook.remove()
+            free.set()
+        results = [reply.result() for reply in replies]
+    assert sorted(reply.status_code for reply in results) == [200] * 3 + [429] * 3
+    refused = next(reply for reply in results if reply.status_code == 429)
+    assert refused.headers["Retry-After"] == "2"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_batch_that_fails_is_an_error_and_the_server_lives(server, monkeypatch, caplog):
+    model = server.served.models["trained"].model
+    hook = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        with pytest.raises(openai.InternalServerError, match="the answer failed"):
+            answer(server)
+        with pytest.raises(openai.APIError, match="the answer failed"):
+            list(answer(server, stream=True))
+    finally:
+        hook.remove()
+    assert "ZeroDivisionError" in caplog.text
+    assert answer(server).choices
+
+
+def test_a_translation_run_takes_sentences(translation_run, serve):
+    with serve(translation_run) as server:
+        about = httpx.get(f"{server.url}/api/about").json()
+        assert about["directions"] == [["en", "fr"]]
+        assert len(about["examples"]) == 2
+        sentence = about["examples"][0]["prompt"]
+        command = finetune("translate", str(translation_run), sentence)
+        body = {"model": "run", "messages": [{"role": "user", "content": sentence}]}
+        reply = post(server, {**body, "translate": {}, "temperature": 0}).json()
+        assert reply["choices"][0]["message"]["content"].strip() == command.out.strip()
+        scored = httpx.post(f"{server.url}/api/score", json={"output": "a b", "reference": "a b"})
+        assert scored.json() == {"chrf": pytest.approx(100)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_come_in_openais_shape(server, monkeypatch, stream):
+    """The answer is put in place of the tiny model's, which never learnt to call."""
+    monkeypatch.setattr(
+        type(server.served.models["trained"]),
+        "calls",
+        lambda *_: [{"name": "add", "arguments": {"a": 3}}],
+    )
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    reply = answer(server, tools=[tool], stream=stream)
+    choice = list(reply)[-2 if stream else 0].choices[0] if stream else reply.choices[0]
+    message = choice.delta if stream else choice.message
+    call = message.tool_calls[0]
+    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 3})
+    if not stream:
+        assert choice.finish_reason == "tool_calls"
