@@ -1,14 +1,14 @@
 """Batched generation with a key-value cache, and streaming of one answer as text.
 
 Prompts are sorted by length and padded on the left, so that all prompts of a batch grow at the same
-end. The start that the prompts of a batch share (the template, the system prompt, the instruction)
-is read once for all of them. A prompt leaves the batch when its answer is finished. Logits are
+end. The starts that prompts of a batch share (the template, the system prompt, the instruction) are
+read once each (`beginnings`). A prompt leaves the batch when its answer is finished. Logits are
 computed for the last position only. Up to rounding, an answer depends neither on the batch size nor
 on the other prompts. transformers' own `generate` does only the last of these.
 """
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetune.data.types import Tokenizer
 from finetune.errors import UserError
+from finetune.inference.beginnings import KeptCache, common_beginnings
 from finetune.models.describe import CausalLM, context_length
 from finetune.models.language_model import evaluating
 
@@ -73,15 +74,16 @@ def stream(
     settings: GenerationSettings,
     *,
     on_token: Callable[[], None] | None = None,
+    kept: KeptCache | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces of text that join to the whole answer.
 
-    No character is cut in two. `on_token` is called for each token of the answer. Raises UserError
-    as `generate` does.
+    No character is cut in two. `on_token` is called for each token of the answer. `kept` has what
+    the model has read of this conversation already. Raises UserError as `generate` does.
     """
     text = AnswerText(tokenizer)
     with evaluating(model):
-        for token in Decoder(model, {0: prompt}, {0: settings}).tokens():
+        for token in Decoder(model, {0: prompt}, {0: settings}, kept=kept).tokens():
             if on_token is not None:
                 on_token()
             if piece := text.add(token):
@@ -128,8 +130,9 @@ class AnswerText:
 class Decoder:
     """A batch of prompts, one token further at each step. `active` has the unfinished prompts.
 
-    `model` is on its device and in evaluation mode. Each prompt has settings of its own. Raises
-    UserError for a prompt that is empty or leaves no room for an answer.
+    `model` is on its device and in evaluation mode. Each prompt has settings of its own. `kept` has
+    what was read of a conversation before its prompt, which is then the only one. Raises UserError
+    for a prompt that is empty or leaves no room for an answer.
     """
 
     def __init__(
@@ -137,6 +140,8 @@ class Decoder:
         model: CausalLM,
         prompts: Mapping[int, Sequence[int]],
         settings: Mapping[int, GenerationSettings],
+        *,
+        kept: KeptCache | None = None,
     ) -> None:
         self.model, self.device, self.settings = model, model.device, settings
         self.active = list(prompts)
@@ -148,27 +153,53 @@ class Decoder:
         self.generators = {i: _generator(settings[i].seed) for i in prompts}
         self.seen: Tensor | None = None
         self.cache: Any = None
-        self._read(list(prompts.values()), shared=_shared_length(prompts.values(), model.config))
+        self.kept = kept
+        texts = list(prompts.values())
+        if kept is not None:
+            assert len(texts) == 1, "a kept cache is that of one conversation"
+            groups = [(kept.take(texts[0]), [0])]
+            self.cache = kept.cache
+        elif len(texts) == 1 or _counts_places(model.config):
+            groups = [(0, list(range(len(texts))))]
+        else:
+            groups = common_beginnings(texts)
+        self._read(texts, groups)
 
     @torch.inference_mode()
-    def _read(self, prompts: list[Sequence[int]], *, shared: int) -> None:
-        """Read the `shared` tokens at the start, and make the rest the first input.
+    def _read(self, prompts: list[Sequence[int]], groups: list[tuple[int, list[int]]]) -> None:
+        """Read what each group shares at its start, and make the rest the first input.
 
-        The rest is padded on the left.
+        Starts and rests are padded on the left.
         """
-        if shared:
-            start = torch.tensor([list(prompts[0][:shared])], device=self.device)
+        shared = dict.fromkeys(range(len(prompts)), 0)
+        shared |= {i: count for count, members in groups for i in members}
+        longest = max(count for count, _ in groups)
+        if longest and self.cache is None:
+            starts = [list(prompts[members[0]][:count]) for count, members in groups]
+            read = torch.tensor([[0] * (longest - len(start)) + start for start in starts])
+            mask = torch.tensor(
+                [[0] * (longest - len(start)) + [1] * len(start) for start in starts]
+            )
+            padded = {} if mask.all() else _positions(mask.to(self.device))
             self.cache = self.model(
-                input_ids=start, use_cache=True, logits_to_keep=1
+                input_ids=read.to(self.device), use_cache=True, logits_to_keep=1, **padded
             ).past_key_values
-            self.cache.batch_repeat_interleave(len(prompts))
-        width = max(len(prompt) for prompt in prompts)
-        padding = [width - len(prompt) for prompt in prompts]
-        rest = [[0] * pad + list(prompt[shared:]) for pad, prompt in zip(padding, prompts)]
-        mask = [[1] * shared + [0] * pad + [1] * (width - shared - pad) for pad in padding]
-        self.input_ids = torch.tensor(rest, device=self.device)  # [prompts, width - shared]
-        self.mask = torch.tensor(mask, device=self.device)  # [prompts, width]
-        self.position_ids = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
+            owner = {i: number for number, (_, members) in enumerate(groups) for i in members}
+            places = torch.tensor([owner[i] for i in range(len(prompts))], device=self.device)
+            self.cache.batch_select_indices(places)
+        rests = [list(prompt[shared[i] :]) for i, prompt in enumerate(prompts)]
+        width = max(map(len, rests))
+        ids = [[0] * (width - len(rest)) + rest for rest in rests]
+        seen = [
+            [0] * (longest - shared[i])
+            + [1] * shared[i]
+            + [0] * (width - len(rest))
+            + [1] * len(rest)
+            for i, rest in enumerate(rests)
+        ]
+        self.input_ids = torch.tensor(ids, device=self.device)  # [prompts, width]
+        self.mask = torch.tensor(seen, device=self.device)  # [prompts, longest + width]
+        self.position_ids = _positions(self.mask)["position_ids"][:, longest:]
         if any(self.settings[i].repetition_penalty != 1.0 for i in self.active):
             num_tokens = self.model.config.get_text_config().vocab_size
             self.seen = torch.zeros(len(prompts), num_tokens, dtype=torch.bool, device=self.device)
@@ -195,6 +226,8 @@ class Decoder:
             logits_to_keep=1,
         )
         self.cache = output.past_key_values
+        if self.kept is not None:
+            self.kept.add(self.input_ids[0].tolist(), self.cache)
         chosen = self._choose(output.logits[:, -1])
         tokens = [
             (i, token)
@@ -266,18 +299,18 @@ def answer_room(model: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> 
     return min(max_new_tokens, limit - len(prompt))
 
 
-def _shared_length(prompts: Collection[Sequence[int]], config: Any) -> int:
-    """Return how many tokens at the start are the same in all prompts, at most all but one.
+def _counts_places(config: Any) -> bool:
+    """Return whether a sliding window counts places, padding included.
 
-    The padding then comes after the shared tokens. Full attention is told so by the mask and the
-    positions. A sliding window counts places, padding included, so a model with one shares nothing.
+    Full attention is told by the mask and the positions what is padding. With a window nothing is
+    shared, since padding comes after what is shared.
     """
-    if len(prompts) == 1 or getattr(config.get_text_config(), "sliding_window", None) is not None:
-        return 0
-    # In lexical order: what the first and the last share, all share.
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    limit = min(len(prompt) for prompt in prompts) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+    return getattr(config.get_text_config(), "sliding_window", None) is not None
+
+
+def _positions(mask: Tensor) -> dict[str, Tensor]:
+    """Return the mask and the positions of sequences that are padded anywhere."""
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
