@@ -41,7 +41,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "language_data": {"data"},
     "markupsafe": {"report"},
     "matplotlib": {"landscape", "report"},
-    "numpy": {"landscape"},
+    "numpy": {"landscape", "report"},
     "optuna": {"recipes"},
     "peft": {"models"},
     "psutil": {"recipes"},

@@ -16,7 +16,7 @@ from finetune.data.formats.languages import script_of
 from finetune.data.types import Prompt, Tokenizer
 from finetune.errors import UserError, did_you_mean
 from finetune.evaluation.tool_calls import call_scores, judge_calls
-from finetune.inference.generation import GenerationSettings, generate
+from finetune.inference.generation import GenerationSettings, answer_room, generate
 from finetune.models.describe import CausalLM
 
 TEXT_METRICS = ("chrf", "bleu")
@@ -36,6 +36,7 @@ class Answer(TypedDict):
     prompt: str
     reference: str
     output: str
+    cut: bool  # it has all the tokens that it may have
     calls: NotRequired[tuple[bool, bool]]  # see `judge_calls`; only until the scores are made
 
 
@@ -68,7 +69,13 @@ def evaluate_generation(
     )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
     own = [
-        Answer(prompt=p.text, reference=p.reference, output=text) for p, text in zip(prompts, texts)
+        Answer(
+            prompt=prompt.text,
+            reference=prompt.reference,
+            output=text,
+            cut=len(tokens) >= answer_room(model, prompt.input_ids, settings.max_new_tokens),
+        )
+        for prompt, text, tokens in zip(prompts, texts, generated)
     ]
     for number, (prompt, tokens) in enumerate(zip(prompts, generated)):
         if prompt.tool_calls:

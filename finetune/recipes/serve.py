@@ -184,7 +184,7 @@ def _figures(records: RunRecords | None) -> list[dict[str, Any]]:
     return [
         {"name": metric.name, "before": metric.show(before), "after": metric.show(after)}
         for metric in METRICS
-        if metric.short and metric.key != "inactive_mass" and metric.value(after) is not None
+        if metric.short and metric.value(after) is not None
     ]
 
 

@@ -19,22 +19,23 @@ def charts_of(run: RunRecords) -> list[Picture]:
         Curve(label, points_of(run.evaluations, key), look) for key, label, look in _TEXT_METRICS
     ]
     text = [curve for curve in text if curve.points]
-    charts = _loss(run)
+    steps = [record.step for record in run.steps] + [record.step for record in run.evaluations]
+    last = max(steps, default=0) or 1
+    charts = _loss(run, last)
     if text:
         description = " ".join(_in_words(curve.label, curve.points) for curve in text)
-        svg = draw_curves("text", text, description=description, zero=True)
+        svg = draw_curves("text", text, description=description, last_step=last, zero=True)
         charts.append(Picture("Generated text", "0 to 100, higher is better", svg, "half"))
-    large = not text  # so that each line of the page is full: 2 + 3 charts, or 2 + 2
     for key, title, unit in _TRAINING:
         if points := points_of(run.steps, key):
             curves = [Curve(title, points, "line")] if key == "lr" else _with_smoothing(points)
             description = _in_words(title, points)
-            svg = draw_curves(key, curves, description=description, large=large, zero=True)
-            charts.append(Picture(title, unit, svg, "half" if large else "third"))
+            svg = draw_curves(key, curves, description=description, last_step=last, zero=True)
+            charts.append(Picture(title, unit, svg, "half"))
     return charts
 
 
-def _loss(run: RunRecords) -> list[Picture]:
+def _loss(run: RunRecords, last_step: int) -> list[Picture]:
     training, held_out = points_of(run.steps, "loss"), points_of(run.evaluations, "loss")
     curves = _with_smoothing(training) if training else []
     if held_out:
@@ -46,15 +47,17 @@ def _loss(run: RunRecords) -> list[Picture]:
         for label, points in (("Training loss", training), ("Held-out loss", held_out))
         if points
     )
-    svg = draw_curves("loss", curves, description=description)
-    return [Picture("Loss", "nats per target token, lower is better", svg, "half")]
+    best = run.best.step if run.best is not None and len(held_out) > 2 else None
+    svg = draw_curves("loss", curves, description=description, last_step=last_step, best_step=best)
+    unit = "nats per target token, lower is better; the axis need not begin at 0"
+    return [Picture("Loss", unit, svg, "half")]
 
 
 def _with_smoothing(points: Points) -> list[Curve]:
     smoothed, span = smooth(points)
     if span == 1:
         return [Curve("each step", points, "line")]
-    return [Curve("each step", points, "raw"), Curve(f"mean of about {span}", smoothed, "line")]
+    return [Curve("each step", points, "raw"), Curve(f"mean of {span} around it", smoothed, "line")]
 
 
 def _in_words(label: str, points: Points) -> str:

@@ -1,12 +1,14 @@
 """The numbers of a run as its page shows them: verdict, before and after, tables, samples."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
-from finetune.run.metrics import METRICS, MISSING, Metric, number
-from finetune.run.records import RunRecords
+from finetune.run.metrics import METRICS, MISSING, Metric
+from finetune.run.records import Evaluation, RunRecords
 from finetune.run.wording import clock, listed
 
 
@@ -30,18 +32,53 @@ def metric_changes(run: RunRecords) -> list[Change]:
     return [
         _change(metric, before, after)
         for metric in METRICS
-        if metric.has_tile and (metric.value(before), metric.value(after)) != (None, None)
+        if not metric.about_vocabulary
+        and (metric.value(before), metric.value(after)) != (None, None)
     ]
+
+
+def vocabulary_lines(run: RunRecords) -> list[tuple[Metric, str, str]]:
+    """Return (metric, before, after) of each figure about the vocabulary that was measured."""
+    before, after = (part.metrics if part else {} for part in (run.before, run.after))
+    return [
+        (metric, metric.show(before), metric.show(after))
+        for metric in METRICS
+        if metric.about_vocabulary and (metric.value(before), metric.value(after)) != (None, None)
+    ]
+
+
+def evaluation_columns(run: RunRecords) -> list[Metric]:
+    """Return the metrics that the table of evaluations shows: those without a part of their own."""
+    evaluated = [*(evaluation.metrics for evaluation in run.evaluations), run.test]
+    return [
+        metric
+        for metric in METRICS
+        if not metric.about_vocabulary
+        and any(metric.value(figures) is not None for figures in evaluated)
+    ]
+
+
+FOLDED_FROM = 12  # rows of evaluations; with more, only the first, the best and the last are open
+
+
+def evaluation_parts(run: RunRecords) -> list[tuple[bool, list[Evaluation]]]:
+    """Return the evaluations in order, cut into runs that are folded (True) or open."""
+    if len(run.evaluations) <= FOLDED_FROM:
+        return [(False, run.evaluations)]
+    best = run.best.step if run.best is not None else None
+    parts: list[tuple[bool, list[Evaluation]]] = []
+    for number, evaluation in enumerate(run.evaluations):
+        is_open = number in (0, len(run.evaluations) - 1) or evaluation.step == best
+        if not parts or parts[-1][0] is is_open:
+            parts.append((not is_open, []))
+        parts[-1][1].append(evaluation)
+    return parts
 
 
 def _change(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
     old, new = metric.value(before), metric.value(after)
     shown = metric.show(before), metric.show(after)
     if old is None or new is None or not math.isfinite(new - old):
-        return Change(metric, *shown, "", "")
-    if metric.key == "inactive_mass" and number(before, "active_tokens") != number(
-        after, "active_tokens"
-    ):
         return Change(metric, *shown, "", "")
     if shown[0] == shown[1]:
         return Change(metric, *shown, "no change", "same")
@@ -80,9 +117,11 @@ def _in_words(change: Change) -> str:
     return f"{name} {verb} {change.before} to {change.after}"
 
 
-def run_state(run: RunRecords) -> str:
+def run_state(run: RunRecords, *, live: bool = False) -> str:
     """Return whether the run reached its end, and after how many steps."""
     last = run.steps[-1].step if run.steps else 0
+    if live:
+        return f"training: {last:,} steps so far"
     if run.diverged:
         return f"stopped at step {last:,}: the loss was NaN or diverged"
     return (
@@ -113,6 +152,31 @@ def token_counts(run: RunRecords) -> list[tuple[str, str]]:
     return [("Tokens of all steps", f"{read:,}"), ("Computed, shared beginnings once", times)]
 
 
+def phases(run: RunRecords) -> list[tuple[str, str]]:
+    """Return the time of each phase that was measured, and the peak memory, for a table."""
+    training = sum(step.seconds for step in run.steps)
+    evaluating = sum(evaluation.number("seconds") or 0.0 for evaluation in run.evaluations)
+    total = training + evaluating
+    found = [
+        (name, f"{clock(seconds)} ({seconds / total:.0%})")
+        for name, seconds in (("Training steps", training), ("Evaluations", evaluating))
+        if seconds
+    ]
+    peak = run.environment.peak_memory_gib
+    return [*found, *([("Peak memory of the process", f"{peak:,.1f} GiB")] if peak else [])]
+
+
+def settings(run: RunRecords) -> list[tuple[str, str]]:
+    """Return the settings that differ from their defaults."""
+    return [(key, _as_yaml(value)) for key, value in run.environment.settings.items()]
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
 def counts(data: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return the sections of data.json as one table.
 
@@ -126,7 +190,9 @@ def counts(data: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]
         if not isinstance(value, dict | list)
     )
     lines = [
-        (label_of(key), [_plain(values.get(key)) for values in sections.values()]) for key in keys
+        (label_of(key), [_plain(values.get(key)) for values in sections.values()])
+        for key in keys
+        if any(values.get(key) for values in sections.values())  # a count of 0 says nothing
     ]
     return [label_of(name) for name in sections], lines
 
@@ -140,8 +206,31 @@ def pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+_LABELS = {
+    "lora": "LoRA",
+    "tied": "Input and output share their table",
+    "token_table_share": "Token tables' share of the parameters",
+    "memory_gib": "Memory of the machine (GiB)",
+    "vocab_size": "Rows of the token table",
+}
+
+
+def date_of(started: str) -> str:
+    """Return an ISO 8601 time as a person writes it: 28 Nov 2026, 17:51 UTC."""
+    try:
+        time = datetime.fromisoformat(started).astimezone(UTC)
+    except ValueError:
+        return started
+    return f"{time.day} {_MONTHS[time.month - 1]} {time.year}, {time:%H:%M} UTC"
+
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
 def label_of(key: str) -> str:
-    """Return a file's key as a person writes it: memory_gib is "Memory (GiB)"."""
+    """Return a file's key as a person writes it: memory_gib is "Memory of the machine (GiB)"."""
+    if key in _LABELS:
+        return _LABELS[key]
     name = key.removesuffix("_gib")
     return name.replace("_", " ").capitalize() + (" (GiB)" if name != key else "")
 
@@ -170,6 +259,8 @@ class SamplePair:
     reference: str
     before: str | None
     after: str | None
+    before_cut: bool  # the answer has all the tokens that it might have
+    after_cut: bool
 
 
 def sample_pairs(run: RunRecords) -> tuple[list[SamplePair], int, int]:
@@ -183,10 +274,16 @@ def sample_pairs(run: RunRecords) -> tuple[list[SamplePair], int, int]:
     first, last = min(steps), max(steps)
     # The same prompt may occur twice, with different references: the reference is part of the key.
     by_step = {
-        step: {(s.prompt, s.reference): s.output for s in run.samples if s.step == step}
+        step: {(s.prompt, s.reference): s for s in run.samples if s.step == step}
         for step in (first, last)
     }
     before = by_step[first] if first < last or last == 0 else {}
     after = by_step[last] if last > 0 else {}
     keys = dict.fromkeys([*by_step[last], *by_step[first]])
-    return [SamplePair(*key, before.get(key), after.get(key)) for key in keys], first, last
+    pairs = []
+    for key in keys:
+        both = before.get(key), after.get(key)
+        old, new = (sample.output if sample is not None else None for sample in both)
+        cut = [sample is not None and sample.cut for sample in both]
+        pairs.append(SamplePair(*key, old, new, before_cut=cut[0], after_cut=cut[1]))
+    return pairs, first, last

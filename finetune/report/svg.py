@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -128,26 +129,44 @@ def points_of(records: Sequence[StepRecord | Evaluation], key: str) -> Points:
 
 
 def smooth(points: Points) -> tuple[Points, int]:
-    """Return an exponential moving average, and over about how many steps it is: a tenth of all.
+    """Return the mean around each point, and over how many points it is: about a tenth of all.
 
-    The average has no bias towards its start.
+    The mean is centred, so it does not lag: near an end it takes fewer points, as many on either
+    side. A curve that is smooth already is returned as it is, with a span of 1.
     """
-    span = max(1, len(points) // 10)
-    decay = 1 - 1 / span
-    total = weight = 0.0
-    smoothed = []
-    for step, value in points:
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-        smoothed.append((step, total / weight if weight and math.isfinite(value) else math.nan))
-    return smoothed, span
+    reach = len(points) // 20
+    values = np.array([value for _, value in points], dtype=float)
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    places = np.arange(len(points))
+    reaches = np.minimum(reach, np.minimum(places, len(points) - 1 - places))
+    first, end = places - reaches, places + reaches + 1
+    with np.errstate(invalid="ignore"):
+        means = (sums[end] - sums[first]) / (counts[end] - counts[first])
+    means[~known] = math.nan
+    if reach == 0 or not known.any() or _is_smooth(values[known], means[known]):
+        return points, 1
+    return [(step, float(mean)) for (step, _), mean in zip(points, means)], 2 * reach + 1
+
+
+def _is_smooth(values: Any, means: Any) -> bool:
+    """Return whether the points lie, on average, within 1 % of the curve's height of the mean."""
+    return float(np.abs(values - means).mean()) <= 0.01 * float(np.ptp(values))
 
 
 def draw_curves(
-    name: str, curves: Sequence[Curve], *, description: str, large: bool = True, zero: bool = False
+    name: str,
+    curves: Sequence[Curve],
+    *,
+    description: str,
+    last_step: float,
+    best_step: int | None = None,
+    zero: bool = False,
 ) -> str:
-    """Return the SVG of `curves` against steps. With `zero` the value axis begins at 0.
+    """Return the SVG of `curves` against steps, from 0 to `last_step`.
 
+    With `zero` the value axis begins at 0. The step of the best evaluation is marked by a line.
     `name` and `description` are those of `draw_svg`.
     """
 
@@ -160,7 +179,19 @@ def draw_curves(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.set_xlabel("step")
-        axes.margins(x=0.03, y=0.08)
+        axes.margins(y=0.08)
+        axes.set_xlim(-0.03 * last_step, 1.03 * last_step)
+        if best_step is not None:
+            axes.axvline(best_step, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+            axes.annotate(
+                "best",
+                (best_step, 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(-3, -3),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+            )
         if zero:
             axes.set_ylim(bottom=0)
         if len(curves) > 1:
@@ -172,8 +203,7 @@ def draw_curves(
                 columnspacing=1.4,
             )
 
-    size, font_size = ((440, 280), 12) if large else ((330, 220), 11)
-    return draw_svg(name, size, description, fill, font_size=font_size)
+    return draw_svg(name, (440, 280), description, fill, font_size=12)
 
 
 def _plot(axes: Axes, curve: Curve) -> None:
@@ -191,7 +221,7 @@ def tick(value: float) -> str:
     """Return a number as it is written on an axis: 12,000, 2.5, 5e-5."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    if 0 < abs(value) < 0.001:
+    if 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:g}"

@@ -21,7 +21,7 @@ class Metric:
     short: str = ""  # on a line of the terminal; "" leaves it out there
     higher_is_better: bool = False
     is_share: bool = False  # recorded from 0 to 1, shown in percent
-    has_tile: bool = True  # is shown at the top of the report as well as in its tables
+    about_vocabulary: bool = False  # the report has it in a part of its own, without a tile
 
     def value(self, metrics: Mapping[str, Any] | None) -> float | None:
         """Return the value in `metrics`, in the unit that is shown; None if it was not measured."""
@@ -58,24 +58,36 @@ METRICS = (
         higher_is_better=True,
         is_share=True,
     ),
-    Metric("active_tokens", "Active tokens", "tokens that the run uses", 0, has_tile=False),
-    Metric("loss_inside", "Active loss", "nats per target token that is active", 3, has_tile=False),
-    Metric("loss_outside", "Inactive loss", "nats per target token that is not", 3, has_tile=False),
+    Metric("active_tokens", "Active tokens", "tokens that the run uses", 0, about_vocabulary=True),
+    Metric(
+        "loss_inside",
+        "Active loss",
+        "nats per target token that is active",
+        3,
+        about_vocabulary=True,
+    ),
+    Metric(
+        "loss_outside",
+        "Inactive loss",
+        "nats per target token that is not",
+        3,
+        about_vocabulary=True,
+    ),
     Metric(
         "share_outside",
         "Inactive targets, %",
         "of the target tokens",
         2,
         is_share=True,
-        has_tile=False,
+        about_vocabulary=True,
     ),
     Metric(
         "inactive_mass",
         "Inactive mass, %",
         "of the probability",
         2,
-        short="inactive mass",
         is_share=True,
+        about_vocabulary=True,
     ),
     Metric(
         "inactive_mass_p99",
@@ -83,7 +95,7 @@ METRICS = (
         "of the probability",
         1,
         is_share=True,
-        has_tile=False,
+        about_vocabulary=True,
     ),
     Metric(
         "generated_outside",
@@ -91,7 +103,7 @@ METRICS = (
         "of the tokens generated",
         2,
         is_share=True,
-        has_tile=False,
+        about_vocabulary=True,
     ),
     Metric(
         "unrelated_loss",

@@ -77,7 +77,10 @@ class Environment(JsonRecord):
     precision: str = ""
     machine: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    model: Mapping[str, Any] = field(default_factory=dict)  # its shape and parameters, counted
+    model: Mapping[str, Any] = field(default_factory=dict)  # name, shape, parameters counted
+    training: Mapping[str, Any] = field(default_factory=dict)  # optimizer and method, in words
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that differ from the defaults
+    peak_memory_gib: float | None = None  # of the main process, at the end
     notes: Sequence[str] = ()  # choices made, things left out
 
 
@@ -182,6 +185,7 @@ class Sample:
     prompt: str
     reference: str
     output: str
+    cut: bool = False  # the answer has all the tokens that it may have
 
 
 def write_config(run: RunDir, text: str) -> None:
@@ -233,11 +237,12 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
     Raises UserError if the file cannot be read.
     """
     lines, unreadable = read_json_lines(run.samples)
-    known = [item.name for item in fields(Sample)]
-    whole = [line for line in lines if all(key in line for key in known)]
-    return [Sample(**{key: line[key] for key in known}) for line in whole], (
-        unreadable + len(lines) - len(whole)
-    )
+    needed = [item.name for item in fields(Sample) if item.name != "cut"]
+    whole = [line for line in lines if all(key in line for key in needed)]
+    samples = [
+        Sample(**{key: line[key] for key in needed}, cut=bool(line.get("cut"))) for line in whole
+    ]
+    return samples, unreadable + len(lines) - len(whole)
 
 
 @dataclass

@@ -37,6 +37,7 @@ COMMANDS = [
     "generate",
     "chat",
     "translate",
+    "serve",
     "report",
     "export",
     "optimizers",
@@ -149,7 +150,7 @@ def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
         COMMANDS
     )
-    assert len(COMMANDS) == 14
+    assert len(COMMANDS) == 15
 
 
 def test_the_bare_command_and_the_module_show_the_help():

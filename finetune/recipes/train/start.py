@@ -121,10 +121,24 @@ def write_records(parts: Parts, run: RunDir) -> None:
     replace(
         record,
         command=earlier.command or record.command,
-        model=describe_model(parts.model),
+        model={"name": _model_name(parts.config), **describe_model(parts.model)},
+        training={
+            "optimizer": parts.config.optimizer.name,
+            "method": _method(parts.config),
+            "vocabulary": parts.vocabulary.line(),
+        },
+        settings=flat_settings(parts.config.model_dump(mode="json", exclude_defaults=True)),
         notes=parts.display.notes,
     ).write(run)
     write_counts(parts, run)
+
+
+def _model_name(config: RunConfig) -> str:
+    return config.model.name or f"{(config.model.config or {}).get('model_type')}, random weights"
+
+
+def _method(config: RunConfig) -> str:
+    return "full" if config.model.lora is None else f"LoRA, rank {config.model.lora.rank}"
 
 
 def template_date(run: RunDir) -> date | None:

@@ -28,6 +28,7 @@ from finetune.recipes.train.start import (
     write_counts,
     write_records,
 )
+from finetune.report import write_report
 from finetune.run.folder import RunDir, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.training.checkpoint import CheckpointStore, find_checkpoint
@@ -141,6 +142,8 @@ def _train(
         say_counts(display, "training", parts.material.format, parts.statistics, parts.config)
         write_counts(parts, run)
     if stopped == "signal":
+        if is_main and run.report.is_file():
+            write_report(run.root)  # one that no longer refreshes itself
         display.say(
             f"stopped by a signal after step {trainer.progress.step}, which is saved. "
             "Go on with --resume auto"
