@@ -48,7 +48,7 @@ def declarations() -> str:
     schemas = []
     for name, description, parameters in TOOLS:
         properties = {key: {"type": "string", "description": d} for key, d in parameters.items()}
-        schema = {"type": "object", "properties": properties, "required": list(parameters)}
+        schema = {"type": "object", "properties": properties}
         schemas.append({"name": name, "description": description, "parameters": schema})
     lines = "\n".join(json.dumps(schema, separators=(",", ":")) for schema in schemas)
     return f"Answer with one call of a tool, as JSON and nothing else. The tools:\n{lines}"
