@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finetune.api import LoadedModel, RunResult, load, train
     from finetune.config import RunConfig, load_config
     from finetune.errors import UserError
     from finetune.optim import (
@@ -16,34 +17,39 @@ if TYPE_CHECKING:
         clip_grad_norm_,
         list_optimizers,
     )
-    from finetune.recipes.train.train import run_training
     from finetune.report import write_report
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LazyAdamW": "finetune.optim",
+    "LoadedModel": "finetune.api",
     "RunConfig": "finetune.config",
+    "RunResult": "finetune.api",
     "UserError": "finetune.errors",
     "build_lr_scheduler": "finetune.optim",
     "build_optimizer": "finetune.optim",
     "clip_grad_norm_": "finetune.optim",
     "list_optimizers": "finetune.optim",
+    "load": "finetune.api",
     "load_config": "finetune.config",
-    "run_training": "finetune.recipes.train.train",
+    "train": "finetune.api",
     "write_report": "finetune.report",
 }
 
 __all__ = [
     "LazyAdamW",
+    "LoadedModel",
     "RunConfig",
+    "RunResult",
     "UserError",
     "build_lr_scheduler",
     "build_optimizer",
     "clip_grad_norm_",
     "list_optimizers",
+    "load",
     "load_config",
-    "run_training",
+    "train",
     "write_report",
 ]
 

@@ -1,27 +1,31 @@
 """The progress of a command: a live line on a terminal, plain lines elsewhere.
 
-Only the main process shows anything. Everything goes to stderr; stdout has only results.
+Only the main process shows anything. Everything goes to stderr; stdout has only results. With -q
+nothing is shown, and with -v each step is a line.
 """
 
+import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from finetune.errors import visible
-from finetune.run.log import Listener
+from finetune.run.log import VERBOSITY, Journal, Listener
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.wording import clock
@@ -34,17 +38,43 @@ def on_terminal(text: str) -> str:
     return visible(text) if sys.stdout.isatty() else text
 
 
+class _Unheard:
+    """A stream that goes on if nobody reads it any more: a closed pipe or terminal, a full disk."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
     """The progress and the notes of one command."""
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self.enabled = enabled
+        stream = cast(IO[str], _Unheard(sys.stderr))
+        self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
+        self.verbosity = os.environ.get(VERBOSITY, "")
+        self.enabled = enabled and self.verbosity != "quiet"
+        self.journal = Journal()
         # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []
 
     def say(self, text: str) -> None:
-        """Print one line about the progress."""
+        """Print one line about the progress, which the run's log gets too."""
+        self.journal.add(visible(text))
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         if self.enabled:
             self._console.print(visible(text), markup=False)
 
@@ -81,12 +111,20 @@ class Display:
             yield advance
 
     @contextmanager
-    def steps(self, num_steps: int, first_step: int) -> Iterator[Listener]:
+    def steps(
+        self,
+        num_steps: int | None,
+        first_step: int,
+        *,
+        label: str = "training",
+        limit: float | None = None,
+    ) -> Iterator[Listener]:
         """Show training. The yielded listener takes the trainer's records.
 
-        It shows the step, the loss, the learning rate, the speed and the time left.
+        It shows the step, the loss, the learning rate, the speed, and the time elapsed and left.
+        `num_steps` is None if `limit`, in seconds, ends the run.
         """
-        with self._progress("training", num_steps, start=first_step) as update:
+        with self._progress(label, num_steps, start=first_step, limit=limit) as update:
 
             def listen(record: StepRecord | Evaluation) -> None:
                 if isinstance(record, Evaluation):
@@ -99,46 +137,73 @@ class Display:
 
     @contextmanager
     def _progress(
-        self, label: str, total: int | None, *, start: int = 0
+        self, label: str, total: int | None, *, start: int = 0, limit: float | None = None
     ) -> Iterator[Callable[[int, str], None]]:
         if not self.enabled:
             yield lambda done, facts: None
-        elif self._console.is_terminal:
+        elif self._console.is_terminal and self.verbosity != "verbose":
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                _TimesColumn(limit, start),
             )
             with Progress(*columns, console=self._console, transient=True) as progress:
                 task = progress.add_task(label, total=total, completed=start, facts="")
                 yield lambda done, facts: progress.update(task, completed=done, facts=facts)
         else:
-            yield self._plain_lines(label, total, start)
+            yield self._plain_lines(label, total, start, limit)
 
-    def _plain_lines(self, label: str, total: int | None, start: int) -> Callable[[int, str], None]:
+    def _plain_lines(
+        self, label: str, total: int | None, start: int, limit: float | None
+    ) -> Callable[[int, str], None]:
         began, first, shown = 0.0, start, 0.0
+        interval = 0.0 if self.verbosity == "verbose" else PLAIN_INTERVAL
 
         def update(done: int, facts: str) -> None:
             nonlocal began, first, shown
             now = time.monotonic()
             if not began:  # the rate does not count the time before the first update
                 began, first = now, done
-            elif now - shown < PLAIN_INTERVAL and done != total:
+            elif now - shown < interval and done != total:
                 return
             shown = now
             seconds = now - began
+            left = None
             if total and first < done < total:
-                time_left = clock((total - done) * seconds / (done - first))
-                ending = f"  {time_left} left"
-            else:
-                ending = f"  {clock(seconds)}" if done == total else ""
-            self.say(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
+                left = (total - done) * seconds / (done - first)
+            ending = f"  {_times(seconds, _sooner(left, limit, seconds))}" if seconds else ""
+            self._show(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
 
         return update
+
+
+class _TimesColumn(ProgressColumn):
+    """The time elapsed, and the time left as soon as it is known, at the mean rate so far.
+
+    `first` is what was done at the start.
+    """
+
+    def __init__(self, limit: float | None, first: int = 0) -> None:
+        super().__init__()
+        self._limit, self._first = limit, first
+
+    def render(self, task: Task) -> Text:
+        elapsed, left = task.elapsed or 0.0, None
+        if task.total and self._first < task.completed < task.total:
+            left = elapsed * (task.total - task.completed) / (task.completed - self._first)
+        return Text(_times(elapsed, _sooner(left, self._limit, elapsed)))
+
+
+def _sooner(left: float | None, limit: float | None, elapsed: float) -> float | None:
+    """Return the seconds until the end, be it by the number of steps or by a limit of time."""
+    ends = [left] if left is not None else []
+    return min([*ends, *([max(0.0, limit - elapsed)] if limit is not None else [])], default=None)
+
+
+def _times(elapsed: float, left: float | None) -> str:
+    return f"{clock(elapsed)} elapsed" + (f", {clock(left)} left" if left else "")
 
 
 class _NoteHandler(logging.Handler):

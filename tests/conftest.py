@@ -8,12 +8,28 @@ os.environ.setdefault(
 )  # tiny models gain nothing from threads, and lose much where cores are busy
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+def _own_cache() -> None:
+    """Keep what tests encode out of the user's cache, but use its converted models."""
+    found = Path(os.environ.get("FINETUNE_CACHE") or Path.home() / ".cache" / "finetune")
+    (found / "gguf").mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="finetune-tests-"))
+    (own / "gguf").symlink_to(found / "gguf", target_is_directory=True)
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    os.environ["FINETUNE_CACHE"] = str(own)
+
+
+_own_cache()
 
 LLAMA = {
     "model_type": "llama",

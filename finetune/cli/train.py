@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune.cli.app import STOPPED, Config, Overrides, app
+from finetune.cli.app import STOPPED, Config, Overrides, app, say_start
 
 
 @app.command()
@@ -38,11 +38,16 @@ def train(
 
     The run's folder is output_dir, by default runs/ and the name of CONFIG.
     """
+    from finetune.config import load_config
+    from finetune.recipes.build.look import look_at
+
+    settings = load_config(config, overrides or ())
+    look_at(settings)
+    say_start()
     if processes is None and not restarts:
-        from finetune.config import load_config
         from finetune.recipes.train.train import run_training
 
-        stopped = run_training(load_config(config, overrides or ()), resume=resume, dry_run=dry_run)
+        stopped = run_training(settings, resume=resume, dry_run=dry_run)
     else:
         from finetune.recipes.train.launch import ProcessFailed, launch_training
 
@@ -77,9 +82,11 @@ def demo(
     ] = None,
 ) -> None:
     """Fine-tune SmolLM2-135M on the data in the package, on a laptop's CPU."""
-    from finetune.recipes.demo import run_demo
+    from finetune.recipes.demo import demo_config, run_demo
 
-    if run_demo(task, overrides or (), short=short, output_dir=output_dir) == "signal":
+    settings = demo_config(task, overrides or (), short=short, output_dir=output_dir)
+    say_start()
+    if run_demo(settings) == "signal":
         raise typer.Exit(STOPPED)
 
 
@@ -94,15 +101,25 @@ def inspect(
     The target text of each example is coloured.
     """
     from finetune.config import load_config
+    from finetune.recipes.build.look import look_at
+
+    settings = load_config(config, overrides or ())
+    look_at(settings)
+    say_start()
     from finetune.recipes.inspect import inspect_data
 
-    inspect_data(load_config(config, overrides or ()), examples=examples)
+    inspect_data(settings, examples=examples)
 
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Estimate the memory and time of a run, and suggest changes if it does not fit."""
     from finetune.config import load_config
+    from finetune.recipes.build.look import look_at
+
+    settings = load_config(config, overrides or ())
+    look_at(settings)
+    say_start()
     from finetune.recipes.plan.plan import plan_run
 
-    plan_run(load_config(config, overrides or ()))
+    plan_run(settings)

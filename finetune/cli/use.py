@@ -1,12 +1,14 @@
 """`finetune evaluate`, `generate`, `chat` and `translate`: a trained run, or any model, in use."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Overrides, Target, app
+from finetune.cli.app import Overrides, Target, Trust, app, say_start
+from finetune.errors import visible
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
@@ -33,14 +35,32 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option(help="The config with the data.", show_default="the run's own")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON at a terminal too.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Evaluate on data.test, or on the held-out data if there is none. Prints JSON.
+    """Evaluate on data.test, or on the held-out data if there is none.
+
+    Prints a table at a terminal, and JSON elsewhere.
 
     The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
     """
+    from finetune.config import load_config
+    from finetune.recipes.build.look import look_at, look_at_target
+
+    run = look_at_target(target)
+    source = run.config if config is None and run is not None else config
+    if source is not None:
+        look_at(load_config(source, overrides or ()))
+    say_start()
     from finetune.recipes.evaluate import evaluate_target
 
-    evaluate_target(target, config=config, overrides=overrides or ())
+    evaluate_target(
+        target,
+        config=config,
+        overrides=overrides or (),
+        as_json=as_json,
+        trust=trust_remote_code,
+    )
 
 
 @app.command()
@@ -48,7 +68,10 @@ def generate(
     target: Target,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; may be repeated. Without it, each line of stdin is a prompt."),
+        typer.Option(
+            help="A prompt; may be repeated. Without it, each line of stdin is a prompt, and each "
+            "answer is one line, in which \\n is a line break."
+        ),
     ] = None,
     raw: Annotated[
         bool,
@@ -64,14 +87,17 @@ def generate(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answer prompts, in batches.
 
     If --prompt is given more than once, each answer is printed under its prompt.
     """
-    import json
-
     from finetune.display import on_terminal
+    from finetune.recipes.build.look import look_at_target
+
+    look_at_target(target)
+    say_start()
     from finetune.recipes.generate import generate_answers
 
     settings = given(
@@ -82,13 +108,19 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     for asked, answer in generate_answers(
-        target, prompt or [], raw=raw, system_prompt=system, seed=seed, settings=settings
+        target,
+        prompt or [],
+        raw=raw,
+        system_prompt=system,
+        seed=seed,
+        settings=settings,
+        trust=trust_remote_code,
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
+        if not prompt and not sys.stdin.isatty():  # as many lines as there are prompts
+            plain = plain.replace("\n", "\\n")
         typer.echo(
-            json.dumps({"prompt": asked, "answer": answer}, ensure_ascii=not speaks_utf8())
-            if as_json
-            else on_terminal(plain)
+            json_line({"prompt": asked, "answer": answer}) if as_json else on_terminal(plain)
         )
 
 
@@ -105,8 +137,13 @@ def chat(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
+    from finetune.recipes.build.look import look_at_target
+
+    look_at_target(target)
+    say_start()
     from finetune.recipes.chat import chat_in_terminal
 
     settings = given(
@@ -116,7 +153,14 @@ def chat(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
-    chat_in_terminal(target, base=base, system_prompt=system, seed=seed, settings=settings)
+    chat_in_terminal(
+        target,
+        base=base,
+        system_prompt=system,
+        seed=seed,
+        settings=settings,
+        trust=trust_remote_code,
+    )
 
 
 @app.command()
@@ -142,9 +186,16 @@ def translate(
         str | None,
         typer.Option("--to", help="Target language, e.g. fr.", show_default="the run's own"),
     ] = None,
+    system: System = None,
     max_new_tokens: MaxNewTokens = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
+    from finetune.recipes.build.look import look_at_target, look_at_texts
+
+    look_at_texts(text, input=input, output=output)
+    look_at_target(target)
+    say_start()
     from finetune.recipes.translate import translate_text
 
     translate_text(
@@ -154,8 +205,18 @@ def translate(
         output=output,
         source=source,
         to=to,
+        system_prompt=system,
         settings=given(max_new_tokens=max_new_tokens),
+        trust=trust_remote_code,
     )
+
+
+def json_line(values: dict[str, str]) -> str:
+    """Return a line of JSON for stdout; for a terminal its control characters are escaped."""
+    text = json.dumps(values, ensure_ascii=not speaks_utf8())
+    if not sys.stdout.isatty():
+        return text
+    return "".join(f"\\u{ord(c):04x}" if visible(c) != c else c for c in text)
 
 
 def speaks_utf8() -> bool:

@@ -25,7 +25,7 @@ def derived_class(name: str, bases: tuple[type, ...], **attributes: Any) -> Any:
 
     The same arguments give the same class. The values of `attributes` must be hashable.
     """
-    made = type(name, bases, {**attributes, "__reduce_ex__": _reduce})
+    made = type(name, bases, {"__reduce_ex__": _reduce, **attributes})
     made._made_of = (name, bases, attributes)  # type: ignore[attr-defined]
     return made
 

@@ -6,6 +6,7 @@ No room below this one knows the config. `finetune.recipes` is its only reader.
 import math
 import os
 import re
+import typing
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,8 +17,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -31,11 +34,22 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(gt=0, le=1000)]
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of every common file system
+
+
 def expand(path: str) -> str:
     """Return a path with ~ and an environment variable at its start written out.
 
-    Raises ValueError if the variable is not set.
+    Raises ValueError if the variable is not set, or if no file can have that name.
     """
+    if "\0" in path or any("\ud800" <= letter <= "\udbff" for letter in path):
+        raise ValueError(f"the path {path!r} holds a character that no path can have")
+    longest = max(path.split("/"), key=len)
+    if len(os.fsencode(longest)) > LONGEST_NAME or len(os.fsencode(path)) > LONGEST_PATH:
+        raise ValueError(
+            f"a path of {len(path):,} characters is too long. A name has at most {LONGEST_NAME} "
+            f"bytes, and a path {LONGEST_PATH:,}"
+        )
     found = re.match(r"\$(?:(\w+)|\{(\w+)\})(?=/|$)", path)
     if found and (found[1] or found[2]) not in os.environ:
         raise ValueError(
@@ -45,11 +59,51 @@ def expand(path: str) -> str:
     return os.path.expanduser(os.path.expandvars(path) if found else path)
 
 
+def seconds_of(value: Any) -> Any:
+    """Return the seconds of a duration such as "15min", "2h", "1h 30min" or "90s".
+
+    Anything but text is returned as it is. Raises ValueError.
+    """
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"([0-9.]+)\s*(s|sec|min|m|h)(?![a-z])", value.lower())
+    rest = re.sub(r"([0-9.]+)\s*(s|sec|min|m|h)(?![a-z])|\s", "", value.lower())
+    try:
+        if parts and not rest:
+            return sum(float(number) * _UNITS[unit] for number, unit in parts)
+        return float(value)
+    except ValueError:
+        raise ValueError(
+            f"the time {value!r} is not one. Write e.g. 15min, 2h, 1h 30min, or seconds"
+        ) from None
+
+
+_UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
+Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, le=10_000_000)]
+
 PathText = Annotated[str, AfterValidator(expand)]
 """A path, or a name that may be one."""
 
 
-class Section(BaseModel):
+def _takes_numbers(kind: Any) -> bool:
+    """Return whether a type of a key is that of numbers, or one of several that is."""
+    parts = typing.get_args(kind)
+    return kind in (int, float) or any(map(_takes_numbers, parts if parts else ()))
+
+
+class Plain(BaseModel):
+    """A section in which true and false are no numbers; pydantic takes them for 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and _takes_numbers(kind):
+            raise ValueError("input should be a number")
+        return value
+
+
+class Section(Plain):
     """A frozen section in which an unknown key, and a number that is not finite, is an error."""
 
     model_config = ConfigDict(
@@ -60,9 +114,10 @@ class Section(BaseModel):
 class LoraSection(Section):
     """Low-rank adapters through peft (https://arxiv.org/abs/2106.09685)."""
 
-    rank: PositiveInt = 16
-    alpha: float = 32.0
+    rank: PositiveInt = 16  # columns of the two factors; more learn more and take more memory
+    alpha: float = 32.0  # the product of the factors is multiplied by alpha / rank
     dropout: Fraction = 0.0  # on a CPU, drawing the masks takes up to a third of a step's time
+    # Names of the layers that get adapters. all-linear: all but the output head.
     target_modules: str | tuple[str, ...] = "all-linear"
 
 
@@ -82,6 +137,7 @@ class ModelSection(Section):
     tokenizer: NewTokenizerSection | None = None  # with `config` only; None: its defaults
     revision: str | None = None  # hub branch, tag or commit
     trust_remote_code: bool = False  # True: run the Python code that comes with the model
+    # How attention is computed. sdpa: as torch does it best; eager: operator by operator.
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     chat_template: PathText | None = None  # "chatml" or a Jinja file; None: the tokenizer's own
     lora: LoraSection | None = None  # None: no adapters, the model's own weights train
@@ -105,7 +161,7 @@ class SourceSection(Section):
     # .json, .jsonl, .csv, .tsv, .parquet or .txt.
     path: PathText
     name: str | None = None  # the hub dataset's configuration, e.g. "en-fr"
-    split: str = "train"
+    split: str = "train"  # of a hub dataset or a folder
     revision: str | None = None  # hub branch, tag or commit
     target_path: PathText | None = None  # the second of two aligned text files (translation)
     # This source's share of a mix. None for all sources: every record once.
@@ -116,11 +172,9 @@ class SourceSection(Section):
 def _as_sources(value: Any, info: ValidationInfo) -> Any:
     """Return the sources as mappings: one path or one mapping is a list of one."""
     items = value if isinstance(value, list | tuple) else [value]
-    if not items:
+    if not items or value is None:
         leave_out = "" if info.field_name == "train" else ", or leave the key out"
-        raise ValueError(
-            f"data.{info.field_name} is an empty list. Name a file or a dataset{leave_out}"
-        )
+        raise ValueError(f"data.{info.field_name} is empty. Name a file or a dataset{leave_out}")
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
@@ -132,7 +186,7 @@ class TranslationSection(Section):
 
     # The key in `translation`, or the column, e.g. "en". None: found in the data.
     source_language: str | None = None
-    target_language: str | None = None
+    target_language: str | None = None  # likewise
     direction: Literal["forward", "backward", "both"] = "forward"  # both: two examples a record
     # E.g. "Translate to {target_name}: {source}". None: a chat turn if there is a chat template.
     template: str | None = None
@@ -141,7 +195,7 @@ class TranslationSection(Section):
 class DataSection(Section):
     """What the model learns from, and what it is evaluated on."""
 
-    train: Sources
+    train: Sources  # a file, folder, glob or hub name, or a list of them
     validation: Sources | None = None  # None: `validation_fraction` of `train` is held out
     test: Sources | None = None  # for `finetune evaluate`; None: the validation data
     # Plain text of another kind. Its loss before and after training shows what is forgotten.
@@ -151,7 +205,8 @@ class DataSection(Section):
     drop_duplicates: bool = False
     # Records of held-out and of unrelated text; None: all. Test data is always read whole.
     max_validation_records: PositiveInt | None = 500
-    format: Literal["auto", "chat", "translation", "text"] = "auto"  # auto: by the columns
+    # auto (by the columns), chat, translation, text, or the name of a registered format.
+    format: str = "auto"
     # The format's name of a column -> the data's name of it, e.g. {prompt: question}.
     columns: dict[str, str] = {}
     system_prompt: str | None = None  # put before conversations that have none
@@ -171,7 +226,13 @@ class DataSection(Section):
     targets: Literal["assistant", "all"] = "assistant"
     translation: TranslationSection = TranslationSection()
     max_length: TokenCount = 512  # tokens of an example and of a packed sequence
-    overlong: Literal["truncate", "drop", "error"] = "truncate"  # examples over max_length
+    # Examples over max_length. truncate: their start is learnt. drop: they are left out, and
+    # counted. error: the run does not start. split: a plain text becomes several examples, and
+    # nothing of it is left out. None: split for plain text, truncate for other formats.
+    overlong: Literal["truncate", "drop", "error", "split"] | None = None
+    # False: the data is read and encoded at each start. True: once, and kept in
+    # ~/.cache/finetune/encoded, or in $FINETUNE_CACHE/encoded: 10 GB at most, the oldest first out.
+    cache: bool = True
     # True: several examples a sequence, isolated from each other. False: one example a sequence,
     # padded, in batches of sequences of similar length.
     packing: bool = True
@@ -198,7 +259,16 @@ class VocabularySection(Section):
     num_sampled: TokenCount = 4096  # frozen rows drawn for each step (mode `sampled`)
 
 
-class OptimizerSection(BaseModel):
+def _is_finite(value: Any) -> bool:
+    """Return whether all numbers in a value of YAML are finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class OptimizerSection(Plain):
     """The optimizer. A key that is not listed here is an option of the optimizer itself.
 
     An optimizer refuses the options that it does not take.
@@ -207,7 +277,10 @@ class OptimizerSection(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "lazy_adamw"  # `finetune optimizers` lists them
-    lr: Rate = 5e-5
+    lr: Rate = 5e-5  # the highest learning rate, which the schedule multiplies
+    # adamw and adam compute only the rows in use of an untied token table, with the same result.
+    # auto: if the table, betas and options allow it; true: or the run stops; false: never.
+    lazy: Literal["auto"] | StrictBool = "auto"
     # None: the optimizer's own, which is 0.01 for adamw and lazy_adamw.
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # parameters without weight decay
@@ -217,10 +290,9 @@ class OptimizerSection(BaseModel):
 
     @model_validator(mode="after")
     def _finite(self) -> "OptimizerSection":
-        for key, value in self.options.items():
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise ValueError(f"optimizer.{key} = {value!r} is not allowed: give a number")
+        for key, value in {**self.options, "overrides": self.overrides}.items():
+            if not _is_finite(value):
+                raise ValueError(f"optimizer.{key} = {value!r} is not allowed: give finite numbers")
         return self
 
     @property
@@ -232,6 +304,7 @@ class OptimizerSection(BaseModel):
 class SchedulerSection(Section):
     """How the learning rate changes during training."""
 
+    # How the rate falls after the warm-up; constant: not at all.
     name: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
     warmup_ratio: Fraction = 0.03  # share of all steps
     warmup_steps: NonNegativeInt | None = None  # steps; overrides the ratio
@@ -241,14 +314,22 @@ class SchedulerSection(Section):
 class TrainingSection(Section):
     """The loop: how long, in what pieces, in which precision."""
 
+    # Passes through the training data.
     epochs: Annotated[float, Field(gt=0, le=1_000_000)] = 3.0
     max_steps: PositiveInt | None = None  # optimizer steps; overrides epochs
+    # Time instead of epochs: 15min, 2h, or seconds. It counts from the first step on, with the
+    # evaluations between the steps. The run ends at the earlier of it and max_steps, and the
+    # schedule follows the clock.
+    max_time: Duration | None = None
     batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
     micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
     # Beginnings that examples of a step have in common are computed once. The results are the same
     # up to rounding. auto: if that saves 5 % of the tokens, and the model allows it.
     share_prefixes: Literal["auto"] | bool = "auto"
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    # auto: the CUDA GPU if there is one, else the CPU. mps: the GPU of a Mac, which is not tried
+    # here; the run begins only if a small batch gives the CPU's loss and gradients there.
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; weights stay fp32
     activation_checkpointing: bool = False  # True: less memory, slower steps
     # torch.compile: on a GPU about ten seconds at the first step, then faster. Not for a CPU.
@@ -295,9 +376,8 @@ class GenerationSection(Section):
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    output_dir: Annotated[
-        Path, AfterValidator(lambda path: Path(expand(str(path))))
-    ]  # default: runs/<name of the config file>
+    # The run's folder. Default: runs/<name of the config file>.
+    output_dir: Annotated[Path, AfterValidator(lambda path: Path(expand(str(path))))]
     overwrite_output_dir: bool = False  # True: delete another run that is there
     seed: SeedNumber = 0  # of the weights, the order of the data, dropout and drawn rows
     model: ModelSection

@@ -4,12 +4,20 @@ PyYAML follows YAML 1.1, in which `2e-5` is text, `no` (Norwegian) is false, and
 Of a key given twice it silently takes the last value. Here `2e-5` is a number, only true and false
 are booleans, and a duplicate key is an error. Merge keys (`<<`) are those of YAML 1.1.
 Source: https://yaml.org/spec/1.2.2/#103-core-schema
+
+A document is small: aliases can make a few lines stand for a billion values, and brackets can
+stand deeper than Python reads. Either is an error.
 """
 
 import re
 from typing import Any
 
 import yaml
+
+MOST_CHARACTERS = 4_000_000
+MOST_VALUES = 100_000  # with aliases written out
+MOST_LEVELS = 100  # of lists and mappings
+MOST_DIGITS = 300  # of an integer
 
 _FLOAT_WORDS = re.compile(r"\.(inf|nan)")
 
@@ -34,6 +42,24 @@ class CoreLoader(yaml.SafeLoader):
             seen.add((key.tag, key.value))
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Write merge keys out. Raises ConstructorError if they stand for too many values."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it has more than {MOST_VALUES:,} values", node.start_mark
+            )
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node. Raises ConstructorError if it is not what its tag says."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{str(node.value)[:40]!r} is not of the type {kind}", node.start_mark
+            ) from error
+
 
 CoreLoader.add_implicit_resolver(  # of YAML 1.1, and widely used: <<: *defaults
     "tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"]
@@ -55,13 +81,62 @@ CoreLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
-CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+CoreLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _integer(node.value))
 CoreLoader.add_constructor(
     "tag:yaml.org,2002:float",
     lambda loader, node: float(_FLOAT_WORDS.sub(r"\1", node.value.lower())),
 )
 
 
+def _integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError
+    return int(text)
+
+
+class CoreDumper(yaml.SafeDumper):
+    """SafeDumper that also puts a text in quotation marks if it reads as a number here: 1e5."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+            *CoreLoader.yaml_implicit_resolvers.get(first, []),
+        ]
+        for first in {
+            *yaml.SafeDumper.yaml_implicit_resolvers,
+            *CoreLoader.yaml_implicit_resolvers,
+        }
+    }
+
+
+def dump(value: Any) -> str:
+    """Return the value as YAML, which `parse` reads back to an equal one."""
+    return str(yaml.dump(value, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120))
+
+
 def parse(text: str) -> Any:
     """Return the value of one YAML document. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=CoreLoader)
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, and at most {MOST_CHARACTERS:,}")
+    try:
+        value = yaml.load(text, Loader=CoreLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    _check_size(value)
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Raise yaml.YAMLError if there are too many values, or if they are nested without end."""
+    count, pending = 0, [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise yaml.YAMLError(f"it has more than {MOST_VALUES:,} values, counting aliases")
+        if depth > MOST_LEVELS:
+            raise yaml.YAMLError("it is nested too deeply")
+        if isinstance(item, dict):
+            pending += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple | set):
+            pending += [(part, depth + 1) for part in item]

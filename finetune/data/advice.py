@@ -38,6 +38,12 @@ def advice(
             f"{cut:,} of {total:,} examples are cut to data.max_length = {max_length}, and a cut "
             "answer does not teach where to end. Raise data.max_length"
         )
+    whole = total + counts.dropped
+    if counts.dropped * 10 > whole:
+        found.append(
+            f"{counts.dropped:,} of {whole:,} examples are over data.max_length = {max_length} and "
+            "left out. Raise data.max_length, or set data.overlong"
+        )
     looked_at = min(len(train), _LOOKED_AT)
     targets = {
         tuple(token for token in train[i].labels if token != IGNORE_INDEX) for i in range(looked_at)

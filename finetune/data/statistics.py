@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
+
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import IGNORE_INDEX, Example, Tokenizer
 
@@ -45,8 +47,8 @@ def coverage(train: EncodedDataset, held_out: EncodedDataset | None) -> float | 
     """
     if held_out is None:
         return None
-    used = set(train.token_ids)
-    return sum(token in used for token in held_out.token_ids) / len(held_out.token_ids)
+    used, ids = np.array(sorted(train.used_ids)), held_out.token_ids
+    return int(np.isin(ids, used).sum()) / len(ids)
 
 
 def also_in(train: EncodedDataset, held_out: EncodedDataset) -> int:
@@ -92,7 +94,7 @@ def report_on(
         duplicates=len(train) - len(known),
         leaked=leaked,
         vocabulary_rows=vocab_size,
-        vocabulary_rows_used=len(set(train.token_ids)),
+        vocabulary_rows_used=len(train.used_ids),
         held_out_coverage=coverage(train, held_out),
     )
 

@@ -11,10 +11,12 @@ there. The place is that of the token before it. That shift happens only in `tar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # what is looked at first needs records, and not torch
+    import torch
+
+from finetune.errors import UserError
 
 IGNORE_INDEX = -100
 
@@ -35,6 +37,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     bos_token_id: int | None
     eos_token_id: int | None
+    backend_tokenizer: Any
 
     def __call__(self, text: Any, **options: Any) -> Any: ...
 
@@ -75,7 +78,7 @@ class Example:
 
     @property
     def num_target_tokens(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
 class MicroBatch(TypedDict, total=False):
@@ -89,18 +92,22 @@ class MicroBatch(TypedDict, total=False):
     its sequence is seen by those from i on that are before place `reach[i]`.
     """
 
-    input_ids: Tensor  # [sequences, length] int64
-    targets: Tensor  # [N, 2] int64: place in the flattened batch, token that is predicted there
-    position_ids: Tensor  # [sequences, length] int64, packed sequences only
-    reach: Tensor  # [sequences, length] int64, trees only: where the last descendant ends
+    input_ids: "torch.Tensor"  # [sequences, length] int64
+    targets: (
+        "torch.Tensor"  # [N, 2] int64: place in the flattened batch, token that is predicted there
+    )
+    position_ids: "torch.Tensor"  # [sequences, length] int64, packed sequences only
+    reach: "torch.Tensor"  # [sequences, length] int64, trees only: where the last descendant ends
 
 
-def targets_of(labels: Tensor) -> Tensor:
+def targets_of(labels: "torch.Tensor") -> "torch.Tensor":
     """Return the N targets of `labels` [sequences, length]: [N, 2] int64, sequence by sequence.
 
     The hidden state at place `targets[n, 0]` of the sequences, laid end to end, predicts the token
     `targets[n, 1]`.
     """
+    import torch  # here: what is looked at first needs records, and not torch
+
     sequences, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
     places = sequences * labels.shape[1] + positions
     return torch.stack([places, labels[sequences, positions + 1]], 1)
@@ -117,10 +124,23 @@ class Prompt:
     language: str | None = None  # of the reference, if it is known
 
 
+class Texts(Protocol):
+    """What makes examples of drafts, those of many records at a time."""
+
+    def encode(self, given: Sequence[Any]) -> list[list[Example] | UserError]:
+        """Return the examples of each record's drafts. What is an error already stays one."""
+        ...
+
+
 class Format(Protocol):
     """A format turns records into examples. There are three: chat, translation, text."""
 
     name: str
+
+    @property
+    def texts(self) -> Texts:
+        """What makes examples of drafts."""
+        ...
 
     @property
     def common_system_prompt(self) -> str | None:
@@ -138,6 +158,10 @@ class Format(Protocol):
         """
         ...
 
+    def drafts(self, record: Record) -> Sequence[Any]:
+        """Return what `texts` makes the examples of one record from. Raises UserError."""
+        ...
+
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the prompts whose answers are compared with the record's; plain text has none."""
         ...
@@ -147,4 +171,12 @@ class Format(Protocol):
 
         It is about the records whose examples were made since the last call.
         """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
         ...

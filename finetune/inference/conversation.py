@@ -41,7 +41,7 @@ class Conversation:
         self.model, self.tokenizer, self.settings, self.notify = model, tokenizer, settings, notify
         self.template = ChatTemplate(tokenizer, template)
         self._require_system(system_prompt)
-        self.system_prompt = system_prompt or None
+        self.system_prompt = system_prompt
         self.turns: list[Message] = []
         self.num_tokens = 0  # of the newest answer
         self._kept = KeptCache()

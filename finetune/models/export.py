@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
 from finetune.models.adapters import merge_lora
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
@@ -71,12 +71,10 @@ def verify_export(
     differ by more than rounding (1e-4; 0.05 for 16-bit weights), or if input and output are tied in
     one model alone.
     """
-    try:
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with Border(f"the export {dest} does not load"):
         reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", **options)
         AutoTokenizer.from_pretrained(dest, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the export {dest} does not load: {error}") from error
     bound = 1e-4 if reloaded.dtype == torch.float32 else 0.05
     reloaded.to(model.device, torch.float32)
     ids = torch.tensor([list(sample_ids)], device=model.device)

@@ -8,12 +8,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
+from finetune.models.checks import AGAIN, check_number, check_weights
 
 LAYOUT = 2  # raise it if the conversion changes: folders of older layouts are then not used
 
@@ -57,22 +59,26 @@ def convert_gguf(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    options = {"gguf_file": file.name, "local_files_only": True}
-    try:
+    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    with Border(f"{file} is not a .gguf file that transformers can read", do=AGAIN):
+        metadata, _ = read_gguf_metadata(str(file))
+    for key, value in metadata.items():
+        if isinstance(value, int | float):
+            attribute = "num_hidden_layers" if key.endswith(".block_count") else key
+            check_number(f"{key} of {file}", attribute, value)
+    with Border(f"{file} is not a .gguf file that transformers can read", do=AGAIN):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             **options,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            output_loading_info=True,
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(
-            f"{file} is not a .gguf file that transformers can read: {error}"
-        ) from error
+    model, report = loaded
+    check_weights(model, report, str(file))
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-    metadata, _ = read_gguf_metadata(str(file))
     if licence := metadata.get("general.license"):
         (folder / "README.md").write_text(
             f"---\nlicense: {licence}\n---\n", encoding="utf-8"

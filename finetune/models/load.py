@@ -12,9 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import Border, UserError, did_you_mean, reason_of
+from finetune.models.checks import check_config, check_number, check_stops, check_weights
 from finetune.models.locate import resolve_name
+
+# The command line shows progress of its own. Downloads keep their bars.
+logging.disable_progress_bar()
 
 AT_LEAST_ONE = (
     "hidden_size",
@@ -23,6 +28,7 @@ AT_LEAST_ONE = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+OWN_ATTENTION = ("sdpa", "eager")  # that needs no package and no kernel of the hub
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,24 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     Random weights come from torch's global generator. Raises UserError if there is no such model,
     its config is wrong, or it has no such attention.
     """
-    name, revision = spec.name, spec.revision
-    if name is None:
+    if spec.name is None:
         return _random_model(spec)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            resolve_name(name, revision=revision),
-            revision=revision,
+    place, found = _find(spec)
+    with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=found,
+            revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
-            attn_implementation=spec.attn_implementation,
             dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"model {name!r} could not be loaded: {first_line(error)}") from error
+    model, report = loaded
+    check_weights(model, report, spec.name)
+    settings = model.generation_config
+    check_stops(settings.eos_token_id, f"the generation config of {spec.name!r}")
+    return model
 
 
 def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
@@ -72,21 +81,31 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
     with torch.device("meta"):
         if spec.name is None:
             return load_model(spec)
-        place = resolve_name(spec.name, revision=spec.revision)
-        try:
-            found = AutoConfig.from_pretrained(
-                place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-            )
+        _, found = _find(spec)
+        with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
             return AutoModelForCausalLM.from_config(
-                found,
-                trust_remote_code=spec.trust_remote_code,
-                attn_implementation=spec.attn_implementation,
-                dtype=torch.float32,
+                found, trust_remote_code=spec.trust_remote_code, dtype=torch.float32
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(
-                f"model {spec.name!r} could not be loaded: {first_line(error)}"
-            ) from error
+
+
+def _find(spec: ModelSpec) -> tuple[str, PretrainedConfig]:
+    """Return where a pretrained model is, and its config with the attention of `spec`.
+
+    An attention that the config itself names is passed over unless it is torch's own: transformers
+    would fetch the code of others from the hub.
+    """
+    assert spec.name is not None
+    place = resolve_name(spec.name, revision=spec.revision)
+    with Border(f"model {spec.name!r} could not be loaded"):
+        found = AutoConfig.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    check_config(found, f"the config of {spec.name!r}")
+    named = found._attn_implementation
+    found._attn_implementation = spec.attn_implementation or (  # also of its parts
+        named if named in OWN_ATTENTION else None
+    )
+    return place, found
 
 
 def _random_model(spec: ModelSpec) -> PreTrainedModel:
@@ -95,19 +114,16 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
     if spec.vocab_size is not None:
         config["vocab_size"] = spec.vocab_size
     model_config = _make_config(config)
+    unable = f"no {config['model_type']} model can be made from model.config"
     try:
-        model = AutoModelForCausalLM.from_config(
-            model_config, attn_implementation=spec.attn_implementation, dtype=torch.float32
-        )
+        with Border(unable, but=(KeyError,), reason=_reason):
+            model = AutoModelForCausalLM.from_config(
+                model_config, attn_implementation=spec.attn_implementation, dtype=torch.float32
+            )
     except KeyError as error:  # a name that is in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
         raise UserError(
             f"{error} is not known to transformers. Change {' or '.join(wrong or ['model.config'])}"
-        ) from error
-    # transformers checks few of the values, so a wrong one may raise anything.
-    except Exception as error:
-        raise UserError(
-            f"no {config['model_type']} model can be made from model.config: {first_line(error)}"
         ) from error
     return model.eval()
 
@@ -137,15 +153,15 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
         key = key if key in options else config_class.attribute_map.get(key, key)
         if isinstance(value := options.get(key), int) and value < 1:
             raise UserError(f"model.config.{key} is {value}. Give 1 or more")
+    for key, value in options.items():
+        if isinstance(value, int | float):
+            attribute = config_class.attribute_map.get(key, key)
+            check_number(f"model.config.{key}", attribute, value)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # The default is the full-size model's, which is another token in this vocabulary.
         options.setdefault(token, None)
-    try:
+    with Border(f"model.config is not a {model_type} configuration"):
         made = config_class(**options)
-    except Exception as error:  # as in _random_model
-        raise UserError(
-            f"model.config is not a {model_type} configuration: {' '.join(str(error).split())}"
-        ) from error
     heads, groups = (
         getattr(made.get_text_config(), key, None)
         for key in ("num_attention_heads", "num_key_value_heads")
@@ -158,11 +174,8 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     return made
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error of transformers, or a clearer sentence."""
-    # transformers' own sentence asks to open an issue.
-    if "scaled_dot_product_attention" in str(error):
+def _reason(error: BaseException) -> str:
+    """Return why transformers refuses a model, clearer than its own sentence if that is known."""
+    if "scaled_dot_product_attention" in str(error):  # its sentence asks to open an issue
         return "its architecture has no sdpa attention. Set model.attn_implementation: eager"
-    return next(
-        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-    )
+    return reason_of(error)

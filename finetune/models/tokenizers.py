@@ -6,8 +6,11 @@ A base model has neither markers nor template: ChatML
 (https://github.com/openai/openai-python/blob/v0.28.1/chatml.md) gives it both.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +26,14 @@ from transformers import (
 
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.rendering import ChatTemplate
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
 from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+RENDERING = 20.0  # seconds that a chat template may take for a question and its answer
 
 CHATML = (
     "{% for message in messages %}"
@@ -42,12 +47,10 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Return the tokenizer in the folder or repository of the model. Raises UserError."""
     assert spec.name is not None, "a model of random weights has no tokenizer of its own"
     place = resolve_name(spec.name, revision=spec.revision)
-    try:
+    with Border(f"the tokenizer of {spec.name!r} could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"the tokenizer of {spec.name!r} could not be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer of {spec.name!r} is {type(tokenizer).__name__}, which is written in "
@@ -117,9 +120,12 @@ def set_template(
             {"extra_special_tokens": [TURN_START, TURN_END]}, replace_extra_special_tokens=False
         )
     elif chat_template is not None:
+        path = Path(chat_template).expanduser()
         try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is not a file")
+            tokenizer.chat_template = path.read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
             raise UserError(
                 f'model.chat_template {chat_template!r} is neither "chatml" nor a file that can be '
                 f"read: {error}"
@@ -166,10 +172,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the special token that the chat template writes right after an answer, or None."""
     answer = "Yes."
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}],
-            tokenize=False,
-        )
+        with _time_limit(RENDERING):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}],
+                tokenize=False,
+            )
     except Exception as error:  # a template is a program of the user's: it may raise anything
         raise UserError(
             f"the chat template fails to render a question and its answer: {error}"
@@ -182,6 +189,25 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if after.lstrip().startswith(str(token))
     ]
     return max(special, key=len) if found and special else None
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so many seconds. Only the main thread can have one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _fit_rows(model: PreTrainedModel, added: list[int]) -> None:

@@ -96,6 +96,7 @@ register_optimizer(
     sparse="exact",
     state_bytes=8,
     must_know="embeddings",
+    rule="adamw",
 )
 register_optimizer(
     "adamw_8bit",

@@ -1,7 +1,8 @@
 """The optimizers by name: what each is, what it takes, what it costs.
 
 The entries themselves are in `catalogue.py`. A class is named as "module:Class" and imported when
-it is first needed, so that a missing library costs a sentence and not an ImportError.
+it is first needed, so that a missing library costs a sentence and not an ImportError. Names are
+looked up without torch.
 """
 
 import fnmatch
@@ -12,11 +13,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
 
 SparseSupport = Literal["none", "exact", "lazy"]
 """What happens to row-sparse gradients. none: they are refused. exact: the result is that of the
@@ -35,7 +37,7 @@ class OptimizerInfo:
     """One optimizer of the factory, with the fields of `register_optimizer`."""
 
     name: str
-    optimizer: type[torch.optim.Optimizer] | str  # the class, or "module:Class"
+    optimizer: "type[torch.optim.Optimizer] | str"  # the class, or "module:Class"
     what: str  # one line
     paper: str  # URL
     state_bytes: float  # per parameter: a 1024 x 1024 float32 matrix, once every row was updated
@@ -47,6 +49,7 @@ class OptimizerInfo:
     must_know: ModelKnowledge = "nothing"
     takes_dense: bool = True  # gradients that are not row-sparse
     scale_free: bool = True  # a gradient ten times as large makes the same step, except for eps
+    rule: str = ""  # the optimizer with the same result, whose checkpoints it takes; "": itself
     second_weights: bool = False  # its state holds other weights, which overwrite the parameters'
 
     @property
@@ -81,7 +84,7 @@ class OptimizerInfo:
         """The options that a config can set: all but those that take modules."""
         return {k: default for k, default in self.options.items() if k not in _MODULE_OPTIONS}
 
-    def load(self) -> type[torch.optim.Optimizer]:
+    def load(self) -> "type[torch.optim.Optimizer]":
         """Return the class. Raises UserError if its library is not installed."""
         if self.missing:
             raise UserError(
@@ -99,7 +102,7 @@ _BY_SPELLING: dict[str, OptimizerInfo] = {}
 
 
 def register_optimizer(
-    name: str, optimizer: type[torch.optim.Optimizer] | str, **fields: Any
+    name: str, optimizer: "type[torch.optim.Optimizer] | str", **fields: Any
 ) -> OptimizerInfo:
     """Add an optimizer to the factory and return its entry.
 
@@ -164,6 +167,8 @@ def check_options(
     It is built over one small matrix. `allowed` are the names that the caller takes, its own
     included. Raises UserError.
     """
+    import torch
+
     optimizer, known = info.load(), info.options
     for option, value in options.items():
         asks_nothing = option == "weight_decay" and value == 0  # of an optimizer without decay
@@ -206,6 +211,8 @@ def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> N
 
 
 def _is_number(value: Any) -> bool:
+    import torch
+
     return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 

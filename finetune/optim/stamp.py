@@ -8,12 +8,14 @@ has two limits. torch leaves hooks behind when an optimizer object is itself cop
 bitsandbytes (0.50) has a load_state_dict of its own, which calls none.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from finetune.errors import UserError
-from finetune.optim.registry import optimizer_info
+from finetune.optim.registry import list_optimizers, optimizer_info
 
 KEY = "optimizer"
 
@@ -27,6 +29,36 @@ def stamp(optimizer: torch.optim.Optimizer, name: str) -> None:
     for group in optimizer.param_groups:
         group[KEY] = name
     optimizer.register_load_state_dict_pre_hook(_refuse_another)
+    # An attribute of the object: a class of ours would not be the one that was asked for.
+    optimizer.add_param_group = functools.partial(  # type: ignore[method-assign]
+        _add_named, optimizer, type(optimizer).add_param_group
+    )
+
+
+def _add_named(
+    optimizer: torch.optim.Optimizer, add: Callable[..., None], param_group: dict[str, Any]
+) -> None:
+    """Add a group as torch does, and give its parameters names if they have none.
+
+    torch refuses a group without names beside groups that have them, and the factory's have.
+    """
+    group = dict(param_group)
+    params = group["params"]
+    if isinstance(params, torch.Tensor):
+        params = [params]
+    elif not isinstance(params, (list, tuple, set)):
+        params = list(params)
+    named = optimizer.param_groups and "param_names" in optimizer.param_groups[0]
+    if named and not isinstance(params, set) and isinstance(next(iter(params), None), torch.Tensor):
+        count = sum(len(other["params"]) for other in optimizer.param_groups)
+        params = [(f"added.{count + i}", param) for i, param in enumerate(params)]
+    add(optimizer, {**group, "params": params})
+
+
+def rule_of(name: str) -> str:
+    """Return the name that stands for all optimizers with the same result as that called `name`."""
+    infos = [optimizer_info(name)] if name in list_optimizers() else []
+    return next((info.rule for info in infos if info.rule), name)
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -50,14 +82,20 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     """
     name = optimizer.defaults[KEY]
     ours, saved = optimizer.param_groups, state_dict["param_groups"]
-    rules = {
+    found = {
         group.get(KEY) or (name if _same_rule(ours[0], group) else "another optimizer")
         for group in saved
     }
-    if rules != {name}:
+    lags = any("last_step" in entry for entry in state_dict["state"].values())
+    if found != {name}:
         raise UserError(
-            f"the saved optimizer state is of {', '.join(sorted(rules - {name}))}, but this run "
+            f"the saved optimizer state is of {', '.join(sorted(found - {name}))}, but this run "
             f"uses {name}. Resume with the same optimizer, or start again from the weights alone"
+        )
+    if lags and not hasattr(optimizer, "registered_weights"):
+        raise UserError(
+            "the saved optimizer state has rows of a table that was stepped lazily. Load "
+            "finetune.optim.adapt_state(optimizer, state), after the weights saved with it"
         )
     if [len(group["params"]) for group in ours] != [len(group["params"]) for group in saved]:
         raise UserError(

@@ -34,12 +34,14 @@ def chat_in_terminal(
     system_prompt: str | None,
     seed: int,
     settings: Mapping[str, Any],
+    trust: bool = False,
 ) -> None:
     """Read questions from stdin and stream the answers, until the input ends or is /exit.
 
-    `base` lets the model that the run began with answer, too.
+    `base` lets the model that the run began with answer, too. `trust`: run the code that comes with
+    the model.
     """
-    opened, display = open_target(target), Display()
+    opened, display = open_target(target, trust=trust), Display()
     system = opened.system_prompt(system_prompt, display)
     talks = {"": _conversation(opened, system, seed, settings, display)}
     if base:

@@ -4,18 +4,21 @@ import json
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from finetune.config import load_config
+from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError, visible
-from finetune.recipes.train.train import run_training
+from finetune.recipes.build.look import look_at
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, read_samples
-from finetune.training.trainer import Stopped
+
+if TYPE_CHECKING:
+    from finetune.training.trainer import Stopped
 
 SHORT = (
     "training.max_steps=3",
@@ -27,13 +30,13 @@ SHORT = (
 SHOWN = ("loss", "perplexity", "chrf", "bleu")  # metrics that a newcomer knows
 
 
-def run_demo(
+def demo_config(
     task: str, overrides: Sequence[str] = (), *, short: bool, output_dir: Path | None
-) -> Stopped:
-    """Fine-tune SmolLM2-135M, and print what changed.
+) -> RunConfig:
+    """Return resources/demo_TASK.yaml with `overrides` (key=value), and with SHORT if `short`.
 
-    The config is resources/demo_TASK.yaml with `overrides` (key=value), and with SHORT if `short`.
-    The demo's own folder is written anew each time. Raises UserError if `output_dir` holds a run.
+    The demo's own folder is written anew each time. Raises UserError if `output_dir` holds a run,
+    and as `look_at` does.
     """
     folder = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir is not None else []
     with as_file(files("finetune.resources") / f"demo_{task}.yaml") as path:
@@ -43,6 +46,14 @@ def run_demo(
         raise UserError(
             f"{config.output_dir} holds another run. Name another --output-dir, or delete it"
         )
+    look_at(config)
+    return config
+
+
+def run_demo(config: RunConfig) -> "Stopped":
+    """Fine-tune SmolLM2-135M as `config` says, and print what changed."""
+    from finetune.recipes.train.train import run_training
+
     stopped = run_training(config, display=Display())
     if stopped != "signal":
         _print_result(RunDir(config.output_dir))
@@ -72,8 +83,7 @@ def _print_result(run: RunDir) -> None:
             console.print(f"  after:     {_line(sample.output)}", markup=False)
             console.print(f"  reference: {_line(sample.reference)}", markup=False)
     command = "translate" if "chrf" in after else "chat"
-    console.print(f"\nThe whole report: {run.report}")
-    console.print(f"Try the model:    finetune {command} {run.root}")
+    console.print(f"\nTry the model: finetune {command} {run.root}")
 
 
 def _line(text: str, width: int = 160) -> str:

@@ -1,12 +1,15 @@
 """`finetune evaluate`: the metrics of a finished run, or of any model."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from finetune.config import RunConfig, load_config
 from finetune.config.schema import DataSection
@@ -18,31 +21,70 @@ from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.sharing import sharing_obstacle
-from finetune.recipes.build.target import open_target
+from finetune.recipes.build.target import Opened, open_target, trusting
 from finetune.run.files import finite
 from finetune.run.folder import RunDir
+from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, Vocabulary
 
 
 def evaluate_target(
-    target: str, *, config: Path | None, overrides: Sequence[str], display: Display | None = None
+    target: str,
+    *,
+    config: Path | None,
+    overrides: Sequence[str],
+    as_json: bool = False,
+    trust: bool = False,
+    display: Display | None = None,
 ) -> dict[str, Any]:
-    """Evaluate on data.test, or on the held-out data if there is none; print the metrics as JSON.
+    """Evaluate on data.test, or on the held-out data if there is none; print the metrics.
+
+    They are a table at a terminal, and JSON elsewhere or with `as_json`.
 
     If a run is evaluated with its own config, its evaluation.json keeps the metrics as "test".
-    Raises UserError for a target that cannot be opened, and for a config without held-out data.
+    `trust`: run the code that comes with the model. Raises UserError for a target that cannot be
+    opened, and for a config without held-out data.
     """
     display = display or Display()
-    opened = open_target(target)
+    opened = open_target(target, trust=trust)
     if config is not None:
         settings = load_config(config, overrides)
     elif opened.run is not None:
-        settings = load_config(opened.run.config, overrides)
+        settings = load_config(opened.run.config, [*trusting(trust), *overrides])
     else:
         raise UserError(
             f"{target} is a model, not a run, so no data is known to evaluate it on. "
             "Give --config FILE"
         )
+    results = evaluate_opened(opened, settings, display)
+    if as_json or not sys.stdout.isatty():
+        print(json.dumps(finite(results), indent=2))
+    else:
+        _print_table(results)
+    if opened.run is not None and config is None and not overrides:
+        replace(Evaluations.read(opened.run), test=results).write(opened.run)
+    return results
+
+
+def _print_table(results: Mapping[str, Any]) -> None:
+    """Print the metrics with their names and units, and what they were measured on."""
+    table = Table(title=str(results["data"]), title_justify="left", show_header=False)
+    for metric in METRICS:
+        if metric.key in results:
+            table.add_row(metric.name, metric.show(results), metric.unit)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"{results['num_records']:,} records, {results['precision']}", markup=False)
+    for key, value in results.items():
+        if key.endswith("signature"):
+            console.print(f"{value}", markup=False)
+
+
+def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> dict[str, Any]:
+    """Return the metrics of a model on the test data of a config, or on its held-out data.
+
+    Raises UserError if there is none.
+    """
     if settings.data.system_prompt is not None:
         display.say(f"system prompt: {settings.data.system_prompt}")
     material = read_material(
@@ -77,9 +119,6 @@ def evaluate_target(
     results |= evaluator.evaluate()[0]
     if evaluator.prompts:
         results["num_generated"] = len(evaluator.prompts)
-    print(json.dumps(finite(results), indent=2))
-    if opened.run is not None and config is None and not overrides:
-        replace(Evaluations.read(opened.run), test=results).write(opened.run)
     return results
 
 
@@ -95,7 +134,9 @@ def _evaluation_config(config: RunConfig, device: str) -> RunConfig:
         changes["data"] = config.data.model_copy(update=test)
     off_cuda = config.training.precision == "fp16" and device != "cuda"
     precision = {"precision": "fp32"} if off_cuda else {}
-    changes["training"] = config.training.model_copy(update={"compile": False, **precision})
+    changes["training"] = config.training.model_copy(
+        update={"compile": False, "device": device, **precision}
+    )
     return config.model_copy(update=changes)
 
 

@@ -13,10 +13,11 @@ from finetune.models.export import export_model, verify_export
 from finetune.models.load import ModelSpec
 from finetune.models.tokenizers import load_tokenizer, set_template
 from finetune.recipes.build.card import run_card
+from finetune.recipes.build.look import look_at_export
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
+from finetune.recipes.build.target import trusting
 from finetune.run.folder import RunDir, step_of
-from finetune.run.marker import MARKER
 from finetune.run.records import evaluations_by_step
 from finetune.training.checkpoint import find_checkpoint, load
 
@@ -30,27 +31,17 @@ def export_run(
     *,
     dtype: str,
     checkpoint: Path | None,
+    trust: bool = False,
     display: Display | None = None,
 ) -> None:
     """Write the model to `dest`, reload it from there, and compare the logits.
 
     `dtype` is a key of DTYPES. `checkpoint`: write the model of this one, not the run's model/.
+    `trust`: run the code that comes with the model.
     Raises UserError if there is no such model, or if `dest` exists.
     """
-    run, display = RunDir(run_root), display or Display()
-    if not run.is_run():
-        raise UserError(
-            f"{run_root} is not a run's folder: it has no {MARKER}. Give the folder of a run"
-        )
-    if dest.exists():
-        raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
-    if checkpoint is None and not (run.model / "config.json").is_file():
-        raise UserError(
-            f"the run {run_root} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`, "
-            "or name one of its checkpoints with --checkpoint"
-        )
-    config = load_config(run.config)
+    run, display = look_at_export(run_root, dest, checkpoint), display or Display()
+    config = load_config(run.config, trusting(trust))
     if checkpoint is None:
         model, tokenizer = load_trained(run.model, config.model)
         card = (run.model / "README.md").read_text(encoding="utf-8")
@@ -58,7 +49,7 @@ def export_run(
         folder = find_checkpoint(str(checkpoint), run.checkpoints)
         assert folder is not None
         tokenizer = _tokenizer_of(run, config, folder)
-        model = model_of_checkpoint(run, folder, tokenizer)
+        model = model_of_checkpoint(config, folder, tokenizer)
         evaluations = evaluations_by_step(run)
         metrics = {
             f"step {step}": evaluations[step].metrics
@@ -90,8 +81,11 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         return tokenizer
     material = read_material(config, Display(enabled=False))
     if isinstance(material.raw.train, Records):
-        then = load(checkpoint, "training.pt")["identity"]["the training data"]
-        if material.train.fingerprint != then:  # other data makes another tokenizer
+        # other data makes another tokenizer
+        then = load(checkpoint, "training.pt")
+        known = then.get("identity") if isinstance(then, dict) else None
+        now = material.train.fingerprint
+        if not isinstance(known, dict) or known.get("the training data") != now:
             raise UserError(
                 f"the training data of {run.root} changed, so its tokenizer cannot be made again. "
                 "Restore the data"

@@ -9,7 +9,7 @@ from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.inference.generation import generate
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import open_target, require_utf8, stdin_lines
+from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
 
 
 def generate_answers(
@@ -20,15 +20,42 @@ def generate_answers(
     system_prompt: str | None = None,
     seed: int,
     settings: Mapping[str, Any],
+    trust: bool = False,
     display: Display | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Yield each prompt with its answer, in order; without prompts, each line of stdin is one.
 
-    `raw` continues the text as it is, without the chat template. `system_prompt`: None for that of
-    the run, "" for none. `settings` change the generation settings of the run. Raises UserError for
-    a target that cannot be opened.
+    The other arguments are those of `answers_of`. `trust`: run the code that comes with the model.
+    Raises UserError for a target that cannot be opened.
     """
-    opened, display = open_target(target), display or Display()
+    display = display or Display()
+    yield from answers_of(
+        open_target(target, trust=trust),
+        [require_utf8(prompt, "the prompt") for prompt in prompts]
+        or stdin_lines(display, "one prompt a line"),
+        raw=raw,
+        system_prompt=system_prompt,
+        seed=seed,
+        settings=settings,
+        display=display,
+    )
+
+
+def answers_of(
+    opened: Opened,
+    prompts: Iterable[str],
+    *,
+    raw: bool = False,
+    system_prompt: str | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any],
+    display: Display,
+) -> Iterator[tuple[str, str]]:
+    """Yield each prompt with its answer, in order. A blank prompt has a blank answer.
+
+    `raw` continues the text as it is, without the chat template. `system_prompt`: None for that of
+    the run, "" for none. `settings` change the generation settings of the run. Raises UserError.
+    """
     section = opened.settings(settings)
     plain = raw or not opened.tokenizer.chat_template
     if plain and system_prompt:
@@ -41,9 +68,8 @@ def generate_answers(
         if plain
         else _chat_prompt(opened.template(), opened.system_prompt(system_prompt, display))
     )
-    given = [require_utf8(prompt, "the prompt") for prompt in prompts]
-    for texts in _chunks(given or stdin_lines(display, "one prompt a line"), section.batch_size):
-        asked = [text for text in texts if given or text.strip()]  # a blank line stays blank
+    for texts in _chunks(prompts, section.batch_size):
+        asked = [text for text in texts if text.strip()]
         with display.bar("generating", len(asked)) as advance:
             answers = generate(
                 opened.model,
@@ -53,7 +79,7 @@ def generate_answers(
                 settings=generation_settings(section, opened.model, seed=seed),
             )
         decoded = (opened.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
-        yield from ((text, next(decoded) if given or text.strip() else "") for text in texts)
+        yield from ((text, next(decoded) if text.strip() else "") for text in texts)
 
 
 def _chat_prompt(template: ChatTemplate, system_prompt: str | None) -> Callable[[str], list[int]]:

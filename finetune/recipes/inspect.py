@@ -24,6 +24,7 @@ LABELS = {
     "tokens": "tokens",
     "target_tokens": "target tokens",
     "truncated": "examples cut to data.max_length",
+    "split": "texts split at data.max_length",
     "without_target": "of these left out, without a target",
     "dropped": "examples dropped as too long",
     "duplicates": "examples dropped as held out too",

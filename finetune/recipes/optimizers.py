@@ -3,6 +3,9 @@
 from finetune.errors import UserError
 from finetune.optim import optimizer_info, optimizer_table
 
+_UNSAID = ("lr", "foreach", "capturable", "differentiable", "fused", "maximize")
+"""Options of every optimizer, and how torch carries them out, which changes no result here."""
+
 
 def print_optimizers(pattern: str) -> None:
     """Print a few lines an optimizer: what it is, and its options with their defaults.
@@ -18,7 +21,7 @@ def print_optimizers(pattern: str) -> None:
         print(f"{entry['name']}: {entry['what']}")
         if entry["available"] == "yes":
             options = optimizer_info(entry["name"]).config_options
-            named = (f"{name}={value}" for name, value in options.items() if name != "lr")
+            named = (f"{name}={value}" for name, value in options.items() if name not in _UNSAID)
             print(f"    takes {', '.join(named)}")
         else:
             print(f"    not available here: {entry['available']}")

@@ -30,10 +30,12 @@ def serve_target(
     base: bool,
     system_prompt: str | None,
     settings: Mapping[str, Any],
+    trust: bool = False,
 ) -> None:
     """Answer requests until a signal comes.
 
-    `base` serves the model that the run began with, too. Raises UserError for a target that cannot
+    `base` serves the model that the run began with, too. `trust`: run the code that comes with the
+    model. Raises UserError for a target that cannot
     be opened, for an address that is taken, and if the extra is not installed.
     """
     try:
@@ -48,7 +50,7 @@ def serve_target(
         ) from error
     display = Display()
     listener = _listen(host, port)
-    opened = open_target(target)
+    opened = open_target(target, trust=trust)
     served, batch_size = _served(opened, target, base, system_prompt, settings, display)
     worker = Worker(
         {name: each.model for name, each in served.models.items()},

@@ -10,10 +10,18 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+HERE = "."
+"""What a card calls the folder that it is in; a push puts the name on the hub there."""
+
 _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
+tags:
+- finetune
+{% for tag in tags %}
+- {{ tag | quoted }}
+{% endfor %}
 {% if license %}
 license: {{ license | string | quoted }}
 {% endif %}
@@ -32,6 +40,19 @@ A model with random initial weights, trained with `finetune`.
 {% if base_model and not license %}
 The licence of the base model is not known here; it holds for this model too.
 {% endif %}
+
+## Use
+
+```python
+from transformers import pipeline
+
+{% if speaks %}
+answer = pipeline("text-generation", model="{{ here }}")([{"role": "user", "content": "Hello!"}])
+{% else %}
+answer = pipeline("text-generation", model="{{ here }}")("Once upon a time")
+{% endif %}
+print(answer[0]["generated_text"])
+```
 
 ## Data
 
@@ -72,12 +93,13 @@ def model_card(
     metrics: Mapping[str, Mapping[str, float | None]],
     config: str,
     command: str,
+    kind: str | None = None,
 ) -> str:
     """Return the card as Markdown.
 
     `base_model`: None for random initial weights. `data`: one line for each source. `metrics`:
     {"step 0": {"Held-out loss": 2.6, ...}, "step 40": {...}}, the same metrics in each. `config`:
-    the run's YAML. `command`: what reproduces the run.
+    the run's YAML. `command`: what reproduces the run. `kind`: the format of the data.
     """
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -91,7 +113,22 @@ def model_card(
         metrics=metrics,
         config=config,
         command=command,
+        tags=[kind] if kind else [],
+        speaks=kind in ("chat", "translation"),
+        here=HERE,
     )
+
+
+def card_on_hub(card: str, name: str) -> str:
+    """Return a card as it is on the hub under `name`: the code loads it from there.
+
+    A base model that is no hub name, such as a folder, is no longer named in the front matter.
+    """
+    card = card.replace(f'model="{HERE}"', f'model="{name}"')
+    base = re.search(r"^base_model: (.*)$\n?", card, re.MULTILINE)
+    if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", json.loads(base[1])):
+        card = card.replace(base[0], "", 1)
+    return card
 
 
 def license_of(folder: str) -> str | None:

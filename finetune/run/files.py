@@ -4,12 +4,15 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
 from finetune.run.folder import RunDir, newest_checkpoint
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where a text may have half of a surrogate pair
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,11 +93,21 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     text = read_text(path)
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+        return dict(_parsed(text))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a valid JSON object ({error}). Restore or remove the file"
         ) from error
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of a JSON document. Halves of surrogate pairs, which no file can hold,
+    become question marks.
+    """
+    value = json.loads(text)
+    if not _HALF.search(text):
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -106,8 +119,8 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     objects, unreadable = [], 0
     for line in raw_lines(path):
         try:
-            objects.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+            objects.append(dict(_parsed(line.decode())))
+        except (ValueError, TypeError, RecursionError):
             unreadable += 1
     return objects, unreadable
 

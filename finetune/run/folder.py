@@ -47,6 +47,11 @@ class RunDir:
         return self.root / "samples.jsonl"
 
     @property
+    def log(self) -> Path:
+        """What the run said on the terminal, line by line with the time."""
+        return self.root / "train.log"
+
+    @property
     def evaluation(self) -> Path:
         """The evaluations before and after training, the best one, and one on test data."""
         return self.root / "evaluation.json"
@@ -94,6 +99,7 @@ class RunDir:
             self.data,
             self.metrics,
             self.samples,
+            self.log,
             self.evaluation,
             self.vocabulary,
             self.result,
@@ -129,6 +135,12 @@ class RunDir:
             raise UserError(
                 f"the run {self.root} could not be deleted: {error.strerror or error}"
             ) from error
+
+
+def is_written_by_a_run(file: Path) -> bool:
+    """Return whether `file` is in a folder that holds a run, also one whose marker was lost."""
+    run = RunDir(file.parent)
+    return any(map(os.path.lexists, (run.root / MARKER, run.environment, run.metrics)))
 
 
 def checkpoint_path(checkpoints: Path, step: int) -> Path:

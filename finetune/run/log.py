@@ -1,15 +1,21 @@
-"""The files that grow during a run: metrics.jsonl with its listeners, and samples.jsonl."""
+"""The files that grow during a run: metrics.jsonl with its listeners, samples.jsonl, train.log."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from finetune.run.files import append_lines, make_folder, raw_lines, sync_file, write_text
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluation, Sample, StepRecord
 
 Listener = Callable[[StepRecord | Evaluation], None]
+
+VERBOSITY = "_FINETUNE_VERBOSITY"
+"""The variable with which the command line says "quiet" or "verbose", also to its processes."""
 
 
 class MetricLogger:
@@ -32,6 +38,40 @@ class MetricLogger:
             sync_file(path)
 
 
+class Journal:
+    """What a command says, with the time. It is kept until a run's folder is open for it."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._file: TextIO | None = None
+
+    def add(self, text: str) -> None:
+        """Take in one line. A disk that refuses it is not worth the end of a run."""
+        line = f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n"
+        if self._file is None:
+            self._lines.append(line)
+            return
+        with contextlib.suppress(OSError):
+            self._file.write(line)
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def kept_in(self, run: RunDir) -> Iterator[None]:
+        """Append to train.log what was said, what is said meanwhile, and the error, if any."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                self._file = stack.enter_context(run.log.open("a", encoding="utf-8"))
+                self._file.writelines(self._lines)
+                self._lines.clear()
+            try:
+                yield
+            except BaseException as error:
+                self.add(f"ended by {type(error).__name__}: {error}")
+                raise
+            finally:
+                self._file = None
+
+
 def keep_samples(run: RunDir, samples: Sequence[Sample]) -> None:
     """Append `samples` to samples.jsonl. Raises UserError if the disk refuses."""
     append_lines(run.samples, map(asdict, samples))
@@ -51,7 +91,7 @@ def forget_after(run: RunDir, step: int) -> None:
 def _is_up_to(step: int, line: bytes) -> bool:
     try:
         return json.loads(line)["step"] <= step
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return False
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from finetune.errors import UserError
+from finetune.run.checked import check_types
 from finetune.run.files import read_json, read_json_lines, read_text, write_json, write_text
 from finetune.run.folder import RunDir
 from finetune.run.marker import MARKER
+from finetune.run.metrics import METRICS, number
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class JsonRecord:
         values = read_json(path)
         try:
             return cls.from_dict(values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path} is not what a run writes ({error}). Restore or remove the file"
             ) from error
@@ -55,6 +57,7 @@ class JsonRecord:
         """Return the record whose file holds `values`."""
         known = {item.name for item in fields(cls)} - {"more"}
         found = {key: value for key, value in values.items() if key in known and value is not None}
+        check_types(cls, found)
         return cls(**found, more={key: values[key] for key in values if key not in known})
 
     def as_dict(self) -> dict[str, Any]:
@@ -167,7 +170,7 @@ class Evaluations(JsonRecord):
         for name in ("before", "after", "best"):
             if parts.get(name) is not None:
                 metrics = dict(parts[name])
-                parts[name] = Evaluation(metrics.pop("step"), metrics)
+                parts[name] = _evaluation(metrics.pop("step"), metrics)
         return super().from_dict(parts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -208,21 +211,30 @@ def read_metrics(run: RunDir) -> tuple[list[StepRecord | Evaluation], int]:
     for line in lines:
         try:
             records.append(_metrics_of(line))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             unreadable += 1
     return records, unreadable
 
 
 def _metrics_of(line: Mapping[str, Any]) -> StepRecord | Evaluation:
     if "evaluation" in line:
-        return Evaluation(line["step"], dict(line["evaluation"]))
+        return _evaluation(line["step"], dict(line["evaluation"]))
     known = {item.name for item in fields(StepRecord)}
     numbers: dict[str, Any] = {
         key: float(value) if isinstance(value, str) else value  # NaN and infinity are text
         for key, value in line.items()
         if key in known and value is not None
     }
+    check_types(StepRecord, numbers)
     return StepRecord(**numbers)
+
+
+def _evaluation(step: Any, metrics: dict[str, Any]) -> Evaluation:
+    """Return an evaluation. Raises TypeError or ValueError for what is no number."""
+    for metric in METRICS:
+        number(metrics, metric.key)
+    check_types(Evaluation, {"step": step})
+    return Evaluation(step, metrics)
 
 
 def evaluations_by_step(run: RunDir) -> dict[int, Evaluation]:
@@ -237,12 +249,17 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
     Raises UserError if the file cannot be read.
     """
     lines, unreadable = read_json_lines(run.samples)
-    needed = [item.name for item in fields(Sample) if item.name != "cut"]
-    whole = [line for line in lines if all(key in line for key in needed)]
-    samples = [
-        Sample(**{key: line[key] for key in needed}, cut=bool(line.get("cut"))) for line in whole
-    ]
-    return samples, unreadable + len(lines) - len(whole)
+    samples: list[Sample] = []
+    for line in lines:
+        try:
+            values = {item.name: line[item.name] for item in fields(Sample) if item.name != "cut"}
+            values["cut"] = bool(line.get("cut"))
+            check_types(Sample, values)
+        except (KeyError, TypeError):
+            unreadable += 1
+        else:
+            samples.append(Sample(**values))
+    return samples, unreadable
 
 
 @dataclass

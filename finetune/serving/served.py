@@ -60,10 +60,18 @@ class ServedModel:
         return list(self.translate(text, request.translate.source, request.translate.target))
 
     def _with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
-        """Return the messages after the run's system prompt. An empty one in front means none."""
-        if messages[0]["role"] in ("system", "developer"):
-            return list(messages if messages[0]["content"].strip() else messages[1:])
-        if not self.system_prompt:
+        """Return the messages after the run's system prompt. An empty one in front means none.
+
+        A developer's message is a system message, as in training.
+        """
+        first = messages[0]
+        if first["role"] in ("system", "developer"):
+            if not first["content"].strip():
+                return list(messages[1:])
+            assert self.template is not None
+            is_system = self.template.writes("system")
+            return [{**first, "role": "system"} if is_system else first, *messages[1:]]
+        if self.system_prompt is None:
             return list(messages)
         return [{"role": "system", "content": self.system_prompt}, *messages]
 

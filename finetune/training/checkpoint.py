@@ -15,7 +15,6 @@ has to know which kind a checkpoint is.
 
 import errno
 import os
-import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from finetune.errors import UserError
+from finetune.errors import Border, UserError
 from finetune.run.files import sync_folder
 from finetune.run.folder import (
     MARK,
@@ -43,6 +42,7 @@ from finetune.run.folder import (
     remove_unfinished,
     step_folders,
 )
+from finetune.training.form import check_tree
 from finetune.training.shards import (
     SHARDS,
     Own,
@@ -53,10 +53,7 @@ from finetune.training.shards import (
 )
 
 PIECE = 1 << 17  # bytes that are written and hashed at once: less than the processor's cache
-UNREADABLE = (  # what torch.load raises for a file that is not one of ours
-    *(OSError, EOFError, pickle.UnpicklingError, RuntimeError),
-    *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
-)
+ANOTHER = "Take another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -186,14 +183,20 @@ def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
     `own(place)` may return this process's shard of the tensor at `place`. That tensor is then
     loaded as a shard.
     """
-    try:
+    with Border(f"{folder / name} cannot be read", do=ANOTHER):
         tree = torch.load(folder / name, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"{folder / name} cannot be read: {reason}. Take another checkpoint"
-        ) from error
+    with as_written(folder / name):
+        check_tree(tree)
     return put_in_shards(tree, folder / SHARDS, name, own)
+
+
+@contextmanager
+def as_written(file: Path) -> Iterator[None]:
+    """Raise a UserError for the TypeError of a check that a file of a checkpoint does not pass."""
+    try:
+        yield
+    except TypeError as error:
+        raise UserError(f"{file} is not what a run writes: {error}. {ANOTHER}") from error
 
 
 def find_checkpoint(
@@ -208,10 +211,9 @@ def find_checkpoint(
         return _newest_whole(checkpoints, note)
     folder = Path(resume)
     if not folder.is_dir():
-        raise UserError(
-            f"there is no checkpoint at {folder}. "
-            f"Give a folder such as {checkpoints / 'step-00000100'}, or auto"
-        )
+        there = [str(path) for path in step_folders(checkpoints).values()]
+        found = f"Give {' or '.join(there)}" if there else "Give the folder of a checkpoint"
+        raise UserError(f"there is no checkpoint at {folder}. {found}, or auto")
     if (folder / "checkpoints").is_dir():
         newest = _newest_whole(folder / "checkpoints", note)
         if newest is None:

@@ -9,6 +9,7 @@ any engine, and torch's own tools can read the folder
 (https://docs.pytorch.org/docs/stable/distributed.checkpoint.html).
 """
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune.distributed.sharding import is_shard, shard_like
+from finetune.errors import Border, UserError, reason_of
 
 SHARDS = "shards"
 
@@ -85,11 +87,60 @@ def put_in_shards(tree: Any, folder: Path, name: str, own: Own = lambda place: N
     if holes:
         import torch.distributed.checkpoint as dcp
 
-        with warnings.catch_warnings():
+        _check_metadata(folder)
+        with warnings.catch_warnings(), Border(f"{folder} cannot be read"):
             # As asked for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(holes, checkpoint_id=folder, no_dist=True)
+            try:
+                dcp.load(holes, checkpoint_id=folder, no_dist=True)
+            except dcp.CheckpointException as failure:  # it is no Exception
+                raise UserError(
+                    f"{folder} cannot be read: {reason_of(failure)}. Take another checkpoint"
+                ) from failure
     return fitted_tree
+
+
+class _Metadata(pickle.Unpickler):
+    """A reader of torch's `.metadata`, a pickle, that makes nothing but what torch writes there."""
+
+    ALLOWED = {  # noqa: RUF012
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
+            *("MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size"},
+        "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class. Raises UserError for any other."""
+        home = module.removesuffix("._local")  # pathlib's, in Python 3.13
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in self.ALLOWED.get(home, ()):
+            raise UserError(
+                f"the .metadata of a checkpoint asks for {module}.{name}, which torch never writes "
+                "there. Take another checkpoint"
+            )
+        return super().find_class(module, name)
+
+
+def _check_metadata(folder: Path) -> None:
+    """Raise UserError if a file that torch will unpickle could run code, or names other folders."""
+    found = sorted(folder.glob("*.metadata"))
+    for path in found:
+        with (
+            Border(f"{path} cannot be read", do="Take another checkpoint"),
+            path.open("rb") as file,
+        ):
+            metadata = _Metadata(file).load()
+        infos = (getattr(metadata, "storage_data", None) or {}).values()
+        if any(Path(info.relative_path).name != info.relative_path for info in infos):
+            raise UserError(f"{path} names files outside of {folder}. Take another checkpoint")
+    if not found:
+        raise UserError(f"{folder} lacks .metadata. Take another checkpoint")
 
 
 @contextmanager

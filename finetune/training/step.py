@@ -55,7 +55,8 @@ def take_step(
     module.train()
     optimizer.train()  # schedule-free optimizers train at one point and are evaluated at another
     device = accelerator.device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+    loss_sum = torch.zeros((), dtype=exact, device=device)
     scale = accelerator.num_processes / batch.num_target_tokens
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         tensors = cast(dict[str, torch.Tensor], micro_batch)

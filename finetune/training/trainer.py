@@ -5,15 +5,14 @@ between the steps (evaluation, generation, saving) can change the run, and a res
 saved generator state.
 """
 
-import contextlib
 import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +21,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
-from finetune.errors import UserError
-from finetune.optim import LazyAdamW, options_of
+from finetune.errors import Border, UserError
+from finetune.optim import options_of
 from finetune.run.files import write_bytes
+from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
-from finetune.training.checkpoint import CheckpointStore, damage_of, load
+from finetune.training.checkpoint import ANOTHER, CheckpointStore, as_written, damage_of, load
+from finetune.training.clock import Clock
+from finetune.training.form import check_like, in_order
+from finetune.training.restore import restore_checkpoint, stored_rows, trainable_state
 from finetune.training.step import StepResult, take_step
 from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
 
@@ -43,6 +46,7 @@ class Progress:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    seconds: float = 0.0  # of the run's limit of time, used up to the last step
     guard: dict[str, float] = field(default_factory=dict)
 
 
@@ -63,8 +67,9 @@ class Trainer:
 
     Module and optimizer come from the engine (`finetune.distributed.engines.prepare`).
     `evaluate(step)` returns the metrics of the model as it is. `identity` is what a resumed run
-    must share with this one. `average_rows` and `before_step` are called in every step, the latter
-    with the number of steps taken.
+    must share with this one. With a `clock` the run also ends when its time is up, and the steps of
+    the schedule are the clock's ticks. `average_rows` and `before_step` are called in every step,
+    the latter with the number of steps taken.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Trainer:
         seed: int,
         identity: Mapping[str, str],
         bad_batch_path: Path,
+        clock: Clock | None = None,
         average_rows: Callable[[], None] = lambda: None,
         before_step: Callable[[int, StepBatch], None] = lambda step, batch: None,
     ) -> None:
@@ -94,6 +100,7 @@ class Trainer:
         self.max_grad_norm, self.seed = max_grad_norm, seed
         self.identity, self.bad_batch_path = dict(identity), bad_batch_path
         self.average_rows, self.before_step = average_rows, before_step
+        self.clock = clock
         self.progress = Progress()
 
     def train(self) -> Stopped:
@@ -103,8 +110,10 @@ class Trainer:
         checkpoint cannot be written.
         """
         steps = iter(self.batches)
+        if self.clock is not None:
+            self.clock.start(self.progress.seconds)
         with StopSignal() as signal:
-            while self.progress.step < self.cadence.num_steps:
+            while not self._is_over():
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
                 record = self._step(next(steps))
@@ -133,9 +142,12 @@ class Trainer:
             average_rows=self.average_rows,
             check=lambda result: self._stop_if_diverged(result, batch),
         )
-        if not result.skipped:
-            self.scheduler.step()
         progress.step += 1
+        if self.clock is not None:
+            progress.seconds = self.clock.read()
+            self._follow(self.clock)
+        elif not result.skipped:
+            self.scheduler.step()
         progress.num_target_tokens += batch.num_target_tokens
         seconds = time.perf_counter() - started
         return StepRecord(
@@ -150,6 +162,17 @@ class Trainer:
             tokens_per_second=batch.num_tokens / seconds,
             seconds=seconds,
         )
+
+    def _is_over(self) -> bool:
+        """Return whether the last step was taken: by their number, or because the time is up."""
+        up = self.clock is not None and self.progress.seconds >= self.clock.limit
+        return up or self.progress.step >= self.cadence.num_steps
+
+    def _follow(self, clock: Clock) -> None:
+        """Bring the learning rate to where the run is, by time or by steps, whichever is more."""
+        progress = self.progress
+        share = max(progress.seconds / clock.limit, progress.step / self.cadence.num_steps)
+        clock.move(self.scheduler, share)
 
     def _on_any_process(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process: the same answer on every process."""
@@ -180,7 +203,7 @@ class Trainer:
     def _evaluate_if_due(self) -> bool | None:
         """Return whether this step's evaluation is the best so far, or None if none was due."""
         step = self.progress.step
-        if step % self.cadence.evaluate_every and step != self.cadence.num_steps:
+        if step % self.cadence.evaluate_every and not self._is_over():
             return None
         self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
@@ -198,7 +221,7 @@ class Trainer:
     def _checkpoint_is_due(self, improved: bool | None) -> bool:
         """Return whether to save: at the end, at the best evaluation, and as the cadence says."""
         step, every = self.progress.step, self.cadence.checkpoint_every
-        if step == self.cadence.num_steps or improved or self._out_of_patience():
+        if self._is_over() or improved or self._out_of_patience():
             return True
         return improved is not None if every is None else step % every == 0
 
@@ -216,7 +239,7 @@ class Trainer:
         self.progress.guard, scaler = self.guard.state_dict(), self.accelerator.scaler
         files = {
             "model.pt": weights,
-            "optimizer.pt": optimizer_state,
+            "optimizer.pt": in_order(optimizer_state),
             "training.pt": {
                 "progress": asdict(self.progress),
                 "scheduler": self.scheduler.state_dict(),
@@ -236,14 +259,15 @@ class Trainer:
         evaluation so far is missing or damaged, that evaluation is forgotten, and its step is
         returned.
         """
-        state, options = load(checkpoint, "training.pt"), options_of(self.optimizer)
+        state, options = self._training_state(checkpoint), options_of(self.optimizer)
         self.restore(checkpoint)
         schedule, base = state["scheduler"], self.scheduler.base_lrs
         lrs = [
             lr * factor(schedule["last_epoch"])
             for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)
         ]
-        self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
+        with Border(f"{checkpoint / 'training.pt'} does not fit", do=ANOTHER):
+            self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
         for group, own, initial, lr in zip(
             self.optimizer.param_groups, options, base, lrs, strict=True
         ):
@@ -253,12 +277,35 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.guard.load_state_dict(self.progress.guard)
+        if self.clock is not None:
+            self._follow(self.clock)
         best = self.progress.best_step
         if best is not None and damage_of(self.checkpoints.path(best)) is not None:
             self.progress.best_step = self.progress.best_value = None
             self.progress.evaluations_since_best = 0
             return best
         return None
+
+    def _training_state(self, checkpoint: Path) -> dict[str, Any]:
+        """Return what training.pt holds. Raises UserError if it has not the form of ours."""
+        state, where = load(checkpoint, "training.pt"), checkpoint / "training.pt"
+        scaler = self.accelerator.scaler
+        kept = state.get("scheduler") if isinstance(state, Mapping) else None
+        needed = {"last_epoch", "lr_lambdas", *(kept if isinstance(kept, Mapping) else ())}
+        schedule = {k: v for k, v in self.scheduler.state_dict().items() if k in needed}
+        ours = {
+            "progress": asdict(self.progress) | {"guard": None},
+            "scheduler": schedule | {"lr_lambdas": None},
+            "data": self.batches.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "identity": None,
+        }
+        with as_written(where):
+            check_like(state, ours, "it")
+            check_like(state["progress"]["guard"], self.guard.state_dict(), "progress.guard")
+            if state["progress"]["step"] != step_of(checkpoint):
+                raise TypeError(f"it is of step {state['progress']['step']}")
+            return dict(state)
 
     def restore(self, checkpoint: Path) -> None:
         """Load the weights and the optimizer's state of a checkpoint.
@@ -270,7 +317,10 @@ class Trainer:
 
 def check_identity(checkpoint: Path, identity: Mapping[str, str]) -> None:
     """Raise UserError if the checkpoint belongs to another model, other data or another setting."""
-    then = load(checkpoint, "training.pt")["identity"]
+    state = load(checkpoint, "training.pt")
+    then = state.get("identity") if isinstance(state, Mapping) else None
+    if not isinstance(then, Mapping):
+        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
     for what, now in identity.items():
         if then.get(what) != now:
             raise UserError(
@@ -283,76 +333,3 @@ def step_seed(seed: int, step: int, process: int) -> int:
     """Return a seed of 63 bits that differs for every step and process."""
     digest = hashlib.blake2b(f"{seed}/{step}/{process}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state of the parameters that train, and of every buffer.
-
-    Frozen weights come from the base model again.
-    """
-    frozen = {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
-    }
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
-
-
-def restore_checkpoint(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path
-) -> None:
-    """Load weights and optimizer state into the model and the optimizer that they were saved from.
-
-    Under an engine that shards, each process loads its shards. What has the shape of a parameter is
-    sharded like that parameter. Raises UserError unless the checkpoint has every weight that trains
-    and no other, each with its shape.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with stored_rows(optimizer):
-        weights = model.state_dict()
-        stored = load(checkpoint, "model.pt", own=lambda place: weights.get(place[0]))
-        _check_weights(trainable_state(model), stored, checkpoint)
-        # Frozen weights are those of the base model. A module may hold buffers that it has not
-        # measured yet, so only the loading shows what the model does not have.
-        _refuse_weights(
-            "has, unlike the model,",
-            model.load_state_dict(stored, strict=False).unexpected_keys,
-            checkpoint,
-        )
-        stored = load(
-            checkpoint,
-            "optimizer.pt",
-            own=lambda place: parameters[place[1]] if place[0] == "state" else None,
-        )
-        optimizer.load_state_dict(stored)
-
-
-def _check_weights(wanted: Mapping[str, torch.Tensor], stored: object, checkpoint: Path) -> None:
-    """Raise UserError if `stored` lacks a name or a shape of `wanted`."""
-    found = stored if isinstance(stored, Mapping) else {}
-    shapes = [
-        name
-        for name in wanted.keys() & found.keys()
-        if getattr(found[name], "shape", None) != wanted[name].shape
-    ]
-    _refuse_weights("lacks", wanted.keys() - found.keys(), checkpoint)
-    if shapes:
-        name = min(shapes)
-        raise UserError(
-            f"in {checkpoint / 'model.pt'} {name} has another shape than "
-            f"{tuple(wanted[name].shape)}, which the model needs. Take another checkpoint"
-        )
-
-
-def _refuse_weights(what: str, names: Collection[str], checkpoint: Path) -> None:
-    if names:
-        raise UserError(
-            f"{checkpoint / 'model.pt'} {what} {len(names)} weights, such as {min(names)}. "
-            "Take another checkpoint, or the model that it was saved from"
-        )
-
-
-def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextManager[None]:
-    """Return a context in which state dicts show the rows of a lazy table as they are stored."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner.deferred() if isinstance(inner, LazyAdamW) else contextlib.nullcontext()

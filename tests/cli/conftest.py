@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from finetune.cli import main
+from finetune.models.load import ModelSpec, load_model
+from finetune.models.tokenizers import train_tokenizer
 from tests.conftest import LLAMA, conversation
 
 
@@ -66,6 +68,17 @@ def write_config(folder: Path, tiny: Callable[..., dict[str, Any]]) -> Callable[
         return path
 
     return write_config
+
+
+@pytest.fixture
+def base(folder: Path) -> Path:
+    """Return the folder of a tiny model with a tokenizer."""
+    tokenizer = train_tokenizer(["What is 3 plus 4? It is 7. " * 20, "Le mot est petit."], 300)
+    model = load_model(ModelSpec(config=LLAMA | {"max_position_embeddings": 512},
+                                 vocab_size=len(tokenizer)))  # fmt: skip
+    tokenizer.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base")
+    return folder / "base"
 
 
 @pytest.fixture(autouse=True, scope="session")

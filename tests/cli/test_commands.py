@@ -27,6 +27,9 @@ from tests.conftest import conversation
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
+    "init",
+    "keys",
+    "runs",
     "train",
     "demo",
     "inspect",
@@ -40,6 +43,7 @@ COMMANDS = [
     "serve",
     "report",
     "export",
+    "push",
     "optimizers",
     "landscape",
 ]
@@ -150,7 +154,7 @@ def test_every_command_is_known_here():
     assert sorted(command.callback.__name__ for command in app.registered_commands) == sorted(
         COMMANDS
     )
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 19
 
 
 def test_the_bare_command_and_the_module_show_the_help():
@@ -588,7 +592,7 @@ def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
         )
 
 
-def test_a_model_with_code_of_its_own_is_trusted_as_in_training(chat_run, monkeypatch):
+def test_a_model_with_code_of_its_own_is_trusted_by_the_command_line_alone(chat_run, monkeypatch):
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(chat_run / "modules")
     )
@@ -610,14 +614,35 @@ def test_a_model_with_code_of_its_own_is_trusted_as_in_training(chat_run, monkey
     for command in (
         ["plan", "c.yaml", *changes],
         ["train", "c.yaml", *changes],
-        ["evaluate", "other"],
-        ["generate", "other", "--prompt", "Hm?"],
-        ["export", "other", "out"],
-        ["export", "other", "first", "--checkpoint", "other/checkpoints/step-00000001"],
+        ["train", "c.yaml", *changes, "training.max_steps=2", "--resume", "auto"],
+        ["evaluate", "other", "--trust-remote-code"],
+        ["generate", "other", "--prompt", "Hm?", "--trust-remote-code"],
+        ["export", "other", "out", "--trust-remote-code"],
+        ["export", "other", "first", "--checkpoint", "other", "--trust-remote-code"],
+        ["inspect", "other/config.yaml", "model.trust_remote_code=true"],
     ):
         result = finetune(*command)
         assert result.code == 0, (command, result.err)
     assert (chat_run / "out" / "code.py").is_file()
+    # now it comes from someone else
+    (chat_run / "other" / "model" / "code.py").write_text("open('executed', 'w')\n")
+    (own / "code.py").write_text("open('executed', 'w')\n")
+    for command in (
+        ["evaluate", "other"],
+        ["generate", "other", "--prompt", "Hm?"],
+        ["chat", "other"],
+        ["translate", "other", "Hm?", "--from", "en", "--to", "fr"],
+        ["export", "other", "new"],
+        ["export", "other", "new", "--checkpoint", "other"],
+        ["train", "other/config.yaml", "--resume", "auto"],
+        ["inspect", "other/config.yaml"],
+        ["plan", "other/config.yaml"],
+    ):
+        result = finetune(*command)
+        assert result.code == 2, (command, result.err)
+        assert "--trust-remote-code" in result.err
+    assert finetune("generate", "own", "--prompt", "Hm?").code == 2
+    assert not (chat_run / "executed").exists()
 
 
 def test_optimizers_lists_them_all():

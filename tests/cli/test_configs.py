@@ -72,7 +72,8 @@ def test_there_is_one_for_every_kind():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_the_header_says_what_it_is_the_command_and_what_was_measured(path):
-    what, command, measured, *_ = path.read_text(encoding="utf-8").splitlines()
+    schema, what, command, measured, *_ = path.read_text(encoding="utf-8").splitlines()
+    assert schema == "# yaml-language-server: $schema=../finetune/resources/config.schema.json"
     assert re.fullmatch(r"# [A-Z].{30,}\.", what), what
     assert command == f"# Command:  finetune train configs/{path.name}"
     assert measured.startswith("# Measured: ")

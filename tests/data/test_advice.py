@@ -48,6 +48,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"train": dataset(range(100), truncated=60, without_target=10)},
         "60 of 110 examples are cut to data.max_length = 64, and a cut answer does not teach wh",
     ),
+    "left out": (
+        {"train": dataset(range(100), dropped=12)},
+        "12 of 112 examples are over data.max_length = 64 and left out. Raise data.max_length, or",
+    ),
     "repeated answers": (
         {"train": dataset([7, 8] * 50)},
         "100 examples have 2 different answers, so most of what is learnt repeats",
@@ -66,7 +70,53 @@ def test_each_case_has_its_sentence_with_what_to_change(case: str) -> None:
     [sentence] = advice(**GOOD | changed)
     assert sentence.startswith(expected)
     assert ". " in sentence
-    assert len(CASES) == 6
+    assert len(CASES) == 7
+
+
+EDGES: dict[str, tuple[dict[str, Any], int]] = {
+    # the change -> how many sentences
+    "49 steps": ({"num_steps": 49}, 1),
+    "50 steps": ({"num_steps": 50}, 0),
+    "steps without their examples": ({"num_steps": 5, "per_step": None}, 0),
+    "19 held out": ({"held_out": dataset(range(19), start=1000)}, 1),
+    "20 held out": ({"held_out": dataset(range(20), start=1000)}, 0),
+    "nothing held out": ({"held_out": None}, 0),
+    "one of 20 held out trained on": (
+        {"held_out": dataset([0, *range(1, 20)], start=0)},
+        1,
+    ),
+    "same answers to other questions held out": ({"held_out": dataset(range(30), start=500)}, 0),
+    "half cut": ({"train": dataset(range(100), truncated=50)}, 0),
+    "more than half cut": ({"train": dataset(range(100), truncated=51)}, 1),
+    "cut without a target left": (
+        {"train": dataset(range(100), truncated=110, without_target=110)},
+        1,
+    ),
+    "a tenth left out": ({"train": dataset(range(90), dropped=10)}, 0),
+    "more than a tenth left out": ({"train": dataset(range(90), dropped=11)}, 1),
+    "most left out and most cut": ({"train": dataset(range(10), dropped=90, truncated=9)}, 2),
+    "half of the answers differ": ({"train": dataset([*range(50), *range(50)])}, 0),
+    "fewer than half differ": ({"train": dataset([*range(49), *range(49), 0, 0])}, 1),
+    "one answer": ({"train": dataset([7] * 100)}, 1),
+    "one example": ({"train": dataset([7])}, 0),
+    "a few examples": ({"train": dataset(range(3)), "num_steps": 3, "per_step": 1.0}, 1),
+    "everything at once": (
+        {
+            "train": dataset([7] * 100, truncated=80, dropped=50),
+            "held_out": dataset([7] * 3),
+            "num_steps": 2,
+        },
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_where_each_sentence_begins(case: str) -> None:
+    changed, count = EDGES[case]
+    found = advice(**GOOD | changed)
+    assert len(found) == count
+    assert len(EDGES) == 20
 
 
 def test_duplicates_of_held_out_examples_are_left_out() -> None:

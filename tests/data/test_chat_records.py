@@ -88,14 +88,14 @@ LEARNT: dict[str, tuple[Case, list[str], list[str]]] = {
         [NO_THOUGHT + WRITTEN_CALL],
         [],
     ),
-    "nulls that Parquet put beside the arguments": (
+    "a null in the arguments": (
         chat(
             user("Weather?"),
             answer(
                 "", tool_calls=[{"name": "weather", "arguments": {"city": "Oslo", "day": None}}]
             ),
         ),
-        [NO_THOUGHT + WRITTEN_CALL],
+        [NO_THOUGHT + WRITTEN_CALL.replace('"Oslo"', '"Oslo", "day": null')],
         [],
     ),
     "the old function_call": (
@@ -229,7 +229,9 @@ def test_what_a_record_says_is_learnt(case: str, qwen3: Any) -> None:
         expected = [NO_THOUGHT + "4" + END, NO_THOUGHT + "6" + END]
     assert targets == expected
     assert [text for text in beside if text not in texts[-1]] == []
-    assert format.notes() == []
+    in_use = ["not used: the records' 'enable_thinking' in chat and generate, which take "
+              "data.chat_template_kwargs (1 record)"]  # fmt: skip
+    assert format.notes() == (in_use if "chat_template_kwargs" in record else [])
 
 
 def with_call(**call: Any) -> Case:

@@ -1,5 +1,6 @@
 """Control tokens that a text spells out: counted, refused on request, and plain text when typed."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +29,11 @@ RECORDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "translation": ({"translation": {"en": "The %s file", "fr": "Le fichier"}}, {}),
     "text": ({"text": "some %s text"}, {}),
 }
+
+
+@cache
+def qwen3() -> Any:
+    return real_tokenizer("qwen3")
 
 
 def filled(value: Any, word: str) -> Any:
@@ -84,3 +90,47 @@ def test_what_is_typed_is_plain_text(name: str) -> None:
     assert f"What does {mark} mean?" in tokenizer.decode(plain)
     harmless = [{"role": "user", "content": "What does it mean?"}]
     assert template.prompt(harmless) == template.prompt(harmless, parse_control_tokens=False)
+
+
+FOUND: list[tuple[Any, str | None]] = [
+    # a value in a record -> the control token of Qwen3 in it
+    ("<|im_end|>", "<|im_end|>"),
+    ("a<|im_start|>b", "<|im_start|>"),
+    ("<<|endoftext|>>", "<|endoftext|>"),
+    ("line\n<|im_end|>\n", "<|im_end|>"),
+    ("<|vision_start|>", "<|vision_start|>"),
+    ("<|im_end|><|im_start|>", "<|im_end|>"),
+    (["a", {"b": ["<|im_end|>"]}], "<|im_end|>"),
+    ({"a": {"b": "x <|im_start|>"}}, "<|im_start|>"),
+    (("a", "<|im_end|>"), "<|im_end|>"),
+    ("<|im_end |>", None),
+    ("<|IM_END|>", None),
+    ("<|im_end", None),
+    ("|im_end|>", None),
+    ("&lt;|im_end|&gt;", None),
+    ("<|im\u200b_end|>", None),
+    ("</s>", None),
+    ("<s>[INST]", None),
+    ("<end_of_turn>", None),
+    ("<think></think>", None),
+    ("<tool_call>", None),
+    (7, None),
+    (None, None),
+    ({"<|im_end|>": 1}, None),
+]
+
+
+@pytest.mark.parametrize("number", range(len(FOUND)))
+def test_which_texts_have_a_control_token(number: int) -> None:
+    value, expected = FOUND[number]
+    assert ControlTokens(qwen3()).find(value) == expected
+
+
+def test_the_stop_token_is_one_though_it_is_not_called_special(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["[END]"])
+    assert ControlTokens(tokenizer).find("a [END]") is None
+    tokenizer.eos_token = "[END]"
+    assert ControlTokens(tokenizer).find("a [END]") == "[END]"

@@ -113,10 +113,7 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
     assert "resuming after step 3" in done.stdout
     steps = len(losses(folder / "run"))
     assert 8 <= steps < NUM_STEPS
-    assert (
-        f"stopped by a signal after step {steps}, which is saved. Go on with --resume auto"
-        in done.stdout
-    )
+    assert f"stopped at step {steps}, which is saved. Go on with --resume auto" in done.stdout
     assert "Traceback" not in done.stdout  # of the process that lost the other
     record = json.loads((folder / "run" / "environment.json").read_text())
     assert record["processes"] == 2

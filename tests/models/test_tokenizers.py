@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from finetune.errors import UserError
+from finetune.models import tokenizers
 from finetune.models.load import ModelSpec
 from finetune.models.tokenizers import (
     CHATML,
@@ -237,3 +238,11 @@ def test_the_words_of_the_template_are_active_whatever_the_data(template, roles)
     assert all(len(found) == 1 for found in ids.values())
     active = active_ids(tokenizer, [], ())
     assert [word for word in words if ids[word][0] in active] == roles
+
+
+def test_a_chat_template_that_takes_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenizers, "RENDERING", 0.3)
+    tokenizer = train_tokenizer(["a text"] * 3, 300)
+    tokenizer.chat_template = "{% for a in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+    with pytest.raises(UserError, match=r"fails to render .*: it takes longer than 0\.3 seconds"):
+        set_template(tokenizer)

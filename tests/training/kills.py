@@ -79,7 +79,7 @@ class Operations:
         point = Point(len(self.points), f"{what} {os.path.relpath(place, self.root)}")
         self.points.append(point)
         if self.last is not None and point.number == self.last.number:
-            if self.last.torn:
+            if self.last.torn and what == "open":
                 self._busy = True
                 with builtins.open(place, "ab" if appended else "wb", buffering=0) as file:
                     file.write(TORN)
@@ -102,7 +102,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         "generation": {"max_new_tokens": 2},
     }
     for name, section in changes.items():
-        tree[name] = {**tree[name], **section}
+        tree[name] = {**tree.get(name, {}), **section}
     return tree
 
 

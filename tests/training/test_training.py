@@ -1,5 +1,6 @@
 """Whole runs of a tiny model: what they leave, how a step may be cut, and how they end."""
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,23 +125,39 @@ def test_a_step_is_the_same_however_it_is_cut(tiny, tmp_path, packing):
     assert all(len(values) == 4 and values[-1] < values[0] for values in found.values())
 
 
-def test_lazy_and_dense_adamw_train_the_same_untied_model(tiny, tmp_path):
-    for name in ("adamw", "lazy_adamw"):
-        tree = tiny(
+@pytest.mark.parametrize("name", ["adamw", pytest.param("adam", marks=pytest.mark.slow)])
+def test_lazy_and_dense_train_the_same_untied_model(tiny, tmp_path, name):
+    """A run says which it is. A checkpoint of either resumes in the other."""
+    decay = {"weight_decay": 0.1} if name == "adamw" else {}
+    runs: dict[bool, dict] = {}
+    for lazy in ("auto", False):
+        runs[lazy == "auto"] = tiny(
             model={"config": PYTHIA},
-            optimizer={"name": name, "weight_decay": 0.1, "no_decay": []},
+            optimizer={"name": name, "lazy": lazy, "no_decay": [], **decay},
             training={"max_steps": 12},
+            checkpoint={"every": 6, "keep": 3},
+            output_dir=str(tmp_path / str(lazy == "auto")),
         )
-        train({**tree, "output_dir": str(tmp_path / name)})
-    assert losses(tmp_path / "lazy_adamw") == pytest.approx(losses(tmp_path / "adamw"), abs=1e-5)
-    dense, lazy = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
-        for name in ("adamw", "lazy_adamw")
-    )
-    difference = (
-        (dense.get_input_embeddings().weight - lazy.get_input_embeddings().weight).abs().max()
-    )
-    assert difference < 1e-5
+    for lazy, tree in runs.items():
+        messages = io.StringIO()
+        display = Display(enabled=True, console=Console(file=messages, width=500))
+        assert run_training(make_config(tree), display=display) == "finished"
+        line = "only the rows in use of" if lazy else "optimizer.lazy is false"
+        assert f"optimizer: {name} computes" in messages.getvalue()
+        assert line in messages.getvalue()
+    weights = {}
+    for lazy in runs:
+        early = tmp_path / str(lazy) / "checkpoints" / "step-00000006"
+        crossed = {**runs[not lazy], "output_dir": str(tmp_path / f"from {lazy}")}
+        assert train(crossed, resume=str(early)) == "finished"
+        weights[lazy] = load_file(tmp_path / f"from {lazy}" / "model" / "model.safetensors")
+        assert losses(tmp_path / f"from {lazy}") == pytest.approx(
+            losses(tmp_path / "False")[6:], abs=1e-5
+        )
+        weights[str(lazy)] = load_file(tmp_path / str(lazy) / "model" / "model.safetensors")
+    for found in weights.values():
+        for key, value in found.items():
+            assert (value - weights["False"][key]).abs().max() < 1e-5
 
 
 def test_early_stopping_keeps_the_best_model(tiny, tmp_path):

@@ -90,6 +90,11 @@ class TrainingBatches:
                 "tokenizer or max_length changed), so the run cannot be resumed. Restore the data, "
                 "or start a new run in another output_dir"
             )
+        if state["step"] >= self.steps_per_epoch:
+            raise UserError(
+                f"a pass over the training data has {self.steps_per_epoch} steps, and the "
+                f"checkpoint was taken after {state['step']} of one. Take another checkpoint"
+            )
         self._place = (state["epoch"], state["step"])
 
     def _plan(self, epoch: int) -> list[list[int]]:

@@ -15,20 +15,23 @@ found by leaving it out and rendering again.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
+from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.borders import encode_text
-from finetune.data.formats.columns import column, text_column
+from finetune.data.formats.columns import column, text_column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.messages import (
     check_order,
     conversation_text,
+    from_json,
     merge_turns,
     read_messages,
+    read_options,
     read_tools,
 )
 from finetune.data.formats.rendering import ChatTemplate, Dialog, TemplateSettings
+from finetune.data.formats.written import Written, require_options
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
 
@@ -71,6 +74,8 @@ class ChatFormat:
         merge_turns: bool = False,
     ) -> None:
         self.template = ChatTemplate(tokenizer, settings)
+        self.texts = self.template.texts
+        require_options(self.template, settings.options)
         self.control = control
         self.merge_turns = merge_turns
         self.columns = columns
@@ -79,7 +84,7 @@ class ChatFormat:
         self.shape = shape
         self.calls_tools = False  # whether a record so far called a tool
         self._systems: set[str | None] = set()  # of examples, at most two of them
-        self._counts: dict[tuple[str, ...], bool] = {}  # what messages say -> whether it is written
+        self._written = Written(self.template, whole=targets == "all")
         self._unused: Counter[str] = Counter()  # what is not used -> records that have it
 
     def dialog(self, record: Record) -> Dialog:
@@ -95,12 +100,13 @@ class ChatFormat:
         """Return the conversation, and what the record says that is not used."""
         shape = self._shape_of(record)
         messages, muted = _READERS[shape](record, self.columns)
-        unused = self._unused_columns(record, shape)
+        unused = unused_columns(record, self._used_columns(shape))
         history = self._history(record)
         messages, muted = [*history, *messages], {len(history) + i for i in muted}
         system = self._text_of(record, "system")
-        if system:
-            if messages and messages[0]["role"] in ("system", "developer"):
+        first = messages[0] if messages else {}
+        if system and first != _system(system):
+            if first.get("role") in ("system", "developer"):
                 raise UserError("there are a column and a message with a system prompt. Keep one")
             messages, muted = [_system(system), *messages], {i + 1 for i in muted}
         if self.merge_turns:
@@ -111,25 +117,39 @@ class ChatFormat:
             unused.add("messages after the last answer")
         if self.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages, muted = [_system(self.system_prompt), *messages], {i + 1 for i in muted}
-        if messages[0]["role"] == "developer" and not self._writes("developer"):
+        if messages[0]["role"] == "developer" and self._means_system():
             messages[0] = {**messages[0], "role": "system"}
         self.calls_tools |= any("tool_calls" in message for message in messages)
         tools = read_tools(self._optional(record, "tools"))
-        dialog = Dialog(messages, tools, self._options(record), frozenset(muted))
+        options = read_options(self._optional(record, "chat_template_kwargs"))
+        dialog = Dialog(messages, tools, options, frozenset(muted))
         self._require_answer(dialog)
-        self._require_written(dialog)
-        for place in range(len(messages)):
-            unused |= self._unwritten_keys(dialog, place)
-        return dialog, unused
+        own = self.template.settings.options
+        unused |= {
+            f"the records' {key!r} in chat and generate, which take data.chat_template_kwargs"
+            for key, value in options.items()
+            if key not in own or own[key] != value
+        }
+        return dialog, unused | self._written.unused(dialog)
+
+    def _means_system(self) -> bool:
+        """Return whether a developer's message is written as a system message.
+
+        It is OpenAI's newer name of the same, and the use knows system prompts alone.
+        """
+        return self._written.role("system") or not self._written.role("developer")
 
     def examples(self, record: Record) -> list[Example]:
+        return self.texts.examples(self.drafts(record))
+
+    def drafts(self, record: Record) -> list[Draft]:
         dialog, unused = self._read(record)
         self.control.check([*dialog.messages, dialog.tools or ()])
         self._unused.update(unused)
         if len(self._systems) < 2:
             first = dialog.messages[0]
             self._systems.add(None if first["role"] == "user" else first["content"])
-        return self.template.examples(dialog, targets=self.targets)
+        return self.template.drafts(dialog, targets=self.targets)
 
     def prompts(self, record: Record) -> list[Prompt]:
         """Return the conversation up to its last answer that is learnt, and up to each call.
@@ -156,16 +176,30 @@ class ChatFormat:
         """The system prompt of every conversation so far; that of the config if they differ."""
         return next(iter(self._systems)) if len(self._systems) == 1 else self.system_prompt
 
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        return {
+            "calls_tools": self.calls_tools,
+            "systems": sorted(self._systems, key=str),
+            "written": self._written.state(),
+            "unused": dict(self._unused),
+            "control": self.control.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
+        self.calls_tools, self._systems = state["calls_tools"], set(state["systems"])
+        self._written.restore(state["written"])
+        self._unused = Counter(state["unused"])
+        self.control.restore(state["control"])
+
     def notes(self) -> list[str]:
         """Return a sentence for each thing that records say and that is not used.
 
         It is about the records whose examples were made since the last call.
         """
         unused, self._unused = self._unused, Counter()
-        return [
-            f"not used: {what} ({count:,} record{'s' * (count != 1)})"
-            for what, count in sorted(unused.items())
-        ] + self.control.notes()
+        return unused_notes(unused) + self.control.notes()
 
     def _shape_of(self, record: Record) -> str:
         """Return the record's shape, which may differ between sources and within a JSON file.
@@ -180,6 +214,12 @@ class ChatFormat:
         ]
         return self.shape if self.shape in fitting or not fitting else fitting[0]
 
+    def _used_columns(self, shape: str) -> set[str]:
+        names = {*CHAT_SHAPES[shape], *CHAT_OPTIONAL}
+        if shape != "instruction":
+            names.discard("input")
+        return {self.columns.get(name, name) for name in names}
+
     def _optional(self, record: Record, name: str) -> Any:
         return record.get(self.columns.get(name, name))
 
@@ -191,8 +231,8 @@ class ChatFormat:
 
     def _history(self, record: Record) -> list[Message]:
         """Return the turns of the column `history`, pairs of question and answer."""
-        pairs = self._optional(record, "history") or []
-        messages = []
+        pairs = from_json(self._optional(record, "history") or [], "history")
+        messages: list[Message] = []
         for pair in pairs if isinstance(pairs, list | tuple) else [None]:
             if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
                 raise UserError(
@@ -201,100 +241,9 @@ class ChatFormat:
             messages += _question_and_answer(*pair)
         return messages
 
-    def _options(self, record: Record) -> Mapping[str, Any]:
-        options = self._optional(record, "chat_template_kwargs") or {}
-        if not isinstance(options, Mapping):
-            raise UserError(f"chat_template_kwargs must be an object, not {options!r:.80}")
-        return {key: value for key, value in options.items() if value is not None}
-
     def _require_answer(self, dialog: Dialog) -> None:
         if not dialog.answers:
             raise UserError("no answer of the conversation is to be learnt: all are switched off")
-
-    def _require_written(self, dialog: Dialog) -> None:
-        """Raise UserError if the template leaves out tools, one of its options, or a role."""
-        if dialog.tools and not self._matters(("tools",), dialog, replace(dialog, tools=None)):
-            raise UserError(
-                "the chat template does not write tools. Use a template that does, or leave the "
-                "column out"
-            )
-        for key, value in dialog.options.items():
-            others = [{k: v for k, v in dialog.options.items() if k != key}]
-            others += [{**dialog.options, key: not value}] if isinstance(value, bool) else []
-            without = [replace(dialog, options=options) for options in others]
-            if not self._matters(("chat_template_kwargs", key), dialog, *without):
-                raise UserError(
-                    f"the chat template does not use {key!r} of chat_template_kwargs. Leave it out"
-                )
-        for place, message in enumerate(dialog.messages):
-            role = message["role"]
-            if role in ("user", "assistant") or not message["content"].strip():
-                continue
-            changed = dialog.with_message(place, {**message, "content": "Zwqx"})
-            if not self._matters((role,), dialog, changed):
-                raise UserError(
-                    f"the chat template leaves out messages of the role {role}. Use a template "
-                    "that writes them (model.chat_template)"
-                )
-
-    def _unwritten_keys(self, dialog: Dialog, place: int) -> set[str]:
-        """Return the texts and numbers of a message that the template leaves out, such as an id.
-
-        Raises UserError for anything else that it leaves out, such as thoughts or a switch.
-        """
-        unused, message = set(), dialog.messages[place]
-        role = message["role"]
-        for key in message.keys() - {"role", "content"}:
-            fewer = {name: value for name, value in message.items() if name != key}
-            end = place + 1 if role == "assistant" else len(dialog.messages)
-            changed = dialog.with_message(place, fewer)
-            if self._matters((role, key), dialog.upto(end), changed.upto(end)):
-                continue
-            says = key == "reasoning_content" or isinstance(message[key], bool)
-            if says or not isinstance(message[key], str | int | float):
-                raise UserError(
-                    f"the chat template does not write {key!r} of message {place + 1} ({role}), so "
-                    "it would not be learnt. Use a template that writes it (model.chat_template), "
-                    "or remove the key"
-                )
-            unused.add(f"{key!r} of messages")
-        return unused
-
-    def _matters(self, what: tuple[str, ...], dialog: Dialog, *changed: Dialog) -> bool:
-        """Return whether the template writes `what`: if any change of it changes the rendering.
-
-        It is tried on the first record that has it.
-        """
-        if what not in self._counts:
-            original = self._views(dialog)
-            self._counts[what] = any(self._views(other) != original for other in changed)
-        return self._counts[what]
-
-    def _views(self, dialog: Dialog) -> tuple[str, ...]:
-        """Return the conversation as it is learnt from: the whole, and its last answer."""
-        try:
-            whole = self.template.render(dialog)
-            last = len(dialog.messages) - 1
-            if dialog.messages[last]["role"] != "assistant":
-                return (whole,)
-            turn = self.template.turn(dialog, last)
-            return whole, turn.prompt, turn.learnt
-        except UserError as error:
-            return (str(error),)
-
-    def _writes(self, role: str) -> bool:
-        if ("writes", role) not in self._counts:
-            self._counts["writes", role] = self.template.writes(role)
-        return self._counts["writes", role]
-
-    def _unused_columns(self, record: Record, shape: str) -> set[str]:
-        """Return the columns that have a value and are not used."""
-        used = {self.columns.get(name, name) for name in [*CHAT_SHAPES[shape], *CHAT_OPTIONAL]}
-        return {
-            f"the column {name!r}"
-            for name, value in record.items()
-            if name not in used and value not in (None, "", [], {})
-        }
 
 
 def _system(text: str) -> Message:

@@ -5,7 +5,8 @@ counted, or refused.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from finetune.data.types import Tokenizer
 from finetune.errors import UserError
@@ -20,8 +21,8 @@ class ControlTokens:
     def __init__(self, tokenizer: Tokenizer, *, refuse: bool = False) -> None:
         marks = [
             str(token)
-            for token in tokenizer.added_tokens_decoder.values()
-            if token.special and str(token).strip()
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if (token.special or i == tokenizer.eos_token_id) and str(token).strip()
         ]
         longest_first = sorted(marks, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if marks else None
@@ -51,6 +52,14 @@ class ControlTokens:
             )
         self.records += 1
         self._example = found
+
+    def state(self) -> list[int | str]:
+        """Return what was counted since the last note."""
+        return [self.records, self._example]
+
+    def restore(self, state: Sequence[Any]) -> None:
+        """Go on from `state`."""
+        self.records, self._example = state
 
     def notes(self) -> list[str]:
         """Return a sentence about the records counted since the last call, if there are any."""

@@ -1,13 +1,19 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
 from finetune.data.formats.control import ControlTokens
-from finetune.data.formats.languages import is_language, language_tag
+from finetune.data.formats.languages import (
+    is_known_language,
+    is_language,
+    language_name,
+    language_tag,
+)
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
 from finetune.data.formats.translation import TranslationFormat
@@ -22,12 +28,19 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
 """Format -> shape -> the columns it needs. The order is the order of detection."""
 
 _OPTIONAL = {"chat": CHAT_OPTIONAL, "translation": [], "text": []}
+_SEPARATED = re.compile(r"\w+(?:([^\w \"'.-])\w+)+")  # a header such as question:answer
 _ASKED = ("prompt", "instruction", "question", "query", "user", "human")
-_ANSWERED = ("completion", "output", "answer", "response", "assistant", "reply")
+_ANSWERED = (
+    *("completion", "output", "answer", "response", "assistant", "reply"),
+    *("gpt", "bot", "target", "targets"),
+)
 _ACCEPTED = (
     "messages; conversations; prompt and completion; instruction and output; translation; "
     "source and target; two columns named by languages (en, fr); text"
 )
+
+Languages = tuple[str | None, str | None]
+"""The languages that a config names, source and target; None: found in the data."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +59,51 @@ class FormatOptions:
     merge_turns: bool  # chat: turns of one role in a row become one
 
     @property
-    def languages(self) -> tuple[str | None, str | None]:
+    def languages(self) -> Languages:
         return self.source_language, self.target_language
+
+
+Builder = Callable[[Tokenizer, FormatOptions], Format]
+
+
+@dataclass(frozen=True)
+class _Registered:
+    build: Builder
+    columns: Sequence[str]
+
+
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def register_format(name: str, build: Builder, *, columns: Sequence[str]) -> None:
+    """Add a format of one's own, for `data.format: NAME` and for `auto`.
+
+    `build` makes it from the tokenizer and the wishes of the config. It is recognised by `columns`,
+    before the formats that come with the package. Raises UserError if the name is taken, or if
+    there are no columns.
+    """
+    if name in (*SHAPES, *_REGISTERED, "auto"):
+        raise UserError(f"the format name {name!r} is taken. Choose another name")
+    if not columns:
+        raise UserError(f"the format {name!r} names no columns. Name those that it reads")
+    _REGISTERED[name] = _Registered(build, tuple(columns))
 
 
 def build_format(
     kind: str, options: FormatOptions, *, tokenizer: Tokenizer, first_record: Record
 ) -> Format:
-    """Return the format `kind`: "chat", "translation" or "text".
+    """Return the format `kind`: "chat", "translation", "text", or one that was registered.
 
     For "auto" it is the one that fits the columns of `first_record`. Raises UserError if the
     columns of `first_record` fit no accepted shape.
     """
-    _check_columns(options, first_record)
+    languages = options.languages
+    kind, shape, columns = find_shape(
+        kind, first_record, columns=options.columns, languages=languages
+    )
+    if kind in _REGISTERED:
+        return _REGISTERED[kind].build(tokenizer, options)
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
-    kind, shape, columns = _detect(kind, first_record, options)
     if kind == "chat":
         chat = ChatFormat(
             tokenizer=tokenizer,
@@ -75,33 +118,74 @@ def build_format(
         with suppress(UserError):  # said when the record is encoded
             chat.dialog(first_record)  # whether it calls tools
         return chat
+    if kind == "text" or not tokenizer.chat_template:
+        _require_no_chat(options)
     if kind == "text":
-        return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
-    sides, languages = _pair(shape, first_record, options)
+        return TextFormat(tokenizer=tokenizer, columns=columns, control=control)
+    sides, found = _pair(shape, first_record, columns, languages)
     in_one = shape == "translation"
     return TranslationFormat(
         tokenizer=tokenizer,
-        languages=languages,
+        languages=found,
         direction=options.direction,
         template=options.template,
         targets=options.targets,
         system_prompt=options.system_prompt,
-        pair_column=options.columns.get("translation", "translation") if in_one else None,
+        pair_column=columns.get("translation", "translation") if in_one else None,
         sides=sides,
         settings=options.settings,
         control=control,
     )
 
 
-def _detect(
-    kind: str, record: Record, options: FormatOptions
+def _require_no_chat(options: FormatOptions) -> None:
+    """Raise UserError for a wish that only a conversation can fulfil."""
+    wishes = {
+        "system_prompt": options.system_prompt,
+        "chat_template_kwargs": options.settings.options,
+    }
+    for name, value in wishes.items():
+        if value:
+            raise UserError(
+                f"data.{name} is given, but this data is learnt as plain text, without a chat "
+                f"template. Leave it out, or set model.chat_template"
+            )
+
+
+def find_shape(
+    kind: str, record: Record, *, columns: Mapping[str, str], languages: Languages
 ) -> tuple[str, str, Mapping[str, str]]:
-    """Return the format, its shape, and the columns that it reads by other names."""
-    columns = options.columns
-    pairs = _language_columns(record, columns)
+    """Return the format, its shape, and the columns that it reads by other names.
+
+    The arguments are those of `build_format` and its options. Raises UserError if nothing fits.
+    """
+    known = ["auto", *SHAPES, *_REGISTERED]
+    if kind not in known:
+        near = did_you_mean(kind, known)
+        raise UserError(f"data.format is {kind!r}; the formats are {', '.join(known)}{near}")
+    for name, own in _REGISTERED.items():
+        reads = all(columns.get(column, column) in record for column in own.columns)
+        if kind == name and not reads:
+            raise UserError(
+                f"the format {name!r} does not fit the columns ({', '.join(record) or 'none'}); it "
+                f"needs {' and '.join(own.columns)}. Set data.columns if yours have other names"
+            )
+        if reads and kind in ("auto", name):
+            return name, name, columns
+    _check_columns(columns, languages, record)
+    columns = {**_other_case(record), **columns}
+    kind, shape, found = _detect(kind, record, columns, languages)
+    if kind == "translation":
+        _pair(shape, record, columns, languages)
+    return kind, shape, found
+
+
+def _detect(
+    kind: str, record: Record, columns: Mapping[str, str], languages: Languages
+) -> tuple[str, str, Mapping[str, str]]:
+    pairs = _language_columns(record, columns, languages)
     named = all(
-        language is not None and _key_of(language, pairs) is not None
-        for language in options.languages
+        language is not None and _key_of(language, pairs) is not None for language in languages
     )
     for candidate in SHAPES if kind == "auto" else [kind]:
         if candidate == "translation" and named:
@@ -124,12 +208,33 @@ def _detect(
     what = "no format fits" if kind == "auto" else f"the format {kind!r} does not fit"
     raise UserError(
         f"{what} the columns ({', '.join(record) or 'none'}); accepted are: {accepted}."
-        f"{_hint(record)}"
+        f"{_hint(record, pairs)}"
     )
 
 
-def _hint(record: Record) -> str:
-    """Return what to do if no format fits, as a sentence after a blank."""
+def _other_case(record: Record) -> dict[str, str]:
+    """Return the columns that are called as a format has it but for capitals: {"text": "Text"}."""
+    names = {name.strip().lower(): name for name in record}
+    known = {name for shapes in SHAPES.values() for needed in shapes.values() for name in needed}
+    known |= {name for optional in _OPTIONAL.values() for name in optional}
+    return {name: names[name] for name in known if name not in record and name in names}
+
+
+def _hint(record: Record, pairs: Mapping[str, str]) -> str:
+    """Return what to do if no format fits, as a sentence after a blank.
+
+    `pairs`: language -> the column with its text.
+    """
+    if len(pairs) > 2 or (len(pairs) == 1 and "id" in map(str.lower, record)):
+        why = "" if len(pairs) > 2 else ", if the column 'id' is Indonesian"
+        return (
+            " Set data.translation.source_language and target_language to two of the columns" + why
+        )
+    if len(record) == 1 and (found := _SEPARATED.fullmatch(next(iter(record)))):
+        return (
+            f" If the fields are separated by {found[1]!r}, save the file with commas, semicolons, "
+            "tabs or bars instead"
+        )
     known = sorted({name for shapes in SHAPES.values() for s in shapes.values() for name in s})
     for name in record:
         if len(name) > 40 or len(name.split()) > 4:
@@ -151,7 +256,7 @@ def _usual_columns(record: Record) -> dict[str, str]:
     asked, answered = _found(_ASKED, names), _found(_ANSWERED, names)
     context = _found(["input", "context"], names)
     if not asked:
-        asked, context = _found(["input"], names), _found(["context"], names)
+        asked, context = _found(["input", "inputs"], names), _found(["context"], names)
     if len(asked) != 1 or len(answered) != 1 or len(context) > 1:
         return {}
     if context:  # is written below the question
@@ -164,10 +269,9 @@ def _found(usual: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def _pair(
-    shape: str, record: Record, options: FormatOptions
+    shape: str, record: Record, columns: Mapping[str, str], languages: Languages
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return the keys or columns of the two sides of a pair, and their languages."""
-    columns, languages = options.columns, options.languages
     if shape == "sides":
         if languages[0] is None or languages[1] is None:
             raise UserError(
@@ -180,18 +284,23 @@ def _pair(
         pair = record[columns.get("translation", "translation")]
         keys = {key: key for key in pair} if isinstance(pair, Mapping) else {}
     else:
-        keys = _language_columns(record, columns)
+        keys = _language_columns(record, columns, languages)
     return _sides(keys, *languages)
 
 
-def _language_columns(record: Record, columns: Mapping[str, str]) -> dict[str, str]:
-    """Return language -> the column with its text; those in `columns` are all, if there are any.
+def _language_columns(
+    record: Record, columns: Mapping[str, str], languages: Languages
+) -> dict[str, str]:
+    """Return language -> the column with its text; those in `data.columns` are all, if any are.
 
-    The column "id" is a number, not Indonesian.
+    The column "id" is a number, and Indonesian only if that is one of the languages asked for.
     """
-    given = {name: column for name, column in columns.items() if is_language(name)}
+    given = {name: column for name, column in columns.items() if is_known_language(name)}
+    indonesian = {language_tag(language) for language in languages if language} & {"id"}
     return given or {
-        name: name for name in record if is_language(name) and name.strip().lower() != "id"
+        name: name
+        for name in record
+        if is_language(name) and (indonesian or name.strip().lower() != "id")
     }
 
 
@@ -224,6 +333,12 @@ def _sides(
             f"source and target language are both {sides[0]!r}. Set "
             "data.translation.source_language and target_language to two of the languages"
         )
+    names = {language_name(language, full=True) for language in (source, target)}
+    if len(names) == 1:
+        raise UserError(
+            f"{source!r} and {target!r} are two names of one language, {names.pop()}. Rename one "
+            "of the columns, or set data.translation.source_language and target_language"
+        )
     return sides, (source, target)
 
 
@@ -233,17 +348,17 @@ def _other(keys: Mapping[str, str], language: str | None) -> str:
     return next(name for name, key in keys.items() if key != taken)
 
 
-def _check_columns(options: FormatOptions, record: Record) -> None:
-    """Raise UserError for a name in `options.columns` that no format knows, or a missing column."""
+def _check_columns(columns: Mapping[str, str], languages: Languages, record: Record) -> None:
+    """Raise UserError for a name in `columns` that no format knows, or a missing column."""
     known = [
         name
         for kind, shapes in SHAPES.items()
         for needed in [*shapes.values(), _OPTIONAL[kind]]
         for name in needed
     ]
-    known += [language for language in options.languages if language is not None]
-    for name, given in options.columns.items():
-        if name not in known and not is_language(name):
+    known += [language for language in languages if language is not None]
+    for name, given in columns.items():
+        if name not in known and not is_known_language(name):
             raise UserError(
                 f"data.columns has the unknown name {name!r}; known are {', '.join(known)}"
                 f"{did_you_mean(name, known)}"

@@ -1,10 +1,13 @@
-"""Changes to the text of a chat template: the generation prompt that it lacks, and a fixed date."""
+"""The text of a chat template: the generation prompt that it lacks, a fixed date, its variables."""
 
 import json
+import re
 import string
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from itertools import takewhile
+
+from jinja2 import Environment, TemplateError, nodes
 
 Render = Callable[..., str]
 """`render(messages, add_generation_prompt=False)` returns a conversation as text."""
@@ -77,3 +80,71 @@ def with_date(template: str, now: datetime) -> str:
         + ".items() -%}{%- set said.text = said.text.replace(code, value) -%}{%- endfor -%}"
         "{{- said.text -}}{%- endmacro +%}" + template
     )
+
+
+def names_variable(template: str, name: str) -> bool:
+    """Return whether the code of a template has a variable of this name, comments aside."""
+    code = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    return re.search(rf"(?<![\w.]){re.escape(name)}\b", code) is not None
+
+
+_HIDING = (nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock, nodes.Block)
+_MESSAGES_OF_LOOP = ("previtem", "nextitem", "changed", "cycle")
+
+
+def writes_content_as_it_is(template: str) -> bool:
+    """Return whether a template does nothing with the content of a message but write it.
+
+    Then only the roles and their order decide what else it writes. It is read off the code, and
+    False whenever this is not plain to see.
+    """
+    try:
+        code = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateError:
+        return False
+    if prints_the_date(template) or next(code.find_all(_HIDING), None) is not None:
+        return False
+    written: set[int] = set()  # contents that are written, and nodes that hold messages well
+    queue = [node for output in code.find_all(nodes.Output) for node in output.nodes]
+    while queue:
+        node = queue.pop()
+        written.add(id(node))
+        if isinstance(node, nodes.Add):
+            queue += [node.left, node.right]
+        elif isinstance(node, nodes.Concat):
+            queue += node.nodes
+    loops = [
+        loop
+        for loop in code.find_all(nodes.For)
+        if isinstance(loop.iter, nodes.Name) and loop.iter.name == "messages"
+    ]
+    names = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name)}
+    whole = {id(loop.iter) for loop in loops}  # messages, as a loop goes through them
+    parts: list[nodes.Getattr | nodes.Getitem] = [
+        *code.find_all(nodes.Getattr),
+        *code.find_all(nodes.Getitem),
+    ]
+    keys = {id(part): _key(part) for part in parts}
+    for part in parts:
+        key = keys[id(part)]
+        if key == "content" and id(part) not in written:
+            return False
+        if isinstance(key, str):  # of a message, if it is one
+            if hasattr(dict, key) or key in _MESSAGES_OF_LOOP:
+                return False
+            whole.add(id(part.node))
+    first = {id(part.node) for part in parts if keys[id(part)] == 0 and id(part) in whole}
+    holders = [name for name in code.find_all(nodes.Name) if name.ctx == "load"]
+    return all(
+        id(name) in (first | {id(loop.iter) for loop in loops})
+        if name.name == "messages"
+        else name.name not in names or id(name) in whole
+        for name in holders
+    )
+
+
+def _key(part: nodes.Getattr | nodes.Getitem) -> object:
+    """Return the key of a part that is taken by a fixed one, else None."""
+    if isinstance(part, nodes.Getattr):
+        return part.attr
+    return part.arg.value if isinstance(part.arg, nodes.Const) else None

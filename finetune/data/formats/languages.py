@@ -32,6 +32,11 @@ def is_language(text: str) -> bool:
     return has_short_code or has_more or _has_many_speakers(language)
 
 
+def is_known_language(text: str) -> bool:
+    """Return whether a text is the code or the name of any language, however few speak it."""
+    return _find(text) is not None
+
+
 def _has_many_speakers(language: Language) -> bool:
     return language.speaking_population() >= _MANY_SPEAKERS
 
@@ -82,7 +87,7 @@ def _find(text: str) -> Language | None:
     except (LookupError, LanguageTagError):
         return None
     if variant is None:
-        return _plain(language)
+        return _plain(Language.get(str(language)))  # "tl" is "fil" by whichever name
     region = name_to_code("territory", variant[2], "en")
     script = name_to_code("script", variant[2], "en")
     if region is None and script is None:

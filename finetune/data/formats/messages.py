@@ -36,12 +36,19 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 def read_messages(value: object) -> tuple[list[Message], set[int]]:
     """Return messages in OpenAI's or ShareGPT's shape, and the places of answers not to learn.
 
-    Raises UserError for anything else.
+    They may be a text of JSON, as tables hold them, or an object with a list for each key, as
+    Parquet files of `datasets` do. Raises UserError for anything else.
     """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, "a conversation")
+    value = _transposed(value) if isinstance(value, Mapping) else value
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise UserError(f"a conversation is a list of messages, not {value!r:.80}")
     messages, muted = [], set()
     for number, item in enumerate(value, start=1):
+        if _is_plain(item):  # most are
+            messages.append({"role": ROLES[item["role"]], "content": item["content"]})
+            continue
         if not isinstance(item, Mapping):
             raise UserError(
                 f"message {number} must be an object with role and content, not {item!r:.80}"
@@ -51,6 +58,26 @@ def read_messages(value: object) -> tuple[list[Message], set[int]]:
         if not _is_learnt(item, message["role"], number):
             muted.add(number - 1)
     return messages, muted
+
+
+def _transposed(columns: Mapping[str, object]) -> object:
+    """Return an object with a list for each key as a list of objects; anything else as it is."""
+    lists = [value for value in columns.values() if isinstance(value, list | tuple)]
+    if not lists or len(lists) < len(columns) or len(set(map(len, lists))) > 1:
+        return columns
+    return [dict(zip(columns, values)) for values in zip(*lists)]
+
+
+def _is_plain(item: object) -> bool:
+    """Return whether a message is a role and a text in OpenAI's shape, and nothing else."""
+    return (
+        isinstance(item, dict)
+        and item.keys() == {"role", "content"}
+        and isinstance(item["content"], str)
+        and isinstance(item["role"], str)
+        and ROLES.get(item["role"]) in ("system", "developer", "user", "assistant")
+        and item["role"] != "function_call"
+    )
 
 
 def _message(item: Mapping[str, object], number: int) -> Message:
@@ -64,7 +91,7 @@ def _message(item: Mapping[str, object], number: int) -> Message:
     message: Message = {"role": ROLES[role]}
     calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
     if role == "function_call":
-        calls, content = [_from_json(content, f"the call in message {number}")], ""
+        calls, content = [from_json(content, f"the call in message {number}")], ""
         calls = calls[0] if isinstance(calls[0], list) else calls
     if calls and content is None:
         content = ""
@@ -147,10 +174,9 @@ def _is_learnt(item: Mapping[str, object], role: str, number: int) -> bool:
 def read_calls(value: object, where: str) -> list[dict[str, object]]:
     """Return calls of tools in OpenAI's shape, with arguments as an object.
 
-    An argument that is null is left out: Parquet cannot tell it from one that is missing. Arguments
-    given as a text of JSON keep it. Raises UserError for anything that is no list of calls.
+    Raises UserError for anything that is no list of calls.
     """
-    calls = _from_json(value, f"tool_calls of {where}")
+    calls = from_json(value, f"tool_calls of {where}")
     if not isinstance(calls, list):
         raise UserError(f"tool_calls of {where} must be a list of calls, not {calls!r:.80}")
     return [_call(call, f"call {number} of {where}") for number, call in enumerate(calls, start=1)]
@@ -161,11 +187,9 @@ def _call(value: object, where: str) -> dict[str, object]:
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise UserError(f"{where} must be like {{name: ..., arguments: ...}}, not {value!r:.80}")
     given = call.get("arguments", call.get("parameters"))
-    arguments = {} if given is None or given == "" else _from_json(given, f"arguments of {where}")
+    arguments = {} if given is None or given == "" else from_json(given, f"arguments of {where}")
     if not isinstance(arguments, Mapping):
         raise UserError(f"arguments of {where} must be an object, not {given!r:.80}")
-    if not isinstance(given, str):
-        arguments = _object_without_nulls(arguments)
     outer = {"id": value["id"]} if isinstance(value, Mapping) and value.get("id") else {}
     return {
         **outer,
@@ -177,35 +201,38 @@ def _call(value: object, where: str) -> dict[str, object]:
 def read_tools(value: object) -> list[dict[str, object]] | None:
     """Return the tools of a record as JSON schemas; None if there are none.
 
-    `value` is a list of objects, or the same as a text of JSON. Raises UserError.
+    `value` is a list of objects, or the same as a text of JSON, or a list of such texts. Raises
+    UserError.
     """
-    tools = _from_json(value, "the column of tools") if value else None
+    tools = from_json(value, "the column of tools") if value else None
     if not tools:
         return None
+    if isinstance(tools, list):
+        tools = [from_json(tool, "a tool") for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(f"tools must be a list of objects, not {tools!r:.80}")
-    return [_object_without_nulls(tool) for tool in tools]
+    return [dict(tool) for tool in tools]
 
 
-def _from_json(value: object, what: str) -> object:
+def read_options(value: object) -> dict[str, object]:
+    """Return the variables of a record for its template: an object, or a text of JSON; no nulls.
+
+    Raises UserError for anything else.
+    """
+    options = from_json(value, "chat_template_kwargs") if value else {}
+    if not isinstance(options, Mapping):
+        raise UserError(f"chat_template_kwargs must be an object, not {options!r:.80}")
+    return {key: item for key, item in options.items() if item is not None}
+
+
+def from_json(value: object, what: str) -> object:
+    """Return the value of a text of JSON, or anything else as it is; `what` names it in errors."""
     if not isinstance(value, str):
         return list(value) if isinstance(value, tuple) else value
     try:
         return json.loads(value)
     except ValueError as error:
         raise UserError(f"{what} must be JSON, not {value!r:.80} ({error})") from error
-
-
-def _without_nulls(value: object) -> object:
-    if isinstance(value, Mapping):
-        return _object_without_nulls(value)
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value
-
-
-def _object_without_nulls(value: Mapping[str, object]) -> dict[str, object]:
-    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
 
 
 def merge_turns(messages: Sequence[Message], muted: set[int]) -> tuple[list[Message], set[int]]:

@@ -21,15 +21,19 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from finetune.data.formats.borders import Span, Turn, encode_text, encode_turn, encode_turns
+from finetune.data.encoding.drafts import Draft, TextEncoder
+from finetune.data.formats.borders import Span, Turn, encode_text
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.jinja import (
     missing_generation_prompt,
+    names_variable,
     shared_start,
     with_date,
     with_generation_prompt,
 )
-from finetune.data.types import IGNORE_INDEX, Example, Message, Tokenizer
+from finetune.data.formats.patterns import Patterns
+from finetune.data.formats.spelling import reads_text, with_text
+from finetune.data.types import Example, Message, Tokenizer
 from finetune.errors import UserError
 
 _OPENED = re.compile(r"<([\w:-]+)>\s*$")
@@ -86,8 +90,11 @@ class ChatTemplate:
                 "path of a Jinja file"
             )
         self.tokenizer, self.settings = tokenizer, settings
-        self._marks = frozenset(tokenizer.get_added_vocab().values())
+        # Where generation may stop. "</tool_call>" of Qwen is an added token, but no special one.
+        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+        self._ends = frozenset([*special, tokenizer.eos_token_id])
         self._templates: dict[bool, str] = {}
+        self.texts = TextEncoder(tokenizer)
 
     def render(
         self, messages: Sequence[Message] | Dialog, *, add_generation_prompt: bool = False
@@ -106,7 +113,7 @@ class ChatTemplate:
     def _apply(self, dialog: Dialog, template: str, **how: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
-                list(dialog.messages),
+                [self._spelt(message) for message in dialog.messages],
                 tools=None if dialog.tools is None else list(dialog.tools),
                 chat_template=template,
                 **how,
@@ -129,6 +136,33 @@ class ChatTemplate:
                 dated, missing_generation_prompt(render)
             )
         return self._templates[with_tools]
+
+    def names(self, variable: str) -> bool:
+        """Return whether the template has a variable of this name, with tools or without."""
+        return any(
+            names_variable(self.source(with_tools=with_tools), variable)
+            for with_tools in (False, True)
+        )
+
+    def _spelt(self, message: Message) -> Message:
+        """Return a message as the template reads its calls."""
+        if not message.get("tool_calls") or not self._takes_text:
+            return message
+        return with_text(message)
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template takes the arguments of calls as text."""
+        source, options = self.source(), dict(self.settings.options)
+
+        def render(messages: list[Message]) -> str:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=source, tokenize=False, **options
+                )
+            )
+
+        return reads_text(render)
 
     def writes(self, role: str) -> bool:
         """Return whether the template writes a message of this role as given.
@@ -163,19 +197,41 @@ class ChatTemplate:
         `targets` is "assistant" (its turns with their end mark) or "all" (every token but the
         first).
         """
+        return self.texts.examples(self.drafts(messages, targets=targets))
+
+    def drafts(self, messages: Sequence[Message] | Dialog, *, targets: str) -> list[Draft]:
+        """Return what `examples` returns, before the text is encoded."""
         dialog = _as_dialog(messages)
-        whole = self.render(dialog)
         if targets == "all":
-            spans = self._all_but_muted(dialog, whole)
-            return [encode_text(self.tokenizer, whole, spans)]
-        turns = [self.turn(dialog, i, whole) for i in dialog.answers]
+            filled = self._filled(dialog)
+            whole = self.render(dialog) if filled is None else filled[0]
+            for index in dialog.answers:
+                require_thoughts(dialog.messages[index], whole)
+            return [Draft(whole, spans=self._all_but_muted(dialog, whole))]
+        whole, turns = self._filled(dialog) or self._turns(dialog)
         if all(whole.startswith(turn.learnt) for turn in turns):
             # Text after the last target teaches nothing.
-            text = turns[-1].learnt
-            example = encode_turns(self.tokenizer, text, turns)
-            if example is not None:
-                return [self._checked(example, text)]
-        return [self._checked(encode_turn(self.tokenizer, turn), turn.learnt) for turn in turns]
+            return [Draft(turns[-1].learnt, turns, ends=self._ends)]
+        return [Draft(turn.learnt, [turn], ends=self._ends) for turn in turns]
+
+    def _turns(self, dialog: Dialog) -> tuple[str, list[Turn]]:
+        """Return the whole conversation, and the answers that are learnt in their places."""
+        whole = self.render(dialog)
+        return whole, [self.turn(dialog, i, whole) for i in dialog.answers]
+
+    def _filled(self, dialog: Dialog) -> tuple[str, list[Turn]] | None:
+        """Return what `_turns` returns by a pattern (see `patterns`); None if there is none."""
+        found = None
+        if dialog.tools is None and not dialog.options:
+            found = self._patterns.fill(dialog.messages)
+        if found is None:
+            return None
+        whole, turns = found
+        return whole, [turn for place, turn in turns.items() if place not in dialog.muted]
+
+    @cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns(self.source(), self.render, lambda m: self._turns(Dialog(m)))
 
     def turn(self, dialog: Dialog, index: int, whole: str | None = None) -> Turn:
         """Return the answer messages[index] in its place, after its prompt.
@@ -206,7 +262,7 @@ class ChatTemplate:
                 "the chat template leaves out the assistant's answer "
                 f"{str(dialog.messages[index].get('content'))[:60]!r}"
             )
-        _require_thoughts(dialog.messages[index], text[len(prompt) :])
+        require_thoughts(dialog.messages[index], text[len(prompt) :])
         return Turn(prompt, text, end, content_end)
 
     @cached_property
@@ -243,40 +299,26 @@ class ChatTemplate:
             start = turn.end
         return [*spans, (start, len(whole))]
 
-    def _checked(self, example: Example, text: str) -> Example:
-        """Return the example.
-
-        Raises UserError if a turn does not end in a special token: a model trained on it would
-        never stop.
-        """
-        following = [*example.labels[1:], IGNORE_INDEX]
-        ends = [
-            a for a, b in zip(example.labels, following) if a != IGNORE_INDEX and b == IGNORE_INDEX
-        ]
-        if not self._marks.issuperset(ends):
-            raise UserError(
-                f"the chat template ends the assistant's turn with {text[-40:]!r}, which is not a "
-                "special token, so a model trained with it would never stop. Give a template that "
-                "writes one, e.g. model.chat_template: chatml"
-            )
-        return example
-
 
 def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
     return messages if isinstance(messages, Dialog) else Dialog(messages)
 
 
-def _require_thoughts(answer: Message, written: str) -> None:
-    """Raise UserError if thoughts in the content of an answer are not in what is written of it."""
+def require_thoughts(answer: Message, written: str) -> None:
+    """Raise UserError if thoughts of an answer are not in what is written of it.
+
+    They are apart, or in its content.
+    """
     content = str(answer.get("content") or "")
-    if "</think>" not in content:
-        return
-    thoughts = content.split("</think>")[0].split("<think>")[-1].strip()
-    if thoughts not in written:
-        raise UserError(
-            f"the chat template leaves out the thoughts of an answer, {thoughts[:40]!r}. Use a "
-            "template that writes them (model.chat_template), or remove them"
-        )
+    thoughts = [str(answer.get("reasoning_content") or "")]
+    if "</think>" in content:
+        thoughts.append(content.split("</think>")[0].split("<think>")[-1])
+    for text in thoughts:
+        if "".join(text.split()) not in "".join(written.split()):
+            raise UserError(
+                f"the chat template leaves out the thoughts of an answer, {text.strip()[:40]!r}. "
+                "Use a template that writes them (model.chat_template), or remove them"
+            )
 
 
 def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:
@@ -314,6 +356,7 @@ class PlainText:
         self.tokenizer = tokenizer
         self._bos = first_tokens(tokenizer)
         self._eos = [tokenizer.eos_token_id]
+        self.texts = TextEncoder(tokenizer)
 
     def prompt(self, prompt: str) -> list[int]:
         """Return the token ids to generate from, with which `example` begins."""
@@ -324,12 +367,13 @@ class PlainText:
 
         `targets` is "assistant" (the answer and EOS) or "all" (every token but the first).
         """
-        text = prompt + answer
-        body = encode_turn(self.tokenizer, Turn(prompt.rstrip(), text, len(text)))
-        ids = [*self._bos, *body.input_ids, *self._eos]
-        before = [IGNORE_INDEX] * len(self._bos)
-        labels = ids if targets == "all" else [*before, *body.labels, *self._eos]
-        return Example(ids, [IGNORE_INDEX, *labels[1:]])
+        return self.texts.examples([self.draft(prompt, answer, targets=targets)])[0]
+
+    def draft(self, prompt: str, answer: str, *, targets: str) -> Draft:
+        """Return what `example` returns, before the text is encoded."""
+        text, is_all = prompt + answer, targets == "all"
+        turns = [Turn(prompt.rstrip(), text, len(text))]
+        return Draft(text, turns, first=self._bos, last=self._eos, is_all_learnt=is_all)
 
 
 def first_tokens(tokenizer: Tokenizer) -> list[int]:

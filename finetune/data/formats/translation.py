@@ -10,12 +10,16 @@ EOS.
 """
 
 import string
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from finetune.data.formats.columns import column
+from finetune.data.encoding.drafts import Draft, TextEncoder
+from finetune.data.formats.columns import column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import base_language, language_name
 from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
+from finetune.data.formats.written import require_options
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
 
@@ -65,16 +69,32 @@ class TranslationFormat:
         backward = {"forward": [False], "backward": [True], "both": [False, True]}
         self.directions = backward[direction]  # whether reversed
         self._chat = ChatTemplate(tokenizer, settings) if tokenizer.chat_template else None
+        if self._chat is not None:
+            require_options(self._chat, settings.options)
         self._plain = PlainText(tokenizer) if self._chat is None else None
+        self.texts = TextEncoder(tokenizer)
+        self._unused: Counter[str] = Counter()  # what is not used -> records that have it
         self._has_system_role = self._chat is not None and self._chat.writes("system")
+        if system_prompt is not None and not self._has_system_role:
+            raise UserError(
+                "a system prompt is given, but "
+                + (
+                    "there is no chat template"
+                    if self._chat is None
+                    else "the chat template takes none"
+                )
+                + ". Leave it out, or write it into data.translation.template"
+            )
 
     def examples(self, record: Record) -> list[Example]:
+        return self.texts.examples(self.drafts(record))
+
+    def drafts(self, record: Record) -> list[Draft]:
         source, target = self._pair(record)
         self.control.check((source, target))
+        self._unused.update(self._unused_of(record))
         return [
-            example
-            for reverse in self.directions
-            for example in self._examples(source, target, reverse)
+            draft for reverse in self.directions for draft in self._drafts(source, target, reverse)
         ]
 
     def prompts(self, record: Record) -> list[Prompt]:
@@ -95,8 +115,28 @@ class TranslationFormat:
         first = self._question("", self.directions[0])[0]
         return first["content"] if first["role"] == "system" else None
 
+    def state(self) -> dict[str, Any]:
+        """Return what records have changed so far, as plain values for JSON."""
+        return {"unused": dict(self._unused), "control": self.control.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as after the records that led to `state`."""
+        self._unused = Counter(state["unused"])
+        self.control.restore(state["control"])
+
     def notes(self) -> list[str]:
-        return self.control.notes()
+        """Return a sentence for each thing that is not used, and about control tokens."""
+        unused, self._unused = self._unused, Counter()
+        return unused_notes(unused) + self.control.notes()
+
+    def _unused_of(self, record: Record) -> set[str]:
+        """Return the columns and the languages of a pair that are not used."""
+        if self.pair_column is None:
+            return unused_columns(record, self.sides)
+        others = set(record[self.pair_column]) - set(self.sides)
+        return unused_columns(record, {self.pair_column}) | {
+            f"{name!r} of the pairs" for name in others if record[self.pair_column][name]
+        }
 
     def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
         """Return the prompt that asks for the translation of `text`.
@@ -111,17 +151,17 @@ class TranslationFormat:
             ids = self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse))
         return Prompt(ids, text, reference, language=language)
 
-    def _examples(self, source: str, target: str, reverse: bool) -> list[Example]:
+    def _drafts(self, source: str, target: str, reverse: bool) -> list[Draft]:
         text, answer = (target, source) if reverse else (source, target)
         if self._chat is not None:
-            return self._chat.examples(
+            return self._chat.drafts(
                 [*self._question(text, reverse), {"role": "assistant", "content": answer}],
                 targets=self.targets,
             )
         assert self._plain is not None
         prompt = self._fill(self.template or PLAIN_TEMPLATE, text, reverse)
         gap = "" if prompt[-1].isspace() else " "
-        return [self._plain.example(prompt, gap + answer, targets=self.targets)]
+        return [self._plain.draft(prompt, gap + answer, targets=self.targets)]
 
     def _question(self, text: str, reverse: bool) -> list[Message]:
         """Return the messages before the answer."""
@@ -166,14 +206,20 @@ def _side(sides: Record, key: str) -> str:
 def _check_template(template: str) -> None:
     """Raise UserError for a template without {source}, or with an unknown field."""
     try:
-        parsed = string.Formatter().parse(template)
+        parsed = list(string.Formatter().parse(template))
         fields = {field for _, field, _, _ in parsed if field is not None}
+        formed = [field for _, field, form, conversion in parsed if form or conversion]
     except ValueError as error:
         raise UserError(f"data.translation.template {template!r} is broken: {error}") from error
     known = ", ".join(f"{{{field}}}" for field in _FIELDS)
     if unknown := fields - set(_FIELDS):
         raise UserError(
             f"data.translation.template has the unknown field {{{min(unknown)}}}; known are {known}"
+        )
+    if formed:
+        raise UserError(
+            f"data.translation.template has a format behind the name {formed[0]}. "
+            f"Write {{{formed[0]}}} alone"
         )
     if "source" not in fields:
         raise UserError(

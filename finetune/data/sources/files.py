@@ -72,6 +72,11 @@ def kind_of(file: Path) -> str:
             f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}, each "
             f"also with {', '.join(_COMPRESSED)}"
         )
+    if KINDS[ending] == "parquet" and compression(file):
+        raise UserError(
+            f"{file} is a compressed Parquet file. Decompress it: a Parquet file is compressed "
+            "inside"
+        )
     return KINDS[ending]
 
 
@@ -146,7 +151,8 @@ def _not_whole(file: Path, ending: str, error: Exception) -> str:
 class Lines(Iterator[str]):
     """The lines of an open file with their ends. Only \\n ends a line, as `wc -l` counts.
 
-    A byte order mark at the start of the file is left out. `number` counts the lines so far, and
+    A byte order mark is no text: it is left out at the start of the file, and of a line, where it
+    is if files were joined. `number` counts the lines so far, and
     `offset` the bytes. Raises UserError for a line that is not UTF-8.
     """
 
@@ -166,10 +172,8 @@ class Lines(Iterator[str]):
                 f"{self.file} is not UTF-8 text (line {self.number}: {error.reason} at byte "
                 f"{error.start + 1} of it). Save the file as UTF-8, e.g. with iconv"
             ) from error
-        if self.offset == 0:
-            line = line.lstrip(BOM)
         self.offset += len(raw)
-        return line
+        return line.lstrip(BOM)
 
 
 def without_end(line: str) -> str:

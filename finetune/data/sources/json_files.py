@@ -5,11 +5,11 @@ A record is exactly the object in the file: no type is guessed, and no key is ad
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.data.sources.files import BOM, Lines, kind_ending, open_bytes
+from finetune.data.sources.files import Lines, kind_ending, open_bytes
 from finetune.data.types import Record
 from finetune.errors import UserError
 
@@ -22,7 +22,7 @@ class JsonLines:
     def records(self, lines: Lines) -> Iterator[tuple[int, Record | str]]:
         """Yield (line, record), or what is wrong with the line instead of the record."""
         for line in lines:
-            if text := line.strip().lstrip(BOM):  # files with a mark may have been joined
+            if text := line.strip():
                 yield lines.number, _read(text)
 
 
@@ -30,13 +30,16 @@ def is_document(file: Path) -> bool:
     """Return whether a JSON file is one document, and not one object a line."""
     with open_bytes(file) as stream:
         texts = (text for line in Lines(file, stream) if (text := line.strip()))
-        first, is_single = next(texts, ""), next(texts, None) is None
+        first, second = next(texts, ""), next(texts, None)
+    is_single = second is None
     is_json = kind_ending(file) == ".json"
     if not first.startswith(("{", "[")):
         return False
     try:
         return isinstance(json.loads(first), list) or (is_json and is_single)
     except json.JSONDecodeError as error:
+        if second is not None and first.startswith("{") and isinstance(_read(second), dict):
+            return False  # the first of many lines is broken
         return first.startswith("[") or is_json or error.pos >= len(first)
     except (ValueError, RecursionError):
         return False
@@ -67,6 +70,23 @@ def document_records(file: Path) -> Iterator[tuple[int, Record | str]]:
         end = decoder.raw_decode(text, start)[1]
         yield number, {"text": item} if isinstance(item, str) else _read(text[start:end])
         number += text.count("\n", start, end)
+
+
+def without_padding(record: Record) -> Record:
+    """Return a record of a Parquet file whose objects have no keys with null; its columns stay.
+
+    Parquet gives every object of a column the same keys, so it cannot tell a null from a key that
+    is missing. In JSON a null is what the file says, and stays.
+    """
+    return {column: _without_nulls(value) for column, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _next_item(text: str, position: int) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from finetune.data.bad_records import BadRecords
+from finetune.data.encoding.store import Store, hash_bytes, key_of
 from finetune.data.sources.files import Lines, compression, kind_of, open_bytes, without_end
 from finetune.data.sources.json_files import JsonLines, document_records, is_document
 from finetune.data.sources.tables import read_layout
@@ -58,31 +59,74 @@ def reader_of(file: Path) -> Reader | None:
     return read_layout(file, kind)
 
 
+def said_of(reader: Reader | None) -> str:
+    """Return how a file is read."""
+    settings = {} if reader is None else vars(reader)
+    return f"{type(reader).__name__} {[item for item in settings.items() if item[0] != 'file']}"
+
+
 class _Found:
     """The records of one file, each found again by its place in the file."""
 
-    def __init__(self, file: Path, reader: Reader, limit: int | None, bad: BadRecords) -> None:
+    def __init__(
+        self,
+        file: Path,
+        reader: Reader,
+        limit: int | None,
+        bad: BadRecords,
+        store: Store | None,
+    ) -> None:
         self._file, self._reader = file, reader
         self._starts, self._sizes, self.lines = array("q"), array("q"), array("q")
         self._copy: IO[bytes] | None = None
+        self.hash = ""
+        problems: list[tuple[int, str]] = []  # lines that are no records
         with open_bytes(file) as stream:
             if compression(file):
                 self._copy = tempfile.TemporaryFile()  # noqa: SIM115
                 weakref.finalize(self, self._copy.close)
                 shutil.copyfileobj(stream, self._copy)
                 self._copy.seek(0)
-            self._state = _state(self._copy or stream)
-            lines, start = Lines(file, self._copy or stream), 0
-            for number, record in reader.records(lines):
-                if isinstance(record, str):
-                    bad.add(f"{file} line {number}", f" {record}")
-                else:
-                    self._starts.append(start)
-                    self._sizes.append(lines.offset - start)
-                    self.lines.append(number)
-                    if len(self.lines) == limit:
-                        return
-                start = lines.offset
+            source = self._copy or stream
+            self._state = _state(source)
+            if store is None:
+                self._find(source, limit, problems)
+            else:
+                self.hash = hash_bytes(source)
+                self._find_in(store, source, limit, problems)
+        for number, problem in problems:
+            bad.add(f"{file} line {number}", f" {problem}")
+
+    def _find(self, source: IO[bytes], limit: int | None, problems: list[tuple[int, str]]) -> None:
+        """Find all records by reading the file."""
+        source.seek(0)
+        lines, start = Lines(self._file, source), 0
+        for number, record in self._reader.records(lines):
+            if isinstance(record, str):
+                problems.append((number, record))
+            else:
+                self._starts.append(start)
+                self._sizes.append(lines.offset - start)
+                self.lines.append(number)
+                if len(self.lines) == limit:
+                    return
+            start = lines.offset
+
+    def _find_in(
+        self, store: Store, source: IO[bytes], limit: int | None, problems: list[tuple[int, str]]
+    ) -> None:
+        """Find all records as an earlier run found them, or for later ones."""
+        key = key_of("places", self.hash, said_of(self._reader), limit)
+        entry = store.read(key)
+        if entry is None:
+            self._find(source, limit, problems)
+            places = {"starts": self._starts, "sizes": self._sizes, "lines": self.lines}
+            store.write(key, {"problems": problems}, places)
+            return
+        for numbers, name in ((self._starts, "starts"), (self._sizes, "sizes")):
+            numbers.frombytes(entry.arrays[name].tobytes())
+        self.lines.frombytes(entry.arrays["lines"].tobytes())
+        problems += [(number, problem) for number, problem in entry.values["problems"]]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -125,7 +169,8 @@ def _state(stream: IO[bytes]) -> tuple[int, int, int]:
 class _Held:
     """The records of a JSON document, held in memory."""
 
-    def __init__(self, file: Path, limit: int | None, bad: BadRecords) -> None:
+    def __init__(self, file: Path, limit: int | None, bad: BadRecords, store: Store | None) -> None:
+        self.hash = "" if store is None else hash_bytes(file)
         self._records: list[Record] = []
         self.lines = array("q")
         for number, record in document_records(file):
@@ -147,7 +192,8 @@ class FileTable:
     """The records of local files, one file after another.
 
     `reader` returns what reads a file, or None for a JSON document. At most `limit` records are
-    read. Lines that are no records are left out and noted in `bad`.
+    read. Lines that are no records are left out and noted in `bad`. `store` keeps the places of
+    records from one run to the next.
     """
 
     def __init__(
@@ -156,8 +202,10 @@ class FileTable:
         reader: Callable[[Path], Reader | None],
         limit: int | None,
         bad: BadRecords,
+        store: Store | None = None,
     ) -> None:
         self._files = list(files)
+        self._said: list[str] = []
         self._parts: list[_Found | _Held] = []
         self._ends: list[int] = []
         for file in files:
@@ -165,8 +213,13 @@ class FileTable:
             if left == 0:
                 break
             found = reader(file)
-            part = _Held(file, left, bad) if found is None else _Found(file, found, left, bad)
+            part: _Found | _Held
+            if found is None:
+                part = _Held(file, left, bad, store)
+            else:
+                part = _Found(file, found, left, bad, store)
             self._parts.append(part)
+            self._said.append(f"{file} {part.hash} {said_of(found)} {left}")
             self._ends.append(len(self) + len(part))
 
     def __len__(self) -> int:
@@ -189,6 +242,10 @@ class FileTable:
         """Return the file and the line of a record."""
         part, number = self._place(number)
         return f"{self._files[part]} line {self._parts[part].lines[number]}"
+
+    def fingerprint(self) -> str | None:
+        """Return what differs if the records do; None if the files were not hashed."""
+        return "\n".join(self._said) if all(part.hash for part in self._parts) else None
 
 
 class FileStream:
@@ -264,6 +321,11 @@ class AlignedTable:
     def where(self, number: int) -> str:
         """Return the file and the line of a record, in the first table."""
         return self._sides[0].where(number)
+
+    def fingerprint(self) -> str | None:
+        """Return what differs if the records do; None if the files were not hashed."""
+        sides = [side.fingerprint() for side in self._sides]
+        return None if None in sides else repr(sides)
 
 
 class AlignedStream:

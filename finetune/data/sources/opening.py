@@ -23,8 +23,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finetune.data.bad_records import BadRecords
+from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
+from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
     AlignedStream,
     AlignedTable,
@@ -69,6 +71,10 @@ class Table(Protocol):
         """Return where a record is, for messages."""
         ...
 
+    def fingerprint(self) -> str | None:
+        """Return what differs if the records do; None if that is not known."""
+        ...
+
 
 class Stream(Protocol):
     """Records that are read one after the other, as often as wanted."""
@@ -86,10 +92,16 @@ class _DatasetTable:
         return len(self._dataset)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        return list(self._dataset.__getitems__(list(numbers)))
+        return list(map(without_padding, self._dataset.__getitems__(list(numbers))))
 
     def where(self, number: int) -> str:
         return f"{self._label}, row {number + 1}"
+
+    def fingerprint(self) -> str | None:
+        files = [Path(file["filename"]) for file in self._dataset.cache_files]
+        hashes = [hash_bytes(file) for file in files]
+        # The fingerprint of `datasets` says which rows of these files there are.
+        return f"{self._label} {hashes} {self._dataset._fingerprint}" if files else None
 
 
 class _DatasetStream:
@@ -112,7 +124,8 @@ class _DatasetStream:
             if record is None:
                 return
             count += 1
-            yield lambda n=count: [dataset.state_dict(), n], f"{self._label}, row {count}", record  # type: ignore[misc]
+            where, record = f"{self._label}, row {count}", without_padding(record)
+            yield lambda n=count: [dataset.state_dict(), n], where, record  # type: ignore[misc]
 
 
 class _Picked:
@@ -132,23 +145,28 @@ class _Picked:
         table, item = self._picks[number]
         return self._tables[table].where(item)
 
+    def fingerprint(self) -> str | None:
+        tables = [table.fingerprint() for table in self._tables]
+        return None if None in tables else repr([tables, self._picks])
 
-def open_table(source: Source, bad: BadRecords) -> Table:
+
+def open_table(source: Source, bad: BadRecords, store: Store | None = None) -> Table:
     """Return the records of a source. Lines that are no records are noted in `bad`.
 
-    Raises UserError if the source cannot be opened.
+    `store` keeps where the records are from one run to the next. Raises UserError if the source
+    cannot be opened.
     """
     limit = source.max_records
     with explained(str(source)):
         if sides := _aligned(source):
-            return AlignedTable([FileTable(f, reader, limit, bad) for f, reader in sides])
+            return AlignedTable([FileTable(f, reader, limit, bad, store) for f, reader in sides])
         splits = _splits(source)
         if not _are_ours(splits):
             return _DatasetTable(_open_dataset(source, splits, streaming=False), str(source))
         if source.split in splits:
-            return FileTable(splits[source.split], reader_of, limit, bad)
+            return FileTable(splits[source.split], reader_of, limit, bad, store)
         tables = {
-            name: FileTable(files, reader_of, None, bad)
+            name: FileTable(files, reader_of, None, bad, store)
             for name, files in splits.items()
             if re.search(rf"\b{re.escape(name)}\b", source.split)
         }
@@ -368,6 +386,11 @@ def _explanation(label: str, error: Exception) -> str:
     if "corresponds to no data" in message:
         return f"{label} is empty: it has no rows"
     message = message[:1].lower() + message[1:]
+    if found := re.match(r"arrow type (.+) does not have a datasets dtype", message):
+        return (
+            f"{label} has a column of the type {found[1]}, which is not read. Write it as a struct "
+            "or as text, or save the file as JSON lines"
+        )
     if message.startswith("unknown split"):
         return f"{label}: {message.replace('. Should', '; it should')}"
     return f"{label} cannot be read: {message}"

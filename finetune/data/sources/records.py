@@ -10,6 +10,7 @@ twice, and what is left of the other sources is not used.
 """
 
 import copy
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from random import Random
 from typing import Any
 
 from finetune.data.bad_records import BadRecords
+from finetune.data.encoding.store import Store
 from finetune.data.sources.local import Item
 from finetune.data.sources.opening import Source, Stream, Table, open_stream, open_table
 from finetune.data.types import Record
@@ -64,6 +66,19 @@ class Records:
     def describe(self, index: int) -> str:
         """Return where the record is, e.g. "train.csv line 12" (counted from 1)."""
         return self._tables[self._table_of[index]].where(self._number_of[index])
+
+    def fingerprint(self) -> str | None:
+        """Return what differs if the records, their order or their names do.
+
+        None if a table does not know.
+        """
+        tables = [table.fingerprint() for table in self._tables]
+        if None in tables:
+            return None
+        digest = hashlib.sha256(repr(tables).encode("utf-8", "surrogatepass"))
+        digest.update(self._table_of)
+        digest.update(self._number_of)
+        return digest.hexdigest()
 
     def select(self, indices: Sequence[int]) -> "Records":
         picks = ((self._table_of[i], self._number_of[i]) for i in indices)
@@ -132,14 +147,17 @@ class RecordStream:
         self._resume = copy.deepcopy(state)
 
 
-def load_records(sources: Sequence[Source], *, on_bad: str = "error") -> Records:
+def load_records(
+    sources: Sequence[Source], *, on_bad: str = "error", store: Store | None = None
+) -> Records:
     """Return all records of the sources, interleaved.
 
-    `on_bad` is "error" or "drop", for lines that are no records. Raises UserError if a source
+    `on_bad` is "error" or "drop", for lines that are no records. `store` keeps where the records
+    are from one run to the next. Raises UserError if a source
     cannot be read.
     """
     weights, bad = _weights(sources), BadRecords(on_bad)
-    tables = [open_table(source, bad) for source in sources]
+    tables = [open_table(source, bad, store) for source in sources]
     bad.check()
     sizes = [
         min(len(table), source.max_records or len(table)) for source, table in zip(sources, tables)
@@ -187,6 +205,9 @@ def _weights(sources: Sequence[Source]) -> list[float] | None:
 
 def _interleave(sizes: Sequence[int], weights: Sequence[float] | None) -> Iterator[tuple[int, int]]:
     """Yield (source, number in it) in the order of the mix; see the module's text."""
+    if len(sizes) == 1:
+        yield from ((0, number) for number in range(sizes[0]))
+        return
     shares = weights or sizes
     counts = [0] * len(sizes)
     while True:

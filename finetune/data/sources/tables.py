@@ -42,13 +42,14 @@ class TableLayout:
         rows = _fields(lines, self.separator, quoted=self.quoted)
         if lines.offset == 0:
             next(rows, None)
+        header = _folded(self.columns)
         for number, fields in rows:
             if fields == [""] and len(self.columns) > 1 and not self.quoted:
                 continue  # a blank line
             if len(fields) != len(self.columns):
                 yield number, self._problem(len(fields))
-            elif len(fields) > 1 and tuple(fields) == self.columns:
-                yield number, "repeats the header. Remove the line"
+            elif _folded(fields) == header:
+                yield number, "repeats the header. Remove the line, or rename the column"
             else:
                 yield number, dict(zip(self.columns, fields))
 
@@ -59,6 +60,10 @@ class TableLayout:
         name = _NAMES[self.separator]
         remedy = f"Put fields with {name} in quotation marks" if self.quoted else "Remove the tab"
         return f"{problem}. {remedy}, or name every field in the header"
+
+
+def _folded(fields: Iterable[str]) -> list[str]:
+    return [field.strip().casefold() for field in fields]
 
 
 def read_layout(file: Path, kind: str) -> TableLayout:
@@ -108,8 +113,8 @@ def _start(file: Path, separator: str, quoted: bool) -> list[list[str]]:
 def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, fields) for the header and each row.
 
-    Blank lines and Excel's line "sep=;" are passed over; without quotation marks a blank line after
-    the header is a row with one empty field.
+    Blank lines and Excel's line "sep=;" are passed over, and rows without text before the header;
+    without quotation marks a blank line after the header is a row with one empty field.
     """
     csv.field_size_limit(sys.maxsize)
     source = _Protected(lines)
@@ -125,7 +130,7 @@ def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int
             return
         except csv.Error as error:
             raise UserError(_quote_problem(f"{lines.file} line {first}", str(error))) from error
-        is_blank = not fields if quoted else is_header and fields == [""]
+        is_blank = (quoted and not fields) or (is_header and not "".join(fields).strip())
         if not is_blank:
             is_header = False
             yield first, source.restored(fields)

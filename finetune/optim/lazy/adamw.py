@@ -6,14 +6,15 @@ torch.optim.Optimizer; the package's docstring says where the rest is.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from finetune.errors import UserError
+from finetune.optim.lazy.dense import step_dense
 from finetune.optim.lazy.eligible import (
     check_embedding,
     check_group,
@@ -21,10 +22,18 @@ from finetune.optim.lazy.eligible import (
     check_mode,
     floats,
 )
-from finetune.optim.lazy.embedding import RowLookup, make_lazy, make_plain
-from finetune.optim.lazy.saved import check_witness, restore_table, saved_state
+from finetune.optim.lazy.embedding import (
+    RowLookup,
+    check_others,
+    check_table,
+    make_lazy,
+    make_plain,
+)
+from finetune.optim.lazy.saved import check_weight, restore_table, saved_state
+from finetune.optim.lazy.showing import deferred, flushed
 from finetune.optim.lazy.state import RowState, Showing
-from finetune.optim.lazy.table import RowTable
+from finetune.optim.lazy.table import RowTable, stored
+from finetune.optim.lazy.weight import table_of
 
 
 class LazyAdamW(Optimizer):
@@ -42,16 +51,22 @@ class LazyAdamW(Optimizer):
     - ``missed_steps="skip"``: never. Unused rows are frozen: no drift, no decay. TensorFlow's
       LazyAdam and torch's SparseAdam do this. It **trains another model than AdamW does**.
 
-    Reading rows is pure: the module's forward returns rows as of now and stores nothing. So
-    evaluating or saving changes not one bit of the run; only ``step`` writes.
-    ``model.state_dict()``, and therefore saving and exporting, shows rows as of now. Code that
-    reads ``embedding.weight`` itself (weight averaging, resizing, tying) must do so inside
-    ``with optimizer.flushed():`` or after ``optimizer.flush()``. For a checkpoint that resumes bit
-    by bit, take both state dicts inside ``with optimizer.deferred():``.
+    Reading rows is pure: whatever is read is rows as of now, and nothing is stored. So evaluating,
+    logging or saving changes not one bit of the run; only ``step``, and what writes to a weight,
+    does. This holds for the module's forward, for ``model.state_dict()``, for copies, and for
+    ``embedding.weight`` itself: other code sees dense AdamW's rows there. Reading the whole weight
+    costs one pass over the table each time; ``with optimizer.flushed():`` makes it once for a
+    block, and ``optimizer.flush()`` for good. A copy or pickle of the model alone is a plain model.
+    For a checkpoint that resumes bit by bit, take both state dicts inside ``with
+    optimizer.deferred():``.
+
+    A write to the weight is a write to rows as of now, and makes up every missed step first, for
+    the whole table. Memory that is written behind torch's back while rows lag is an error, and
+    ``data_ptr`` warns. Threads may look rows up side by side, also beside a step.
 
     A table whose ``grad`` is None misses nothing: as in torch, the parameter is not stepped and its
     step count does not grow. A gradient without entries is a step. A dense gradient at a registered
-    table is an error: it comes from code that read rows that were not up to date. Changing lr or
+    table is an error: every row is in use then, so rows are not worth telling apart. Changing lr or
     weight_decay between steps costs nothing; changing betas or eps flushes the table first. A
     resized embedding is a new table: flush, resize, and build a new optimizer.
 
@@ -66,8 +81,8 @@ class LazyAdamW(Optimizer):
             ``embeddings``.
         lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW. lr * weight_decay must be
             below 1 at every step.
-        embeddings: nn.Embedding modules whose weights are among ``params`` and used by no other
-            module.
+        embeddings: nn.Embedding modules whose weights are among ``params``. If several share one
+            weight, name them all.
         missed_steps: "exact", "replay" or "skip".
 
     Raises:
@@ -104,11 +119,30 @@ class LazyAdamW(Optimizer):
             self._register(module)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs. Its modules are copied as plain ones, so rows go along."""
+        tables = []
+        for module, table in self._tables:
+            rows = stored(module.weight) if table.aside is None else table.aside
+            tables.append((module, table, rows.clone()))
         return {
             **super().__getstate__(),
             "missed_steps": self.missed_steps,
-            "_tables": self._tables,
+            "_tables": tables,
         }
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_tables" in state:
+            self._tables = [(module, table) for module, table, _ in state["_tables"]]
+            for module, table, rows in state["_tables"]:
+                stored(module.weight).copy_(rows)
+                make_lazy(module, table)
+                table.version = stored(module.weight)._version
+                if module.weight in self.state:
+                    self.state[module.weight] = table.live_state()
+        elif hasattr(self, "_tables"):  # torch loads a state dict
+            self._restore_tables()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its entry "embeddings", if any, holds the modules to register."""
@@ -136,6 +170,11 @@ class LazyAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch._C.DisableTorchFunctionSubclass():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         tables = self._check_tables()
         if any(
             table.showing is Showing.FLUSHED and weight.grad is not None
@@ -151,42 +190,18 @@ class LazyAdamW(Optimizer):
                     self._step_table(param, tables[param], group)
                 else:
                     dense.append(param)
-            self._step_dense(dense, group)
-        return loss
+            step_dense(self.state, dense, group, fused=self.missed_steps != "replay")
 
     def _step_table(self, weight: Tensor, table: RowTable, group: dict[str, Any]) -> None:
-        check_witness(table, weight)
         betas, eps = floats(group["betas"]), group["eps"]
-        if (betas, eps) != (table.history.betas, table.history.eps):
-            table.change_options(weight, betas, eps)
-        assert weight.grad is not None
-        grad = -weight.grad if group["maximize"] else weight.grad
-        table.step(weight, grad, lr=float(group["lr"]), weight_decay=group["weight_decay"])
-        self.state[weight] = table.live_state()
-
-    def _step_dense(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Apply torch's own AdamW.
-
-        In "replay" it is the loop whose operations step the rows, else the fused kernel.
-        """
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-        # The fused kernel walks over memory as it lies, and torch does not check strides. So a
-        # parameter and its gradient must both be contiguous.
-        alike: list[Tensor] = []
-        others: list[Tensor] = []
-        for param in params:
-            contiguous = (
-                param.is_contiguous() and param.grad is not None and param.grad.is_contiguous()
-            )
-            (alike if contiguous and self.missed_steps != "replay" else others).append(param)
-        _adamw(self.state, alike, group, fused=True)
-        _adamw(self.state, others, group, fused=False)
+        with table.lock:
+            check_weight(table, weight)
+            if (betas, eps) != (table.history.betas, table.history.eps):
+                table.change_options(weight, betas, eps)
+            assert weight.grad is not None
+            grad = -weight.grad if group["maximize"] else weight.grad
+            table.step(weight, grad, lr=float(group["lr"]), weight_decay=group["weight_decay"])
+            self.state[weight] = table.live_state()
 
     # Rows as of now
 
@@ -198,18 +213,21 @@ class LazyAdamW(Optimizer):
         no such trace.
         """
         for weight, table in self._check_tables().items():
+            check_weight(table, stored(weight))
             table.flush(weight)
 
     @contextlib.contextmanager
     def flushed(self) -> Iterator[None]:
         """Inside, `embedding.weight` of every registered table is what dense AdamW would have.
 
-        Afterwards every bit is as before. It is for code that reads weights itself. What is written
-        to the tables inside is lost. Inside, `step` and `load_state_dict` raise UserError.
+        Afterwards every bit is as before, unless somebody wrote to the weight inside. It is for
+        code that reads a weight often, or reads its memory. Inside, `step` and `load_state_dict`
+        raise UserError.
         """
         with contextlib.ExitStack() as stack:
             for weight, table in self._check_tables().items():
-                stack.enter_context(table.flushed(weight))
+                check_weight(table, stored(weight))
+                stack.enter_context(flushed(table, weight))
             yield
 
     @contextlib.contextmanager
@@ -222,8 +240,8 @@ class LazyAdamW(Optimizer):
         or the reverse, is refused with UserError. So is the use of `deferred` inside `flushed`.
         """
         with contextlib.ExitStack() as stack:
-            for _, table in self._tables:
-                stack.enter_context(table.deferred())
+            for table in {table: None for _, table in self._tables}:
+                stack.enter_context(deferred(table))
             yield
 
     def release(self) -> None:
@@ -244,11 +262,15 @@ class LazyAdamW(Optimizer):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; that of a registered table is a `RowState` as a dict."""
-        packed = super().state_dict()
-        for index, weight, table in self._table_entries():
+        live = {}
+        for _, weight, table in self._table_entries():
             if table.step_count:
-                packed["state"][index] = saved_state(table, weight).as_dict()
-        return packed
+                live[weight] = self.state[weight]
+                self.state[weight] = saved_state(table, weight).as_dict()
+        try:  # so that hooks see what is saved
+            return super().state_dict()
+        finally:
+            self.state.update(live)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -257,27 +279,26 @@ class LazyAdamW(Optimizer):
         Tables keep their integers and float32 moments, also if the parameter's dtype is another.
         Raises UserError for the state of another optimizer, and inside `flushed`.
         """
-        entries = list(self._table_entries())
-        if any(table.showing is Showing.FLUSHED for _, _, table in entries):
+        if any(table.showing is Showing.FLUSHED for _, table in self._tables):
             raise UserError("no state can be loaded inside `optimizer.flushed()`. Load it outside")
-        own = {index: state_dict["state"].get(index) for index, _, _ in entries}
-        for state in own.values():
-            if state is not None and "last_step" not in state:
-                raise UserError(
-                    "this is not the state of a LazyAdamW. To load the state of an AdamW, use "
-                    "finetune.optim.from_adamw_state"
-                )
-        dense = {index: state for index, state in state_dict["state"].items() if index not in own}
-        super().load_state_dict({**state_dict, "state": dense})
+        seal = self.register_load_state_dict_pre_hook(_seal)  # after every hook of other people
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            seal.remove()
+
+    def _restore_tables(self) -> None:
+        """Take over the states that `_seal` kept from torch, which would cast their tensors."""
         groups = {param: group for group in self.param_groups for param in group["params"]}
-        for index, weight, table in entries:
-            self.state.pop(weight, None)
-            if (state := own[index]) is not None:
-                restore_table(table, weight, RowState.from_dict(state))
-                self.state[weight] = table.live_state()
-            else:
-                table.flush(weight)
-                table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
+        for _, weight, table in self._table_entries():
+            sealed = self.state.pop(weight, None)
+            with table.lock:
+                if sealed is not None:
+                    restore_table(table, weight, RowState.from_dict(sealed.state))
+                    self.state[weight] = table.live_state()
+                else:
+                    table.flush(weight)
+                    table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
 
     # Embeddings
 
@@ -295,12 +316,15 @@ class LazyAdamW(Optimizer):
         assert group is not None
         betas = floats(group["betas"])
         check_missed_steps(self.missed_steps, betas, group["eps"])
-        if isinstance(module, RowLookup):  # of an earlier optimizer
-            module.row_table.flush(module.weight)
-            make_plain(module)
-        table = RowTable(
-            module.weight, missed_steps=self.missed_steps, betas=betas, eps=group["eps"]
-        )
+        table = table_of(module.weight)
+        if table is None or all(table is not own for _, own in self._tables):
+            if table is not None:  # of an earlier optimizer
+                table.flush(module.weight)
+            if isinstance(module, RowLookup):
+                make_plain(module)
+            table = RowTable(
+                module.weight, missed_steps=self.missed_steps, betas=betas, eps=group["eps"]
+            )
         make_lazy(module, table)
         assert isinstance(module, RowLookup)
         self._tables.append((module, table))
@@ -312,39 +336,9 @@ class LazyAdamW(Optimizer):
         """
         groups = {param: group for group in self.param_groups for param in group["params"]}
         for module, table in self._tables:
-            if getattr(module, "row_table", None) is not table:
-                raise UserError(
-                    "a registered embedding was released or given to another optimizer. Build a "
-                    "new optimizer"
-                )
-            if module.weight not in groups:
-                raise UserError(
-                    "the weight of a registered embedding is no longer among the optimizer's "
-                    "parameters: resizing or sharding the model replaced it. Build the optimizer "
-                    "afterwards, and keep registered embeddings out of FSDP"
-                )
-            group, grad = groups[module.weight], module.weight.grad
-            if grad is not None and not grad.is_sparse:
-                raise UserError(
-                    "a registered embedding got a dense gradient: other code reads its weight, in "
-                    "which rows may not be up to date (a tied output head, a penalty on the "
-                    "weights). Leave it out of `embeddings`"
-                )
-            if float(group["lr"]) * group["weight_decay"] >= 1:
-                raise UserError(
-                    f"lr * weight_decay must be below 1, not {float(group['lr'])} * "
-                    f"{group['weight_decay']}"
-                )
-            check_missed_steps(self.missed_steps, floats(group["betas"]), group["eps"])
+            check_table(module, table, groups.get(module.weight), self.missed_steps)
         tables = {module.weight: table for module, table in self._tables}
-        if any(
-            param.grad is not None and param.grad.is_sparse and param not in tables
-            for param in groups
-        ):
-            raise UserError(
-                "a parameter that is not a registered embedding got a sparse gradient. Name its "
-                "module in `embeddings`"
-            )
+        check_others(groups, tables)
         return tables
 
     def _table_entries(self) -> Iterator[tuple[int, Tensor, RowTable]]:
@@ -357,26 +351,27 @@ class LazyAdamW(Optimizer):
                 yield index, param, tables[param]
 
 
-def _adamw(
-    state: dict[Tensor, Any], params: list[Tensor], group: dict[str, Any], *, fused: bool
-) -> None:
-    if fused:
-        for param in params:
-            state[param]["step"] = state[param]["step"].to(param.device)
-    adamw(
-        params,
-        [param.grad for param in params if param.grad is not None],
-        [state[param]["exp_avg"] for param in params],
-        [state[param]["exp_avg_sq"] for param in params],
-        [],
-        [state[param]["step"] for param in params],
-        foreach=False,
-        fused=fused,
-        amsgrad=False,
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=group["maximize"],
-    )
+@dataclass(frozen=True)
+class _Sealed:
+    """The saved state of a table on its way through torch's `load_state_dict`."""
+
+    state: dict[str, Any]
+
+
+def _seal(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return `state_dict` with the states of tables sealed.
+
+    Raises UserError if they are not of a LazyAdamW.
+    """
+    sealed = dict(state_dict["state"])
+    index_of = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for index in optimizer.registered_weights():
+        if index >= len(index_of) or (state := sealed.get(index_of[index])) is None:
+            continue
+        if "last_step" not in state:
+            raise UserError(
+                "this is not the state of a LazyAdamW. To load the state of an AdamW, use "
+                "finetune.optim.from_adamw_state"
+            )
+        sealed[index_of[index]] = _Sealed(state)
+    return {**state_dict, "state": sealed}

@@ -8,7 +8,10 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.eligible import floats
+from finetune.optim.lazy.missed_steps import GaussRules
 from finetune.optim.lazy.state import RowState
+from finetune.optim.lazy.table import RowTable
+from finetune.optim.stamp import KEY, rule_of
 
 # What else goes over with a parameter group:
 _NOT_OPTIONS = ("params", "param_names", "name", "initial_lr")
@@ -27,7 +30,7 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
         if index in state["state"]:
             of_rows = RowState.from_dict(state["state"][index])
             state["state"][index] = {
-                "step": of_rows.step,
+                "step": of_rows.step.float(),
                 "exp_avg": _dense(weight, of_rows.rows, of_rows.exp_avg),
                 "exp_avg_sq": _dense(weight, of_rows.rows, of_rows.exp_avg_sq),
             }
@@ -69,6 +72,50 @@ def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
     ]
     groups = [{**mine, **theirs} for mine, theirs in zip(own, kept, strict=True)]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+@torch.no_grad()
+def adapt_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return `state`, of a dense or a lazy optimizer of one rule, as one that `optimizer` takes.
+
+    It is called after the weights that belong to `state` were loaded. If the state is of a lazily
+    stepped table whose rows lag, and `optimizer` is dense, the missed steps of the weight are made
+    up here, in place.
+    """
+    parameters = [param for group in optimizer.param_groups for param in group["params"]]
+    lazy = optimizer.registered_weights() if isinstance(optimizer, LazyAdamW) else {}
+    entries = dict(state["state"])
+    groups = {index: group for group in state["param_groups"] for index in group["params"]}
+    for position, index in enumerate(groups):
+        entry = entries.get(index)
+        if not entry or position >= len(parameters):
+            continue
+        if position in lazy and "last_step" not in entry:
+            entries[index] = _row_state(entry, groups[index])
+        elif position not in lazy and "last_step" in entry:
+            entries[index] = _caught_up(parameters[position], RowState.from_dict(entry))
+    own = optimizer.defaults.get(KEY, "")
+    renamed = [
+        {**group, KEY: own} if rule_of(group.get(KEY, "")) == rule_of(own) else group
+        for group in state["param_groups"]
+    ]
+    return {"state": entries, "param_groups": renamed} if own else {**state, "state": entries}
+
+
+def _caught_up(weight: Tensor, state: RowState) -> dict[str, Tensor]:
+    """Bring `weight` up to now, and return the state that torch.optim.AdamW would have."""
+    mode = "exact" if GaussRules.supports(state.betas) and state.eps > 0 else "replay"
+    table = RowTable(weight, missed_steps=mode, betas=state.betas, eps=state.eps)
+    if table.master is not None and state.master is None:
+        state = state._replace(master=weight[state.rows].float())
+    table.start(weight, state)
+    table.flush(weight)
+    now = table.stored_state()
+    return {
+        "step": now.step.float(),
+        "exp_avg": _dense(weight, now.rows, now.exp_avg),
+        "exp_avg_sq": _dense(weight, now.rows, now.exp_avg_sq),
+    }
 
 
 def _dense(weight: Tensor, rows: Tensor, values: Tensor) -> Tensor:

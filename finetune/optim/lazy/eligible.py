@@ -24,32 +24,40 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
     dense: a batch uses nearly all of its rows.) The log of "finetune" reports why a table is not
     among them: a warning for a tied one, a note for a frozen one.
     """
+    chosen, others = sort_embeddings(model)
+    for level, reason in others:
+        _logger.log(level, "lazy_adamw: %s", reason)
+    return chosen
+
+
+def sort_embeddings(model: nn.Module) -> tuple[list[nn.Embedding], list[tuple[int, str]]]:
+    """Return the row-sparse embeddings of `model`, and why its other tables are none.
+
+    Each reason comes with its level of logging.
+    """
     names = {module: name for name, module in model.named_modules()}
-    chosen = []
+    chosen, others = [], []
     for embedding in _candidates(model):
-        others = [names[module] for module in _also_holding(model, embedding)]
+        name = repr(names[embedding])
+        sharing = ", ".join(repr(names[module]) for module in _also_holding(model, embedding))
         if is_compact(embedding):
-            _logger.info(
-                "lazy_adamw: all rows of the compact embedding %r are in use, so it is updated "
-                "densely",
-                names[embedding],
+            reason = (
+                f"all rows of the compact embedding {name} are in use, so it is updated densely"
             )
+            others.append((logging.INFO, reason))
         elif not embedding.weight.requires_grad:
-            _logger.info(
-                "lazy_adamw: the embedding %r is frozen, so there are no rows to update",
-                names[embedding],
-            )
-        elif others:
-            _logger.warning(
-                "lazy_adamw: the embedding %r shares its weight with %s, so every row has a "
+            reason = f"the embedding {name} is frozen, so there are no rows to update"
+            others.append((logging.INFO, reason))
+        elif sharing:
+            reason = (
+                f"the embedding {name} shares its weight with {sharing}, so every row has a "
                 "gradient and is updated, as by adamw; if few of them are used, the active "
-                "vocabulary trains only those",
-                names[embedding],
-                ", ".join(repr(other) for other in others),
+                "vocabulary trains only those"
             )
+            others.append((logging.WARNING, reason))
         else:
             chosen.append(embedding)
-    return chosen
+    return chosen, others
 
 
 def _candidates(model: nn.Module) -> list[nn.Embedding]:
@@ -88,6 +96,8 @@ def check_embedding(module: nn.Embedding, *, in_group: bool) -> None:
         "its max_norm rewrites rows as they are read": module.max_norm is not None,
         "scale_grad_by_freq does not go with row-sparse gradients": module.scale_grad_by_freq,
         "its weight is complex": module.weight.is_complex(),
+        "its weight is not a plain torch.nn.Parameter": type(module.weight) is not nn.Parameter
+        and not hasattr(module.weight, "row_table"),
         "its weight is frozen": not module.weight.requires_grad,
         "its weight is not among the optimizer's parameters": not in_group,
     }

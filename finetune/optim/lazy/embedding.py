@@ -3,10 +3,13 @@
 Registering an embedding with `LazyAdamW` changes the class of that one module, in place, to one
 with `RowLookup` between it and nn.Embedding. Parameters, names and the module's identity stay. A
 subclass whose forward calls `super().forward(ids)` (Gemma's scaled embedding) works unchanged. The
-module can be deep-copied, pickled and saved as before. `weight` itself holds rows as they were last
-stepped, so code that reads it directly must do so inside `LazyAdamW.flushed()`.
+module can be saved as before, and `weight` shows rows as of now (see weight.py). A copy or pickle
+of the module alone is a plain embedding with rows as of now. A copy of the optimizer makes the
+modules that were copied with it lazy again.
 """
 
+import copyreg
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -14,48 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.compute.subclass import derived_class
-from finetune.optim.lazy.saved import check_witness, weight_was_loaded
+from finetune.errors import UserError
+from finetune.optim.lazy.eligible import check_missed_steps, floats
+from finetune.optim.lazy.lookup import look_up
+from finetune.optim.lazy.saved import check_weight, weight_was_loaded
 from finetune.optim.lazy.state import Showing
-from finetune.optim.lazy.table import RowTable
-
-
-class _Rows(torch.autograd.Function):
-    """The lookup of distinct `rows` [u] in `weight`, whose values are `current` [u, d].
-
-    The gradient of the weight is row-sparse.
-    """
-
-    @staticmethod
-    def forward(
-        weight: Tensor, current: Tensor, rows: Tensor, inverse: Tensor, padding_idx: int | None
-    ) -> Tensor:
-        return current[inverse]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        weight, _, rows, inverse, ctx.padding_idx = inputs
-        ctx.save_for_backward(rows, inverse)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:
-        rows, inverse = ctx.saved_tensors
-        grad = grad_output.reshape(-1, ctx.shape[1])
-        wide = grad if grad.dtype == torch.float64 else grad.float()
-        values = torch.ops.aten.embedding_dense_backward(
-            wide, inverse.reshape(-1), len(rows), -1, False
-        )
-        if ctx.padding_idx is not None:
-            kept = rows != ctx.padding_idx
-            rows, values = rows[kept], values[kept]
-        sparse = torch.sparse_coo_tensor(
-            rows[None], values.to(ctx.dtype), ctx.shape, is_coalesced=True, check_invariants=False
-        )
-        # Autograd copies a gradient that somebody else holds too. Of any other it takes over the
-        # contents, without the mark that it is coalesced.
-        ctx.kept = sparse
-        return sparse, None, None, None, None
+from finetune.optim.lazy.table import RowTable, stored
+from finetune.optim.lazy.weight import LazyRows, shown, table_of, unwatch, watch
 
 
 class RowLookup(nn.Embedding):
@@ -65,35 +33,51 @@ class RowLookup(nn.Embedding):
     was_sparse: bool
     original_class: type[nn.Embedding]
 
+    @torch._disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         table, weight = self.row_table, self.weight
-        check_witness(table, weight)
-        if table.weight_is_current:
-            return F.embedding(input, weight, self.padding_idx, sparse=True)
-        rows, inverse = torch.unique(input, return_inverse=True)
-        keep = torch.is_grad_enabled()
-        with torch.no_grad():
-            current = table.read(weight, rows, step_follows=keep)
-        return _Rows.apply(weight, current, rows, inverse, self.padding_idx)
+        if table_of(weight) is not table:  # given by torch.func.functional_call
+            return self._look_up_in_another(input, weight)
+        with torch._C.DisableTorchFunctionSubclass(), table.lock:
+            check_weight(table, weight)
+            if table.weight_is_current:
+                return F.embedding(input, weight, self.padding_idx, sparse=True)
+            return look_up(table, weight, input, self.padding_idx)
+
+    def _look_up_in_another(self, input: Tensor, weight: Tensor) -> Tensor:
+        if getattr(self, "_is_replica", False):
+            raise UserError(
+                "torch.nn.DataParallel copies rows that are not up to date to the other devices. "
+                "Use DistributedDataParallel for an embedding that is stepped lazily"
+            )
+        return F.embedding(input, weight, self.padding_idx)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        table = self.row_table
-        check_witness(table, self.weight)
-        if not (table.weight_is_current or table.showing is Showing.DEFERRED):
-            destination[prefix + "weight"] = table.dense(self.weight.detach())
+        table, weight = self.row_table, stored(self.weight)
+        with table.lock:
+            check_weight(table, weight)
+            if table.showing is Showing.DEFERRED:
+                destination[prefix + "weight"] = weight
+            elif not (table.weight_is_current or keep_vars):
+                destination[prefix + "weight"] = shown(self.weight, table.dense(weight))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in state_dict:
-            with torch.no_grad():
-                weight_was_loaded(self.row_table, self.weight)
+        key = prefix + "weight"
+        if isinstance(state_dict.get(key), LazyRows):
+            state_dict[key] = state_dict[key].clone()
+        with torch._C.DisableTorchFunctionSubclass():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            if key in state_dict:
+                with torch.no_grad():
+                    weight_was_loaded(self.row_table, self.weight)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._apply(*args, **kwargs)
-        self.row_table.follow(self.weight)
+        with torch._C.DisableTorchFunctionSubclass():
+            super()._apply(*args, **kwargs)
+            self.row_table.follow(self.weight)
         return self
 
 
@@ -103,7 +87,10 @@ def make_lazy(module: nn.Embedding, table: RowTable) -> None:
     lazy.was_sparse, lazy.row_table, lazy.sparse = module.sparse, table, True
     cls: Any = type(module)
     bases = (RowLookup,) if cls is nn.Embedding else (cls, RowLookup)
-    lazy.__class__ = derived_class(f"Lazy{cls.__name__}", bases, original_class=cls)
+    lazy.__class__ = derived_class(
+        f"Lazy{cls.__name__}", bases, original_class=cls, __reduce_ex__=_reduce_to_plain
+    )
+    watch(module.weight, table)
 
 
 def make_plain(module: RowLookup) -> None:
@@ -111,3 +98,64 @@ def make_plain(module: RowLookup) -> None:
     plain: Any = module
     plain.__class__, plain.sparse = module.original_class, module.was_sparse
     del plain.row_table, plain.was_sparse
+    unwatch(module.weight)
+
+
+def _reduce_to_plain(module: RowLookup, protocol: Any) -> tuple:
+    """Reduce a lazy module as the plain one that it was, whose weight copies as rows as of now."""
+    plain = module.original_class.__new__(module.original_class)
+    plain.__dict__.update(module.__dict__, sparse=module.was_sparse)
+    del plain.__dict__["row_table"], plain.__dict__["was_sparse"]
+    make, *rest = tuple(plain.__reduce_ex__(protocol))
+    # pickle refuses `__newobj__` for an object of another class
+    return _new if make is copyreg.__newobj__ else make, *rest  # type: ignore[attr-defined]
+
+
+def _new(cls: type, *args: object) -> object:
+    return cls.__new__(cls, *args)
+
+
+def check_table(module: RowLookup, table: RowTable, group: dict | None, missed_steps: str) -> None:
+    """Raise UserError if a registered embedding, its gradient or its options cannot be stepped.
+
+    `group` is its weight's parameter group.
+    """
+    weight = module.weight
+    if getattr(module, "row_table", None) is not table or (
+        group is not None and table_of(weight) is not table
+    ):
+        raise UserError(
+            "a registered embedding was released or given to another optimizer. Build a "
+            "new optimizer"
+        )
+    if group is None:
+        raise UserError(
+            "the weight of a registered embedding is no longer among the optimizer's "
+            "parameters: resizing or sharding the model replaced it. Build the optimizer "
+            "afterwards, and keep registered embeddings out of FSDP"
+        )
+    if weight.grad is not None and not weight.grad.is_sparse:
+        raise UserError(
+            "a registered embedding got a dense gradient: other code trains through its weight (a "
+            "tied output head, a penalty on the weights), so every row is in use. Leave it out of "
+            "`embeddings`"
+        )
+    lr = float(group["lr"])
+    if not lr >= 0:
+        raise UserError(
+            f"lr must be at least 0, not {lr}. A schedule that ran one step too far may be the "
+            "cause; end it at 0"
+        )
+    if lr * group["weight_decay"] >= 1:
+        raise UserError(f"lr * weight_decay must be below 1, not {lr} * {group['weight_decay']}")
+    check_missed_steps(missed_steps, floats(group["betas"]), group["eps"])
+
+
+def check_others(params: Iterable[Tensor], tables: Container[Tensor]) -> None:
+    """Raise UserError if a parameter that is no registered weight got a sparse gradient."""
+    for param in params:
+        if param.grad is not None and param.grad.is_sparse and param not in tables:
+            raise UserError(
+                "a parameter that is not a registered embedding got a sparse gradient. Name its "
+                "module in `embeddings`"
+            )

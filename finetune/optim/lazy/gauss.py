@@ -41,14 +41,14 @@ def horizon(beta1: float, beta2: float, tolerance: float) -> int:
 
 
 def missed_atoms(
-    step: int, missed: Tensor, betas: tuple[float, float], lr: Tensor | float
+    step: Tensor | int, missed: Tensor, betas: tuple[float, float], lr: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Return mass w / d (without later decay) and place d of step `step` as an atom, each [k].
 
     `missed` [k]: it is missed step number 1, 2 ... in each of k sums.
     """
     beta1, beta2 = betas
-    places = beta2 ** (missed / 2) / math.sqrt(1 - beta2**step)
+    places = beta2 ** (missed / 2) / (1 - beta2**step) ** 0.5
     return lr * beta1**missed / (1 - beta1**step) / places, places
 
 
@@ -108,28 +108,33 @@ def gauss_rule(masses: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tens
 
 
 @functools.lru_cache(maxsize=1024)
-def nodes_needed(last_step: int, betas: tuple[float, float], tolerance: float, most: int) -> int:
-    """Return how many nodes, at most `most`, give the sum of a row to within `tolerance` of itself.
+def nodes_needed(
+    last_step: int, betas: tuple[float, float], tolerance: float, most: int
+) -> tuple[int, float]:
+    """Return the fewest nodes, at most `most`, that give a row's sum to within `tolerance` of it.
 
+    Returns also the error that is left, which is above `tolerance` if `most` nodes do not do.
     `last_step` is the step at which the row was last stepped. The error is measured, not bounded:
     the sum over a whole horizon of missed steps against its rule, at a constant learning rate and
-    at one that grows from zero. x goes from eps / 1000 to 1000 eps, the range in which the
-    integrand is neither constant nor linear. The bias correction spreads the atoms most after the
-    first steps, so the answer falls with `last_step`; it is looked up at powers of two.
+    at one that grows from zero, for every x for which the integrand is neither constant nor linear
+    somewhere among the atoms. The bias correction spreads the atoms most after the first steps, so
+    the answer falls with `last_step`; it is looked up at powers of two.
     """
     if last_step & (last_step - 1):
         return nodes_needed(1 << (last_step.bit_length() - 1), betas, tolerance, most)
-    missed = torch.arange(1, horizon(*betas, tolerance / 10) + 1).tolist()
-    atoms = [
-        missed_atoms(last_step + k, torch.tensor(k, dtype=torch.float64), betas, 1.0)
-        for k in missed
-    ]
-    masses, places = (torch.stack(parts).expand(2, -1) for parts in zip(*atoms, strict=True))
-    masses = masses * torch.stack([torch.ones(len(missed)), torch.tensor(missed)])
-    x = torch.logspace(-3, 3, 25, dtype=torch.float64)[:, None, None]
+    if betas[0] == 0:
+        return 1, 0.0  # no momentum: a missed step is decay alone
+    missed = torch.arange(1.0, horizon(*betas, tolerance / 100) + 1, dtype=torch.float64)
+    masses, places = missed_atoms(last_step + missed, missed, betas, 1.0)
+    masses, places = torch.stack([masses, masses * missed]), places.expand(2, -1)
+    low, high = -3 - math.log10(places.max()), 3 - math.log10(places.min())
+    x = torch.logspace(low, high, 4 * math.ceil(high - low) + 1, dtype=torch.float64)[:, None, None]
     exact = (masses * places / (x * places + 1)).sum(-1)
-    for count in range(1, min(most, len(missed))):
+    error = math.inf
+    for count in range(1, min(most, len(missed)) + 1):
         rule_masses, nodes = gauss_rule(masses, places, count)
-        if ((rule_masses / (x + 1 / nodes)).sum(-1) / exact - 1).abs().max() < tolerance:
-            return count
-    return most
+        found = (rule_masses / (x + 1 / nodes)).sum(-1)
+        error = float((found / exact - 1).abs().max().nan_to_num(math.inf))
+        if error < tolerance or count == len(missed):
+            return count, error
+    return most, error

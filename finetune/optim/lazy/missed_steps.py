@@ -28,6 +28,9 @@ from finetune.optim.lazy.scratch import outlives_inference_mode
 from finetune.optim.lazy.state import RowState
 
 _LONGEST_HORIZON = 4096
+_NOTHING = 1e-20  # of a first moment is 0: a CPU is slow with what is left, subnormal numbers
+_MOST_NODES = 24
+_TOLERANCE = 1e-6  # of what a row missed; float64 rows have 1e-9 if _MOST_NODES reach it
 
 
 @dataclass
@@ -79,7 +82,7 @@ def adamw_step_(
     """
     beta1, beta2 = betas
     if fused:
-        number = torch.full((), float(step), device=param.device)
+        number = torch.full((), float(step), dtype=torch.float32, device=param.device)
         torch._fused_adamw_(
             [param], [grad], [exp_avg], [exp_avg_sq], [], [number], amsgrad=False, maximize=False,
             lr=lr, weight_decay=weight_decay, beta1=beta1, beta2=beta2, eps=eps,
@@ -139,8 +142,7 @@ class RowCoefficients:
         drift = torch.div(mass, denominator, out=work[2])
         for mass, shift in nodes:
             drift.addcdiv_(mass, torch.add(root, shift, out=denominator))
-        drift.mul_(exp_avg)
-        param.add_(torch.mul(param, self.decay, out=root).sub_(drift))
+        param.addcmul_(param, self.decay).addcmul_(drift, exp_avg, value=-1)
         exp_avg.mul_(self.exp_avg)
         exp_avg_sq.mul_(self.exp_avg_sq)
 
@@ -156,8 +158,9 @@ class GaussRules:
 
     def __init__(self, history: History, *, dtype: torch.dtype, device: torch.device) -> None:
         self.history, self.device = history, device
-        self.tolerance, self.most = (1e-9, 10) if dtype == torch.float64 else (1e-6, 8)
-        self.length = horizon(*history.betas, self.tolerance / 10)
+        self.tolerance = 1e-9 if dtype == torch.float64 else _TOLERANCE
+        self.most = nodes_needed(1, history.betas, self.tolerance, _MOST_NODES)[0]
+        self.length = horizon(*history.betas, self.tolerance / 100)
         self.known = history.since  # rules are up to date as of this step
         self.window_masses = torch.zeros(0, 1, dtype=torch.float64)
         self.window_nodes = torch.ones(0, 1, dtype=torch.float64)
@@ -167,12 +170,16 @@ class GaussRules:
 
     @staticmethod
     def supports(betas: tuple[float, float]) -> bool:
-        """Return whether the sum over missed steps dies out soon enough.
+        """Return whether a rule gives the sum over missed steps to within 1e-6 of it.
 
         It does if beta1 < sqrt(beta2), by a margin.
         """
-        return betas[0] == 0 or (
-            betas[0] < math.sqrt(betas[1]) and horizon(*betas, 1e-10) <= _LONGEST_HORIZON
+        beta1, beta2 = betas
+        return (
+            beta2 > 0
+            and beta1 < math.sqrt(beta2)
+            and (beta1 == 0 or horizon(beta1, beta2, 1e-10) <= _LONGEST_HORIZON)
+            and nodes_needed(1, betas, _TOLERANCE, _MOST_NODES)[1] <= _TOLERANCE
         )
 
     def coefficients(self, last_step: Tensor, size: int) -> list[RowCoefficients]:
@@ -188,7 +195,7 @@ class GaussRules:
             self.masses[index] * torch.exp(now - self.log_decay[end]).to(dtype)[:, None],
             self.shifts[index],
             torch.expm1(now - self.log_decay[index]).to(dtype)[:, None],
-            torch.pow(beta1, missed).to(dtype),
+            torch.nn.functional.threshold(torch.pow(beta1, missed), _NOTHING, 0.0).to(dtype),
             torch.pow(beta2, missed).to(dtype),
         )
         parts = zip(*(column.split(size) for column in columns), strict=True)
@@ -244,7 +251,7 @@ class GaussRules:
         return max(self.history.since, step - self.length)
 
     def _nodes(self, last_step: int) -> int:
-        return nodes_needed(last_step, self.history.betas, self.tolerance, self.most)
+        return nodes_needed(last_step, self.history.betas, self.tolerance, self.most)[0]
 
     def _publish(self, index: int) -> None:
         """Copy the window to the device, as rows from `index`."""
@@ -279,6 +286,8 @@ class GaussRules:
     def load(self, state: RowState) -> None:
         """Take over the rules in a state with the same history; if it has none, they are grown."""
         if state.rule_masses is None or state.rule_shifts is None:
+            return
+        if state.rule_masses.shape[1] != self.most:  # of another tolerance
             return
         assert state.window_masses is not None
         assert state.window_nodes is not None

@@ -5,6 +5,7 @@ again page by page. A step over 2,048 rows took three times as long in fresh ten
 Other devices have allocators that keep memory, so they get fresh tensors.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,9 +45,17 @@ class Memo(NamedTuple):
 
 
 class Scratch:
-    """The block that one table works in; a copy of the table starts with an empty one."""
+    """The block that one table works in; a copy of the table starts with an empty one.
+
+    A thread that works in it holds its `lock`, and so does one that changes the table.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the memory back."""
         self.block: Block | None = None
         self.memo: Memo | None = None  # of the block's contents; forgotten when it is taken again
 

@@ -31,7 +31,7 @@ class RowState(NamedTuple):
     `as_dict` gives the entry of the optimizer's state dict; its keys are these names.
     """
 
-    step: Tensor  # [] float32: the steps applied
+    step: Tensor  # [] float64: the steps applied
     rows: Tensor  # [n] int64: the rows that have had a gradient
     last_step: Tensor  # [n] int64: the step that each of them was brought up to
     exp_avg: Tensor  # [n, d]
@@ -62,7 +62,7 @@ class RowState(NamedTuple):
     ) -> "RowState":
         """Return a state in which no row has missed a step, so that no history is needed."""
         return cls(
-            step=torch.tensor(float(step)),
+            step=torch.tensor(step, dtype=torch.float64),
             rows=rows,
             last_step=torch.full_like(rows, step),
             exp_avg=exp_avg,

@@ -16,7 +16,8 @@ Weights in bfloat16 or float16 keep float32 master rows with the moments. All ar
 float32, or in float64 for float64 weights.
 """
 
-import contextlib
+import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +30,18 @@ from finetune.optim.lazy.missed_steps import GaussRules, History, adamw_step_, r
 from finetune.optim.lazy.scratch import Block, Memo, Scratch
 from finetune.optim.lazy.state import RowState, Showing
 
+_logger = logging.getLogger("finetune")
+
 MISSED_STEPS = ("exact", "replay", "skip")
 
 _BLOCK_ELEMENTS = 1 << 18  # at once on a CPU: fits its last cache and feeds every thread
 _CACHE_LINE = 16  # float32 numbers; see missed_steps.adamw_step_
+
+
+def stored(weight: Tensor) -> Tensor:
+    """Return a plain tensor over the memory of `weight`: rows as they are stored."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach()
 
 
 class RowTable:
@@ -42,9 +51,20 @@ class RowTable:
         self, weight: Tensor, *, missed_steps: str, betas: tuple[float, float], eps: float
     ) -> None:
         self.missed_steps = missed_steps
+        self.scratch = Scratch()
         self.showing = Showing.CURRENT
+        self.aside: Tensor | None = None  # inside `flushed`: the weight as stored
         self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved.py
+        self.version = 0  # of the weight, after what the table itself wrote to it
+        self.writes = 0  # by other code, and states started from
+        self.seen: tuple[tuple, Tensor | None] | None = None  # see `dense_once`
+        self.options_changed = 0  # how often betas or eps did
+        self.warned = False  # that somebody asked for the weight's memory
         self.clear(weight, betas, eps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with: it is inside no block, and has seen nothing."""
+        return {**vars(self), "showing": Showing.CURRENT, "aside": None, "seen": None}
 
     def clear(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Forget everything: no step was applied, and no row had a gradient."""
@@ -86,9 +106,12 @@ class RowTable:
             self.master = with_slot_0(state.master, 0, torch.float32)
         self.used = torch.tensor(len(rows) + 1, device=self.device)
         self.used_at_most = len(rows) + 1
-        self.scratch = Scratch()
-        self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
-        self.rules.load(state)
+        self.scratch.forget()
+        self.version, self.writes, self.seen = stored(weight)._version, self.writes + 1, None
+        self.rules: GaussRules | None = None
+        if self.missed_steps == "exact":
+            self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
+            self.rules.load(state)
 
     def follow(self, weight: Tensor) -> None:
         """Move to where the weight has moved.
@@ -108,6 +131,15 @@ class RowTable:
     # What is known
 
     @property
+    def lock(self) -> threading.RLock:
+        """The lock to hold while rows are read or written: two threads share one scratch."""
+        return self.scratch.lock
+
+    def moment(self, weight: Tensor) -> tuple:
+        """Return what changes whenever a row as of now does."""
+        return self, self.step_count, self.writes, weight._version
+
+    @property
     def step_count(self) -> int:
         return self.history.step
 
@@ -125,7 +157,7 @@ class RowTable:
         """Return the state as it is, rows left at their own last steps. Its tensors are views."""
         had_gradient = slice(1, int(self.used))
         state = RowState(
-            step=torch.tensor(float(self.step_count)),
+            step=torch.tensor(self.step_count, dtype=torch.float64),
             rows=self.row_of_slot[had_gradient],
             last_step=self.last_step[had_gradient],
             exp_avg=self.exp_avg[had_gradient],
@@ -136,12 +168,11 @@ class RowTable:
             eps=self.history.eps,
             master=None if self.master is None else self.master[had_gradient],
         )
-        has_rules = self.missed_steps == "exact" and self.history.lr
-        return self.rules.add_to(state) if has_rules else state
+        return self.rules.add_to(state) if self.rules and self.history.lr else state
 
     def settled_state(self, weight: Tensor) -> RowState:
         """Return the state that goes with `dense`: every row brought up to now. Stores nothing."""
-        state = self.stored_state()
+        weight, state = stored(weight), self.stored_state()
         if self.is_settled:
             return state
         exp_avg, exp_avg_sq = state.exp_avg.clone(), state.exp_avg_sq.clone()
@@ -160,49 +191,13 @@ class RowTable:
         For `optimizer.state`, where others count or inspect what an optimizer keeps.
         """
         state = {
-            "step": torch.tensor(float(self.step_count)),
+            "step": torch.tensor(self.step_count, dtype=torch.float64),
             "rows": self.row_of_slot,
             "last_step": self.last_step,
             "exp_avg": self.exp_avg,
             "exp_avg_sq": self.exp_avg_sq,
         }
         return state if self.master is None else {**state, "master": self.master}
-
-    # Showing
-
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Inside, state dicts show, and load, rows as they are stored.
-
-        Raises UserError inside `flushed`, where the weight does not hold rows as they are stored.
-        """
-        if self.showing is Showing.FLUSHED:
-            raise UserError(
-                "`optimizer.deferred()` cannot show stored rows inside `optimizer.flushed()`. "
-                "Leave `flushed()` first"
-            )
-        before, self.showing = self.showing, Showing.DEFERRED
-        try:
-            yield
-        finally:
-            self.showing = before
-
-    @contextlib.contextmanager
-    def flushed(self, weight: Tensor) -> Iterator[None]:
-        """Inside, `weight` holds rows as of now; afterwards every bit of it is as before."""
-        if self.showing is Showing.FLUSHED:
-            yield
-            return
-        stored, before = weight.detach().clone(), self.showing
-        try:
-            with torch.no_grad():
-                weight.copy_(self.dense(weight))
-            self.showing = Showing.FLUSHED
-            yield
-        finally:
-            with torch.no_grad():
-                weight.copy_(stored)
-            self.showing = before
 
     # Reading
 
@@ -213,24 +208,42 @@ class RowTable:
         would otherwise compute it again. The result may then lie in memory that the next read or
         step overwrites.
         """
+        weight = stored(weight)
         if self.weight_is_current:
             return weight[rows]
-        slots = self.slot_of_row[rows].long()
-        if step_follows and self.device.type == "cpu":  # comparing rows would wait for a GPU
-            whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg)
-            for _ in self._current(weight, rows, slots, whole):
-                pass
-            self.scratch.memo = Memo(rows, self.step_count, weight._version, whole)
-            return whole.param.to(weight.dtype)
-        out = weight.new_empty(len(rows), self.shape[1])
-        for part, _, _, block in self._current(weight, rows, slots):
-            out[part] = block.param
-        return out
+        with self.lock:
+            slots = self.slot_of_row[rows].long()
+            if step_follows and self.device.type == "cpu":  # comparing rows would wait for a GPU
+                whole = self.scratch.take(len(rows), self._rows_at_once, self.exp_avg)
+                for _ in self._current(weight, rows, slots, whole):
+                    pass
+                self.scratch.memo = Memo(rows, self.step_count, weight._version, whole)
+                return whole.param.to(weight.dtype)
+            out = weight.new_empty(len(rows), self.shape[1])
+            for part, _, _, block in self._current(weight, rows, slots):
+                out[part] = block.param
+            return out
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return the whole table [V, d] as dense AdamW would have it now. Writes nothing."""
         rows = torch.arange(len(weight), device=self.device)
-        return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
+        with self.lock:
+            return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
+
+    def dense_once(self, weight: Tensor) -> Tensor:
+        """Return what `dense` does. Asked again before anything moves, it keeps what it returns.
+
+        So code that reads a table row by row pays for one table, and code that reads it once does
+        not pay with memory.
+        """
+        with self.lock:
+            moment = self.moment(weight)
+            again = self.seen is not None and self.seen[0] == moment
+            if self.seen is None or not again or self.seen[1] is None:
+                dense = self.dense(weight)
+                self.seen = moment, (dense if again else None)
+                return dense
+            return self.seen[1]
 
     # Writing
 
@@ -240,7 +253,7 @@ class RowTable:
         The rows in it are brought up to now and moved.
         """
         assert self.showing is not Showing.FLUSHED
-        grad = coalesce(grad)
+        weight, grad = stored(weight), coalesce(grad)
         rows, gradients = grad.indices()[0], grad.values()
         slots = self._claim(weight, rows)
         step, on_cpu = self.step_count + 1, self.device.type == "cpu"
@@ -264,19 +277,31 @@ class RowTable:
                     table.index_copy_(0, to, values)
         self.last_step.index_fill_(0, slots, step)
         self.history.record(lr, weight_decay)
+        self.version, self.seen = weight._version, None
 
     def flush(self, weight: Tensor) -> None:
         """Bring every row up to now and store it.
 
         What follows may differ in the last bits from a run that was not flushed.
         """
+        weight = stored(weight)
         if not self.weight_is_current:
             dense, state = self.dense(weight), self.settled_state(weight)
             weight.copy_(dense)
             self.start(weight, state)
 
     def change_options(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
-        """Go on with other betas or another eps, after making up missed steps with the old ones."""
+        """Go on with other betas or another eps, after making up missed steps with the old ones.
+
+        That moves the whole table. If it happens again, the log of "finetune" warns once.
+        """
+        if self.options_changed == 1:
+            _logger.warning(
+                "lazy_adamw: betas or eps changed again. Each change brings the whole table up to "
+                "date, which costs as much as a dense step: with a schedule that cycles betas at "
+                "every step (OneCycleLR, CyclicLR), pass cycle_momentum=False or use adamw"
+            )
+        self.options_changed += 1
         self.flush(weight)
         self.start(weight, self.stored_state()._replace(betas=betas, eps=eps))
 
@@ -346,18 +371,14 @@ class RowTable:
         size = self._rows_at_once if self.device.type == "cpu" else max(1, len(rows))
         whole = block or self.scratch.take(min(size, len(rows)), min(size, len(rows)), self.exp_avg)
         last_step = self.last_step[slots]
-        coefficients = (
-            self.rules.coefficients(last_step, size)
-            if self.missed_steps == "exact" and not ready
-            else []
-        )
+        coefficients = self.rules.coefficients(last_step, size) if self.rules and not ready else []
         for i, start in enumerate(range(0, len(rows), size)):
             part = slice(start, min(start + size, len(rows)))
             at, to = rows[part], slots[part]
             copies = whole.part(part if block else slice(len(at)))
             if not ready:
                 self._gather(weight, at, to, copies)
-                if self.missed_steps == "exact":
+                if self.rules:
                     coefficients[i].catch_up_(*copies)
                 elif self.missed_steps == "replay":
                     replay_(*copies[:3], last_step[part], self.history)

@@ -34,4 +34,5 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[s
         },
         config=dump_config(config),
         command=Environment.read(run).command,
+        kind=kind,
     )

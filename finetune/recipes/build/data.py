@@ -10,6 +10,8 @@ from typing import Any
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.bad_records import BadRecords
 from finetune.data.encode import EncodedDataset, encode
+from finetune.data.encoding.kept import KeptEncoding
+from finetune.data.encoding.store import EntryDraft, Store
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
 from finetune.data.formats.rendering import TemplateSettings
@@ -27,6 +29,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.evaluation.answers import TOOL_CALLS
 from finetune.models.describe import context_length
+from finetune.models.gguf import cache_dir
 
 STREAM_SAMPLE = 1000  # records of a stream that are read in advance
 ADVANCE = 1000  # records between two moves of the progress bar
@@ -86,7 +89,13 @@ def _validation(config: DataSection) -> Records | None:
 
 def open_records(sections: Sequence[SourceSection], config: DataSection) -> Records:
     """Return the records of the sections, with bad lines handled as `config` says."""
-    return load_records(as_sources(sections), on_bad=config.on_bad_record)
+    sources, store = as_sources(sections), encoded_store(config)
+    return load_records(sources, on_bad=config.on_bad_record, store=store)
+
+
+def encoded_store(config: DataSection) -> Store | None:
+    """Return where encoded data is kept from one run to the next, if the config wants it."""
+    return Store(cache_dir() / "encoded") if config.cache else None
 
 
 def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
@@ -102,9 +111,24 @@ def template_settings(config: DataSection) -> TemplateSettings:
 
 
 def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Format:
-    """Return the format that the config names, or that the first record is in."""
+    """Return the format that the config names, or that the first record is in.
+
+    Raises UserError, also for texts that the format cannot split.
+    """
+    options = format_options(config)
+    format = build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
+    if config.overlong == "split" and format.name != "text":
+        raise UserError(
+            f"data.overlong is split, which is for plain text: of a {format.name} example only the "
+            "start would have its question. Set it to truncate, drop or error"
+        )
+    return format
+
+
+def format_options(config: DataSection) -> FormatOptions:
+    """Return the wishes of a config about its format."""
     pair = config.translation
-    options = FormatOptions(
+    return FormatOptions(
         columns=config.columns,
         targets=config.targets,
         system_prompt=config.system_prompt,
@@ -116,7 +140,11 @@ def make_format(config: DataSection, tokenizer: Any, first_record: Record) -> Fo
         refuse_control_tokens=config.control_tokens == "refuse",
         merge_turns=config.merge_turns,
     )
-    return build_format(config.format, options, tokenizer=tokenizer, first_record=first_record)
+
+
+def overlong_of(config: DataSection, format: Format) -> str:
+    """Return what becomes of examples over data.max_length."""
+    return config.overlong or ("split" if format.name == "text" else "truncate")
 
 
 def encode_records(
@@ -127,10 +155,12 @@ def encode_records(
     vocab_size: int,
     display: Display | None = None,
     bad: BadRecords | None = None,
+    made_from: str | None = None,
 ) -> EncodedDataset:
     """Encode all records, or the first STREAM_SAMPLE of a stream, and show the progress.
 
-    `bad` has records of other data that are to be listed too.
+    `bad` has records of other data that are to be listed too. `made_from` is what the format was
+    made from; with it the result is kept for later runs, or is that of an earlier one.
     """
     display = display or Display(enabled=False)
     if isinstance(records, RecordStream):
@@ -138,15 +168,29 @@ def encode_records(
         bad = records.bad
     else:
         count, bad = len(records), copy.deepcopy(records.bad) if bad is None else bad
-    with display.bar("encoding", count, unit="records") as advance:
-        encoded = encode(
-            _watched(islice(records, count), advance),
-            format,
-            max_length=config.max_length,
-            overlong=config.overlong,
-            vocab_size=vocab_size,
-            bad=bad,
-        )
+    store = encoded_store(config) if isinstance(records, Records) else None
+    data = records.fingerprint() if isinstance(records, Records) and store is not None else None
+    overlong = overlong_of(config, format)
+
+    def run(draft: EntryDraft | None) -> EncodedDataset:
+        with display.bar("encoding", count, unit="records") as advance:
+            source = _watched(islice(records, count), advance)
+            return encode(
+                source,
+                format,
+                max_length=config.max_length,
+                overlong=overlong,
+                vocab_size=vocab_size,
+                bad=bad,
+                draft=draft,
+            )
+
+    if store is None or data is None or made_from is None:
+        encoded = run(None)
+    else:
+        limits = config.max_length, overlong, vocab_size
+        kept = KeptEncoding(store, format, bad, key_parts=(data, made_from, limits))
+        encoded = kept.get(run, note=display.note)
     if bad.count:
         display.note(f"dropped: {bad.sentence()} (data.on_bad_record)")
     return encoded

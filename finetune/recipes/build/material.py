@@ -15,6 +15,7 @@ from finetune.data.advice import advice
 from finetune.data.bad_records import BadRecords, UnusableRecords
 from finetune.data.batches.packing import pack
 from finetune.data.encode import EncodedDataset
+from finetune.data.encoding.kept import said_of_tokenizer
 from finetune.data.formats.jinja import prints_the_date
 from finetune.data.statistics import without
 from finetune.data.types import Format
@@ -26,6 +27,7 @@ from finetune.models.tokenizers import ChatTokens, set_template
 from finetune.recipes.build.data import (
     RawData,
     encode_records,
+    format_options,
     load_raw_data,
     make_format,
     unrelated_text,
@@ -48,6 +50,7 @@ class Material:
     tokens: ChatTokens  # those that the chat template added, and those that end an answer
     skeleton: Any  # the model on the meta device, or a trained one: only its sizes are used
     format: Format
+    made_from: str  # what the format was made from: it has the same results if this is the same
 
     @property
     def table_rows(self) -> int:
@@ -102,7 +105,8 @@ class Material:
         """Return what small or odd data does to the run; see `finetune.data.advice`."""
         training, per_step = self.config.training, self.examples_per_step
         num_steps = None
-        if training.max_steps is None and per_step is not None:
+        is_open = training.max_steps is None and training.max_time is None
+        if is_open and per_step is not None:
             num_steps = max(1, math.ceil(training.epochs * round(len(self.train) / per_step)))
         return advice(
             self.train,
@@ -136,6 +140,7 @@ class Material:
             vocab_size=self.table_rows,
             display=self.display,
             bad=bad,
+            made_from=self.made_from,
         )
         for note in self.format.notes():
             self.display.note(note)
@@ -175,4 +180,12 @@ def read_material(
         config = with_template_date(config, date.today())
     check_length(skeleton, config.data.max_length)
     format = make_format(config.data, tokenizer, raw.first_record)
-    return Material(config, display, raw, tokenizer, tokens, skeleton, format)
+    made_from = repr(
+        [
+            config.data.format,
+            format_options(config.data),
+            raw.first_record,
+            said_of_tokenizer(tokenizer),
+        ]
+    )
+    return Material(config, display, raw, tokenizer, tokens, skeleton, format, made_from)

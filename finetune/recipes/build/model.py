@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import load_config
+from finetune.config import RunConfig
 from finetune.config.schema import GenerationSection, ModelSection, NewTokenizerSection
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings
@@ -25,9 +25,8 @@ from finetune.models.tokenizers import (
 from finetune.models.vocabulary.activate import active_modules
 from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.vocabulary import apply_saved_vocabulary
-from finetune.run.folder import RunDir
 from finetune.training.checkpoint import load
-from finetune.training.trainer import restore_checkpoint
+from finetune.training.restore import restore_checkpoint
 
 
 def model_spec(section: ModelSection, tokenizer: Any = None) -> ModelSpec:
@@ -129,12 +128,11 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_of_checkpoint(run: RunDir, checkpoint: Path, tokenizer: Any) -> Any:
-    """Return the model as it was at a complete checkpoint.
+def model_of_checkpoint(config: RunConfig, checkpoint: Path, tokenizer: Any) -> Any:
+    """Return the model as it was at a complete checkpoint of a run with this config.
 
     Updates of rows may be deferred in a checkpoint, so the optimizer's state is read too.
     """
-    config = load_config(run.config)
     if config.model.name is not None:
         # the tokens of the chat template are added again, with their rows
         tokenizer = make_tokenizer(config.model, ())

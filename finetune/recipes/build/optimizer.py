@@ -1,6 +1,7 @@
 """From the optimizer and the scheduler section of a config to the objects."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,18 +10,58 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import RunConfig
 from finetune.errors import UserError
-from finetune.optim import build_lr_scheduler, build_optimizer, optimizer_info
+from finetune.optim import (
+    build_lr_scheduler,
+    build_with_lazy_path,
+    optimizer_info,
+    why_no_lazy_path,
+)
+from finetune.training.clock import TICKS
 
 
-def make_optimizer(model: nn.Module, config: RunConfig) -> Optimizer:
-    """Return the optimizer of the config's `optimizer` section for `model`. Raises UserError."""
-    return build_optimizer(model, config.optimizer.name, **optimizer_options(config))
+def make_optimizer(
+    model: nn.Module,
+    config: RunConfig,
+    *,
+    sharded: bool = False,
+    note: Callable[[str], object] = lambda line: None,
+) -> Optimizer:
+    """Return the optimizer of the config's `optimizer` section for `model`.
+
+    `sharded`: an engine shards the parameters. `note` is given the line that says which path was
+    chosen and why, if there was a choice. Raises UserError.
+    """
+    section = config.optimizer
+    optimizer, line = build_with_lazy_path(
+        model, section.name, section.lazy, sharded=sharded, **optimizer_options(config)
+    )
+    if line:
+        note(f"optimizer: {line}")
+    return optimizer
+
+
+def may_be_lazy(config: RunConfig, *, sharded: bool = False) -> bool:
+    """Return whether the config's optimizer steps an untied input table row by row."""
+    section = config.optimizer
+    options = optimizer_options(config)
+    return why_no_lazy_path(section.name, options, section.lazy, sharded=sharded) is None
 
 
 def make_scheduler(optimizer: Optimizer, config: RunConfig, num_steps: int) -> LambdaLR:
-    """Return the learning rate's schedule over the `num_steps` optimizer steps of a whole run."""
+    """Return the learning rate's schedule over the `num_steps` optimizer steps of a whole run.
+
+    With `training.max_time` it is over the ticks of the clock. Raises UserError if that is to be
+    warmed up for a number of steps.
+    """
     section = config.scheduler
     warmup = section.warmup_steps
+    if config.training.max_time is not None:
+        if warmup is not None:
+            raise UserError(
+                "scheduler.warmup_steps counts steps, and with training.max_time the schedule "
+                "follows the clock. Set scheduler.warmup_ratio instead"
+            )
+        num_steps = TICKS
     if warmup is None:
         warmup = math.ceil(section.warmup_ratio * num_steps)
     return build_lr_scheduler(

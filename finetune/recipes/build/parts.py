@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from finetune.config import RunConfig
+from finetune.config.schema import MOST
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import BatchShape
 from finetune.data.batches.stream import StreamingBatches
@@ -24,6 +25,8 @@ from finetune.models.speed import (
     enable_activation_checkpointing,
 )
 from finetune.models.tokenizers import pad_id
+from finetune.optim import rule_of
+from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
 from finetune.recipes.build.sharing import Sharing, plan_sharing
@@ -66,12 +69,14 @@ class Parts:
 def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
     """Return the optimizer steps of a whole run; `steps_per_epoch`: None for a stream.
 
-    Raises UserError for a stream without `training.max_steps`.
+    It is MOST if a time ends the run. Raises UserError for a stream without a limit.
     """
     if config.training.max_steps is not None:
         return config.training.max_steps
+    if config.training.max_time is not None:
+        return MOST
     if steps_per_epoch is None:
-        raise UserError("a stream has no known length. Set training.max_steps")
+        raise UserError("a stream has no known length. Set training.max_steps or training.max_time")
     return max(1, math.ceil(config.training.epochs * steps_per_epoch))
 
 
@@ -111,7 +116,7 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
         "the training data": batches.fingerprint,
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),
-        "optimizer.name": config.optimizer.name,
+        "optimizer.name": rule_of(config.optimizer.name),
         "the vocabulary": vocabulary.identity(),
     }
     keeper = VocabularyKeeper(
@@ -169,7 +174,7 @@ def _make_batches(
     encoder = RecordEncoder(
         material.format,
         max_length=data.max_length,
-        overlong=data.overlong,
+        overlong=overlong_of(data, material.format),
         vocab_size=material.table_rows,
         bad=records.bad if data.on_bad_record == "drop" else None,
     )
@@ -190,11 +195,20 @@ def say_counts(
             f"{share:.0%} of them targets"
             + (f"; {counts.bad_records:,} bad records dropped" if counts.bad_records else "")
         )
-    limit = config.data.max_length
-    if counts.truncated or counts.dropped:
+    limit, said = config.data.max_length, []
+    if counts.split:
         display.note(
-            f"{part}: of the examples over {limit} tokens {counts.truncated} were cut "
-            f"({counts.without_target} of them had no target left and were left out) and "
-            f"{counts.dropped} dropped; the longest has {counts.longest} tokens "
-            f"(data.max_length, data.overlong)"
+            f"{part}: {counts.split:,} texts over {limit:,} tokens were split into several "
+            "examples (data.max_length, data.overlong)"
+        )
+    if counts.truncated:
+        said.append(f"{counts.truncated:,} were cut")
+    if counts.without_target:
+        said.append(f"{counts.without_target:,} of these had no target left and were left out")
+    if counts.dropped:
+        said.append(f"{counts.dropped:,} were dropped")
+    if said:
+        display.note(
+            f"{part}: of the examples that are longer than {limit:,} tokens {', '.join(said)}; the "
+            f"longest has {counts.longest:,} (data.max_length, data.overlong)"
         )

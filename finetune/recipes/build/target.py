@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,12 @@ from finetune.config import RunConfig, load_config
 from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
 from finetune.data.formats.rendering import ChatTemplate, TemplateSettings
+from finetune.data.sources.files import BOM
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
+from finetune.recipes.build.look import look_at_target
 from finetune.recipes.build.model import load_trained, make_model, make_tokenizer
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
@@ -33,14 +34,15 @@ class Opened:
     def system_prompt(self, given: str | None, display: Display) -> str | None:
         """Return the system prompt that was given, or that of the run's training, which is said.
 
-        An empty one is none.
+        An empty one that is given is none. One that the training has is a system message without
+        text: many templates write a text of their own if there is no message.
         """
         if given is not None or self.run is None:
-            return given or None
+            return require_utf8(given, "the system prompt") if given else None
         trained = DataCounts.read(self.run).system_prompt
-        if trained:
-            display.say(f"system prompt of the run: {trained} (--system changes it)")
-        return trained or None
+        if trained is not None:
+            display.say(f"system prompt of the run: {trained or '(empty)'} (--system changes it)")
+        return trained
 
     def template(self) -> ChatTemplate:
         """Return the chat template, with the variables that the run gives to it.
@@ -64,25 +66,27 @@ class Opened:
         return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
 
 
-def open_target(target: str) -> Opened:
-    """Load a run's model/, or a model by name, onto the GPU if there is one. Raises UserError."""
-    run = RunDir(Path(target))
-    is_run = run.is_run()
-    if is_run and not (run.model / "config.json").is_file():
-        raise UserError(
-            f"the run {target} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`"
-        )
-    config = load_config(run.config) if is_run else None
+def trusting(trust: bool) -> list[str]:
+    """Return the overrides of a run's own config; `trust`: the model's code may run."""
+    return ["model.trust_remote_code=true"] if trust else []
+
+
+def open_target(target: str, *, trust: bool = False) -> Opened:
+    """Load a run's model/, or a model by name, onto the GPU if there is one.
+
+    `trust`: run the code that comes with the model. Raises UserError.
+    """
+    run = look_at_target(target)
+    config = None if run is None else load_config(run.config, trusting(trust))
     model: Any
-    if config is not None:
+    if run is not None and config is not None:
         model, tokenizer = load_trained(run.model, config.model)
     else:
-        spec = ModelSpec(name=target)
+        spec = ModelSpec(name=target, trust_remote_code=trust)
         model, tokenizer = load_model(spec), load_tokenizer(spec)
     fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return Opened(model, tokenizer, run if is_run else None, config)
+    return Opened(model, tokenizer, run, config)
 
 
 def open_base(opened: Opened) -> Opened:
@@ -130,8 +134,8 @@ def require_utf8(text: str, what: str) -> str:
 def stdin_lines(display: Display, what: str) -> Iterator[str]:
     """Yield the lines of stdin; at a terminal, first print what to type.
 
-    Only \\n and \\r\\n end a line. A byte order mark is no text. Raises UserError for a line that
-    is not UTF-8, in any locale.
+    Only \\n and \\r\\n end a line. A byte order mark is no text, at the start of any line. Raises
+    UserError for a line that is not UTF-8, in any locale.
     """
     if sys.stdin.isatty():
         display.say(f"type {what}, and Ctrl-D at the end")
@@ -143,5 +147,4 @@ def stdin_lines(display: Display, what: str) -> Iterator[str]:
                 f"line {number} of stdin is not UTF-8 text (byte {error.start} of the line). "
                 "Convert it first"
             ) from error
-        text = text.removeprefix("\ufeff") if number == 1 else text
-        yield text.removesuffix("\n").removesuffix("\r")
+        yield text.lstrip(BOM).removesuffix("\n").removesuffix("\r")

@@ -12,11 +12,17 @@ from finetune.run.records import DataCounts
 
 
 def translation_format(
-    opened: Opened, source: str | None, to: str | None, display: Display
+    opened: Opened,
+    source: str | None,
+    to: str | None,
+    display: Display,
+    *,
+    system_prompt: str | None = None,
 ) -> TranslationFormat:
     """Return the format of the run's own training, from `source` to `to`.
 
     By default the languages are those of the run, in the direction that it was trained in.
+    `system_prompt`: None for that of the run, "" for the usual instruction.
     """
     data = opened.config.data if opened.config is not None else None
     trained = trained_languages(opened.run)
@@ -30,8 +36,10 @@ def translation_format(
             "the languages are not known. Give --from and --to, such as --from en --to fr"
         )
     system = data.system_prompt if data is not None else None
-    if system is not None:
-        display.say(f"system prompt of the run: {system}")
+    if system_prompt is not None:
+        system = system_prompt or None
+    elif system is not None:
+        display.say(f"system prompt of the run: {system} (--system changes it)")
     return TranslationFormat(
         tokenizer=opened.tokenizer,
         languages=(source, to),

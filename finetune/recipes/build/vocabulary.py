@@ -21,6 +21,7 @@ from finetune.models.vocabulary.activate import (
 )
 from finetune.models.vocabulary.choice import VocabularyPlan
 from finetune.optim import optimizer_info
+from finetune.recipes.build.optimizer import may_be_lazy
 
 SPARE_ROWS = 1024  # at least as many are kept for tokens that turn up later in a stream
 LITTLE_TO_SAVE = 0.9  # `auto` leaves the table whole if the run uses a larger share of it
@@ -70,7 +71,7 @@ def plan_vocabulary(
     if mode == "frozen":
         ids = tuple(sorted({*new_tokens, *kept_ids(tokenizer, config.vocabulary.keep)}))
     trains = mode in ("active", "sampled")
-    lazy_input = head is not table and _input_is_lazy(config)
+    lazy_input = head is not table and _input_is_lazy(config, sharded=sharded)
     tables = 1 if head is table or lazy_input else 2
     bytes_per_row = table.shape[1] * (4 + optimizer_info(config.optimizer.name).state_bytes)
     spare = spare_rows(len(ids), len(table)) if config.data.streaming and trains else 0
@@ -111,8 +112,8 @@ def _automatic(
         return "full", f"LoRA leaves the token table as it is{new}"
     if head is not table:
         lazy = (
-            "lazy_adamw updates only the input rows in use"
-            if _input_is_lazy(config)
+            f"{config.optimizer.name} updates only the input rows in use"
+            if _input_is_lazy(config, sharded=sharded)
             else "active would make both compact"
         )
         return "full", f"input and output tables are not tied; {lazy}"
@@ -139,15 +140,12 @@ def _why_not_growing(config: RunConfig, sharded: bool) -> str | None:
     return None
 
 
-def _input_is_lazy(config: RunConfig) -> bool:
+def _input_is_lazy(config: RunConfig, *, sharded: bool) -> bool:
     """Return whether an untied input table stays whole and trains row by row.
 
     With LoRA it does not: LoRA would freeze it, with the rows of new tokens.
     """
-    return (
-        config.model.lora is None
-        and optimizer_info(config.optimizer.name).must_know == "embeddings"
-    )
+    return config.model.lora is None and may_be_lazy(config, sharded=sharded)
 
 
 def active_ids(
@@ -158,7 +156,7 @@ def active_ids(
     They are the tokens of the data, special, added, byte and chat template tokens, and those of
     `keep`: ids, or texts whose tokens are meant.
     """
-    ids = {int(i) for corpus in corpora for i in torch.tensor(corpus.token_ids).unique()}
+    ids = {i for corpus in corpora for i in corpus.used_ids}
     ids |= {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids |= byte_tokens(tokenizer) | template_tokens(tokenizer)
     return ids | kept_ids(tokenizer, keep)
@@ -195,7 +193,7 @@ def apply_vocabulary(plan: VocabularyPlan, model: Any, config: RunConfig, *, bf1
             model,
             plan.ids,
             spare=plan.spare,
-            compact_input=plan.mode == "frozen" or not _input_is_lazy(config),
+            compact_input=not plan.whole_input,
             shift=plan.mode != "frozen" and optimizer_info(config.optimizer.name).scale_free,
             frozen_dtype=torch.bfloat16 if bf16 else None,
         )

@@ -3,33 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from finetune.config import RunConfig
 from finetune.config.schema import OptimizerSection
-from finetune.config.yaml12 import parse
 from finetune.errors import UserError, did_you_mean
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.run.wording import listed
 
 DEFAULT_OPTIMIZERS = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lazy_adamw")
-
-
-def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, list[str]]:
-    """Return the list of an override `key=[…]`, or None, and the other overrides."""
-    found, others = None, []
-    for override in overrides:
-        name, _, text = override.partition("=")
-        try:
-            value = parse(text) if name.strip() == key else None
-        except yaml.YAMLError:
-            value = None  # the reader of the config reports what is wrong with it
-        if isinstance(value, list):
-            found = value
-        else:
-            others.append(override)
-    return found, others
 
 
 def optimizer_names(names: Sequence[Any]) -> list[str]:

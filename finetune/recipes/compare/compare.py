@@ -8,12 +8,12 @@ from finetune.comparison.summary import summarise
 from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.recipes.build.look import take_list
 from finetune.recipes.compare.candidates import (
     DEFAULT_OPTIMIZERS,
     check_candidates,
     optimizer_names,
     section_for,
-    take_list,
 )
 from finetune.recipes.compare.data import data_rule
 from finetune.recipes.compare.outcome import write_outcome
@@ -24,7 +24,7 @@ from finetune.recipes.compare.study import (
     report_stop,
     tune_learning_rate,
 )
-from finetune.recipes.compare.trial import run_trial
+from finetune.recipes.compare.trial import Tally, run_trial
 from finetune.run.claim import locked
 from finetune.run.trials import Run
 from finetune.training.trainer import Stopped
@@ -57,13 +57,17 @@ def compare_optimizers(
             f"{len(optimizers)} optimizers x ({trials} learning rates + {seeds} seeds), "
             f"in {config.output_dir}"
         )
+        tally = Tally(len(optimizers) * (trials + seeds))
         tuning: dict[str, list[Run]] = {}
         for name in optimizers:
-            found = tune_learning_rate(base, name, trials=trials, decays=(), display=display)
+            found = tune_learning_rate(
+                base, name, trials=trials, decays=(), display=display, tally=tally
+            )
             if found is None:
                 return report_stop(config, display)
             tuning[name] = found
-        reported = _run_seeds(base, tuning, seeds=seeds, display=display)
+            tally.total += max(0, len(found) - trials)  # its grid was widened
+        reported = _run_seeds(base, tuning, seeds=seeds, display=display, tally=tally)
         if reported is None:
             return report_stop(config, display)
         _check_starts(reported, config.output_dir)
@@ -77,7 +81,12 @@ def compare_optimizers(
 
 
 def _run_seeds(
-    base: RunConfig, tuning: Mapping[str, Sequence[Run]], *, seeds: int, display: Display
+    base: RunConfig,
+    tuning: Mapping[str, Sequence[Run]],
+    *,
+    seeds: int,
+    display: Display,
+    tally: Tally,
 ) -> dict[str, list[Run]] | None:
     """Run each optimizer with each seed at its best learning rate; return None after a signal.
 
@@ -95,7 +104,7 @@ def _run_seeds(
                     "output_dir": base.output_dir / "runs" / name / f"seed-{seed}",
                 }
             )
-            run = run_trial(trial, phase="reported", display=display)
+            run = run_trial(trial, phase="reported", display=display, tally=tally)
             if run is None:
                 return None
             reported[name].append(run)

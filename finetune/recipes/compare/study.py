@@ -19,12 +19,13 @@ import yaml
 from finetune.comparison import grids
 from finetune.comparison.grids import MAX_WIDENINGS, wider
 from finetune.config import RunConfig, dump_config
+from finetune.config.yaml12 import parse
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
-from finetune.recipes.compare.trial import run_trial
+from finetune.recipes.compare.trial import Tally, run_trial
 from finetune.run.claim import claim_folder
 from finetune.run.files import read_text, write_text
 from finetune.run.trials import Run
@@ -51,6 +52,11 @@ def prepare_study(
     if make_accelerator(config, Display(enabled=False)).num_processes > 1:
         raise UserError(
             "comparing and tuning run in one process. Start them without `accelerate launch`"
+        )
+    if config.training.max_time is not None:
+        raise UserError(
+            "training.max_time would give each run another number of steps. Leave it out, and set "
+            "training.max_steps or --budget"
         )
     steps = budget if budget is not None else config.training.max_steps
     if steps is None:
@@ -92,7 +98,7 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
     root = config.output_dir
     claim_folder(root, "comparison", [root / name for name in NAMES])
     same = config.model_copy(update={"output_dir": Path(), "overwrite_output_dir": False})
-    tree = {**yaml.safe_load(dump_config(same)), **numbers}
+    tree = {**parse(dump_config(same)), **numbers}
     tree["optimizer"] = {
         key: value for key, value in tree["optimizer"].items() if key not in ("name", "lr")
     }
@@ -113,7 +119,7 @@ def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
 def _read_protocol(path: Path) -> dict[str, Any]:
     """Return what protocol.yaml holds. Raises UserError if it cannot be read."""
     try:
-        found = yaml.safe_load(read_text(path))
+        found = parse(read_text(path))
     except yaml.YAMLError:
         found = None
     if not isinstance(found, dict):
@@ -135,6 +141,7 @@ def tune_learning_rate(
     trials: int,
     decays: Sequence[float],
     display: Display,
+    tally: Tally,
     middle: float | None = None,
 ) -> list[Run] | None:
     """Run the grid of optimizer `name` with the config's seed; return None if a signal stopped it.
@@ -155,7 +162,7 @@ def tune_learning_rate(
         folder = base.output_dir / "runs" / name / place.replace(", ", "-").replace(" ", "-")
         section = section_for(base.optimizer, name, **point)
         trial = base.model_copy(update={"optimizer": section, "output_dir": folder})
-        run = run_trial(trial, phase="tuning", display=display)
+        run = run_trial(trial, phase="tuning", display=display, tally=tally)
         if run is not None and place not in reported:
             reported.add(place)
             widened = "" if point["lr"] in lrs else " (widened)"

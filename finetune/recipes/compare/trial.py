@@ -5,7 +5,9 @@ A run that was stopped goes on from its last checkpoint. A finished run is read,
 
 import json
 import math
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,34 @@ from finetune.run.folder import RunDir, remove_checkpoints
 from finetune.run.log import Listener
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.trials import Phase, Result, Run, keep_update, read_trial
+from finetune.run.wording import clock
 from finetune.training.stopping import Diverged
 from finetune.training.trainer import Stopped
 
 UPDATE_POINTS = 20  # steps of a run at which the update is measured against the weights
 
 
-def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | None:
+@dataclass
+class Tally:
+    """How many runs of a comparison or a search are done, of about how many."""
+
+    total: int  # grows if a grid is widened
+    done: set[Path] = field(default_factory=set)  # the folders of those that are over
+    seconds: list[float] = field(default_factory=list)  # of each run that was trained now
+
+    def label(self, config: RunConfig) -> str:
+        """Return what the progress of the next run is called."""
+        number = len(self.done) + 1
+        self.total = max(self.total, number)
+        section = config.optimizer
+        text = f"run {number} of about {self.total}: {section.name} lr {section.lr:g}"
+        if not self.seconds:
+            return text
+        left = sum(self.seconds) / len(self.seconds) * (self.total - len(self.done))
+        return f"{text}, all runs about {clock(left)} left;"
+
+
+def run_trial(config: RunConfig, *, phase: Phase, display: Display, tally: Tally) -> Run | None:
     """Train as `config` says, unless that was done before; return None if a signal stopped it.
 
     A reported run is also measured on data.test. A run that diverged is not measured.
@@ -44,11 +67,14 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     run = RunDir(folder)
     if (done := read_trial(folder)) is not None:
         _delete_weights(run)
+        tally.done.add(folder)
         return done
+    started = time.monotonic()
     name = config.optimizer.name
     watch = RunWatch(folder, test=phase == "reported")
     problem = ""
-    with display.steps(config.training.max_steps or 1, 0) as show:
+    steps = config.training.max_steps or 1
+    with display.steps(steps, 0, label=tally.label(config)) as show:
         watch.show = show
         try:
             stopped = run_training(
@@ -74,6 +100,8 @@ def run_trial(config: RunConfig, *, phase: Phase, display: Display) -> Run | Non
     measured = {} if problem else watch.measured
     Result(name, phase, config.seed, settings, problem, watch.began_with, **measured).write(run)
     _delete_weights(run)
+    tally.done.add(folder)
+    tally.seconds.append(time.monotonic() - started)
     return read_trial(folder)
 
 

@@ -13,14 +13,16 @@ from finetune.config import RunConfig, dump_config, load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
+from finetune.recipes.build.look import take_list
 from finetune.recipes.build.optimizer import optimizer_options
-from finetune.recipes.compare.candidates import check_candidates, section_for, take_list
+from finetune.recipes.compare.candidates import check_candidates, section_for
 from finetune.recipes.compare.study import (
     best_of,
     prepare_study,
     report_stop,
     tune_learning_rate,
 )
+from finetune.recipes.compare.trial import Tally
 from finetune.run.claim import locked
 from finetune.run.files import write_text
 from finetune.run.trials import Run
@@ -52,7 +54,13 @@ def tune_optimizer(
         base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
         middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
         runs = tune_learning_rate(
-            base, name, trials=trials, decays=decays, display=display, middle=middle
+            base,
+            name,
+            trials=trials,
+            decays=decays,
+            display=display,
+            middle=middle,
+            tally=Tally(trials * max(1, len(decays))),
         )
         if runs is None:
             return report_stop(config, display)

@@ -1,5 +1,6 @@
 """`finetune plan`: what a run needs, printed before it is started."""
 
+import math
 from dataclasses import replace
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from finetune.recipes.build.parts import assemble, count_steps
 from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
-from finetune.recipes.plan.timing import TimeEstimate, time_run
+from finetune.recipes.plan.timing import TimeEstimate, steps_within, time_run
 
 
 def plan_run(
@@ -33,7 +34,9 @@ def plan_run(
         planner = Planner(config, display, memory_limit)
         plan = planner.plan()
         if plan.fits:
-            plan = replace(plan, time=_time_steps(planner.material, plan.work, display))
+            plan = _limited(
+                config, replace(plan, time=_time_steps(planner.material, plan.work, display))
+            )
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
@@ -51,4 +54,22 @@ def _time_steps(material: Material, work: Work, display: Display) -> TimeEstimat
     parts = assemble(material, accelerator=accelerator, display=Display(enabled=False))
     return time_run(
         parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations
+    )
+
+
+def _limited(config: RunConfig, plan: Plan) -> Plan:
+    """Return the plan with as many steps as fit into `training.max_time`, if that is set."""
+    limit, work, time = config.training.max_time, plan.work, plan.time
+    if limit is None or time is None:
+        return plan
+    fitting = steps_within(limit, time, evaluate_every=work.evaluate_every)
+    steps = min(fitting, work.num_steps)
+    evaluations = work.num_evaluations and (
+        config.evaluation.before + math.ceil(steps / work.evaluate_every)
+    )
+    work = replace(work, num_steps=steps, num_evaluations=evaluations)
+    return replace(
+        plan,
+        work=work,
+        time=replace(time, training=time.step * steps, num_evaluations=evaluations),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from finetune.config import RunConfig
+from finetune.config.schema import MOST
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.statistics import coverage
 from finetune.display import Display
@@ -24,8 +25,10 @@ from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
 from finetune.optim import optimizer_info
 from finetune.optim.lazy.eligible import row_sparse_embeddings
+from finetune.recipes.build.accelerator import resolve_device
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
+from finetune.recipes.build.optimizer import may_be_lazy
 from finetune.recipes.build.parts import count_steps
 from finetune.recipes.build.sharing import plan_sharing, step_shape
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
@@ -53,11 +56,12 @@ class Work:
     length: int  # tokens of each of its sequences, padding included
     num_targets: int  # the most target tokens of a micro-batch
     accumulates: bool  # whether a step has several micro-batches
-    num_steps: int
+    num_steps: int  # MOST if a time ends the run, until steps were timed
     tokens_per_step: float  # mean, without padding
     computed_per_step: float  # mean; shared beginnings count once
     examples_per_step: float  # mean
     num_evaluations: int
+    evaluate_every: int  # steps
     used_rows: int  # rows of the token table whose token occurs in the training data
     coverage: float | None  # share of the held-out tokens that occur in the training data
     prompt_length: int  # tokens of the longest held-out example
@@ -91,7 +95,8 @@ class Planner:
         self, config: RunConfig, display: Display, memory_limit: int | None = None
     ) -> None:
         self.config, self.display, self.memory_limit = config, display, memory_limit
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = resolve_device(config.training.device)
+        self.device = torch.device("cpu" if wanted == "mps" else wanted)  # its memory is the CPU's
         self.material = read_material(config, display)
         self.work = work_of(self.material)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
@@ -127,7 +132,7 @@ class Planner:
         apply_vocabulary(vocabulary, model, config, bf16=precision == "bf16")
         with torch.device("meta"):
             model = adapt_model(model, config.model, tokens.added, seed=config.seed)
-        tables = row_sparse_embeddings(model) if info.must_know == "embeddings" else []
+        tables = row_sparse_embeddings(model) if may_be_lazy(config) else []
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state = optimizer_state_bytes(
             model, info.state_bytes, sparse_tables=tables, used_rows=work.used_rows
@@ -252,6 +257,8 @@ def work_of(material: Material) -> Work:
         rows, length = -(-length // config.data.max_length), config.data.max_length
     every = config.evaluation.every or per_epoch or num_steps
     num_evaluations = config.evaluation.before + math.ceil(num_steps / every)
+    if num_steps == MOST:
+        num_evaluations = config.evaluation.before + 1
     return Work(
         num_sequences=rows,
         length=length,
@@ -262,7 +269,8 @@ def work_of(material: Material) -> Work:
         computed_per_step=sum(step.num_computed for step in steps) / len(steps),
         examples_per_step=len(examples) / len(steps),
         num_evaluations=num_evaluations if held_out is not None else 0,
-        used_rows=len(set(train.token_ids)),
+        evaluate_every=every,
+        used_rows=len(train.used_ids),
         coverage=coverage(train, held_out),
         prompt_length=max(held_out.lengths) if held_out is not None else 0,
     )

@@ -3,6 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
+from finetune.config.schema import MOST
 from finetune.recipes.plan.planner import Plan
 from finetune.recipes.plan.timing import TimeEstimate
 from finetune.run.wording import clock, size
@@ -87,14 +88,16 @@ def _verdict(plan: Plan) -> str:
 def _work(plan: Plan) -> Table:
     work = plan.work
     table = _table("the work")
-    table.add_row("steps", f"{work.num_steps:,}")
+    unknown = work.num_steps == MOST
+    table.add_row("steps", "as many as fit" if unknown else f"{work.num_steps:,}")
     table.add_row("tokens of a step", f"{work.tokens_per_step:,.0f}", "mean, without padding")
     if work.computed_per_step < work.tokens_per_step:
         table.add_row(
             "tokens computed", f"{work.computed_per_step:,.0f}", "mean, shared beginnings once"
         )
     table.add_row("examples of a step", f"{work.examples_per_step:,.0f}", "mean")
-    table.add_row("tokens of all steps", f"{work.tokens_per_step * work.num_steps:,.0f}")
+    if not unknown:
+        table.add_row("tokens of all steps", f"{work.tokens_per_step * work.num_steps:,.0f}")
     table.add_row("evaluations", f"{work.num_evaluations:,}")
     table.add_row("disk for a checkpoint", size(plan.checkpoint_bytes))
     table.add_row("disk for the run", size(plan.disk_bytes), "at most")

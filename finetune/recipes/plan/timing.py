@@ -38,6 +38,12 @@ class TimeEstimate:
         return self.training + self.evaluations
 
 
+def steps_within(limit: float, time: TimeEstimate, *, evaluate_every: int) -> int:
+    """Return how many steps fit into `limit` seconds, with the evaluations between them."""
+    evaluation = (time.evaluation + time.generation) / evaluate_every
+    return max(1, round(limit / (time.step + evaluation)))
+
+
 def time_run(parts: Parts, *, tokens_per_step: float, num_evaluations: int) -> TimeEstimate:
     """Return the times of the run, extrapolated from a few steps and two batches.
 

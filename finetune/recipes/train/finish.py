@@ -60,7 +60,7 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
         )
         export_model(
             # of a sharded model no process has the whole, but a checkpoint has
-            model_of_checkpoint(run, checkpoint, parts.material.tokenizer)
+            model_of_checkpoint(parts.config, checkpoint, parts.material.tokenizer)
             if sharded
             else parts.language_model.model,
             parts.material.tokenizer,

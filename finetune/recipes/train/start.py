@@ -11,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 
 from finetune.config import RunConfig, dump_config, load_config
+from finetune.config.yaml12 import parse
 from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
 from finetune.errors import UserError
@@ -146,8 +147,10 @@ def template_date(run: RunDir) -> date | None:
 
     None if the config is damaged: the run's identity then shows whether the day mattered.
     """
+    if not run.is_run():
+        return None
     try:
-        return load_config(run.config).data.template_date if run.is_run() else None
+        return load_config(run.config, ["model.trust_remote_code=false"]).data.template_date
     except UserError:
         return None
 
@@ -168,13 +171,13 @@ def write_counts(parts: Parts, run: RunDir) -> None:
 def _say_changes(run: RunDir, config: RunConfig, display: Display) -> None:
     """Note the settings that differ from those that the run was started with."""
     try:
-        then = flat_settings(yaml.safe_load(read_config(run)))
-    except (UserError, yaml.YAMLError, ValueError, RecursionError):
+        then = flat_settings(parse(read_config(run)))
+    except (UserError, yaml.YAMLError):
         then = {"": None}
     if "" in then:
         display.note(f"{run.config} is damaged. It is made again")
         return
-    now = flat_settings(yaml.safe_load(dump_config(config)))
+    now = flat_settings(parse(dump_config(config)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if changed:
         display.note(

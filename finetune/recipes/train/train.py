@@ -1,18 +1,21 @@
 """`finetune train`: a config becomes a run."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 
 from finetune.config import RunConfig, dump_config
+from finetune.config.schema import MOST
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, with_whole_model
+from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer
-from finetune.recipes.build.accelerator import make_accelerator
+from finetune.recipes.build.accelerator import TRACKING, make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.material import read_material, with_template_date
 from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
@@ -31,9 +34,13 @@ from finetune.recipes.train.start import (
 from finetune.report import write_report
 from finetune.run.folder import RunDir, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
-from finetune.training.checkpoint import CheckpointStore, find_checkpoint
+from finetune.run.wording import clock
+from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
+from finetune.training.clock import Clock
+from finetune.training.probe import check_device
 from finetune.training.stopping import DivergenceGuard
 from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
+from finetune.training.vocabulary import measuring_batches
 
 
 def run_training(
@@ -64,7 +71,7 @@ def run_training(
             find_checkpoint(resume, run.checkpoints)
         with display.warnings():
             parts, _ = _build(config, accelerator, display)
-        display.say(f"everything is in order: {parts.num_steps} steps; the resolved config:")
+        display.say(f"everything is in order: {_length_of(parts)}; the resolved config:")
         if accelerator.is_main_process:
             print(dump_config(config), end="")
         return "finished"
@@ -79,7 +86,8 @@ def run_training(
         if checkpoint is not None:
             check_identity(checkpoint, parts.identity)
         claim(run, accelerator, resuming=resuming)
-        stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish)
+        with contextlib.ExitStack() as stack:
+            stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish, stack)
         accelerator.end_training()
     return stopped
 
@@ -90,12 +98,13 @@ def _build(
     """Return the parts of the run and its optimizer. Raises UserError for any that is wrong."""
     material = read_material(config, display)
     parts = assemble(material, accelerator=accelerator, display=display)
-    optimizer = make_optimizer(parts.model, config)
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    optimizer = make_optimizer(parts.model, config, sharded=sharded, note=display.note)
     metrics = generation_metrics(config, material.format)
     check_best(config, metrics, material.validation is not None)
     if material.examples_per_step is not None:
         display.say(
-            f"{parts.num_steps:,} steps, each of about {material.examples_per_step:,.0f} examples"
+            f"{_length_of(parts)}, each of about {material.examples_per_step:,.0f} examples"
         )
     for sentence in material.advice():
         display.note(sentence)
@@ -110,11 +119,16 @@ def _train(
     listener: Listener | None,
     on_start: Callable[[LiveRun], None],
     finish: Callable[[LiveRun, Stopped], None],
+    stack: contextlib.ExitStack,
 ) -> Stopped:
-    """Take the steps of a run, from `checkpoint` on, and finish it."""
+    """Take the steps of a run, from `checkpoint` on, and finish it. `stack` closes its log."""
     display, is_main = parts.display, parts.accelerator.is_main_process
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    with display.steps(parts.num_steps, first_step) as show:
+    limit, total = parts.config.training.max_time, parts.num_steps
+    shown = None if limit is not None and total == MOST else total
+    if limit is not None and checkpoint is not None:
+        limit -= load(checkpoint, "training.pt")["progress"].get("seconds", 0.0)
+    with display.steps(shown, first_step, limit=limit) as show:
         listeners = (show, *_trackers(parts, run), *([listener] if listener else []))
         live = _make_trainer(
             parts, raw_optimizer, run, MetricLogger(run.metrics, listeners=listeners)
@@ -132,6 +146,7 @@ def _train(
         # first the checkpoints: a kill must leave none whose steps are not logged
         trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
+            stack.enter_context(display.journal.kept_in(run))
             forget_after(run, begun)
             write_records(parts, run)
         on_start(live)
@@ -145,8 +160,7 @@ def _train(
         if is_main and run.report.is_file():
             write_report(run.root)  # one that no longer refreshes itself
         display.say(
-            f"stopped by a signal after step {trainer.progress.step}, which is saved. "
-            "Go on with --resume auto"
+            f"stopped at step {trainer.progress.step}, which is saved. Go on with --resume auto"
         )
     else:
         finish(live, stopped)
@@ -159,6 +173,11 @@ def _make_trainer(
 ) -> LiveRun:
     """Give the model to the engine, and make the trainer of the run with its evaluations."""
     config, accelerator = parts.config, parts.accelerator
+    if accelerator.device.type == "mps":
+        material = parts.material
+        batch = next(measuring_batches(material.train, pad_id=pad_id(material.tokenizer)))
+        check_device(parts.language_model, batch, accelerator.device, key="training.device=cpu")
+        parts.display.note("mps: a small batch gave the loss and the gradients of the CPU")
     scheduler = make_scheduler(raw_optimizer, config, parts.num_steps)
     module, optimizer, average_rows = prepare(
         accelerator, parts.language_model, raw_optimizer, parts.display
@@ -184,10 +203,19 @@ def _make_trainer(
         seed=config.seed,
         identity=parts.identity,
         bad_batch_path=run.bad_batch,
+        clock=Clock(limit, accelerator) if (limit := config.training.max_time) else None,
         average_rows=average_rows,
         before_step=parts.vocabulary.before_step,
     )
     return LiveRun(parts, run, trainer, evaluations)
+
+
+def _length_of(parts: Parts) -> str:
+    """Return in words how long the run is."""
+    limit, most = parts.config.training.max_time, parts.config.training.max_steps
+    if limit is None:
+        return f"{parts.num_steps:,} steps"
+    return f"steps for {clock(limit)}" + ("" if most is None else f", at most {most:,}")
 
 
 def _cadence(parts: Parts) -> Cadence:
@@ -212,4 +240,6 @@ def _trackers(parts: Parts, run: RunDir) -> tuple[Listener, ...]:
         for key, value in flat_settings(parts.config.model_dump(mode="json")).items()
     }
     parts.accelerator.init_trackers(run.root.name, config=settings)
+    if "tensorboard" in parts.config.tracking:
+        parts.display.say(f"to see the curves: tensorboard --logdir {run.root / TRACKING}")
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record.step),)

@@ -12,7 +12,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from finetune.config import load_config
-from finetune.errors import UserError, disk_refusal
+from finetune.errors import UserError, disk_refusal, print_chain
 from finetune.recipes.train.launch import SIGNALLED, USER_ERROR
 from finetune.recipes.train.train import run_training
 
@@ -28,6 +28,7 @@ def work(task: Mapping[str, Any]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and (said := disk_refusal(error)) is not None:
             error = UserError(said)
+        print_chain(error)
         ErrorHandler().record_exception(error)
         return USER_ERROR if isinstance(error, UserError) else 1
     return SIGNALLED if stopped == "signal" else 0

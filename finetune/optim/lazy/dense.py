@@ -1,0 +1,58 @@
+"""The step of LazyAdamW's dense parameters: torch's own AdamW."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def step_dense(
+    state: dict[Tensor, Any], params: Iterable[Tensor], group: dict[str, Any], *, fused: bool
+) -> None:
+    """Apply AdamW's next step to `params`, and make the state of those that have none.
+
+    If `fused`, it is torch's fused kernel where that is right. Otherwise it is the loop whose
+    operations step the rows in the mode "replay".
+    """
+    # The fused kernel walks over memory as it lies, and torch does not check strides. So a
+    # parameter and its gradient must both be contiguous.
+    alike: list[Tensor] = []
+    others: list[Tensor] = []
+    for param in params:
+        if not state[param]:
+            state[param] = {
+                "step": torch.tensor(0.0, dtype=torch.float32),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+        contiguous = param.is_contiguous() and param.grad is not None and param.grad.is_contiguous()
+        (alike if contiguous and fused else others).append(param)
+    _adamw(state, alike, group, fused=True)
+    _adamw(state, others, group, fused=False)
+
+
+def _adamw(
+    state: dict[Tensor, Any], params: list[Tensor], group: dict[str, Any], *, fused: bool
+) -> None:
+    if fused:
+        for param in params:
+            state[param]["step"] = state[param]["step"].to(param.device)
+    adamw(
+        params,
+        [param.grad for param in params if param.grad is not None],
+        [state[param]["exp_avg"] for param in params],
+        [state[param]["exp_avg_sq"] for param in params],
+        [],
+        [state[param]["step"] for param in params],
+        foreach=False,
+        fused=fused,
+        amsgrad=False,
+        beta1=float(group["betas"][0]),
+        beta2=float(group["betas"][1]),
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,141 @@
+"""The first look: what can be seen to be wrong before anything large is imported.
+
+torch, transformers and datasets take ten seconds of a slow CPU. So a wrong path, column, model
+folder or optimizer is found without them, by the functions that find it later too. A config that
+passes may still be wrong: names on the hub and the options of optimizers need these libraries.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.config import RunConfig, load_config
+from finetune.config.loading import make_config
+from finetune.config.schema import DataSection, SourceSection
+from finetune.config.yaml12 import parse
+from finetune.data.formats.detect import find_shape
+from finetune.data.sources.aligned import aligned_sides
+from finetune.data.sources.files import local_files
+from finetune.data.sources.peek import first_record
+from finetune.errors import UserError
+from finetune.models.locate import find_local
+from finetune.optim.registry import optimizer_info
+from finetune.run.folder import RunDir
+from finetune.run.marker import MARKER
+
+
+def look_at(config: RunConfig) -> None:
+    """Raise UserError for what is wrong with a config's optimizer, model folder or local data."""
+    optimizer_info(config.optimizer.name)
+    if config.model.name is not None and config.model.tokenizer is None:
+        find_local(config.model.name)
+    data = config.data
+    for sources in (data.train, data.validation, data.test, data.unrelated):
+        for source in sources or ():
+            _files_of(source)
+    _check_columns(data)
+
+
+def look_at_search(path: Path, overrides: Sequence[str], *, key: str) -> None:
+    """Look at a config with a list of values for `key`. Raises UserError as `look_at` does."""
+    values, others = take_list(overrides, key)
+    look_at(load_config(path, others))
+    if key == "optimizer.name":
+        for name in values or ():
+            optimizer_info(str(name))
+
+
+def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, list[str]]:
+    """Return the list of an override `key=[…]`, or None, and the other overrides."""
+    found, others = None, []
+    for override in overrides:
+        name, _, text = override.partition("=")
+        try:
+            value = parse(text) if name.strip() == key else None
+        except yaml.YAMLError:
+            value = None  # the reader of the config reports what is wrong with it
+        if isinstance(value, list):
+            found = value
+        else:
+            others.append(override)
+    return found, others
+
+
+def look_at_files(
+    files: Sequence[str], *, model: str, languages: tuple[str | None, str | None]
+) -> None:
+    """Raise UserError if data files or the model are missing, or no format fits the first file."""
+    source, target = languages
+    data = {
+        "train": list(files),
+        "translation": {"source_language": source, "target_language": target},
+    }
+    look_at(make_config({"output_dir": "run", "model": {"name": model}, "data": data}))
+
+
+def look_at_target(target: str) -> RunDir | None:
+    """Return the run that `target` names; None for a model, which may still be on the hub.
+
+    Raises UserError if the run has no model yet, or for a local name without a model.
+    """
+    run = RunDir(Path(target))
+    if not run.is_run():
+        find_local(target)
+        return None
+    if not (run.model / "config.json").is_file():
+        raise UserError(
+            f"the run {target} has no model/ yet. "
+            f"Finish it with `finetune train {run.config} --resume auto`"
+        )
+    return run
+
+
+def look_at_texts(texts: object, *, input: Path | None, output: Path | None) -> None:
+    """Raise UserError for arguments of a translation that contradict each other."""
+    if texts and input is not None:
+        raise UserError("both sentences and --input are given. Give sentences or --input, not both")
+    if output is not None and input is None:
+        raise UserError("--output is given without --input. Give --input, or redirect the output")
+    if input is not None and not input.is_file():
+        raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
+    if output is not None and output.exists():
+        raise UserError(f"{output} already exists. Name another --output, or delete it")
+
+
+def look_at_export(root: Path, dest: Path, checkpoint: Path | None) -> RunDir:
+    """Return the run in `root`. Raises UserError if it has no such model, or `dest` exists."""
+    run = RunDir(root)
+    if not run.is_run():
+        raise UserError(
+            f"{root} is not a run's folder: it has no {MARKER}. Give the folder of a run"
+        )
+    if dest.exists():
+        raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
+    if checkpoint is None and not (run.model / "config.json").is_file():
+        raise UserError(
+            f"the run {root} has no model/ yet. "
+            f"Finish it with `finetune train {run.config} --resume auto`, "
+            "or name one of its checkpoints with --checkpoint"
+        )
+    return run
+
+
+def _files_of(source: SourceSection) -> list[Path]:
+    """Return the local files of a source; none for a folder, a hub name or aligned text files."""
+    if source.target_path is not None:
+        for side in (source.path, source.target_path):
+            local_files(side, is_text=True)
+        return []
+    is_file = Path(source.path).expanduser().is_file()
+    return [] if is_file and aligned_sides(source.path, None) else local_files(source.path)
+
+
+def _check_columns(data: DataSection) -> None:
+    """Raise UserError if no format fits the first record that can be read."""
+    record = first_record(_files_of(data.train[0]))
+    if record is not None:
+        pair = data.translation
+        languages = (pair.source_language, pair.target_language)
+        find_shape(data.format, record, columns=data.columns, languages=languages)

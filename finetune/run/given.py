@@ -1,0 +1,46 @@
+"""Records that a caller has in memory, kept as a file in the run's folder.
+
+So the run's config names what it was trained on, and a resumed run or an evaluation reads it again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+from finetune.run.files import make_folder, write_text
+from finetune.run.folder import RunDir
+
+
+def keep_given(run: RunDir, records: Iterable[Any], what: str) -> tuple[Path, bool]:
+    """Return the file that holds `records`, and whether it was written now.
+
+    Its name has a hash of the content, so another call never replaces it. Raises UserError for a
+    record that is no mapping, or that JSON cannot hold as it is.
+    """
+    lines = []
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, Mapping):
+            raise UserError(
+                f"record {number} of the data is a {type(record).__name__}. Give mappings, such as "
+                "{'prompt': …, 'completion': …}"
+            )
+        try:
+            lines.append(json.dumps(dict(record), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"record {number} of the data cannot be kept as JSON: {error}. Convert its values "
+                "to text, numbers, lists and mappings"
+            ) from error
+    if not lines:
+        raise UserError("the data has no records. Give at least two")
+    text = "".join(lines)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    path = run.root / f"{what}-{digest}.jsonl"
+    if path.is_file():
+        return path, False
+    make_folder(path.parent)
+    write_text(path, text)
+    return path, True

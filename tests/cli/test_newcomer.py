@@ -1,0 +1,187 @@
+"""What held a newcomer up (issue 23): a test for each fault that is mended."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finetune.config.loading import make_config
+from finetune.display import Display
+from finetune.recipes.compare.trial import Tally
+from tests.cli.conftest import finetune
+from tests.cli.test_commands import on_a_terminal
+
+
+@pytest.fixture
+def chat_run(finished: Path, folder: Path) -> Path:
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def translation_run(translator: Path, folder: Path) -> Path:
+    shutil.copytree(translator, folder, dirs_exist_ok=True)
+    return folder
+
+
+# F10, F16: the live line
+
+
+@pytest.fixture
+def shown() -> tuple[Display, io.StringIO]:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120, color_system=None, soft_wrap=True)
+    return Display(console=console), out
+
+
+def test_the_live_line_says_elapsed_and_left(shown, monkeypatch) -> None:
+    from rich.progress import Progress, Task
+
+    from finetune.display import _TimesColumn
+
+    now = [0.0]
+    progress = Progress(get_time=lambda: now[0])
+    number = progress.add_task("training", total=10)
+    task: Task = progress.tasks[0]
+    column = _TimesColumn(None)
+    assert column.render(task).plain == "0.0 s elapsed", "no time left before it is known"
+    for done in range(1, 6):
+        now[0] = 70.4 * done
+        progress.update(number, completed=done)
+    assert column.render(task).plain == "5 min 52 s elapsed, 5 min 52 s left"
+    assert _TimesColumn(400.0).render(task).plain == "5 min 52 s elapsed, 48 s left"
+
+
+def test_plain_lines_say_the_same(monkeypatch) -> None:
+    from finetune import display
+
+    now = [100.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    shown = Display(console=Console(file=out, width=200))
+    with shown.bar("evaluating", 4) as advance:
+        for _ in range(4):
+            now[0] += 6.0
+            advance(1)
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines == [
+        "evaluating 1/4",
+        "evaluating 2/4    6.0 s elapsed, 12 s left",
+        "evaluating 3/4    12 s elapsed, 6.0 s left",
+        "evaluating 4/4    18 s elapsed",
+    ]
+
+
+def test_a_comparison_says_which_run_of_how_many(tiny, folder) -> None:
+    tally = Tally(6)
+    config = make_config(tiny(optimizer={"name": "adam", "lr": 1e-3}))
+    assert tally.label(config) == "run 1 of about 6: adam lr 0.001"
+    tally.done |= {Path("a"), Path("b")}
+    tally.seconds += [30.0, 50.0]
+    expected = "run 3 of about 6: adam lr 0.001, all runs about 2 min 40 s left;"
+    assert tally.label(config) == expected
+    tally.done |= {Path(str(n)) for n in range(6)}
+    assert tally.label(config).startswith("run 9 of about 9: ")
+
+
+@pytest.mark.slow
+def test_compare_shows_it(folder, write_config) -> None:
+    write_config(training={"max_steps": 2})
+    result = finetune("compare", "c.yaml", "optimizer.name=[adam, sgd]", "--trials", "1",
+                      "--seeds", "1")  # fmt: skip
+    assert result.code == 0, result.err
+    assert len(set(re.findall(r"run (\d) of about 4: (?:adam|sgd) lr", result.err))) == 4
+
+
+# F11: hints
+
+
+def test_a_checkpoint_that_is_missing_names_those_that_are_there(chat_run) -> None:
+    result = finetune("train", "c.yaml", "--resume", "run/checkpoints/step-00000039")
+    assert result.code == 2
+    assert "Give run/checkpoints/step-00000002, or auto" in result.err
+
+
+# F14: translations of files
+
+
+def test_a_translation_is_not_overwritten_and_is_counted(translation_run) -> None:
+    Path("in.txt").write_text("One.\n\nTwo.\n")
+    typed = ("translate", "run", "-i", "in.txt", "-o", "out.txt", "--max-new-tokens", "2")
+    done = finetune(*typed)
+    assert done.code == 0, done.err
+    assert re.search(r"^out\.txt: 3 lines translated in \d", done.err, flags=re.M)
+    assert "translating 3/3" in done.err
+    before = Path("out.txt").read_bytes()
+    again = finetune(*typed)
+    assert again.code == 2
+    assert "out.txt already exists" in again.err
+    assert Path("out.txt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_translate_answers_each_line_at_a_terminal(translation_run) -> None:
+    asked = iter(["One.\n", "Two.\n", "\x04"])
+
+    def replies(shown: str) -> str | None:
+        return next(asked, None) if "one sentence a line" in shown else None
+
+    code, shown = on_a_terminal("translate", "run", "--max-new-tokens", "2", replies=replies)
+    assert code == 0, shown
+    assert shown.index("One.") < shown.index("Two.")
+
+
+# F15: tracking
+
+
+def test_tensorboard_has_its_folder_and_is_said(folder, write_config) -> None:
+    write_config(training={"max_steps": 2}, tracking=["tensorboard"])
+    result = finetune("train", "c.yaml")
+    assert result.code == 0, result.err
+    assert "to see the curves: tensorboard --logdir run/tracking" in result.err
+    assert list((folder / "run/tracking").rglob("events.out.tfevents.*"))
+    assert not (folder / "run/run").exists()
+
+
+# F17: words
+
+
+def test_what_was_cut_is_a_sentence(folder, write_config) -> None:
+    write_config(data={"max_length": 24}, training={"max_steps": 1})
+    result = finetune("train", "c.yaml")
+    assert result.code == 0, result.err
+    (said,) = re.findall(r"^training: of the examples.*$", result.err, flags=re.M)
+    assert re.fullmatch(
+        r"training: of the examples that are longer than 24 tokens \d+ were cut(, \d+ of these had "
+        r"no target left and were left out)?; the longest has \d+ \(data\.max_length, "
+        r"data\.overlong\)",
+        said,
+    ), said
+    assert " 0 " not in said
+
+
+# F19: tables and noise
+
+
+def test_optimizers_are_listed_without_switches_of_torch() -> None:
+    listed = finetune("optimizers").out
+    assert "betas=" in listed
+    for noise in ("foreach", "capturable", "differentiable", "fused", "maximize"):
+        assert f"{noise}=" not in listed
+
+
+@pytest.mark.slow
+def test_evaluate_is_a_table_at_a_terminal_and_json_elsewhere(chat_run) -> None:
+    code, shown = on_a_terminal("evaluate", "run")
+    assert code == 0, shown
+    assert "Held-out loss" in shown
+    assert "nats per target token" in shown
+    assert '"loss"' not in shown
+    code, shown = on_a_terminal("evaluate", "run", "--json")
+    assert '"loss":' in shown
+    piped = finetune("evaluate", "run")
+    assert json.loads(piped.out)["loss"] > 0

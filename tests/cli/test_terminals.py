@@ -1,0 +1,107 @@
+"""What data, models and errors write to a terminal: no sequence of theirs reaches it as it is."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.display import Display
+from tests.conftest import conversation
+
+ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m"
+
+
+def on_a_terminal(arguments: list[str], folder: Path) -> tuple[int, bytes]:
+    """Run `finetune ARGUMENTS` on a terminal; return its exit code and what reached it."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *arguments],
+        cwd=folder,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    os.close(theirs)
+    found = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        found += piece
+    os.close(ours)
+    return process.wait(), found
+
+
+@pytest.fixture(scope="module")
+def hostile(finished, tmp_path_factory):
+    """A folder with data, columns, a template and a model that hold control characters."""
+    folder = tmp_path_factory.mktemp("hostile")
+    shutil.copy(finished / "c.yaml", folder)
+    lines = [conversation(number) for number in range(20)]
+    for line in lines:
+        line["messages"][1]["content"] += ESCAPE
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    odd = {ESCAPE: "a", "b\nfinetune: all is well": "c"}
+    (folder / "columns.jsonl").write_text(json.dumps(odd) + "\n")
+    shutil.copytree(finished / "run" / "model", folder / "model")
+    path = folder / "model" / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    decoders = [
+        {"type": "Fuse"},
+        {"type": "Replace", "pattern": {"Regex": "^.*$"}, "content": ESCAPE},
+    ]
+    path.write_text(json.dumps({**tree, "decoder": {"type": "Sequence", "decoders": decoders}}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["inspect", "c.yaml"], 0),
+        (["train", "c.yaml", "--dry-run", "data.train=columns.jsonl"], 2),
+        (["train", "c.yaml", "--dry-run", f"output_dir={ESCAPE}x", "seed=-1"], 2),
+        (["generate", "./model", "--prompt", "Hi", "--max-new-tokens", "3"], 0),
+        (["generate", "./model", "--prompt", "Hi", "--max-new-tokens", "3", "--json"], 0),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_no_control_sequence_reaches_a_terminal(hostile, arguments, code):
+    ended, found = on_a_terminal(arguments, hostile)
+    assert ended == code, found.decode(errors="replace")
+    assert b"\x1b]0;" not in found
+    assert b"\x1b[2J" not in found
+    assert "\x9b".encode() not in found
+    assert b"\nfinetune: all is well" not in found
+    assert b"owned" in found or code == 2
+
+
+class Closed(io.StringIO):
+    """A stream whose reader is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def flush(self) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_progress_that_nobody_hears_ends_no_run(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Closed())
+    display = Display()
+    display.say("step 1")
+    display.note("a choice")
+    with display.bar("encoding", 3) as advance:
+        for _ in range(3):
+            advance(1)
+    assert display.notes == ["a choice"]

@@ -1,0 +1,154 @@
+"""What a config is meant to say: values of overrides, numbers, and what other tools call it."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.config.loading import dump_config, make_config
+from finetune.config.schema import RunConfig
+from finetune.config.yaml12 import dump, parse
+from finetune.errors import UserError
+
+TREE: dict[str, Any] = {
+    "output_dir": "r", "model": {"name": "m"}, "data": {"train": "a.jsonl"},
+}  # fmt: skip
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    return found
+
+
+MEANT: list[tuple[str, str, Any]] = [
+    # key, what is typed, what it means
+    ("data.chat_template_kwargs.date", "26 Jul: x # y", "26 Jul: x # y"),
+    ("data.chat_template_kwargs.date", "#1", "#1"),
+    ("data.chat_template_kwargs.date", "2024-02-03", "2024-02-03"),
+    ("data.chat_template_kwargs.enable_thinking", "false", False),
+    ("data.chat_template_kwargs.enable_thinking", "'false'", "false"),
+    ("data.chat_template_kwargs.tools", "[a, {b: c}]", ["a", {"b": "c"}]),
+    ("data.chat_template_kwargs.template", "x", "x"),
+    ("data.chat_template_kwargs", "{effort: high}", {"effort": "high"}),
+    ("data.columns.prompt", "q: #1", "q: #1"),
+    ("data.columns.prompt", "true", "true"),
+    ("data.columns.r", "dtype", "dtype"),
+    ("data.translation.source_language", "no", "no"),
+    ("data.translation.template", "{source} # {target_name}: ", "{source} # {target_name}: "),
+    ("data.system_prompt", "'a' and 'b'", "'a' and 'b'"),
+    ("data.system_prompt", "  two  blanks  ", "  two  blanks  "),
+    ("data.system_prompt", "a\n# b\n", "a\n# b\n"),
+    ("data.system_prompt", "> folded | %x @y `z` !t &a *b", "> folded | %x @y `z` !t &a *b"),
+    ("data.system_prompt", "''", ""),
+    ("model.revision", "0123", "0123"),
+    ("model.revision", "1e5", "1e5"),
+    ("model.lora.target_modules", ".*(q|v)_proj", ".*(q|v)_proj"),
+    ("model.lora.target_modules", "[q, v]", ("q", "v")),
+    ("optimizer.lr", "2E-5", 2e-5),
+    ("optimizer.foo", "{a: [1, 0x2]}", {"a": [1, "0x2"]}),
+    ("vocabulary.keep", "[no, 3]", ("no", 3)),
+]
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_an_override_means_what_is_typed(case: tuple[str, str, Any]) -> None:
+    key, text, expected = case
+    config = make_config(TREE, [f"{key}={text}"])
+    assert value_of(config, key) == expected
+    assert value_of(make_config(parse(dump_config(config))), key) == expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("1e.+-0_:~\n")))
+def test_any_text_of_a_config_reads_back(text: str) -> None:
+    value = {"the text": [text], "below": {text: 1}}
+    assert parse(dump(value)) == value
+
+
+SOURCES = {
+    "[a].jsonl": "[a].jsonl",
+    "{a,b}.jsonl": "{a,b}.jsonl",
+    "[a]{b}.csv": "[a]{b}.csv",
+    "a b: c #d.csv": "a b: c #d.csv",
+    "null.csv": "null.csv",
+    "2024": "2024",
+    "'a.csv'": "a.csv",
+    "[a.csv]": "a.csv",
+    "{path: '[a].csv'}": "[a].csv",
+    r"C:\data\a.csv": r"C:\data\a.csv",
+}
+
+
+@pytest.mark.parametrize("text", SOURCES)
+def test_a_source_by_its_name(text: str) -> None:
+    [found] = make_config(TREE, [f"data.train={text}"]).data.train
+    assert found.path == SOURCES[text]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_is_a_variable_of_a_template(text: str) -> None:
+    """If it is none of YAML's own values, or in quotation marks or brackets."""
+    try:
+        is_yaml = not isinstance(parse(text), str | dict) or text.strip()[:1] in (
+            "'",
+            '"',
+            "{",
+            "[",
+        )
+    except Exception:
+        is_yaml = text.strip()[:1] in ("{", "[")
+    if not is_yaml:
+        config = make_config(TREE, [f"data.chat_template_kwargs.x={text}"])
+        assert config.data.chat_template_kwargs == {"x": text}
+
+
+REFUSED: list[tuple[str, str]] = [
+    # override, what the message says
+    ("training.batch_size=true", "training.batch_size = True is not allowed: input should"),
+    ("seed=false", "seed = False is not allowed: input should be a number"),
+    ("optimizer.lr=true", "optimizer.lr = True is not allowed: input should be a number"),
+    ("optimizer.weight_decay=true", "optimizer.weight_decay = True is not allowed"),
+    ("training.max_steps=true", "training.max_steps = True is not allowed"),
+    ("optimizer.betas=[0.9, [.inf]]", "optimizer.betas = [0.9, [inf]] is not allowed: give finite"),
+    ("optimizer.foo={a: .nan}", "optimizer.foo = {'a': nan} is not allowed: give finite numbers"),
+    ("optimizer.overrides=[{pattern: a, lr: .inf}]", "'lr': inf},) is not allowed: give"),
+    ("optimizer.lr=1e309", "optimizer.lr = inf is not allowed: input should be greater than 0"),
+    ("data.train=null", "data.train is empty. Name a file or a dataset"),
+    ("data.train=[]", "data.train is empty. Name a file or a dataset"),
+    ("data.train=[a, b", "is not valid YAML"),
+    ("data.train={path: a", "is not valid YAML"),
+    ("data.validation=[]", "data.validation is empty. Name a file or a dataset, or leave the key"),
+    ("optimizer=adamw", "Write optimizer: {name: adamw}"),
+    ("scheduler=cosine", "Write scheduler: {name: cosine}"),
+    ("model.lora=16", "Write model.lora: {rank: 16}"),
+    ("training.batch_size=4.5", "input should be a valid integer, got a number with a fractional"),
+    ("data.validation_fraction=5%", "input should be a valid number"),
+    ("training.epochs", "is not of the form key=value"),
+    ("model.dtype=bf16", "Write training.precision: bf16, fp16 or fp32"),
+    ("train_on_inputs=false", "Write data.targets: all to learn the questions too"),
+    ("adam_beta1=0.9", "Write optimizer.betas: [BETA1, BETA2]"),
+    ("use_peft=true", "Write model.lora: {rank: 16} for LoRA"),
+    ("template=qwen", "Write model.chat_template: chatml"),
+    ("evals_per_epoch=4", "Write evaluation.every: STEPS"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_meant_is_refused_in_a_sentence(case: tuple[str, str]) -> None:
+    override, expected = case
+    with pytest.raises(UserError) as caught:
+        make_config(TREE, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_switch_takes_true_and_a_number_does_not_in_a_file_either() -> None:
+    assert make_config({**TREE, "training": {"compile": True}}).training.compile
+    with pytest.raises(UserError, match=r"training\.epochs = True is not allowed"):
+        make_config({**TREE, "training": {"epochs": True}})
+
+
+def test_there_was_something_to_check() -> None:
+    assert (len(MEANT), len(SOURCES), len(REFUSED)) == (25, 10, 26)
