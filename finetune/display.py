@@ -212,7 +212,8 @@ class _NoteHandler(logging.Handler):
         self._display = display
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._display.note(record.getMessage())
+        if record.getMessage() not in self._display.notes:  # models are made more than once
+            self._display.note(record.getMessage())
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

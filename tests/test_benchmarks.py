@@ -88,3 +88,18 @@ def test_losses_of_a_head():
         assert {"full", "active", "plain"} <= set(losses)
         assert list(losses.values()) == pytest.approx([losses["plain"]] * len(losses), rel=1e-3)
         assert sampled == pytest.approx(losses["plain"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_an_export(tiny, tmp_path):
+    pytest.importorskip("xllamacpp")
+    pairs = {"path": "package:translation.en-fr.train", "max_records": 40}
+    data = {"train": pairs, "test": pairs | {"max_records": 6}, "max_length": 128}
+    run_training(make_config(tiny(data=data)), display=Display(enabled=False))
+    options = ("--sentences=4", "--tokens=6", "--frequent=0")
+    found = bench("bench_export.py", str(tmp_path / "run"), *options)
+    assert found["trimmed"]["parameters"] <= found["whole"]["parameters"]
+    assert found["trimmed"]["gguf_mb"] > 0
+    assert found["answers"]["same_within"] == 1
+    assert found["batches"]["same"] == 1
+    assert all(rate > 0 for rates in found["speed"].values() for rate in rates)

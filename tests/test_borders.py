@@ -16,7 +16,7 @@ import yaml
 from finetune.config import yaml12
 from finetune.config.loading import load_config, make_config
 from finetune.errors import Border, UserError, reason_of, visible
-from finetune.models import checks, gguf, load, locate, tokenizers
+from finetune.models import checks, gguf, load, tokenizers
 from finetune.models.load import ModelSpec, load_model, load_skeleton
 from finetune.models.tokenizers import load_tokenizer
 from finetune.run import records
@@ -106,7 +106,7 @@ def read_checkpoint(run: Path, model: Path):
 
 BORDERS = {  # the module and the function of ours that has the bug -> what calls it
     (checks, "check_number"): lambda run, model: load_model(ModelSpec(name=str(model))),
-    (locate, "check_folder"): lambda run, model: load_tokenizer(ModelSpec(name=str(model))),
+    (checks, "check_folder"): lambda run, model: load_tokenizer(ModelSpec(name=str(model))),
     (load, "check_config"): lambda run, model: load_skeleton(ModelSpec(name=str(model))),
     (load, "check_weights"): lambda run, model: load_model(ModelSpec(name=str(model))),
     (tokenizers, "resolve_name"): lambda run, model: load_tokenizer(ModelSpec(name=str(model))),

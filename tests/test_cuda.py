@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.data.batches.trees import collate_trees, plan_trees
 from finetune.data.types import Example, targets_of
-from finetune.models.language_model import LanguageModel, check_packing, check_trees
+from finetune.models.language_model import LanguageModel
+from finetune.models.probes import check_packing, why_no_trees
 from finetune.models.speed import compile_decoder
 from finetune.models.vocabulary.activate import activate_vocabulary
 from finetune.optim import LazyAdamW, clip_grad_norm_
@@ -192,7 +193,7 @@ def test_examples_that_share_beginnings_have_the_loss_and_gradients_they_have_al
     config = AutoConfig.for_model(family, **options, **window)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").cuda().eval()
     wrapped = LanguageModel(model)
-    assert check_trees(wrapped) is None
+    assert why_no_trees(wrapped) is None
     draw = torch.Generator().manual_seed(1)
     stem, *rests = (
         torch.randint(1, 97, (n,), generator=draw).tolist() for n in (40, 11, 13, 3, 20)

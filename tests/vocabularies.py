@@ -22,7 +22,7 @@ from finetune.models.locate import resolve_name
 
 CACHE = Path.home() / ".cache" / "finetune-tests"
 VERSION = "3.7.2"
-NAMES = ("qwen3", "llama3_1", "gemma3", "llama2", "gptoss", "gpt4o", "deepseek_v3")
+NAMES = ("gpt2", "qwen3", "llama3_1", "gemma3", "llama2", "gptoss", "gpt4o", "deepseek_v3")
 
 
 def tokenizer_folder(name: str) -> Path:

@@ -11,13 +11,19 @@ Trials = Annotated[
     int,
     typer.Option(
         min=1,
+        max=1000,
         help="Number of learning rates to try, spaced by a factor of about 3. With 3 or more, the "
         "grid is extended if the best one is at its edge.",
     ),
 ]
 Budget = Annotated[
     int | None,
-    typer.Option(min=1, help="Optimizer steps of each run.", show_default="training.max_steps"),
+    typer.Option(
+        min=1,
+        max=1_000_000_000,
+        help="Optimizer steps of each run.",
+        show_default="training.max_steps",
+    ),
 ]
 
 
@@ -29,7 +35,9 @@ def compare(
     seeds: Annotated[
         int,
         typer.Option(
-            min=1, help="Number of fresh seeds for each optimizer at its best learning rate."
+            min=1,
+            max=1000,
+            help="Number of fresh seeds for each optimizer at its best learning rate.",
         ),
     ] = 5,
     budget: Budget = None,

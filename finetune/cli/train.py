@@ -31,7 +31,8 @@ def train(
         typer.Option(help="Number of processes on this machine, or auto (one for each GPU)."),
     ] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="How often to start again after a process has died.")
+        int,
+        typer.Option(min=0, max=1000, help="How often to start again after a process has died."),
     ] = 0,
 ) -> None:
     """Fine-tune a model with the settings in CONFIG.
@@ -94,7 +95,9 @@ def demo(
 def inspect(
     config: Config,
     overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(help="Number of examples to print.")] = 3,
+    examples: Annotated[
+        int, typer.Option(min=0, max=1_000_000, help="Number of examples to print.")
+    ] = 3,
 ) -> None:
     """Show the data as the model sees it, with lengths, counts and overlaps.
 

@@ -25,7 +25,7 @@ Penalty = Annotated[
 System = Annotated[
     str | None, typer.Option(help="System prompt; '' is none.", show_default="the run's own")
 ]
-Seed = Annotated[int, typer.Option(help="Random seed for sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Random seed for sampling.")]
 
 
 @app.command()
@@ -50,7 +50,8 @@ def evaluate(
     run = look_at_target(target)
     source = run.config if config is None and run is not None else config
     if source is not None:
-        look_at(load_config(source, overrides or ()))
+        trusted = ["model.trust_remote_code=true"] if trust_remote_code and config is None else []
+        look_at(load_config(source, [*trusted, *(overrides or ())]))
     say_start()
     from finetune.recipes.evaluate import evaluate_target
 

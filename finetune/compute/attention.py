@@ -85,8 +85,9 @@ def attend(
 ) -> Tensor:
     """Attend within the examples of `layout`, in the dtype of the query or of autocast, on a CPU.
 
-    query [sequences, heads, length, d] and key and value [sequences, fewer heads, length, d] give
-    [sequences, length, heads, d]. `scale`: of the scores; None: d to the power of -1/2.
+    query [sequences, heads, length, d], key [sequences, fewer heads, length, d] and value
+    [sequences, fewer heads, length, v] give [sequences, length, heads, v]. `scale`: of the scores;
+    None: d to the power of -1/2.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -239,7 +240,7 @@ def causal_square(length: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """query [N, heads, d], key and value [N, fewer heads, d] to [N, heads, d], of N tokens."""
+    """query [N, heads, d], key [N, fewer heads, d], value [N, fewer heads, v] to [N, heads, v]."""
 
     @staticmethod
     def forward(
@@ -251,11 +252,11 @@ class _Attention(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        output, masks = torch.empty_like(query), []
+        output, masks = value.new_empty(*query.shape[:2], value.shape[2]), []
         for group in layout.groups:
             q = _take(query, group, key.shape[1])
             k, v = (_take_path(tensor, group) for tensor in (key, value))
-            attended = torch.empty_like(q)
+            attended = q.new_empty(*q.shape[:3], v.shape[3])
             for block, seen in group.blocks:
                 probabilities = _probabilities(
                     q[:, :, block], k[:, 0, seen], group.bias[block, seen], scale
@@ -285,7 +286,7 @@ class _Attention(torch.autograd.Function):
             k, v = (_take_path(tensor, group) for tensor in (key, value))
             do = _take(grad, group, key.shape[1], zero_padding=True)
             dq = torch.empty_like(q)
-            dk, dv = (torch.zeros_like(k, dtype=exact) for _ in range(2))
+            dk, dv = (torch.zeros_like(part, dtype=exact) for part in (k, v))
             for block, seen in group.blocks:
                 probabilities = _probabilities(
                     q[:, :, block], k[:, 0, seen], group.bias[block, seen], ctx.scale

@@ -6,7 +6,7 @@ the others again, so results are the same to the bit.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.compute.subclass import put_before
+from finetune.compute.subclass import likeness_of, put_before
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
@@ -31,13 +31,13 @@ def fuse_gates(model: nn.Module) -> None:
     numbers up to rounding. Any other module stays as it is, and so does one whose layers are
     wrapped later (LoRA). `down_proj` is not called: a hook on it does not run.
     """
-    tried: dict[type, str | None] = {}
+    tried: dict[Hashable, str | None] = {}
     for module in model.modules():
-        cls: Any = type(module)
-        if cls.__name__.endswith("MLP") and not isinstance(module, FusedMLP) and _is_plain(module):
-            if cls not in tried:
-                tried[cls] = _activation(module)
-            if (activation := tried[cls]) is not None:
+        name = type(module).__name__
+        if name.endswith("MLP") and not isinstance(module, FusedMLP) and _is_plain(module):
+            if (kind := likeness_of(module)) not in tried:
+                tried[kind] = _activation(module)
+            if (activation := tried[kind]) is not None:
                 put_before(module, FusedMLP, activation=activation)
 
 

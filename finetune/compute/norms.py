@@ -8,6 +8,7 @@ it.
 """
 
 import copy
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.compute.subclass import put_before
+from finetune.compute.subclass import likeness_of, put_before
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -24,13 +25,12 @@ def fuse_norms(model: nn.Module) -> None:
     A module counts as one by its class's name, if it gives the same on random numbers up to
     rounding. Any other module stays as it is.
     """
-    tried: dict[type, bool | None] = {}
+    tried: dict[Hashable, bool | None] = {}
     for module in model.modules():
-        cls: Any = type(module)
-        if cls.__name__.endswith("RMSNorm") and not isinstance(module, FusedRMSNorm):
-            if cls not in tried:
-                tried[cls] = _one_is_added(module)
-            if (added := tried[cls]) is not None:
+        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, FusedRMSNorm):
+            if (kind := likeness_of(module)) not in tried:
+                tried[kind] = _one_is_added(module)
+            if (added := tried[kind]) is not None:
                 put_before(module, FusedRMSNorm, one_is_added=added)
 
 
@@ -101,7 +101,7 @@ def _one_is_added(module: Any) -> bool | None:
         getattr(module, "eps", None), float
     ):
         return None
-    probe = copy.deepcopy(module).to_empty(device="cpu")
+    probe = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     probe.weight.copy_(torch.randn(len(weight), generator=generator))
     x = 3 * torch.randn(4, len(weight), generator=generator, dtype=torch.float32)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 _kept = threading.local()
+_rehearsed = threading.local()  # the same for fake tensors, whose memory is only counted
 
 
 def widens(factor: Tensor) -> bool:
@@ -52,21 +53,28 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype, like: Tensor) ->
     On a CPU it takes the memory of the last buffer of this name and thread, if that is large
     enough. What the last buffer held is then lost.
     """
-    if like.device.type != "cpu" or isinstance(like, FakeTensor):
+    if like.device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=like.device)
     size = math.prod(shape) * dtype.itemsize
-    memory = getattr(_kept, name, None)
+    place = _rehearsed if isinstance(like, FakeTensor) else _kept
+    memory = getattr(place, name, None)
     if memory is None or len(memory) < size:
         # An evaluation may be the first to ask, and training cannot write to its tensors later.
         with torch.inference_mode(False):
             memory = torch.empty(size, dtype=torch.uint8)
-        setattr(_kept, name, memory)
+        setattr(place, name, memory)
     return memory[:size].view(dtype).view(shape)
 
 
 def release() -> None:
     """Free the memory that this thread keeps, for example because smaller results follow."""
     _kept.__dict__.clear()
+    _rehearsed.__dict__.clear()
+
+
+def rehearsed_bytes() -> int:
+    """Return the bytes that this thread would keep after what it did with fake tensors."""
+    return sum(len(memory) for memory in _rehearsed.__dict__.values())
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

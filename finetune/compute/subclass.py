@@ -4,9 +4,10 @@ Such a module keeps its identity, its parameters and their names. It can be copi
 """
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def put_before(module: Any, first: type[nn.Module], **attributes: Any) -> None:
@@ -17,6 +18,30 @@ def put_before(module: Any, first: type[nn.Module], **attributes: Any) -> None:
     module.__class__ = derived_class(
         f"Fused{type(module).__name__}", (first, type(module)), **attributes
     )
+
+
+def likeness_of(module: nn.Module) -> Hashable:
+    """Return what decides how a module computes: equal for two that differ in their numbers alone.
+
+    The class does not: Gemma 4 has norms of one class with and without a weight, and Gemma 3n has
+    MLPs of one class of which some are sparse. Values that are not understood tell modules apart.
+    """
+    return type(module), tuple((name, _kind(value)) for name, value in vars(module).items())
+
+
+def _kind(value: Any) -> Hashable:
+    if isinstance(value, nn.Module):
+        return likeness_of(value)
+    if isinstance(value, dict):
+        return tuple((key, _kind(item)) for key, item in value.items())
+    if isinstance(value, nn.Parameter):
+        return value.shape
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), value
+    if isinstance(value, Tensor) or value:
+        return id(value)
+    kind: type = type(value)
+    return kind
 
 
 @functools.cache

@@ -5,7 +5,7 @@ here.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from typing import Any
@@ -121,6 +121,13 @@ def histogram(lengths: Sequence[int], *, bins: int = 10) -> list[tuple[int, int,
         (low + b * width, low + (b + 1) * width - 1, counts[b])
         for b in range((high - low) // width + 1)
     ]
+
+
+def characters_per_token(texts: Iterable[str], tokenizer: Tokenizer) -> float:
+    """Return how many characters a token has on average. Below 1, characters fall into bytes."""
+    kept = list(texts)
+    encoded = tokenizer(kept, add_special_tokens=False, verbose=False)["input_ids"] if kept else []
+    return sum(map(len, kept)) / max(1, sum(map(len, encoded)))
 
 
 def tokens_per_word(dataset: EncodedDataset, tokenizer: Tokenizer) -> float:

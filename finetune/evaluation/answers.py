@@ -16,7 +16,8 @@ from finetune.data.formats.languages import script_of
 from finetune.data.types import Prompt, Tokenizer
 from finetune.errors import UserError, did_you_mean
 from finetune.evaluation.tool_calls import call_scores, judge_calls
-from finetune.inference.generation import GenerationSettings, answer_room, generate
+from finetune.inference.decoder import GenerationSettings, answer_room
+from finetune.inference.generation import generate
 from finetune.models.describe import CausalLM
 
 TEXT_METRICS = ("chrf", "bleu")

@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Group(NamedTuple):
+    """Prompts that begin with the same tokens."""
+
+    shared: int  # tokens at their start that are read once
+    members: Sequence[int]  # numbers of the prompts
 
 
 class KeptCache:
@@ -21,7 +28,7 @@ class KeptCache:
         These are at most all but one.
         """
         count = min(_common(self.tokens, prompt), len(prompt) - 1)
-        layers = getattr(self.cache, "layers", ())
+        layers = getattr(self.cache, "layers", ())  # none of a cache that is None
         if count < 1 or {type(layer).__name__ for layer in layers} != {"DynamicLayer"}:
             self.tokens, self.cache = [], None
             return 0
@@ -36,8 +43,8 @@ class KeptCache:
         self.cache = cache
 
 
-def common_beginnings(prompts: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
-    """Return groups of prompts: how many tokens each shares at its start, and its members.
+def common_beginnings(prompts: Sequence[Sequence[int]]) -> list[Group]:
+    """Return the prompts in groups whose starts are read once each.
 
     The groups save the most tokens that are read. A prompt alone shares all but its last token, as
     it is read in the same pass. All prompts are one group if more of them save nothing, or would
@@ -52,31 +59,32 @@ def common_beginnings(prompts: Sequence[Sequence[int]]) -> list[tuple[int, list[
             least = common[start] if least is None else min(least, common[start])
             choices.append((best[start][0] + (end - start - 1) * least, start))
         best.append(max(choices))
-    groups, end = [], len(order)
+    groups, end = list[Group](), len(order)
     while end:
         start = best[end][1]
         members = order[start:end]
         least = min([len(prompts[i]) - 1 for i in members] + common[start : end - 1])
-        groups.append((least, members))
+        groups.append(Group(least, members))
         end = start
-    whole = [(min([len(prompt) - 1 for prompt in prompts] + common), list(range(len(prompts))))]
-    if any(count < 1 for count, _ in groups):
+    least = min([len(prompt) - 1 for prompt in prompts] + common)
+    whole = [Group(least, list(range(len(prompts))))]
+    if any(group.shared < 1 for group in groups):
         return whole
     cheaper = _tokens_read(prompts, groups) < _tokens_read(prompts, whole)
-    return groups if cheaper and _width(prompts, groups) <= 1.25 * _width(prompts, whole) else whole
+    small = sum(_longest(prompts, groups)) <= 1.25 * sum(_longest(prompts, whole))
+    return groups if cheaper and small else whole
 
 
-def _width(prompts: Sequence[Sequence[int]], groups: list[tuple[int, list[int]]]) -> int:
-    """Return the tokens of a prompt in the cache, padding included."""
-    rest = max(len(prompts[i]) - count for count, members in groups for i in members)
-    return max(count for count, _ in groups) + rest
+def _longest(prompts: Sequence[Sequence[int]], groups: list[Group]) -> tuple[int, int]:
+    """Return the tokens of the longest start, and those of the longest rest."""
+    rest = max(len(prompts[i]) - group.shared for group in groups for i in group.members)
+    return max(group.shared for group in groups), rest
 
 
-def _tokens_read(prompts: Sequence[Sequence[int]], groups: list[tuple[int, list[int]]]) -> int:
+def _tokens_read(prompts: Sequence[Sequence[int]], groups: list[Group]) -> int:
     """Return the tokens that the model reads of the prompts, padding included."""
-    longest = max(count for count, _ in groups)
-    rest = _width(prompts, groups) - longest
-    return len(groups) * longest + len(prompts) * rest
+    start, rest = _longest(prompts, groups)
+    return len(groups) * start + len(prompts) * rest
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

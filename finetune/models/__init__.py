@@ -10,12 +10,7 @@ with drawn frozen rows also `measure_frozen_rows`, `inclusion_chances` and `Froz
 """
 
 from importlib import import_module
-from logging import LogRecord
 from typing import TYPE_CHECKING, Any
-
-from transformers.utils import logging
-
-from finetune.errors import visible
 
 if TYPE_CHECKING:
     from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
@@ -41,16 +36,6 @@ __all__ = [
     "inclusion_chances",
     "measure_frozen_rows",
 ]
-
-
-def _escape(record: LogRecord) -> bool:
-    """Escape the control characters in what transformers logs, such as names of a file."""
-    record.msg, record.args = visible(record.getMessage()), ()
-    return True
-
-
-for _handler in logging.get_logger("transformers").handlers:
-    _handler.addFilter(_escape)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,17 +7,27 @@ is then wrong after reloading.)
 """
 
 import copy
+import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import UserError
 from finetune.models.describe import token_tables
 from finetune.models.vocabulary.rows import ActiveHead
+
+_logger = logging.getLogger(__name__)
+
+ADAPTERS = "adapters"  # the folder in an exported model that has LoRA's adapters by themselves
 
 
 def add_lora(
@@ -33,8 +43,9 @@ def add_lora(
 
     Changes `model` in place and wraps it. `target_modules`: ends of module names, or "all-linear"
     (every linear layer but the head). `new_token_ids`: rows of the token table (and of an untied
-    head) that are trained too. Raises UserError if no module has such a name, or if the module is
-    an output head with active rows.
+    head) that are trained too. Logs a warning if a mixture of experts keeps its experts as they
+    are. Raises UserError if no module has such a name, or if the module is an output head with
+    active rows or with the table of the input.
     """
     linear = {
         name: module
@@ -43,7 +54,85 @@ def add_lora(
     }
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     every = targets == ["all-linear"]
-    for target in [] if every else targets:
+    if not every:
+        _check_targets(model, linear, targets)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and takes a float
+        lora_dropout=dropout,
+        target_modules=_every_layer(model, linear) if every else targets,
+        trainable_token_indices=_rows(model, new_token_ids),
+        # GPT-2 stores its weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+    )
+    try:
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by an old name
+            warnings.filterwarnings(
+                "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+            )
+            # peft has settings for experts that it does not adapt here.
+            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"LoRA cannot adapt {type(model).__name__}: {_first_sentence(error)}. "
+            "Leave out model.lora, or name other model.lora.target_modules"
+        ) from error
+    assert isinstance(wrapped, PeftModel)
+    if count := _expert_weights(model):
+        _logger.warning(
+            "LoRA adapts linear layers: the %s weights of the experts, which are not, get no "
+            "adapters and stay as they are",
+            f"{count:,}",
+        )
+    return wrapped
+
+
+def merge_lora(model: PeftModel) -> PreTrainedModel:
+    """Return a copy of the model with its adapters and new rows added into its weights.
+
+    `model` itself stays as it is.
+    """
+    return copy.deepcopy(model).merge_and_unload()
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return what an error of peft says first, without the mark in brackets."""
+    return re.sub(r"^(\[[^]]*\] ?)+", "", str(error).splitlines()[0]).split(". ")[0].rstrip(".")
+
+
+def base_of_adapters(model: PeftModel) -> str:
+    """Return the name of the model that the adapters belong to; "" if they alone are not enough.
+
+    They are not if the base has random weights, or if rows of an active vocabulary train too.
+    """
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" not in name and "trainable_tokens" not in name
+    ]
+    return "" if others else str(getattr(model.get_base_model(), "name_or_path", "") or "")
+
+
+def save_adapters(
+    model: PeftModel, base: str, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write adapter_model.safetensors and its config, which peft loads onto the model `base`.
+
+    The tokenizer is written too: the base may need rows for tokens that were added.
+    """
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_targets(
+    model: PreTrainedModel, linear: Mapping[str, Any], targets: Sequence[str]
+) -> None:
+    """Raise UserError for a target that is no linear layer, or that cannot be adapted alone."""
+    shared = _shared_weights(model)
+    for target in targets:
         chosen = [
             module
             for name, module in linear.items()
@@ -54,37 +143,75 @@ def add_lora(
                 f"model.lora.target_modules: {target!r} is the output head, and an active "
                 "vocabulary trains rows of it. Leave it out, or set vocabulary.mode to full"
             )
+        if any(id(module.weight) in shared for module in chosen):
+            head = any(module is model.get_output_embeddings() for module in chosen)
+            others = "the input embedding" if head else "other layers"
+            raise UserError(
+                f"model.lora.target_modules: {target!r} shares its weights with {others}, and what "
+                "one learns would be merged into both. Leave it out"
+            )
         if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(
                 f"model.lora.target_modules: {target!r} is not a linear layer of this model. Give "
                 f'"all-linear", or some of {ends}'
             )
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft declares int and takes a float
-        lora_dropout=dropout,
-        target_modules="all-linear" if every else targets,
-        trainable_token_indices=_rows(model, new_token_ids),
-        # GPT-2 stores its weights transposed.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
-    )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 a question by its old name
-        warnings.filterwarnings(
-            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-        )
-        wrapped = get_peft_model(model, config)
-    assert isinstance(wrapped, PeftModel)
-    return wrapped
 
 
-def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """Return a copy of the model with its adapters and new rows added into its weights.
+def _every_layer(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> str | list[str]:
+    """Return what peft takes for every linear layer but the head.
 
-    `model` itself stays as it is.
+    Left out are layers that share their weight, as Zamba's do: an adapter on one of them would be
+    merged into all. So are subclasses that return more than a product, as the routers of Phi-MoE.
     """
-    return copy.deepcopy(model).merge_and_unload()
+    shared, head = _shared_weights(model), model.get_output_embeddings()
+    chosen = [
+        name
+        for name, module in linear.items()
+        if module is not head and id(module.weight) not in shared and _is_product(module)
+    ]
+    others = sum(module is not head for module in linear.values()) - len(chosen)
+    if not others:
+        return "all-linear"
+    _logger.warning(
+        "%d linear layers get no adapters: they share their weights, or compute something else",
+        others,
+    )
+    return chosen
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the weights that several modules use."""
+    used = Counter(
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "weight"
+    )
+    again = Counter(
+        id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    return {key for key in used if used[key] > 1 or again[key] > 1}
+
+
+def _is_product(module: Any) -> bool:
+    if isinstance(module, Conv1D) or type(module) is nn.Linear:
+        return True
+    weight = module.weight
+    try:
+        out = module(torch.zeros(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device))
+    except Exception:  # it takes something else
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, 2, weight.shape[0])
+
+
+def _expert_weights(model: PreTrainedModel) -> int:
+    """Return the parameters of experts, which are kept in one matrix for each expert."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "expert" in name and "lora_" not in name
+    )
 
 
 def _rows(model: PreTrainedModel, ids: Sequence[int]) -> dict[str, list[int]] | None:

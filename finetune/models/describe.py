@@ -67,7 +67,8 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def context_length(model: CausalLM) -> int | None:
     """Return the number of positions of a causal language model; None if it has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None  # XLNet's is -1
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -5,7 +5,7 @@ card. An earlier export is whole until the new one is (see `run.replace`).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from finetune.errors import Border, UserError
-from finetune.models.adapters import merge_lora
+from finetune.models.adapters import ADAPTERS, base_of_adapters, merge_lora, save_adapters
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
 from finetune.models.vocabulary.activate import full_vocabulary
-from finetune.run.replace import replacing
+from finetune.run.replace import discard, replacing
 
 
 def export_model(
@@ -34,24 +34,28 @@ def export_model(
     *,
     card: str,
     dtype: torch.dtype | None = None,
+    beside: Callable[[PreTrainedModel, Path], None] | None = None,
 ) -> None:
     """Write `dest`, which `AutoModelForCausalLM.from_pretrained` loads, over an earlier export.
 
-    LoRA is merged into a copy, and an active vocabulary is written back into the full table; the
-    model in memory stays as it is. `card`: the text of README.md (see `card.model_card`). `dtype`:
-    of the saved weights; None: as they are. Raises UserError if the disk refuses, or if `dest` has
-    a file that no export wrote.
+    LoRA is merged into a copy. It is also kept in `adapters/`, if the adapters alone make the
+    trained model of a base that has a name. An active vocabulary is written back into the full
+    table; the model in memory stays as it is. `card`: the text of README.md (see
+    `card.model_card`). `dtype`: of the saved weights; None: as they are. `beside` writes more files
+    into the folder, from the plain model. Raises UserError if the disk or transformers refuses, or
+    if `dest` has a file that no export wrote.
     """
     try:
         with replacing(dest) as work, full_vocabulary(model):
-            _write(
-                merge_lora(model) if isinstance(model, PeftModel) else model,
-                tokenizer,
-                work,
-                card,
-                dtype,
-            )
-    except (OSError, SafetensorError) as error:
+            plain = merge_lora(model) if isinstance(model, PeftModel) else model
+            _write(plain, tokenizer, work, card, dtype)
+            if beside is not None:
+                beside(plain, work)
+            if isinstance(model, PeftModel) and (base := base_of_adapters(model)):
+                save_adapters(model, base, tokenizer, work / ADAPTERS)
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         kept = "; the earlier export is untouched" if dest.exists() else ""
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the model could not be written to {dest}: {reason}{kept}") from error
@@ -69,8 +73,22 @@ def verify_export(
 
     It is a share of the largest logit. Raises UserError if the model does not load, if the logits
     differ by more than rounding (1e-4; 0.05 for 16-bit weights), or if input and output are tied in
-    one model alone.
+    one model alone. The folder is deleted then: it would be taken for the trained model.
     """
+    try:
+        return _difference(dest, model, sample_ids, trust_remote_code)
+    except UserError as error:
+        discard(dest)
+        raise UserError(f"{error}. It is deleted") from error
+
+
+def _difference(
+    dest: Path,
+    model: PreTrainedModel | PeftModel,
+    sample_ids: Sequence[int],
+    trust_remote_code: bool,
+) -> float:
+    """Return the largest difference of a logit. Raises UserError as `verify_export` does."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with Border(f"the export {dest} does not load"):
         reloaded: Any = AutoModelForCausalLM.from_pretrained(dest, dtype="auto", **options)

@@ -2,9 +2,13 @@
 
 `fuse` changes how attention, norms and gated MLPs are computed; parameters and results stay the
 same, up to rounding. `output_head` reads from a model what the loss needs, so that the loss can
-take the place of the model's own product with its head.
+take the place of the model's own product with its head. `tree_masks` makes the masks of examples
+that share their beginnings (`finetune.data.batches.trees`).
 """
 
+import inspect
+import re
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +40,22 @@ def fuse(model: PreTrainedModel) -> None:
 
     A part that is not understood, or not faster this way on its device, computes as before.
     """
-    if model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa" and not _asks_for_the_name(model):
         model.set_attn_implementation(BY_EXAMPLE)
     fuse_norms(model)
     fuse_gates(model)
+
+
+def _asks_for_the_name(model: PreTrainedModel) -> bool:
+    """Return whether the code of `model` does something else for attention of another name.
+
+    DeepSeek-V3.2 and its kind put the keys that their indexer chose into the mask for two names
+    only.
+    """
+    code = inspect.getsource(sys.modules[type(model).__module__])
+    return (
+        re.search(r'_attn_implementation (in \(|== )[^\n]*"sdpa"(?!.*trf-ignore)', code) is not None
+    )
 
 
 class OutputHead(NamedTuple):
@@ -76,6 +92,40 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return (
         head is not None and not isinstance(head, BaseTunerLayer) and model.base_model is not model
     )
+
+
+def tree_masks(model: PreTrainedModel, position_ids: Tensor, reach: Tensor) -> Any:
+    """Return what `model` takes as the attention mask of trees: a mask, or one for each kind.
+
+    transformers makes masks from places in a sequence, and cuts a sequence wherever positions jump.
+    In a tree both are wrong. A mask with four dimensions is used as it is, so each kind of layer
+    gets one: a token sees those of its path, in sliding windows by position.
+
+    position_ids and reach [sequences, length], as in `finetune.data.types.MicroBatch`. A mask is
+    [sequences, 1, length, length]: bool, or numbers to add for eager attention. It keeps the tree
+    that it was made of as `_tree`.
+    """
+    config = model.config.get_text_config()
+    as_numbers = model.config._attn_implementation == "eager"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return _mask(position_ids, reach, window, as_numbers)
+    windows = {"sliding_attention": window}
+    return {kind: _mask(position_ids, reach, windows.get(kind), as_numbers) for kind in kinds}
+
+
+def _mask(position_ids: Tensor, reach: Tensor, window: int | None, as_numbers: bool) -> Tensor:
+    places = torch.arange(reach.shape[1], device=reach.device)
+    seen = (places <= places[:, None]) & (places[:, None] < reach[:, None, :])
+    if window is not None:
+        seen &= position_ids[:, :, None] - position_ids[:, None, :] < window
+    mask = seen[:, None]
+    if as_numbers:
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+    mask._tree = (reach, position_ids, window)  # type: ignore[attr-defined]
+    return mask
 
 
 def _forward(
@@ -127,7 +177,7 @@ def _layout_of(
 
 
 def _tree_layout(tree: tuple[Tensor, Tensor, int | None], heads: int) -> Layout:
-    """Return the layout of the trees that a mask was made of (see `finetune.models.trees`)."""
+    """Return the layout of the trees that a mask was made of (see `tree_masks`)."""
     reach, positions, window = tree
     begins = torch.arange(len(reach))[:, None] * reach.shape[1]  # places go on from row to row
     ends = (reach + begins).flatten().tolist()

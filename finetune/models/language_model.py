@@ -8,13 +8,14 @@ Packing. A new example begins at each position id of 0, and examples must not se
 transformers builds the block mask from the position ids by itself, a sliding window included. It
 does so only without an attention mask and without a cache
 (`transformers.masking_utils.find_packed_sequence_indices`), and not in every architecture:
-`check_packing` checks it.
+`finetune.models.probes` checks it.
 """
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -27,11 +28,9 @@ from finetune.compute.loss import (
     causal_lm_loss_of_logits,
     frozen_square_probabilities,
 )
-from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, inner_model, token_tables
-from finetune.models.fuse import fuse, has_plain_head, output_head
-from finetune.models.trees import tree_masks
+from finetune.models.fuse import fuse, has_plain_head, output_head, tree_masks
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
@@ -55,6 +54,7 @@ class LanguageModel(nn.Module):
         fuse(self.causal_lm)
         # Frozen rows drawn for a training step, and the place of every token's row then.
         self.sample: tuple[FrozenRows, Tensor] | None = None
+        self.routers = _router_loss(self.causal_lm)
         self.fused = self._logits_are_understood()
         if not self.fused:
             _logger.warning(
@@ -81,10 +81,24 @@ class LanguageModel(nn.Module):
         bool; 0 without them). Raises UserError for a target that is neither active nor among the
         frozen rows drawn for the step.
         """
+        assert targets.shape[1:] == (2,), "targets are pairs, which `targets_of` makes of labels"
+        whole = self.causal_lm.base_model if self.fused else self.causal_lm
+        output = self._run(whole, input_ids, position_ids, reach)
+        routing = None
+        if self.routers is not None and self.training and reduction == "sum":
+            routing = self.routers(output.router_logits, targets, input_ids.shape)
+        loss = self._loss(output, targets, reduction, inactive)
+        return loss if routing is None else loss + routing
+
+    def _loss(
+        self, output: Any, targets: Tensor, reduction: str, inactive: Tensor | None
+    ) -> Tensor:
+        """Return the loss, or scores, from the output of the decoder or of the whole model."""
         if not self.fused:
-            logits = self._run(self.causal_lm, input_ids, position_ids, reach).logits
+            logits = output.logits
+            inactive = None if inactive is None else inactive[: logits.shape[-1]]
             return causal_lm_loss_of_logits(logits, targets, reduction=reduction, inactive=inactive)
-        hidden = self._hidden(input_ids, position_ids, reach)
+        hidden = output.last_hidden_state
         head = output_head(self.causal_lm)
         module = self.causal_lm.get_output_embeddings()
         if isinstance(module, ActiveHead):
@@ -98,6 +112,8 @@ class LanguageModel(nn.Module):
             if inactive is not None:
                 ids = torch.cat([vocabulary.active_ids.clamp(min=0), vocabulary.frozen_ids])
                 inactive = inactive[ids]
+        elif inactive is not None:  # the input table may have more rows than the head
+            inactive = inactive[: len(head.weight)]
         return causal_lm_loss(
             hidden, targets, **head._asdict(), reduction=reduction, inactive=inactive
         )
@@ -130,9 +146,9 @@ class LanguageModel(nn.Module):
         """
         head = output_head(self.causal_lm)
         assert head.frozen is not None
-        hidden = self._hidden(input_ids, position_ids, reach)
+        decoder = self.causal_lm.base_model
         return frozen_square_probabilities(
-            hidden,
+            self._run(decoder, input_ids, position_ids, reach).last_hidden_state,
             targets,
             head.weight,
             head.frozen,
@@ -144,12 +160,6 @@ class LanguageModel(nn.Module):
     def causal_lm(self) -> PreTrainedModel:
         """The model of transformers, inside peft's wrapper if there is one."""
         return inner_model(self.model)
-
-    def _hidden(
-        self, input_ids: Tensor, position_ids: Tensor | None, reach: Tensor | None
-    ) -> Tensor:
-        decoder = self.causal_lm.base_model
-        return self._run(decoder, input_ids, position_ids, reach).last_hidden_state
 
     def _run(
         self,
@@ -185,6 +195,58 @@ class LanguageModel(nn.Module):
         )
 
 
+class RouterLoss(NamedTuple):
+    """The auxiliary loss of a mixture of experts, which spreads the tokens over its experts.
+
+    A call returns its share of a micro-batch: as transformers adds it to the mean over target
+    tokens, here it is added to their sum once for each. Tokens after the last target of a sequence
+    do not count: no loss depends on them, and they may be padding.
+    """
+
+    balance: Callable[..., Tensor]  # transformers' load_balancing_loss_func
+    num_experts: int
+    num_chosen: int  # experts of each token
+    coefficient: float
+
+    def __call__(
+        self, router_logits: tuple[Tensor, ...], targets: Tensor, shape: torch.Size
+    ) -> Tensor:
+        """Return the share of a micro-batch of `shape` [sequences, length]."""
+        (sequences, length), places = shape, targets[:, 0]
+        ends = places.new_zeros(sequences)  # behind the last target of each sequence
+        ends.scatter_reduce_(0, places // length, places % length + 2, "amax")
+        counted = (torch.arange(length, device=ends.device) < ends[:, None]).int()
+        loss = self.balance(router_logits, self.num_experts, self.num_chosen, counted)
+        return self.coefficient * len(targets) * loss
+
+
+def _router_loss(model: PreTrainedModel) -> RouterLoss | None:
+    """Return the loss of the routers if the config asks for it, and log that.
+
+    Raises UserError if it asks for one that this model does not have.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None
+    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    coefficient = getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None))
+    experts, chosen = (
+        getattr(model, name, getattr(config, name, None))
+        for name in ("num_experts", "num_experts_per_tok")
+    )
+    if balance is None or coefficient is None or experts is None or chosen is None:
+        raise UserError(
+            f"output_router_logits is set for {type(model).__name__}, which has no loss of its "
+            "routers. Set it to false in the model's config"
+        )
+    _logger.warning(
+        "%g times the routers' loss is part of the training loss, and not of the held-out loss "
+        "(output_router_logits, router_aux_loss_coef)",
+        coefficient,
+    )
+    return RouterLoss(balance, experts, chosen, coefficient)
+
+
 def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
     missing = targets[row_of_id[targets] == NOT_SAMPLED]
     if len(missing):
@@ -192,72 +254,6 @@ def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
             f"the target token {int(missing[0])} does not train and was not drawn for this step. "
             "Make it active, or give the step's targets to FrozenSampler.before_step"
         )
-
-
-def check_packing(language_model: LanguageModel) -> None:
-    """Raise UserError unless examples packed into one sequence have the losses they have alone.
-
-    Some architectures (Bloom, whose alibi knows no positions) or attention implementations let them
-    see each other.
-    """
-    model = language_model.causal_lm
-    vocabulary, device = token_tables(model)[0].shape[0], model.device
-    lengths = (5, 1, 7, 4)
-    ids = torch.arange(sum(lengths), device=device)[None] * 7 % vocabulary
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    labels = torch.where(positions == 0, IGNORE_INDEX, ids)
-    with evaluating(language_model):
-        packed = language_model.token_losses(ids, targets_of(labels), positions)
-        pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
-        alone = torch.cat(
-            [language_model.token_losses(piece, targets_of(own)) for piece, own in pieces]
-        )
-        mixed = language_model.token_losses(ids, targets_of(labels))
-    error, leak = (packed - alone).abs().max(), (mixed - alone).abs().max()
-    if not error <= 0.1 * leak + 1e-5:  # NaN is refused too
-        raise UserError(
-            f"{type(model).__name__} with {model.config._attn_implementation} attention lets "
-            f"packed examples see each other (losses differ by up to {error:.2g} nats from those "
-            "of the examples alone). Set data.packing: false"
-        )
-
-
-def check_trees(language_model: LanguageModel) -> str | None:
-    """Return what is wrong if examples that share beginnings lose other than they do alone.
-
-    It is the end of a sentence about the model; None if nothing is wrong.
-    """
-    try:
-        error, leak = _tree_error(language_model)
-    except Exception as raised:  # a mask that its code does not expect may raise anything
-        return f"it does not take the mask of a tree ({type(raised).__name__})"
-    if not error <= 0.1 * leak + 1e-5:  # NaN is wrong too
-        return f"its losses differ by up to {error:.2g} nats from those of the examples alone"
-    return None
-
-
-def _tree_error(language_model: LanguageModel) -> tuple[Tensor, Tensor]:
-    """Return by how much losses in a small tree differ from those alone, and without its mask."""
-    model = language_model.causal_lm
-    vocabulary, device = token_tables(model)[0].shape[0], model.device
-    # a root of 9 tokens with branches of 8 (with two of their own), 3 and 1, and another root of 5
-    nodes = ((9, 0, 23), (8, 9, 22), (2, 17, 19), (3, 17, 22), (1, 9, 23), (5, 0, 28))
-    ids = torch.arange(28, device=device)[None] * 7 % vocabulary
-    positions = torch.cat([torch.arange(start, start + n) for n, start, _ in nodes])[None]
-    reach = torch.cat([torch.full((n,), end) for n, _, end in nodes])[None].to(device)
-    positions, places = positions.to(device), torch.arange(28, device=device)
-    paths = [(places <= end - 1) & (reach[0] >= end) for end in (19, 22, 23, 28)]
-    with evaluating(language_model):
-        inside, alone, mixed = [], [], []
-        for path in (places[seen] for seen in paths):
-            own = ids[:, path]
-            targets = targets_of(torch.cat([own[:, :1] * 0 + IGNORE_INDEX, own[:, 1:]], 1))
-            alone.append(language_model.token_losses(own, targets))
-            moved = torch.stack([path[targets[:, 0]], targets[:, 1]], 1)
-            inside.append(language_model.token_losses(ids, moved, positions, reach))
-            mixed.append(language_model.token_losses(ids, moved))
-    right = torch.cat(alone)
-    return (torch.cat(inside) - right).abs().max(), (torch.cat(mixed) - right).abs().max()
 
 
 @contextmanager

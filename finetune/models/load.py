@@ -4,8 +4,12 @@ Master weights are float32 for any precision of the matrix products (see `speed.
 update smaller than 1/256 of a weight would be lost.
 """
 
-from collections.abc import Mapping
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from logging import LogRecord, getLogger
 from typing import Any
 
 import torch
@@ -14,13 +18,26 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from finetune.errors import Border, UserError, did_you_mean, reason_of
+from finetune.errors import Border, UserError, did_you_mean, reason_of, visible
 from finetune.models.checks import check_config, check_number, check_stops, check_weights
 from finetune.models.locate import resolve_name
 
 # The command line shows progress of its own. Downloads keep their bars.
 logging.disable_progress_bar()
 
+
+def _escape(record: LogRecord) -> bool:
+    """Escape the control characters in what transformers logs, such as names of a file."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
+
+
+for _handler in logging.get_logger("transformers").handlers:
+    _handler.addFilter(_escape)
+
+_logger = getLogger(__name__)
+
+NO_SDPA = "scaled_dot_product_attention"  # in the error of an architecture without it
 AT_LEAST_ONE = (
     "hidden_size",
     "num_hidden_layers",
@@ -39,7 +56,8 @@ class ModelSpec:
     config: Mapping[str, Any] | None = None  # {"model_type": "llama", ...}: random weights
     revision: str | None = None  # of a hub repository
     trust_remote_code: bool = False
-    attn_implementation: str | None = None  # None: sdpa if the architecture has it, else eager
+    # None: sdpa if the architecture has it, else eager. "sdpa": the same, and eager is logged.
+    attn_implementation: str | None = None
     vocab_size: int | None = None  # rows of a random model's token table
 
     def __post_init__(self) -> None:
@@ -50,26 +68,49 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     """Return a causal language model with float32 weights, in evaluation mode.
 
     Random weights come from torch's global generator. Raises UserError if there is no such model,
-    its config is wrong, or it has no such attention.
+    its config is wrong, weights are missing, or it has no such attention.
     """
     if spec.name is None:
         return _random_model(spec)
     place, found = _find(spec)
     with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            config=found,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+        loaded: Any = _with_attention(
+            spec,
+            found,
+            lambda config: AutoModelForCausalLM.from_pretrained(
+                place,
+                config=config,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            ),
         )
     model, report = loaded
     check_weights(model, report, spec.name)
     settings = model.generation_config
     check_stops(settings.eos_token_id, f"the generation config of {spec.name!r}")
     return model
+
+
+def _with_attention(
+    spec: ModelSpec, config: PretrainedConfig, make: Callable[[PretrainedConfig], Any]
+) -> Any:
+    """Return what `make` gives for a config with the attention that `spec` asks for.
+
+    An architecture without sdpa gets eager attention, which is logged.
+    """
+    if spec.attn_implementation is not None:
+        config._attn_implementation = spec.attn_implementation  # also of its parts
+    try:
+        return make(config)
+    except ValueError as error:
+        if spec.attn_implementation != "sdpa" or NO_SDPA not in str(error):
+            raise
+    _logger.warning("attention is eager (model.attn_implementation): this architecture has no sdpa")
+    config._attn_implementation = "eager"
+    return make(config)
 
 
 def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
@@ -83,8 +124,12 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
             return load_model(spec)
         _, found = _find(spec)
         with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
-            return AutoModelForCausalLM.from_config(
-                found, trust_remote_code=spec.trust_remote_code, dtype=torch.float32
+            return _with_attention(
+                spec,
+                found,
+                lambda config: AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=spec.trust_remote_code, dtype=torch.float32
+                ),
             )
 
 
@@ -117,8 +162,10 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
     unable = f"no {config['model_type']} model can be made from model.config"
     try:
         with Border(unable, but=(KeyError,), reason=_reason):
-            model = AutoModelForCausalLM.from_config(
-                model_config, attn_implementation=spec.attn_implementation, dtype=torch.float32
+            model = _with_attention(
+                spec,
+                model_config,
+                lambda made: AutoModelForCausalLM.from_config(made, dtype=torch.float32),
             )
     except KeyError as error:  # a name that is in none of transformers' tables
         wrong = [f"model.config.{key}" for key, value in config.items() if value in error.args]
@@ -143,7 +190,7 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
         )
     config_class = CONFIG_MAPPING[model_type]
     standard = config_class()
-    known = {*standard.to_dict(), *config_class.attribute_map}
+    known = {*standard.to_dict(), *config_class.attribute_map, *_asked_for(config_class)}
     for key in options:
         if key not in known:
             raise UserError(
@@ -174,8 +221,35 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     return made
 
 
+def _asked_for(config_class: type[PretrainedConfig]) -> set[str]:
+    """Return the keys that a model reads from its config though the class does not declare them.
+
+    Qwen3-MoE's head_dim is one.
+    """
+    place = config_class.__module__.replace(".configuration_", ".modeling_")
+    try:
+        code = inspect.getsource(importlib.import_module(place))
+    except (ImportError, OSError):
+        return set()
+    return set(re.findall(r'getattr\(\s*(?:self\.)?config,\s*"(\w+)"', code))
+
+
 def _reason(error: BaseException) -> str:
     """Return why transformers refuses a model, clearer than its own sentence if that is known."""
-    if "scaled_dot_product_attention" in str(error):  # its sentence asks to open an issue
+    text = str(error)
+    # transformers' own sentence asks to open an issue.
+    if NO_SDPA in text:
         return "its architecture has no sdpa attention. Set model.attn_implementation: eager"
+    if "custom code" in text:
+        return (
+            "it comes with Python code of its own, which is run only if you trust it. Read that "
+            "code, and set model.trust_remote_code: true"
+        )
+    if (
+        found := re.search(r"configuration class <class '[\w.]*\.(\w+)'> for this", text)
+    ) is not None:
+        return (
+            f"{found[1]} is not that of a decoder. Take a causal language model: encoders, and "
+            "encoder-decoders such as T5, are not trained here"
+        )
     return reason_of(error)

@@ -17,12 +17,19 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
+from finetune.compute import products
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
+from finetune.errors import UserError
 from finetune.models.describe import inner_model
 from finetune.models.fuse import BY_EXAMPLE, fuse, has_plain_head, output_head
 
@@ -33,6 +40,7 @@ class StepMemory:
 
     activations: int  # kept for the backward at the end of the forward
     loss: int  # the most that the loss adds: one chunk of logits, and the gradient of the head
+    kept: int  # buffers that stay for the next step: a chunk of logits, on a CPU
     peak: int  # the most alive at once, with gradients; they come as activations go
 
 
@@ -105,7 +113,7 @@ class Rehearsal:
         # Attention by example keeps the same for packed and padded sequences.
         packed = packed and inner_model(self.model).config._attn_implementation != BY_EXAMPLE
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
-        with self.mode, live, _packing(packed):
+        with self.mode, live, _packing(packed), _experts(self.model):
             for _ in range(2 if accumulates else 1):
                 before, live.peak = live.now, live.now
                 with self._autocast():
@@ -117,9 +125,11 @@ class Rehearsal:
                 loss.backward()
                 del loss
             peak = live.peak
+            kept = products.rehearsed_bytes()
+            products.release()
         self.model.zero_grad()
         sparse_gradients = sequences * length * self.sparse_width * 4
-        return StepMemory(activations, in_loss, peak + sparse_gradients)
+        return StepMemory(activations, in_loss, kept, peak + sparse_gradients)
 
     def inference(self, *, sequences: int, length: int, num_logits: int, use_cache: bool) -> int:
         """Return the most that a forward without gradients allocates, in bytes.
@@ -128,12 +138,20 @@ class Rehearsal:
         """
         self.model.eval()
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
-        with self.mode, live, _packing(False), torch.no_grad(), self._autocast():
-            decoder = inner_model(self.model).base_model
+        with (
+            self.mode,
+            live,
+            _packing(False),
+            _experts(self.model),
+            torch.no_grad(),
+            self._autocast(),
+        ):
+            model = inner_model(self.model)
             ids = torch.zeros(sequences, length, dtype=torch.int64, device=self.device)
-            output = decoder(input_ids=ids, use_cache=use_cache)
-            head = inner_model(self.model).get_output_embeddings()
-            if head is not None:
+            plain = has_plain_head(model)
+            output = (model.base_model if plain else model)(input_ids=ids, use_cache=use_cache)
+            if plain:
+                head = model.get_output_embeddings()
                 logits = head(output[0].flatten(0, 1)[:num_logits]).float()
                 del logits
             return live.peak
@@ -199,3 +217,23 @@ def _packing(packed: bool) -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = find
+
+
+@contextlib.contextmanager
+def _experts(model: nn.Module) -> Iterator[None]:
+    """Let a mixture of experts run without data.
+
+    torch's grouped product knows bf16 alone then; transformers' own takes the same memory. Raises
+    UserError if the model decides from the data how much it computes.
+    """
+    can_use = moe._can_use_grouped_mm
+    moe._can_use_grouped_mm = lambda *args, **kwargs: False
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"{type(model).__name__} decides from its data how much it computes, so its memory "
+            "cannot be worked out in advance. Start the run, and look at its first steps"
+        ) from error
+    finally:
+        moe._can_use_grouped_mm = can_use

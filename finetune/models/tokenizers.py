@@ -7,6 +7,7 @@ A base model has neither markers nor template: ChatML
 """
 
 import contextlib
+import logging
 import re
 import signal
 import threading
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,6 +32,8 @@ from finetune.errors import Border, UserError
 from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
+
+_logger = logging.getLogger(__name__)
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -245,6 +249,40 @@ def _set_stops(
     model.config.pad_token_id = settings.pad_token_id = tokenizer.pad_token_id
     if tokenizer.bos_token_id is not None:
         model.config.bos_token_id = settings.bos_token_id = tokenizer.bos_token_id
+    model.generation_config = _savable(settings)
+
+
+def _savable(settings: GenerationConfig) -> GenerationConfig:
+    """Return the generation settings without those that transformers refuses to write.
+
+    It reads many that it does not write, such as a temperature without do_sample: they have no
+    effect. What is left out is logged.
+    """
+    try:
+        settings.validate(strict=True)
+        return settings
+    except ValueError:
+        kept = GenerationConfig()
+    switches = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+    given = {key: value for key, value in settings.to_dict().items() if key[0] != "_"}
+    dropped = []
+    for key in sorted(given, key=lambda key: key not in switches):
+        if given[key] == getattr(kept, key, None) or key == "transformers_version":
+            continue
+        before = getattr(kept, key, None)
+        setattr(kept, key, given[key])
+        try:
+            kept.validate(strict=True)
+        except ValueError:
+            setattr(kept, key, before)
+            dropped.append(f"{key} {given[key]}")
+    kept._from_model_config = False
+    _logger.warning(
+        "the model's generation_config.json has settings that contradict each other, and could "
+        "not be saved with the trained model; left out: %s",
+        ", ".join(dropped),
+    )
+    return kept
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -84,11 +84,19 @@ def _reason(name: str, options: Mapping[str, Any], lazy: Lazy, *, sharded: bool)
     asked = [key for key, value in options.items() if value and key not in known]
     if asked:
         return f"{' and '.join(asked)} asks for torch's own {name}"
-    beta1, beta2 = options["betas"]
-    if not (options["eps"] > 0 and GaussRules.supports((float(beta1), float(beta2)))):
-        return f"betas {beta1} and {beta2} with eps {options['eps']} leave no exact lazy path"
+    if not _is_exact(options["betas"], options["eps"]):
+        return f"betas {options['betas']} with eps {options['eps']} leave no exact lazy path"
     overrides = options.get("overrides") or ()
     decays = [options["weight_decay"], *(each.get("weight_decay") for each in overrides)]
     if name == "adam" and any(decays):
         return "adam's weight decay is a part of the gradient, so every row has one"
     return None
+
+
+def _is_exact(betas: Any, eps: Any) -> bool:
+    """Return whether missed steps can be made up; what is no number is refused elsewhere."""
+    try:
+        beta1, beta2 = map(float, betas)
+        return float(eps) > 0 and GaussRules.supports((beta1, beta2))
+    except (TypeError, ValueError):
+        return False

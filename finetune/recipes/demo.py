@@ -83,7 +83,16 @@ def _print_result(run: RunDir) -> None:
             console.print(f"  after:     {_line(sample.output)}", markup=False)
             console.print(f"  reference: {_line(sample.reference)}", markup=False)
     command = "translate" if "chrf" in after else "chat"
-    console.print(f"\nTry the model: finetune {command} {run.root}")
+    console.print(f"\nTry the model:    finetune {command} {run.root}")
+    shipped = f"{run.root}-shipped"
+    console.print(
+        f"Make one file:    finetune export {run.root} {shipped} --trim --gguf q8_0 "
+        "--dtype bfloat16"
+    )
+    console.print(
+        f"Run it in Ollama: ollama create {run.root.name} -f {shipped}/Modelfile && "
+        f"ollama run {run.root.name}"
+    )
 
 
 def _line(text: str, width: int = 160) -> str:

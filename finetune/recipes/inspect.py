@@ -1,18 +1,21 @@
 """`finetune inspect`: what a model would see of the data, before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from finetune.config import RunConfig
-from finetune.data.statistics import DataReport, pieces, report_on
+from finetune.data.formats.languages import language_name
+from finetune.data.formats.translation import TranslationFormat
+from finetune.data.statistics import DataReport, characters_per_token, pieces, report_on
 from finetune.data.types import Example, Tokenizer
 from finetune.display import Display
-from finetune.errors import visible
-from finetune.recipes.build.data import STREAM_SAMPLE
-from finetune.recipes.build.material import read_material
+from finetune.errors import UserError, visible
+from finetune.recipes.build.data import STREAM_SAMPLE, texts_in
+from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.vocabulary import plan_vocabulary
 
@@ -31,6 +34,8 @@ LABELS = {
     "longest": "longest example before a cut, tokens",
 }
 """The label of each field of DataStatistics."""
+
+DENSITY_RECORDS = 1000  # from which characters per token are counted
 
 
 def inspect_data(config: RunConfig, *, examples: int, console: Console | None = None) -> DataReport:
@@ -54,12 +59,20 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         console.print(_marked(legend, in_colour=console.is_terminal))
     console.print(_figures(report, streamed=config.data.streaming))
     console.print(_histogram(report))
+    densities = language_density(material)
+    console.print(_densities(densities))
     vocabulary = plan_vocabulary(
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
     for line in sharing_lines(material):
         console.print(line, markup=False)
+    for language, density in densities.items():
+        if density < 1:
+            display.note(
+                f"{language} falls into bytes: a token has {density:.2f} characters, so its texts "
+                "are long for this tokenizer. A model whose tokenizer knows it costs less"
+            )
     for sentence in material.advice():
         display.note(sentence)
     return report
@@ -110,6 +123,36 @@ def _figures(report: DataReport, *, streamed: bool) -> Table:
     table.add_row(
         "tokens that also occur in training", "", "-" if coverage is None else f"{coverage:.2%}"
     )
+    return table
+
+
+def language_density(material: Material) -> dict[str, float]:
+    """Return the characters a token of each language of the data, in its first records.
+
+    Data without languages has one entry.
+    """
+    texts: dict[str, list[str]] = {}
+    records = (record for _, record in islice(iter(material.raw.train), DENSITY_RECORDS))
+    for record in records:
+        if isinstance(material.format, TranslationFormat):
+            try:
+                found = material.format.by_language(record).items()
+            except UserError:  # a bad record, which the encoding has reported
+                continue
+            for language, text in found:
+                texts.setdefault(language_name(language), []).append(text)
+        else:
+            texts.setdefault("all text", []).extend(texts_in(record))
+    return {
+        language: characters_per_token(kept, material.tokenizer) for language, kept in texts.items()
+    }
+
+
+def _densities(densities: Mapping[str, float]) -> Table:
+    """Return the characters a token of each language."""
+    table = Table(title="characters per token", title_justify="left", show_header=False)
+    for language, value in densities.items():
+        table.add_row(language, f"{value:.2f}")
     return table
 
 

@@ -119,6 +119,19 @@ def model_card(
     )
 
 
+def base_card(*, title: str, base_model: str, license: str | None) -> str:
+    """Return the card of a model that was not trained here."""
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {} if license is None else {"license": license}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in front.items()]
+    lines.append(f"base_model: {json.dumps(base_model)}")
+    unknown = "The licence of the base model is not known here; it holds for this model too.\n"
+    return (
+        "---\n" + "\n".join(lines) + f"\n---\n\n# {title}\n\n`{base_model}`, written by `finetune`."
+        "\n" + ("" if license is not None else "\n" + unknown)
+    )
+
+
 def card_on_hub(card: str, name: str) -> str:
     """Return a card as it is on the hub under `name`: the code loads it from there.
 
@@ -134,7 +147,11 @@ def card_on_hub(card: str, name: str) -> str:
 def license_of(folder: str) -> str | None:
     """Return the licence in the front matter of a model folder's README.md, or None."""
     readme = Path(folder) / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return license_in(readme.read_text("utf-8", "replace") if readme.is_file() else "")
+
+
+def license_in(card: str) -> str | None:
+    """Return the licence in the front matter of a model card, or None."""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
     line = re.search(r"^license:\s*[\"']?([\w.+-]+)", front[1], re.MULTILINE) if front else None
     return line[1] if line else None

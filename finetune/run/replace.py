@@ -108,7 +108,7 @@ def _put_back(aside: Path, dest: Path, kind: Kind) -> None:
     if not aside.is_symlink() and not _is_ours(aside, kind):
         raise UserError(f"{aside} is needed, and finetune did not make it. Move it")
     if os.path.lexists(dest):
-        _discard(aside)
+        discard(aside)
     else:
         aside.rename(dest)
 
@@ -127,11 +127,11 @@ def _swap(work: Path, dest: Path, aside: Path) -> None:
     except OSError:
         aside.rename(dest)
         raise
-    _discard(aside)
+    discard(aside)
 
 
-def _discard(folder: Path) -> None:
-    """Delete an earlier folder: a link, or what its marker lists. There is nothing else in it."""
+def discard(folder: Path) -> None:
+    """Delete a folder that was written so: a link, or what its marker lists."""
     if folder.is_symlink():
         folder.unlink()
     else:

@@ -4,13 +4,15 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.errors import UserError
 from finetune.evaluation.answers import text_metrics
@@ -31,19 +33,7 @@ def make_app(served: Served, worker: Worker, *, hosts: Collection[str] | None) -
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def guard(
-        request: Request, call_next: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        host = request.headers.get("host", "")
-        if hosts is not None and urlsplit(f"//{host}").hostname not in hosts:
-            return _refusal(403, f"this server is not {host!r:.100}")
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return _refusal(403, f"a page of {origin!r:.100} may not ask this server")
-        response = await call_next(request)
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        return response
+    app.add_middleware(_Guard, hosts=hosts)
 
     @app.exception_handler(404)
     async def not_found(request: Request, _: Exception) -> Response:
@@ -60,6 +50,39 @@ def make_app(served: Served, worker: Worker, *, hosts: Collection[str] | None) -
     app.include_router(_interface(served, worker))
     app.include_router(_page(served))
     return app
+
+
+class _Guard:
+    """Refuses requests that are not for this server, or that a page of another site sends."""
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        refusal = None
+        if self._hosts is not None and _split(f"//{host}")[0] not in self._hosts:
+            refusal = _refusal(403, f"this server is not {host!r:.100}")
+        elif origin is not None and _split(origin)[1] != host:
+            refusal = _refusal(403, f"a page of {origin!r:.100} may not ask this server")
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await (refusal or self._app)(scope, receive, send_marked)
+
+
+def _split(address: str) -> tuple[str | None, str | None]:
+    """Return the host name and the host with its port of an address; None if it is none."""
+    try:
+        parts = urlsplit(address)
+        return parts.hostname, parts.netloc
+    except ValueError:
+        return None, None
 
 
 def _interface(served: Served, worker: Worker) -> APIRouter:

@@ -10,7 +10,7 @@ from finetune.data.formats.rendering import ChatTemplate, Dialog
 from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
 from finetune.evaluation.tool_calls import read_answer_calls
-from finetune.inference.generation import GenerationSettings, answer_room
+from finetune.inference.decoder import GenerationSettings, answer_room
 from finetune.models.describe import CausalLM
 from finetune.serving.protocol import ChatRequest
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.data.types import Tokenizer
-from finetune.inference.generation import AnswerText, Decoder, GenerationSettings
+from finetune.inference.batching import batches_of, way_of
+from finetune.inference.decoder import Decoder, GenerationSettings, Way
+from finetune.inference.generation import AnswerText
 from finetune.models.describe import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -46,8 +48,8 @@ class Worker:
 
     `models` has the models by name, each in evaluation mode on its device. At most `batch_size`
     answers are drawn at a time, and at most `most_waiting` requests wait. Jobs that wait for the
-    same model begin together as one batch. Batches take turns, token by token, so that two models
-    stream side by side.
+    same model begin together as one batch, if it can read them together. Batches take turns, token
+    by token, so that two models stream side by side.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Worker:
         most_waiting: int,
     ) -> None:
         self._models, self._tokenizers = models, tokenizers
+        self._ways = {name: way_of(model) for name, model in models.items()}
         self._batch_size, self._most_waiting = batch_size, most_waiting
         self._waiting: list[tuple[str, Job]] = []
         self._changed = threading.Condition()
@@ -109,8 +112,16 @@ class Worker:
                 if not job.cancelled:
                     jobs.setdefault(name, []).append(job)
             self._batches += [
-                _Batch(self._models[name], self._tokenizers[name], together)
+                _Batch(
+                    self._models[name],
+                    self._tokenizers[name],
+                    [together[i] for i in members],
+                    self._ways[name],
+                )
                 for name, together in jobs.items()
+                for members in batches_of(
+                    [job.prompt for job in together], self._ways[name], len(together)
+                )
             ]
             return not self._closing
 
@@ -118,8 +129,10 @@ class Worker:
 class _Batch:
     """Jobs that began together. `running` has those whose answers go on, by number."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, jobs: Sequence[Job]) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self, model: CausalLM, tokenizer: Tokenizer, jobs: Sequence[Job], way: Way
+    ) -> None:
+        self._model, self._tokenizer, self._way = model, tokenizer, way
         self.running = {number: _Answer(job, tokenizer) for number, job in enumerate(jobs)}
         self._decoder: Decoder | None = None
 
@@ -140,6 +153,7 @@ class _Batch:
                 self._model,
                 {number: job.prompt for number, job in jobs.items()},
                 {number: job.settings for number, job in jobs.items()},
+                self._way,
             )
         drawn = dict(self._decoder.step())
         active = set(self._decoder.active)

@@ -99,6 +99,8 @@ def check_optimizer_state(
         raise TypeError("param_groups has members that are not numbers of parameters")
     if not isinstance(state, Mapping):
         raise TypeError("state is not a mapping")
+    if list(map(len, members)) != [len(group["params"]) for group in ours["param_groups"]]:
+        return  # of other settings, as the optimizer says
     for index, values in state.items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise TypeError(f"it has a state for the parameter {index!r}, which the model lacks")

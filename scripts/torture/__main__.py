@@ -47,7 +47,7 @@ def until(end: float, items: Iterator[Bad]) -> Iterator[Bad]:
 
 def say(text: str) -> None:
     """Print a line at once."""
-    print(text, flush=True)
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def main() -> None:

@@ -129,10 +129,10 @@ def campaign(
         if outcome not in ("sentence", "fine"):
             say(f"{outcome.upper()} {case.name}: {' '.join(case.arguments)!r:.200}\n{_end(ended)}")
         elif outcome == "sentence":
-            with (folder / "sentences.txt").open("a") as file:
+            with (folder / "sentences.txt").open("a", errors="backslashreplace") as file:
                 file.write(f"{case.name}: {ended.output.splitlines()[-1]}\n")
         else:
-            with (folder / "fine.txt").open("a") as file:
+            with (folder / "fine.txt").open("a", errors="backslashreplace") as file:
                 file.write(f"{case.name}: {case.arguments!r:.300}\n")
         shutil.rmtree(here, ignore_errors=True)
 

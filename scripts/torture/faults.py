@@ -58,7 +58,7 @@ class Faults:
         problem = None
         if TRACEBACK in ended.output or ended.code not in codes:
             problem = f"it ends with {ended.code}: {ended.output[-600:]}"
-        elif ended.code == 2 and not ended.output.splitlines()[-1].startswith("finetune: "):
+        elif ended.code == 2 and "\nfinetune: " not in "\n" + ended.output:
             problem = f"there is no sentence: {ended.output[-600:]}"
         else:
             (ended,) = self.chains._run(run, lambda: None)

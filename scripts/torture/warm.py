@@ -42,7 +42,7 @@ class Ended:
             return "traceback"
         if self.code < 0:
             return "crash"
-        if self.code == 2 and lines and lines[-1].startswith("finetune: "):
+        if self.code == 2 and any(line.startswith("finetune: ") for line in lines):
             return "sentence"
         return "fine" if self.code == 0 else f"exit code {self.code}"
 

@@ -149,11 +149,11 @@ CASES: dict[str, dict[str, Case]] = {
         "negative": changed("optimizer.lr=-1", "optimizer.lr = -1", "greater than 0"),
         "not a choice": changed("training.precision=int3", "'auto', 'fp32', 'bf16' or 'fp16'"),
         "number for a source": changed(
-            "data.train=3", "data.train.0 = 3", "a mapping of keys to values"
+            "data.train=3", "dataset '3' not found", "it is not a file or folder here"
         ),
-        "no source": changed("data.train=[]", "data.train is an empty list", "Name a file"),
+        "no source": changed("data.train=[]", "data.train is empty", "Name a file"),
         "no held-out source": changed(
-            "data.validation=[]", "data.validation is an empty list", "leave the key out"
+            "data.validation=[]", "data.validation is empty", "leave the key out"
         ),
         "text for a section": changed(
             "model=gpt2", "model = 'gpt2'", "a mapping of keys to values"
@@ -512,8 +512,8 @@ CASES: dict[str, dict[str, Case]] = {
     "no run and no model": {
         "report on no run": typed("report .", "holds no run", ".finetune.json", files={"a": ""}),
         "report on nothing": typed("report none", "none does not exist"),
-        "export of no run": typed("export . out", "not a run's folder"),
-        "export of nothing": typed("export none out", "none", "run"),
+        "export of no run": typed("export . out", "not a model", "config.json"),
+        "export of nothing": typed("export none out", "none", "not found"),
         "translate with no model": typed(
             "translate here Hello.", "is not a model", "config.json", files={"here/a": ""}
         ),

@@ -115,7 +115,7 @@ def test_another_run_in_the_folder_is_not_touched(copy):
         ("model.config.num_hidden_layers=1", "the model changed"),
         ("data.targets=all", "the training data changed"),
         ("training.batch_size=8", "training.batch_size changed (then 4, now 8)"),
-        ("optimizer.name=sgd", "optimizer.name changed (then lazy_adamw, now sgd)"),
+        ("optimizer.name=sgd", "optimizer.name changed (then adamw, now sgd)"),
     ],
 )
 def test_a_run_with_another_model_or_other_data_is_not_resumed(copy, change, says):

@@ -23,7 +23,7 @@ from finetune.config import load_config
 from finetune.optim import list_optimizers
 from finetune.recipes.inspect import inspect_data
 from tests.cli.conftest import finetune, snapshot
-from tests.conftest import conversation
+from tests.conftest import LLAMA, conversation
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -452,6 +452,24 @@ def test_inspect_shows_examples_targets_and_figures(chat_run):
     assert snapshot(chat_run) == before
 
 
+def test_inspect_shows_the_characters_a_token_of_each_language(folder, write_config):
+    """A tokenizer that is trained on the pairs knows both; one letter a token is bytes."""
+    pairs = [{"en": f"Save the file {n}", "ko": f"파일을 저장 {n}"} for n in range(30)]
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps({"translation": pair}) + "\n" for pair in pairs), encoding="utf-8"
+    )
+    write_config(
+        data={"train": "pairs.jsonl", "max_length": 128},
+        model={"config": LLAMA, "tokenizer": {"vocab_size": 260}},
+    )
+    result = finetune("inspect", "c.yaml", "--examples", "0")
+    assert result.code == 0, result.err
+    lines = {line.split("│")[1].strip(): line for line in result.out.splitlines() if "│" in line}
+    assert "English" in lines
+    assert "0.52" in lines["Korean"]
+    assert "Korean falls into bytes: a token has 0.52" in result.err
+
+
 def test_inspect_colours_the_targets_on_a_terminal(chat_run):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, color_system="standard", width=200)
@@ -583,13 +601,11 @@ def test_a_model_without_sdpa_is_planned_trained_and_read(folder, write_config):
     ):
         result = finetune(*command)
         assert result.code == 0, (command, result.err)
-    for command in ("train", "inspect", "plan"):
-        result = finetune(command, "c.yaml", "model={name: out}", "output_dir=again")
-        assert result.code == 2, result.err
-        assert (
-            "its architecture has no sdpa attention. Set model.attn_implementation: eager"
-            in result.err
-        )
+    result = finetune("train", "c.yaml", "model={name: out}", "output_dir=again", "--dry-run")
+    assert result.code == 0, result.err
+    assert "attention is eager (model.attn_implementation)" in result.err
+    for command in ("inspect", "plan"):
+        assert finetune(command, "c.yaml", "model={name: out}", "output_dir=again").code == 0
 
 
 def test_a_model_with_code_of_its_own_is_trusted_by_the_command_line_alone(chat_run, monkeypatch):

@@ -151,12 +151,12 @@ def test_tensorboard_has_its_folder_and_is_said(folder, write_config) -> None:
 
 
 def test_what_was_cut_is_a_sentence(folder, write_config) -> None:
-    write_config(data={"max_length": 24}, training={"max_steps": 1})
+    write_config(data={"max_length": 18}, training={"max_steps": 1})
     result = finetune("train", "c.yaml")
     assert result.code == 0, result.err
     (said,) = re.findall(r"^training: of the examples.*$", result.err, flags=re.M)
     assert re.fullmatch(
-        r"training: of the examples that are longer than 24 tokens \d+ were cut(, \d+ of these had "
+        r"training: of the examples that are longer than 18 tokens \d+ were cut(, \d+ of these had "
         r"no target left and were left out)?; the longest has \d+ \(data\.max_length, "
         r"data\.overlong\)",
         said,

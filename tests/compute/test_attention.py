@@ -142,3 +142,25 @@ def test_what_is_no_row_of_examples_goes_to_the_kernel(make_model, monkeypatch):
         written,
         model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, pad_token_id=0),
     )
+
+
+def test_values_may_be_of_another_width():
+    """As in latent attention (DeepSeek-V2)."""
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, 4, 20, 12),
+        torch.randn(2, 2, 20, 12),
+        torch.randn(2, 2, 20, 8),
+    )
+    tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
+    layout = attention.plan_layout([20, 20], attention.causal_square(20), 4)
+    ours = attention.attend(*tensors, layout, scale=None, dropout=0.0)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *tensors, is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+    slope = torch.randn_like(ours)
+    for mine, other in zip(
+        torch.autograd.grad(ours, tensors, slope), torch.autograd.grad(theirs, tensors, slope)
+    ):
+        torch.testing.assert_close(mine, other)

@@ -11,8 +11,9 @@ from finetune.data.batches.dataset import EvaluationBatches, TrainingBatches
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.formats.detect import build_format
 from finetune.data.sources import load_records
-from finetune.data.statistics import histogram, pieces, report_on
+from finetune.data.statistics import characters_per_token, histogram, pieces, report_on
 from finetune.data.types import IGNORE_INDEX, Example
+from tests.vocabularies import real_tokenizer
 
 from .settings import batch_shape, format_options, source
 from .stock import DEFAULT_SYSTEM, MakeTokenizer
@@ -95,3 +96,18 @@ def test_the_demo_data_goes_all_the_way_to_batches(
     prompts = [prompt for _, record in splits[1] for prompt in format.prompts(record)]
     assert len(prompts) == len(splits[1])
     assert all(prompt.reference and prompt.text and prompt.input_ids for prompt in prompts)
+
+
+def test_characters_per_token_show_which_language_falls_into_bytes():
+    """Korean is no part of SmolLM2's tokenizer: a character takes two or three tokens."""
+    tokenizer = real_tokenizer("smollm2")
+    english, french, korean = (
+        characters_per_token([text] * 2, tokenizer)
+        for text in (
+            "The file could not be saved. Please try again.",
+            "Le fichier n'a pas pu être enregistré. Veuillez réessayer.",
+            "파일을 저장할 수 없습니다. 다시 시도하십시오.",
+        )
+    )
+    assert english > 4 > french > 2 > 1 > korean > 0.3
+    assert characters_per_token([], tokenizer) == 0

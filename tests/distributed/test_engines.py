@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from finetune.config.loading import load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.recipes.export import export_run
+from finetune.recipes.export.export import export_target
 from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from tests.conftest import LLAMA, PYTHIA, conversation
@@ -154,7 +154,7 @@ def test_each_process_writes_its_shards_and_the_checkpoint_reads_as_that_of_one(
 @pytest.mark.parametrize("name", ["lazy", "tied"])
 def test_the_model_loads_and_so_does_one_exported_from_a_checkpoint(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
-    export_run(
+    export_target(
         Path(name),
         Path(f"{name}-8"),
         dtype="float32",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from finetune.inference.batching import way_of
 from finetune.inference.beginnings import KeptCache, common_beginnings
 from finetune.inference.generation import GenerationSettings, generate, stream
 from tests.models.conftest import make_model
@@ -25,7 +26,8 @@ def prompts_of_two_kinds():
 
 
 def watched(model):
-    """Have `model` note the shape of each input."""
+    """Have `model` note the shape of each input, once its way is known."""
+    way_of(model)
     shapes, forward = [], model.forward
 
     def noting(*args, **kwargs):

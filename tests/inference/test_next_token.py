@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.inference.generation import next_tokens, penalise_repetition
+from finetune.inference.decoder import next_tokens, penalise_repetition
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from finetune.data.types import targets_of
 from finetune.errors import UserError
-from finetune.models.adapters import add_lora, merge_lora
+from finetune.models.adapters import add_lora, base_of_adapters, merge_lora
 from finetune.models.describe import describe_model, token_tables
 from finetune.models.export import export_model, verify_export
-from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.language_model import LanguageModel
+from finetune.models.load import ModelSpec, load_model
+from finetune.models.probes import check_packing
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
 TIED = {"gpt2", "qwen2", "gemma3"}
@@ -98,3 +102,74 @@ def test_unknown_target_modules_are_named_with_those_there_are(make_model):
 def test_new_rows_of_a_head_with_a_bias_are_refused(make_model):
     with pytest.raises(UserError, match=r"drops the bias .* Train without model.lora"):
         add_lora(make_model("phi"), **LORA, new_token_ids=[96])
+
+
+def test_a_head_that_shares_its_table_is_refused(make_model):
+    with pytest.raises(UserError, match="'lm_head' shares its weights with the input embedding"):
+        add_lora(
+            make_model("qwen2"),
+            rank=2,
+            alpha=4,
+            dropout=0.0,
+            target_modules=["q_proj", "lm_head"],
+        )
+
+
+def test_layers_that_share_their_weights_get_no_adapters(make_model, caplog):
+    """As in Zamba: what one of them learns would be merged into all."""
+    model = make_model("llama")
+    first, second = model.model.layers
+    second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+    second.mlp = first.mlp
+    with pytest.raises(UserError, match="'q_proj' shares its weights with other layers"):
+        add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="q_proj")
+    wrapped = add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    adapted = {name for name, _ in wrapped.named_parameters() if "lora_A" in name}
+    assert adapted
+    assert not any("q_proj" in name or "mlp" in name for name in adapted)
+    assert "linear layers get no adapters" in caplog.text
+
+
+def test_experts_that_get_no_adapters_are_said(caplog):
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    model = load_model(ModelSpec(config=config, vocab_size=97))
+    add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
+    assert f"the {2 * 4 * 3 * 16 * 32:,} weights of the experts" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
+def test_adapters_are_also_kept_by_themselves(make_model, kind, chat_tokenizer, tmp_path):
+    base = tmp_path / "base"
+    make_model(kind, len(chat_tokenizer)).save_pretrained(base)
+    model = add_lora(load_model(ModelSpec(name=str(base))), **LORA, new_token_ids=[3, 5])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    export_model(model, chat_tokenizer, tmp_path / "model", card="")
+    folder = tmp_path / "model" / "adapters"
+    assert (folder / "adapter_model.safetensors").is_file()
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
+        torch.testing.assert_close(again.eval()(ids).logits, merged, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_random_weights_or_beside_active_rows_are_not_kept(make_model):
+    wrapped = add_lora(make_model("llama"), **LORA)
+    assert base_of_adapters(wrapped) == ""
+    wrapped.get_base_model().name_or_path = "somewhere"
+    assert base_of_adapters(wrapped) == "somewhere"
+    wrapped.get_input_embeddings().weight.requires_grad_(True)
+    assert base_of_adapters(wrapped) == ""

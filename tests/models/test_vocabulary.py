@@ -19,7 +19,8 @@ from finetune.models.frozen_sample import (
     inclusion_chances,
     measure_frozen_rows,
 )
-from finetune.models.language_model import LanguageModel, check_packing
+from finetune.models.language_model import LanguageModel
+from finetune.models.probes import check_packing
 from finetune.models.speed import enable_activation_checkpointing
 from finetune.models.vocabulary.activate import (
     activate_vocabulary,

@@ -76,6 +76,15 @@ def test_a_path_that_there_is_not_is_refused(name, lazy, model, options, words):
         build_with_lazy_path(Model(**model), name, lazy, **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"betas": 0.9}, {"betas": ["x", 1]}, {"betas": [0.9, 1.0]}, {"eps": "small"}]
+)
+def test_options_that_are_no_numbers_are_left_to_those_who_refuse_them(options):
+    assert "no exact lazy path" in str(why_no_lazy_path("adamw", options, "auto"))
+    with pytest.raises(UserError, match=r"betas|eps"):
+        build_with_lazy_path(Model(), "adamw", "auto", **options)
+
+
 def test_a_sharded_table_stays_dense_unless_lazy_is_true():
     assert "shards" in str(why_no_lazy_path("adamw", {}, "auto", sharded=True))
     assert why_no_lazy_path("adamw", {}, True, sharded=True) is None

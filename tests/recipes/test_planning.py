@@ -256,6 +256,34 @@ def test_a_run_that_does_not_fit_is_not_timed_but_gets_advice(tiny, capsys, monk
     assert all(change in printed for change in changes)
 
 
+def test_a_model_that_cannot_be_packed_is_planned_without_packing(tiny, capsys):
+    config = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    plan = plan_run(make_config(tiny(model={"config": config})))
+    unpacked = untimed(tiny(model={"config": config}, data={"packing": False}))
+    assert plan.work == unpacked.work
+    assert plan.work != untimed(tiny(model={"config": config})).work
+    assert "packing is off" in capsys.readouterr().err
+
+
+def test_a_mixture_of_experts_is_planned(tiny):
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 32,
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    plan = untimed(tiny(model={"config": config}))
+    model = load_skeleton(ModelSpec(config=config, vocab_size=plan.model["vocab_size"]))
+    assert plan.model["parameters"] == sum(p.numel() for p in model.parameters())
+    assert plan.memory.activations > 0
+
+
 def test_a_stream_is_planned_from_its_first_records(tiny):
     tree = tiny(data={"streaming": True, "validation_fraction": 0.0, "packing": False})
     plan = untimed(tree)

@@ -19,7 +19,7 @@ from finetune.errors import UserError
 from finetune.models.tokenizers import byte_tokens, template_tokens
 from finetune.recipes.build.vocabulary import plan_vocabulary, spare_rows
 from finetune.recipes.evaluate import evaluate_target
-from finetune.recipes.export import export_run
+from finetune.recipes.export.export import export_target
 from finetune.recipes.inspect import inspect_data
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.plan.planner import Planner
@@ -307,7 +307,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path, mode, monkeyp
     )
     if mode == "frozen":
         assert torch.equal(table(tmp_path / "whole" / "run" / "model"), table(base))
-    export_run(
+    export_target(
         tmp_path / "cut" / "run",
         tmp_path / "out",
         dtype="float32",
@@ -336,7 +336,7 @@ def cut_and_whole(base, folder, *options, prepare=lambda folder: None):
             shutil.copytree(folder / "cut" / "run" / "model", folder / "halfway")
         run_training(config, resume="auto" if name == "cut" else None)
     whole, cut = folder / "whole" / "run", folder / "cut" / "run"
-    export_run(
+    export_target(
         whole,
         folder / "exported",
         dtype="float32",
@@ -469,7 +469,7 @@ def test_a_stream_grows_the_active_vocabulary(base, tmp_path, monkeypatch):
     assert recorded in (run / "model" / "README.md").read_text()
     ids = AutoTokenizer.from_pretrained(base)("ban dep gir").input_ids
     assert (table(base) != table(run / "model")).any(1)[ids].all()
-    export_run(
+    export_target(
         run, tmp_path / "earlier", dtype="float32", checkpoint=run / "checkpoints" / "step-00000004"
     )
     assert not torch.equal(table(tmp_path / "earlier"), table(run / "model"))

@@ -52,7 +52,7 @@ def running(run: Path, *, most_waiting: int = 64, **settings: float) -> Iterator
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3)
     )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         while not server.started:
@@ -60,8 +60,9 @@ def running(run: Path, *, most_waiting: int = 64, **settings: float) -> Iterator
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", served, worker)
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(timeout=60)
         worker.close()
+        assert not thread.is_alive(), "the server does not end"
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def train(tree: dict[str, Any], run: Path, resume: str | None) -> str:
     from finetune.recipes.train.train import run_training
     from finetune.report import run_page
 
-    run_page._render = lambda records: "<html></html>\n"
+    run_page._render = lambda records, live: "<html></html>\n"
     return run_training(
         make_config({**tree, "output_dir": str(run)}),
         resume=resume,

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from finetune.data.encoding.own import OwnFormat, Registered
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import (
@@ -63,7 +64,7 @@ class FormatOptions:
         return self.source_language, self.target_language
 
 
-Builder = Callable[[Tokenizer, FormatOptions], Format]
+Builder = Callable[[Tokenizer, FormatOptions], Registered]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def build_format(
         kind, first_record, columns=options.columns, languages=languages
     )
     if kind in _REGISTERED:
-        return _REGISTERED[kind].build(tokenizer, options)
+        return OwnFormat(_REGISTERED[kind].build(tokenizer, options))
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
     if kind == "chat":
         chat = ChatFormat(

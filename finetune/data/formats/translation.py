@@ -138,6 +138,10 @@ class TranslationFormat:
             f"{name!r} of the pairs" for name in others if record[self.pair_column][name]
         }
 
+    def by_language(self, record: Record) -> dict[str, str]:
+        """Return the text of a record in each language. Raises UserError if it is no pair."""
+        return dict(zip(self.languages, self._pair(record)))
+
     def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
         """Return the prompt that asks for the translation of `text`.
 

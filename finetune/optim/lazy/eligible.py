@@ -36,7 +36,8 @@ def sort_embeddings(model: nn.Module) -> tuple[list[nn.Embedding], list[tuple[in
     Each reason comes with its level of logging.
     """
     names = {module: name for name, module in model.named_modules()}
-    chosen, others = [], []
+    chosen: list[nn.Embedding] = []
+    others: list[tuple[int, str]] = []
     for embedding in _candidates(model):
         name = repr(names[embedding])
         sharing = ", ".join(repr(names[module]) for module in _also_holding(model, embedding))

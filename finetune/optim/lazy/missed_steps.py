@@ -176,8 +176,8 @@ class GaussRules:
         """
         beta1, beta2 = betas
         return (
-            beta2 > 0
-            and beta1 < math.sqrt(beta2)
+            0 < beta2 < 1
+            and 0 <= beta1 < math.sqrt(beta2)
             and (beta1 == 0 or horizon(beta1, beta2, 1e-10) <= _LONGEST_HORIZON)
             and nodes_needed(1, betas, _TOLERANCE, _MOST_NODES)[1] <= _TOLERANCE
         )

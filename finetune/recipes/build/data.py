@@ -11,6 +11,7 @@ from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.bad_records import BadRecords
 from finetune.data.encode import EncodedDataset, encode
 from finetune.data.encoding.kept import KeptEncoding
+from finetune.data.encoding.own import OwnFormat
 from finetune.data.encoding.store import EntryDraft, Store
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
@@ -50,7 +51,7 @@ class RawData:
         The tokenizer may read them in another thread.
         """
         records = islice(iter(self.train), TOKENIZER_RECORDS)
-        return (text for _, record in records for text in _texts(record))
+        return (text for _, record in records for text in texts_in(record))
 
 
 def load_raw_data(config: DataSection, *, seed: int) -> RawData:
@@ -185,7 +186,7 @@ def encode_records(
                 draft=draft,
             )
 
-    if store is None or data is None or made_from is None:
+    if store is None or data is None or made_from is None or isinstance(format, OwnFormat):
         encoded = run(None)
     else:
         limits = config.max_length, overlong, vocab_size
@@ -283,12 +284,13 @@ def generation_metrics(config: RunConfig, format: Format) -> tuple[str, ...]:
     return ("chrf", "bleu") if format.name == "translation" else ()
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a record, or in a value of one."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)

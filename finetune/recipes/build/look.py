@@ -23,7 +23,6 @@ from finetune.errors import UserError
 from finetune.models.locate import find_local
 from finetune.optim.registry import optimizer_info
 from finetune.run.folder import RunDir
-from finetune.run.marker import MARKER
 
 
 def look_at(config: RunConfig) -> None:
@@ -104,18 +103,24 @@ def look_at_texts(texts: object, *, input: Path | None, output: Path | None) -> 
         raise UserError(f"{output} already exists. Name another --output, or delete it")
 
 
-def look_at_export(root: Path, dest: Path, checkpoint: Path | None) -> RunDir:
-    """Return the run in `root`. Raises UserError if it has no such model, or `dest` exists."""
-    run = RunDir(root)
-    if not run.is_run():
-        raise UserError(
-            f"{root} is not a run's folder: it has no {MARKER}. Give the folder of a run"
-        )
+def look_at_export(target: str, dest: Path, checkpoint: Path | None) -> RunDir | None:
+    """Return the run that `target` is, or None for a model.
+
+    Raises UserError if it has no such model, or `dest` exists.
+    """
     if dest.exists():
         raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
+    run = RunDir(Path(target))
+    if not run.is_run():
+        if checkpoint is not None:
+            raise UserError(
+                f"--checkpoint is given, and {target} is not a run's folder. "
+                "Give the folder of the run"
+            )
+        return look_at_target(target)
     if checkpoint is None and not (run.model / "config.json").is_file():
         raise UserError(
-            f"the run {root} has no model/ yet. "
+            f"the run {target} has no model/ yet. "
             f"Finish it with `finetune train {run.config} --resume auto`, "
             "or name one of its checkpoints with --checkpoint"
         )

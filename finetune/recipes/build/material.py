@@ -119,11 +119,12 @@ class Material:
     def with_config(self, config: RunConfig) -> "Material":
         """Return the material of a changed config; only a changed data section is encoded anew.
 
-        The day that the chat template prints stays.
+        Packing changes no example. The day that the chat template prints stays.
         """
         config = with_template_date(config, self.config.data.template_date)
         changed = replace(self, config=config)
-        if config.data == self.config.data:
+        packing = {"packing": self.config.data.packing}
+        if config.data.model_copy(update=packing) == self.config.data:
             encoded = ("train", "validation", "unrelated")
             changed.__dict__.update({key: vars(self)[key] for key in encoded if key in vars(self)})
         return changed

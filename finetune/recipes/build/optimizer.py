@@ -73,6 +73,18 @@ def make_scheduler(optimizer: Optimizer, config: RunConfig, num_steps: int) -> L
     )
 
 
+def longer_warmup(config: RunConfig, num_steps: int) -> str | None:
+    """Return a sentence if the warm-up that the config asks for is longer than the run."""
+    asked = config.scheduler.warmup_steps
+    if asked is None or asked <= num_steps:
+        return None
+    return (
+        f"the warm-up of {asked:,} steps (scheduler.warmup_steps) is longer than the run: it is "
+        f"shortened to the run's {num_steps:,} steps, and the last of them has the full learning "
+        "rate"
+    )
+
+
 def optimizer_options(config: RunConfig) -> dict[str, Any]:
     """Return the options of `build_optimizer`.
 

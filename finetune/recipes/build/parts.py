@@ -18,8 +18,10 @@ from finetune.data.encode import DataStatistics, RecordEncoder
 from finetune.data.sources import Records
 from finetune.data.types import Format
 from finetune.display import Display
-from finetune.errors import UserError
-from finetune.models.language_model import LanguageModel, check_packing
+from finetune.errors import UserError, reason_of
+from finetune.models.describe import inner_model
+from finetune.models.language_model import LanguageModel
+from finetune.models.probes import check_causal, why_not_packed
 from finetune.models.speed import (
     compile_decoder,
     enable_activation_checkpointing,
@@ -35,6 +37,8 @@ from finetune.recipes.build.vocabulary import (
     plan_vocabulary,
 )
 from finetune.training.vocabulary import VocabularyKeeper, measuring_batches
+
+NOT_PACKED = "packing is off"  # the beginning of a note
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,12 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     apply_vocabulary(vocabulary, model, config, bf16=accelerator.mixed_precision == "bf16")
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     language_model = _wrap(model, config)
+    if config.data.packing and (reason := why_not_packed(language_model)) is not None:
+        display.note(f"{NOT_PACKED}, one example a sequence: {reason}")
+        data = config.data.model_copy(update={"packing": False})
+        config = config.model_copy(update={"data": data})
+        material = material.with_config(config)
+        batches, statistics = _make_batches(material, accelerator)
     sharing = plan_sharing(
         config, material.train, batches.shape, model=model, language_model=language_model
     )
@@ -113,6 +123,9 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),
+        "data.packing": str(config.data.packing),  # it and the length of a sequence make the steps
+        "data.max_length": str(config.data.max_length if config.data.packing else None),
+        "data.shuffle_buffer": str(config.data.shuffle_buffer if config.data.streaming else None),
         "the training data": batches.fingerprint,
         "training.batch_size": str(config.training.batch_size),
         "seed": str(config.seed),
@@ -142,11 +155,18 @@ def model_type(config: RunConfig) -> str:
 
 def _wrap(model: Any, config: RunConfig) -> LanguageModel:
     """Return the module that maps a batch to its loss, sped up and checked as the config says."""
-    language_model = LanguageModel(model)
+    try:
+        language_model = LanguageModel(model)
+        check_causal(language_model)
+    except UserError:
+        raise
+    except Exception as error:  # the code of a model: it may raise anything
+        name = type(inner_model(model)).__name__
+        raise UserError(
+            f"{name} does not read a plain text: {reason_of(error)}. Take another model"
+        ) from error
     if config.training.activation_checkpointing:
         enable_activation_checkpointing(language_model)
-    if config.data.packing:
-        check_packing(language_model)
     if config.training.compile:
         compile_decoder(language_model)
     return language_model

@@ -9,9 +9,9 @@ from finetune.data.batches.trees import LEAST, LEAST_SAVED, common_tokens
 from finetune.data.encode import EncodedDataset, spread
 from finetune.data.near_misses import near_miss
 from finetune.errors import UserError
-from finetune.models.describe import CausalLM, inner_model
-from finetune.models.language_model import LanguageModel, check_trees
-from finetune.models.trees import tree_obstacle
+from finetune.models.describe import CausalLM
+from finetune.models.language_model import LanguageModel
+from finetune.models.probes import tree_obstacle, why_no_trees
 from finetune.recipes.build.material import Material
 
 EXAMPLES_COUNTED = 20_000  # at most, spread over the data: planning more takes seconds
@@ -163,5 +163,5 @@ def sharing_obstacle(
         return "training.compile is true"
     found = tree_obstacle(model, max_length=config.data.max_length)
     if found is None and language_model is not None:
-        found = check_trees(language_model)
-    return None if found is None else f"{type(inner_model(model)).__name__}: {found}"
+        found = why_no_trees(language_model)
+    return found

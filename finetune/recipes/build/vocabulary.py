@@ -162,20 +162,22 @@ def active_ids(
     return ids | kept_ids(tokenizer, keep)
 
 
-def kept_ids(tokenizer: Any, keep: Iterable[int | str]) -> set[int]:
-    """Return the ids that `vocabulary.keep` names, as ids or by texts. Raises UserError."""
+def kept_ids(
+    tokenizer: Any, keep: Iterable[int | str], *, key: str = "vocabulary.keep"
+) -> set[int]:
+    """Return the ids that `vocabulary.keep` names, as ids or by texts.
+
+    Raises UserError, which calls them `key`.
+    """
     ids: set[int] = set()
     size = max(tokenizer.get_vocab().values()) + 1
     for item in keep:
         if isinstance(item, int) and not 0 <= item < size:
-            raise UserError(
-                f"vocabulary.keep: {item} is not a token id; ids go from 0 to {size - 1}"
-            )
+            raise UserError(f"{key}: {item} is not a token id; ids go from 0 to {size - 1}")
         found = {item} if isinstance(item, int) else _ids_of(tokenizer, item)
         if not found:
             raise UserError(
-                f"vocabulary.keep: the text {item!r} has no tokens. "
-                "Give a text that has some, or a token id"
+                f"{key}: the text {item!r} has no tokens. Give a text that has some, or a token id"
             )
         ids |= found
     return ids

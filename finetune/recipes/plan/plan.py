@@ -11,7 +11,7 @@ from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.optimizer import optimizer_options
-from finetune.recipes.build.parts import assemble, count_steps
+from finetune.recipes.build.parts import NOT_PACKED, Parts, assemble, count_steps
 from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
@@ -34,9 +34,11 @@ def plan_run(
         planner = Planner(config, display, memory_limit)
         plan = planner.plan()
         if plan.fits:
-            plan = _limited(
-                config, replace(plan, time=_time_steps(planner.material, plan.work, display))
-            )
+            parts = _real_parts(planner.material, display)
+            if parts.config.data.packing != config.data.packing:  # this model cannot be packed
+                planner.use(parts.material)
+                plan = planner.plan()
+            plan = _limited(config, replace(plan, time=_time_steps(parts, plan.work)))
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
@@ -47,11 +49,19 @@ def plan_run(
     return plan
 
 
-def _time_steps(material: Material, work: Work, display: Display) -> TimeEstimate:
-    """Load the real model, and take a few of the run's steps."""
+def _real_parts(material: Material, display: Display) -> Parts:
+    """Load the real model, and report what was chosen because of it."""
     display.say("the run fits: timing a few steps of the real model")
-    accelerator = make_accelerator(material.config, display)
-    parts = assemble(material, accelerator=accelerator, display=Display(enabled=False))
+    accelerator, quiet = make_accelerator(material.config, display), Display(enabled=False)
+    parts = assemble(material, accelerator=accelerator, display=quiet)
+    for note in quiet.notes:
+        if note.startswith(NOT_PACKED):
+            display.note(note)
+    return parts
+
+
+def _time_steps(parts: Parts, work: Work) -> TimeEstimate:
+    """Take a few of the run's steps."""
     return time_run(
         parts, tokens_per_step=work.tokens_per_step, num_evaluations=work.num_evaluations
     )

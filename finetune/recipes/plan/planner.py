@@ -101,6 +101,10 @@ class Planner:
         self.work = work_of(self.material)
         self.baseline = CUDA_CONTEXT if self.device.type == "cuda" else process_memory()
 
+    def use(self, material: Material) -> None:
+        """Plan with another material of the same run, such as one that is not packed."""
+        self.config, self.material, self.work = material.config, material, work_of(material)
+
     def plan(self) -> Plan:
         """Return the plan without time and advice."""
         self.display.say("working out the memory of a step")

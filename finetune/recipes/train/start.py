@@ -108,7 +108,7 @@ def write_records(parts: Parts, run: RunDir) -> None:
     """
     accelerator, earlier = parts.accelerator, Environment()
     if run.config.is_file():
-        _say_changes(run, parts.config, parts.display)
+        _say_changes(run, parts)
     try:
         earlier = Environment.read(run)
     except UserError:
@@ -168,21 +168,37 @@ def write_counts(parts: Parts, run: RunDir) -> None:
     ).write(run)
 
 
-def _say_changes(run: RunDir, config: RunConfig, display: Display) -> None:
-    """Note the settings that differ from those that the run was started with."""
+def changed_settings(run: RunDir, config: RunConfig, prefix: str = "") -> list[str] | None:
+    """Return the settings that differ from those of `run`: "data.max_length 96 -> 64".
+
+    Only those that begin with `prefix`. None if the run's config is damaged.
+    """
     try:
         then = flat_settings(parse(read_config(run)))
     except (UserError, yaml.YAMLError):
-        then = {"": None}
+        return None
     if "" in then:
+        return None
+    now = flat_settings(parse(dump_config(config)))
+    keys = [key for key in sorted({*then, *now}) if key.startswith(prefix)]
+    return [f"{k} {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
+
+
+def _say_changes(run: RunDir, parts: Parts) -> None:
+    """Note the settings that differ from those that the run was started with."""
+    changed, display = changed_settings(run, parts.config), parts.display
+    if changed is None:
         display.note(f"{run.config} is damaged. It is made again")
         return
-    now = flat_settings(parse(dump_config(config)))
-    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     if changed:
+        display.note("resumed with changed settings: " + ", ".join(changed))
+    if any(
+        text.startswith(("training.max_steps ", "training.epochs ", "scheduler."))
+        for text in changed
+    ):
         display.note(
-            "resumed with changed settings: "
-            + ", ".join(f"{key} {then.get(key)} -> {now.get(key)}" for key in changed)
+            "the learning rate is now that of the whole schedule over "
+            f"{parts.num_steps:,} steps, from this step on"
         )
 
 

@@ -18,11 +18,18 @@ from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import TRACKING, make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.material import read_material, with_template_date
-from finetune.recipes.build.optimizer import make_optimizer, make_scheduler, optimizer_options
+from finetune.recipes.build.optimizer import (
+    longer_warmup,
+    make_optimizer,
+    make_scheduler,
+    may_be_lazy,
+    optimizer_options,
+)
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run
 from finetune.recipes.train.start import (
+    changed_settings,
     claim,
     find_start,
     flat_settings,
@@ -64,6 +71,7 @@ def run_training(
     Raises UserError for anything wrong with config, data, model, checkpoint or folder.
     """
     check_optimizer(config.optimizer.name, optimizer_options(config))
+    may_be_lazy(config)  # raises if optimizer.lazy asks for what cannot be
     run, display = RunDir(config.output_dir), display or Display()
     accelerator = make_accelerator(config, display)
     if dry_run:
@@ -84,7 +92,12 @@ def run_training(
         if resume is not None and checkpoint is None:
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
         if checkpoint is not None:
-            check_identity(checkpoint, parts.identity)
+            earlier = RunDir(checkpoint.parents[1])
+            check_identity(
+                checkpoint,
+                parts.identity,
+                lambda: changed_settings(earlier, parts.config, "data.") or [],
+            )
         claim(run, accelerator, resuming=resuming)
         with contextlib.ExitStack() as stack:
             stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish, stack)
@@ -98,6 +111,7 @@ def _build(
     """Return the parts of the run and its optimizer. Raises UserError for any that is wrong."""
     material = read_material(config, display)
     parts = assemble(material, accelerator=accelerator, display=display)
+    material = parts.material
     sharded = accelerator.distributed_type is DistributedType.FSDP
     optimizer = make_optimizer(parts.model, config, sharded=sharded, note=display.note)
     metrics = generation_metrics(config, material.format)
@@ -106,6 +120,8 @@ def _build(
         display.say(
             f"{_length_of(parts)}, each of about {material.examples_per_step:,.0f} examples"
         )
+    if (sentence := longer_warmup(config, parts.num_steps)) is not None:
+        display.note(sentence)
     for sentence in material.advice():
         display.note(sentence)
     return parts, optimizer
@@ -129,7 +145,8 @@ def _train(
     if limit is not None and checkpoint is not None:
         limit -= load(checkpoint, "training.pt")["progress"].get("seconds", 0.0)
     with display.steps(shown, first_step, limit=limit) as show:
-        listeners = (show, *_trackers(parts, run), *([listener] if listener else []))
+        trackers = _trackers(parts, run, None if checkpoint is None else first_step + 1)
+        listeners = (show, *trackers, *([listener] if listener else []))
         live = _make_trainer(
             parts, raw_optimizer, run, MetricLogger(run.metrics, listeners=listeners)
         )
@@ -137,6 +154,8 @@ def _train(
         if checkpoint is not None:
             forgotten = trainer.resume(checkpoint)
             display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
+            if (over := trainer.why_over()) is not None:
+                display.say(f"the run is finished, and nothing is trained: {over}")
             if forgotten is not None:
                 display.note(
                     f"the checkpoint of step {forgotten}, the best so far, is missing or damaged "
@@ -232,14 +251,16 @@ def _cadence(parts: Parts) -> Cadence:
     )
 
 
-def _trackers(parts: Parts, run: RunDir) -> tuple[Listener, ...]:
+def _trackers(parts: Parts, run: RunDir, first: int | None) -> tuple[Listener, ...]:
+    """Return what passes records on to the trackers. `first`: the first step that is repeated."""
     if not parts.config.tracking:
         return ()
     settings = {
         key: str(value)
         for key, value in flat_settings(parts.config.model_dump(mode="json")).items()
     }
-    parts.accelerator.init_trackers(run.root.name, config=settings)
+    options = {} if first is None else {"tensorboard": {"purge_step": first}}
+    parts.accelerator.init_trackers(run.root.name, config=settings, init_kwargs=options)
     if "tensorboard" in parts.config.tracking:
         parts.display.say(f"to see the curves: tensorboard --logdir {run.root / TRACKING}")
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record.step),)

@@ -1,0 +1,291 @@
+"""A batch of prompts that grow token by token: reading them, choosing tokens, leaving the batch.
+
+How the prompts are put together is a `Way`, since not every model can read padding. `batching`
+finds the one that suits a model.
+"""
+
+import inspect
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from finetune.errors import UserError
+from finetune.inference.beginnings import Group, KeptCache, common_beginnings
+from finetune.models.describe import CausalLM, context_length, inner_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How an answer is drawn."""
+
+    max_new_tokens: int
+    temperature: float  # 0: greedy
+    top_p: float  # 1: off
+    top_k: int  # 0: off
+    repetition_penalty: float  # 1: off
+    stop_ids: Sequence[int]  # the answer ends before the first of these tokens
+    seed: int | None = None  # None: another answer each time, unless the temperature is 0
+
+
+class Way(NamedTuple):
+    """How prompts are read together."""
+
+    shares: bool = False  # what prompts share at their start is read once; padding comes after it
+    pads: bool = False  # shorter prompts are padded on the left
+    batches: bool = False  # several prompts go together; of one length, unless `pads`
+    caches: bool = False  # what was read is kept; else the whole text is read again for each token
+
+
+class Decoder:
+    """A batch of prompts, one token further at each step. `active` has the unfinished prompts.
+
+    `model` is on its device and in evaluation mode. Each prompt has settings of its own. A `way`
+    without `batches` takes one prompt. `kept` has what was read of a conversation before its
+    prompt, which is then the only one; only a `way` that shares uses it. Raises UserError for a
+    prompt that is empty or leaves no room for an answer.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Mapping[int, Sequence[int]],
+        settings: Mapping[int, GenerationSettings],
+        way: Way,
+        *,
+        kept: KeptCache | None = None,
+    ) -> None:
+        assert (way.batches and kept is None) or len(prompts) == 1
+        self.model, self.device, self.settings, self.way = model, model.device, settings, way
+        self.active = list(prompts)
+        self.room = {
+            i: answer_room(model, prompt, settings[i].max_new_tokens)
+            for i, prompt in prompts.items()
+        }
+        # Not from torch's own random state: a training run must not be changed by its evaluations.
+        self.generators = {i: _generator(settings[i].seed) for i in prompts}
+        self.seen: Tensor | None = None
+        self.cache: Any = None
+        self.kept = kept if way.shares else None
+        texts = list(prompts.values())
+        groups = [Group(0, range(len(texts)))]
+        if self.kept is not None:
+            groups = [Group(self.kept.take(texts[0]), [0])]
+            self.cache = self.kept.cache
+        elif way.shares and len(texts) > 1:
+            groups = common_beginnings(texts)
+        self._read(texts, groups)
+
+    @torch.inference_mode()
+    def _read(self, prompts: list[Sequence[int]], groups: list[Group]) -> None:
+        """Read what each group shares at its start, and make the rest the first input.
+
+        Starts and rests are padded on the left.
+        """
+        starts, mask = self._padded([prompts[group.members[0]][: group.shared] for group in groups])
+        group_of = {i: number for number, group in enumerate(groups) for i in group.members}
+        places = torch.tensor([group_of[i] for i in range(len(prompts))], device=self.device)
+        if starts.shape[1] and self.cache is None:
+            options = {} if mask.all() else {"attention_mask": mask, "position_ids": _count(mask)}
+            self.cache = self._run(input_ids=starts, **options).past_key_values
+            self._select(places)
+        rests = [prompt[groups[group_of[i]].shared :] for i, prompt in enumerate(prompts)]
+        self.input_ids, rest_mask = self._padded(rests)  # [prompts, rest]
+        assert self.way.pads or rest_mask.all()
+        self.mask = torch.cat([mask[places], rest_mask], dim=1)  # [prompts, start + rest]
+        self.position_ids = _count(self.mask)[:, starts.shape[1] :]
+        if any(self.settings[i].repetition_penalty != 1.0 for i in self.active):
+            num_tokens = self.model.config.get_text_config().vocab_size
+            self.seen = torch.zeros(len(prompts), num_tokens, dtype=torch.bool, device=self.device)
+            for seen, prompt in zip(self.seen, prompts):
+                seen[torch.tensor(prompt, device=self.device)] = True
+
+    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return texts padded on the left, and a mask of their tokens, both [texts, longest]."""
+        longest = max(map(len, texts))
+        ids = [[0] * (longest - len(text)) + list(text) for text in texts]
+        mask = [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
+        both = torch.tensor([ids, mask], dtype=torch.int64, device=self.device)
+        return both[0], both[1]
+
+    def tokens(self) -> Iterator[int]:
+        """Yield the tokens of the answers as they come."""
+        while self.active:
+            yield from (token for _, token in self.step())
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """Return (prompt, next token) for each active prompt whose answer does not stop here.
+
+        Must not be called once all answers are finished.
+        """
+        options: dict[str, Any] = {}
+        if self.way.pads:
+            options = {"attention_mask": self.mask, "position_ids": self.position_ids}
+        if self.kept is not None:
+            self.kept.cache = None  # a forward that is broken off leaves half of it
+        output = self._run(input_ids=self.input_ids, past_key_values=self.cache, **options)
+        if self.way.caches:
+            self.cache = output.past_key_values
+        if self.kept is not None:
+            self.kept.add(self.input_ids[0].tolist(), self.cache)
+        chosen = self._choose(output.logits[:, -1])
+        tokens = [
+            (i, token)
+            for i, token in zip(self.active, chosen.tolist())
+            if token not in self.settings[i].stop_ids
+        ]
+        for i, _ in tokens:
+            self.room[i] -= 1
+        going_on = {i for i, _ in tokens if self.room[i] > 0}
+        self._advance(chosen, [place for place, i in enumerate(self.active) if i in going_on])
+        return tokens
+
+    def finish(self, prompt: int) -> None:
+        """Let the answer to a prompt end with the next token."""
+        self.room[prompt] = 0
+
+    def _run(self, **options: Any) -> Any:
+        """Run the model with what its forward takes of `options`.
+
+        A mixture of experts would compute its routers' loss, which needs other masks.
+        """
+        options |= {"use_cache": self.way.caches, "logits_to_keep": 1}
+        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            options["output_router_logits"] = False
+        return self.model(**taken(self.model, options))
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        settings = [self.settings[i] for i in self.active]
+        if self.seen is not None:
+            penalties = torch.tensor([each.repetition_penalty for each in settings])
+            logits = penalise_repetition(logits, self.seen, penalties[:, None].to(self.device))
+        generators = [self.generators[i] for i in self.active]
+        ways = [(each.temperature, each.top_p, each.top_k) for each in settings]
+        if len(set(ways)) == 1:
+            return _draw(logits, ways[0], generators)
+        rows = zip(logits.split(1), ways, generators)
+        return torch.cat([_draw(row, way, [generator]) for row, way, generator in rows])
+
+    def _advance(self, chosen: Tensor, kept: list[int]) -> None:
+        """Make the chosen tokens the next input, without the prompts that are finished."""
+        if self.seen is not None:
+            self.seen.scatter_(1, chosen[:, None], True)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        ids = chosen[:, None]
+        self.input_ids = ids if self.way.caches else torch.cat([self.input_ids, ids], dim=1)
+        self.position_ids = self.position_ids[:, -1:] + 1
+        if len(kept) == len(self.active) or not kept:
+            self.active = self.active if kept else []
+            return
+        places = torch.tensor(kept, device=self.device)
+        self.input_ids, self.mask = self.input_ids[places], self.mask[places]
+        self.position_ids = self.position_ids[places]
+        self.seen = None if self.seen is None else self.seen[places]
+        self._select(places)
+        self.active = [self.active[place] for place in kept]
+
+    def _select(self, places: Tensor) -> None:
+        """Make `places` of what is kept the new batch, in their order.
+
+        Every kind of state can be put in another order; only attention can be repeated or cut.
+        """
+        self.cache.reorder_cache(places)
+
+
+def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `options` that the forward of `model` takes."""
+    forward: Any = inner_model(cast(Any, model)).forward
+    parameters = inspect.signature(forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(options)
+    names = {parameter.name for parameter in parameters}
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    return torch.Generator().manual_seed(secrets.randbits(32) if seed is None else seed)
+
+
+def answer_room(model: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """Return how many tokens the answer to `prompt` may have.
+
+    Raises UserError if the prompt is empty, or too long for the model.
+    """
+    if not prompt:
+        raise UserError(
+            "the prompt is empty, and a model continues at least one token. Give a text"
+        )
+    limit = context_length(model)
+    if limit is None:
+        return max_new_tokens
+    if len(prompt) >= limit:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens and the model reads at most {limit}. Shorten the "
+            "text"
+        )
+    # The newest token needs no position until it is read again. But a limit that always holds is
+    # easier to explain.
+    return min(max_new_tokens, limit - len(prompt))
+
+
+def _count(mask: Tensor) -> Tensor:
+    """Return the positions of the tokens in `mask`, padding left out."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
+    """Return `logits` with the tokens that already occurred made less likely.
+
+    Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
+    `seen` are [prompts, V], `penalty` is one number or [prompts, 1].
+    Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def _draw(
+    logits: Tensor, way: tuple[float, float, int], generators: Sequence[torch.Generator]
+) -> Tensor:
+    temperature, top_p, top_k = way
+    return next_tokens(
+        logits, temperature=temperature, top_p=top_p, top_k=top_k, generators=generators
+    )
+
+
+def next_tokens(
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Return one token for each prompt, [prompts] int64, from `logits` [prompts, V].
+
+    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all of them). `top_p` then
+    keeps the fewest of those whose probabilities reach `top_p` (1: all of them;
+    https://arxiv.org/abs/1904.09751). `generators` has one CPU generator for each prompt, so an
+    answer does not depend on the prompts next to it.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    num_kept = min(top_k, logits.shape[-1]) if top_k else logits.shape[-1]
+    sorted_logits, tokens = logits.float().topk(num_kept, dim=-1)
+    probabilities = torch.softmax(sorted_logits / temperature, dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    # A token stays if those before it have not reached top_p. The likeliest one always stays.
+    probabilities = probabilities.masked_fill(cumulative - probabilities >= top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(
+        logits.device
+    )
+    # Inverse transform sampling: the first place whose cumulative probability exceeds `uniform`.
+    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    # The bound guards against rounding at the very end.
+    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return tokens.gather(1, torch.minimum(place, last_kept)).squeeze(1)

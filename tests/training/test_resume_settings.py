@@ -1,0 +1,79 @@
+"""What a resumed run says of settings that changed, and what it refuses."""
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune.config.loading import make_config
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.train.train import run_training
+
+
+class Said(Display):
+    """A display that keeps every line."""
+
+    def __init__(self):
+        super().__init__(enabled=False)
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def train(tree, **options):
+    display = Said()
+    run_training(make_config(tree), display=display, **options)
+    return "\n".join(display.lines)
+
+
+def test_what_moves_the_place_in_the_data_is_refused_and_the_setting_named(tiny):
+    train(tiny(training={"max_steps": 1}))
+    with pytest.raises(UserError, match=r"data.packing changed \(then True, now False\)"):
+        train(tiny(data={"packing": False}), resume="auto")
+    with pytest.raises(UserError, match=r"data.max_length changed \(then 96, now 64\)"):
+        train(tiny(data={"max_length": 64}), resume="auto")
+    with pytest.raises(
+        UserError, match=r"the training data changed \(data.targets assistant -> all\)"
+    ):
+        train(tiny(data={"targets": "all"}), resume="auto")
+
+
+def test_a_hash_is_short_if_no_setting_explains_the_change(tiny, chat_file):
+    train(tiny(training={"max_steps": 1}))
+    lines = chat_file.read_text().splitlines()
+    chat_file.write_text("\n".join(lines[:40] + lines[41:] + [lines[40]]) + "\n")
+    with pytest.raises(UserError, match=r"changed \(then \w{8}, now \w{8}\)"):
+        train(tiny(), resume="auto")
+
+
+def test_a_longer_run_goes_on_with_the_schedule_of_its_new_length(tiny):
+    train(tiny(training={"max_steps": 2}))
+    said = train(tiny(training={"max_steps": 4}), resume="auto")
+    assert "training.max_steps 2 -> 4" in said
+    assert "the learning rate is now that of the whole schedule over 4 steps" in said
+    assert "finished" not in said
+
+
+def test_a_finished_run_says_so(tiny):
+    train(tiny(training={"max_steps": 2}))
+    said = train(tiny(training={"max_steps": 2}), resume="auto")
+    assert "the run is finished, and nothing is trained: all 2 steps are taken" in said
+
+
+@pytest.mark.parametrize(("asked", "said"), [(100, True), (6, False)])
+def test_a_warm_up_that_is_longer_than_the_run_is_said(tiny, asked, said):
+    lines = train(tiny(scheduler={"warmup_steps": asked}))
+    assert ("the warm-up of 100 steps (scheduler.warmup_steps) is longer" in lines) == said
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(tiny, tmp_path):
+    tree = {
+        **tiny(training={"max_steps": 4}, checkpoint={"every": 1, "keep": 4}),
+        "tracking": ["tensorboard"],
+    }
+    train(tree)
+    train(tree, resume=str(tmp_path / "run" / "checkpoints" / "step-00000002"))
+    folder = next((tmp_path / "run").rglob("events.out.tfevents.*")).parent
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
