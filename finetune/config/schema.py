@@ -324,8 +324,8 @@ class TrainingSection(Section):
     batch_size: PositiveInt = 16  # sequences per optimizer step, over all processes
     micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
     # Beginnings that examples of a step have in common are computed once. The results are the same
-    # up to rounding. auto: if that saves 5 % of the tokens, and the model allows it. true: below 5 %
-    # too; a model or setting that does not allow it is an error.
+    # up to rounding. auto: if that saves 5 % of the tokens, and the model allows it. true: however
+    # little it saves; a model or a setting that does not allow it is then an error.
     share_prefixes: Literal["auto"] | bool = "auto"
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
     # auto: the CUDA GPU if there is one, else the CPU. mps: the GPU of a Mac, which is not tried
