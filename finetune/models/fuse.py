@@ -19,14 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetune.compute.attention import (
-    Layout,
-    attend,
-    causal_square,
-    plan_layout,
-    plan_tree_layout,
-)
+from finetune.compute.attention import attend, is_fused
 from finetune.compute.gates import fuse_gates
+from finetune.compute.layout import Layout, causal_square, plan_layout, plan_tree_layout
 from finetune.compute.loss import FrozenRows
 from finetune.compute.norms import fuse_norms
 from finetune.models.vocabulary.rows import ActiveHead
@@ -161,37 +156,42 @@ def _layout_of(
     if options.get("position_bias") is not None or not getattr(module, "is_causal", True):
         return None
     sequences, heads, length, _ = query.shape
+    few_shapes = not is_fused(query)
     # A mask without data (in a rehearsal) may have any layout: what is kept is the same.
     if mask is None or isinstance(mask, FakeTensor):
         if options.get("is_causal") is False:
             return None
-        return plan_layout([length] * sequences, causal_square(length), heads)
+        square = causal_square(length)
+        return plan_layout([length] * sequences, square, heads, few_shapes=few_shapes)
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
         positions = options.get("position_ids")
         mask._layout = (  # type: ignore[attr-defined]
-            _tree_layout(mask._tree, heads)
+            _tree_layout(mask._tree, heads, few_shapes)
             if hasattr(mask, "_tree")
-            else _read_layout(mask, positions, sequences, length, heads)
+            else _read_layout(mask, positions, query, few_shapes)
         )
     return mask._layout  # type: ignore[attr-defined]
 
 
-def _tree_layout(tree: tuple[Tensor, Tensor, int | None], heads: int) -> Layout:
+def _tree_layout(tree: tuple[Tensor, Tensor, int | None], heads: int, few_shapes: bool) -> Layout:
     """Return the layout of the trees that a mask was made of (see `tree_masks`)."""
     reach, positions, window = tree
     begins = torch.arange(len(reach))[:, None] * reach.shape[1]  # places go on from row to row
     ends = (reach + begins).flatten().tolist()
-    return plan_tree_layout(ends, positions.flatten().tolist(), heads, window=window)
+    places = positions.flatten().tolist()
+    return plan_tree_layout(ends, places, heads, window=window, few_shapes=few_shapes)
 
 
 def _read_layout(
-    mask: Tensor, positions: Tensor | None, sequences: int, length: int, heads: int
+    mask: Tensor, positions: Tensor | None, query: Tensor, few_shapes: bool
 ) -> Layout | None:
     """Return the layout that a mask and the positions describe.
 
-    mask [sequences or 1, 1, length, length] bool, positions [sequences or 1, length]. None unless
-    the mask is that of examples one after the other in their sequences, all of one causal pattern.
+    mask [sequences or 1, 1, length, length] bool, positions [sequences or 1, length], query
+    [sequences, heads, length, d]. None unless the mask is that of examples one after the other in
+    their sequences, all of one causal pattern.
     """
+    sequences, heads, length, _ = query.shape
     if (
         positions is None
         or mask.dtype != torch.bool
@@ -211,7 +211,9 @@ def _read_layout(
     seen = max(squares, key=len)
     alike = all(torch.equal(square, seen[: len(square), : len(square)]) for square in squares)
     causal = bool(seen.diagonal().all()) and not seen.triu(1).any()
-    return plan_layout(lengths, seen, heads) if alike and causal else None
+    if not (alike and causal):
+        return None
+    return plan_layout(lengths, seen, heads, few_shapes=few_shapes)
 
 
 AttentionInterface.register(BY_EXAMPLE, _forward)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.compute import attention
+from finetune.compute.layout import plan_tree_layout
 from finetune.data.batches.trees import collate_trees, plan_trees
 from finetune.data.types import IGNORE_INDEX, Example
 
@@ -42,7 +43,7 @@ def seen(batch, window):
 
 def layout_of(batch, heads, window=None):
     reach, positions = batch["reach"][0].tolist(), batch["position_ids"][0].tolist()
-    return attention.plan_tree_layout(reach, positions, heads, window=window)
+    return plan_tree_layout(reach, positions, heads, window=window)
 
 
 def computed_pairs(layout):
@@ -105,23 +106,27 @@ def reference(query, key, value, mask, scale):
     ),
     st.integers(1, 70),
     st.sampled_from([None, 3, 12]),
+    st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 99),
 )
-def test_random_trees_give_the_output_and_gradients_of_one_masked_softmax(paths, own, window, seed):
+def test_random_trees_give_the_output_and_gradients_of_one_masked_softmax(
+    paths, own, window, dtype, seed
+):
     paths = [((0, 9), *path) for path in paths]
     batch = batch_of(paths, own=own, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     count = batch["input_ids"].numel()
     query, key, value = (
-        torch.randn(count, heads, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        torch.randn(count, heads, 4, dtype=dtype, generator=generator).requires_grad_()
         for heads in (4, 2, 2)
     )
     layout = layout_of(batch, 4, window)
     assert any(group.path for group in layout.groups)
-    ours = attention._Attention.apply(query, key, value, layout, 0.5, 0.0)
+    by_head = (tensor[None].transpose(1, 2) for tensor in (query, key, value))
+    ours = attention.attend(*by_head, layout, scale=0.5, dropout=0.0)[0]
     theirs = reference(query, key, value, seen(batch, window), 0.5)
     torch.testing.assert_close(ours, theirs)
-    weight = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    weight = torch.randn(ours.shape, dtype=dtype, generator=generator)
     for mine, right in zip(
         torch.autograd.grad(ours, (query, key, value), weight),
         torch.autograd.grad(theirs, (query, key, value), weight),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from finetune.compute import attention
 from finetune.data.batches.trees import collate_trees, count_tokens, plan_trees
 from finetune.data.types import targets_of
+from finetune.models import fuse
 from finetune.models.adapters import add_lora
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model, load_skeleton
@@ -145,11 +145,11 @@ def prompts_of(shared, own, count, *, seed=0):
 @pytest.mark.parametrize("family", sorted(f for f in FAMILIES if FAMILIES[f][1] == "sdpa"))
 def test_the_products_are_those_of_trees_in_every_layer(family, monkeypatch):
     language_model, kinds = LanguageModel(make(family)), []
-    apply = attention._Attention.apply
+    attend = fuse.attend
     monkeypatch.setattr(
-        attention._Attention,
-        "apply",
-        lambda *given: kinds.append(given[3].of_trees) or apply(*given),
+        fuse,
+        "attend",
+        lambda *given, **options: kinds.append(given[3].of_trees) or attend(*given, **options),
     )
     (forest,) = plan_trees(prompts_of(20, 9, 3), capacity=200)
     language_model(**collate_trees(forest, prompts_of(20, 9, 3), pad_id=0))
