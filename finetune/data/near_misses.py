@@ -4,6 +4,7 @@ Examples that differ early and then agree again would share the long part if it 
 """
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
@@ -32,8 +33,9 @@ class NearMiss:
     def sentence(self) -> str:
         one, other = (f"“{visible(text.strip()):.40}”" for text in self.texts)
         return (
-            f"examples differ from token {self.token + 1} on ({one}, {other}). Behind the "
-            f"{self.common} tokens in common that follow, it would save {self.saves:.1f} times"
+            f"examples differ from token {self.token + 1} on ({one}, {other}), before "
+            f"{self.common} tokens that they have in common. Behind these it would leave "
+            f"{self.saves:.1f} times fewer tokens"
         )
 
 
@@ -50,7 +52,7 @@ def near_miss(
     found = [miss for pair in pairwise(keys[::every]) if (miss := _between(*pair)) is not None]
     if 2 * len(found) < len(keys[::every]) - 1 or not found:
         return None
-    start, one, other, common = max(found, key=lambda miss: len(miss[3]))
+    start, one, other, common = max(found, key=lambda miss: _occurrences(keys, miss[3]))
     moved = EncodedDataset()
     for example, key in zip(examples, keys, strict=True):
         moved.append(_moved(example, key, start, common))
@@ -78,15 +80,25 @@ def _between(one: array, other: array) -> tuple[int, array, array, array] | None
     return start, one[start:first], other[start:second], one[first : first + match.size]
 
 
+def _occurrences(keys: Sequence[array], part: array) -> int:
+    """Return how many tokens of all beginnings are those of `part`, once in each."""
+    return len(part) * sum(_place(key, part, 0) is not None for key in keys)
+
+
+def _place(key: array, part: array, start: int) -> int | None:
+    """Return where `part` is in `key`, from `start` on; None if it is not."""
+    whole, wanted = key.tobytes(), part.tobytes()
+    place = whole.find(wanted, 4 * start)
+    while place % 4 and place >= 0:
+        place = whole.find(wanted, place + 1)
+    return None if place < 0 else place // 4
+
+
 def _moved(example: Example, key: array, start: int, common: array) -> Example:
     """Return the example with the part in common at `start`, if it has it."""
-    whole, part = key.tobytes(), common.tobytes()
-    place = whole.find(part, 4 * start)
-    while place % 4 and place >= 0:
-        place = whole.find(part, place + 1)
-    if place < 0:
+    place = _place(key, common, start)
+    if place is None:
         return example
-    place //= 4
     rest = [*key[start:place], *key[place + len(common) :], *example.input_ids[len(key) :]]
     ids = [*key[:start], *common, *rest]
     return Example(ids, [IGNORE_INDEX] * len(key) + list(example.labels[len(key) :]))

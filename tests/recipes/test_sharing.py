@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -11,9 +12,12 @@ from finetune.data.near_misses import near_miss
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.models.load import ModelSpec, load_skeleton
+from finetune.recipes.build.sharing import sharing_obstacle
 from finetune.recipes.inspect import inspect_data
+from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.train.train import run_training
-from tests.conftest import conversation
+from tests.conftest import LLAMA, conversation
 from tests.data.settings import batch_shape
 
 RULES = "You add numbers, and answer in one short sentence without a word that is not needed."
@@ -129,7 +133,11 @@ def test_nothing_in_common_gives_the_same_bytes_and_one_line(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"data": {"packing": False}}, "data.packing is false"),
+        ({"data": {"packing": False}}, "examples are padded instead of packed"),
+        (
+            {"model": {"config": {**LLAMA, "attention_dropout": 0.1}}},
+            "LlamaForCausalLM: its dropout",
+        ),
         ({"model": {"lora": {"rank": 2, "dropout": 0.1}}}, "model.lora.dropout would be drawn"),
     ],
 )
@@ -140,6 +148,13 @@ def test_what_is_impossible_is_refused_or_said(changes, reason, ruled, tmp_path)
     fewer, tokens = computed(lines)
     assert fewer == tokens
     assert reason in said[0]
+
+
+def test_compiled_layers_do_not_share(ruled):
+    config = make_config(ruled(training={"compile": True}))
+    model = load_skeleton(ModelSpec(config=LLAMA, vocab_size=300))
+    assert sharing_obstacle(config, model) == "training.compile is true"
+    assert sharing_obstacle(make_config(ruled()), model) is None
 
 
 def test_plain_text_says_that_every_token_is_learnt(tiny, tmp_path):
@@ -155,8 +170,11 @@ def test_a_near_miss_is_named_with_what_it_would_save(make_dated):
     assert found is not None
     assert (found.token, found.common) == (4, 60)
     assert found.saves > 2
-    assert "from token 5 on (“17”" in found.sentence() or "from token 5 on (“" in found.sentence()
-    assert "60 tokens in common that follow" in found.sentence()
+    sentence = (
+        "examples differ from token 5 on (“%s”, “%s”), before 60 tokens that they have in common"
+    )
+    assert found.sentence().startswith(sentence % found.texts)
+    assert found.sentence().endswith(f"leave {found.saves:.1f} times fewer tokens")
 
 
 @pytest.fixture
@@ -182,3 +200,38 @@ def test_inspect_says_what_is_shared(ruled, capsys):
     out = capsys.readouterr().out
     assert "shared beginnings: the first " in out
     assert "computed once a micro-batch" in " ".join(out.split())
+
+
+def test_inspect_names_a_date_before_the_rules(ruled, tmp_path, capsys):
+    path = tmp_path / "dated.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(48):
+            record = conversation(number)
+            system = f"{number + 11}. It is now {7 * number % 60} past. {RULES}"
+            record["messages"].insert(0, {"role": "system", "content": system})
+            file.write(json.dumps(record) + "\n")
+    inspect_data(make_config(ruled(data={"train": str(path)})), examples=0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "shared beginnings: examples differ from token " in said
+    assert re.search(r"Behind these it would leave [1-9]\.\d times fewer tokens", said)
+
+
+def test_plan_says_what_is_shared(ruled, capsys):
+    plan = plan_run(make_config(ruled()), memory_limit=1)  # too little to time steps
+    assert plan.work.computed_per_step < plan.work.tokens_per_step
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "tokens computed" in said
+    assert "shared beginnings: the first " in said
+
+
+def test_true_shares_below_five_percent(tiny, tmp_path):
+    path = tmp_path / "few.jsonl"
+    records = [conversation(number) for number in range(40)]
+    for record in records[:2]:
+        record["messages"].insert(0, {"role": "system", "content": RULES[:40]})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    sizes = {"batch_size": 8, "micro_batch_size": 8}
+    tree = tiny(data={"train": str(path), "max_length": 128}, training=sizes)
+    found = {share: computed(train(tree, share, tmp_path)[0]) for share in ("auto", True)}
+    assert found["auto"][0] == found["auto"][1]
+    assert 0.95 * found[True][1] < found[True][0] < found[True][1]

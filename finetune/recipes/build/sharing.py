@@ -90,7 +90,8 @@ def plan_sharing(
     Of a stream, `train` has the first records. `language_model` is tried on a few tokens. Raises
     UserError if the config wants what is impossible.
     """
-    wanted = {"auto": None}.get(str(config.training.share_prefixes), config.training.share_prefixes)
+    choice = config.training.share_prefixes
+    wanted = None if choice == "auto" else choice
     obstacle = sharing_obstacle(config, model, language_model)
     if wanted is True and obstacle is not None:
         raise UserError(
@@ -118,7 +119,7 @@ def plan_sharing(
         larger=larger,
         all_learnt=sum(train.target_counts) >= len(train.token_ids) - len(train),
         obstacle=obstacle,
-        wanted=wanted,  # type: ignore[arg-type]
+        wanted=wanted,
     )
 
 
@@ -156,12 +157,12 @@ def sharing_obstacle(
     `language_model` is tried on a few tokens.
     """
     if not config.data.packing:
-        return "data.packing is false"
+        return "examples are padded instead of packed (data.packing)"
     if config.model.lora is not None and config.model.lora.dropout:
         return "model.lora.dropout would be drawn once for all examples that share a beginning"
     if config.training.compile:
         return "training.compile is true"
     found = tree_obstacle(model, max_length=config.data.max_length)
     if found is None and language_model is not None:
-        found = why_no_trees(language_model)
+        return why_no_trees(language_model)
     return found
