@@ -114,7 +114,7 @@ def _mask(position_ids: Tensor, reach: Tensor, window: int | None, as_numbers: b
     places = torch.arange(reach.shape[1], device=reach.device)
     seen = (places <= places[:, None]) & (places[:, None] < reach[:, None, :])
     if window is not None:
-        seen &= position_ids[:, :, None] - position_ids[:, None, :] < window
+        seen &= position_ids[:, :, None] < (position_ids + window)[:, None, :]
     mask = seen[:, None]
     if as_numbers:
         lowest = torch.finfo(torch.float32).min

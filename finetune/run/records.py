@@ -123,9 +123,9 @@ class StepRecord:
     grad_norm: float = math.nan  # before clipping
     num_target_tokens: int = 0
     num_tokens: int = 0  # of the examples
-    num_computed_tokens: int = 0  # of these; shared beginnings count once
     tokens_per_second: float = math.nan
     seconds: float = 0.0
+    num_computed_tokens: int = 0  # of the examples' tokens; shared beginnings count once
 
     def number(self, key: str) -> float | None:
         """Return the number under `key`."""

