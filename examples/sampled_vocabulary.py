@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune import models
+from finetune.data.types import targets_of
 from finetune.optim import build_optimizer, clip_grad_norm_
 
 VOCABULARY, USED, STEPS, SEQUENCES, LENGTH = 3000, 200, 20, 8, 16
@@ -26,19 +27,18 @@ def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
     """Learn texts that use 200 of 3,000 tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **TINY)
-    model = LlamaForCausalLM(config)
-    zipf = 1 / torch.arange(1.0, USED + 1)
+    model, zipf = LlamaForCausalLM(config), 1 / torch.arange(1.0, USED + 1)
     ids = torch.multinomial(zipf, STEPS * SEQUENCES * LENGTH, replacement=True)
-    # labels are not shifted: the loss does that
-    batches = [{"input_ids": b, "labels": b} for b in ids.view(STEPS, SEQUENCES, LENGTH)]
+    texts = ids.view(STEPS, SEQUENCES, LENGTH)
+    batches = [{"input_ids": text, "targets": targets_of(text)} for text in texts]
     models.activate_vocabulary(model, ids.unique().tolist())
     language_model = models.LanguageModel(model)
     mass = models.measure_frozen_rows(language_model, batches[:4])
     sampler = models.FrozenSampler(language_model, models.inclusion_chances(mass, 300))
     optimizer = build_optimizer(model, name, lr=1e-2)
     losses = []
-    for step, batch in enumerate(batches):
-        sampler.before_step(step)  # its seed; before every step, on each process the same
+    for step, batch in enumerate(batches):  # the seed of a step is the same on each process
+        sampler.before_step(step)
         loss = language_model(**batch) / (SEQUENCES * (LENGTH - 1))  # a sum, in nats
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
@@ -46,10 +46,10 @@ def train(name: str) -> tuple[torch.optim.Optimizer, list[float], float]:
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    # The plain model again, which loses nothing when it is saved. The other rows are unchanged.
+    # The plain model again. The other rows are unchanged.
     models.deactivate_vocabulary(model)
     with torch.no_grad():
-        whole = model.eval()(**batches[-1]).loss.item()  # over all tokens
+        whole = model.eval()(texts[-1], labels=texts[-1]).loss.item()  # over all tokens
     return optimizer, losses, whole
 
 

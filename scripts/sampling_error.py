@@ -56,7 +56,7 @@ def gradients(model: Any, batch: Mapping[str, Any]) -> tuple[float, dict[str, An
     torch.manual_seed(0)  # the same dropout
     model.zero_grad()
     model.train()
-    loss = model(**batch) / int((batch["labels"][:, 1:] >= 0).sum())
+    loss = model(**batch) / len(batch["targets"])
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.compute.loss import FrozenRows, linear_cross_entropy
+from finetune.data.batches.trees import collate_trees, plan_trees
+from finetune.data.types import Example, targets_of
 from finetune.models.language_model import LanguageModel
-from finetune.models.probes import check_packing
+from finetune.models.probes import check_packing, why_no_trees
 from finetune.models.speed import compile_decoder
 from finetune.models.vocabulary.activate import activate_vocabulary
 from finetune.optim import LazyAdamW, clip_grad_norm_
@@ -173,9 +175,48 @@ def test_packed_examples_do_not_see_each_other(family):
     check_packing(wrapped)
     ids = torch.randint(0, 97, (1, 20), device="cuda")
     positions = torch.cat([torch.arange(n) for n in (5, 1, 14)])[None].cuda()
-    together = wrapped(ids, ids.masked_fill(positions == 0, -100), positions)
-    apart = sum(wrapped(part, part) for part in ids.split((5, 1, 14), dim=1))
+    targets = targets_of(ids.masked_fill(positions == 0, -100))
+    together = wrapped(ids, targets, positions)
+    apart = sum(wrapped(part, targets_of(part)) for part in ids.split((5, 1, 14), dim=1))
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+def test_examples_that_share_beginnings_have_the_loss_and_gradients_they_have_alone(
+    family, precision
+):
+    """Not run yet: no GPU was at hand when this was written."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 97, **SMALL, "max_position_embeddings": 128}
+    window = {"head_dim": 16, "sliding_window": 8} if family == "gemma3_text" else {}
+    config = AutoConfig.for_model(family, **options, **window)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").cuda().eval()
+    wrapped = LanguageModel(model)
+    assert why_no_trees(wrapped) is None
+    draw = torch.Generator().manual_seed(1)
+    stem, *rests = (
+        torch.randint(1, 97, (n,), generator=draw).tolist() for n in (40, 11, 13, 3, 20)
+    )
+    examples = [Example(stem + rest, [-100] * 40 + rest) for rest in rests]
+    (forest,) = plan_trees(examples, capacity=500) or []
+    batch = {k: v.cuda() for k, v in collate_trees(forest, examples, pad_id=0).items()}
+    parameters = list(wrapped.parameters())
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
+        together = wrapped(**batch)
+        found = torch.autograd.grad(together, parameters)
+        apart = sum(
+            wrapped(ids, targets_of(labels))
+            for ids, labels in (
+                (torch.tensor([e.input_ids]).cuda(), torch.tensor([e.labels]).cuda())
+                for e in examples
+            )
+        )
+        right = torch.autograd.grad(apart, parameters)
+    rough = precision is torch.bfloat16
+    torch.testing.assert_close(together, apart, rtol=1e-2 if rough else 1e-5, atol=1e-4)
+    for mine, theirs in zip(found, right, strict=True):
+        assert (mine - theirs).norm() <= (3e-2 if rough else 1e-4) * theirs.norm()
 
 
 SMALL = {
@@ -189,7 +230,7 @@ SMALL = {
 
 def loss_and_gradients(model, ids, *, precision=torch.float32):
     with torch.autocast("cuda", torch.bfloat16, enabled=precision is torch.bfloat16):
-        loss = model(ids, ids)
+        loss = model(ids, targets_of(ids))
     loss.backward()
     return loss.detach(), {
         name.removeprefix("model."): p.grad for name, p in model.named_parameters()
@@ -256,7 +297,7 @@ def test_an_active_vocabulary_gives_the_loss_and_gradients_of_the_full_one():
         if active:
             activate_vocabulary(model, active)
         ids = torch.tensor([[1, 5, 8, 1, 13, 2]], device="cuda")
-        loss = LanguageModel(model)(ids, ids)
+        loss = LanguageModel(model)(ids, targets_of(ids))
         loss.backward()
         return loss.detach(), model.get_input_embeddings().weight.grad
 

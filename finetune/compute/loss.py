@@ -1,8 +1,5 @@
 """The loss of a causal language model, computed without ever holding the logits of all tokens.
 
-The shift between hidden states and labels happens here and nowhere else (see
-`finetune.data.types`).
-
 A vocabulary of V rows and N target tokens make N x V logits, by far the largest tensor of a small
 model's step. Here the tokens go through the output head in chunks, and each chunk's gradients are
 taken while its logits are at hand. That takes 6NVd flops, as in the plain way, no recomputation,
@@ -29,7 +26,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.compute.products import add_product, buffer, converted, widens, write_product
-from finetune.data.types import IGNORE_INDEX
 
 CHUNK_SIZES = {"cpu": (128, 256, 2**24), "cuda": (256, 4096, 2**27)}
 """Tokens per chunk, at least and at most, and the number of logits aimed at in between.
@@ -60,7 +56,7 @@ class FrozenRows:
 
 def causal_lm_loss(
     hidden: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     weight: Tensor,
     *,
     bias: Tensor | None = None,
@@ -71,18 +67,19 @@ def causal_lm_loss(
     inactive: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Return the cross-entropy, in nats, of each position's prediction with the next label.
+    """Return the cross-entropy, in nats, of the predictions with the targets.
 
-    hidden [sequences, length, d], labels [sequences, length] int64 (not shifted; IGNORE_INDEX: no
-    target), weight [V, d], bias [V]. The logits are `softcap * tanh(logit_scale * (hidden @
-    weight.T + bias) / softcap)`; if softcap is None there is no tanh. With `frozen`, labels below A
-    are rows of `weight` [A, d], and the others are A + a row of `frozen.weight`.
+    hidden [sequences, length, d], targets [N, 2] int64 (places in the flattened batch, and the
+    tokens that they predict; a place may predict several), weight [V, d], bias [V]. The logits are
+    `softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)`; if softcap is None there
+    is no tanh. With `frozen`, tokens below A are rows of `weight` [A, d], and the others are A + a
+    row of `frozen.weight`.
 
-    `reduction`: "sum" gives the sum over target tokens, a scalar with gradients. "none" gives what
-    `token_scores` does: [N, 2] without gradients, in the order of the sequences, with `inactive`.
+    `reduction`: "sum" gives the sum over targets, a scalar with gradients. "none" gives what
+    `token_scores` does: [N, 2] without gradients, in the order of the targets, with `inactive`.
     """
-    predicting, targets = _predictions(labels)
-    hidden = hidden.flatten(0, 1).index_select(0, predicting)
+    places, tokens = targets.unbind(1)
+    hidden = hidden.flatten(0, 1).index_select(0, places)
     if logit_scale != 1.0:
         hidden = hidden * logit_scale
         bias = None if bias is None else bias * logit_scale
@@ -93,22 +90,22 @@ def causal_lm_loss(
             "softcap": softcap,
             "chunk_size": chunk_size,
         }
-        return token_scores(hidden, weight, targets, inactive=inactive, **options)
+        return token_scores(hidden, weight, tokens, inactive=inactive, **options)
     assert reduction == "sum", reduction
     return linear_cross_entropy(
-        hidden, weight, targets, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size
+        hidden, weight, tokens, bias=bias, frozen=frozen, softcap=softcap, chunk_size=chunk_size
     )
 
 
 def causal_lm_loss_of_logits(
-    logits: Tensor, labels: Tensor, *, reduction: str = "sum", inactive: Tensor | None = None
+    logits: Tensor, targets: Tensor, *, reduction: str = "sum", inactive: Tensor | None = None
 ) -> Tensor:
     """Return what `causal_lm_loss` does, from the logits [sequences, length, V] of a model."""
     assert reduction in ("sum", "none"), reduction
-    predicting, targets = _predictions(labels)
-    chosen = logits.flatten(0, 1).index_select(0, predicting)
+    places, tokens = targets.unbind(1)
+    chosen = logits.flatten(0, 1).index_select(0, places)
     chosen = chosen.to(_softmax_dtype(chosen.dtype))
-    losses = F.cross_entropy(chosen, targets, reduction=reduction)
+    losses = F.cross_entropy(chosen, tokens, reduction=reduction)
     if reduction == "sum":
         return losses
     masses = (
@@ -122,40 +119,30 @@ def causal_lm_loss_of_logits(
 @torch.no_grad()
 def frozen_square_probabilities(
     hidden: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     weight: Tensor,
     frozen: FrozenRows,
     *,
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, int]:
-    """Return the squared probability of each frozen row, summed over N positions, and N.
+    """Return the squared probability of each frozen row, summed over the N targets, and N.
 
-    The first is [F] float32. The N positions are those that predict a target.
+    The first is [F] float32. `targets` [N, 2] as in `causal_lm_loss`.
     """
-    predicting, _ = _predictions(labels)
-    hidden = hidden.flatten(0, 1).index_select(0, predicting) * logit_scale
+    hidden = hidden.flatten(0, 1).index_select(0, targets[:, 0]) * logit_scale
     dtype = _matmul_dtype(hidden, weight)
     total = torch.zeros(len(frozen.weight), device=weight.device)
     with torch.autocast(hidden.device.type, enabled=False):
         head = _head(weight, None, frozen, softcap, dtype)
-        for chunk in _chunks(len(predicting), None, head):
+        for chunk in _chunks(len(targets), None, head):
             logits = _logits(_padded(hidden[chunk].to(dtype)), head)
             total += (
                 torch.softmax(logits, 1, out=logits)[: len(hidden[chunk]), len(weight) :]
                 .square_()
                 .sum(0)
             )
-    return total, len(predicting)
-
-
-def _predictions(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the N positions that predict a target token, and those tokens, both [N]: the shift.
-
-    The positions are those in the flattened batch.
-    """
-    sequences, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-    return sequences * labels.shape[1] + positions, labels[sequences, positions + 1]
+    return total, len(targets)
 
 
 def linear_cross_entropy(

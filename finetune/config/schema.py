@@ -329,6 +329,10 @@ class TrainingSection(Section):
     # max_steps or max_time, and for a stream: 8. A resumed run keeps what it began with.
     batch_size: PositiveInt | Literal["auto"] = "auto"
     micro_batch_size: PositiveInt = 4  # sequences per forward of one device; gradients accumulate
+    # Beginnings that examples of a step have in common are computed once. The results are the same
+    # up to rounding. auto: if that saves 5 % of the tokens, and the model allows it. true: however
+    # little it saves; a model or a setting that does not allow it is then an error.
+    share_prefixes: Literal["auto"] | bool = "auto"
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
     # auto: the CUDA GPU if there is one, else the CPU. mps: the GPU of a Mac, which is not tried
     # here; the run begins only if a small batch gives the CPU's loss and gradients there.

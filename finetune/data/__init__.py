@@ -5,8 +5,8 @@ example   input_ids     5 9 3 8 2                     formats/: chat, translatio
           labels        _ _ 3 8 2                     encode: checked, cut, counted (_ is -100)
 sequence  [example 0, example 7]                      batches/packing: at most max_length tokens
 batch     input_ids     5 9 3 8 2  4 2  0             batches/collate: [sequences, length]
-          labels        _ _ 3 8 2  _ 2  _
           position_ids  0 1 2 3 4  0 1  0             padding is a segment of its own
+          targets       1:3 2:8 3:2  5:2              place 1 predicts a 3 ...: [N, 2]
 
 `register_format` adds a format of your own.
 """

@@ -255,6 +255,16 @@ class EncodedDataset(Sequence[Example]):
         return " ".join(hashes[name] for name in _HASHED)
 
 
+def spread(dataset: EncodedDataset, most: int) -> EncodedDataset:
+    """Return at most `most` examples, spread over the dataset; all of them if they are no more."""
+    if len(dataset) <= most:
+        return dataset
+    chosen = EncodedDataset()
+    for i in range(0, len(dataset), -(-len(dataset) // most)):
+        chosen.append(dataset[i])
+    return chosen
+
+
 def encode(
     records: Iterable[tuple[str, Record]],
     format: Format,

@@ -1,11 +1,12 @@
 """The types of the data path, and the convention for labels.
 
 **Labels.** `labels[i]` is the token that belongs at position i, so it equals `input_ids[i]`. It is
-`IGNORE_INDEX` if nothing is learnt there. Labels are *not* shifted: the loss compares the
-prediction made at position i - 1 with `labels[i]`. That shift happens only in
-`finetune.compute.loss`. Nothing predicts position 0, so `labels[0]` is always `IGNORE_INDEX`. The
-number of target tokens of an example is therefore the number of its labels that are not
-`IGNORE_INDEX`. Packing does not change that number.
+`IGNORE_INDEX` if nothing is learnt there. Labels are *not* shifted. Nothing predicts position 0, so
+`labels[0]` is always `IGNORE_INDEX`. The number of target tokens of an example is therefore the
+number of its labels that are not `IGNORE_INDEX`. Packing does not change that number.
+
+**Targets.** A batch has a list of targets instead: pairs of a place and the token that is predicted
+there. The place is that of the token before it. That shift happens only in `targets_of`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -85,12 +86,31 @@ class MicroBatch(TypedDict, total=False):
 
     Positions restart at 0 with each example. Padded sequences are padded on the right and need no
     attention mask. Under causal attention no real token attends to the padding after it, and the
-    labels of the padding are `IGNORE_INDEX`.
+    padding has no targets.
+
+    In trees (`finetune.data.batches.trees`) positions count from the root. A token at place i of
+    its sequence is seen by those from i on that are before place `reach[i]`.
     """
 
     input_ids: "torch.Tensor"  # [sequences, length] int64
-    labels: "torch.Tensor"  # [sequences, length] int64, IGNORE_INDEX where nothing is a target
+    targets: (
+        "torch.Tensor"  # [N, 2] int64: place in the flattened batch, token that is predicted there
+    )
     position_ids: "torch.Tensor"  # [sequences, length] int64, packed sequences only
+    reach: "torch.Tensor"  # [sequences, length] int64, trees only: where the last descendant ends
+
+
+def targets_of(labels: "torch.Tensor") -> "torch.Tensor":
+    """Return the N targets of `labels` [sequences, length]: [N, 2] int64, sequence by sequence.
+
+    The hidden state at place `targets[n, 0]` of the sequences, laid end to end, predicts the token
+    `targets[n, 1]`.
+    """
+    import torch  # here: what is looked at first needs records, and not torch
+
+    sequences, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    places = sequences * labels.shape[1] + positions
+    return torch.stack([places, labels[sequences, positions + 1]], 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,17 +76,17 @@ def evaluate_loss(
     *,
     inactive: Tensor | None = None,
     groups: Tensor | None = None,
-    tokenizer: Tokenizer,
+    num_bytes: int,
     device: torch.device,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     on_progress: Callable[[int], None] | None = None,
 ) -> LossResult:
     """Return the loss over all target tokens of `batches`.
 
-    `loss_module(input_ids=, labels=[, position_ids=], reduction="none"[, inactive=])` returns the
-    scores of each target token of a batch, as `LanguageModel` does. It is put in evaluation mode
-    and back. `batches` are this process's share; `reduce` adds a float64 tensor of sums up over the
-    processes. `on_progress(n)` is called after the n-th batch.
+    `loss_module(**batch, reduction="none"[, inactive=])` returns the scores of each target token of
+    a batch, as `LanguageModel` does. It is put in evaluation mode and back. `batches` are this
+    process's share, with `num_bytes` of target text (see `count_target_bytes`). `reduce` adds a
+    float64 tensor of sums up over the processes. `on_progress(n)` is called after the n-th batch.
 
     `inactive`: [V] bool, the tokens outside, to have the loss apart for them. `groups`: [V] int64,
     the group of each token id, counted from 0, to have the loss by the group of the target token.
@@ -100,17 +100,17 @@ def evaluate_loss(
             tensors = cast(dict[str, Tensor], batch)
             on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
             losses, masses = loss_module(**on_device, **options).double().unbind(1)
-            labels = on_device["labels"][:, 1:]
-            targets = labels[labels != IGNORE_INDEX]
-            sums.add(losses, count_target_bytes(batch["labels"], tokenizer))
+            targets = on_device["targets"][:, 1]
+            sums.add(losses)
             if inactive is not None:
                 sums.add_outside(losses, masses, inactive[targets])
             if groups is not None:
                 sums.add_by_group(losses, groups[targets.cpu()])
             if on_progress is not None:
                 on_progress(number)
+    sums.total[2] += num_bytes
     sums = _Sums(reduce(sums.flat), sums.num_groups)
-    total_nats, num_tokens, num_bytes = sums.total.tolist()
+    total_nats, num_tokens, all_bytes = sums.total.tolist()
     if not num_tokens:
         raise UserError(
             "the held-out data has no target token, so there is no loss to compute. Give other "
@@ -120,9 +120,9 @@ def evaluate_loss(
     return LossResult(
         loss,
         perplexity(loss),
-        bits_per_byte(total_nats, int(num_bytes)),
+        bits_per_byte(total_nats, int(all_bytes)),
         int(num_tokens),
-        int(num_bytes),
+        int(all_bytes),
         None if inactive is None else sums.vocabulary_loss(),
         tuple(GroupLoss(nats, int(count)) for nats, count in sums.by_group.t().tolist()),
     )
@@ -142,10 +142,9 @@ class _Sums:
     def zeros(cls, num_groups: int) -> "_Sums":
         return cls(torch.zeros(6 + MASS_BINS + 2 * num_groups, dtype=torch.float64), num_groups)
 
-    def add(self, losses: Tensor, num_bytes: int) -> None:
+    def add(self, losses: Tensor) -> None:
         self.total[0] += losses.sum().cpu()
         self.total[1] += len(losses)
-        self.total[2] += num_bytes
 
     def add_outside(self, losses: Tensor, masses: Tensor, outside: Tensor) -> None:
         self.outside += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()]).cpu()
@@ -171,20 +170,18 @@ class _Sums:
         )
 
 
-def count_target_bytes(labels: Tensor, tokenizer: Tokenizer) -> int:
-    """Return the UTF-8 bytes of the target text in `labels` [sequences, length].
+def count_target_bytes(labels: Iterable[int], tokenizer: Tokenizer) -> int:
+    """Return the UTF-8 bytes of the target text in the `labels` of an example.
 
     Each unbroken span of targets is decoded by itself.
     """
-    num_bytes = 0
-    for sequence in labels.tolist():
-        span: list[int] = []
-        for label in [*sequence, IGNORE_INDEX]:
-            if label != IGNORE_INDEX:
-                span.append(label)
-            elif span:
-                num_bytes += len(tokenizer.decode(span, skip_special_tokens=True).encode())
-                span = []
+    num_bytes, span = 0, list[int]()
+    for label in [*labels, IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            span.append(label)
+        elif span:
+            num_bytes += len(tokenizer.decode(span, skip_special_tokens=True).encode())
+            span = []
     return num_bytes
 
 

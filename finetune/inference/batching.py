@@ -125,13 +125,15 @@ def _settings() -> GenerationSettings:
 
 def _is_as_alone(model: CausalLM, way: Way, length: int) -> bool:
     """Return whether texts of up to `length` tokens have the logits that they have alone."""
-    ids = some_ids(model, 3 * length)
-    texts = [ids[n * length : (n + 1) * length] for n in range(3)]
+    ids = some_ids(model, 4 * length)
+    *texts, fourth = (ids[n * length : (n + 1) * length] for n in range(4))
     texts = [text[: length - 2 * n * way.pads] for n, text in enumerate(texts)]
     start = texts[0][: length // 3]
     cases = [texts[1:]]
     if way.shares:
         cases.append([start + text[len(start) :] for text in texts])
+        other = texts[2][: max(1, len(start) - 2)]  # a second start, of another length
+        cases.append([*cases[1][:2], texts[2], other + fourth[len(other) :]])
     try:
         return all(_case_is_right(model, way, case, start) for case in cases)
     except Exception:  # a cache of another kind, or a forward that takes other arguments

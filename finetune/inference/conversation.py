@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from finetune.data.formats.rendering import PLAIN, ChatTemplate, TemplateSettings
 from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
+from finetune.inference.beginnings import KeptCache
 from finetune.inference.generation import GenerationSettings, stream
 from finetune.models.describe import CausalLM, context_length
 
@@ -43,6 +44,7 @@ class Conversation:
         self.system_prompt = system_prompt
         self.turns: list[Message] = []
         self.num_tokens = 0  # of the newest answer
+        self._kept = KeptCache()
 
     @property
     def messages(self) -> list[Message]:
@@ -87,7 +89,12 @@ class Conversation:
         self.num_tokens = 0
         try:
             for piece in stream(
-                self.model, self.tokenizer, prompt, self.settings, on_token=self._count
+                self.model,
+                self.tokenizer,
+                prompt,
+                self.settings,
+                on_token=self._count,
+                kept=self._kept,
             ):
                 pieces.append(piece)
                 yield piece

@@ -6,7 +6,7 @@ finds the one that suits a model.
 
 import inspect
 import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.inference.beginnings import Group, KeptCache, common_beginnings
 from finetune.models.describe import CausalLM, context_length, inner_model
 
 
@@ -33,7 +34,7 @@ class GenerationSettings:
 class Way(NamedTuple):
     """How prompts are read together."""
 
-    shares: bool = False  # the start that all prompts share is read once; padding comes after it
+    shares: bool = False  # what prompts share at their start is read once; padding comes after it
     pads: bool = False  # shorter prompts are padded on the left
     batches: bool = False  # several prompts go together; of one length, unless `pads`
     caches: bool = False  # what was read is kept; else the whole text is read again for each token
@@ -43,8 +44,9 @@ class Decoder:
     """A batch of prompts, one token further at each step. `active` has the unfinished prompts.
 
     `model` is on its device and in evaluation mode. Each prompt has settings of its own. A `way`
-    without `batches` takes one prompt. Raises UserError for a prompt that is empty or leaves no
-    room for an answer.
+    without `batches` takes one prompt. `kept` has what was read of a conversation before its
+    prompt, which is then the only one; only a `way` that shares uses it. Raises UserError for a
+    prompt that is empty or leaves no room for an answer.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Decoder:
         prompts: Mapping[int, Sequence[int]],
         settings: Mapping[int, GenerationSettings],
         way: Way,
+        *,
+        kept: KeptCache | None = None,
     ) -> None:
-        assert way.batches or len(prompts) == 1
+        assert (way.batches and kept is None) or len(prompts) == 1
         self.model, self.device, self.settings, self.way = model, model.device, settings, way
         self.active = list(prompts)
         self.room = {
@@ -65,32 +69,47 @@ class Decoder:
         self.generators = {i: _generator(settings[i].seed) for i in prompts}
         self.seen: Tensor | None = None
         self.cache: Any = None
+        self.kept = kept if way.shares else None
         texts = list(prompts.values())
-        self._read(texts, shared=_shared_length(texts) if way.shares else 0)
+        groups = [Group(0, range(len(texts)))]
+        if self.kept is not None:
+            groups = [Group(self.kept.take(texts[0]), [0])]
+            self.cache = self.kept.cache
+        elif way.shares and len(texts) > 1:
+            groups = common_beginnings(texts)
+        self._read(texts, groups)
 
     @torch.inference_mode()
-    def _read(self, prompts: list[Sequence[int]], *, shared: int) -> None:
-        """Read the `shared` tokens at the start, and make the rest the first input.
+    def _read(self, prompts: list[Sequence[int]], groups: list[Group]) -> None:
+        """Read what each group shares at its start, and make the rest the first input.
 
-        The rest is padded on the left.
+        Starts and rests are padded on the left.
         """
-        if shared:
-            start = torch.tensor([list(prompts[0][:shared])], device=self.device)
-            self.cache = self._run(input_ids=start).past_key_values
-            self._select(torch.zeros(len(prompts), dtype=torch.int64, device=self.device))
-        width = max(len(prompt) for prompt in prompts)
-        padding = [width - len(prompt) for prompt in prompts]
-        assert self.way.pads or not any(padding)
-        rest = [[0] * pad + list(prompt[shared:]) for pad, prompt in zip(padding, prompts)]
-        mask = [[1] * shared + [0] * pad + [1] * (width - shared - pad) for pad in padding]
-        self.input_ids = torch.tensor(rest, device=self.device)  # [prompts, width - shared]
-        self.mask = torch.tensor(mask, device=self.device)  # [prompts, width]
-        self.position_ids = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, shared:]
+        starts, mask = self._padded([prompts[group.members[0]][: group.shared] for group in groups])
+        group_of = {i: number for number, group in enumerate(groups) for i in group.members}
+        places = torch.tensor([group_of[i] for i in range(len(prompts))], device=self.device)
+        if starts.shape[1] and self.cache is None:
+            options = {} if mask.all() else {"attention_mask": mask, "position_ids": _count(mask)}
+            self.cache = self._run(input_ids=starts, **options).past_key_values
+            self._select(places)
+        rests = [prompt[groups[group_of[i]].shared :] for i, prompt in enumerate(prompts)]
+        self.input_ids, rest_mask = self._padded(rests)  # [prompts, rest]
+        assert self.way.pads or rest_mask.all()
+        self.mask = torch.cat([mask[places], rest_mask], dim=1)  # [prompts, start + rest]
+        self.position_ids = _count(self.mask)[:, starts.shape[1] :]
         if any(self.settings[i].repetition_penalty != 1.0 for i in self.active):
             num_tokens = self.model.config.get_text_config().vocab_size
             self.seen = torch.zeros(len(prompts), num_tokens, dtype=torch.bool, device=self.device)
             for seen, prompt in zip(self.seen, prompts):
                 seen[torch.tensor(prompt, device=self.device)] = True
+
+    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return texts padded on the left, and a mask of their tokens, both [texts, longest]."""
+        longest = max(map(len, texts))
+        ids = [[0] * (longest - len(text)) + list(text) for text in texts]
+        mask = [[0] * (longest - len(text)) + [1] * len(text) for text in texts]
+        both = torch.tensor([ids, mask], dtype=torch.int64, device=self.device)
+        return both[0], both[1]
 
     def tokens(self) -> Iterator[int]:
         """Yield the tokens of the answers as they come."""
@@ -106,9 +125,13 @@ class Decoder:
         options: dict[str, Any] = {}
         if self.way.pads:
             options = {"attention_mask": self.mask, "position_ids": self.position_ids}
+        if self.kept is not None:
+            self.kept.cache = None  # a forward that is broken off leaves half of it
         output = self._run(input_ids=self.input_ids, past_key_values=self.cache, **options)
         if self.way.caches:
             self.cache = output.past_key_values
+        if self.kept is not None:
+            self.kept.add(self.input_ids[0].tolist(), self.cache)
         chosen = self._choose(output.logits[:, -1])
         tokens = [
             (i, token)
@@ -209,14 +232,9 @@ def answer_room(model: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> 
     return min(max_new_tokens, limit - len(prompt))
 
 
-def _shared_length(prompts: Collection[Sequence[int]]) -> int:
-    """Return how many tokens at the start are the same in all prompts, at most all but one."""
-    if len(prompts) == 1:
-        return 0
-    # In lexical order: what the first and the last share, all share.
-    first, last = min(map(list, prompts)), max(map(list, prompts))
-    limit = min(len(prompt) for prompt in prompts) - 1
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+def _count(mask: Tensor) -> Tensor:
+    """Return the positions of the tokens in `mask`, padding left out."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:

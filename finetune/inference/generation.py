@@ -1,8 +1,8 @@
 """Batched generation with a key-value cache, and streaming of one answer as text.
 
 Prompts are sorted by length and padded on the left, so that all prompts of a batch grow at the same
-end. The start that the prompts of a batch share (the template, the system prompt, the instruction)
-is read once for all of them. A prompt leaves the batch when its answer is finished. Logits are
+end. The starts that prompts of a batch share (the template, the system prompt, the instruction) are
+read once each (`beginnings`). A prompt leaves the batch when its answer is finished. Logits are
 computed for the last position only. Up to rounding, an answer depends neither on the batch size nor
 on the other prompts: a model that cannot do all this is asked in a slower way (`batching`).
 """
@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from finetune.data.types import Tokenizer
 from finetune.inference.batching import batches_of, way_of
+from finetune.inference.beginnings import KeptCache
 from finetune.inference.decoder import Decoder, GenerationSettings
 from finetune.models.describe import CausalLM
 from finetune.models.language_model import evaluating
@@ -56,15 +57,17 @@ def stream(
     settings: GenerationSettings,
     *,
     on_token: Callable[[], None] | None = None,
+    kept: KeptCache | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt in pieces of text that join to the whole answer.
 
-    No character is cut in two. `on_token` is called for each token of the answer. Raises UserError
-    as `generate` does.
+    No character is cut in two. `on_token` is called for each token of the answer. `kept` has what
+    the model has read of this conversation already. Raises UserError as `generate` does.
     """
     text = AnswerText(tokenizer)
     with evaluating(model):
-        for token in Decoder(model, {0: prompt}, {0: settings}, way_of(model)).tokens():
+        decoder = Decoder(model, {0: prompt}, {0: settings}, way_of(model), kept=kept)
+        for token in decoder.tokens():
             if on_token is not None:
                 on_token()
             if piece := text.add(token):

@@ -2,7 +2,8 @@
 
 `fuse` changes how attention, norms and gated MLPs are computed; parameters and results stay the
 same, up to rounding. `output_head` reads from a model what the loss needs, so that the loss can
-take the place of the model's own product with its head.
+take the place of the model's own product with its head. `tree_masks` makes the masks of examples
+that share their beginnings (`finetune.data.batches.trees`).
 """
 
 import inspect
@@ -18,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from finetune.compute.attention import Layout, attend, causal_square, plan_layout
+from finetune.compute.attention import attend, is_fused
 from finetune.compute.gates import fuse_gates
+from finetune.compute.layout import Layout, causal_square, plan_layout, plan_tree_layout
 from finetune.compute.loss import FrozenRows
 from finetune.compute.norms import fuse_norms
 from finetune.models.vocabulary.rows import ActiveHead
@@ -87,6 +89,40 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     )
 
 
+def tree_masks(model: PreTrainedModel, position_ids: Tensor, reach: Tensor) -> Any:
+    """Return what `model` takes as the attention mask of trees: a mask, or one for each kind.
+
+    transformers makes masks from places in a sequence, and cuts a sequence wherever positions jump.
+    In a tree both are wrong. A mask with four dimensions is used as it is, so each kind of layer
+    gets one: a token sees those of its path, in sliding windows by position.
+
+    position_ids and reach [sequences, length], as in `finetune.data.types.MicroBatch`. A mask is
+    [sequences, 1, length, length]: bool, or numbers to add for eager attention. It keeps the tree
+    that it was made of as `_tree`.
+    """
+    config = model.config.get_text_config()
+    as_numbers = model.config._attn_implementation == "eager"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    if not kinds:
+        return _mask(position_ids, reach, window, as_numbers)
+    windows = {"sliding_attention": window}
+    return {kind: _mask(position_ids, reach, windows.get(kind), as_numbers) for kind in kinds}
+
+
+def _mask(position_ids: Tensor, reach: Tensor, window: int | None, as_numbers: bool) -> Tensor:
+    places = torch.arange(reach.shape[1], device=reach.device)
+    seen = (places <= places[:, None]) & (places[:, None] < reach[:, None, :])
+    if window is not None:
+        seen &= position_ids[:, :, None] < (position_ids + window)[:, None, :]
+    mask = seen[:, None]
+    if as_numbers:
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+    mask._tree = (reach, position_ids, window)  # type: ignore[attr-defined]
+    return mask
+
+
 def _forward(
     module: nn.Module,
     query: Tensor,
@@ -120,25 +156,42 @@ def _layout_of(
     if options.get("position_bias") is not None or not getattr(module, "is_causal", True):
         return None
     sequences, heads, length, _ = query.shape
+    few_shapes = not is_fused(query)
     # A mask without data (in a rehearsal) may have any layout: what is kept is the same.
     if mask is None or isinstance(mask, FakeTensor):
         if options.get("is_causal") is False:
             return None
-        return plan_layout([length] * sequences, causal_square(length), heads)
+        square = causal_square(length)
+        return plan_layout([length] * sequences, square, heads, few_shapes=few_shapes)
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
         positions = options.get("position_ids")
-        mask._layout = _read_layout(mask, positions, sequences, length, heads)  # type: ignore[attr-defined]
+        mask._layout = (  # type: ignore[attr-defined]
+            _tree_layout(mask._tree, heads, few_shapes)
+            if hasattr(mask, "_tree")
+            else _read_layout(mask, positions, query, few_shapes)
+        )
     return mask._layout  # type: ignore[attr-defined]
 
 
+def _tree_layout(tree: tuple[Tensor, Tensor, int | None], heads: int, few_shapes: bool) -> Layout:
+    """Return the layout of the trees that a mask was made of (see `tree_masks`)."""
+    reach, positions, window = tree
+    begins = torch.arange(len(reach))[:, None] * reach.shape[1]  # places go on from row to row
+    ends = (reach + begins).flatten().tolist()
+    places = positions.flatten().tolist()
+    return plan_tree_layout(ends, places, heads, window=window, few_shapes=few_shapes)
+
+
 def _read_layout(
-    mask: Tensor, positions: Tensor | None, sequences: int, length: int, heads: int
+    mask: Tensor, positions: Tensor | None, query: Tensor, few_shapes: bool
 ) -> Layout | None:
     """Return the layout that a mask and the positions describe.
 
-    mask [sequences or 1, 1, length, length] bool, positions [sequences or 1, length]. None unless
-    the mask is that of examples one after the other in their sequences, all of one causal pattern.
+    mask [sequences or 1, 1, length, length] bool, positions [sequences or 1, length], query
+    [sequences, heads, length, d]. None unless the mask is that of examples one after the other in
+    their sequences, all of one causal pattern.
     """
+    sequences, heads, length, _ = query.shape
     if (
         positions is None
         or mask.dtype != torch.bool
@@ -158,7 +211,9 @@ def _read_layout(
     seen = max(squares, key=len)
     alike = all(torch.equal(square, seen[: len(square), : len(square)]) for square in squares)
     causal = bool(seen.diagonal().all()) and not seen.triu(1).any()
-    return plan_layout(lengths, seen, heads) if alike and causal else None
+    if not (alike and causal):
+        return None
+    return plan_layout(lengths, seen, heads, few_shapes=few_shapes)
 
 
 AttentionInterface.register(BY_EXAMPLE, _forward)

@@ -1,4 +1,4 @@
-"""A causal language model as the trainer sees it: token ids and labels in, the summed loss out.
+"""A causal language model as the trainer sees it: token ids and targets in, the summed loss out.
 
 `LanguageModel` is what Accelerate wraps, so every use of a parameter is inside its `forward`. The
 decoder gives hidden states, and `finetune.compute.loss` turns them and the output head into the
@@ -28,10 +28,9 @@ from finetune.compute.loss import (
     causal_lm_loss_of_logits,
     frozen_square_probabilities,
 )
-from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, inner_model, token_tables
-from finetune.models.fuse import fuse, has_plain_head, output_head
+from finetune.models.fuse import fuse, has_plain_head, output_head, tree_masks
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
@@ -67,33 +66,38 @@ class LanguageModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        targets: Tensor,
         position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
         reduction: str = "sum",
         inactive: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of a micro-batch in nats: summed over target tokens, or of each of them.
 
-        input_ids, labels, position_ids [sequences, length], as in `finetune.data.types.MicroBatch`.
-        "sum" gives the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32
-        in the order of the sequences: the loss of each target token, and the probability of the
-        tokens `inactive` ([V] bool; 0 without them). Raises UserError for a target that is neither
-        active nor among the frozen rows drawn for the step.
+        input_ids, position_ids and reach [sequences, length] and targets [N, 2] are as in
+        `finetune.data.types.MicroBatch`; `targets_of` there makes targets of labels. "sum" gives
+        the sum, a float32 scalar. "none" gives scores without gradients, [N, 2] float32 in the
+        order of the targets: the loss of each, and the probability of the tokens `inactive` ([V]
+        bool; 0 without them). Raises UserError for a target that is neither active nor among the
+        frozen rows drawn for the step.
         """
+        assert targets.shape[1:] == (2,), "targets are pairs, which `targets_of` makes of labels"
         whole = self.causal_lm.base_model if self.fused else self.causal_lm
-        output = self._run(whole, input_ids, position_ids)
+        output = self._run(whole, input_ids, position_ids, reach)
         routing = None
         if self.routers is not None and self.training and reduction == "sum":
-            routing = self.routers(output.router_logits, labels)
-        loss = self._loss(output, labels, reduction, inactive)
+            routing = self.routers(output.router_logits, targets, input_ids.shape)
+        loss = self._loss(output, targets, reduction, inactive)
         return loss if routing is None else loss + routing
 
-    def _loss(self, output: Any, labels: Tensor, reduction: str, inactive: Tensor | None) -> Tensor:
+    def _loss(
+        self, output: Any, targets: Tensor, reduction: str, inactive: Tensor | None
+    ) -> Tensor:
         """Return the loss, or scores, from the output of the decoder or of the whole model."""
         if not self.fused:
             logits = output.logits
             inactive = None if inactive is None else inactive[: logits.shape[-1]]
-            return causal_lm_loss_of_logits(logits, labels, reduction=reduction, inactive=inactive)
+            return causal_lm_loss_of_logits(logits, targets, reduction=reduction, inactive=inactive)
         hidden = output.last_hidden_state
         head = output_head(self.causal_lm)
         module = self.causal_lm.get_output_embeddings()
@@ -103,43 +107,49 @@ class LanguageModel(nn.Module):
             if self.sample is not None and self.training and reduction == "sum":
                 frozen, row_of_id = self.sample
                 head = head._replace(frozen=frozen)
-                _check_sample(labels[:, 1:], row_of_id)
-            labels = torch.where(
-                labels == IGNORE_INDEX, IGNORE_INDEX, row_of_id[labels.clamp(min=0)]
-            )
+                _check_sample(targets[:, 1], row_of_id)
+            targets = torch.stack([targets[:, 0], row_of_id[targets[:, 1]]], 1)
             if inactive is not None:
                 ids = torch.cat([vocabulary.active_ids.clamp(min=0), vocabulary.frozen_ids])
                 inactive = inactive[ids]
         elif inactive is not None:  # the input table may have more rows than the head
             inactive = inactive[: len(head.weight)]
         return causal_lm_loss(
-            hidden, labels, **head._asdict(), reduction=reduction, inactive=inactive
+            hidden, targets, **head._asdict(), reduction=reduction, inactive=inactive
         )
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss of each target token in nats, [N] float32, in the sequences' order.
+        """Return the loss of each target token in nats, [N] float32, in the targets' order.
 
         Sets no mode: call `eval()` before.
         """
-        return self(input_ids, labels, position_ids, reduction="none")[:, 0]
+        return self(input_ids, targets, position_ids, reach, reduction="none")[:, 0]
 
     @torch.no_grad()
     def frozen_square_probabilities(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Return each frozen row's squared probability, summed over N target positions, and N.
+        """Return each frozen row's squared probability, summed over the N targets, and N.
 
         The first is [F] float32.
         """
         head = output_head(self.causal_lm)
         assert head.frozen is not None
-        hidden = self._run(self.causal_lm.base_model, input_ids, position_ids).last_hidden_state
+        decoder = self.causal_lm.base_model
         return frozen_square_probabilities(
-            hidden,
-            labels,
+            self._run(decoder, input_ids, position_ids, reach).last_hidden_state,
+            targets,
             head.weight,
             head.frozen,
             softcap=head.softcap,
@@ -151,9 +161,18 @@ class LanguageModel(nn.Module):
         """The model of transformers, inside peft's wrapper if there is one."""
         return inner_model(self.model)
 
-    @staticmethod
-    def _run(module: nn.Module, input_ids: Tensor, position_ids: Tensor | None):
-        packed = {} if position_ids is None else {"position_ids": position_ids}
+    def _run(
+        self,
+        module: nn.Module,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        reach: Tensor | None = None,
+    ):
+        packed: dict[str, Any] = {}
+        if position_ids is not None:
+            packed["position_ids"] = position_ids
+        if position_ids is not None and reach is not None:
+            packed["attention_mask"] = tree_masks(self.causal_lm, position_ids, reach)
         return module(input_ids=input_ids, use_cache=False, **packed)
 
     @torch.no_grad()
@@ -164,8 +183,8 @@ class LanguageModel(nn.Module):
         head, rule = model.get_output_embeddings(), output_head(model)
         with evaluating(model):
             ids = torch.arange(8, device=model.device)[None] % token_tables(model)[0].shape[0]
-            theirs = self._run(model, ids, None).logits.float()
-            hidden = getattr(self._run(model.base_model, ids, None), "last_hidden_state", None)
+            theirs = self._run(model, ids).logits.float()
+            hidden = getattr(self._run(model.base_model, ids), "last_hidden_state", None)
             if hidden is None or hidden.shape[-1] != rule.weight.shape[-1]:
                 return False
             ours = head(hidden).float() * rule.logit_scale
@@ -189,11 +208,16 @@ class RouterLoss(NamedTuple):
     num_chosen: int  # experts of each token
     coefficient: float
 
-    def __call__(self, router_logits: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        targets = (labels != IGNORE_INDEX).int()
-        counted = targets.flip(1).cumsum(1).flip(1).clamp(max=1)
+    def __call__(
+        self, router_logits: tuple[Tensor, ...], targets: Tensor, shape: torch.Size
+    ) -> Tensor:
+        """Return the share of a micro-batch of `shape` [sequences, length]."""
+        (sequences, length), places = shape, targets[:, 0]
+        ends = places.new_zeros(sequences)  # behind the last target of each sequence
+        ends.scatter_reduce_(0, places // length, places % length + 2, "amax")
+        counted = (torch.arange(length, device=ends.device) < ends[:, None]).int()
         loss = self.balance(router_logits, self.num_experts, self.num_chosen, counted)
-        return self.coefficient * targets[:, 1:].sum() * loss
+        return self.coefficient * len(targets) * loss
 
 
 def _router_loss(model: PreTrainedModel) -> RouterLoss | None:
@@ -224,7 +248,7 @@ def _router_loss(model: PreTrainedModel) -> RouterLoss | None:
 
 
 def _check_sample(targets: Tensor, row_of_id: Tensor) -> None:
-    missing = targets[(targets != IGNORE_INDEX) & (row_of_id[targets.clamp(min=0)] == NOT_SAMPLED)]
+    missing = targets[row_of_id[targets] == NOT_SAMPLED]
     if len(missing):
         raise UserError(
             f"the target token {int(missing[0])} does not train and was not drawn for this step. "

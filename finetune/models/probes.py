@@ -1,18 +1,21 @@
 """Probes of a model before its first step: what it must do, and what it can do.
 
 Later tokens must not change earlier predictions, and neither may the padding or the other sequences
-of a batch. Packed examples may see each other in some architectures: those are not packed. Each
-probe is a few forwards over a few tokens.
+of a batch. Packed examples may see each other in some architectures: those are not packed. Examples
+cannot share their beginnings (`finetune.data.batches.trees`) in all. Each probe is a few forwards
+over a few tokens.
 """
 
 import copy
 import random
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from finetune.data.types import IGNORE_INDEX
+from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, context_length, inner_model, token_tables
 from finetune.models.language_model import LanguageModel, evaluating
@@ -22,6 +25,16 @@ Probed = TypeVar("Probed", bound=nn.Module)
 LENGTH = 16  # tokens of a probe
 ODD_LENGTH = 72  # tokens: a multiple of 8, as batches are, and of no larger power of two
 EXACT_UP_TO = 20_000_000  # parameters of a model that is probed in float64
+
+LAYER_KINDS = ("full_attention", "sliding_attention")
+"""The kinds of layers, as configs name them, for which there are masks of trees."""
+
+COUNTS_PLACES = {
+    "bloom": "its ALiBi counts places instead of positions",
+    "mpt": "its ALiBi counts places instead of positions",
+    "gpt_neo": "its local layers count places instead of positions",
+}
+STATEFUL = "its layers carry a state along the sequence"
 
 
 def some_ids(model: CausalLM, count: int) -> list[int]:
@@ -111,7 +124,7 @@ def _read_in_training(language_model: LanguageModel) -> None:
     ids = torch.tensor([some_ids(model, length)], device=model.device)
     with evaluating(language_model), torch.random.fork_rng(devices=[]):  # dropout draws numbers
         language_model.train()
-        language_model(ids, ids)
+        language_model(ids, targets_of(ids))
 
 
 def check_packing(language_model: LanguageModel) -> None:
@@ -134,10 +147,12 @@ def why_not_packed(language_model: LanguageModel) -> str | None:
     labels = torch.where(positions == 0, IGNORE_INDEX, ids)
     with evaluating(language_model):
         pieces = zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
-        alone = torch.cat([language_model.token_losses(*piece) for piece in pieces])
-        mixed = language_model.token_losses(ids, labels)
+        alone = torch.cat(
+            [language_model.token_losses(piece, targets_of(own)) for piece, own in pieces]
+        )
+        mixed = language_model.token_losses(ids, targets_of(labels))
         try:
-            packed = language_model.token_losses(ids, labels, positions)
+            packed = language_model.token_losses(ids, targets_of(labels), positions)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return f"{name} takes no positions that begin anew"
     if enough_alike(packed, alone, (mixed - alone).abs().max()):
@@ -149,6 +164,98 @@ def why_not_packed(language_model: LanguageModel) -> str | None:
     )
 
 
+def tree_obstacle(model: CausalLM, *, max_length: int) -> str | None:
+    """Return why examples up to `max_length` tokens cannot share beginnings; None if they can."""
+    wrapped = cast(Any, model)
+    inner = inner_model(wrapped)
+    reason = next(_obstacles(wrapped, inner, max_length), None)
+    return None if reason is None else f"{type(inner).__name__}: {reason}"
+
+
+def _obstacles(model: nn.Module, inner: PreTrainedModel, max_length: int) -> Iterator[str]:
+    """Yield what keeps a model from trees, each the end of a sentence about it."""
+    config: Any = inner.config.get_text_config()
+    if inner.config._attn_implementation == "flash_attention_2":
+        yield "flash_attention_2 takes no mask. Set model.attn_implementation: sdpa"
+    if config.model_type in COUNTS_PLACES:
+        yield COUNTS_PLACES[config.model_type]
+    if getattr(config, "alibi", False):
+        yield COUNTS_PLACES["bloom"]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if "chunked_attention" in kinds or getattr(config, "attention_chunk_size", None):
+        yield "its chunked attention counts places instead of positions"
+    if getattr(inner, "_is_stateful", False) or kinds - set(LAYER_KINDS):
+        yield STATEFUL
+    if (limit := _rotary_limit(config)) is not None and max_length > limit:
+        yield f"beyond {limit} tokens its rotary scaling depends on the longest example of a batch"
+    if _drops(model):
+        yield "its dropout would be drawn once for all examples that share a beginning"
+    if getattr(config, "output_router_logits", False):
+        yield "its routers' loss would count once what examples share"
+    if any(value for key, value in config.to_dict().items() if key.endswith("jitter_noise")):
+        yield "its noise would be drawn once for all examples that share a beginning"
+
+
+def _rotary_limit(config: Any) -> int | None:
+    """Return from how many tokens on the rotary scaling depends on the batch; None: it never does.
+
+    The parameters are those of all layers, or of each kind.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in [given, *(part for part in given.values() if isinstance(part, dict))]:
+        kind = rope.get("rope_type") or ""
+        if "dynamic" in kind or kind == "longrope":
+            return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return None
+
+
+def _drops(model: nn.Module) -> bool:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return True
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(share := getattr(module, name, None), float) and share > 0:
+                return True
+    return False
+
+
+def why_no_trees(language_model: LanguageModel) -> str | None:
+    """Return why examples cannot share their beginnings; None if their losses stay the same."""
+    name = type(language_model.causal_lm).__name__
+    try:
+        inside, alone, mixed = _tree_losses(exact(language_model))
+    except Exception as raised:  # a mask that its code does not expect may raise anything
+        return f"{name}: it does not take the mask of a tree ({type(raised).__name__})"
+    if enough_alike(inside, alone, (mixed - alone).abs().max()):
+        return None
+    error = (inside - alone).abs().max()
+    return f"{name}: its losses differ by up to {error:.2g} nats from those of the examples alone"
+
+
+def _tree_losses(language_model: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of examples in a small tree, alone, and in the tree without its mask."""
+    model = language_model.causal_lm
+    device = model.device
+    # Length, first position and reach of nodes: a root with three branches, one of which has two
+    # of its own, and another root.
+    nodes = ((9, 0, 23), (8, 9, 22), (2, 17, 19), (3, 17, 22), (1, 9, 23), (5, 0, 28))
+    ids = torch.tensor([some_ids(model, 28)], device=device)
+    positions = torch.cat([torch.arange(start, start + n) for n, start, _ in nodes])[None]
+    reach = torch.cat([torch.full((n,), end) for n, _, end in nodes])[None].to(device)
+    positions, places = positions.to(device), torch.arange(28, device=device)
+    paths = [(places <= end - 1) & (reach[0] >= end) for end in (19, 22, 23, 28)]
+    inside, alone, mixed = [], [], []
+    with evaluating(language_model):
+        for path in (places[seen] for seen in paths):
+            own = ids[:, path]
+            targets = targets_of(own)
+            alone.append(language_model.token_losses(own, targets))
+            moved = torch.stack([path[targets[:, 0]], targets[:, 1]], 1)
+            inside.append(language_model.token_losses(ids, moved, positions, reach))
+            mixed.append(language_model.token_losses(ids, moved))
+    return torch.cat(inside), torch.cat(alone), torch.cat(mixed)
+
+
 def _losses(language_model: LanguageModel, *texts: list[int]) -> Tensor:
     """Return the loss of each token but the first of each text, padded to one batch."""
     model = language_model.causal_lm
@@ -158,5 +265,5 @@ def _losses(language_model: LanguageModel, *texts: list[int]) -> Tensor:
     labels = [text + [IGNORE_INDEX] * (length - len(text)) for text in texts]
     with evaluating(language_model):
         return language_model.token_losses(
-            torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+            torch.tensor(ids, device=device), targets_of(torch.tensor(labels)).to(device)
         )

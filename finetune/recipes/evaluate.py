@@ -20,6 +20,7 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.build.material import read_material
+from finetune.recipes.build.sharing import sharing_obstacle
 from finetune.recipes.build.target import Opened, open_target, trusting
 from finetune.run.files import finite
 from finetune.run.folder import RunDir
@@ -99,13 +100,16 @@ def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> di
     accelerator = make_accelerator(material.config, Display(enabled=False))
     unused = _unused_tokens(opened.run, material.table_rows)
     scored = generation_metrics(settings, material.format)
+    language_model = LanguageModel(opened.model)
+    obstacle = sharing_obstacle(material.config, opened.model, language_model)
     evaluator = Evaluator(
         material,
-        LanguageModel(opened.model),
+        language_model,
         accelerator,
         num_answers=settings.evaluation.generate if scored else 0,
         display=display,
         inactive=lambda: unused,
+        share=obstacle is None and material.config.training.share_prefixes is not False,
     )
     results = {
         "data": _data_in_words(settings.data),

@@ -16,6 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError, visible
 from finetune.recipes.build.data import STREAM_SAMPLE, texts_in
 from finetune.recipes.build.material import Material, read_material
+from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.size import with_step_size
 from finetune.recipes.build.vocabulary import plan_vocabulary
 
@@ -65,6 +66,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
+    for line in sharing_lines(material):
+        console.print(line, markup=False)
     for language, density in densities.items():
         if density < 1:
             display.note(

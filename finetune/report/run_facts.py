@@ -146,6 +146,18 @@ def duration(run: RunRecords) -> str:
     )
 
 
+def token_counts(run: RunRecords) -> list[tuple[str, str]]:
+    """Return the tokens of all steps, and how many were computed if beginnings were shared."""
+    read, computed = (
+        sum(getattr(step, name) for step in run.steps)
+        for name in ("num_tokens", "num_computed_tokens")
+    )
+    if not 0 < computed < read:
+        return []
+    times = f"{computed:,} ({read / computed:.1f} times fewer)"
+    return [("Tokens of all steps", f"{read:,}"), ("Computed, shared beginnings once", times)]
+
+
 def phases(run: RunRecords) -> list[tuple[str, str]]:
     """Return the time of each phase that was measured, and the peak memory, for a table."""
     training = sum(step.seconds for step in run.steps)

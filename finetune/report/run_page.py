@@ -49,7 +49,7 @@ def _render(run: RunRecords, live: bool) -> str:
         signatures=_signatures(run),
         data_columns=data_columns,
         data_lines=data_lines,
-        data_facts=run_facts.pairs(data),
+        data_facts=run_facts.pairs(data) + run_facts.token_counts(run),
         model_facts=run_facts.pairs({**environment.model, **environment.training}),
         versions=environment.versions,
         machine_facts=run_facts.pairs(environment.machine) + _machine_of(run),

@@ -98,6 +98,7 @@ class DataCounts(JsonRecord):
     languages: Sequence[str] | None = None  # source and target, of translation data
     validation: Mapping[str, int] | None = None
     system_prompt: str | None = None  # of all training conversations
+    shared_beginnings: str | None = None  # what examples have in common, on one line
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ class StepRecord:
     lr: float = math.nan
     grad_norm: float = math.nan  # before clipping
     num_target_tokens: int = 0
-    num_tokens: int = 0
+    num_tokens: int = 0  # of the examples
     tokens_per_second: float = math.nan
     seconds: float = 0.0
+    num_computed_tokens: int = 0  # of the examples' tokens; shared beginnings count once
 
     def number(self, key: str) -> float | None:
         """Return the number under `key`."""

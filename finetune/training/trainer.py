@@ -159,6 +159,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             num_target_tokens=batch.num_target_tokens,
             num_tokens=batch.num_tokens,
+            num_computed_tokens=batch.num_computed,
             tokens_per_second=batch.num_tokens / seconds,
             seconds=seconds,
         )

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMOS = sorted((ROOT / "finetune" / "resources").glob("demo_*.yaml"))
 TINY = [path for path in CONFIGS if path.stem.startswith("tiny_")]
 QWEN3 = [path for path in CONFIGS if path.stem.startswith("qwen3-")]
-PRETRAINED = [path for path in CONFIGS + DEMOS if path not in TINY + QWEN3]
+CALLER = ROOT / "configs" / "gemma-3-270m_tools.yaml"  # whose data a script writes
+PRETRAINED = [path for path in CONFIGS + DEMOS if path not in [*TINY, *QWEN3, CALLER]]
 
 WIDTH = {
     "hidden_size": 32,
@@ -108,6 +111,29 @@ def test_it_runs_with_a_tiny_model_of_its_kind(path, folder):
         json.loads((folder / "run" / "model" / "config.json").read_text())["model_type"]
         == architecture["model_type"]
     )
+
+
+def test_the_caller_of_tools_shares_its_declarations(folder):
+    script = [sys.executable, str(ROOT / "scripts" / "tool_calls_data.py"), "data/tool_calls"]
+    subprocess.run([*script, "--records", "40"], cwd=folder, check=True)
+    architecture = {**LLAMA, "model_type": "gemma3_text", "head_dim": 16}
+    architecture |= {"max_position_embeddings": 2048, "sliding_window": 512}
+    result = finetune(
+        "train",
+        str(CALLER),
+        "model.name=null",
+        f"model.config={json.dumps(architecture)}",
+        "model.tokenizer.vocab_size=1500",
+        "data.max_length=1024",
+        "training.max_steps=1",
+        "evaluation.before=false",
+        "evaluation.samples=0",
+        "output_dir=run",
+    )
+    assert result.code == 0, result.err
+    assert "tokens of all examples are computed once a micro-batch" in result.err
+    step = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 3 * step["num_computed_tokens"] < step["num_tokens"]
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=name_of)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from finetune.compute import attention
+from finetune.compute import attention, layout
+from finetune.data.types import targets_of
 from finetune.models import fuse
 from finetune.models.language_model import LanguageModel
 
@@ -14,7 +15,7 @@ LENGTHS = ((5, 1, 14), (9, 9, 2))
 def packed_batch():
     ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(3))
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
-    return ids, ids.masked_fill(positions == 0, -100), positions
+    return ids, targets_of(ids.masked_fill(positions == 0, -100)), positions
 
 
 def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
@@ -27,11 +28,11 @@ def loss_and_gradients(model, batch, monkeypatch, *, kernel=False):
     with monkeypatch.context() as patch:
         if kernel:
             patch.setattr(fuse, "_layout_of", lambda *_: None)
-        apply = attention._Attention.apply
+        attend = fuse.attend
         patch.setattr(
-            attention._Attention,
-            "apply",
-            lambda *given: calls.append(len(given[3].groups)) or apply(*given),
+            fuse,
+            "attend",
+            lambda *given, **options: calls.append(given[3].groups) or attend(*given, **options),
         )
         loss = language_model(*batch)
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -50,23 +51,28 @@ def assert_same(model, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", PACKABLE)
-@pytest.mark.parametrize(
-    "queries", [256, 4]
-)  # all queries of an example in one product, or a few at a time
-def test_loss_and_gradients_are_those_of_one_masked_call(kind, queries, make_model, monkeypatch):
-    monkeypatch.setattr(attention, "QUERIES", queries)
-    monkeypatch.setattr(attention, "LENGTHS", range(2, 20, 2))
+@pytest.mark.parametrize("queries", [256, 4])  # all of an example at a time, or a few
+@pytest.mark.parametrize("fused", [(torch.float32,), ()])
+def test_loss_and_gradients_are_those_of_one_masked_call(
+    kind, queries, fused, make_model, monkeypatch
+):
+    monkeypatch.setattr(layout, "QUERIES", queries)
+    monkeypatch.setattr(layout, "LENGTHS", range(2, 20, 2))
+    monkeypatch.setattr(attention, "FUSED", fused)
     calls = assert_same(make_model(kind), packed_batch(), monkeypatch)
-    assert calls[0] == 4  # groups, by their padded lengths: 14; 10 and 10; 6; 2 and 2
+    # groups of products, by their padded lengths: 14; 10 and 10; 6; 2 and 2
+    assert len(calls[0]) == (5 if fused else 4)
 
 
 @pytest.mark.parametrize("kind", PACKABLE)
 def test_rows_of_one_example_are_attended_to_in_the_same_way(kind, make_model, monkeypatch):
-    ids, labels, _ = packed_batch()
-    assert_same(make_model(kind), (ids, labels), monkeypatch)
+    ids, targets, _ = packed_batch()
+    assert_same(make_model(kind), (ids, targets), monkeypatch)
 
 
-def test_a_window_shorter_than_an_example_still_holds(make_model, monkeypatch):
+@pytest.mark.parametrize("fused", [(torch.float32,), ()])
+def test_a_window_shorter_than_an_example_still_holds(fused, make_model, monkeypatch):
+    monkeypatch.setattr(attention, "FUSED", fused)
     model = make_model("gemma3")
     assert model.config.sliding_window < max(n for row in LENGTHS for n in row)
     assert "sliding_attention" in model.config.layer_types
@@ -92,16 +98,16 @@ def test_bf16_products_are_as_near_to_fp32_as_the_kernels(make_model, monkeypatc
 def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_kept():
     torch.manual_seed(0)
     tokens = [torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    layout = attention.plan_layout([4, 2], attention.causal_square(4), heads=2)
+    examples = layout.plan_layout([4, 2], layout.causal_square(4), heads=2)
 
     def attend(*tensors):
         torch.manual_seed(1)
-        return attention._Attention.apply(*tensors, layout, 0.5, 0.3)
+        return attention._Products.apply(*tensors, examples, 0.5, 0.3)
 
     assert torch.autograd.gradcheck(attend, tokens, fast_mode=False)
     value = torch.ones(400, 1, 1)
-    layout = attention.plan_layout([1] * 400, attention.causal_square(1), heads=1)
-    kept = attention._Attention.apply(value, value, value, layout, 1.0, 0.3)
+    examples = layout.plan_layout([1] * 400, layout.causal_square(1), heads=1)
+    kept = attention._Products.apply(value, value, value, examples, 1.0, 0.3)
     assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
     assert 0.2 < (kept == 0).float().mean() < 0.4
 
@@ -111,7 +117,7 @@ def test_the_shapes_of_the_products_are_few():
     generator, sizes = torch.Generator().manual_seed(0), set()
     for _ in range(200):
         lengths = torch.randint(1, 257, (30,), generator=generator).tolist()
-        groups = attention.plan_layout(lengths, attention.causal_square(256), heads=4).groups
+        groups = layout.plan_layout(lengths, layout.causal_square(256), heads=4).groups
         tokens = torch.cat(
             [group.tokens if group.slots is None else group.tokens[group.slots] for group in groups]
         )
@@ -126,9 +132,9 @@ def test_what_is_no_row_of_examples_goes_to_the_kernel(make_model, monkeypatch):
     LanguageModel(model)
     ids, _, _ = packed_batch()
     calls = []
-    apply = attention._Attention.apply
+    attend = fuse.attend
     monkeypatch.setattr(
-        attention._Attention, "apply", lambda *given: calls.append(given[0].shape) or apply(*given)
+        fuse, "attend", lambda *given, **options: calls.append(1) or attend(*given, **options)
     )
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
@@ -152,8 +158,8 @@ def test_values_may_be_of_another_width():
         torch.randn(2, 2, 20, 8),
     )
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
-    layout = attention.plan_layout([20, 20], attention.causal_square(20), 4)
-    ours = attention.attend(*tensors, layout, scale=None, dropout=0.0)
+    examples = layout.plan_layout([20, 20], layout.causal_square(20), 4)
+    ours = attention.attend(*tensors, examples, scale=None, dropout=0.0)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         *tensors, is_causal=True, enable_gqa=True
     ).transpose(1, 2)

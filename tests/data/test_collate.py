@@ -1,4 +1,4 @@
-"""Sequences to tensors: padding, labels, and positions that keep packed examples apart."""
+"""Sequences to tensors: padding, targets, and positions that keep packed examples apart."""
 
 import torch
 from hypothesis import given
@@ -17,7 +17,7 @@ def test_padded_sequences_by_hand() -> None:
         [[example(5, 6, 7)], [example(8, 9)]], pad_id=0, packed=False, pad_to_multiple_of=1
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert batch["targets"].tolist() == [[0, 6], [1, 7], [3, 9]]
     assert "position_ids" not in batch
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}  # type: ignore[attr-defined]
 
@@ -30,10 +30,7 @@ def test_packed_sequences_by_hand() -> None:
         pad_to_multiple_of=4,
     )
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [
-        [-100, 6, 7, -100, 9, -100, -100, -100],
-        [-100, 2, *[-100] * 6],
-    ]
+    assert batch["targets"].tolist() == [[0, 6], [1, 7], [3, 9], [8, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
 
 
@@ -48,7 +45,7 @@ def test_no_sequences_give_a_batch_without_a_target() -> None:
     for packed in (False, True):
         batch = collate([], pad_id=3, packed=packed)
         assert batch["input_ids"].tolist() == [[3] * 8]
-        assert batch["labels"].tolist() == [[IGNORE_INDEX] * 8]
+        assert batch["targets"].shape == (0, 2)
         assert ("position_ids" in batch) == packed
 
 
@@ -73,9 +70,11 @@ def test_packed_sequences_hold_the_examples_and_no_target_crosses_a_border(
     ]
     first = batch["position_ids"] == 0
     assert int(first.sum()) >= sum(map(len, sequences)), "each example is a segment of its own"
-    assert bool((batch["labels"][first] == IGNORE_INDEX).all()), (
-        "the first token of a segment has no prediction"
-    )
+    places, tokens = batch["targets"].unbind(1)
+    assert not first.flatten()[places + 1].any(), "the first token of a segment has no prediction"
+    assert tokens.tolist() == [
+        token for sequence in sequences for e in sequence for token in e.input_ids[1:]
+    ]
+    assert torch.equal(batch["input_ids"].flatten()[places + 1], tokens)
     steps = batch["position_ids"][:, 1:] - batch["position_ids"][:, :-1]
     assert bool(((steps == 1) | first[:, 1:]).all()), "positions count up within a segment"
-    assert bool((batch["labels"][batch["input_ids"] == 0] == IGNORE_INDEX).all())

@@ -15,7 +15,6 @@ from finetune.data.batches.stream import StreamingBatches
 from finetune.data.encode import RecordEncoder
 from finetune.data.formats.text import TextFormat
 from finetune.data.sources import stream_records
-from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from tests.data.settings import batch_shape, source
 from tests.data.stock import MakeTokenizer
@@ -92,12 +91,12 @@ def examples(step: StepBatch) -> list[tuple[int, ...]]:
     """The token ids of each example in the step's micro-batches, padding left out."""
     found = []
     for batch in step.micro_batches:
-        for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
-            for token, label in zip(ids, labels):
-                if label == IGNORE_INDEX and token != 0:
-                    found.append([token])
-                elif label != IGNORE_INDEX:
-                    found[-1].append(token)
+        predicted = {place + 1 for place, _ in batch["targets"].tolist()}
+        for place, token in enumerate(batch["input_ids"].flatten().tolist()):
+            if place in predicted:
+                found[-1].append(token)
+            elif token != 0:
+                found.append([token])
     return [tuple(example) for example in found]
 
 

@@ -105,8 +105,13 @@ def go_on() -> None:
     Path("left.json").write_text(json.dumps(left))
 
 
+def share() -> None:
+    """The run of `test_sharing` under FSDP2."""
+    run("shared.yaml", "output_dir=fsdp2")
+
+
 def main(work: str, folder: Path, rank: int, num_processes: int, port: int) -> None:
-    """`begin` or `go_on`, as process `rank` of so many."""
+    """`begin`, `go_on` or `share`, as process `rank` of so many."""
     os.chdir(folder)
     log_to(Path(f"{work}{rank}.log"))
     os.environ |= {
@@ -117,4 +122,4 @@ def main(work: str, folder: Path, rank: int, num_processes: int, port: int) -> N
     }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it
-    {"begin": begin, "go_on": go_on}[work]()
+    {"begin": begin, "go_on": go_on, "share": share}[work]()

@@ -10,7 +10,7 @@ from sacrebleu.metrics import BLEU
 
 from finetune.data.batches.collate import collate
 from finetune.data.formats.rendering import encode_text
-from finetune.data.types import IGNORE_INDEX, Prompt
+from finetune.data.types import IGNORE_INDEX, Prompt, targets_of
 from finetune.errors import UserError
 from finetune.evaluation import evaluate_generation, evaluate_loss
 from finetune.evaluation.answers import text_metrics
@@ -75,7 +75,7 @@ def test_the_mass_on_inactive_tokens_is_known_where_the_model_makes_its_logits_b
     assert not module.fused
     inactive = torch.arange(len(model.get_input_embeddings().weight)) % 2 == 0
     result = evaluate_loss(
-        module, batches_of(examples, 3), inactive=inactive, tokenizer=tokenizer, device=CPU
+        module, batches_of(examples, 3), inactive=inactive, num_bytes=1, device=CPU
     ).as_dict()
     assert 0.1 < result["inactive_mass"] < 0.9
     assert 0 < result["share_outside"] < 1
@@ -88,7 +88,7 @@ def test_loss_is_the_mean_over_tokens_whatever_the_batches(
     result = evaluate_loss(
         LanguageModel(any_model),
         batches_of(examples, size, packed),
-        tokenizer=tokenizer,
+        num_bytes=1,
         device=CPU,
     )
     assert result.loss == pytest.approx(by_hand(any_model, examples), rel=1e-5)
@@ -118,7 +118,7 @@ def test_the_loss_apart_for_tokens_outside_adds_up(llama, tokenizer, examples, f
     module = LanguageModel(model)
     module.fused = fused
     result = evaluate_loss(
-        module, batches_of(examples, 2), inactive=inactive, tokenizer=tokenizer, device=CPU
+        module, batches_of(examples, 2), inactive=inactive, num_bytes=1, device=CPU
     )
     apart = result.vocabulary
     outside = [loss for loss, is_outside in nats if is_outside]
@@ -147,34 +147,35 @@ def test_the_loss_by_groups_of_target_tokens_is_that_counted_by_hand(llama, toke
                 nats[groups[label]] -= float(logs[i, label])
                 counts[groups[label]] += 1
     module, batches = LanguageModel(llama), batches_of(examples, 3, packed=True)
-    result = evaluate_loss(module, batches, groups=groups, tokenizer=tokenizer, device=CPU)
+    result = evaluate_loss(module, batches, groups=groups, num_bytes=1, device=CPU)
     assert [group.num_target_tokens for group in result.by_group] == counts
     assert counts[2] == 0 < min(counts[0], counts[1], counts[3])
     assert [group.nats for group in result.by_group] == pytest.approx(nats, rel=1e-5)
     assert sum(nats) / sum(counts) == pytest.approx(result.loss, rel=1e-5)
     assert "by_group" not in result.as_dict()
-    plain = evaluate_loss(module, batches, tokenizer=tokenizer, device=CPU)
+    plain = evaluate_loss(module, batches, num_bytes=1, device=CPU)
     assert (plain.loss, plain.by_group) == (result.loss, ())
 
 
 def test_processes_that_add_their_sums_get_what_one_process_gets(llama, tokenizer, examples):
     module, batches = LanguageModel(llama), batches_of(examples, 1)
-    options = {"tokenizer": tokenizer, "device": CPU, "groups": torch.arange(320) % 3}
-    one = evaluate_loss(module, batches, **options)
+    options = {"device": CPU, "groups": torch.arange(320) % 3}
+    one = evaluate_loss(module, batches, num_bytes=9, **options)
     shares = []
 
     def keep(sums):
         shares.append(sums)
         return sums
 
-    for share in (batches[:4], batches[4:]):
-        evaluate_loss(module, share, reduce=keep, **options)
+    for share, num_bytes in ((batches[:4], 7), (batches[4:], 2)):
+        evaluate_loss(module, share, num_bytes=num_bytes, reduce=keep, **options)
     empty = collate(
         [], pad_id=0, packed=False, pad_to_multiple_of=1
     )  # the filling of a process that has run out
     both = evaluate_loss(
         module,
         [empty],
+        num_bytes=0,
         reduce=lambda own: own + shares[0] + shares[1],
         **options,
     )
@@ -187,16 +188,16 @@ def test_of_two_hundred_positions_the_third_largest_mass_is_the_99th_percentile(
     masses = [*torch.linspace(0.2, 0.4, 198).tolist(), 0.8, 0.9]
 
     class Known(torch.nn.Module):
-        def forward(self, input_ids, labels, reduction, inactive):
+        def forward(self, input_ids, targets, reduction, inactive):
             return torch.stack([torch.ones(200), torch.tensor(masses)], 1)
 
     labels = torch.full((1, 201), 3)
     inactive = torch.zeros(10, dtype=torch.bool)
-    batch = {"input_ids": labels, "labels": labels}
-    result = evaluate_loss(Known(), [batch], inactive=inactive, tokenizer=tokenizer, device=CPU)
+    batch = {"input_ids": labels, "targets": targets_of(labels)}
+    result = evaluate_loss(Known(), [batch], inactive=inactive, num_bytes=1, device=CPU)
     assert 0.4 <= result.vocabulary.inactive_mass_p99 <= 0.401
     masses[:] = [math.nan] * 200  # of a model that has diverged
-    result = evaluate_loss(Known(), [batch], inactive=inactive, tokenizer=tokenizer, device=CPU)
+    result = evaluate_loss(Known(), [batch], inactive=inactive, num_bytes=1, device=CPU)
     assert result.vocabulary.inactive_mass_p99 == 1
 
 
@@ -219,9 +220,10 @@ def test_the_share_of_generated_tokens_outside(llama, tokenizer, examples):
 
 def test_bytes_are_those_of_the_target_text_without_marks(tokenizer):
     ids = tokenizer("abc é🙂<|im_end|>def", add_special_tokens=False)["input_ids"]
-    labels = torch.tensor([[IGNORE_INDEX, *ids[1:]], [IGNORE_INDEX] * len(ids)])
     skipped = len(tokenizer.decode(ids[:1]).encode())
-    assert count_target_bytes(labels, tokenizer) == len("abc é🙂def".encode()) - skipped
+    found = count_target_bytes([IGNORE_INDEX, *ids[1:]], tokenizer)
+    assert found == len("abc é🙂def".encode()) - skipped
+    assert count_target_bytes([IGNORE_INDEX] * 4, tokenizer) == 0
 
 
 def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(tokenizer):
@@ -231,15 +233,15 @@ def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight(tokenizer):
     assert int((labels != IGNORE_INDEX).sum()) == 4  # one token a byte
 
     class Uniform(torch.nn.Module):
-        def forward(self, input_ids, labels, reduction):
+        def forward(self, input_ids, targets, reduction):
             assert reduction == "none"
-            losses = torch.tensor(256.0).log().expand(int((labels != IGNORE_INDEX).sum()))
+            losses = torch.tensor(256.0).log().expand(len(targets))
             return torch.stack([losses, torch.zeros_like(losses)], 1)
 
     result = evaluate_loss(
         Uniform(),
-        [{"input_ids": labels.clamp(min=0), "labels": labels}],
-        tokenizer=tokenizer,
+        [{"input_ids": labels.clamp(min=0), "targets": targets_of(labels)}],
+        num_bytes=count_target_bytes(labels[0].tolist(), tokenizer),
         device=CPU,
     )
     assert (result.bits_per_byte, result.num_target_bytes) == (pytest.approx(8.0), 4)
@@ -249,11 +251,11 @@ def test_no_target_is_an_error_and_the_mode_comes_back(llama, tokenizer):
     module = LanguageModel(llama)
     nothing = {
         "input_ids": torch.zeros(1, 3, dtype=torch.long),
-        "labels": torch.full((1, 3), IGNORE_INDEX),
+        "targets": torch.empty(0, 2, dtype=torch.long),
     }
     module.train()
     with pytest.raises(UserError, match="no target token"):
-        evaluate_loss(module, [nothing], tokenizer=tokenizer, device=CPU)
+        evaluate_loss(module, [nothing], num_bytes=0, device=CPU)
     assert module.training
     module.eval()
 

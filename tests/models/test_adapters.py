@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from finetune.data.types import targets_of
 from finetune.errors import UserError
 from finetune.models.adapters import add_lora, base_of_adapters, merge_lora
 from finetune.models.describe import describe_model, token_tables
@@ -25,13 +26,11 @@ TIED = {"gpt2", "qwen2", "gemma3"}
 def train(model, steps=4):
     language_model = LanguageModel(model)
     ids = torch.randint(90, 97, (2, 12), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[:, 0] = -100
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = language_model(ids, labels)
+        loss = language_model(ids, targets_of(ids))
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune.data.types import targets_of
 from finetune.errors import UserError
 from finetune.models.adapters import add_lora
 from finetune.models.describe import token_tables
@@ -67,7 +68,7 @@ def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = active[torch.randint(0, len(active), (4, 9))]
     for _ in range(3):
-        LanguageModel(model)(ids, ids).backward()
+        LanguageModel(model)(ids, targets_of(ids)).backward()
         optimizer.step()
         optimizer.zero_grad()
     export_model(model, chat_tokenizer, tmp_path / "model", card="")

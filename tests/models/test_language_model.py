@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from finetune.data.types import IGNORE_INDEX
+from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel, evaluating
 from finetune.models.load import ModelSpec, load_model
@@ -29,7 +29,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind, make_model):
     assert language_model.fused
     ids, labels, count = batch()
     theirs = model(input_ids=ids, labels=labels).loss * count
-    ours = language_model(ids, labels)
+    ours = language_model(ids, targets_of(labels))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
     parameters = list(model.parameters())
@@ -37,7 +37,7 @@ def test_loss_and_gradients_are_those_of_transformers(kind, make_model):
         torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
     ):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
-    each = language_model.token_losses(ids, labels)
+    each = language_model.token_losses(ids, targets_of(labels))
     assert each.shape == (count,)
     assert not each.requires_grad
     torch.testing.assert_close(each.sum(), ours.detach())
@@ -48,10 +48,11 @@ def test_right_padding_changes_nothing(make_model):
     ids, labels, _ = batch()
     padded = (
         torch.nn.functional.pad(ids, (0, 5), value=3),
-        torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX),
+        targets_of(torch.nn.functional.pad(labels, (0, 5), value=IGNORE_INDEX)),
     )
     torch.testing.assert_close(
-        language_model.token_losses(*padded), language_model.token_losses(ids, labels)
+        language_model.token_losses(*padded),
+        language_model.token_losses(ids, targets_of(labels)),
     )
 
 
@@ -64,11 +65,11 @@ def test_packed_examples_have_the_losses_and_gradients_of_the_examples_alone(kin
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     labels = ids.masked_fill(positions == 0, IGNORE_INDEX)
     alone = sum(
-        language_model(*pair)
-        for pair in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
+        language_model(piece, targets_of(own))
+        for piece, own in zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)
     )
-    packed = language_model(ids, labels, positions)
-    leaking = language_model(ids, labels)
+    packed = language_model(ids, targets_of(labels), positions)
+    leaking = language_model(ids, targets_of(labels))
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     assert (leaking - alone).abs() > 1e-2  # the test sees a leak
     parameters = list(language_model.parameters())
@@ -108,8 +109,8 @@ def test_a_model_with_logits_of_its_own_goes_through_its_own_forward_and_says_so
     right = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
     )
-    torch.testing.assert_close(language_model(ids, labels), right)
-    assert language_model.token_losses(ids, labels).shape == (count,)
+    torch.testing.assert_close(language_model(ids, targets_of(labels)), right)
+    assert language_model.token_losses(ids, targets_of(labels)).shape == (count,)
 
 
 def test_building_and_checking_leave_mode_and_random_state_alone(make_model):
@@ -128,9 +129,9 @@ def test_building_and_checking_leave_mode_and_random_state_alone(make_model):
 def test_autocast_reaches_decoder_and_loss(make_model):
     language_model = LanguageModel(make_model("llama"))
     ids, labels, _ = batch()
-    exact = language_model(ids, labels)
+    exact = language_model(ids, targets_of(labels))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = language_model(ids, labels)
+        rounded = language_model(ids, targets_of(labels))
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs() < 0.02 * exact
     rounded.backward()
@@ -141,10 +142,9 @@ def test_autocast_reaches_decoder_and_loss(make_model):
 def test_a_float64_model_is_read_in_float64(make_model, kind):
     model = make_model(kind).double()
     ids = torch.randint(5, 97, (1, 12))
-    labels = ids.clone()
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
     theirs = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-    ours = LanguageModel(model)(ids, labels)
+    ours = LanguageModel(model)(ids, targets_of(ids))
     assert ours.dtype == torch.float64
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-7)
 

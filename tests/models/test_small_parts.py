@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from finetune.data.types import IGNORE_INDEX
+from finetune.data.types import targets_of
 from finetune.errors import UserError
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.adapters import add_lora
@@ -146,9 +146,7 @@ def test_the_licence_is_read_from_a_model_folder(tmp_path):
 
 def batch():
     ids = torch.arange(24).reshape(2, 12)
-    labels = ids.clone()
-    labels[:, 0] = IGNORE_INDEX
-    return ids, labels
+    return ids, targets_of(ids)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
@@ -187,7 +185,7 @@ def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(
     language_model.eval()
     batches = [torch.randint(0, 97, shape) for shape in ((2, 9), (3, 17), (4, 30))]
     expected, names = (
-        [language_model(ids, ids) for ids in batches],
+        [language_model(ids, targets_of(ids)) for ids in batches],
         list(language_model.state_dict()),
     )
 
@@ -203,7 +201,7 @@ def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(
     )
     compile_decoder(language_model)
     for ids, loss in zip(batches, expected, strict=True):
-        torch.testing.assert_close(language_model(ids, ids), loss)
+        torch.testing.assert_close(language_model(ids, targets_of(ids)), loss)
     assert len(graphs) == 1
     assert sum(part._compiled_call_impl is not None for part in language_model.modules()) == 4
     assert list(language_model.state_dict()) == names
@@ -257,7 +255,7 @@ def test_an_active_vocabulary_trains_and_grows_compiled_as_it_does_otherwise(
                     id(module.vocabulary): module for module in active_modules(model)
                 }.values():
                     assert not len(module.vocabulary.grow(module.weight, torch.tensor([1, 5, 33])))
-            loss = language_model(ids, ids)
+            loss = language_model(ids, targets_of(ids))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from finetune.data.types import targets_of
 from finetune.errors import UserError
 from finetune.models.adapters import add_lora, merge_lora
 from finetune.models.frozen_sample import (
@@ -69,7 +70,7 @@ def make(family, seed=0):
 
 def batch(ids=ACTIVE, rows=3, length=11):
     chosen = torch.tensor(ids)[torch.randint(0, len(ids), (rows, length))]
-    return chosen, chosen.clone()
+    return chosen, targets_of(chosen)
 
 
 def test_every_family_is_tried():
@@ -178,7 +179,9 @@ def test_the_shift_moves_the_active_rows_against_the_others(family):
     vocabulary.shift.data.copy_(shift)
     expected = moved(input_ids=ids).logits
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
-    torch.testing.assert_close(LanguageModel(model)(ids, ids), LanguageModel(moved)(ids, ids))
+    torch.testing.assert_close(
+        LanguageModel(model)(ids, targets_of(ids)), LanguageModel(moved)(ids, targets_of(ids))
+    )
     assert vocabulary.grow(model.get_output_embeddings().weight, torch.tensor([3])).tolist() == []
     torch.testing.assert_close(
         model(input_ids=ids).logits, expected
@@ -285,7 +288,7 @@ def test_growing_reads_the_same_and_trains_the_new_row(family):
     activate_vocabulary(model, ACTIVE, spare=2)
     head = model.get_output_embeddings()
     language_model, expected = LanguageModel(model), model(input_ids=ids).logits
-    everything = (ids, ids.clone())
+    everything = (ids, targets_of(ids))
     loss = language_model(*everything)
     saved = copy.deepcopy(model.state_dict())
     assert head.vocabulary.grow(head.weight, torch.tensor([1, 3, 3])).tolist() == []
@@ -376,7 +379,7 @@ def test_a_sample_of_everything_is_exact_and_a_smaller_one_right_on_average(fami
     language_model, ids = LanguageModel(model), batch()
     language_model.train()
     exact = language_model(*ids)
-    weights = measure_frozen_rows(language_model, [{"input_ids": ids[0], "labels": ids[1]}])
+    weights = measure_frozen_rows(language_model, [{"input_ids": ids[0], "targets": ids[1]}])
     assert weights.shape == (V - len(ACTIVE),)
     assert (weights > 0).all()
     everything = FrozenSampler(language_model, inclusion_chances(weights, V))
@@ -409,7 +412,7 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
     activate_vocabulary(model.eval(), ACTIVE)
     language_model, ids = LanguageModel(model), batch()
     for sample in (
-        lambda: measure_frozen_rows(language_model, [{"input_ids": ids[0], "labels": ids[1]}]),
+        lambda: measure_frozen_rows(language_model, [{"input_ids": ids[0], "targets": ids[1]}]),
         lambda: FrozenSampler(language_model, torch.ones(V - len(ACTIVE))),
     ):
         with pytest.raises(
@@ -423,7 +426,7 @@ def test_a_sample_is_refused_where_the_model_makes_its_logits_by_itself():
     scores = language_model(*ids, reduction="none", inactive=inactive)
     torch.testing.assert_close(
         scores[:, 0],
-        torch.nn.functional.cross_entropy(logits, ids[1][:, 1:].flatten(), reduction="none"),
+        torch.nn.functional.cross_entropy(logits, ids[1][:, 1], reduction="none"),
     )
     torch.testing.assert_close(scores[:, 1], torch.softmax(logits, 1)[:, inactive].sum(1))
 
@@ -438,10 +441,11 @@ def test_bad_input_for_a_sample_is_refused():
     with pytest.raises(UserError, match=r"frozen rows to draw is 0\. Draw at least one"):
         inclusion_chances(torch.ones(V - len(ACTIVE)), 0)
     sampler = FrozenSampler(language_model, inclusion_chances(torch.ones(V - len(ACTIVE)), 5))
-    labels = ids[1].index_fill(1, torch.tensor([4]), 3)
+    targets = ids[1].clone()
+    targets[4, 1] = 3
     language_model.train()
-    sampler.before_step(0, labels)
-    assert language_model(ids[0], labels) > 0
+    sampler.before_step(0, targets[:, 1])
+    assert language_model(ids[0], targets) > 0
     rows = V - len(ACTIVE)
     for wrong in (
         torch.full((rows - 1,), 0.5),
@@ -466,10 +470,10 @@ def test_bad_input_for_a_sample_is_refused():
         UserError,
         match=r"the target token 3 does not train and was not drawn.*FrozenSampler.before_step",
     ):
-        language_model(ids[0], labels)
+        language_model(ids[0], targets)
     assert language_model(*ids) > 0
     language_model.eval()
-    assert language_model(ids[0], labels) > 0  # evaluation samples nothing
+    assert language_model(ids[0], targets) > 0  # evaluation samples nothing
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -526,7 +530,7 @@ def test_frozen_targets_are_put_into_the_sample():
     )
     estimates = []
     for seed in range(200):
-        sampler.before_step(seed, targets=ids[1].flatten())
+        sampler.before_step(seed, targets=ids[1][:, 1])
         estimates.append(language_model(*ids).item())
     assert sum(estimates) / len(estimates) == pytest.approx(
         exact.item(), rel=0.005

@@ -92,6 +92,19 @@ def test_the_page_reports_what_the_run_has_done(run_folder):
         assert expected in page.text, expected
 
 
+def test_tokens_of_shared_beginnings_are_counted_beside_those_of_the_examples(run_folder):
+    assert "Computed, shared beginnings once" not in page_of(run_folder).text
+    path = run_folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "num_tokens" in line:
+            line["num_computed_tokens"] = 43
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page_of(run_folder).text
+    assert f"{52 * 430:,}" in text
+    assert f"{52 * 43:,} (10.0 times fewer)" in text
+
+
 def test_before_and_after_are_side_by_side(run_folder):
     html = write_report(run_folder).read_text(encoding="utf-8")
     samples = re.findall(r"<article.*?</article>", html, re.DOTALL)

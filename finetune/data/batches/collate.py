@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetune.data.types import IGNORE_INDEX, Example, MicroBatch
+from finetune.data.types import IGNORE_INDEX, Example, MicroBatch, targets_of
 
 LENGTH_MULTIPLE = 8
 """Lengths are multiples of this: matrix units prefer them, and oneDNN keeps 2 MB a shape."""
@@ -26,7 +26,7 @@ def collate(
     max_length: int | None = None,
     pad_to_multiple_of: int = LENGTH_MULTIPLE,
 ) -> MicroBatch:
-    """Return sequences of examples as tensors of shape [sequences, length].
+    """Return sequences of examples as tensors of shape [sequences, length], with their targets.
 
     The length is that of the longest sequence, rounded up to `pad_to_multiple_of`. It is not
     rounded beyond `max_length`, where a model may have no positions left. Without sequences the
@@ -50,11 +50,15 @@ def collate(
         ids.extend([pad_id] * missing)
         labels.extend([IGNORE_INDEX] * missing)
         positions.extend(counting[:missing])
-    batch: MicroBatch = {"input_ids": _tensor(ids, shape), "labels": _tensor(labels, shape)}
+    batch: MicroBatch = {
+        "input_ids": flat_tensor(ids, shape),
+        "targets": targets_of(flat_tensor(labels, shape)),
+    }
     if packed:
-        batch["position_ids"] = _tensor(positions, shape)
+        batch["position_ids"] = flat_tensor(positions, shape)
     return batch
 
 
-def _tensor(flat: array, shape: tuple[int, int]) -> Tensor:
+def flat_tensor(flat: array, shape: tuple[int, int]) -> Tensor:
+    """Return the numbers in `flat`, of type "i", as int64 in `shape`."""
     return torch.frombuffer(flat, dtype=torch.int32).view(shape).long()

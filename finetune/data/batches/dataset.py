@@ -10,7 +10,20 @@ from typing import Any
 
 from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
-from finetune.data.batches.steps import BatchShape, StepBatch, cut_step, plan_epoch
+from finetune.data.batches.steps import (
+    BatchShape,
+    StepBatch,
+    lay_out,
+    plan_epoch,
+    plan_step_trees,
+)
+from finetune.data.batches.trees import (
+    LEAST_SAVED,
+    collate_trees,
+    count_tokens,
+    leaves,
+    plan_trees,
+)
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import MicroBatch
 from finetune.errors import UserError
@@ -46,6 +59,22 @@ class TrainingBatches:
             self._place = (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
             yield self._step(sequences[step * size : (step + 1) * size], epoch, step)
 
+    def count_shared(self, most: int) -> tuple[int, int]:
+        """Return the tokens of the first epoch, and how many of them trees compute.
+
+        At most `most` steps are looked at, spread over the epoch.
+        """
+        sequences, size = self._plan(0), self.shape.batch_size
+        tokens = computed = 0
+        for step in range(0, self.steps_per_epoch, -(-self.steps_per_epoch // most)):
+            own = sequences[step * size : (step + 1) * size]
+            examples = [self.dataset[i] for sequence in own for i in sequence]
+            forests = plan_step_trees(examples, len(own), self.shape, max_length=self.max_length)
+            count = sum(map(len, examples))
+            tokens += count
+            computed += count if forests is None else sum(map(count_tokens, forests))
+        return tokens, computed
+
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the data after the last step yielded, and the data's fingerprint."""
         return {"epoch": self._place[0], "step": self._place[1], "fingerprint": self.fingerprint}
@@ -72,24 +101,18 @@ class TrainingBatches:
         return plan_epoch(self._lengths, self.shape, max_length=self.max_length, epoch=epoch)
 
     def _step(self, sequences: list[list[int]], epoch: int, step: int) -> StepBatch:
-        example_ids = [
-            [sequences[i] for i in part] for part in cut_step(len(sequences), self.shape)
-        ]
-        examples = [i for sequence in sequences for i in sequence]
+        numbers = [i for sequence in sequences for i in sequence]
+        examples = {i: self.dataset[i] for i in numbers}
+        micro_batches, example_ids, num_computed = lay_out(
+            sequences, examples, self.shape, max_length=self.max_length
+        )
         return StepBatch(
-            micro_batches=[self._collate(part) for part in example_ids],
-            num_target_tokens=sum(self.dataset.target_counts[i] for i in examples),
-            num_tokens=sum(self._lengths[i] for i in examples),
+            micro_batches=micro_batches,
+            num_target_tokens=sum(self.dataset.target_counts[i] for i in numbers),
+            num_tokens=sum(self._lengths[i] for i in numbers),
+            num_computed=num_computed,
             epoch=epoch + (step + 1) / self.steps_per_epoch,
             example_ids=example_ids,
-        )
-
-    def _collate(self, sequences: list[list[int]]) -> MicroBatch:
-        return collate(
-            [[self.dataset[i] for i in sequence] for sequence in sequences],
-            pad_id=self.shape.pad_id,
-            packed=self.shape.packing,
-            max_length=self.max_length,
         )
 
 
@@ -97,7 +120,8 @@ class EvaluationBatches:
     """Every example once in a fixed order, the longest first.
 
     A batch holds `batch_size` sequences, and the processes take batches in turn. All processes have
-    equally many batches. The last ones may be empty, which is one sequence of padding.
+    equally many batches. The last ones may be empty, which is one sequence of padding. With `share`
+    packed batches are trees of as many tokens (`trees`), if that saves LEAST_SAVED of them.
     """
 
     def __init__(
@@ -110,6 +134,7 @@ class EvaluationBatches:
         pad_id: int,
         rank: int = 0,
         num_processes: int = 1,
+        share: bool = False,
     ) -> None:
         self.dataset = dataset
         self.max_length = max_length
@@ -121,12 +146,24 @@ class EvaluationBatches:
         batches = [sequences[i : i + batch_size] for i in range(0, len(sequences), batch_size)]
         batches += [[] for _ in range(-len(batches) % num_processes)]
         self.example_ids = batches[rank::num_processes]
+        self.forests = None
+        if share and packing:
+            forests = plan_trees(
+                dataset, capacity=batch_size * max_length, num_processes=num_processes
+            )
+            computed = sum(map(count_tokens, forests or []))
+            if forests is not None and computed <= (1 - LEAST_SAVED) * sum(lengths):
+                forests.sort(key=count_tokens, reverse=True)
+                self.forests = forests[rank::num_processes]
+                self.example_ids = [[leaves(forest)] for forest in self.forests]
 
     def __len__(self) -> int:
         return len(self.example_ids)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        for sequences in self.example_ids:
+        for forest in self.forests or ():
+            yield collate_trees(forest, self.dataset, pad_id=self.pad_id)
+        for sequences in self.example_ids if self.forests is None else ():
             yield collate(
                 [[self.dataset[i] for i in sequence] for sequence in sequences],
                 pad_id=self.pad_id,

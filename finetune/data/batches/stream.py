@@ -18,9 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from finetune.data.bad_records import BadRecords
-from finetune.data.batches.collate import collate
 from finetune.data.batches.packing import pack
-from finetune.data.batches.steps import BatchShape, StepBatch, cut_step, group_by_length
+from finetune.data.batches.steps import BatchShape, StepBatch, group_by_length, lay_out
 from finetune.data.encode import RecordEncoder, require_targets
 from finetune.data.types import Example, Record
 from finetune.errors import UserError
@@ -184,18 +183,18 @@ class StreamingBatches:
 
     def _step(self, sequences: list[list[Example]]) -> StepBatch:
         examples = list(chain.from_iterable(sequences))
+        numbers = iter(range(len(examples)))
+        micro_batches, _, num_computed = lay_out(
+            [[next(numbers) for _ in sequence] for sequence in sequences],
+            dict(enumerate(examples)),
+            self.shape,
+            max_length=self.encoder.max_length,
+        )
         return StepBatch(
-            micro_batches=[
-                collate(
-                    [sequences[i] for i in part],
-                    pad_id=self.shape.pad_id,
-                    packed=self.shape.packing,
-                    max_length=self.encoder.max_length,
-                )
-                for part in cut_step(len(sequences), self.shape)
-            ],
+            micro_batches=micro_batches,
             num_target_tokens=sum(example.num_target_tokens for example in examples),
             num_tokens=sum(map(len, examples)),
+            num_computed=num_computed,
             epoch=float(self._epoch),
             example_ids=[],
         )

@@ -19,6 +19,7 @@ from finetune.data.types import Prompt
 from finetune.display import Display, differences
 from finetune.errors import UserError
 from finetune.evaluation import Answer, LossResult, evaluate_generation, evaluate_loss
+from finetune.evaluation.loss import count_target_bytes
 from finetune.inference.generation import GenerationSettings
 from finetune.models.language_model import LanguageModel
 from finetune.models.speed import uncompiled
@@ -35,7 +36,8 @@ class Evaluator:
 
     Every process of a run calls the same methods; each evaluates its share. `inactive()` returns
     [V] bool, true for tokens that the run does not use, or None (see `evaluate_loss`).
-    `num_answers`: how many held-out prompts are answered at most.
+    `num_answers`: how many held-out prompts are answered at most. `share`: examples may share their
+    beginnings, if that saves enough.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class Evaluator:
         num_answers: int,
         display: Display,
         inactive: Callable[[], torch.Tensor | None] = lambda: None,
+        share: bool = False,
     ) -> None:
         config = material.config
+        self.share = share
         self.material, self.language_model = material, language_model
         self.accelerator, self.inactive, self.display = accelerator, inactive, display
         self.metrics = generation_metrics(config, material.format)
@@ -97,12 +101,15 @@ class Evaluator:
         """
         accelerator, batches = self.accelerator, self.batches(dataset)
         count = len(batches) if num_batches is None else num_batches
+        read = (i for part in batches.example_ids[:count] for ids in part for i in ids)
+        tokenizer = self.material.tokenizer
+        num_bytes = sum(count_target_bytes(dataset[i].labels, tokenizer) for i in read)
         bar = self.display.bar("evaluating the loss", count)
         with bar as advance, accelerator.autocast():
             return evaluate_loss(
                 self.language_model,
                 islice(batches, count),
-                tokenizer=self.material.tokenizer,
+                num_bytes=num_bytes,
                 device=accelerator.device,
                 reduce=self._add_up,
                 inactive=inactive,
@@ -121,6 +128,7 @@ class Evaluator:
             pad_id=pad_id(self.material.tokenizer),
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
+            share=self.share,
         )
 
     def answer(self, prompts: Sequence[Prompt]) -> tuple[dict[str, Any], list[Answer]]:
@@ -185,4 +193,5 @@ def evaluator_of(parts: Parts) -> Evaluator:
         num_answers=section.generate if scored else section.samples,
         display=parts.display,
         inactive=parts.vocabulary.inactive_tokens,
+        share=parts.sharing.possible,
     )

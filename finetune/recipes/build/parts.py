@@ -3,7 +3,7 @@
 `material` makes the first stage, without weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
@@ -31,9 +31,11 @@ from finetune.optim import rule_of
 from finetune.recipes.build.data import overlong_of
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.model import adapt_model, make_model, model_fingerprint
+from finetune.recipes.build.sharing import Sharing, plan_sharing
 from finetune.recipes.build.size import (
     batch_size_of,
     idle_processes,
+    packed_length_of,
     step_size_in_words,
     with_step_size,
 )
@@ -54,6 +56,7 @@ class Parts:
     batches: TrainingBatches | StreamingBatches
     statistics: DataStatistics  # of the training data; a stream's grow as it is read
     vocabulary: VocabularyKeeper
+    sharing: Sharing
     identity: dict[str, str]  # what a resumed run must have in common with the one it continues
 
     @property
@@ -122,6 +125,11 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     for sentence in (step_size_in_words(given.config, config), idle):
         if sentence is not None:
             display.note(sentence)
+    sharing = plan_sharing(
+        config, material.train, batches.shape, model=model, language_model=language_model
+    )
+    display.say(f"shared beginnings: {sharing.line()}")
+    batches.shape = replace(batches.shape, share=sharing.shares)
     identity = {
         "the model": start,
         "model.lora": str(config.model.lora),
@@ -145,7 +153,9 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
         note=display.note,
     )
     return Parts(
-        material, accelerator, display, language_model, batches, statistics, keeper, identity
+        *(material, accelerator, display, language_model, batches, statistics, keeper),
+        sharing=sharing,
+        identity=identity,
     )
 
 
@@ -188,8 +198,7 @@ def _make_batches(
         num_processes=accelerator.num_processes,
     )
     if isinstance(material.raw.train, Records):
-        length = data.packed_length or data.max_length
-        batches = TrainingBatches(material.train, shape, max_length=length)
+        batches = TrainingBatches(material.train, shape, max_length=packed_length_of(config))
         return batches, material.train.statistics
     count_steps(config, None)  # raises if the stream has no end
     records = material.raw.train.fresh()

@@ -57,6 +57,11 @@ def batch_size_of(config: RunConfig) -> int:
     return size
 
 
+def packed_length_of(config: RunConfig) -> int:
+    """Return the most tokens of a packed sequence of several examples."""
+    return config.data.packed_length or config.data.max_length
+
+
 def why_limited(config: RunConfig) -> str | None:
     """Return what ends the run, if it is something else than epochs."""
     if config.training.max_steps is not None:

@@ -12,6 +12,7 @@ from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.optimizer import optimizer_options
 from finetune.recipes.build.parts import NOT_PACKED, Parts, assemble, count_steps
+from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.size import step_size_in_words
 from finetune.recipes.plan.planner import Plan, Planner, Work
 from finetune.recipes.plan.tables import make_console, print_plan
@@ -42,6 +43,8 @@ def plan_run(
         else:
             plan = replace(plan, advice=planner.advice(plan.memory.peak))
     print_plan(plan, console or make_console())
+    for line in sharing_lines(planner.material):
+        display.say(line)
     if (size := step_size_in_words(config, planner.material.config)) is not None:
         display.note(size)
     for sentence in planner.material.advice():

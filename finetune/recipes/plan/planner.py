@@ -6,7 +6,7 @@ costs little. The time is measured elsewhere, and only if the run fits.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -16,16 +16,13 @@ from torch import nn
 from finetune.config import RunConfig
 from finetune.config.schema import MOST
 from finetune.data.batches.dataset import TrainingBatches
-from finetune.data.batches.steps import BatchShape
 from finetune.data.statistics import coverage
-from finetune.data.types import IGNORE_INDEX
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model, tensor_bytes
 from finetune.models.load import load_skeleton
 from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
-from finetune.models.tokenizers import pad_id
 from finetune.optim import optimizer_info
 from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.recipes.build.accelerator import resolve_device
@@ -33,7 +30,8 @@ from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
 from finetune.recipes.build.optimizer import may_be_lazy
 from finetune.recipes.build.parts import count_steps
-from finetune.recipes.build.size import batch_size_of, with_step_size
+from finetune.recipes.build.sharing import plan_sharing, step_shape
+from finetune.recipes.build.size import packed_length_of, with_step_size
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
 from finetune.recipes.plan.memory import (
     CUDA_CONTEXT,
@@ -62,6 +60,7 @@ class Work:
     accumulates: bool  # whether a step has several micro-batches
     num_steps: int  # MOST if a time ends the run, until steps were timed
     tokens_per_step: float  # mean, without padding
+    computed_per_step: float  # mean; shared beginnings count once
     examples_per_step: float  # mean
     num_evaluations: int
     evaluate_every: int  # steps
@@ -251,33 +250,32 @@ def fitted_skeleton(material: Material) -> Any:
 def work_of(material: Material) -> Work:
     """Return what a run on one process goes through."""
     config, train, held_out = material.config, material.train, material.validation
-    shape = BatchShape(
-        packing=config.data.packing,
-        batch_size=batch_size_of(config),
-        micro_batch_size=config.training.micro_batch_size,
-        pad_id=pad_id(material.tokenizer),
-        seed=config.seed,
-    )
-    length = config.data.packed_length or config.data.max_length
-    batches = TrainingBatches(train, shape, max_length=length)
+    shape = step_shape(config)
+    sharing = plan_sharing(config, train, shape, model=material.skeleton)
+    shape = replace(shape, share=sharing.shares)
+    batches = TrainingBatches(train, shape, max_length=packed_length_of(config))
     per_epoch = None if config.data.streaming else batches.steps_per_epoch
     num_steps = count_steps(config, per_epoch)
     steps = list(islice(batches.epoch(0), min(num_steps, STEPS_LOOKED_AT)))
     examples = [i for step in steps for part in step.example_ids for ids in part for i in ids]
     micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
-    largest = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+    rows, length = max((batch["input_ids"].shape for batch in micro_batches), key=math.prod)
+    most = packed_length_of(config)
+    if length > most:  # of trees: as much memory as sequences of one example
+        rows, length = -(-length // most), most
     every = config.evaluation.every or per_epoch or num_steps
     num_evaluations = config.evaluation.before + math.ceil(num_steps / every)
     if num_steps == MOST:
         num_evaluations = config.evaluation.before + 1
     return Work(
         batch_size=shape.batch_size,
-        num_sequences=largest[0],
-        length=largest[1],
-        num_targets=max(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches),
+        num_sequences=rows,
+        length=length,
+        num_targets=max(len(batch["targets"]) for batch in micro_batches),
         accumulates=any(len(step.micro_batches) > 1 for step in steps),
         num_steps=num_steps,
         tokens_per_step=sum(step.num_tokens for step in steps) / len(steps),
+        computed_per_step=sum(step.num_computed for step in steps) / len(steps),
         examples_per_step=len(examples) / len(steps),
         num_evaluations=num_evaluations if held_out is not None else 0,
         evaluate_every=every,

@@ -92,6 +92,10 @@ def _work(plan: Plan) -> Table:
     table.add_row("steps", "as many as fit" if unknown else f"{work.num_steps:,}")
     table.add_row("sequences of a step", f"{work.batch_size:,}", "training.batch_size")
     table.add_row("tokens of a step", f"{work.tokens_per_step:,.0f}", "mean, without padding")
+    if work.computed_per_step < work.tokens_per_step:
+        table.add_row(
+            "tokens computed", f"{work.computed_per_step:,.0f}", "mean, shared beginnings once"
+        )
     table.add_row("examples of a step", f"{work.examples_per_step:,.0f}", "mean")
     if not unknown:
         table.add_row("tokens of all steps", f"{work.tokens_per_step * work.num_steps:,.0f}")

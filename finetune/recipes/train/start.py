@@ -183,6 +183,7 @@ def write_counts(parts: Parts, run: RunDir) -> None:
         languages=format.languages if isinstance(format, TranslationFormat) else None,
         validation=None if held_out is None else held_out.statistics.as_dict(),
         system_prompt=format.common_system_prompt,
+        shared_beginnings=parts.sharing.line(),
     ).write(run)
 
 

@@ -1,0 +1,287 @@
+"""Whole steps with shared beginnings: this project with and without, and TRL's SFTTrainer.
+
+    python scripts/bench_prefixes.py --model DIR [--trl DIR] [--cases a,b,c,d] [--rounds 3]
+
+a: tool calls behind seven declarations (`tool_calls_data.py`); b: a support bot with house rules;
+c: the translation demo; d: conversations with nothing in common. A step has 16 sequences of at most
+512 tokens, in micro-batches of 4 (c and d: 4 sequences), in float32, with AdamW and clipping.
+
+Contestants, each in a process of its own, in turn: "shared" and "unshared" are this project.
+"trl-padded" and "trl-packed" are TRL's without and with its packing, at the same examples a step.
+Examples a second: the median over the steps after the first. "above" is the peak of the process's
+memory above that with weights, gradients and optimizer state (after a first step), in MiB. With
+--clock cpu --threads 1 the seconds are those of the processor, for a busy machine. --layers cuts
+the model down to its first layers, for a quick look. Prints a table, then one JSON line.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tool_calls_data
+from harness import spread
+
+CASES = {
+    "a": ("tool calls, 7 declarations", 16),
+    "b": ("a support bot with rules", 16),
+    "c": ("the translation demo", 4),
+    "d": ("nothing in common", 4),
+}
+CONTESTANTS = ("shared", "unshared", "trl-padded", "trl-packed")
+LENGTH, MICRO = 512, 4
+
+
+def parse() -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a folder, or package:NAME")
+    parser.add_argument("--trl", help="the folder into which TRL was installed; '.': it is there")
+    parser.add_argument("--cases", default="a,b,c,d")
+    parser.add_argument("--contestants", help="default: all, TRL's with --trl")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4, help="with a first one that is not timed")
+    parser.add_argument("--micro", type=int, default=MICRO, help="sequences of a micro-batch")
+    parser.add_argument("--mode", default="auto", help="our vocabulary.mode")
+    parser.add_argument("--layers", type=int, help="of the model; default: all")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    names = CONTESTANTS if args.trl else CONTESTANTS[:2]
+    args.names = args.contestants.split(",") if args.contestants else names
+    if args.clock == "cpu" and args.threads != 1:
+        parser.error("--clock cpu needs --threads 1: idle threads wait by spinning")
+    if not set(args.names) <= set(CONTESTANTS) or not set(args.cases.split(",")) <= set(CASES):
+        parser.error(f"cases are {', '.join(CASES)}; contestants {', '.join(CONTESTANTS)}")
+    return args
+
+
+def data_of(case: str, folder: Path) -> dict[str, Any]:
+    """Return the data section of a case."""
+    held_out: dict[str, Any] = {"max_length": LENGTH, "max_validation_records": 8}
+    if case == "c":
+        return {"train": "package:translation.en-fr.train", "validation_fraction": 0.01} | held_out
+    if case == "d":
+        return {"train": "package:chat.en.train", "validation_fraction": 0.02} | held_out
+    tool_calls_data.write(folder, {"a": "tools", "b": "support"}[case], 1000, 0)
+    paths = {part: str(folder / f"{part}.jsonl") for part in ("train", "test")}
+    return {"train": paths["train"], "validation": paths["test"]} | held_out
+
+
+def config_of(args: argparse.Namespace, folder: Path) -> Any:
+    """Return the config of our run; its data is everybody's."""
+    from finetune.config import RunConfig
+
+    training = {
+        "max_steps": args.steps,
+        "batch_size": CASES[args.case][1],
+        "micro_batch_size": args.micro,
+        "precision": "fp32",
+        "share_prefixes": "auto" if args.worker == "shared" else False,
+    }
+    return RunConfig.model_validate(
+        {
+            "output_dir": folder / "run",
+            "model": {"name": args.model},
+            "data": data_of(args.case, folder),
+            "vocabulary": {"mode": args.mode},
+            "optimizer": {"name": "adamw", "lr": 1e-5, "weight_decay": 0.0},
+            "training": training,
+        }
+    )
+
+
+def shorten(model: Any, layers: int | None) -> None:
+    """Leave the model its first layers."""
+    if layers is not None:
+        model.base_model.layers = model.base_model.layers[:layers]
+
+
+class Watch:
+    """The seconds between the ends of steps, and the memory since the first."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+        self.ends: list[float] = []
+        self.resting = 0
+
+    def step(self) -> None:
+        if not self.ends:
+            self.resting = memory("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+        self.ends.append(self.clock())
+
+    def result(self, examples: list[int]) -> dict[str, Any]:
+        seconds = [b - a for a, b in zip(self.ends, self.ends[1:])]
+        rates = [count / each for count, each in zip(examples[1:], seconds, strict=True)]
+        above = memory("VmHWM") - self.resting
+        return {"examples_per_second": statistics.median(rates), "above": above / 2**20}
+
+
+def memory(key: str) -> int:
+    """Return the process's memory under `key` of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    raise KeyError(key)
+
+
+def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return what this project measured of itself."""
+    from finetune.display import Display
+    from finetune.distributed.engines import prepare
+    from finetune.recipes.build.accelerator import make_accelerator
+    from finetune.recipes.build.material import read_material
+    from finetune.recipes.build.optimizer import make_optimizer
+    from finetune.recipes.build.parts import assemble
+    from finetune.training.step import take_step
+
+    config, display = config_of(args, folder), Display(enabled=False)
+    accelerator = make_accelerator(config, display)
+    parts = assemble(read_material(config, display), accelerator=accelerator, display=display)
+    shorten(parts.language_model.causal_lm, args.layers)
+    raw = make_optimizer(parts.model, config)
+    module, optimizer, average = prepare(accelerator, parts.language_model, raw, display)
+    watch, examples, counts, losses = Watch(args), list[int](), [0, 0], list[float]()
+    for number, batch in zip(range(args.steps), parts.batches):
+        parts.vocabulary.before_step(number, batch)
+        found = take_step(
+            module, optimizer, batch, accelerator=accelerator, max_grad_norm=1.0,
+            average_rows=average,
+        )  # fmt: skip
+        losses.append(found.loss)
+        watch.step()
+        examples.append(sum(len(ids) for part in batch.example_ids for ids in part))
+        counts = [counts[0] + batch.num_tokens, counts[1] + batch.num_computed]
+    fewer = {"fewer_tokens": counts[0] / counts[1], "losses": losses, "examples": examples}
+    return watch.result(examples) | fewer
+
+
+def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return what was measured of TRL's SFTTrainer."""
+    sys.path.append(str(args.trl))
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from finetune.display import Display
+    from finetune.recipes.build.material import read_material
+    from finetune.recipes.build.model import make_model
+
+    config = config_of(args, folder)
+    material = read_material(config, Display(enabled=False))
+    model = make_model(config.model, material.tokenizer, material.tokens, seed=0)
+    shorten(model, args.layers)
+    train = material.train
+    rows = {
+        "input_ids": [list(each.input_ids) for each in train],
+        "labels": [list(each.labels) for each in train],
+    }
+    packing, watch, examples = args.worker == "trl-packed", Watch(args), list[int]()
+    per_step = CASES[args.case][1]
+    if not packing:  # as many examples as the packed sequences of a step hold
+        per_step = max(per_step, round(per_step * LENGTH / (sum(train.lengths) / len(train))))
+        per_step = CASES[args.case][1] if max(train.lengths) > LENGTH // 2 else per_step
+    micro = min(args.micro, per_step) if packing or per_step == 16 else 8
+    settings = SFTConfig(
+        output_dir=str(folder / "trl"), max_length=LENGTH, max_steps=args.steps, packing=packing,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, per_step // micro),
+        learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
+        gradient_checkpointing=False, use_cpu=True, bf16=False, dataloader_pin_memory=False,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            watch.step()
+            done = sum(examples)
+            examples.append(seen[0] - done)
+
+    seen = [0]
+
+    def counting(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def collate_and_count(features: Any) -> Any:
+            batch = collate(features)
+            starts = batch.get("position_ids")
+            seen[0] += len(batch["input_ids"]) if starts is None else int((starts == 0).sum())
+            return batch
+
+        return collate_and_count
+
+    trainer = SFTTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_dict(rows),
+        processing_class=material.tokenizer, callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.data_collator = counting(trainer.data_collator)
+    trainer.train()
+    even = [sum(examples) / len(examples)] * len(examples)  # collating may run ahead of steps
+    return watch.result(even) | {"examples": examples}  # type: ignore[arg-type]
+
+
+def in_process(args: argparse.Namespace, case: str, name: str) -> dict[str, Any]:
+    """Run a contestant in a process of its own."""
+    keys = ("model", "trl", "steps", "micro", "mode", "layers", "threads", "clock")
+    given = {key: getattr(args, key) for key in keys} | {"case": case, "worker": name}
+    options = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    ran = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
+    if ran.returncode:
+        sys.exit(f"{name} failed in case {case}:\n{ran.stderr[-4000:]}")
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def worker(args: argparse.Namespace) -> None:
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_trl if args.worker.startswith("trl") else run_ours
+        print(json.dumps(run(args, Path(folder))))
+
+
+def main() -> None:
+    args = parse()
+    if args.worker:
+        worker(args)
+        return
+    summary: dict[str, Any] = {}
+    for case in args.cases.split(","):
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in args.names}
+        for _ in range(args.rounds):
+            for name in args.names:
+                rounds[name].append(in_process(args, case, name))
+                rate = rounds[name][-1]["examples_per_second"]
+                print(f"  {case}: {name} {rate:.3f} examples/s", file=sys.stderr, flush=True)
+        summary[case] = {"what": CASES[case][0]} | {
+            name: {
+                "examples_per_second": spread([one["examples_per_second"] for one in found]),
+                "above_mib": spread([one["above"] for one in found]),
+                **{key: found[0][key] for key in ("fewer_tokens", "losses") if key in found[0]},
+            }
+            for name, found in rounds.items()
+        }
+        for name in args.names[1:]:
+            pairs = zip(rounds[args.names[0]], rounds[name], strict=True)
+            ratios = [a["examples_per_second"] / b["examples_per_second"] for a, b in pairs]
+            summary[case][name]["times_faster"] = spread(ratios)
+    print(f"{'case':30} {'contestant':12} {'examples/s':>10} {'times':>7} {'above, MiB':>11}")
+    for found in summary.values():
+        for name in args.names:
+            rate, above = (found[name][key][0] for key in ("examples_per_second", "above_mib"))
+            times = found[name].get("times_faster", [1.0])[0]
+            print(f"{found['what']:30} {name:12} {rate:10.3f} {times:7.2f} {above:11.0f}")
+    print(json.dumps({"model": args.model, "layers": args.layers, "cases": summary}))
+
+
+if __name__ == "__main__":
+    main()
