@@ -66,7 +66,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
     console.print(f"vocabulary: {vocabulary.line()}")
-    for line in sharing_lines(material):
+    sized = with_step_size(material)
+    for line in sharing_lines(sized):
         console.print(line, markup=False)
     for language, density in densities.items():
         if density < 1:
@@ -74,7 +75,7 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
                 f"{language} falls into bytes: a token has {density:.2f} characters, so its texts "
                 "are long for this tokenizer. A model whose tokenizer knows it costs less"
             )
-    for sentence in with_step_size(material).advice():
+    for sentence in sized.advice():
         display.note(sentence)
     return report
 
