@@ -65,23 +65,29 @@ class Layout:
 
 
 def plan_layout(
-    lengths: Sequence[int], seen: Tensor, heads: int, *, few_shapes: bool = True
+    lengths: Sequence[int],
+    heads: int,
+    *,
+    window: Tensor | None = None,
+    few_shapes: bool = True,
 ) -> Layout:
     """Return how examples of `lengths` that follow each other are taken apart.
 
-    `seen`: [longest, longest] bool, the keys that each query of an example sees. `few_shapes`: pad
-    groups to a few lengths, as products want it, and not just to their longest.
+    `window`: [longest, longest] bool, the keys that each query of an example sees, its own and some
+    earlier ones; None: all earlier ones. `few_shapes`: pad groups to a few lengths, as products
+    want it, and not just to their longest.
     """
-    padded = _padded if few_shapes else int
+    padded, longest = _padded if few_shapes else int, max(lengths)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     # What padding sees does not count, but it must see something.
-    bias = torch.full((padded(len(seen)),) * 2, -torch.inf).triu_(1)
-    bias[: len(seen), : len(seen)].masked_fill_(~seen, -torch.inf)
-    causal, groups = torch.equal(seen, causal_square(len(seen))), []
+    bias = torch.full((padded(longest),) * 2, -torch.inf).triu_(1)
+    if window is not None:
+        bias[:longest, :longest].masked_fill_(~window, -torch.inf)
+    groups = []
     for part in _alike(lengths, heads, padded, queries=QUERIES):
         size, tokens, slots = _slots([lengths[i] for i in part], starts[part], padded)
         blocks = _blocks(size[1], QUERIES)
-        groups.append(AttentionGroup(size, tokens, slots, blocks, bias, is_causal=causal))
+        groups.append(AttentionGroup(size, tokens, slots, blocks, bias, is_causal=window is None))
     return Layout(groups)
 
 
@@ -222,8 +228,3 @@ def _blocks(
         first = 0 if window is None else max(0, path + start - window + 1) // 16 * 16
         blocks.append((slice(start, end), slice(first, path + end)))
     return tuple(blocks)
-
-
-def causal_square(length: int) -> Tensor:
-    """Return what each query sees in causal attention: [length, length] bool."""
-    return torch.ones(length, length, dtype=torch.bool).tril_()

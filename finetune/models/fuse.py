@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from finetune.compute.attention import attend, is_fused
 from finetune.compute.gates import fuse_gates
-from finetune.compute.layout import Layout, causal_square, plan_layout, plan_tree_layout
+from finetune.compute.layout import Layout, plan_layout, plan_tree_layout
 from finetune.compute.loss import FrozenRows
 from finetune.compute.norms import fuse_norms
 from finetune.models.vocabulary.rows import ActiveHead
@@ -161,8 +161,7 @@ def _layout_of(
     if mask is None or isinstance(mask, FakeTensor):
         if options.get("is_causal") is False:
             return None
-        square = causal_square(length)
-        return plan_layout([length] * sequences, square, heads, few_shapes=few_shapes)
+        return plan_layout([length] * sequences, heads, few_shapes=few_shapes)
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
         positions = options.get("position_ids")
         mask._layout = (  # type: ignore[attr-defined]
@@ -213,7 +212,9 @@ def _read_layout(
     causal = bool(seen.diagonal().all()) and not seen.triu(1).any()
     if not (alike and causal):
         return None
-    return plan_layout(lengths, seen, heads, few_shapes=few_shapes)
+    sees_all = 2 * int(seen.sum()) == len(seen) * (len(seen) + 1)
+    window = None if sees_all else seen
+    return plan_layout(lengths, heads, window=window, few_shapes=few_shapes)
 
 
 AttentionInterface.register(BY_EXAMPLE, _forward)

@@ -98,7 +98,7 @@ def test_bf16_products_are_as_near_to_fp32_as_the_kernels(make_model, monkeypatc
 def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_kept():
     torch.manual_seed(0)
     tokens = [torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    examples = layout.plan_layout([4, 2], layout.causal_square(4), heads=2)
+    examples = layout.plan_layout([4, 2], 2)
 
     def attend(*tensors):
         torch.manual_seed(1)
@@ -106,7 +106,7 @@ def test_dropout_takes_the_share_asked_for_and_its_gradient_is_that_of_what_was_
 
     assert torch.autograd.gradcheck(attend, tokens, fast_mode=False)
     value = torch.ones(400, 1, 1)
-    examples = layout.plan_layout([1] * 400, layout.causal_square(1), heads=1)
+    examples = layout.plan_layout([1] * 400, 1)
     kept = attention._Products.apply(value, value, value, examples, 1.0, 0.3)
     assert set(kept.flatten().tolist()) == {0.0, float(torch.tensor(1 / 0.7))}
     assert 0.2 < (kept == 0).float().mean() < 0.4
@@ -117,7 +117,7 @@ def test_the_shapes_of_the_products_are_few():
     generator, sizes = torch.Generator().manual_seed(0), set()
     for _ in range(200):
         lengths = torch.randint(1, 257, (30,), generator=generator).tolist()
-        groups = layout.plan_layout(lengths, layout.causal_square(256), heads=4).groups
+        groups = layout.plan_layout(lengths, 4).groups
         tokens = torch.cat(
             [group.tokens if group.slots is None else group.tokens[group.slots] for group in groups]
         )
@@ -158,7 +158,7 @@ def test_values_may_be_of_another_width():
         torch.randn(2, 2, 20, 8),
     )
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
-    examples = layout.plan_layout([20, 20], layout.causal_square(20), 4)
+    examples = layout.plan_layout([20, 20], 4)
     ours = attention.attend(*tensors, examples, scale=None, dropout=0.0)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         *tensors, is_causal=True, enable_gqa=True
