@@ -299,13 +299,8 @@ def _dot(axes: Axes, interval: JsonObject | None, place: int, seeds: Sequence[fl
     if not seeds and low is not None:
         axes.plot([low, high], [place, place], color=colour, linewidth=2)
     points = list(seeds) or [interval["mean"]]
-    style: dict[str, Any] = {
-        "color": colour,
-        "marker": marker,
-        "markersize": 7,
-        "linestyle": "none",
-    }
-    axes.plot(points, [place] * len(points), **style)
+    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 7}
+    axes.plot(points, [place] * len(points), linestyle="none", **style)
 
 
 def _note(axes: Axes, text: str, along: float, place: int) -> None:
