@@ -9,7 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 from finetune.data.formats.borders import Span, Turn, encode_turn, encode_turns
 from finetune.data.types import IGNORE_INDEX, Example, Tokenizer
@@ -105,8 +105,11 @@ class TextEncoder:
         if not text.ids:
             raise UserError("the text is empty")
         body = text.example(draft, pieces, self._marks, self._offsets)
-        if body is None:  # a prompt ends within a special token, or in other tokens than the text
-            body = encode_turns(self.tokenizer, draft.text, draft.turns)
+        if body is not None:
+            yield _finished(draft, body, draft.text, text.stops)
+            return
+        # A prompt ends within a special token, or in other tokens than the text.
+        body = encode_turns(self.tokenizer, draft.text, draft.turns)
         if body is not None:
             yield _finished(draft, body, draft.text)
             return
@@ -122,6 +125,7 @@ class _Text:
         self._pieces = [text[start:end] for start, end in pairwise([*cuts, len(text)])]
         self.ids: list[int] = []
         self._firsts: list[int] = []  # the number of the first token of each piece
+        self.stops: list[int] = []  # of an example: the number of the token behind each answer
 
     def parts(self, draft: Draft) -> list[str]:
         """Return what is to be encoded: the pieces, and the last piece of each prompt."""
@@ -146,6 +150,7 @@ class _Text:
         for begin, end in draft.spans or ():
             start, stop = self._token(begin, offsets, is_end=True), self._token(end, offsets)
             labels[start:stop] = ids[start:stop]
+            self.stops.append(stop)
         for turn in draft.turns if draft.spans is None else ():
             border = len(turn.prompt)
             start = self._firsts[self._piece_of(border)]
@@ -157,6 +162,7 @@ class _Text:
                     return None
             stop = max(self._token(turn.end, offsets), start + 1)
             labels[start:stop] = ids[start:stop]
+            self.stops.append(stop)
         labels[0] = IGNORE_INDEX
         return Example(ids, labels)
 
@@ -187,13 +193,16 @@ class _Text:
         return first + next(found, len(tokens))
 
 
-def _finished(draft: Draft, body: Example, text: str) -> Example:
+def _finished(
+    draft: Draft, body: Example, text: str, stops: Sequence[int] | None = None
+) -> Example:
     """Return the example with what comes before and after its text.
 
-    Raises UserError if an answer does not end as it may: a model trained on it would never stop.
+    `stops`: the places behind which targets may end, if they are known. Raises UserError if an
+    answer does not end as it may: a model trained on it would never stop.
     """
     labels = body.labels
-    if draft.ends is not None and not draft.ends.issuperset(_ends(labels)):
+    if draft.ends is not None and not draft.ends.issuperset(_ends(labels, stops)):
         raise UserError(
             f"the chat template ends the assistant's turn with {text[-40:]!r}, which is not a "
             "special token, so a model trained with it would never stop. Give a template that "
@@ -208,12 +217,12 @@ def _finished(draft: Draft, body: Example, text: str) -> Example:
     return Example(ids, [IGNORE_INDEX, *learnt[1:]])
 
 
-def _ends(labels: Sequence[int]) -> Iterator[int]:
+def _ends(labels: Sequence[int], stops: Sequence[int] | None) -> Iterator[int]:
     """Yield the last token of each run of targets."""
-    if labels[-1] != IGNORE_INDEX:
-        yield labels[-1]
-    pairs = zip(labels, islice(labels, 1, None))
-    yield from (a for a, b in pairs if b == IGNORE_INDEX != a)
+    for stop in range(1, len(labels) + 1) if stops is None else stops:
+        is_last = stop == len(labels) or labels[stop] == IGNORE_INDEX
+        if is_last and labels[stop - 1] != IGNORE_INDEX:
+            yield labels[stop - 1]
 
 
 def _marks(tokenizer: Tokenizer) -> re.Pattern[str] | None:

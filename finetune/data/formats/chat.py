@@ -15,6 +15,7 @@ found by leaving it out and rendering again.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from finetune.data.encoding.drafts import Draft
@@ -86,6 +87,8 @@ class ChatFormat:
         self._systems: set[str | None] = set()  # of examples, at most two of them
         self._written = Written(self.template, whole=targets == "all")
         self._unused: Counter[str] = Counter()  # what is not used -> records that have it
+        self._shape_with = cache(self._find_shape)
+        self._used_columns = cache(self._find_used_columns)
 
     def dialog(self, record: Record) -> Dialog:
         """Return the record's conversation, checked, up to its last assistant turn.
@@ -206,7 +209,10 @@ class ChatFormat:
 
         There the columns of other records are None.
         """
-        given = {name for name, value in record.items() if value is not None}
+        return self._shape_with(frozenset(k for k, value in record.items() if value is not None))
+
+    def _find_shape(self, given: frozenset[str]) -> str:
+        """Return the shape of records that have these columns."""
         fitting = [
             shape
             for shape, needed in CHAT_SHAPES.items()
@@ -214,7 +220,8 @@ class ChatFormat:
         ]
         return self.shape if self.shape in fitting or not fitting else fitting[0]
 
-    def _used_columns(self, shape: str) -> set[str]:
+    def _find_used_columns(self, shape: str) -> set[str]:
+        """Return the columns that are used of records of a shape."""
         names = {*CHAT_SHAPES[shape], *CHAT_OPTIONAL}
         if shape != "instruction":
             names.discard("input")

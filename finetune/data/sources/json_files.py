@@ -26,6 +26,19 @@ class JsonLines:
                 yield lines.number, _read(text)
 
 
+class CheckedJsonLines(JsonLines):
+    """As `JsonLines`, for records that it has found in the file before: only the object is read."""
+
+    def records(self, lines: Lines) -> Iterator[tuple[int, Record | str]]:
+        """Yield (line, record), or a text if the line is not what it was."""
+        for line in lines:
+            if text := line.strip():
+                try:
+                    yield lines.number, json.loads(text)
+                except ValueError:
+                    yield lines.number, "is another line now"
+
+
 def is_document(file: Path) -> bool:
     """Return whether a JSON file is one document, and not one object a line."""
     with open_bytes(file) as stream:

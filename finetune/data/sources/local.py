@@ -20,7 +20,12 @@ from typing import IO, Any, Protocol
 from finetune.data.bad_records import BadRecords
 from finetune.data.encoding.store import Store, hash_bytes, key_of
 from finetune.data.sources.files import Lines, compression, kind_of, open_bytes, without_end
-from finetune.data.sources.json_files import JsonLines, document_records, is_document
+from finetune.data.sources.json_files import (
+    CheckedJsonLines,
+    JsonLines,
+    document_records,
+    is_document,
+)
 from finetune.data.sources.tables import read_layout
 from finetune.data.types import Record
 from finetune.errors import UserError
@@ -77,6 +82,7 @@ class _Found:
         store: Store | None,
     ) -> None:
         self._file, self._reader = file, reader
+        self._again = CheckedJsonLines() if isinstance(reader, JsonLines) else reader
         self._starts, self._sizes, self.lines = array("q"), array("q"), array("q")
         self._copy: IO[bytes] | None = None
         self.hash = ""
@@ -143,7 +149,7 @@ class _Found:
         text = BytesIO(os.pread(descriptor, self._sizes[number], start))
         line = self.lines[number] if start else 1
         lines = Lines(self._file, text, number=line - 1, offset=start)
-        _, record = next(self._reader.records(lines), (0, ""))
+        _, record = next(self._again.records(lines), (0, ""))
         if isinstance(record, str):
             raise self._changed()
         return record
