@@ -3,7 +3,7 @@
 torch's own attention visits every pair of positions in a sequence, also those that the mask
 forbids. Here each group of a `Layout` is attended to by itself. There are two ways:
 
-- In float32 torch's fused kernel for the CPU takes each group. It was 1.3 to 2.2 times as fast as
+- In float32 torch's fused kernel for the CPU takes each group. It was 1.2 to 2.3 times as fast as
   products (`LOG.md`).
 - In other dtypes, and with dropout, each block of queries takes one product. In bf16 the fused
   kernel takes six times as long. Only queries, keys and values are kept for the backward pass. It
