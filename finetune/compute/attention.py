@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.torch_version import TorchVersion
 
 from finetune.compute.layout import AttentionGroup, Layout
 
@@ -26,8 +27,11 @@ native_dropout_backward = torch.ops.aten.native_dropout_backward
 fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-FUSED = (torch.float32,)
-"""The dtypes in which the fused kernel is faster than products."""
+FUSED = (torch.float32,) if TorchVersion(torch.__version__) >= "2.13" else ()
+"""The dtypes in which the fused kernel is faster than products.
+
+That it takes keys with fewer heads than queries is tested with torch 2.13, and with none before it.
+"""
 
 
 def attend(

@@ -121,10 +121,14 @@ def test_a_checkpoint_of_either_goes_on_in_the_other(name, paths):
 
 
 def test_lazy_adamw_and_adamw_are_one_rule():
+    """Either loads the state of the other, and goes on from its rate."""
     lazy, _ = build_with_lazy_path(Model(), "lazy_adamw", "auto")
     dense, _ = build_with_lazy_path(Model(), "adamw", False)
-    dense.load_state_dict(adapt_state(dense, lazy.state_dict()))
-    lazy.load_state_dict(adapt_state(lazy, dense.state_dict()))
+    for source, target, lr in ((lazy, dense, 0.25), (dense, lazy, 0.5)):
+        for group in source.param_groups:
+            group["lr"] = lr
+        target.load_state_dict(adapt_state(target, source.state_dict()))
+        assert {group["lr"] for group in target.param_groups} == {lr}
 
 
 def test_rows_that_lag_are_not_loaded_into_a_dense_optimizer():
