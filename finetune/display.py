@@ -68,6 +68,7 @@ class Display:
         self.journal = Journal()
         # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []
+        self.warned: list[str] = []  # those of the notes that warn
 
     def say(self, text: str) -> None:
         """Print one line about the progress, which the run's log gets too."""
@@ -83,9 +84,14 @@ class Display:
         self.notes.append(text)
         self.say(text)
 
+    def warn(self, text: str) -> None:
+        """Print and keep a note that the reader should look at: something may be wrong."""
+        self.warned.append(text)
+        self.note(text)
+
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Turn each warning that the package logs into a note."""
+        """Turn each warning that the package logs into a note that warns."""
         logger, handler = logging.getLogger("finetune"), _NoteHandler(self)
         logger.addHandler(handler)
         propagate, logger.propagate = logger.propagate, False
@@ -213,7 +219,7 @@ class _NoteHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage() not in self._display.notes:  # models are made more than once
-            self._display.note(record.getMessage())
+            self._display.warn(record.getMessage())
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

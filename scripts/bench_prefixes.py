@@ -20,13 +20,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tool_calls_data
-from harness import spread
+from harness import CLOCKS, Stopwatch, spread
+from rivals import trl_trainer
 
 CASES = {
     "a": ("tool calls, 7 declarations", 16),
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mode", default="auto", help="our vocabulary.mode")
     parser.add_argument("--layers", type=int, help="of the model; default: all")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -107,33 +107,22 @@ def shorten(model: Any, layers: int | None) -> None:
         model.base_model.layers = model.base_model.layers[:layers]
 
 
-class Watch:
-    """The seconds between the ends of steps, and the memory since the first."""
+class Memory:
+    """The most memory that the process held since the end of the first step, above that."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
-        self.ends: list[float] = []
+    def __init__(self) -> None:
         self.resting = 0
 
-    def step(self) -> None:
-        if not self.ends:
-            self.resting = memory("VmRSS")
+    def peak(self) -> int:
+        """Return the bytes. The first call is the end of the first step."""
+        if not self.resting:
+            self.resting = self._read("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
-        self.ends.append(self.clock())
+        return self._read("VmHWM") - self.resting
 
-    def result(self, examples: list[int]) -> dict[str, Any]:
-        seconds = [b - a for a, b in zip(self.ends, self.ends[1:])]
-        rates = [count / each for count, each in zip(examples[1:], seconds, strict=True)]
-        above = memory("VmHWM") - self.resting
-        return {"examples_per_second": statistics.median(rates), "above": above / 2**20}
-
-
-def memory(key: str) -> int:
-    """Return the process's memory under `key` of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise KeyError(key)
+    def _read(self, key: str) -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith(key)))
 
 
 def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -152,27 +141,23 @@ def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shorten(parts.language_model.causal_lm, args.layers)
     raw = make_optimizer(parts.model, config)
     module, optimizer, average = prepare(accelerator, parts.language_model, raw, display)
-    watch, examples, counts, losses = Watch(args), list[int](), [0, 0], list[float]()
+    watch, examples, counts = Stopwatch(args.clock, Memory().peak), list[int](), [0, 0]
     for number, batch in zip(range(args.steps), parts.batches):
         parts.vocabulary.before_step(number, batch)
         found = take_step(
             module, optimizer, batch, accelerator=accelerator, max_grad_norm=1.0,
             average_rows=average,
         )  # fmt: skip
-        losses.append(found.loss)
-        watch.step()
+        watch.step(found.loss)
         examples.append(sum(len(ids) for part in batch.example_ids for ids in part))
         counts = [counts[0] + batch.num_tokens, counts[1] + batch.num_computed]
-    fewer = {"fewer_tokens": counts[0] / counts[1], "losses": losses, "examples": examples}
-    return watch.result(examples) | fewer
+    return watch.result({"examples": examples, "fewer_tokens": counts[0] / counts[1]})
 
 
 def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Return what was measured of TRL's SFTTrainer."""
     sys.path.append(str(args.trl))
-    from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     from finetune.display import Display
     from finetune.recipes.build.material import read_material
@@ -182,50 +167,40 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     material = read_material(config, Display(enabled=False))
     model = make_model(config.model, material.tokenizer, material.tokens, seed=0)
     shorten(model, args.layers)
-    train = material.train
-    rows = {
-        "input_ids": [list(each.input_ids) for each in train],
-        "labels": [list(each.labels) for each in train],
-    }
-    packing, watch, examples = args.worker == "trl-packed", Watch(args), list[int]()
-    per_step = CASES[args.case][1]
-    if not packing:  # as many examples as the packed sequences of a step hold
-        per_step = max(per_step, round(per_step * LENGTH / (sum(train.lengths) / len(train))))
-        per_step = CASES[args.case][1] if max(train.lengths) > LENGTH // 2 else per_step
-    micro = min(args.micro, per_step) if packing or per_step == 16 else 8
-    settings = SFTConfig(
-        output_dir=str(folder / "trl"), max_length=LENGTH, max_steps=args.steps, packing=packing,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, per_step // micro),
-        learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0, optim="adamw_torch_fused",
-        gradient_checkpointing=False, use_cpu=True, bf16=False, dataloader_pin_memory=False,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+    train, sequences = material.train, CASES[args.case][1]
+    packing, watch = args.worker == "trl-packed", Stopwatch(args.clock, Memory().peak)
+    per_step, micro = sequences, args.micro
+    if not packing and max(train.lengths) <= LENGTH // 2:
+        # As many examples as the packed sequences of a step hold, in micro-batches of eight.
+        per_step = max(sequences, round(sequences * LENGTH * len(train) / sum(train.lengths)))
+        micro = 8
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             watch.step()
-            done = sum(examples)
-            examples.append(seen[0] - done)
 
-    seen = [0]
+    seen = 0
 
     def counting(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def collate_and_count(features: Any) -> Any:
+            nonlocal seen
             batch = collate(features)
             starts = batch.get("position_ids")
-            seen[0] += len(batch["input_ids"]) if starts is None else int((starts == 0).sum())
+            seen += len(batch["input_ids"]) if starts is None else int((starts == 0).sum())
             return batch
 
         return collate_and_count
 
-    trainer = SFTTrainer(
-        model=model, args=settings, train_dataset=Dataset.from_dict(rows),
-        processing_class=material.tokenizer, callbacks=[Clock()],
+    trainer = trl_trainer(
+        model, material.tokenizer, list(train), folder / "trl", callbacks=[Clock()],
+        packing=packing, max_length=LENGTH, max_steps=args.steps, bf16=False,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, per_step // micro),
+        learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0,
     )  # fmt: skip
     trainer.data_collator = counting(trainer.data_collator)
     trainer.train()
-    even = [sum(examples) / len(examples)] * len(examples)  # collating may run ahead of steps
-    return watch.result(even) | {"examples": examples}  # type: ignore[arg-type]
+    even = [seen / args.steps] * args.steps  # collating may run ahead of steps
+    return watch.result({"examples": even})
 
 
 def in_process(args: argparse.Namespace, case: str, name: str) -> dict[str, Any]:
@@ -259,13 +234,15 @@ def main() -> None:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in args.names}
         for _ in range(args.rounds):
             for name in args.names:
-                rounds[name].append(in_process(args, case, name))
-                rate = rounds[name][-1]["examples_per_second"]
+                found = in_process(args, case, name)
+                pairs = zip(found["examples"][1:], found["seconds"], strict=True)
+                rate = statistics.median(count / seconds for count, seconds in pairs)
+                rounds[name].append(found | {"examples_per_second": rate})
                 print(f"  {case}: {name} {rate:.3f} examples/s", file=sys.stderr, flush=True)
         summary[case] = {"what": CASES[case][0]} | {
             name: {
                 "examples_per_second": spread([one["examples_per_second"] for one in found]),
-                "above_mib": spread([one["above"] for one in found]),
+                "above_mib": spread([one["peak_memory_bytes"] / 2**20 for one in found]),
                 **{key: found[0][key] for key in ("fewer_tokens", "losses") if key in found[0]},
             }
             for name, found in rounds.items()

@@ -33,10 +33,10 @@ def trl_trainer(
             "labels": [list(example.labels) for example in examples],
         }
     )
+    options.setdefault("bf16", resolve_precision("auto", device())[0] == "bf16")
     config = SFTConfig(
         output_dir=str(folder),
         optim="adamw_torch_fused",
-        bf16=resolve_precision("auto", device())[0] == "bf16",
         gradient_checkpointing=False,
         use_cpu=device() == "cpu",
         dataloader_pin_memory=False,

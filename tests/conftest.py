@@ -51,6 +51,18 @@ PYTHIA = {
     "tie_word_embeddings": False,
     "hidden_dropout": 0.1,
 }
+MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
 
 
 def conversation(number: int) -> dict[str, Any]:

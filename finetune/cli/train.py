@@ -40,15 +40,17 @@ def train(
     The run's folder is output_dir, by default runs/ and the name of CONFIG.
     """
     from finetune.config import load_config
+    from finetune.display import Display
     from finetune.recipes.build.look import look_at
 
     settings = load_config(config, overrides or ())
     look_at(settings)
     say_start()
+    display = Display()
     if processes is None and not restarts:
         from finetune.recipes.train.train import run_training
 
-        stopped = run_training(settings, resume=resume, dry_run=dry_run)
+        stopped = run_training(settings, resume=resume, dry_run=dry_run, display=display)
     else:
         from finetune.recipes.train.launch import ProcessFailed, launch_training
 
@@ -60,12 +62,18 @@ def train(
                 restarts=restarts,
                 resume=resume,
                 dry_run=dry_run,
+                display=display,
             )
         except ProcessFailed as error:
             typer.echo(f"finetune: {error}", err=True)
             raise typer.Exit(1) from None
     if stopped == "signal":
         raise typer.Exit(STOPPED)
+    if not dry_run:
+        from finetune.recipes.build.card import say_next_steps
+        from finetune.run.folder import RunDir
+
+        say_next_steps(RunDir(settings.output_dir), display)
 
 
 @app.command()

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError, visible
+from finetune.recipes.build.card import say_next_steps
 from finetune.recipes.build.look import look_at
 from finetune.run.folder import RunDir
-from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluations, read_samples
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ SHORT = (
     "evaluation.samples=2",
     "generation.max_new_tokens=16",
 )
-SHOWN = ("loss", "perplexity", "chrf", "bleu")  # metrics that a newcomer knows
 
 
 def demo_config(
@@ -51,30 +49,24 @@ def demo_config(
 
 
 def run_demo(config: RunConfig) -> "Stopped":
-    """Fine-tune SmolLM2-135M as `config` says, and print what changed."""
+    """Fine-tune SmolLM2-135M as `config` says, and print what changed and what to do next."""
     from finetune.recipes.train.train import run_training
 
-    stopped = run_training(config, display=Display())
+    display = Display()
+    stopped = run_training(config, display=display)
     if stopped != "signal":
-        _print_result(RunDir(config.output_dir))
+        run = RunDir(config.output_dir)
+        _print_samples(run)
+        say_next_steps(run, display)
     return stopped
 
 
-def _print_result(run: RunDir) -> None:
-    """Print the metrics before and after training, the samples, and what to do next."""
+def _print_samples(run: RunDir) -> None:
+    """Print the answers to held-out prompts before and after training."""
     console = Console(highlight=False, soft_wrap=True)
-    summary = Evaluations.read(run)
-    before, after = (part.metrics if part else {} for part in (summary.before, summary.after))
-    table = Table(title="held-out data", title_justify="left")
-    for name in ("", "before", "after"):
-        table.add_column(name, justify="left" if not name else "right")
-    for metric in METRICS:
-        if metric.key in SHOWN and metric.key in after:
-            label = f"{metric.short} ({metric.unit})"
-            table.add_row(label, metric.show(before), metric.show(after))
-    console.print(table)
     samples, _ = read_samples(run)
-    last = summary.after.step if summary.after else None
+    after = Evaluations.read(run).after
+    last = after.step if after else None
     first = {sample.prompt: sample.output for sample in samples if sample.step == 0}
     for sample in samples:
         if sample.step == last and sample.prompt in first:
@@ -82,17 +74,6 @@ def _print_result(run: RunDir) -> None:
             console.print(f"  before:    {_line(first[sample.prompt])}", markup=False)
             console.print(f"  after:     {_line(sample.output)}", markup=False)
             console.print(f"  reference: {_line(sample.reference)}", markup=False)
-    command = "translate" if "chrf" in after else "chat"
-    console.print(f"\nTry the model:    finetune {command} {run.root}")
-    shipped = f"{run.root}-shipped"
-    console.print(
-        f"Make one file:    finetune export {run.root} {shipped} --trim --gguf q8_0 "
-        "--dtype bfloat16"
-    )
-    console.print(
-        f"Run it in Ollama: ollama create {run.root.name} -f {shipped}/Modelfile && "
-        f"ollama run {run.root.name}"
-    )
 
 
 def _line(text: str, width: int = 160) -> str:

@@ -85,6 +85,7 @@ class Environment(JsonRecord):
     settings: Mapping[str, Any] = field(default_factory=dict)  # that differ from the defaults
     peak_memory_gib: float | None = None  # of the main process, over all starts
     notes: Sequence[str] = ()  # choices made, things left out
+    warned: Sequence[str] = ()  # those of the notes that warn
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,7 @@ class RunRecords:
     finished: bool
     diverged: bool
     notes: list[str]
+    warned: list[str]  # those of the notes that warn
 
 
 def read_run(root: Path) -> RunRecords:
@@ -300,6 +302,7 @@ def read_run(root: Path) -> RunRecords:
     environment, summary = Environment.read(run), Evaluations.read(run)
     logged, lost_metrics = read_metrics(run)
     samples, lost_samples = read_samples(run)
+    lost = [*_said_lost(run.metrics, lost_metrics), *_said_lost(run.samples, lost_samples)]
     evaluations = [record for record in logged if isinstance(record, Evaluation)]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     return RunRecords(
@@ -317,11 +320,8 @@ def read_run(root: Path) -> RunRecords:
         # a run writes more than "test" at its end
         finished=run.evaluation.is_file() and summary.as_dict().keys() != {"test"},
         diverged=run.bad_batch.is_file(),
-        notes=[
-            *map(str, environment.notes),
-            *_said_lost(run.metrics, lost_metrics),
-            *_said_lost(run.samples, lost_samples),
-        ],
+        notes=[*map(str, environment.notes), *lost],
+        warned=[*map(str, environment.warned), *lost],
     )
 
 

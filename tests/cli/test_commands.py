@@ -174,7 +174,8 @@ def test_train_in_a_pipe_writes_plain_lines_and_results_to_files(chat_run):
     assert done.stdout == ""
     assert_plain(done.stderr)
     assert "training 2/2  loss" in done.stderr
-    assert len(done.stderr.splitlines()) < 20
+    assert "Try the model:    finetune chat other" in done.stderr
+    assert len(done.stderr.splitlines()) < 24
     assert {path.name for path in (chat_run / "other").iterdir()} >= {
         "config.yaml",
         "metrics.jsonl",

@@ -18,6 +18,7 @@ from finetune.models.export import export_model, verify_export
 from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.probes import check_packing
+from tests.conftest import MOE
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
 TIED = {"gpt2", "qwen2", "gemma3"}
@@ -131,18 +132,7 @@ def test_layers_that_share_their_weights_get_no_adapters(make_model, caplog):
 
 
 def test_experts_that_get_no_adapters_are_said(caplog):
-    config = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 32,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    model = load_model(ModelSpec(config=config, vocab_size=97))
+    model = load_model(ModelSpec(config=MOE, vocab_size=97))
     add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
     assert f"the {2 * 4 * 3 * 16 * 32:,} weights of the experts" in caplog.text
 

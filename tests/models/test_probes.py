@@ -13,6 +13,7 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.probes import check_causal, why_not_packed
 from finetune.recipes.train.train import run_training
+from tests.conftest import MOE
 
 BERT = {
     "model_type": "bert",
@@ -127,19 +128,7 @@ def test_the_routers_loss_is_that_of_transformers():
 
 
 def test_the_routers_loss_does_not_count_padding():
-    config = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 32,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "head_dim": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "output_router_logits": True,
-        "router_aux_loss_coef": 0.5,
-    }
+    config = MOE | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     language_model = made(config).train()
     ids = torch.randint(5, 97, (2, 12))
     labels = ids.clone()

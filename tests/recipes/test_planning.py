@@ -25,7 +25,7 @@ from finetune.models.rehearsal import LiveBytes, Rehearsal
 from finetune.recipes.plan import plan as command
 from finetune.recipes.plan.plan import plan_run
 from finetune.recipes.plan.planner import Plan, Planner
-from tests.conftest import LLAMA, PYTHIA
+from tests.conftest import LLAMA, MOE, PYTHIA
 
 TINY = {
     "hidden_size": 64,
@@ -266,20 +266,8 @@ def test_a_model_that_cannot_be_packed_is_planned_without_packing(tiny, capsys):
 
 
 def test_a_mixture_of_experts_is_planned(tiny):
-    config = {
-        "model_type": "qwen3_moe",
-        "hidden_size": 32,
-        "moe_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-    }
-    plan = untimed(tiny(model={"config": config}))
-    model = load_skeleton(ModelSpec(config=config, vocab_size=plan.model["vocab_size"]))
+    plan = untimed(tiny(model={"config": MOE}))
+    model = load_skeleton(ModelSpec(config=MOE, vocab_size=plan.model["vocab_size"]))
     assert plan.model["parameters"] == sum(p.numel() for p in model.parameters())
     assert plan.memory.activations > 0
 

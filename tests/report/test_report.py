@@ -76,6 +76,7 @@ def test_the_page_reports_what_the_run_has_done(run_folder):
         "+14.2 better",
         "−1.120 better",
         "2 of 1,200 examples were longer than 128 tokens and were cut.",
+        "Warning: the held-out data has 8 examples",
         "Delete the selected <b>volumes</b> & snapshots?",  # as text, not as a tag
         "Impossible de charger le JSON.",
         "(empty answer)",

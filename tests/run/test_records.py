@@ -44,6 +44,7 @@ RECORDS = {
         versions={"python": "3.11.9"},
         model={"parameters": 214_000, "tied": True},
         notes=["2 examples were cut"],
+        warned=["2 examples were cut"],
     ),
     "data.json": DataCounts(
         format="translation",
@@ -97,7 +98,7 @@ def test_the_files_have_the_keys_that_they_always_had(run):
     found = {name: json.loads((run.root / name).read_text()) for name in RECORDS}
     assert list(found["environment.json"]) == [
         *("command", "started", "processes", "device", "precision", "machine"),
-        *("versions", "model", "training", "settings", "notes"),
+        *("versions", "model", "training", "settings", "notes", "warned"),
     ]
     assert list(found["data.json"]) == ["format", "train", "languages", "validation"]
     assert run.vocabulary.read_text() == '{"chosen": "vocabulary: active", "used": [0, 3, 17]}'

@@ -1,14 +1,17 @@
-"""The model card of a run, from the records in its folder."""
+"""What a run says of its model: the model card, and the commands that come next."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from finetune.config import RunConfig, dump_config
+from finetune.display import Display
 from finetune.models.locate import resolve_name
 from finetune.report.card import license_of, model_card
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
 from finetune.run.records import DataCounts, Environment, Vocabulary
+
+TRIES = {"translation": "translate", "text": "generate"}  # format of the data -> command
 
 
 def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[str, Any]]) -> str:
@@ -36,3 +39,18 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[s
         command=Environment.read(run).command,
         kind=kind,
     )
+
+
+def say_next_steps(run: RunDir, display: Display) -> None:
+    """Say the commands that try the run's model, and that make and run one file of it."""
+    command = TRIES.get(DataCounts.read(run).format or "", "chat")
+    shipped = f"{run.root}-shipped"
+    for line in (
+        "",
+        f"Try the model:    finetune {command} {run.root}",
+        f"Make one file:    finetune export {run.root} {shipped} --trim --gguf q8_0 "
+        "--dtype bfloat16",
+        f"Run it in Ollama: ollama create {run.root.name} -f {shipped}/Modelfile && "
+        f"ollama run {run.root.name}",
+    ):
+        display.say(line)

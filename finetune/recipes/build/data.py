@@ -193,7 +193,7 @@ def encode_records(
         kept = KeptEncoding(store, format, bad, key_parts=(data, made_from, limits))
         encoded = kept.get(run, note=display.note)
     if bad.count:
-        display.note(f"dropped: {bad.sentence()} (data.on_bad_record)")
+        display.warn(f"dropped: {bad.sentence()} (data.on_bad_record)")
     return encoded
 
 

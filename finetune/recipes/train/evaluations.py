@@ -66,7 +66,7 @@ class RunEvaluations:
         try:
             earlier = Evaluations.read(self.run)
         except UserError:
-            self.display.note(f"{self.run.evaluation} is damaged. It is made again")
+            self.display.warn(f"{self.run.evaluation} is damaged. It is made again")
             earlier = Evaluations()
         if replace(earlier, test=None).as_dict() == summary.as_dict():
             summary = replace(summary, test=earlier.test)

@@ -70,7 +70,7 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
         record = Environment.read(run)
         memory = round(_peak_memory(accelerator.device) / 2**30, 2)
         peak = max(memory, record.peak_memory_gib or 0)  # that of an earlier start counts too
-        replace(record, notes=display.notes, peak_memory_gib=peak).write(run)
+        replace(record, notes=display.notes, warned=display.warned, peak_memory_gib=peak).write(run)
         write_report(run.root)
         display.say(f"model:  {run.model}")
         display.say(f"report: {run.report}")

@@ -115,7 +115,7 @@ def write_records(parts: Parts, run: RunDir) -> None:
     try:
         earlier = Environment.read(run)
     except UserError:
-        parts.display.note(f"{run.environment} is damaged. It is made again")
+        parts.display.warn(f"{run.environment} is damaged. It is made again")
     write_config(run, dump_config(parts.config))
     record = collect_environment(
         processes=accelerator.num_processes,
@@ -134,6 +134,7 @@ def write_records(parts: Parts, run: RunDir) -> None:
         },
         settings=flat_settings(parts.config.model_dump(mode="json", exclude_defaults=True)),
         notes=parts.display.notes,
+        warned=parts.display.warned,
         peak_memory_gib=earlier.peak_memory_gib,
     ).write(run)
     write_counts(parts, run)
@@ -207,7 +208,7 @@ def _say_changes(run: RunDir, parts: Parts) -> None:
     """Note the settings that differ from those that the run was started with."""
     changed, display = changed_settings(run, parts.config), parts.display
     if changed is None:
-        display.note(f"{run.config} is damaged. It is made again")
+        display.warn(f"{run.config} is damaged. It is made again")
         return
     if changed:
         display.note("resumed with changed settings: " + ", ".join(changed))

@@ -122,7 +122,7 @@ def _build(
     if (sentence := longer_warmup(config, parts.num_steps)) is not None:
         display.note(sentence)
     for sentence in material.advice():
-        display.note(sentence)
+        display.warn(sentence)
     return parts, optimizer
 
 
