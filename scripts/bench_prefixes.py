@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contestants", help="default: all, TRL's with --trl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="with a first one that is not timed")
+    parser.add_argument("--length", type=int, default=LENGTH, help="most tokens of a sequence")
     parser.add_argument("--micro", type=int, default=MICRO, help="sequences of a micro-batch")
     parser.add_argument("--mode", default="auto", help="our vocabulary.mode")
     parser.add_argument("--layers", type=int, help="of the model; default: all")
@@ -66,9 +67,9 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def data_of(case: str, folder: Path) -> dict[str, Any]:
+def data_of(case: str, length: int, folder: Path) -> dict[str, Any]:
     """Return the data section of a case."""
-    held_out: dict[str, Any] = {"max_length": LENGTH, "max_validation_records": 8}
+    held_out: dict[str, Any] = {"max_length": length, "max_validation_records": 8}
     if case == "c":
         return {"train": "package:translation.en-fr.train", "validation_fraction": 0.01} | held_out
     if case == "d":
@@ -93,7 +94,7 @@ def config_of(args: argparse.Namespace, folder: Path) -> Any:
         {
             "output_dir": folder / "run",
             "model": {"name": args.model},
-            "data": data_of(args.case, folder),
+            "data": data_of(args.case, args.length, folder),
             "vocabulary": {"mode": args.mode},
             "optimizer": {"name": "adamw", "lr": 1e-5, "weight_decay": 0.0},
             "training": training,
@@ -170,9 +171,9 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     train, sequences = material.train, CASES[args.case][1]
     packing, watch = args.worker == "trl-packed", Stopwatch(args.clock, Memory().peak)
     per_step, micro = sequences, args.micro
-    if not packing and max(train.lengths) <= LENGTH // 2:
+    if not packing and max(train.lengths) <= args.length // 2:
         # As many examples as the packed sequences of a step hold, in micro-batches of eight.
-        per_step = max(sequences, round(sequences * LENGTH * len(train) / sum(train.lengths)))
+        per_step = max(sequences, round(sequences * args.length * len(train) / sum(train.lengths)))
         micro = 8
 
     class Clock(TrainerCallback):
@@ -193,7 +194,7 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     trainer = trl_trainer(
         model, material.tokenizer, list(train), folder / "trl", callbacks=[Clock()],
-        packing=packing, max_length=LENGTH, max_steps=args.steps, bf16=False,
+        packing=packing, max_length=args.length, max_steps=args.steps, bf16=False,
         per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, per_step // micro),
         learning_rate=1e-5, weight_decay=0.0, max_grad_norm=1.0,
     )  # fmt: skip
@@ -205,7 +206,7 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def in_process(args: argparse.Namespace, case: str, name: str) -> dict[str, Any]:
     """Run a contestant in a process of its own."""
-    keys = ("model", "trl", "steps", "micro", "mode", "layers", "threads", "clock")
+    keys = ("model", "trl", "steps", "length", "micro", "mode", "layers", "threads", "clock")
     given = {key: getattr(args, key) for key in keys} | {"case": case, "worker": name}
     options = [f"--{key}={value}" for key, value in given.items() if value is not None]
     ran = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)

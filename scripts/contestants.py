@@ -53,9 +53,11 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
     import finetune.models.language_model as language_model
     from finetune.models.vocabulary.activate import deactivate_vocabulary
 
-    watch = Stopwatch(args.clock, peak_memory)
+    watch, computed = Stopwatch(args.clock, peak_memory), 0
 
     def on_record(record: Any) -> None:
+        nonlocal computed
+        computed += record.num_computed_tokens
         watch.tokens.append(record.num_tokens)
         watch.targets.append(record.num_target_tokens)
         watch.step(record.loss)
@@ -68,6 +70,7 @@ def run_finetune(args: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
         state = training_state(parts.language_model, trainer.optimizer)
         flops = our_flops(parts.model, parts.language_model.sample)
+        flops["token"] *= computed / sum(watch.tokens)  # shared beginnings are computed once
         deactivate_vocabulary(parts.language_model)
         found = evaluate_model(args, parts.model)
     return watch.result({**found, "training_state_bytes": state, "flops": flops})

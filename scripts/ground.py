@@ -41,8 +41,8 @@ def training_state(model: Any, optimizer: Any) -> int:
     return sum(p.nbytes * (2 if p.requires_grad else 1) for p in weights) + moments
 
 
-def our_flops(model: Any, sample: Any) -> dict[str, int]:
-    """Return the operations of one step's matrix products, for a token and for a target token.
+def our_flops(model: Any, sample: Any) -> dict[str, float]:
+    """Return the operations of one step's matrix products, for a computed and for a target token.
 
     Attention is left out. `model`: the causal language model while it trains. `sample`: the frozen
     rows that were drawn, or None.

@@ -11,14 +11,15 @@ import pytest
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.recipes.train.train import run_training
+from tests.conftest import LLAMA
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHAPE = ("--sequences=2", "--length=64", "--held-out=4")
 
 
-def bench(name: str, *arguments: str) -> dict:
+def bench(name: str, *arguments: str, threads: bool = True) -> dict:
     """Return the JSON line at the end of what a benchmark prints."""
-    command = [sys.executable, str(SCRIPTS / name), *arguments, "--threads=1"]
+    command = [sys.executable, str(SCRIPTS / name), *arguments, *["--threads=1"] * threads]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return json.loads(ran.stdout.splitlines()[-1])
@@ -89,6 +90,62 @@ def test_losses_of_a_head():
         assert {"full", "active", "plain"} <= set(losses)
         assert list(losses.values()) == pytest.approx([losses["plain"]] * len(losses), rel=1e-3)
         assert sampled == pytest.approx(losses["plain"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_steps_of_optimizers():
+    [found] = bench(
+        "bench_optimizer.py", "--table", "500", "32", "20", "--repeats=3", threads=False
+    )["steps"]
+    assert found["lookup"]["median_ms"] > 0
+    state = {name: one["state_bytes"] for name, one in found["optimizers"].items()}
+    assert state["AdamW(fused)"] == 2 * 4 * 500 * 32 + 4
+    assert state["LazyAdamW"] < 2 * state["AdamW(fused)"]
+    assert all(one["median_ms"] > 0 for one in found["optimizers"].values())
+
+
+@pytest.mark.slow
+def test_shared_beginnings(tiny, tmp_path):
+    config = LLAMA | {"max_position_embeddings": 2048}
+    run = tiny(model={"config": config}, training={"max_steps": 1})
+    run_training(make_config(run), display=Display(enabled=False))
+    model = f"--model={tmp_path / 'run' / 'model'}"
+    found = bench(
+        "bench_prefixes.py", model, "--length=2048", "--cases=b,c", "--rounds=1", "--steps=2"
+    )
+    for case in found["cases"].values():
+        ours, without = case["shared"], case["unshared"]
+        assert ours["losses"] == pytest.approx(without["losses"], rel=1e-4)
+        assert ours["fewer_tokens"] > without["fewer_tokens"] == 1
+        assert ours["examples_per_second"][0] > 0
+
+
+@pytest.mark.slow
+def test_attention_by_example():
+    found = bench("bench_attention.py", "--rounds=1")["shapes"]
+    assert len(found) >= 4
+    assert all(shape["products_ms"] > 0 and shape["fused_ms"] > 0 for shape in found.values())
+
+
+@pytest.mark.slow
+def test_a_server_under_load(tiny, tmp_path):
+    pytest.importorskip("fastapi")
+    run_training(make_config(tiny(training={"max_steps": 1})), display=Display(enabled=False))
+    options = ("--clients=1,3", "--requests=4", "--max-tokens=5")
+    found = bench("bench_serve.py", str(tmp_path / "run"), *options, threads=False)["rows"]
+    assert [(row["clients"], row["answers"]) for row in found] == [(1, 4), (3, 4)]
+    assert all(row["tokens"] <= 20 and row["first_token_median"] > 0 for row in found)
+
+
+@pytest.mark.slow
+def test_reading_and_encoding(chat_file, model):
+    data = (f"--data={chat_file}", model, "--records=60", "--before-records=60")
+    found = bench("bench_encoding.py", *data, threads=False)
+    assert {name: start["records"] for name, start in found.items()} == {
+        "finetune, first": 60,
+        "finetune, second": 60,
+    }
+    assert all(start["seconds"] > 0 for start in found.values())
 
 
 @pytest.mark.slow

@@ -33,17 +33,20 @@ def serve(
 
     look_at_target(target)
     say_start()
-    from finetune.recipes.serve import serve_target
+    from finetune.display import Display
+    from finetune.recipes.serve import open_service, run_service
 
-    settings = given(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
-    )
-    serve_target(
+    display = Display()
+    service = open_service(
         target,
         host=host,
         port=port,
         base=base,
         system_prompt=system,
-        settings=settings,
+        settings=given(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
+        ),
         trust=trust_remote_code,
+        display=display,
     )
+    run_service(service, display)

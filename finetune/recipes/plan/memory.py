@@ -20,16 +20,15 @@ FRAGMENTATION = {"cpu": 0.5, "cuda": 0.1}
 """Memory that the allocator holds and cannot use, as a share of the activations.
 
 Activations are freed one by one, while gradients of other sizes are allocated. The share for the
-heap of glibc was measured on SmolLM2-135M with bf16 products: 0.3 to 0.8 in seven runs, full and
-LoRA, packed and padded. The share for CUDA is an assumption.
+heap of glibc was fitted on both demos in seven modes, and on four random Llamas in three, in fp32
+on an Intel Xeon (`scripts/bench_plan.py`). In bf16 it was 0.3 to 0.8 on another chip. The share for
+CUDA is an assumption.
 """
-FP32_FRAGMENTATION = 1.5
-"""The same on a CPU with fp32 products, whose activations leave larger holes.
+LATER = {"cpu": 200_000_000, "cuda": 0}
+"""Bytes that a process takes after the plan was made: libraries that are loaded later, code that is
+made at run time, the buffers of products.
 
-Fitted on the two demos, on an Intel Xeon without bf16 instructions: 3.26 and 3.32 GB at most. That
-it is the heap, and not scratch memory of the products, was seen on a Llama of eight layers: of 180
-MB that were not alive as tensors, 147 went away with MALLOC_MMAP_THRESHOLD_=131072. They were 1.3
-of its activations.
+80 MB with a model of 3 MB, and up to 200 with SmolLM2-135M.
 """
 
 
@@ -60,17 +59,15 @@ def estimate_memory(
     inference: dict[str, int],
     export: int,
     device: str,
-    precision: str,
 ) -> MemoryEstimate:
     """Return the memory of a run, from the bytes of its parts.
 
     `inference`: phase -> what it allocates, for evaluation and generation. `export`: what the
-    export allocates. `device` is "cpu" or "cuda"; `precision` is "fp32", "bf16" or "fp16".
+    export allocates. `device` is "cpu" or "cuda".
     """
+    baseline += LATER[device]
     resident = baseline + weights + optimizer_state  # in every phase
-    fp32_cpu = device == "cpu" and precision == "fp32"
-    share = FP32_FRAGMENTATION if fp32_cpu else FRAGMENTATION[device]
-    unusable = round(share * step.activations)
+    unusable = round(FRAGMENTATION[device] * step.activations)
     phases = {"training step": resident + step.peak + unusable}
     phases |= {name: resident + step.kept + allocated for name, allocated in inference.items()}
     if export:

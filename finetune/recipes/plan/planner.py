@@ -23,6 +23,7 @@ from finetune.models.describe import describe_model, tensor_bytes
 from finetune.models.load import load_skeleton
 from finetune.models.rehearsal import Rehearsal
 from finetune.models.speed import resolve_precision
+from finetune.models.vocabulary.choice import VocabularyPlan
 from finetune.optim import optimizer_info
 from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.recipes.build.accelerator import resolve_device
@@ -160,16 +161,27 @@ class Planner:
         )
         memory = estimate_memory(
             baseline=self.baseline,
-            weights=weights + buffers,
+            weights=weights + buffers + self._mapped_bytes(material, vocabulary),
             gradients=gradients,
             optimizer_state=state,
             step=step,
             inference=_inference_bytes(config, work, rehearsal),
             export=_export_bytes(config, description, weights, compact=bool(vocabulary.ids)),
             device=self.device.type,
-            precision=precision,
         )
         return description, memory, tensor_bytes(trainable) + buffers + state
+
+    def _mapped_bytes(self, material: Material, vocabulary: VocabularyPlan) -> int:
+        """Return the bytes of a token table that stay in memory after a compact one replaced it.
+
+        A file of float32 is mapped into memory, and not copied. As long as other weights lie in the
+        file, so does the old table.
+        """
+        config, read = material.config, material.skeleton.config
+        from_file = config.model.name is not None and read.dtype == torch.float32
+        if self.device.type != "cpu" or not (vocabulary.ids and from_file):
+            return 0
+        return material.skeleton.get_input_embeddings().weight.numel() * FP32
 
     def advice(self, peak: int) -> tuple[tuple[str, int], ...]:
         """Return (change, bytes saved) for the changes that lower `peak`, each made alone.
