@@ -88,7 +88,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from finetune.models.describe import token_tables
-    from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
+    from finetune.models.vocabulary.frozen_sample import (
+        FrozenSampler,
+        inclusion_chances,
+        measure_frozen_rows,
+    )
 
     with our_trainer(args, lambda record: None) as (trainer, parts):
         model, language_model = trainer.model, parts.language_model

@@ -149,6 +149,17 @@ def test_reading_and_encoding(chat_file, model):
 
 
 @pytest.mark.slow
+def test_the_parts_of_decoding_are_the_step(tiny, tmp_path):
+    run_training(make_config(tiny(training={"max_steps": 1})), display=Display(enabled=False))
+    found = bench("profile_decoding.py", str(tmp_path / "run"), "--prompts=1,5", "--tokens=20")
+    for row in found["prompts"].values():
+        assert row["ours"] > 0
+        assert row["transformers"] > 0
+        assert min(row["parts"].values()) > 0
+        assert sum(row["parts"].values()) < 20 * row["ours"]
+
+
+@pytest.mark.slow
 def test_an_export(tiny, tmp_path):
     pytest.importorskip("xllamacpp")
     pairs = {"path": "package:translation.en-fr.train", "max_records": 40}

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from finetune.models.cache import RoomyLayer
+
 
 class Group(NamedTuple):
     """Prompts that begin with the same tokens."""
@@ -29,7 +31,7 @@ class KeptCache:
         """
         count = min(_common(self.tokens, prompt), len(prompt) - 1)
         layers = getattr(self.cache, "layers", ())  # none of a cache that is None
-        if count < 1 or {type(layer).__name__ for layer in layers} != {"DynamicLayer"}:
+        if count < 1 or {type(layer) for layer in layers} != {RoomyLayer}:
             self.tokens, self.cache = [], None
             return 0
         if count < len(self.tokens):

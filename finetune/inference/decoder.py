@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
+from finetune.models.cache import make_room
 from finetune.models.describe import CausalLM, context_length, inner_model
 
 
@@ -29,6 +30,10 @@ class GenerationSettings:
     repetition_penalty: float  # 1: off
     stop_ids: Sequence[int]  # the answer ends before the first of these tokens
     seed: int | None = None  # None: another answer each time, unless the temperature is 0
+
+
+NUCLEUS = 1024
+"""The likeliest tokens that are sorted for `top_p`; all are only if these do not reach it."""
 
 
 class Way(NamedTuple):
@@ -91,6 +96,7 @@ class Decoder:
         if starts.shape[1] and self.cache is None:
             options = {} if mask.all() else {"attention_mask": mask, "position_ids": _count(mask)}
             self.cache = self._run(input_ids=starts, **options).past_key_values
+            make_room(self.cache)
             self._select(places)
         rests = [prompt[groups[group_of[i]].shared :] for i, prompt in enumerate(prompts)]
         self.input_ids, rest_mask = self._padded(rests)  # [prompts, rest]
@@ -129,6 +135,8 @@ class Decoder:
             self.kept.cache = None  # a forward that is broken off leaves half of it
         output = self._run(input_ids=self.input_ids, past_key_values=self.cache, **options)
         if self.way.caches:
+            if self.cache is None:
+                make_room(output.past_key_values)
             self.cache = output.past_key_values
         if self.kept is not None:
             self.kept.add(self.input_ids[0].tolist(), self.cache)
@@ -274,12 +282,13 @@ def next_tokens(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    num_kept = min(top_k, logits.shape[-1]) if top_k else logits.shape[-1]
-    sorted_logits, tokens = logits.float().topk(num_kept, dim=-1)
-    probabilities = torch.softmax(sorted_logits / temperature, dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    # A token stays if those before it have not reached top_p. The likeliest one always stays.
-    probabilities = probabilities.masked_fill(cumulative - probabilities >= top_p, 0.0)
+    scaled, tokens = logits.float() / temperature, None
+    if top_k:
+        scaled, tokens = scaled.topk(min(top_k, scaled.shape[-1]), dim=-1)
+    probabilities = torch.softmax(scaled, dim=-1)
+    if top_p < 1:
+        probabilities, order = _nucleus(probabilities, top_p)
+        tokens = order if tokens is None else tokens.gather(1, order)
     cumulative = probabilities.cumsum(dim=-1)
     uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(
         logits.device
@@ -287,5 +296,20 @@ def next_tokens(
     # Inverse transform sampling: the first place whose cumulative probability exceeds `uniform`.
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     # The bound guards against rounding at the very end.
-    last_kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(place, last_kept)).squeeze(1)
+    places = torch.arange(probabilities.shape[-1], device=logits.device)
+    last_kept = (places * (probabilities > 0)).amax(dim=-1, keepdim=True)
+    place = torch.minimum(place, last_kept)
+    return (place if tokens is None else tokens.gather(1, place)).squeeze(1)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the likeliest probabilities, and their places.
+
+    Those after the first that reach `top_p` together are 0. The likeliest one always stays.
+    """
+    for count in (min(NUCLEUS, probabilities.shape[-1]), probabilities.shape[-1]):
+        likeliest, order = probabilities.topk(count, dim=-1)
+        cumulative = likeliest.cumsum(dim=-1)
+        if (cumulative[:, -1] >= top_p).all():
+            break
+    return likeliest.masked_fill(cumulative - likeliest >= top_p, 0.0), order

@@ -13,16 +13,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
     from finetune.models.language_model import LanguageModel
     from finetune.models.vocabulary.activate import (
         activate_vocabulary,
         deactivate_vocabulary,
         full_vocabulary,
     )
+    from finetune.models.vocabulary.frozen_sample import (
+        FrozenSampler,
+        inclusion_chances,
+        measure_frozen_rows,
+    )
 
 _MODULES = {
-    "frozen_sample": ("FrozenSampler", "inclusion_chances", "measure_frozen_rows"),
+    "vocabulary.frozen_sample": ("FrozenSampler", "inclusion_chances", "measure_frozen_rows"),
     "language_model": ("LanguageModel",),
     "vocabulary.activate": ("activate_vocabulary", "deactivate_vocabulary", "full_vocabulary"),
 }

@@ -12,10 +12,14 @@ from finetune.data.batches.collate import collate
 from finetune.data.batches.steps import StepBatch
 from finetune.data.encode import EncodedDataset
 from finetune.data.types import MicroBatch
-from finetune.models.frozen_sample import FrozenSampler, inclusion_chances, measure_frozen_rows
 from finetune.models.language_model import LanguageModel
 from finetune.models.vocabulary.activate import active_modules
 from finetune.models.vocabulary.choice import VocabularyPlan
+from finetune.models.vocabulary.frozen_sample import (
+    FrozenSampler,
+    inclusion_chances,
+    measure_frozen_rows,
+)
 from finetune.models.vocabulary.rows import NO_TOKEN
 from finetune.training.trainer import step_seed
 

@@ -13,12 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from finetune.data.types import targets_of
 from finetune.errors import UserError
 from finetune.models.adapters import add_lora, merge_lora
-from finetune.models.frozen_sample import (
-    FrozenSampler,
-    draw_rows,
-    inclusion_chances,
-    measure_frozen_rows,
-)
 from finetune.models.language_model import LanguageModel
 from finetune.models.probes import check_packing
 from finetune.models.speed import enable_activation_checkpointing
@@ -27,6 +21,12 @@ from finetune.models.vocabulary.activate import (
     active_modules,
     deactivate_vocabulary,
     full_vocabulary,
+)
+from finetune.models.vocabulary.frozen_sample import (
+    FrozenSampler,
+    draw_rows,
+    inclusion_chances,
+    measure_frozen_rows,
 )
 from finetune.optim.groups import build_groups
 

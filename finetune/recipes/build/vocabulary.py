@@ -1,7 +1,7 @@
 """The vocabulary section of a config: which rows of the token table a run trains.
 
-`finetune.models.vocabulary` explains what an active vocabulary is, `finetune.models.frozen_sample`
-the sampled loss. `finetune.training.vocabulary` keeps it up from step to step.
+`finetune.models.vocabulary` explains what an active vocabulary is, and its `frozen_sample` the
+sampled loss. `finetune.training.vocabulary` keeps it up from step to step.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
