@@ -16,6 +16,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -109,25 +111,36 @@ class Contestant:
         """Return an answer as text."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def seconds_per_token(self, prompt: Sequence[int]) -> float:
-        """Return the seconds of a token of one long answer, by transformers' `generate`."""
-        import torch
 
-        ids = torch.tensor([list(prompt)])
-        with torch.inference_mode():
-            taken = []
-            for count in (1, SPEED_TOKENS + 1):
-                started = time.perf_counter()
-                self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    min_new_tokens=count,
-                    max_new_tokens=count,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-                taken.append(time.perf_counter() - started)
-        return (taken[1] - taken[0]) / SPEED_TOKENS
+def tokens_per_second(engine: str, folder: Path, prompt: Sequence[int], threads: int) -> float:
+    """Return the tokens a second of one long answer, by an engine, in this process."""
+    from runtime import running
+
+    if engine == "llama_cpp":
+        [file] = folder.glob("*.gguf")
+        with running(file, threads=threads) as runtime:
+            runtime.speed("Hello", 4)
+            return runtime.speed("Hello", SPEED_TOKENS)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        taken = []
+        for count in (1, 1, SPEED_TOKENS + 1):
+            started = time.perf_counter()
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=count,
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            taken.append(time.perf_counter() - started)
+    return SPEED_TOKENS / (taken[2] - taken[1])
 
 
 def measure_sizes(each: Contestant) -> dict[str, float]:
@@ -179,21 +192,20 @@ def measure_answers(
 
 
 def measure_speed(pair: Sequence[Contestant], threads: int) -> dict[str, list[float]]:
-    """Return tokens a second of one answer at a time: whole and trimmed, in turns."""
-    from runtime import running
+    """Return tokens a second of one answer at a time: whole and trimmed, in turns.
 
+    Each is measured in a process of its own: threads that wait for others spin.
+    """
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
-        for name, each in zip(("whole", "trimmed"), pair, strict=True):
-            prompt = each.prompts(1)[0].input_ids
-            rate = 1 / each.seconds_per_token(prompt)
-            found.setdefault(f"transformers_{name}", []).append(rate)
-            [file] = each.folder.glob("*.gguf")
-            with running(file, threads=threads) as runtime:
-                runtime.speed("Hello", 4)
-                found.setdefault(f"llama_cpp_{name}", []).append(
-                    runtime.speed("Hello", SPEED_TOKENS)
-                )
+        for engine in ("transformers", "llama_cpp"):
+            for name, each in zip(("whole", "trimmed"), pair, strict=True):
+                prompt = json.dumps(list(each.prompts(1)[0].input_ids))
+                options = [f"--engine={engine}", f"--prompt={prompt}", f"--threads={threads}"]
+                command = [sys.executable, __file__, str(each.folder), *options]
+                ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                rate = float(ran.stdout.splitlines()[-1])
+                found.setdefault(f"{engine}_{name}", []).append(rate)
     return found
 
 
@@ -245,7 +257,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="length limit of an answer")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--frequent", type=int, default=1000, help="as for `finetune export`")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.engine:
+        print(tokens_per_second(args.engine, args.run, args.prompt, args.threads))
+        return
     import torch
 
     from finetune.config import load_config

@@ -26,6 +26,15 @@ def bench(name: str, *arguments: str, threads: bool = True) -> dict:
 
 
 @pytest.fixture
+def long_model(tiny, tmp_path) -> str:
+    """The argument that names a tiny model that reads 2,048 tokens."""
+    config = LLAMA | {"max_position_embeddings": 2048}
+    run = tiny(model={"config": config}, training={"max_steps": 1})
+    run_training(make_config(run), display=Display(enabled=False))
+    return f"--model={tmp_path / 'run' / 'model'}"
+
+
+@pytest.fixture
 def model(tiny, tmp_path) -> str:
     """The argument that names a tiny model."""
     run_training(make_config(tiny(training={"max_steps": 1})), display=Display(enabled=False))
@@ -105,13 +114,9 @@ def test_steps_of_optimizers():
 
 
 @pytest.mark.slow
-def test_shared_beginnings(tiny, tmp_path):
-    config = LLAMA | {"max_position_embeddings": 2048}
-    run = tiny(model={"config": config}, training={"max_steps": 1})
-    run_training(make_config(run), display=Display(enabled=False))
-    model = f"--model={tmp_path / 'run' / 'model'}"
+def test_shared_beginnings(long_model):
     found = bench(
-        "bench_prefixes.py", model, "--length=2048", "--cases=b,c", "--rounds=1", "--steps=2"
+        "bench_prefixes.py", long_model, "--length=2048", "--cases=b,c", "--rounds=1", "--steps=2"
     )
     for case in found["cases"].values():
         ours, without = case["shared"], case["unshared"]
@@ -138,8 +143,8 @@ def test_a_server_under_load(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_reading_and_encoding(chat_file, model):
-    data = (f"--data={chat_file}", model, "--records=60", "--before-records=60")
+def test_reading_and_encoding(chat_file, long_model):
+    data = (f"--data={chat_file}", long_model, "--records=60", "--before-records=60")
     found = bench("bench_encoding.py", *data, threads=False)
     assert {name: start["records"] for name, start in found.items()} == {
         "finetune, first": 60,

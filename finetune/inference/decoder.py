@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
-from finetune.models.cache import make_room
+from finetune.models.cache import can_join, join_caches, join_rows, make_room
 from finetune.models.describe import CausalLM, context_length, inner_model
 
 
@@ -151,6 +151,35 @@ class Decoder:
         going_on = {i for i, _ in tokens if self.room[i] > 0}
         self._advance(chosen, [place for place, i in enumerate(self.active) if i in going_on])
         return tokens
+
+    @torch.inference_mode()
+    def join(self, other: "Decoder") -> bool:
+        """Take over the prompts of `other`, which have other numbers; return whether it could.
+
+        Both are at their second token or later. Only a cache that keeps all tokens can be joined.
+        """
+        joins = self.way.pads and can_join(self.cache) and can_join(other.cache)
+        if not joins or self.kept is not None or other.kept is not None:
+            return False
+        join_caches(self.cache, other.cache)
+        self.mask = join_rows(self.mask, other.mask, dim=-1)
+        self.input_ids = torch.cat([self.input_ids, other.input_ids])
+        self.position_ids = torch.cat([self.position_ids, other.position_ids])
+        if self.seen is not None or other.seen is not None:
+            num_tokens = self.model.config.get_text_config().vocab_size
+            self.seen = torch.cat(
+                [
+                    each.mask.new_zeros(len(each.active), num_tokens, dtype=torch.bool)
+                    if each.seen is None
+                    else each.seen
+                    for each in (self, other)
+                ]
+            )
+        self.active = [*self.active, *other.active]
+        self.settings = {**self.settings, **other.settings}
+        self.room |= other.room
+        self.generators |= other.generators
+        return True
 
     def finish(self, prompt: int) -> None:
         """Let the answer to a prompt end with the next token."""

@@ -6,7 +6,9 @@ token of an answer copies the whole cache.
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 SPARE = 64
@@ -37,6 +39,28 @@ def make_room(cache: Any) -> None:
     for layer in getattr(cache, "layers", ()):
         if type(layer) is DynamicLayer:
             layer.__class__ = RoomyLayer
+
+
+def can_join(cache: Any) -> bool:
+    """Return whether rows of another cache can be appended to a cache's, by `join_caches`."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(
+        type(layer) is RoomyLayer and layer.is_initialized for layer in layers
+    )
+
+
+def join_caches(cache: Any, other: Any) -> None:
+    """Append the rows of `other` to those of `cache`. The shorter one is padded on the left."""
+    for layer, its in zip(cache.layers, other.layers, strict=True):
+        layer.keys = join_rows(layer.keys, its.keys, dim=-2)
+        layer.values = join_rows(layer.values, its.values, dim=-2)
+
+
+def join_rows(one: Tensor, other: Tensor, *, dim: int) -> Tensor:
+    """Return the rows of two tensors. The shorter one gets zeros in front, along `dim`, below 0."""
+    longest = max(one.shape[dim], other.shape[dim])
+    behind = [0, 0] * (-1 - dim)
+    return torch.cat([pad(each, (*behind, longest - each.shape[dim], 0)) for each in (one, other)])
 
 
 def _appended(room: Tensor, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

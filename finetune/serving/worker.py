@@ -1,5 +1,6 @@
 """One thread that draws the tokens of all requests: what waits is answered as one batch."""
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +49,9 @@ class Worker:
 
     `models` has the models by name, each in evaluation mode on its device. At most `batch_size`
     answers are drawn at a time, and at most `most_waiting` requests wait. Jobs that wait for the
-    same model begin together as one batch, if it can read them together. Batches take turns, token
-    by token, so that two models stream side by side.
+    same model begin together as one batch, if it can read them together. After its first token a
+    batch joins an earlier one, if the model's cache can be joined. Batches take turns, token by
+    token, so that two models stream side by side.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Worker:
         Returns whether to go on.
         """
         with self._changed:
-            self._batches = [batch for batch in self._batches if batch.running]
+            self._batches = _joined([batch for batch in self._batches if batch.running])
             while not (self._batches or self._waiting or self._closing):
                 self._changed.wait()
             count = max(0, self._batch_size - sum(len(batch.running) for batch in self._batches))
@@ -139,20 +141,40 @@ class Worker:
             return not self._closing
 
 
+def _joined(batches: Sequence["_Batch"]) -> list["_Batch"]:
+    """Return the batches. Those that can be one are."""
+    found: list[_Batch] = []
+    for batch in batches:
+        if not any(earlier.join(batch) for earlier in found):
+            found.append(batch)
+    return found
+
+
 class _Batch:
-    """Jobs that began together. `running` has those whose answers go on, by number."""
+    """Jobs that are answered together. `running` has those whose answers go on, by number."""
+
+    numbers = itertools.count()  # no two jobs have one number
 
     def __init__(
         self, model: CausalLM, tokenizer: Tokenizer, jobs: Sequence[Job], way: Way
     ) -> None:
         self._model, self._tokenizer, self._way = model, tokenizer, way
-        self.running = {number: _Answer(job, tokenizer) for number, job in enumerate(jobs)}
+        self.running = {next(self.numbers): _Answer(job, tokenizer) for job in jobs}
         self._decoder: Decoder | None = None
 
     @property
     def answers(self) -> list["_Answer"]:
         """Those that go on. Any thread may ask."""
         return list(self.running.values())
+
+    def join(self, other: "_Batch") -> bool:
+        """Take over the answers of another batch, if both have begun; return whether it could."""
+        if self._model is not other._model or self._decoder is None or other._decoder is None:
+            return False
+        joins = self._decoder.join(other._decoder)
+        if joins:
+            self.running |= other.running
+        return joins
 
     def step(self) -> None:
         """Draw one token for each answer; whatever fails ends the answers of this batch."""

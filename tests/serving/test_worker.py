@@ -1,9 +1,14 @@
-"""Stop texts cut an answer in the same place however it comes in pieces."""
+"""Stop texts cut an answer in the same place, and answers that began apart go on together."""
+
+import threading
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.serving.worker import StopTexts
+from finetune.inference.decoder import GenerationSettings
+from finetune.models.tokenizers import train_tokenizer
+from finetune.serving.worker import Job, StopTexts, Worker
+from tests.inference.conftest import tiny_model
 
 text = st.text("ab\n", max_size=12)
 
@@ -24,3 +29,33 @@ def test_an_answer_ends_before_the_first_stop_text(pieces, stops):
         sent += cut.rest()
         assert not places
     assert sent == expected
+
+
+def test_a_request_joins_an_answer_that_is_being_drawn():
+    model, tokenizer = tiny_model("llama").eval(), train_tokenizer(["a b c"], vocab_size=320)
+    settings = GenerationSettings(
+        max_new_tokens=30, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=()
+    )
+    forwards, ended, answers = [0], threading.Semaphore(0), {}
+    worker = Worker({"m": model}, {"m": tokenizer}, batch_size=4, most_waiting=8)
+
+    def take(name):
+        def emit(piece):
+            if name == "first" and piece.num_tokens >= 5 and "second" not in answers:
+                answers["second"] = None
+                worker.submit("m", Job([9, 8, 7], settings, take("second")))
+            if piece.ending is not None:
+                answers[name] = piece.ids
+                ended.release()
+
+        return emit
+
+    counted = model.register_forward_hook(lambda *_: forwards.append(forwards.pop() + 1))
+    try:
+        worker.submit("m", Job([5, 6, 7], settings, take("first")))
+        assert all(ended.acquire(timeout=60) for _ in range(2))
+    finally:
+        worker.close()
+        counted.remove()
+    assert {len(ids) for ids in answers.values()} == {30}
+    assert forwards[0] <= 30 + 10  # and not 60
