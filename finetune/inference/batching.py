@@ -106,7 +106,7 @@ class _Trial(Decoder):
 
     def _choose(self, logits: Tensor) -> Tensor:
         chosen = []
-        for i, row in zip(self.active, logits, strict=True):
+        for i, row in zip(self.rows, logits, strict=True):
             self.logits[i].append(row)
             chosen.append(self.texts[i][len(self.logits[i]) - 1 - NEW_TOKENS])
         return torch.tensor(chosen, device=self.device)

@@ -48,6 +48,9 @@ class Way(NamedTuple):
 class Decoder:
     """A batch of prompts, one token further at each step. `active` has the unfinished prompts.
 
+    A finished prompt keeps its row until an eighth of the rows can go, since each time the whole
+    cache is copied.
+
     `model` is on its device and in evaluation mode. Each prompt has settings of its own. A `way`
     without `batches` takes one prompt. `kept` has what was read of a conversation before its
     prompt, which is then the only one; only a `way` that shares uses it. Raises UserError for a
@@ -66,10 +69,12 @@ class Decoder:
         assert (way.batches and kept is None) or len(prompts) == 1
         self.model, self.device, self.settings, self.way = model, model.device, settings, way
         self.active = list(prompts)
+        self.rows = list(prompts)  # whose row is which; finished ones may still have theirs
         self.room = {
             i: answer_room(model, prompt, settings[i].max_new_tokens)
             for i, prompt in prompts.items()
         }
+        self.last_position = (context_length(model) or 2**62) - 1
         # Not from torch's own random state: a training run must not be changed by its evaluations.
         self.generators = {i: _generator(settings[i].seed) for i in prompts}
         self.seen: Tensor | None = None
@@ -141,15 +146,16 @@ class Decoder:
         if self.kept is not None:
             self.kept.add(self.input_ids[0].tolist(), self.cache)
         chosen = self._choose(output.logits[:, -1])
+        active = set(self.active)
         tokens = [
             (i, token)
-            for i, token in zip(self.active, chosen.tolist())
-            if token not in self.settings[i].stop_ids
+            for i, token in zip(self.rows, chosen.tolist())
+            if i in active and token not in self.settings[i].stop_ids
         ]
         for i, _ in tokens:
             self.room[i] -= 1
-        going_on = {i for i, _ in tokens if self.room[i] > 0}
-        self._advance(chosen, [place for place, i in enumerate(self.active) if i in going_on])
+        self.active = [i for i, _ in tokens if self.room[i] > 0]
+        self._advance(chosen)
         return tokens
 
     @torch.inference_mode()
@@ -169,13 +175,13 @@ class Decoder:
             num_tokens = self.model.config.get_text_config().vocab_size
             self.seen = torch.cat(
                 [
-                    each.mask.new_zeros(len(each.active), num_tokens, dtype=torch.bool)
+                    each.mask.new_zeros(len(each.rows), num_tokens, dtype=torch.bool)
                     if each.seen is None
                     else each.seen
                     for each in (self, other)
                 ]
             )
-        self.active = [*self.active, *other.active]
+        self.active, self.rows = [*self.active, *other.active], [*self.rows, *other.rows]
         self.settings = {**self.settings, **other.settings}
         self.room |= other.room
         self.generators |= other.generators
@@ -196,34 +202,37 @@ class Decoder:
         return self.model(**taken(self.model, options))
 
     def _choose(self, logits: Tensor) -> Tensor:
-        settings = [self.settings[i] for i in self.active]
+        settings = [self.settings[i] for i in self.rows]
         if self.seen is not None:
             penalties = torch.tensor([each.repetition_penalty for each in settings])
             logits = penalise_repetition(logits, self.seen, penalties[:, None].to(self.device))
-        generators = [self.generators[i] for i in self.active]
+        generators = [self.generators[i] for i in self.rows]
         ways = [(each.temperature, each.top_p, each.top_k) for each in settings]
         if len(set(ways)) == 1:
             return _draw(logits, ways[0], generators)
         rows = zip(logits.split(1), ways, generators)
         return torch.cat([_draw(row, way, [generator]) for row, way, generator in rows])
 
-    def _advance(self, chosen: Tensor, kept: list[int]) -> None:
-        """Make the chosen tokens the next input, without the prompts that are finished."""
+    def _advance(self, chosen: Tensor) -> None:
+        """Make the chosen tokens the next input, without finished prompts if they are many."""
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         ids = chosen[:, None]
         self.input_ids = ids if self.way.caches else torch.cat([self.input_ids, ids], dim=1)
-        self.position_ids = self.position_ids[:, -1:] + 1
-        if len(kept) == len(self.active) or not kept:
-            self.active = self.active if kept else []
+        # a finished prompt may have no places left
+        self.position_ids = (self.position_ids[:, -1:] + 1).clamp(max=self.last_position)
+        finished = len(self.rows) - len(self.active)
+        if not self.active or finished < max(1, len(self.rows) // 8):
             return
+        going_on = set(self.active)
+        kept = [place for place, i in enumerate(self.rows) if i in going_on]
         places = torch.tensor(kept, device=self.device)
         self.input_ids, self.mask = self.input_ids[places], self.mask[places]
         self.position_ids = self.position_ids[places]
         self.seen = None if self.seen is None else self.seen[places]
         self._select(places)
-        self.active = [self.active[place] for place in kept]
+        self.rows = [self.rows[place] for place in kept]
 
     def _select(self, places: Tensor) -> None:
         """Make `places` of what is kept the new batch, in their order.
