@@ -3,7 +3,7 @@
     python scripts/bench_prefixes.py --model DIR [--trl DIR] [--cases a,b,c,d] [--rounds 3]
 
 a: tool calls behind seven declarations (`tool_calls_data.py`); b: a support bot with house rules;
-c: the translation demo; d: conversations with nothing in common. A step has 16 sequences of at most
+c: the translation demo; d: plain texts, with nothing in common. A step has 16 sequences of at most
 512 tokens, in micro-batches of 4 (c and d: 4 sequences), in float32, with AdamW and clipping.
 
 Contestants, each in a process of its own, in turn: "shared" and "unshared" are this project.
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="with a first one that is not timed")
     parser.add_argument("--length", type=int, default=LENGTH, help="most tokens of a sequence")
     parser.add_argument("--micro", type=int, default=MICRO, help="sequences of a micro-batch")
+    parser.add_argument("--chat-template", help="as model.chat_template, for a model without one")
     parser.add_argument("--mode", default="auto", help="our vocabulary.mode")
     parser.add_argument("--layers", type=int, help="of the model; default: all")
     parser.add_argument("--threads", type=int)
@@ -73,7 +75,11 @@ def data_of(case: str, length: int, folder: Path) -> dict[str, Any]:
     if case == "c":
         return {"train": "package:translation.en-fr.train", "validation_fraction": 0.01} | held_out
     if case == "d":
-        return {"train": "package:chat.en.train", "validation_fraction": 0.02} | held_out
+        pairs = files("finetune.resources") / "data" / "translation.en-fr.train.jsonl"
+        texts = [json.loads(line)["translation"]["fr"] for line in pairs.open(encoding="utf-8")]
+        path = folder / "texts.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return {"train": str(path), "validation_fraction": 0.02} | held_out
     tool_calls_data.write(folder, {"a": "tools", "b": "support"}[case], 1000, 0)
     paths = {part: str(folder / f"{part}.jsonl") for part in ("train", "test")}
     return {"train": paths["train"], "validation": paths["test"]} | held_out
@@ -93,7 +99,7 @@ def config_of(args: argparse.Namespace, folder: Path) -> Any:
     return RunConfig.model_validate(
         {
             "output_dir": folder / "run",
-            "model": {"name": args.model},
+            "model": {"name": args.model, "chat_template": args.chat_template},
             "data": data_of(args.case, args.length, folder),
             "vocabulary": {"mode": args.mode},
             "optimizer": {"name": "adamw", "lr": 1e-5, "weight_decay": 0.0},
@@ -206,9 +212,22 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def in_process(args: argparse.Namespace, case: str, name: str) -> dict[str, Any]:
     """Run a contestant in a process of its own."""
-    keys = ("model", "trl", "steps", "length", "micro", "mode", "layers", "threads", "clock")
+    keys = (
+        "model",
+        "chat_template",
+        "trl",
+        "steps",
+        "length",
+        "micro",
+        "mode",
+        "layers",
+        "threads",
+        "clock",
+    )
     given = {key: getattr(args, key) for key in keys} | {"case": case, "worker": name}
-    options = [f"--{key}={value}" for key, value in given.items() if value is not None]
+    options = [
+        f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None
+    ]
     ran = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
     if ran.returncode:
         sys.exit(f"{name} failed in case {case}:\n{ran.stderr[-4000:]}")
