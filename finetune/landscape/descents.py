@@ -29,7 +29,7 @@ class Descent:
     optimizer: str
     lr: float
     points: Tensor  # [steps + 1, 2], from the start on; fewer if the descent diverged
-    height: float  # of the last point, above the minimum
+    height: float  # above the minimum, the mean of the last tenth of the points
     settled: int | None  # the step from which on it stayed close to a minimum's height
     diverged: bool
 
@@ -76,7 +76,8 @@ def _descent(landscape: Landscape, name: str, lr: float, points: Tensor) -> Desc
     if lost.any():
         return Descent(name, lr, points[: int(lost.nonzero()[0])], math.inf, None, diverged=True)
     heights = landscape.value(*points.unbind(1)) - landscape.lowest
-    return Descent(name, lr, points, float(heights[-1]), settles(heights), diverged=False)
+    end = float(heights[-max(1, len(heights) // 10) :].mean())  # one point may be low by luck
+    return Descent(name, lr, points, end, settles(heights), diverged=False)
 
 
 def settles(heights: Tensor) -> int | None:

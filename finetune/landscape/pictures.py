@@ -1,12 +1,14 @@
-"""The descents as pictures: for each landscape a still SVG and an animated one.
+"""The descents as pictures: for each landscape a still SVG and an animated one, and a page of all.
 
-Each is one self-contained file without scripts. matplotlib draws the still. In the animation SVG's
-own animation elements (SMIL, https://www.w3.org/TR/SVG11/animate.html) replace its lines, so that
-it also moves as an image in a page. A viewer that cannot animate shows the end. The descents differ
-in colour (Okabe and Ito's, https://jfly.uni-koeln.de/color/), dashes and marker.
+Each is one self-contained file without scripts, as wide as what shows it, and dark where that is.
+matplotlib draws the still. In the animation SVG's own animation elements (SMIL,
+https://www.w3.org/TR/SVG11/animate.html) replace its lines, so that it also moves as an image in a
+page. A viewer that cannot animate shows the end. The descents differ in colour (Okabe and Ito's,
+https://jfly.uni-koeln.de/color/), dashes and marker.
 """
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ _STYLE: dict[Any, Any] = {
 }
 LEVELS = 11  # contour lines
 GROUND_DPI = 110  # of the contours; everything else is vectors
+DARK = """<style>@media (prefers-color-scheme: dark) {
+  svg { filter: invert(0.92) hue-rotate(180deg); } }</style>"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Landscapes</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 70rem; padding: 1.5rem; font: 1rem/1.5 system-ui, sans-serif; }
+img { width: 100%; }
+</style></head><body>
+<h1>Optimizers on classic functions</h1>
+"""
 
 
 def draw_landscapes(
@@ -51,7 +65,9 @@ def draw_landscapes(
     steps: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write NAME.svg and NAME-animated.svg for each of `functions` into `output`; return the paths.
+    """Write NAME.svg and NAME-animated.svg for each of `functions`, and index.html, into `output`.
+
+    Return their paths.
 
     Every optimizer takes `steps` steps from the same start: once at its default learning rate, and
     once at the best of a grid that is the same for all. `say` is called with each descent in words.
@@ -61,7 +77,7 @@ def draw_landscapes(
     """
     _check(functions, optimizers, steps)
     output.mkdir(parents=True, exist_ok=True)
-    written = []
+    written, page = [], PAGE
     grid = f"{_number(LEARNING_RATES[0])} to {_number(LEARNING_RATES[-1])}"
     for landscape in (LANDSCAPES[function] for function in functions):
         panels = {
@@ -81,7 +97,27 @@ def draw_landscapes(
         for suffix, svg in (("", still), ("-animated", animated)):
             written.append(output / f"{landscape.name}{suffix}.svg")
             written[-1].write_text(svg, encoding="utf-8")
+        page += _section(landscape, panels)
+    written.append(output / "index.html")
+    written[-1].write_text(f"{page}</body></html>\n", encoding="utf-8")
     return written
+
+
+def _section(landscape: Landscape, panels: dict[str, list[Descent]]) -> str:
+    """Return a landscape's part of the page: the moving picture, and each descent in words."""
+    name = landscape.name
+    words = "".join(
+        f"<h3>{title[0].upper()}{title[1:]}</h3>\n<ul>\n"
+        + "".join(f"<li>{descent_in_words(descent)}</li>\n" for descent in descents)
+        + "</ul>\n"
+        for title, descents in panels.items()
+    )
+    return (
+        f'<h2 id="{name}">{landscape.title}</h2>\n'
+        f'<a href="{name}.svg"><img src="{name}-animated.svg" loading="lazy" '
+        f'alt="The paths of {len(next(iter(panels.values())))} optimizers, described below"></a>\n'
+        f"<details><summary>In words</summary>\n{words}</details>\n"
+    )
 
 
 def _check(functions: Sequence[str], optimizers: Sequence[str], steps: int) -> None:
@@ -225,4 +261,9 @@ def _svg(figure: Figure, landscape: Landscape, steps: int) -> str:
     file = io.StringIO()
     metadata = {"Title": f"{landscape.title}, {steps} steps of each optimizer", "Date": None}
     figure.savefig(file, format="svg", dpi=GROUND_DPI, metadata=metadata)
-    return file.getvalue()
+
+    # without a size of its own it is as wide as its window
+    def opening(found: re.Match[str]) -> str:
+        return re.sub(r' (width|height)="[^"]*"', "", found[0]) + f"\n{DARK}"
+
+    return re.sub(r"<svg [^>]*>", opening, file.getvalue(), count=1)

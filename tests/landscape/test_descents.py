@@ -164,3 +164,10 @@ def test_tuning_takes_the_first_to_arrive_else_the_lowest(name):
     few = descend_tuned(landscape, name, 2)
     assert few.settled is None
     assert few.height == min(d.height for d in descend(landscape, name, LEARNING_RATES, 2))
+
+
+def test_a_low_last_point_is_no_low_end():
+    """The height at the end is that of the last tenth, so a rate that bounces is not the best."""
+    [bouncing] = descend(LANDSCAPES["valley"], "rmsprop", [2.0], 60)
+    heights = LANDSCAPES["valley"].value(*bouncing.points.unbind(1)) - LANDSCAPES["valley"].lowest
+    assert bouncing.height == pytest.approx(float(heights[-6:].mean()))

@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
 
 def test_every_descent_is_named_with_its_rate(pictures):
     paths, heard = pictures
-    assert [path.name for path in paths] == ["saddle.svg", "saddle-animated.svg"]
+    assert [path.name for path in paths] == ["saddle.svg", "saddle-animated.svg", "index.html"]
     ways = (descend_by_default, descend_tuned)
     expected = [
         descent_in_words(way(LANDSCAPES["saddle"], name, STEPS))
@@ -44,7 +44,9 @@ def test_every_descent_is_named_with_its_rate(pictures):
     ]
     assert expected[0].startswith("sgd, lr 0.001: ")
     assert [line.strip() for line in heard if ", lr " in line] == expected
-    for path in paths:
+    page = paths[2].read_text(encoding="utf-8")
+    assert all(f"<li>{line}</li>" in page for line in expected)
+    for path in paths[:2]:
         texts = [
             "".join(element.itertext()).strip() for element in ET.parse(path).iter(f"{SVG}text")
         ]
@@ -53,17 +55,25 @@ def test_every_descent_is_named_with_its_rate(pictures):
         assert f"{STEPS} steps from the ring" in " ".join(texts)
 
 
+def test_the_page_shows_every_picture_beside_it(pictures):
+    page = pictures[0][2].read_text(encoding="utf-8")
+    assert re.findall(r'(?:href|src)="([^"]*)"', page) == ["saddle.svg", "saddle-animated.svg"]
+
+
 def test_the_files_stand_alone(pictures):
-    for path in pictures[0]:
+    for path in pictures[0][:2]:
         text = path.read_text(encoding="utf-8")
         assert "<script" not in text
+        assert re.search(r"<svg [^>]*viewBox", text)
+        assert not re.search(r"<svg [^>]*(width|height)=", text)  # it fills what shows it
+        assert "prefers-color-scheme: dark" in text
         links = re.findall(r'(?:href|src)="([^"]*)"', text)
         assert links
         assert [link for link in links if not link.startswith(("#", "data:image/png"))] == []
 
 
 def test_the_animation_moves_from_the_start_to_the_end_at_rest(pictures):
-    still, animated = (ET.parse(path) for path in pictures[0])
+    still, animated = (ET.parse(path) for path in pictures[0][:2])
     assert not list(still.iter(f"{SVG}animate"))
     heads = list(animated.iter(f"{SVG}animateTransform"))
     trails = [mask.find(f"{SVG}polyline") for mask in animated.iter(f"{SVG}mask")]
@@ -148,5 +158,11 @@ def test_the_command(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
-    assert written == ["beale-animated.svg", "beale.svg", "valley-animated.svg", "valley.svg"]
+    assert written == [
+        "beale-animated.svg",
+        "beale.svg",
+        "index.html",
+        "valley-animated.svg",
+        "valley.svg",
+    ]
     assert "sgd, lr 0.001: ends " in done.stdout
