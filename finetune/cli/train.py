@@ -70,10 +70,10 @@ def train(
     if stopped == "signal":
         raise typer.Exit(STOPPED)
     if not dry_run:
-        from finetune.recipes.build.card import say_next_steps
+        from finetune.recipes.build.card import how_to_try
         from finetune.run.folder import RunDir
 
-        say_next_steps(RunDir(settings.output_dir), display)
+        display.say(f"\nTry the model:    {how_to_try(RunDir(settings.output_dir))}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
-from finetune.models.cache import can_join, join_caches, join_rows, make_room
+from finetune.models.cache import can_join, cut_start, join_caches, join_rows, make_room
 from finetune.models.describe import CausalLM, context_length, inner_model
 
 
@@ -233,6 +233,14 @@ class Decoder:
         self.seen = None if self.seen is None else self.seen[places]
         self._select(places)
         self.rows = [self.rows[place] for place in kept]
+        # a batch that others join for hours must not grow by those that have left
+        self.settings = {i: self.settings[i] for i in self.rows}
+        self.room = {i: self.room[i] for i in self.rows}
+        self.generators = {i: self.generators[i] for i in self.rows}
+        padding = int(self.mask.any(dim=0).int().argmax())  # places at the start, in all rows
+        if padding and can_join(self.cache):
+            self.mask = self.mask[:, padding:]
+            cut_start(self.cache, padding)
 
     def _select(self, places: Tensor) -> None:
         """Make `places` of what is kept the new batch, in their order.

@@ -56,6 +56,12 @@ def join_caches(cache: Any, other: Any) -> None:
         layer.values = join_rows(layer.values, its.values, dim=-2)
 
 
+def cut_start(cache: Any, places: int) -> None:
+    """Leave out the first places of all layers."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, places:], layer.values[:, :, places:]
+
+
 def join_rows(one: Tensor, other: Tensor, *, dim: int) -> Tensor:
     """Return the rows of two tensors. The shorter one gets zeros in front, along `dim`, below 0."""
     longest = max(one.shape[dim], other.shape[dim])

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from finetune.config import RunConfig, load_config
 from finetune.display import Display
 from finetune.errors import UserError, visible
-from finetune.recipes.build.card import say_next_steps
+from finetune.recipes.build.card import how_to_try
 from finetune.recipes.build.look import look_at
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluations, read_samples
@@ -57,7 +58,7 @@ def run_demo(config: RunConfig) -> "Stopped":
     if stopped != "signal":
         run = RunDir(config.output_dir)
         _print_samples(run)
-        say_next_steps(run, display)
+        _say_next_steps(run, display)
     return stopped
 
 
@@ -74,6 +75,20 @@ def _print_samples(run: RunDir) -> None:
             console.print(f"  before:    {_line(first[sample.prompt])}", markup=False)
             console.print(f"  after:     {_line(sample.output)}", markup=False)
             console.print(f"  reference: {_line(sample.reference)}", markup=False)
+
+
+def _say_next_steps(run: RunDir, display: Display) -> None:
+    """Say the commands that try the model, and that make and run one file of it."""
+    root, shipped, name = (
+        quote(str(text)) for text in (run.root, f"{run.root}-shipped", run.root.name)
+    )
+    display.say(f"\nTry the model:    {how_to_try(run)}")
+    display.say(
+        f"Make one file:    finetune export {root} {shipped} --trim --gguf q8_0 --dtype bfloat16"
+    )
+    display.say(
+        f"Run it in Ollama: ollama create {name} -f {shipped}/Modelfile && ollama run {name}"
+    )
 
 
 def _line(text: str, width: int = 160) -> str:

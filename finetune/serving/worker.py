@@ -171,7 +171,13 @@ class _Batch:
         """Take over the answers of another batch, if both have begun; return whether it could."""
         if self._model is not other._model or self._decoder is None or other._decoder is None:
             return False
-        joins = self._decoder.join(other._decoder)
+        try:
+            joins = self._decoder.join(other._decoder)
+        except Exception:
+            logger.exception("two batches of answers could not be joined")
+            self._fail()
+            other._fail()
+            return False
         if joins:
             self.running |= other.running
         return joins
@@ -182,9 +188,13 @@ class _Batch:
             self._step()
         except Exception:  # the server outlives a request that breaks something
             logger.exception("a batch of answers failed")
-            for answer in self.running.values():
-                answer.end("error")
-            self.running = {}
+            self._fail()
+
+    def _fail(self) -> None:
+        """End all answers with an error."""
+        for answer in self.running.values():
+            answer.end("error")
+        self.running = {}
 
     def _step(self) -> None:
         if self._decoder is None:

@@ -68,3 +68,25 @@ def test_windows_are_not_joined():
     one.step(), other.step()
     assert not one.join(other)
     assert one.active == [3]
+
+
+def test_a_batch_that_others_join_for_long_does_not_grow():
+    model, places = tiny_model("llama").eval(), []
+    settings = {i: replace(GREEDY, max_new_tokens=6) for i in range(40)}
+    prompts = {i: [5 + i, 6, 7 + i] for i in settings}
+    answers = {i: [] for i in settings}
+    batch = Decoder(model, {0: prompts[0]}, {0: settings[0]}, way_of(model))
+    for i in range(40):
+        for _ in range(3):
+            for number, token in batch.step():
+                answers[number].append(token)
+        if i + 1 in settings:
+            later = Decoder(model, {i + 1: prompts[i + 1]}, {i + 1: settings[i + 1]}, way_of(model))
+            answers[i + 1] += [token for _, token in later.step()]
+            assert batch.join(later)
+        places.append((batch.mask.shape[1], len(batch.settings), len(batch.rows)))
+    while batch.active:
+        for number, token in batch.step():
+            answers[number].append(token)
+    assert max(places) <= (12, 4, 4)
+    assert answers == {i: alone(model, prompts[i], settings[i]) for i in settings}

@@ -1,10 +1,10 @@
-"""What a run says of its model: the model card, and the commands that come next."""
+"""What a run says of its model: the model card, and the command that tries it."""
 
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from finetune.config import RunConfig, dump_config
-from finetune.display import Display
 from finetune.models.locate import resolve_name
 from finetune.report.card import license_of, model_card
 from finetune.run.folder import RunDir
@@ -41,16 +41,6 @@ def run_card(run: RunDir, config: RunConfig, evaluations: Mapping[str, Mapping[s
     )
 
 
-def say_next_steps(run: RunDir, display: Display) -> None:
-    """Say the commands that try the run's model, and that make and run one file of it."""
-    command = TRIES.get(DataCounts.read(run).format or "", "chat")
-    shipped = f"{run.root}-shipped"
-    for line in (
-        "",
-        f"Try the model:    finetune {command} {run.root}",
-        f"Make one file:    finetune export {run.root} {shipped} --trim --gguf q8_0 "
-        "--dtype bfloat16",
-        f"Run it in Ollama: ollama create {run.root.name} -f {shipped}/Modelfile && "
-        f"ollama run {run.root.name}",
-    ):
-        display.say(line)
+def how_to_try(run: RunDir) -> str:
+    """Return the command that tries the run's model."""
+    return f"finetune {TRIES.get(DataCounts.read(run).format or '', 'chat')} {quote(str(run.root))}"
