@@ -1,11 +1,12 @@
 """What trimming a run's model and shipping it as GGUF costs and gives.
 
-    python scripts/bench_export.py RUN [--sentences 300] [--threads 2] [--frequent 1000]
+    python scripts/bench_export.py RUN [--test FILE] [--parts speed,batches,answers]
+                                   [--sentences 300] [--threads 2] [--frequent 1000]
 
-RUN is a finished translation run. Its model is exported whole and trimmed, in bfloat16, with a
-GGUF file in Q8_0. Compared are the parameters, the sizes, the speed of one answer at a time
-(transformers in float32, llama.cpp in Q8_0), the answers to held-out sentences and their chrF.
-llama.cpp is that of the package xllamacpp.
+RUN is a finished translation run, and FILE has held-out pairs in place of its own. The run's model
+is exported whole and trimmed, in bfloat16, with a GGUF file in Q8_0. Compared are the parameters,
+the sizes, the speed of one answer at a time (transformers in float32, llama.cpp in Q8_0), the
+answers to held-out sentences and their chrF. llama.cpp is that of the package xllamacpp.
 
 "same answers" is the share of sentences with the same answer, among those whose prompt and full
 answer stay in the tokens that are kept. Batched decoding of ours and of transformers' `generate`
@@ -29,6 +30,7 @@ from harness import spread
 ROUNDS = 3
 SPEED_TOKENS = 48  # of an answer whose speed is taken
 BATCH = 64
+PARTS = ("speed", "batches", "answers")
 
 
 def export(run: Path, folder: Path, *, trim: bool, frequent: int) -> Path:
@@ -227,25 +229,28 @@ def measure_batches(whole: Contestant, count: int) -> dict[str, Any]:
 def print_table(found: dict[str, Any]) -> None:
     """Print the figures of the whole and of the trimmed model, and their ratio."""
     rows = [(key, found["whole"][key], found["trimmed"][key]) for key in found["whole"]]
-    rows += [
-        (f"{name}, tokens/s", *(statistics.median(found["speed"][f"{key}_{which}"])
-                                for which in ("whole", "trimmed")))
-        for name, key in (("transformers", "transformers"), ("llama.cpp", "llama_cpp"))
-    ]  # fmt: skip
-    answers, batches = found["answers"], found["batches"]
-    rows.append(("chrF", answers["chrf_whole"], answers["chrf_trimmed"]))
+    if speed := found.get("speed"):
+        rows += [
+            (f"{name}, tokens/s", *(statistics.median(speed[f"{key}_{which}"])
+                                    for which in ("whole", "trimmed")))
+            for name, key in (("transformers", "transformers"), ("llama.cpp", "llama_cpp"))
+        ]  # fmt: skip
+    if answers := found.get("answers"):
+        rows.append(("chrF", answers["chrf_whole"], answers["chrf_trimmed"]))
     print(f"{'':24}{'whole':>14}{'trimmed':>14}{'ratio':>8}")
     for name, before, after in rows:
         ratio = f"{after / before:.3f}" if before else "-"  # the chrF of a random model is 0
         print(f"{name:24}{before:>14,.1f}{after:>14,.1f}{ratio:>8}")
-    print(
-        f"same answers: {answers['same_within']:.1%} of {answers['within']} sentences of "
-        f"{answers['sentences']}; chrF of the trimmed Q8_0 file: {answers['chrf_gguf']}"
-    )
-    print(
-        f"{batches['prompts']} prompts: ours over transformers' generate "
-        f"{batches['speed_ratio'][0]:.2f} x, {batches['same']:.0%} of the answers the same"
-    )
+    if answers:
+        print(
+            f"same answers: {answers['same_within']:.1%} of {answers['within']} sentences of "
+            f"{answers['sentences']}; chrF of the trimmed Q8_0 file: {answers['chrf_gguf']}"
+        )
+    if batches := found.get("batches"):
+        print(
+            f"{batches['prompts']} prompts: ours over transformers' generate "
+            f"{batches['speed_ratio'][0]:.2f} x, {batches['same']:.0%} of the answers the same"
+        )
 
 
 def main() -> None:
@@ -253,6 +258,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a finished translation run")
+    parser.add_argument("--test", type=Path, help="held-out pairs; default: the run's own")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure; default: all")
     parser.add_argument("--sentences", type=int, default=300, help="held-out sentences to answer")
     parser.add_argument("--tokens", type=int, default=64, help="length limit of an answer")
     parser.add_argument("--threads", type=int, default=2)
@@ -263,28 +270,35 @@ def main() -> None:
     if args.engine:
         print(tokens_per_second(args.engine, args.run, args.prompt, args.threads))
         return
+    if unknown := {*args.parts.split(",")} - {*PARTS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
     import torch
 
     from finetune.config import load_config
     from finetune.run.folder import RunDir
 
     torch.set_num_threads(args.threads)
-    config = load_config(RunDir(args.run).config)
+    test = [f"data.test={args.test}"] if args.test else []
+    config = load_config(RunDir(args.run).config, test)
     with tempfile.TemporaryDirectory() as folder:
-        pair = [
-            Contestant(export(args.run, Path(folder), trim=trim, frequent=args.frequent), config)
+        folders = [
+            export(args.run, Path(folder), trim=trim, frequent=args.frequent)
             for trim in (False, True)
         ]
+        pair = [Contestant(folder, config) for folder in folders]
+        measure = {
+            "speed": lambda: measure_speed(pair, args.threads),
+            "batches": lambda: measure_batches(pair[0], args.tokens),
+            "answers": lambda: measure_answers(*pair, args.sentences, args.tokens, args.threads),
+        }
         found: dict[str, Any] = {
             "run": args.run.name,
             "threads": args.threads,
             "load": os.getloadavg()[0],
             "whole": measure_sizes(pair[0]),
             "trimmed": measure_sizes(pair[1]),
-            "speed": measure_speed(pair, args.threads),
-            "batches": measure_batches(pair[0], args.tokens),
-            "answers": measure_answers(*pair, args.sentences, args.tokens, args.threads),
         }
+        found |= {part: measure[part]() for part in args.parts.split(",")}
     print_table(found)
     print(json.dumps(found))
 

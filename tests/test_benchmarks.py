@@ -180,6 +180,21 @@ def test_an_export(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_model_that_is_trimmed_first(model, tmp_path):
+    pairs = files("finetune") / "resources" / "data"
+    data = [
+        f"--{part}={pairs / f'translation.en-fr.{part}.jsonl'}" for part in ("train", "validation")
+    ]
+    changes = ["training.max_steps=2", "data.max_length=96", "generation.max_new_tokens=4"]
+    options = (*data, "--frequent=0", "--answers=4", "--set", *changes)
+    found = bench("bench_trim_first.py", model, *options, threads=False)["contestants"]
+    assert list(found) == ["trimmed", "active", "sampled"]
+    for row in found.values():
+        assert set(row) == {"bits_per_byte", "chrf", "bleu", "tokens_per_second", "peak_gb"}
+        assert all(row[key][0] > 0 for key in ("bits_per_byte", "tokens_per_second", "peak_gb"))
+
+
+@pytest.mark.slow
 def test_the_grid_of_defaults_goes_on_where_it_stopped(model, tmp_path):
     pytest.importorskip("trl")
     results = tmp_path / "grid.jsonl"

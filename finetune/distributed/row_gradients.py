@@ -5,7 +5,7 @@ have (https://github.com/pytorch/pytorch/issues/22400), and raises if one proces
 table. So the tables are kept out of it. Their gradients are averaged once a step, after
 accumulation and before clipping, by dense collectives alone: all-gathers of counts and of ids, and
 then an all-gather of the values or an all-reduce of the rows that any process used. The way that
-costs fewer bytes is taken (`scripts/bench_sync.py` has the formula). No engine around the model is
+costs fewer bytes is taken (`scripts/row_traffic.py` has the formula). No engine around the model is
 needed: the same call serves a table that FSDP leaves alone.
 
 Every process ends up with the same bits. Gathered rows are added in the order of the processes, and
