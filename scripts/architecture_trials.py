@@ -259,14 +259,7 @@ def try_generation(run: Path) -> None:
         [[11, 12, 13], list(range(30, 50)), [77, 78, 79, 80, 12, 14, 15]],
     ):
         for stops in (set(), {opened.tokenizer.eos_token_id}):
-            settings = GenerationSettings(
-                max_new_tokens=NEW_TOKENS,
-                temperature=0.0,
-                top_p=1.0,
-                top_k=0,
-                repetition_penalty=1.0,
-                stop_ids=sorted(stops),
-            )
+            settings = GenerationSettings.greedy(NEW_TOKENS, sorted(stops))
             answers = generate(opened.model, prompts, batch_size=3, settings=settings)
             check_answers(oracle, prompts, answers, stops)
 

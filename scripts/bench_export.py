@@ -75,14 +75,7 @@ class Contestant:
         """Answer prompts with our batched decoding, greedily."""
         from finetune.inference.generation import GenerationSettings, generate
 
-        settings = GenerationSettings(
-            max_new_tokens=count,
-            temperature=0,
-            top_p=1,
-            top_k=0,
-            repetition_penalty=1,
-            stop_ids=self.stops,
-        )
+        settings = GenerationSettings.greedy(count, self.stops)
         ids = [prompt.input_ids for prompt in prompts]
         return generate(self.model, ids, settings=settings, batch_size=BATCH)
 

@@ -99,7 +99,9 @@ class _Trial(Decoder):
 
     def __init__(self, model: CausalLM, texts: dict[int, list[int]], way: Way) -> None:
         prompts = {i: text[:-NEW_TOKENS] for i, text in texts.items()}
-        super().__init__(model, prompts, dict.fromkeys(prompts, _settings()), way)
+        super().__init__(
+            model, prompts, dict.fromkeys(prompts, GenerationSettings.greedy(NEW_TOKENS)), way
+        )
         self.texts, self.logits = texts, dict[int, list[Tensor]]((i, []) for i in texts)
         if len(texts) > 1:
             self.room[max(texts)] -= 1  # it leaves the batch before the others
@@ -110,17 +112,6 @@ class _Trial(Decoder):
             self.logits[i].append(row)
             chosen.append(self.texts[i][len(self.logits[i]) - 1 - NEW_TOKENS])
         return torch.tensor(chosen, device=self.device)
-
-
-def _settings() -> GenerationSettings:
-    return GenerationSettings(
-        max_new_tokens=NEW_TOKENS,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        stop_ids=(),
-    )
 
 
 def _is_as_alone(model: CausalLM, way: Way, length: int) -> bool:

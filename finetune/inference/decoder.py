@@ -8,7 +8,7 @@ import inspect
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ class GenerationSettings:
     repetition_penalty: float  # 1: off
     stop_ids: Sequence[int]  # the answer ends before the first of these tokens
     seed: int | None = None  # None: another answer each time, unless the temperature is 0
+
+    @classmethod
+    def greedy(cls, max_new_tokens: int, stop_ids: Sequence[int] = ()) -> Self:
+        """Return the settings that take the likeliest token each time."""
+        return cls(
+            max_new_tokens=max_new_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            stop_ids=stop_ids,
+        )
 
 
 NUCLEUS = 1024

@@ -47,15 +47,12 @@ def test_smollm2_is_trimmed_and_its_file_answers_as_it_does(folder):
         ]
         assert [old[token] for token in ids[1]] == ids[0]
         prompts.append(ids)
-    settings = GenerationSettings(
-        max_new_tokens=16, temperature=0, top_p=1, top_k=0, repetition_penalty=1,
-        stop_ids=stop_ids(full[0]),
-    )  # fmt: skip
+    settings = GenerationSettings.greedy(16, stop_ids(full[0]))
     answers = generate(full[0], [ids[0] for ids in prompts[:12]], settings=settings, batch_size=12)
     again = generate(
         small[0],
         [ids[1] for ids in prompts[:12]],
-        settings=GenerationSettings(**vars(settings) | {"stop_ids": stop_ids(small[0])}),
+        settings=GenerationSettings.greedy(16, stop_ids(small[0])),
         batch_size=12,
     )
     within = [set(answer) <= set(old) for answer in answers]

@@ -30,9 +30,7 @@ SENTENCES = [
     "日本語 🙂 mixed",
     "one two three",
 ]
-GREEDY = GenerationSettings(
-    max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[1]
-)
+GREEDY = GenerationSettings.greedy(6, [1])
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ from finetune.inference.batching import way_of, window_of
 from finetune.inference.generation import GenerationSettings, generate
 from finetune.models.load import ModelSpec, load_model
 
-GREEDY = GenerationSettings(
-    max_new_tokens=8, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[]
-)
+GREEDY = GenerationSettings.greedy(8)
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 GROUPED = {**SMALL, "num_hidden_layers": 2, "num_key_value_heads": 2}
 KINDS = {

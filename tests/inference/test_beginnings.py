@@ -10,9 +10,7 @@ from tests.models.conftest import make_model
 
 __all__ = ["make_model"]
 
-GREEDY = GenerationSettings(
-    max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=()
-)
+GREEDY = GenerationSettings.greedy(6)
 
 
 def ids(count, seed):

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from finetune.errors import UserError
 from finetune.inference.generation import AnswerText, GenerationSettings, generate, stream
 
-GREEDY = GenerationSettings(
-    max_new_tokens=9, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[]
-)
+GREEDY = GenerationSettings.greedy(9)
 
 
 def prompts_of(lengths, shared=0, seed=0):

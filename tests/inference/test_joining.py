@@ -9,9 +9,7 @@ from finetune.inference.decoder import Decoder, GenerationSettings
 from finetune.inference.generation import generate
 from tests.inference.conftest import tiny_model
 
-GREEDY = GenerationSettings(
-    max_new_tokens=12, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=[]
-)
+GREEDY = GenerationSettings.greedy(12)
 PROMPTS = {
     3: [5, 6, 7, 8, 9, 10, 11],
     4: [5, 6, 40, 41],

@@ -205,14 +205,7 @@ def test_compiling_changes_no_name_and_makes_kernels_once_for_all_layers(
     assert len(graphs) == 1
     assert sum(part._compiled_call_impl is not None for part in language_model.modules()) == 4
     assert list(language_model.state_dict()) == names
-    settings = GenerationSettings(
-        max_new_tokens=4,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        repetition_penalty=1.0,
-        stop_ids=[],
-    )
+    settings = GenerationSettings.greedy(4)
     with uncompiled(True):
         generate(language_model.causal_lm, [[1, 2, 3]], settings=settings, batch_size=1)
     assert len(graphs) == 1

@@ -14,9 +14,7 @@ KEPT = (1, 3, 5, 7, 20, 33, 50, 60, 61, 62, 80, 96)
 KINDS = [
     "gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite", "bloom",
 ]  # fmt: skip
-GREEDY = GenerationSettings(
-    max_new_tokens=12, temperature=0, top_p=1, top_k=0, repetition_penalty=1, stop_ids=()
-)
+GREEDY = GenerationSettings.greedy(12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -33,9 +33,7 @@ def test_an_answer_ends_before_the_first_stop_text(pieces, stops):
 
 def test_a_request_joins_an_answer_that_is_being_drawn():
     model, tokenizer = tiny_model("llama").eval(), train_tokenizer(["a b c"], vocab_size=320)
-    settings = GenerationSettings(
-        max_new_tokens=30, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, stop_ids=()
-    )
+    settings = GenerationSettings.greedy(30)
     forwards, ended, answers = [0], threading.Semaphore(0), {}
     worker = Worker({"m": model}, {"m": tokenizer}, batch_size=4, most_waiting=8)
 
