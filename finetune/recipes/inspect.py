@@ -1,6 +1,6 @@
 """`finetune inspect`: what a model would see of the data, before anything is trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 from rich.console import Console
@@ -29,12 +29,17 @@ LABELS = {
     "target_tokens": "target tokens",
     "truncated": "examples cut to data.max_length",
     "split": "texts split at data.max_length",
-    "without_target": "of these left out, without a target",
+    "without_target": "cut examples left out, without a target",
     "dropped": "examples dropped as too long",
     "duplicates": "examples dropped as held out too",
     "longest": "longest example before a cut, tokens",
 }
 """The label of each field of DataStatistics."""
+
+LOSSES = (
+    "blank_records", "bad_records", "truncated", "split", "without_target", "dropped", "duplicates",
+)  # fmt: skip
+"""Fields of what does not get into the training whole. If all are 0, one line says so."""
 
 DENSITY_RECORDS = 1000  # from which characters per token are counted
 
@@ -61,7 +66,8 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     console.print(_figures(report, streamed=config.data.streaming))
     console.print(_histogram(report))
     densities = language_density(material)
-    console.print(_densities(densities))
+    found = ", ".join(f"{language} {value:.2f}" for language, value in densities.items())
+    console.print(f"characters per token: {found}", markup=False)
     vocabulary = plan_vocabulary(
         config, material.skeleton, tokenizer, material.corpora, material.tokens.added
     )
@@ -105,8 +111,11 @@ def _figures(report: DataReport, *, streamed: bool) -> Table:
     for column in ("", "training", "held out"):
         table.add_column(column, justify="right" if column else "left")
     held_out = report.held_out or {}
+    whole = not any(report.train[key] or held_out.get(key) for key in LOSSES)
     for key, count in report.train.items():
-        table.add_row(LABELS[key], f"{count:,}", f"{held_out[key]:,}" if key in held_out else "-")
+        if not (whole and key in LOSSES):
+            cell = f"{held_out[key]:,}" if key in held_out else "-"
+            table.add_row(LABELS[key], f"{count:,}", cell)
     table.add_section()
     table.add_row("target share", f"{report.target_share:.1%}")
     table.add_row("length p50, tokens", f"{report.length_p50:,}")
@@ -125,6 +134,9 @@ def _figures(report: DataReport, *, streamed: bool) -> Table:
     table.add_row(
         "tokens that also occur in training", "", "-" if coverage is None else f"{coverage:.2%}"
     )
+    if whole:
+        table.caption = "nothing is blank, dropped, left out, cut or split"
+        table.caption_justify = "left"
     return table
 
 
@@ -150,19 +162,12 @@ def language_density(material: Material) -> dict[str, float]:
     }
 
 
-def _densities(densities: Mapping[str, float]) -> Table:
-    """Return the characters a token of each language."""
-    table = Table(title="characters per token", title_justify="left", show_header=False)
-    for language, value in densities.items():
-        table.add_row(language, f"{value:.2f}")
-    return table
-
-
 def _histogram(report: DataReport) -> Table:
     """Return a bar for the number of training examples in each range of lengths."""
     title = "tokens per training example"
     table = Table(title=title, title_justify="left", box=None, show_header=False)
     most = max(count for *_, count in report.length_histogram)
     for low, high, count in report.length_histogram:
-        table.add_row(f"{low}–{high}", "█" * round(40 * count / most), f"{count:,}")
+        lengths = f"{low}–{high}" if low < high else f"{low}"
+        table.add_row(lengths, "█" * round(40 * count / most), f"{count:,}")
     return table

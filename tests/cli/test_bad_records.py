@@ -73,6 +73,8 @@ def test_bad_records_are_dropped_counted_and_reported(bad_lines, write_config):
     inspected = finetune("inspect", "c.yaml")
     assert inspected.code == 0, inspected.err
     assert "bad records dropped" in inspected.out
+    assert "records without text" in inspected.out
+    assert "nothing is blank" not in inspected.out
     trained = finetune("train", "c.yaml")
     assert trained.code == 0, trained.err
     counts = DataCounts.read(RunDir(Path("run")))

@@ -49,6 +49,9 @@ def test_small_data_is_said(command, chats, write_config):
         assert all(sentence in notes for sentence in SAID)
     if command == "plan":
         assert "examples of a step" in result.out
+    if command == "inspect":
+        assert "nothing is blank, dropped, left out, cut or split" in result.out
+        assert "records without text" not in result.out, "no rows of zeros"
 
 
 def test_steps_that_were_asked_for_are_not_few(chats, write_config):
