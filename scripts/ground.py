@@ -2,6 +2,7 @@
 
 import argparse
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,6 +138,14 @@ def make_trainer(
         def save(self, *_: Any, **__: Any) -> None:
             pass
 
+    class Whole(Trainer):
+        """A run that a signal ended has no figures."""
+
+        def train(self) -> Any:
+            if (stopped := super().train()) == "signal":
+                sys.exit(130)
+            return stopped
+
     display = Display(enabled=False)
     accelerator = make_accelerator(config, display)
     parts = assemble(read_material(config, display), accelerator=accelerator, display=display)
@@ -146,7 +155,7 @@ def make_trainer(
     module, optimizer, average_rows = prepare(accelerator, parts.language_model, optimizer, display)
     run = RunDir(config.output_dir)
     run.root.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
+    trainer = Whole(
         accelerator=accelerator,
         model=module,
         optimizer=optimizer,

@@ -1,8 +1,10 @@
 """The benchmarks run on a tiny model. Its figures mean nothing, except what holds on any model."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -218,6 +220,24 @@ def test_the_grid_of_defaults_goes_on_where_it_stopped(model, tmp_path):
     third = bench("grid_defaults.py", *small, "--parts=default,decay")
     assert len(third["rows"]) == 3, "the tables are of these parts"
     assert results.read_text().startswith(kept)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_grid_that_a_signal_ends_has_no_result(model, tmp_path):
+    results, place = tmp_path / "grid.jsonl", tmp_path / "place"
+    place.mkdir()
+    command = [sys.executable, str(SCRIPTS / "grid_defaults.py"), model, f"--results={results}"]
+    command += ["--records=12", "--seeds=0", "--tasks=chat", "--parts=default", "--threads=1"]
+    command += ["--set", "training.epochs=5000", "data.max_length=96"]
+    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(place)})
+    until = time.monotonic() + 200
+    while not any(path.stat().st_size for path in place.glob("*/run/metrics.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=100) == 130
+    assert not results.exists()
 
 
 @pytest.mark.slow
