@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
-from finetune.config import load_config
+from finetune.config.loading import make_config
 from finetune.data.encode import EncodedDataset
 from finetune.data.encoding import store as store_room
 from finetune.data.encoding.store import Store, key_of
@@ -68,9 +67,8 @@ def material(folder: Path, records: Any, **data: Any) -> tuple[Material, Said]:
         file.write_text(text)
     settings = {"train": str(file), "max_length": 64, "validation_fraction": 0.2, **data}
     config = {"model": MODEL, "data": settings, "output_dir": str(folder / "run")}
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
     said = Said()
-    return read_material(load_config(folder / "run.yaml", []), said), said
+    return read_material(make_config(config), said), said
 
 
 def everything(folder: Path, records: Any, **data: Any) -> dict[str, Any]:
