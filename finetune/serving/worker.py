@@ -173,7 +173,7 @@ class _Batch:
             return False
         try:
             joins = self._decoder.join(other._decoder)
-        except Exception:
+        except Exception:  # as in `step`: only these answers end
             logger.exception("two batches of answers could not be joined")
             self._fail()
             other._fail()
