@@ -44,7 +44,7 @@ def compare(
 ) -> None:
     """Compare optimizers, each at its own best learning rate, over several seeds.
 
-    optimizer.name=[A,B] names them.
+    Name them with optimizer.name=[A,B].
     The results are comparison.html, .json and .csv in runs/compare-CONFIG (or output_dir=...).
     After a stop, the same command continues.
     """

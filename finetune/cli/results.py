@@ -20,7 +20,7 @@ Kept = Annotated[
     typer.Option(help="With --trim: also keep this token, id, or text. May be repeated."),
 ]
 Frequent = Annotated[
-    int, typer.Option(min=0, help="With --trim: also keep so many of the most frequent tokens.")
+    int, typer.Option(min=0, help="With --trim: also keep this many of the most frequent tokens.")
 ]
 MinCoverage = Annotated[
     float | None,
@@ -63,7 +63,7 @@ def export(
     trim: Annotated[
         bool,
         typer.Option(
-            "--trim", help="Keep only the tokens that the run used, and what any text needs."
+            "--trim", help="Keep only the tokens that the run used, special tokens and bytes."
         ),
     ] = False,
     text: TextFiles = None,
@@ -106,7 +106,7 @@ def export(
 @app.command()
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The name there: OWNER/NAME.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name on the hub: OWNER/NAME.")],
     gguf: Annotated[
         list[Path] | None,
         typer.Option(help="A .gguf file to send too. Those in RUN are sent anyway."),

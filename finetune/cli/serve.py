@@ -12,11 +12,14 @@ from finetune.cli.use import MaxNewTokens, System, Temperature, TopK, TopP, give
 def serve(
     target: Target,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Any but this machine's own is open to all.")
+        str,
+        typer.Option(help="Address to listen on. Another one lets other machines ask."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     base: Annotated[
-        bool, typer.Option("--base/--no-base", help="Serve the run's base model beside it.")
+        bool, typer.Option("--base/--no-base", help="Serve the run's base model too.")
     ] = True,
     system: System = None,
     max_new_tokens: MaxNewTokens = None,
@@ -25,7 +28,7 @@ def serve(
     top_k: TopK = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Serve a model: a page to try it, and /v1/chat/completions as OpenAI has it.
+    """Serve a model: a page to try it, and OpenAI's /v1/chat/completions.
 
     It is made for one person. The guide names servers for many.
     """

@@ -11,7 +11,7 @@ from finetune.cli.app import app, say_start
 @app.command()
 def init(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="Data files, all of one kind.")
+        list[str], typer.Argument(metavar="FILE...", help="Data files, all in the same format.")
     ],
     model: Annotated[
         str, typer.Option(help="A hub name, a folder, or a .gguf file.")
@@ -60,7 +60,7 @@ def runs(
         Path("runs")
     ),
 ) -> None:
-    """List the runs in a folder: when, how far, with which model, and their loss."""
+    """List the runs in a folder, with their start, state, model, steps and loss."""
     from finetune.recipes.runs import print_runs
 
     print_runs(folder)

@@ -122,6 +122,8 @@ def _in_words(entry: Mapping[str, Any], sections: Mapping[str, Any]) -> str:
     """Return what values a property of a JSON schema takes."""
     if "anyOf" in entry:
         return " or ".join(dict.fromkeys(_in_words(part, sections) for part in entry["anyOf"]))
+    if "const" in entry:
+        return str(entry["const"])
     if "enum" in entry:
         return " | ".join(map(str, entry["enum"]))
     if "$ref" in entry:

@@ -79,7 +79,11 @@ def seconds_of(value: Any) -> Any:
 
 
 _UNITS = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
-Duration = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, le=10_000_000)]
+Duration = Annotated[
+    float,
+    BeforeValidator(seconds_of, json_schema_input_type=float | str),
+    Field(gt=0, le=10_000_000),
+]
 
 PathText = Annotated[str, AfterValidator(expand)]
 """A path, or a name that may be one."""
@@ -186,7 +190,7 @@ class TranslationSection(Section):
 
     # The key in `translation`, or the column, e.g. "en". None: found in the data.
     source_language: str | None = None
-    target_language: str | None = None  # likewise
+    target_language: str | None = None  # The same for the translation, e.g. "fr".
     direction: Literal["forward", "backward", "both"] = "forward"  # both: two examples a record
     # E.g. "Translate to {target_name}: {source}". None: a chat turn if there is a chat template.
     template: str | None = None
@@ -239,7 +243,8 @@ class DataSection(Section):
     # Tokens of a packed sequence; a longer example has one of its own. None: max_length, or less if
     # training.batch_size is auto and the data small. Not for a stream.
     packed_length: TokenCount | None = None
-    streaming: bool = False  # True: read records during training; needs training.max_steps
+    # True: read records during training. It needs training.max_steps or training.max_time.
+    streaming: bool = False
     shuffle_buffer: PositiveInt = 2048  # examples, streaming only
 
 
@@ -385,8 +390,9 @@ class RunConfig(Section):
 
     # The run's folder. Default: runs/<name of the config file>.
     output_dir: Annotated[Path, AfterValidator(lambda path: Path(expand(str(path))))]
-    overwrite_output_dir: bool = False  # True: delete another run that is there
-    seed: SeedNumber = 0  # of the weights, the order of the data, dropout and drawn rows
+    overwrite_output_dir: bool = False  # True: first delete the run that is in output_dir
+    # Seed of random weights, the order of the data, dropout and the drawn rows.
+    seed: SeedNumber = 0
     model: ModelSection
     data: DataSection
     vocabulary: VocabularySection = VocabularySection()

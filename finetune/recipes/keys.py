@@ -15,7 +15,7 @@ def print_keys(pattern: str, *, schema: bool) -> None:
         print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
         return
     for key in list_keys(pattern):
-        print(f"{key.name}: {key.default or '(to be given)'}")
+        print(f"{key.name}: {key.default or '(required)'}")
         print(f"    takes {key.values}")
         if key.meaning:
             indent = " " * 4

@@ -59,6 +59,28 @@ def test_an_example_is_read(heading, folder):
     assert len(re.findall(r"example \d+: ", result.out)) == count
 
 
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for call in m.tool_calls %}{{ call.function | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_the_other_examples_of_messages_are_read(folder):
+    others = dict(
+        re.findall(r"^`(\w+.jsonl)`[^\n]*\n\n```json\n(.*?)^```", SECTION, flags=re.M | re.S)
+    )
+    (folder / "tools.jinja").write_text(TOOLS, encoding="utf-8")
+    for name, learnt in {"calls.jsonl": "15 degrees.", "weights.jsonl": "Hello"}.items():
+        (folder / name).write_text(others[name], encoding="utf-8")
+        model = {**MODEL, "chat_template": "tools.jinja"}
+        config = {"model": model, "data": {"train": name, "validation_fraction": 0.0}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        result = finetune("inspect", "config.yaml")
+        assert result.code == 0, result.err
+        assert learnt in result.out
+
+
 def test_the_training_loop_runs(folder):
     (code,) = re.findall(
         r"```python\n(.*?)```", GUIDE.split("\n## A training loop of")[1], flags=re.S

@@ -13,8 +13,9 @@ import jsonschema
 import pytest
 import yaml
 
-from finetune.config import RunConfig, load_config
+from finetune.config import RunConfig, dump_config, load_config
 from finetune.config.keys import json_schema, list_keys
+from finetune.config.loading import make_config
 from finetune.config.yaml12 import parse
 from finetune.data.batches.size import ENOUGH_STEPS
 from finetune.data.sources.peek import first_record
@@ -86,6 +87,30 @@ def test_the_schema_is_that_of_the_package_and_takes_the_shipped_configs() -> No
     ):
         assert not validator.is_valid(wrong), wrong
     validator.validate({"x-a": {}, "model": {"name": "m"}, "data": {"train": ["a", {"path": "b"}]}})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("training.max_time=15min", "training.max_time=1h 30min", "training.max_time=90"),
+        *("training.batch_size=auto", "training.batch_size=4", "optimizer.lazy=true"),
+        *("data.validation=a.jsonl", "data.test={path: a}", "data.test=[{path: a}, b]"),
+        *("model.lora={rank: 4, target_modules: [a]}", "vocabulary.keep=[1, hello]"),
+        *("optimizer.betas=[0.9, 0.99]", "optimizer.overrides=[{pattern: a, lr: 1e-5}]"),
+        *("evaluation.metrics=[chrf]", "scheduler.warmup_ratio=0", "tracking=[tensorboard]"),
+    ],
+)
+def test_the_schema_takes_what_a_run_takes_and_keeps(given: str) -> None:
+    tree: dict[str, Any] = {"output_dir": "r", "model": {"name": "m"}, "data": {"train": "a"}}
+    config = make_config(tree, [given])
+    *sections, key = given.partition("=")[0].split(".")
+    part = tree
+    for section in sections:
+        part = part.setdefault(section, {})
+    part[key] = parse(given.partition("=")[2])
+    validator = jsonschema.Draft202012Validator(json_schema())
+    for taken in (tree, parse(dump_config(config))):
+        assert [error.message for error in validator.iter_errors(taken)] == []
 
 
 # --- init
