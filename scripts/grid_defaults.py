@@ -96,7 +96,11 @@ def config_of(
         "output_dir": str(folder / "run"),
         "seed": seed,
         "model": {"name": args.model},
-        "data": {"train": [{"path": train, "max_records": records}], "test": test},
+        "data": {
+            "train": [{"path": train, "max_records": records}],
+            "test": test,
+            "validation_fraction": 0.05,
+        },
         "evaluation": {"metrics": [], "generate": 0, "samples": 0},
     }
     changed = {key: json.dumps(value) for key, value in changes.items()}

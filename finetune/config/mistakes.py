@@ -22,6 +22,7 @@ _FORMS = {  # section -> the key that a plain value is meant for
     "scheduler": "name",
     "lora": "rank",
 }
+_KINDS = ("int", "float", "str", "bool")  # of value, as pydantic names the one that it tried
 _OUT_OF_RANGE = {
     *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
     "int_parsing_size",
@@ -43,7 +44,7 @@ def sentences_of(errors: Iterable[Any]) -> list[str]:
 
 def _sentence(problem: Any) -> str:
     path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
-    if path and path[-1] in ("int", "str", "constrained-int"):  # the kind of value that was tried
+    if path and path[-1].removeprefix("constrained-") in _KINDS:
         path.pop()
     key, given = ".".join(path) or "config", problem["input"]
     if problem["type"] == "extra_forbidden":
@@ -65,7 +66,7 @@ def _sentence(problem: Any) -> str:
     elif problem["type"] == "tuple_type":
         why = SHOULD_BE + f"a list, such as [{'' if given is None else given}]"
     else:
-        said = problem["msg"].removeprefix("Value error, ")
+        said = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
         why = said[0].lower() + said[1:]
     return f"{key} = {shown}{NOT_ALLOWED}{why}"
 

@@ -204,7 +204,8 @@ class DataSection(Section):
     test: Sources | None = None  # for `finetune evaluate`; None: the validation data
     # Plain text of another kind. Its loss before and after training shows what is forgotten.
     unrelated: Sources | None = None
-    validation_fraction: Fraction = 0.05  # share of the records of `train`
+    # Share of the records of `train`. auto: 5 %, but of little data 10 records, a fifth at most.
+    validation_fraction: Fraction | Literal["auto"] = "auto"
     # True: training examples that are also held out, token for token, are left out of training.
     drop_duplicates: bool = False
     # Records of held-out and of unrelated text; None: all. Test data is always read whole.

@@ -156,5 +156,5 @@ def _data_in_words(data: DataSection) -> str:
     """Return which data of the config is evaluated on."""
     key, sources = ("test", data.test) if data.test is not None else ("validation", data.validation)
     if sources is None:
-        return f"{data.validation_fraction:g} of data.train, held out"
+        return "the part of data.train that is held out"
     return f"data.{key}: {', '.join(source.path for source in sources)}"

@@ -3,14 +3,13 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.config.loading import make_config
 from finetune.data.batches.size import ENOUGH_STEPS, LARGEST
 from finetune.data.formats.translation import TranslationFormat
-from finetune.data.sources import Records
+from finetune.data.sources import Records, share_held_out
 from finetune.data.sources.files import KINDS, kind_ending
 from finetune.data.types import Tokenizer
 from finetune.display import Display
@@ -24,17 +23,7 @@ from finetune.run.files import write_text
 from finetune.run.wording import counted
 
 _EPOCHS, _MOST_EPOCHS = 3, 10
-_HELD_OUT = 20  # examples that are held out, at least, of a small data set
-_LARGEST_SHARE = 0.2  # of it that is held out, at most
 _MAX_LENGTH = 512  # tokens
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What of a config depends on the data."""
-
-    epochs: int
-    validation_fraction: float
 
 
 def init_config(
@@ -58,9 +47,9 @@ def init_config(
     material = read_material(make_config(tree), Display(enabled=False))
     assert isinstance(material.raw.train, Records), "a first config does not stream"
     display.say(f"encoding {len(material.raw.train):,} records as {material.format.name}")
-    sizes = sizes_for(len(material.train), len(material.raw.train))
-    tree["data"]["validation_fraction"] = sizes.validation_fraction
-    tree["training"] = {"epochs": sizes.epochs, "batch_size": "auto"}
+    share = share_held_out(len(material.raw.train))
+    tree["data"]["validation_fraction"] = "auto"
+    tree["training"] = {"epochs": epochs_for((1 - share) * len(material.train))}
     described = describe_model(material.skeleton)
     tree["optimizer"] = {"lr": learning_rate(described["parameters"])}
     tree["training"]["micro_batch_size"], fits = _micro_batch(tree, display)
@@ -75,20 +64,18 @@ def init_config(
     display.say(f"next: finetune inspect {output}; finetune train {output}")
 
 
-def sizes_for(num_examples: int, num_records: int) -> Sizes:
-    """Return sizes with which so many examples, made of so many records, make enough steps.
+def epochs_for(num_examples: float) -> int:
+    """Return the epochs in which so many examples make enough steps.
 
-    Three epochs are enough for most data (`training.batch_size: auto`). Less data gets more.
+    Three are enough for most data (`training.batch_size: auto`). Less data gets more.
     """
-    share = min(_LARGEST_SHARE, max(0.05, _HELD_OUT / num_records))
-    kept = max(1, round((1 - share) * num_examples))
-    needed = math.ceil(ENOUGH_STEPS / kept)  # with one example a step
-    return Sizes(min(_MOST_EPOCHS, max(_EPOCHS, needed)), round(share, 2))
+    needed = math.ceil(ENOUGH_STEPS / max(1, num_examples))  # with one example a step
+    return min(_MOST_EPOCHS, max(_EPOCHS, needed))
 
 
 def learning_rate(parameters: int) -> float:
     """Return the rate that worked for a model of this size (docs/guide.md)."""
-    return 1e-4 if parameters < 300e6 else 2e-5
+    return 5e-5 if parameters < 300e6 else 2e-5
 
 
 def _first_tree(
@@ -138,7 +125,8 @@ def _as_text(
     """Return the config as YAML, with the reason of each choice beside it."""
     data, training, format = tree["data"], tree["training"], material.format
     counts = material.train.statistics
-    held_out = round(data["validation_fraction"] * len(material.raw.train))  # type: ignore[arg-type]
+    records = len(material.raw.train)  # type: ignore[arg-type]
+    held_out = round(share_held_out(records) * records)
     lines = [
         f"# Written by `finetune init` for {counts.records:,} records.",
         "# `finetune keys` lists all keys, `finetune plan` predicts memory and time.",
@@ -160,7 +148,7 @@ def _as_text(
         lines.append(f"  on_bad_record: drop  # {counts.bad_records:,} records cannot be used")
     longest = max(material.train.lengths)
     lines += [
-        f"  validation_fraction: {data['validation_fraction']:g}  # {held_out:,} records held out",
+        f"  validation_fraction: auto  # {held_out:,} records held out",
         f"  max_length: {data['max_length']}  # tokens; the longest example has {longest:,}",
         "",
         "optimizer:",

@@ -18,9 +18,10 @@ from finetune.config.keys import json_schema, list_keys
 from finetune.config.loading import make_config
 from finetune.config.yaml12 import parse
 from finetune.data.batches.size import ENOUGH_STEPS
+from finetune.data.sources import share_held_out
 from finetune.data.sources.peek import first_record
 from finetune.errors import UserError
-from finetune.recipes.init import sizes_for
+from finetune.recipes.init import epochs_for
 from finetune.run.claim import locked
 from finetune.run.folder import RunDir
 from tests.cli.conftest import finetune
@@ -130,8 +131,8 @@ def test_init_writes_a_config_that_trains(base: Path, folder: Path) -> None:
     assert text.count("#") > 6, "it is commented"
     config = load_config(Path("pairs.yaml"))
     assert config.training.batch_size == "auto"
-    assert "batch_size: auto  # now 1: about 3 examples a step, and 180 steps" in text
-    assert config.data.validation_fraction == 0.1
+    assert "batch_size: auto  # now 1: about 3 examples a step, and 192 steps" in text
+    assert config.data.validation_fraction == "auto"
     trained = finetune("train", "pairs.yaml", "evaluation.generate=0", "evaluation.samples=0")
     assert trained.code == 0, trained.err
     assert "which is few" not in trained.err
@@ -156,14 +157,13 @@ def test_init_asks_for_languages_that_the_columns_do_not_show(base: Path, folder
 
 @pytest.mark.parametrize(
     ("count", "epochs", "held_out"),
-    [(6, 10, 1), (20, 7, 4), (50, 3, 10), (200, 3, 20), (2000, 3, 100), (100_000, 3, 5000)],
+    [(6, 10, 1), (20, 7, 4), (50, 3, 10), (200, 3, 10), (2000, 3, 100), (100_000, 3, 5000)],
 )
 def test_sizes_fit_the_data(count: int, epochs: int, held_out: int) -> None:
-    sizes = sizes_for(count, count)
-    assert sizes.epochs == epochs
-    assert round(sizes.validation_fraction * count) == held_out
-    steps = sizes.epochs * (count - held_out)  # of one example each
-    assert steps >= ENOUGH_STEPS or sizes.epochs == 10
+    assert round(share_held_out(count) * count) == held_out
+    assert epochs_for(count - held_out) == epochs
+    steps = epochs * (count - held_out)  # of one example each
+    assert steps >= ENOUGH_STEPS or epochs == 10
 
 
 # --- runs

@@ -127,7 +127,8 @@ REFUSED: list[tuple[str, str]] = [
     ("training.batch_size=4.5", "input should be a valid integer, got a number with a fractional"),
     ("training.batch_size=0", "input should be at least 1 and at most 1,000,000,000 or 'auto'"),
     ("training.batch_size=large", "training.batch_size = 'large' is not allowed: input should be"),
-    ("data.validation_fraction=5%", "input should be a valid number"),
+    ("data.validation_fraction=5%", "= '5%' is not allowed: input should be a valid number or"),
+    ("data.validation_fraction=2", "input should be at least 0.0 and at most 1.0 or 'auto'"),
     ("training.epochs", "is not of the form key=value"),
     ("model.dtype=bf16", "Write training.precision: bf16, fp16 or fp32"),
     ("train_on_inputs=false", "Write data.targets: all to learn the questions too"),
@@ -154,4 +155,4 @@ def test_a_switch_takes_true_and_a_number_does_not_in_a_file_either() -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(MEANT), len(SOURCES), len(REFUSED)) == (25, 10, 28)
+    assert (len(MEANT), len(SOURCES), len(REFUSED)) == (25, 10, 29)

@@ -22,11 +22,20 @@ if TYPE_CHECKING:
         Records,
         RecordStream,
         load_records,
+        share_held_out,
         split_held_out,
         stream_records,
     )
 
-__all__ = ["RecordStream", "Records", "Source", "load_records", "split_held_out", "stream_records"]
+__all__ = [
+    "RecordStream",
+    "Records",
+    "Source",
+    "load_records",
+    "share_held_out",
+    "split_held_out",
+    "stream_records",
+]
 
 
 def __getattr__(name: str) -> Any:

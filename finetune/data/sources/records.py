@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from finetune.data.bad_records import BadRecords
 from finetune.data.encoding.store import Store
@@ -25,6 +25,9 @@ from finetune.data.types import Record
 from finetune.errors import UserError
 
 _CHUNK = 1000  # records fetched at a time: several times as fast as one by one
+_SHARE = 0.05  # of the records that is held out by default
+_ENOUGH_HELD_OUT = 10  # records of little data that choose an epoch well (docs/measurements.md)
+_LARGEST_SHARE = 0.2  # of it, at most
 
 
 class Records:
@@ -177,17 +180,25 @@ def stream_records(sources: Sequence[Source], *, on_bad: str = "error") -> Recor
     return RecordStream([open_stream(source) for source in sources], weights, BadRecords(on_bad))
 
 
-def split_held_out(records: Records, *, fraction: float, seed: int) -> tuple[Records, Records]:
+def share_held_out(num_records: int) -> float:
+    """Return the share that is held out by default: enough to choose an epoch by."""
+    return min(_LARGEST_SHARE, max(_SHARE, _ENOUGH_HELD_OUT / num_records))
+
+
+def split_held_out(
+    records: Records, *, fraction: float | Literal["auto"], seed: int
+) -> tuple[Records, Records]:
     """Return (the rest, a random `fraction` of the records, held out).
 
-    Each has at least one record. Those held out are in random order.
+    Each has at least one record. Those held out are in random order. auto: `share_held_out`.
     """
     if len(records) < 2:
         raise UserError(
             "there is only one record, so none can be held out. Give data.validation, or set "
             "data.validation_fraction to 0"
         )
-    count = min(max(1, round(fraction * len(records))), len(records) - 1)
+    share = share_held_out(len(records)) if fraction == "auto" else fraction
+    count = min(max(1, round(share * len(records))), len(records) - 1)
     held_out = Random(f"{seed}/held out").sample(range(len(records)), count)
     taken = set(held_out)
     rest = [i for i in range(len(records)) if i not in taken]

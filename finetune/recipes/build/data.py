@@ -60,7 +60,7 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
     Raises UserError if a source cannot be read, or if too little is left to train on.
     """
     if config.streaming:
-        if config.validation is None and config.validation_fraction > 0:
+        if config.validation is None and config.validation_fraction != 0:
             raise UserError(
                 "a stream cannot be split. Give data.validation, or set data.validation_fraction=0"
             )
@@ -76,7 +76,7 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
             raise UserError(f"{config.train[0].path} is empty: it has no rows")
         return RawData(stream, _validation(config), first[1])
     train, validation = open_records(config.train, config), _validation(config)
-    if validation is None and config.validation_fraction > 0:
+    if validation is None and config.validation_fraction != 0:
         train, validation = split_held_out(train, fraction=config.validation_fraction, seed=seed)
         validation = validation.take(config.max_validation_records)
     return RawData(train, validation, train[0])
