@@ -347,7 +347,8 @@ class TrainingSection(Section):
     activation_checkpointing: bool = False  # True: less memory, slower steps
     # torch.compile: on a GPU about ten seconds at the first step, then faster. Not for a CPU.
     compile: bool = False
-    # Nats above the best running loss at which the run stops.
+    # Nats above its best at which the average loss of the last ten steps, or of more if they are
+    # small, stops the run.
     divergence_threshold: Annotated[float, Field(gt=0)] = 4.0
     timeout: Seconds = 600  # seconds to wait for another process; then the run ends
 

@@ -59,8 +59,8 @@ def rules(comparison: JsonObject) -> list[str]:
         "An optimizer wins if its interval on the test data overlaps with no other. "
         "The difference to the best is taken seed by seed. "
         "Its interval is for that pair alone and does not decide who wins.",
-        "A run diverged if a loss or a gradient was not a number, or if the loss rose by "
-        f"{protocol['divergence_threshold']:g} nats above its best. "
+        "A run diverged if a loss was above 300, if it or a gradient was not a number, or if the "
+        f"average loss rose by {protocol['divergence_threshold']:g} nats above its best. "
         "Such runs are counted, and their optimizer is not ranked.",
         f"The held-out loss is measured {_every(protocol['evaluate_every'])}. "
         "Seconds count the training steps alone. "

@@ -52,27 +52,43 @@ class Diverged(UserError):
     """The end of a run whose loss is not a number, or far above its best."""
 
 
+_ABSURD = 300.0  # nats a token; a model that gave its data so little was lost
+_FULL = 200  # target tokens of a step that counts in full
+_DECAY = 0.9  # of the average, a full step
+_AS_BEST, _AS_RISE = 0.27, 0.65  # weights of an average over 3 and over 10 full steps
+
+
 class DivergenceGuard:
-    """A watch over an exponential average of the step losses (nats, decay 0.9, bias-corrected)."""
+    """A watch over an exponential average of the step losses (nats, bias-corrected).
+
+    It is over about ten steps, or as many as have 2,000 target tokens. The loss of a step of one
+    short example says little: a first example of "Yes." is far below all that come later.
+    """
 
     def __init__(self, *, threshold: float) -> None:
         self.threshold = threshold  # nats above the best average so far
         self._sum = self._weight = 0.0
         self._best = math.inf
 
-    def problem(self, loss: float, grad_norm: float) -> str | None:
-        """Take in one step and return why the run must stop, or None."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
+    def problem(self, loss: float, grad_norm: float, num_targets: int) -> str | None:
+        """Take in one step and return why the run must stop, or None.
+
+        `loss` is the mean over the step's `num_targets` target tokens.
+        """
+        if not loss <= _ABSURD:
+            return f"the loss is {loss:,.6g}"
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}"
-        self._sum, self._weight = 0.9 * self._sum + 0.1 * loss, 0.9 * self._weight + 0.1
+        kept = _DECAY ** min(1.0, num_targets / _FULL)
+        self._sum = kept * self._sum + (1 - kept) * loss
+        self._weight = kept * self._weight + (1 - kept)
         average = self._sum / self._weight
-        self._best = min(self._best, average)
-        if average > self._best + self.threshold:
+        if self._weight >= _AS_BEST:
+            self._best = min(self._best, average)
+        if self._weight >= _AS_RISE and average > self._best + self.threshold:
             return (
                 f"the loss rose to {average:.2f}, from {self._best:.2f} at its best (averages over "
-                "about ten steps)"
+                "ten steps or more)"
             )
         return None
 

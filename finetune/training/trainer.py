@@ -187,7 +187,8 @@ class Trainer:
     def _stop_if_diverged(self, result: StepResult, batch: StepBatch) -> None:
         # the fp16 scaler itself skips steps that overflow
         scaled = self.accelerator.scaler is not None and math.isfinite(result.loss)
-        problem = self.guard.problem(result.loss, 0.0 if scaled else result.grad_norm)
+        norm = 0.0 if scaled else result.grad_norm
+        problem = self.guard.problem(result.loss, norm, batch.num_target_tokens)
         if problem is None:
             return
         kept = f"is in {self.bad_batch_path}"

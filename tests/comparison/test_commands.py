@@ -346,7 +346,7 @@ def test_a_run_that_diverges_is_counted(tmp_path, monkeypatch):
     write(
         tmp_path,
         optimizer={"name": "sgd", "lr": 1e3},
-        training={"max_steps": 3, "max_grad_norm": 0},
+        training={"max_steps": 40, "max_grad_norm": 0},
     )
     result = finetune("tune", "c.yaml", "optimizer.weight_decay=[0]", "--trials", "1")
     assert result.code == 2
