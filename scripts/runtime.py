@@ -3,7 +3,7 @@
 import contextlib
 import json
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class Runtime:
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, with what the file says is put before it."""
         return self._post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the token ids of a conversation, through the template in the file."""
+        return self.tokens(self._post("/apply-template", messages=list(messages))["prompt"])
 
     def greedy(self, prompt: Sequence[int], count: int) -> tuple[list[int], list[float | None]]:
         """Return the greedy answer to token ids, and the log-probability of each of its tokens.

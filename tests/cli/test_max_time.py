@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.config.loading import make_config
-from finetune.config.schema import seconds_of
+from finetune.config.values import seconds_of
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.train.train import run_training

@@ -1,18 +1,21 @@
 """GGUF files run by llama.cpp itself: its answers, log-probabilities and tokens are ours."""
 
+import copy
 import json
 import random
 import unicodedata
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from gguf import GGUFReader
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.data.formats.rendering import PLAIN
+from finetune.data.formats.rendering import PLAIN, ChatTemplate
 from finetune.errors import UserError
 from finetune.models.llama_cpp.modelfile import modelfile, ollama_template
 from finetune.models.llama_cpp.pre_tokenizers import llama_cpp_name
+from finetune.models.llama_cpp.tokens import adds_bos, read_words, unlike_transformers
 from finetune.models.llama_cpp.write import check_gguf, encoded, write_gguf
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, set_template, train_tokenizer
@@ -48,6 +51,7 @@ FAMILIES = {
     "qwen2": KINDS["qwen2"],
     "qwen3": {"model_type": "qwen3", **SMALL, **HEADS, "head_dim": 16},
     "gpt_neox": KINDS["gpt_neox"] | {"hidden_act": "gelu_new"},
+    "gpt_neox_tied": KINDS["gpt_neox"] | {"tie_word_embeddings": True},
 }
 
 
@@ -195,6 +199,31 @@ def test_llama_cpp_cuts_texts_into_the_same_tokens(name, kind, trimmed, tmp_path
     assert different == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "template", "kind"),
+    [
+        ("llama2", "ZEPHYR", "llama"),  # begins with text
+        ("llama2", "LLAMA2", "llama"),  # begins with the BOS token
+        ("smollm2", "CHATML", "smollm2"),
+        ("gemma3", "GEMMA", "gemma3_text"),
+    ],
+)
+def test_llama_cpp_cuts_conversations_as_they_were_learnt(
+    name, template, kind, tmp_path, llama_cpp
+):
+    """The tokenizer puts a BOS token before a text; the template decides if a chat has one."""
+    tokenizer = copy.deepcopy(real_tokenizer(name))
+    tokenizer.chat_template = getattr(stock, template)
+    rows = max(tokenizer.get_vocab().values()) + 1
+    small = {"num_hidden_layers": 6 if kind == "gemma3_text" else 1}
+    write_gguf(tiny(kind, rows, **small), tokenizer, tmp_path / "m.gguf", "f16", name="tiny")
+    texts = ("Hello", "  two  blanks", "Où est\nla gare ?")
+    turns = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
+    with llama_cpp(tmp_path / "m.gguf", context=64) as runtime:
+        assert runtime.chat_tokens(turns) == ChatTemplate(tokenizer).prompt(turns)
+
+
 def test_a_model_without_a_family_is_refused_with_the_list(make_model, chat_tokenizer):
     model = make_model("phi", vocab_size=len(chat_tokenizer))
     with pytest.raises(UserError, match=r"a phi model .* known are llama, mistral, gpt2, gemma3"):
@@ -299,7 +328,9 @@ def test_ollama_writes_what_the_chat_template_writes(name, system):
     ]
     template = ollama_template(tokenizer, PLAIN)
     asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert rendered(template, turns) == asked
+    begun = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""  # by the runtime
+    assert begun == ("<s>" if name == "GEMMA" else "")
+    assert begun + rendered(template, turns) == asked
 
 
 def test_a_template_that_rewrites_turns_gets_none():
@@ -327,3 +358,60 @@ def test_the_modelfile_names_the_file_the_stops_and_the_parameters(chat_tokenize
     chat_tokenizer.chat_template, kept = None, chat_tokenizer.chat_template
     assert ollama_template(chat_tokenizer, PLAIN) == "{{ .Prompt }}"
     chat_tokenizer.chat_template = kept
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("Be brief.", 'SYSTEM """Be brief."""'),
+        ('Say "hi"', 'SYSTEM Say "hi"'),
+        ('Say """hi""" now', 'SYSTEM Say """hi""" now'),
+        ('Two\nlines with """', "# The system prompt has quotation marks that"),
+    ],
+)
+def test_quotation_marks_end_no_text_of_a_modelfile(chat_tokenizer, text, written):
+    found = modelfile("m.gguf", chat_tokenizer, PLAIN, stops=["\n"], parameters={}, system=text)
+    assert written in found
+    assert 'PARAMETER stop """\n"""' in found
+
+
+def test_a_template_in_the_language_of_ollama_gets_none(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = stock.CHATML.replace("<|im_end|>", "{{ '{{json}}' }}<|im_end|>")
+    assert ollama_template(tokenizer, PLAIN) is None
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "allowed"),
+    [
+        (normalizers.NFC(), True),
+        (normalizers.Sequence([normalizers.NFC()]), True),
+        (normalizers.Lowercase(), False),
+        (normalizers.Sequence([normalizers.NFKC(), normalizers.StripAccents()]), False),
+    ],
+)
+def test_texts_that_are_changed_before_they_are_cut(chat_tokenizer, normalizer, allowed):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    if allowed:
+        read_words(tokenizer)
+        assert any("NFC" in sentence for sentence in unlike_transformers(tokenizer))
+        return
+    with pytest.raises(UserError, match="changes texts before it cuts them"):
+        read_words(tokenizer)
+
+
+def test_tokens_with_flags_are_named(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    assert unlike_transformers(tokenizer) == []
+    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True, normalized=False)])
+    assert ["<mask>" in sentence for sentence in unlike_transformers(tokenizer)] == [True]
+
+
+def test_of_several_templates_the_default_is_in_the_file(chat_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = {"default": stock.CHATML, "tool_use": stock.ZEPHYR}
+    write_gguf(tiny("llama", len(tokenizer)), tokenizer, tmp_path / "m.gguf", "f32", name="tiny")
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == stock.CHATML
+    assert fields["tokenizer.chat_template.tool_use"].contents() == stock.ZEPHYR

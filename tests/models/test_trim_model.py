@@ -114,8 +114,19 @@ def test_the_parts_of_a_tokenizer_file():
     roberta, template, last = found["post_processor"]["processors"]
     assert (roberta["sep"], roberta["cls"], last) == (["<s>", 1], ["<s>", 1], {"type": "ByteLevel"})
     assert template["special_tokens"]["<s>"]["ids"] == [1]
-    settings = {"eos_token": "<s>", "image": {"content": "<gone>"}, "more": ["<gone>", "<s>"]}
-    assert without_tokens(settings, frozenset({"<gone>"})) == {"eos_token": "<s>", "more": ["<s>"]}
+    settings = {
+        "eos_token": "<s>",
+        "image_token": {"content": "<gone>"},
+        "extra_special_tokens": ["<gone>", "<s>"],
+        "truncation_side": "left",
+        "response_schema": {"type": "<gone>"},
+    }
+    assert without_tokens(settings, frozenset({"<gone>", "left"})) == {
+        "eos_token": "<s>",
+        "extra_special_tokens": ["<s>"],
+        "truncation_side": "left",
+        "response_schema": {"type": "<gone>"},
+    }
 
 
 def test_a_second_table_of_tokens_is_refused(make_model):

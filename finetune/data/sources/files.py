@@ -70,7 +70,7 @@ def kind_of(file: Path) -> str:
     if ending not in KINDS:
         raise UserError(
             f"{file} has the unknown ending {file.suffix!r}; known are {', '.join(KINDS)}, each "
-            f"also with {', '.join(_COMPRESSED)}"
+            f"also with {', '.join(_COMPRESSED)}. If it is plain text, name it .txt"
         )
     if KINDS[ending] == "parquet" and compression(file):
         raise UserError(

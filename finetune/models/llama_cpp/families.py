@@ -26,6 +26,7 @@ class Family:
     sizes: Callable[[GGUFWriter, Any], None]
     weight: Callable[[str, Tensor, Any], Tensor]  # its name in transformers, itself, the config
     obstacle: Callable[[Any], str | None]  # what in the config llama.cpp does not do
+    needs_head: bool = False  # also if it is tied to the token table
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -201,6 +202,8 @@ FAMILIES = {
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, _gemma_sizes, _gemma_weight, _gemma_obstacle),
     "qwen2": Family(MODEL_ARCH.QWEN2, _llama_sizes, _as_it_is, _qwen_obstacle),
     "qwen3": Family(MODEL_ARCH.QWEN3, _llama_sizes, _as_it_is, _qwen_obstacle),
-    "gpt_neox": Family(MODEL_ARCH.GPTNEOX, _neox_sizes, _neox_weight, _neox_obstacle),
+    "gpt_neox": Family(
+        MODEL_ARCH.GPTNEOX, _neox_sizes, _neox_weight, _neox_obstacle, needs_head=True
+    ),
 }
 """model_type of transformers -> the family."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.formats.rendering import ChatTemplate, TemplateSettings
 from finetune.data.types import Message
 from finetune.errors import UserError
-from finetune.models.llama_cpp.tokens import adds_bos
+from finetune.models.llama_cpp.tokens import adds_bos, begins_with_blank
 
 MARKS = ("‹system›", "‹first›", "‹answer›", "‹second›", "‹again›")
 
@@ -33,14 +33,19 @@ def modelfile(
     """
     lines = [f"FROM ./{file}"]
     template = ollama_template(tokenizer, settings)
-    if template is None:
+    if template is None or (written := _written(template)) is None:
         lines.append("# The chat template is not one of single turns, so none is written here.")
     else:
-        lines.append(f"TEMPLATE {_quoted(template)}")
-    if system:
-        lines.append(f"SYSTEM {_quoted(system)}")
+        lines.append(f"TEMPLATE {written}")
+    if system and (written := _written(system)):
+        lines.append(f"SYSTEM {written}")
+    elif system:
+        lines.append("# The system prompt has quotation marks that a Modelfile cannot hold.")
     lines += [f"PARAMETER {name} {value:g}" for name, value in parameters.items()]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    for stop in stops:
+        plain = '"' not in stop and "\n" not in stop
+        written = f'"{stop}"' if plain else _written(stop)
+        lines.append(f"PARAMETER stop {written}" if written else "# A stop has quotation marks.")
     return "\n".join(lines) + "\n"
 
 
@@ -60,6 +65,8 @@ def ollama_template(tokenizer: PreTrainedTokenizerBase, settings: TemplateSettin
     except UserError:
         return None
     opening, to_answer, to_question, to_again, ending = parts
+    if any("{{" in part or "}}" in part for part in parts):
+        return None  # the language of Ollama's templates
     question = to_question.removeprefix(ending)  # before a question, after the end of an answer
     whole = opening + first + to_answer + answer + to_question + second
     if (
@@ -72,6 +79,7 @@ def ollama_template(tokenizer: PreTrainedTokenizerBase, settings: TemplateSettin
     start = opening.removesuffix(question)
     if adds_bos(tokenizer) and tokenizer.bos_token is not None:
         start = start.removeprefix(str(tokenizer.bos_token))
+    start = " " + start if begins_with_blank(tokenizer) else start
     head = start
     turns = [f'if eq .Role "user" }}}}{question}{{{{ .Content }}}}{to_answer}{{{{ ']
     turns.append(f'else if eq .Role "assistant" }}}}{{{{ .Content }}}}{ending}{{{{ ')
@@ -81,6 +89,7 @@ def ollama_template(tokenizer: PreTrainedTokenizerBase, settings: TemplateSettin
             return None
         before, after = system
         before = before.removeprefix(str(tokenizer.bos_token)) if adds_bos(tokenizer) else before
+        before = " " + before if begins_with_blank(tokenizer) else before
         head = f"{{{{ if not .System }}}}{start}{{{{ end }}}}" if start else ""
         turns.append(f'else if eq .Role "system" }}}}{before}{{{{ .Content }}}}{after}{{{{ ')
     return head + "{{ range .Messages }}{{ " + "".join(turns) + "end }}{{ end }}"
@@ -112,5 +121,9 @@ def _system(template: ChatTemplate, question: str) -> tuple[str, str] | None:
     return before, after.removesuffix(question)
 
 
-def _quoted(text: str) -> str:
+def _written(text: str) -> str | None:
+    """Return a text as a Modelfile holds it; None if its quotation marks cannot be written."""
+    if '"""' in text or text.endswith('"'):
+        plain = text.strip() == text and "\n" not in text and not text.startswith('"')
+        return text if plain else None
     return f'"""{text}"""'

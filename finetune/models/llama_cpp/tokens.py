@@ -8,11 +8,16 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.types import Message
 from finetune.errors import UserError
 from finetune.models.llama_cpp.pre_tokenizers import llama_cpp_name
 from finetune.models.trim.merges import Bpe, read_bpe
 
+_TURN: list[Message] = [{"role": "user", "content": "Yes."}]
 NO_SCORE = -1e9  # of a token that no merge makes
+_READ = {False: ("NFC",), True: ("Prepend", "Replace")}
+"""Byte fallback or not -> the normalizers with which a file can be written."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Words:
 
     bpe: Bpe
     pre: str | None  # llama.cpp's name of the words; None: sentencepiece
-    space_prefix: bool  # of sentencepiece: a blank is put before a text
+    prefix: str  # of sentencepiece: a blank comes before no text, the first, or each (always)
     special: dict[str, bool]  # added token -> whether it is a special one
 
 
@@ -31,19 +36,24 @@ def read_words(tokenizer: PreTrainedTokenizerBase) -> Words:
     bpe = read_bpe(tree["model"])
     special = {token["content"]: token["special"] for token in tree["added_tokens"]}
     words = tree["pre_tokenizer"]
+    changes = _kinds(tree["normalizer"]) - {"Sequence", *_READ[bpe.byte_fallback]}
+    if changes:
+        raise UserError(
+            f"the tokenizer changes texts before it cuts them ({', '.join(sorted(changes))}), and "
+            "llama.cpp does not. Leave out --gguf"
+        )
     if not bpe.byte_fallback:
         whole = bool(tree["model"].get("ignore_merges"))
-        return Words(bpe, llama_cpp_name(words, ignore_merges=whole), False, special)
+        return Words(bpe, llama_cpp_name(words, ignore_merges=whole), "never", special)
     makes_blanks = "▁" in json.dumps([tree["normalizer"], words], ensure_ascii=False)
     if not makes_blanks:
         raise UserError(
             "the tokenizer has byte fallback and is not sentencepiece's, which llama.cpp cannot "
             "read. Leave out --gguf"
         )
-    prefix = _kinds(tree["normalizer"]) & {"Prepend"} or (
-        (words or {}).get("prepend_scheme", "never") != "never"
-    )
-    return Words(bpe, None, bool(prefix), special)
+    is_prepended = "Prepend" in _kinds(tree["normalizer"])
+    prefix = "always" if is_prepended else (words or {}).get("prepend_scheme", "never")
+    return Words(bpe, None, prefix, special)
 
 
 def _kinds(normalizer: Any) -> set[str]:
@@ -76,12 +86,18 @@ def add_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int
     writer.add_token_types(kinds)
     if words.pre is None:
         writer.add_token_scores(_scores(words.bpe, tokens))
-        writer.add_add_space_prefix(words.space_prefix)
+        # llama.cpp also puts it behind each special token, and there are many in a chat
+        is_first = words.prefix == "first" and tokenizer.chat_template
+        writer.add_add_space_prefix(words.prefix != "never" and not is_first)
     else:
         writer.add_token_merges([f"{left} {right}" for left, right in words.bpe.ranks])
     _add_special_ids(writer, tokenizer, rows)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    blank = "{{ ' ' }}" if begins_with_blank(tokenizer) else ""
+    if isinstance(tokenizer.chat_template, dict):
+        named = tokenizer.chat_template.items()
+        writer.add_chat_template([{"name": name, "template": blank + text} for name, text in named])
+    elif tokenizer.chat_template:
+        writer.add_chat_template(blank + tokenizer.chat_template)
 
 
 def _kind(token: str, known: bool, special: dict[str, bool], unknown: str | None) -> TokenType:
@@ -116,7 +132,44 @@ def _add_special_ids(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, row
     writer.add_add_eos_token(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
 
 
+def begins_with_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the file's chat template has to write the blank before the first text."""
+    words = read_words(tokenizer)
+    if words.prefix != "first" or not tokenizer.chat_template:
+        return False
+    text = ChatTemplate(tokenizer).render(_TURN, add_generation_prompt=True)
+    return not text.startswith(tuple(words.special))
+
+
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the runtime puts the BOS token before a text."""
-    ids = tokenizer("a", verbose=False).input_ids
+    """Return whether the runtime is to put the BOS token before a text.
+
+    With a chat template this is so if the template begins with it: the runtime adds it to prompts
+    of the template too.
+    """
+    if tokenizer.chat_template:
+        ids = ChatTemplate(tokenizer).prompt(_TURN)
+    else:
+        ids = tokenizer("a", verbose=False).input_ids
     return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def unlike_transformers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return sentences on texts that llama.cpp encodes in another way than transformers does."""
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    flags = ("lstrip", "rstrip", "single_word")
+    odd = [token["content"] for token in tree["added_tokens"] if any(token[f] for f in flags)]
+    found = []
+    if read_words(tokenizer).prefix == "first" and tokenizer.chat_template:
+        found.append(
+            "llama.cpp encodes conversations as transformers does, and other text without the "
+            "blank before its first word"
+        )
+    if odd:
+        found.append(
+            f"{', '.join(odd)}: transformers looks at the blanks and letters beside it, and "
+            "llama.cpp does not"
+        )
+    if "NFC" in _kinds(tree["normalizer"]):
+        found.append("give llama.cpp composed characters (NFC), which transformers makes itself")
+    return found

@@ -75,12 +75,16 @@ def write_gguf(
 
 
 def weights_of(model: PreTrainedModel, family: Family) -> Mapping[str, Tensor]:
-    """Return the weights by llama.cpp's names, in its order. A head that is tied is left out."""
+    """Return the weights by llama.cpp's names, in its order.
+
+    A head that is tied is left out, if the family can do without.
+    """
     names = get_tensor_name_map(family.arch, model.config.num_hidden_layers)
     table, head = token_tables(model)
+    is_left_out = head is table and not family.needs_head
     found: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
-        if name.endswith(IGNORED) or (head is table and name.startswith(("lm_head", "embed_out"))):
+        if name.endswith(IGNORED) or (is_left_out and name.startswith(("lm_head", "embed_out"))):
             continue
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:

@@ -3,34 +3,52 @@
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.errors import UserError
+
 SINGLE = "token_id"  # the end of a key whose value is an id, or a list of ids
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
 SEQUENCES = ("bad_words_ids", "force_words_ids")
+TOKEN_KEYS = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
+"""Keys of a tokenizer_config.json that hold tokens, besides those that end with _token."""
 
 
 def renumbered(key: str, value: Any, new_ids: Mapping[int, int]) -> Any:
     """Return the value of a key of a config, or of a generation config, with new ids.
 
     An id that is not kept is left out of a list. A sequence of ids of which one is not kept can
-    no longer be written, so it is left out too. A key whose only id is not kept becomes None.
+    no longer be written, so it is left out too. What is empty then becomes None: `generate` refuses
+    an empty list.
     """
     if key.endswith(SINGLE) and isinstance(value, int):
         return new_ids.get(value)
     if not isinstance(value, list):
         return value
+    found = value
     if key.endswith(SINGLE) or key in LISTS:
-        return [new_ids[token] for token in value if token in new_ids]
-    if key in SEQUENCES:
-        return [[new_ids[token] for token in ids] for ids in value if new_ids.keys() >= {*ids}]
-    if key == "sequence_bias":  # [[ids], bias]
-        return [
+        found = [new_ids[token] for token in value if token in new_ids]
+    elif key in SEQUENCES:
+        found = [[new_ids[token] for token in ids] for ids in value if new_ids.keys() >= {*ids}]
+    elif key == "sequence_bias":  # [[ids], bias]
+        found = [
             [[new_ids[token] for token in ids], bias]
             for ids, bias in value
             if new_ids.keys() >= {*ids}
         ]
-    if key == "forced_decoder_ids":  # [place, id]
-        return [[place, new_ids[token]] for place, token in value if token in new_ids]
-    return value
+    elif key == "forced_decoder_ids":  # [place, id]
+        found = [[place, new_ids[token]] for place, token in value if token in new_ids]
+    return found or (None if value else value)
+
+
+def stated_ids(settings: Mapping[Any, Any]) -> set[int]:
+    """Return the ids that a config needs: where a text begins, ends, or is filled up."""
+    found: set[int] = set()
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= stated_ids(value)
+        elif str(key).endswith(SINGLE):
+            ids = value if isinstance(value, list | tuple) else [value]
+            found |= {token for token in ids if isinstance(token, int)}
+    return found
 
 
 def renumber_tokenizer(
@@ -68,6 +86,11 @@ def _renumbered_processor(processor: Any, kept: Mapping[str, int]) -> Any:
         changed["processors"] = [
             _renumbered_processor(each, kept) for each in processor["processors"]
         ]
+    if missing := tokens_of_processor(processor) - kept.keys():
+        raise UserError(
+            f"the tokenizer puts {', '.join(sorted(missing))} beside each text, and the model has "
+            "no row for it. Export without --trim"
+        )
     for key in ("sep", "cls"):  # of BERT and RoBERTa: [token, id]
         if key in changed:
             changed[key] = [changed[key][0], kept[changed[key][0]]]
@@ -79,16 +102,33 @@ def _renumbered_processor(processor: Any, kept: Mapping[str, int]) -> Any:
     return changed
 
 
-def without_tokens(value: Any, dropped: frozenset[str]) -> Any:
-    """Return the tree of a tokenizer_config.json without the tokens that are not kept."""
+def tokens_of_processor(processor: Any) -> set[str]:
+    """Return the tokens that the post-processor of a tokenizer.json puts beside a text."""
+    if not isinstance(processor, Mapping):
+        return set()
+    found = {processor[key][0] for key in ("sep", "cls") if key in processor}
+    for each in processor.get("processors") or ():
+        found |= tokens_of_processor(each)
+    special = processor.get("special_tokens")
+    for each in special.values() if isinstance(special, Mapping) else ():
+        found |= {*each["tokens"]}
+    return found
+
+
+def without_tokens(config: Mapping[str, Any], dropped: frozenset[str]) -> dict[str, Any]:
+    """Return a tokenizer_config.json without the tokens that are not kept."""
+    return {
+        key: _without(item, dropped) if key in TOKEN_KEYS else item
+        for key, item in config.items()
+        if not (key.endswith("_token") and _is_dropped(item, dropped))
+    }
+
+
+def _without(value: Any, dropped: frozenset[str]) -> Any:
     if isinstance(value, Mapping):
-        return {
-            key: without_tokens(item, dropped)
-            for key, item in value.items()
-            if not _is_dropped(item, dropped)
-        }
+        return {key: item for key, item in value.items() if not _is_dropped(item, dropped)}
     if isinstance(value, list):
-        return [without_tokens(item, dropped) for item in value if not _is_dropped(item, dropped)]
+        return [item for item in value if not _is_dropped(item, dropped)]
     return value
 
 

@@ -5,6 +5,7 @@ folder or optimizer is found without them, by the functions that find it later t
 passes may still be wrong: names on the hub and the options of optimizers need these libraries.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,16 @@ def look_at_export(target: str, dest: Path, checkpoint: Path | None) -> RunDir |
 
     Raises UserError if it has no such model, or `dest` exists.
     """
-    if dest.exists():
+    try:
+        is_there = dest.exists() or dest.is_symlink()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{dest} cannot be made: {error.strerror}. Name another folder") from error
+    if is_there:
         raise UserError(f"{dest} already exists. Name a folder that does not exist yet")
+    above = next(folder for folder in dest.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        kind = "cannot be written to" if above.is_dir() else "is not a folder"
+        raise UserError(f"{dest} cannot be made, since {above} {kind}. Name another folder")
     run = RunDir(Path(target))
     if not run.is_run():
         if checkpoint is not None:

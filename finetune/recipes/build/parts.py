@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 
 from finetune.config import RunConfig
-from finetune.config.schema import MOST
+from finetune.config.values import MOST
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.size import steps_of
 from finetune.data.batches.steps import BatchShape

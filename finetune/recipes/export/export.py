@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from finetune.display import Display
+from finetune.models.describe import context_length
 from finetune.models.export import export_model, verify_export
 from finetune.recipes.build.look import look_at_export
 from finetune.recipes.export.ship import check_shippable, report_rounding, write_shipped
@@ -53,7 +54,7 @@ def export_target(
         if gguf is None
         else lambda model, folder: write_shipped(source, model, folder, gguf),
     )
-    ids = source.tokenizer(PROBE).input_ids
+    ids = source.tokenizer(PROBE).input_ids[: context_length(source.model)]
     trusted = source.trusted
     difference = verify_export(dest, source.model, ids, trust_remote_code=trusted)
     size = sum(file.stat().st_size for file in dest.rglob("*") if file.is_file())

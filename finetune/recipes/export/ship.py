@@ -8,8 +8,10 @@ import torch
 
 from finetune.config.schema import GenerationSection
 from finetune.display import Display
+from finetune.models.describe import context_length
 from finetune.models.language_model import evaluating
 from finetune.models.llama_cpp.modelfile import modelfile
+from finetune.models.llama_cpp.tokens import unlike_transformers
 from finetune.models.llama_cpp.write import check_gguf, rounded, write_gguf
 from finetune.models.tokenizers import stop_ids
 from finetune.recipes.export.source import ExportSource
@@ -58,7 +60,8 @@ def report_rounding(
     file = dest / gguf_name(source, kind)
     model = copy.deepcopy(source.model)
     model.load_state_dict(rounded(source.model, kind), strict=False)
-    ids = torch.tensor([source.tokenizer(text).input_ids], device=model.device)
+    length = context_length(source.model)
+    ids = torch.tensor([source.tokenizer(text).input_ids[:length]], device=model.device)
     with evaluating(source.model), evaluating(model):
         ours, theirs = (each(input_ids=ids).logits[0] for each in (source.model, model))
     difference = float((ours - theirs).abs().max() / ours.abs().max())
@@ -67,6 +70,8 @@ def report_rounding(
         f"{file}: {file.stat().st_size / 1e6:.0f} MB. Its weights, rounded to {kind}, move a logit "
         f"by at most {difference:.1g} of the largest, and {same:.0%} of the likeliest tokens stay"
     )
+    for sentence in unlike_transformers(source.tokenizer):
+        display.note(sentence)
     display.say(
         f"run it: ollama create {source.name} -f {dest / MODELFILE}, or llama-cli -m {file}"
     )

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from finetune.data.encode import EncodedDataset
 from finetune.data.sources import Source, load_records
+from finetune.data.sources.files import Lines, kind_of, local_files, open_bytes
 from finetune.data.types import Tokenizer
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import token_tables
 from finetune.models.trim.keep import bpe_of, frequent_tokens, needed_tokens, tokens_of_texts
 from finetune.models.trim.model import trim_model
+from finetune.models.trim.renumber import stated_ids
 from finetune.models.trim.tokenizer import trim_tokenizer
 from finetune.recipes.build.data import open_records, texts_in
 from finetune.recipes.build.material import Material, read_material
@@ -23,6 +26,7 @@ from finetune.run.records import Vocabulary
 
 ENOUGH = 0.995  # share of held-out tokens; below it a warning names the remedy
 EVERY = 10  # of the texts of a model, one in so many is held out to measure the coverage
+_LINES = 5000  # of a text file that are encoded at once
 FEW_TEXTS = 20  # of so few texts none is held out
 
 
@@ -54,14 +58,21 @@ def trim_source(source: ExportSource, options: TrimOptions, display: Display) ->
     tokenizer, rows = source.tokenizer, len(token_tables(source.model)[0])
     bpe = bpe_of(tokenizer)
     texts = [text for path in options.texts for text in _read(path)]
+    if options.texts and not texts:
+        raise UserError(
+            f"there is no text in {', '.join(map(str, options.texts))}. Give other files"
+        )
     always = needed_tokens(tokenizer, source.template_settings)
+    always |= stated_ids(source.model.config.to_dict())
+    always |= stated_ids(source.model.generation_config.to_dict())
     always |= frequent_tokens(bpe, options.frequent) | _named(tokenizer, options.keep)
     corpus = _corpus(source, texts, display)
-    trimmed = trim_tokenizer(tokenizer, corpus.used | always, rows=rows)
+    whole = tokens_of_texts(tokenizer, (text for path in options.texts for text in _whole(path)))
+    trimmed = trim_tokenizer(tokenizer, corpus.used | whole | always, rows=rows)
     coverage = None
     if corpus.held_out:
         without = trimmed
-        if not corpus.used <= corpus.known:
+        if not corpus.used | whole <= corpus.known:
             without = trim_tokenizer(tokenizer, corpus.known | always, rows=rows)
         coverage = measure_coverage(tokenizer, without, corpus.held_out)
     lines = [
@@ -71,7 +82,7 @@ def trim_source(source: ExportSource, options: TrimOptions, display: Display) ->
     ]
     for line in lines:
         display.say(line)
-    _judge(coverage, options, display)
+    _judge(coverage, options, display, is_model=source.run is None)
     smaller = trim_model(source.model, trimmed.kept)
     card = source.card.rstrip("\n") + "\n\n## Vocabulary\n\n"
     card += "\n".join(f"- {line}" for line in (*lines, ANOTHER_MODEL)) + "\n"
@@ -94,13 +105,16 @@ def _origin(source: ExportSource, options: TrimOptions) -> str:
     return f"The kept tokens are {', '.join(parts)}, and what their merges need."
 
 
-def _judge(coverage: Coverage | None, options: TrimOptions, display: Display) -> None:
+def _judge(
+    coverage: Coverage | None, options: TrimOptions, display: Display, *, is_model: bool
+) -> None:
     """Warn if little is covered. Raises UserError if it is less than was asked for."""
     if options.min_coverage is not None:
         if coverage is None:
+            remedy = "Give more text with --text" if is_model else "Put the run's data back"
             raise UserError(
-                "--min-coverage is given, and there is no held-out text to measure. Give more "
-                "text with --text, or leave out --min-coverage"
+                "--min-coverage is given, and there is no held-out text to measure. "
+                f"{remedy}, or leave out --min-coverage"
             )
         if coverage.share < options.min_coverage:
             raise UserError(
@@ -163,6 +177,16 @@ def _read(path: Path) -> Iterator[str]:
     source = Source(str(path), None, "train", None, None, None, None)
     for _, record in load_records([source], on_bad="error"):
         yield from texts_in(record)
+
+
+def _whole(path: Path) -> Iterator[str]:
+    """Yield a text file as it is, with the ends of its lines; nothing for another kind of file."""
+    for file in local_files(str(path)):
+        if kind_of(file) == "text":
+            with open_bytes(file) as stream:
+                lines = Lines(file, stream)
+                while block := "".join(islice(lines, _LINES)):
+                    yield block
 
 
 def _named(tokenizer: Any, names: Sequence[str]) -> set[int]:

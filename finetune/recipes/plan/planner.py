@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from finetune.config import RunConfig
-from finetune.config.schema import MOST
+from finetune.config.values import MOST
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.statistics import coverage
 from finetune.display import Display

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from finetune.config.schema import MOST
+from finetune.config.values import MOST
 from finetune.recipes.plan.planner import Plan
 from finetune.recipes.plan.timing import TimeEstimate
 from finetune.run.wording import clock, size

@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 
 from finetune.config import RunConfig, dump_config
-from finetune.config.schema import MOST
+from finetune.config.values import MOST
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, with_whole_model
