@@ -54,7 +54,7 @@ def train(
     *,
     data: Any = None,
     validation: Any = None,
-    resume: str | None = None,
+    resume: str | PathLike[str] | None = None,
     on_record: Callable[[StepRecord | Evaluation], None] | None = None,
     quiet: bool = False,
     **keys: Any,
@@ -72,6 +72,10 @@ def train(
 
     Raises UserError for a mistake in what was given, and for a full disk.
     """
+    if resume is not None and not isinstance(resume, str | PathLike):
+        raise UserError(f"resume is {resume!r}. Give 'auto', or the folder of a checkpoint or run")
+    if on_record is not None and not callable(on_record):
+        raise UserError(f"on_record is a {type(on_record).__name__}. Give a function of a record")
     tree = _tree_of(config)
     for key, value in keys.items():
         own = tree.get(key)
@@ -80,7 +84,9 @@ def train(
         if isinstance(own, Mapping) and isinstance(value, Mapping):
             value = {**own, **value}
         tree[key] = value
-    if isinstance(data, Mapping):  # the config's section, as in YAML
+    if isinstance(data, Mapping) and not _has_splits(data):  # the config's section, as in YAML
+        for name in ("train", "validation", "test"):
+            _refuse_records(name, data.get(name))
         tree["data"], data = {**(tree.get("data") or {}), **data}, None
     run = RunDir(Path(str(tree.setdefault("output_dir", _DEFAULT_RUN))))
     made = [path for path in (run.root, *run.root.parents) if not path.exists()]
@@ -92,7 +98,16 @@ def train(
                 tree["data"] = {**(tree.get("data") or {}), name: place}
         settings = make_config(tree)
         look_at(settings)
-        return _trained(settings, resume, on_record, Display(enabled=not quiet))
+        return _trained(
+            settings, None if resume is None else str(resume), on_record, Display(enabled=not quiet)
+        )
+    except UserError as error:
+        sentence = str(error)
+        for path in () if run.is_run() else kept:  # it is gone when the sentence is read
+            sentence = sentence.replace(str(path), "the data")
+        if sentence == str(error):
+            raise
+        raise UserError(sentence) from error
     except OSError as error:
         if (said := disk_refusal(error)) is None:
             raise
@@ -215,10 +230,28 @@ def _tree_of(config: Any) -> dict[str, Any]:
     )
 
 
+def _refuse_records(name: str, value: Any) -> None:
+    """Raise UserError if a key of the section `data` holds records in place of paths."""
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    if isinstance(first, Mapping) and "path" not in first:
+        given = {"train": "data=[…]", "validation": "validation=[…]"}.get(name, "a file")
+        raise UserError(f"data[{name!r}] holds records, and it takes paths. Give them as {given}")
+
+
+def _has_splits(data: Any) -> bool:
+    """Return whether `datasets` made this of several datasets (DatasetDict)."""
+    return isinstance(data, Mapping) and type(data).__module__.partition(".")[0] == "datasets"
+
+
 def _path_of(data: Any, run: RunDir, kept: list[Path], what: str) -> str:
     """Return the path of the data. Records in memory are written into the run's folder first."""
     if isinstance(data, str | PathLike):
         return str(data)
+    if _has_splits(data):
+        first = next(iter(data))
+        raise UserError(f"the data has splits ({', '.join(data)}). Give one, as in data[{first!r}]")
+    if type(data).__module__.partition(".")[0] == "pandas":
+        data = data.to_dict("records")
     if not isinstance(data, Iterable) or isinstance(data, Mapping) or not hasattr(data, "__len__"):
         raise UserError(
             f"the data is a {type(data).__name__}. Give a path, a list of dicts, or a "
@@ -250,8 +283,11 @@ def _trained(
 
 def _texts(text: str | Sequence[str]) -> list[str]:
     """Return the texts. Raises UserError for anything else."""
+    from finetune.recipes.build.target import require_utf8
+
     texts = [text] if isinstance(text, str) or not isinstance(text, Sequence) else list(text)
     for item in texts:
         if not isinstance(item, str):
             raise UserError(f"{item!r:.80} is a {type(item).__name__}. Give a text or several")
+        require_utf8(item, "the text")
     return texts

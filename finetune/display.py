@@ -22,20 +22,22 @@ from rich.progress import (
     Task,
     TextColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
-from finetune.errors import visible
+from finetune.errors import is_terminal, visible
 from finetune.run.log import VERBOSITY, Journal, Listener
 from finetune.run.metrics import METRICS
 from finetune.run.records import Evaluation, StepRecord
 from finetune.run.wording import clock
 
 PLAIN_INTERVAL = 5.0  # seconds between two plain lines
+_WITH_BAR = 120  # columns of a terminal that also has room for the bar
 
 
 def on_terminal(text: str) -> str:
     """Return `text` as it goes to stdout: on a terminal its control characters are escaped."""
-    return visible(text) if sys.stdout.isatty() else text
+    return visible(text) if is_terminal(sys.stdout) else text
 
 
 class _Unheard:
@@ -147,12 +149,12 @@ class Display:
     ) -> Iterator[Callable[[int, str], None]]:
         if not self.enabled:
             yield lambda done, facts: None
-        elif self._console.is_terminal and self.verbosity != "verbose":
+        elif self._is_live() and self.verbosity != "verbose":
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                *([BarColumn(bar_width=24)] if self._console.width >= _WITH_BAR else []),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                _FactsColumn(),
                 _TimesColumn(limit, start),
             )
             with Progress(*columns, console=self._console, transient=True) as progress:
@@ -160,6 +162,10 @@ class Display:
                 yield lambda done, facts: progress.update(task, completed=done, facts=facts)
         else:
             yield self._plain_lines(label, total, start, limit)
+
+    def _is_live(self) -> bool:
+        """Return whether a line can be drawn again. In a shell of Emacs (TERM=dumb) none can."""
+        return self._console.is_terminal and not self._console.is_dumb_terminal
 
     def _plain_lines(
         self, label: str, total: int | None, start: int, limit: float | None
@@ -185,6 +191,13 @@ class Display:
         return update
 
 
+class _FactsColumn(ProgressColumn):
+    """The loss, the rate and the speed, cut off where a narrow terminal has no room for them."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["facts"], no_wrap=True, overflow="ellipsis")
+
+
 class _TimesColumn(ProgressColumn):
     """The time elapsed, and the time left as soon as it is known, at the mean rate so far.
 
@@ -192,7 +205,7 @@ class _TimesColumn(ProgressColumn):
     """
 
     def __init__(self, limit: float | None, first: int = 0) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True))
         self._limit, self._first = limit, first
 
     def render(self, task: Task) -> Text:

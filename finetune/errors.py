@@ -16,6 +16,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import TextIO
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple(  # where the files of libraries are
@@ -26,6 +27,11 @@ _LIBRARIES = tuple(  # where the files of libraries are
     }
 )
 _LENGTH = 300  # characters of a reason; a library may write a page
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a person reads or writes here. Python's stream is None if it is closed."""
+    return stream is not None and stream.isatty()
 
 
 class UserError(ValueError):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,22 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no mappings": ({"data": ["a"]}, "record 1 of the data is a str"),
     "nothing": ({"data": []}, "the data has no records"),
     "no JSON": ({"data": [{"prompt": object(), "completion": "b"}]}, "cannot be kept as JSON"),
-    "not a number": ({"data": [{"prompt": float("nan")}]}, "cannot be kept as JSON"),
+    "no value": ({"data": [{"prompt": float("nan"), "completion": "b"}] * 9}, "not None"),
+    "a number as an answer": (
+        {"data": [{"prompt": "a", "completion": 3}] * 9},
+        "the data lines 1, 2, 3, 4, 5, 6, 7, 8, 9: 'completion' must be text or a list",
+    ),
+    "splits": (
+        {"data": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))},
+        r"the data has splits \(train\). Give one, as in data\['train'\]",
+    ),
+    "records in a section": ({"data": {"train": ROWS}}, "Give them as data="),
+    "many mistakes": (
+        {"nothing": 1, **{f"key{n}": 1 for n in range(99)}},
+        "There are 88 more mistakes",
+    ),
+    "a switch": ({"resume": True}, "resume is True. Give 'auto'"),
+    "no function": ({"on_record": 3}, "on_record is a int. Give a function"),
     "other columns": ({"data": [{"a": "b"}]}, "no format fits the columns"),
     "no such key": ({"trainning": {}}, "'trainning' is not a key"),
     "a wrong value": ({"training": {"epochs": -1}}, "training.epochs = -1 is not allowed"),
@@ -121,6 +137,28 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(name: str, folder: Path) -
     with pytest.raises(UserError, match=says):
         finetune.train(**{"data": ROWS, "quiet": True, **KEYS, **changes})
     assert list(folder.iterdir()) == []
+
+
+def test_dates_and_empty_cells_of_other_columns_are_kept(folder: Path) -> None:
+    rows = [{**row, "when": date(2020, 1, 2), "score": float("nan")} for row in ROWS]
+    result = finetune.train(data=rows, output_dir="run", quiet=True, **KEYS)
+    (kept,) = result.path.glob("train-*.jsonl")
+    first = json.loads(kept.read_text().splitlines()[0])
+    assert (first["when"], first["score"]) == ("2020-01-02", None)
+
+
+def test_a_data_frame_is_a_list_of_its_rows(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas")  # a dependency of datasets
+    frame = pandas.DataFrame([{"prompt": f"{n} + 1?", "completion": str(n + 1)} for n in range(48)])
+    assert finetune.train(data=frame, quiet=True, **KEYS).stopped == "finished"
+
+
+def test_what_a_loaded_run_does_not_take_is_said(trained: RunResult) -> None:
+    model = finetune.load(trained)
+    with pytest.raises(UserError, match="the text is not UTF-8 text"):
+        model.chat("caf\udce9")
+    with pytest.raises(UserError, match=r"keys there are max_new_tokens.* mean 'max_new_tokens'"):
+        model.chat("hi", max_tokens=3)
 
 
 def test_a_loaded_run_chats_and_evaluates(trained: RunResult) -> None:

@@ -28,11 +28,11 @@ def init(
     """Write a config for data files, with sizes that fit the data and this machine."""
     from finetune.recipes.build.look import look_at_files
 
-    look_at_files(files, model=model, languages=(source, to))
+    path = output or Path(Path(files[0]).name.split(".")[0] + ".yaml")
+    look_at_files(files, model=model, languages=(source, to), output=path)
     say_start()
     from finetune.recipes.init import init_config
 
-    path = output or Path(Path(files[0]).name.split(".")[0] + ".yaml")
     init_config(files, model=model, output=path, languages=(source, to))
 
 

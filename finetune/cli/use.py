@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune.cli.app import Overrides, Target, Trust, app, say_start
-from finetune.errors import visible
+from finetune.errors import is_terminal, visible
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")]
@@ -118,7 +118,7 @@ def generate(
         trust=trust_remote_code,
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
-        if not prompt and not sys.stdin.isatty():  # as many lines as there are prompts
+        if not prompt and not is_terminal(sys.stdin):  # as many lines as there are prompts
             plain = plain.replace("\n", "\\n")
         typer.echo(
             json_line({"prompt": asked, "answer": answer}) if as_json else on_terminal(plain)
@@ -215,14 +215,17 @@ def translate(
 def json_line(values: dict[str, str]) -> str:
     """Return a line of JSON for stdout; for a terminal its control characters are escaped."""
     text = json.dumps(values, ensure_ascii=not speaks_utf8())
-    if not sys.stdout.isatty():
+    if not is_terminal(sys.stdout):
         return text
     return "".join(f"\\u{ord(c):04x}" if visible(c) != c else c for c in text)
 
 
 def speaks_utf8() -> bool:
     """Return whether stdout takes any text."""
-    return (sys.stdout.encoding or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
+    return (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-") in (
+        "utf-8",
+        "utf8",
+    )
 
 
 def given(**settings: float | int | None) -> dict[str, float | int]:

@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from finetune.config.mistakes import kind_in_words, sentences_of, unknown_key, yaml_problem
+from finetune.config.mistakes import (
+    kind_in_words,
+    sentences_of,
+    told,
+    unknown_key,
+    yaml_problem,
+)
 from finetune.config.other_tools import ALIASES, NOT_ALIASES
 from finetune.config.places import field_of, item_section_of, keys_at, section_of
 from finetune.config.schema import DataSection, RunConfig
@@ -21,6 +27,7 @@ from finetune.errors import UserError
 from finetune.run.folder import is_written_by_a_run
 
 Model = TypeVar("Model", bound=BaseModel)
+_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -54,13 +61,17 @@ def _without_trust(tree: Mapping[str, Any]) -> dict[str, Any]:
 def read_tree(path: Path) -> dict[str, Any]:
     """Return the YAML file at `path` as a tree, with `output_dir`. Raises UserError."""
     if path.is_dir():
-        raise UserError(
-            f"{path} is a folder. Give a YAML file; a run's folder has one, {path / 'config.yaml'}"
-        )
+        own = path / "config.yaml"
+        has = f"; this run's folder has one, {own}" if own.is_file() else ""
+        raise UserError(f"{path} is a folder. Give a YAML file{has}")
     if not path.is_file():
         raise UserError(
             f"the config {path} does not exist (looked in {path.parent.resolve()}). "
             "Give the path of a YAML file"
+        )
+    if path.suffix.lower() in _DATA:
+        raise UserError(
+            f"{path} is data, and a config is needed. `finetune init {path}` writes one"
         )
     try:
         tree = parse(path.read_text(encoding="utf-8"))
@@ -105,18 +116,22 @@ def make_config(
         # A key that is missing may be what a wrong one was meant for.
         problems += sentences_of(p for p in found if not problems or p["type"] != "missing")
     if problems:
-        raise UserError(f"{where}: " + ". ".join(problems))
+        raise UserError(f"{where}: {told(problems)}")
     return config
 
 
 def validate(model: type[Model], values: Mapping[str, Any], *, where: str) -> Model:
-    """Return `values` as a `model`. `where` opens the error message. Raises UserError."""
+    """Return `values` as a `model`. Raises UserError.
+
+    `where` opens the error message, or is the section that the keys belong to.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(
-            f"{where}: " + ". ".join(sentences_of(error.errors(include_url=False)))
-        ) from error
+        section = [where] if section_of(RunConfig, where) else []
+        found = [{**each, "loc": (*section, *each["loc"])} for each in error.errors()]
+        opening = "" if section else f"{where}: "
+        raise UserError(opening + told(sentences_of(found))) from error
 
 
 def dump_config(config: RunConfig) -> str:

@@ -22,6 +22,7 @@ _FORMS = {  # section -> the key that a plain value is meant for
     "scheduler": "name",
     "lora": "rank",
 }
+_MOST = 12  # mistakes that are told at once
 _KINDS = ("int", "float", "str", "bool")  # of value, as pydantic names the one that it tried
 _OUT_OF_RANGE = {
     *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"),
@@ -40,6 +41,12 @@ def sentences_of(errors: Iterable[Any]) -> list[str]:
         what + (NOT_ALLOWED + " or ".join(whys) if whys[0] else "")
         for what, whys in reasons.items()
     ]
+
+
+def told(sentences: Sequence[str]) -> str:
+    """Return the sentences as one text, and how many more there are than a reader takes in."""
+    more = len(sentences) - _MOST
+    return ". ".join([*sentences[:_MOST], *([f"There are {more:,} more mistakes"] * (more > 0))])
 
 
 def _sentence(problem: Any) -> str:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from finetune.errors import UserError
 
@@ -80,8 +79,11 @@ def _said_of(count: int, problem: str) -> str:
 def _listed(places: Iterable[str]) -> str:
     """Return places as a list, in which a file is named once: "a.jsonl lines 2, 5"."""
     found: list[str] = []
-    for file, group in groupby(places, key=lambda place: place.rpartition(" line ")[0]):
-        same = list(group)
-        numbers = ", ".join(place.rpartition(" ")[2] for place in same)
-        found += [f"{file} lines {numbers}"] if file and len(same) > 1 else same
+    by_file: dict[str, list[str]] = {}
+    for place in places:
+        by_file.setdefault(place.rpartition(" line ")[0], []).append(place)
+    for file, same in by_file.items():
+        numbers = [place.rpartition(" ")[2] for place in same]
+        numbers.sort(key=lambda number: (len(number), number))
+        found += [f"{file} lines {', '.join(numbers)}"] if file and len(same) > 1 else same
     return ", ".join(found)

@@ -7,11 +7,18 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from finetune.errors import Border, UserError
@@ -58,6 +65,18 @@ def convert_gguf(file: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Keep the reader's own progress bar off the terminal; it heeds no setting of transformers."""
+    reader: Any = modeling_gguf_pytorch_utils
+    shown = reader.tqdm
+    reader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
+
+
 def _convert(file: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with Border(f"{file} is not a .gguf file that transformers can read", do=AGAIN):
@@ -68,13 +87,14 @@ def _convert(file: Path, folder: Path) -> None:
             check_number(f"{key} of {file}", attribute, value)
     with Border(f"{file} is not a .gguf file that transformers can read", do=AGAIN):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            **options,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with _without_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                **options,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     model, report = loaded
     check_weights(model, report, str(file))
     tokenizer.save_pretrained(folder)

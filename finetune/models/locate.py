@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from finetune.errors import UserError, did_you_mean
 
@@ -44,6 +45,8 @@ def find_local(name: str) -> Path | None:
 
     Nothing large is imported for it. Raises UserError for a local name without such a model.
     """
+    if not name:
+        raise UserError("the name of the model is empty. Give a folder, a .gguf file or a hub name")
     if name.startswith(_PACKAGE):
         return _gguf_of_package(name.removeprefix(_PACKAGE))
     path = Path(name).expanduser()
@@ -57,6 +60,14 @@ def find_local(name: str) -> Path | None:
         if not (path / "config.json").is_file():
             raise UserError(f"the folder {name} is not a model: there is no config.json in it")
         return path
+    if path.is_file():
+        raise UserError(
+            f"{name} is a file, not a model. Give a run's or a model's folder, or a .gguf file"
+        )
+    if path.parent.is_dir() and path.parent.name:  # also a hub name may look so
+        near = did_you_mean(path.name, [folder.name for folder in path.parent.iterdir()])
+        if near or path.parent.name == "runs":
+            raise UserError(f"there is no {path.name!r} in the folder {path.parent}{near}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"the model folder {name} does not exist (looked in {Path.cwd()})")
     return None
@@ -115,6 +126,20 @@ def _cached(name: str, revision: str | None, why: str, cause: Exception) -> str:
         f"model {name!r} was not found: it is not a folder here ({Path.cwd()}), not in the hub's "
         f"cache ({constants.HF_HUB_CACHE}), and {why}"
     ) from cause
+
+
+def check_hub_name(name: str) -> None:
+    """Raise UserError unless a repository on the hub can have this name."""
+    try:
+        validate_repo_id(name)
+        is_possible = name.count("/") == 1
+    except HFValidationError:
+        is_possible = False
+    if not is_possible:
+        raise UserError(
+            f"{name!r} is not a possible name on the hub. Give OWNER/NAME, of letters, digits, "
+            "'-', '_' and '.'"
+        )
 
 
 def push_files(name: str, files: Mapping[str, Path | bytes], *, private: bool, said: str) -> str:

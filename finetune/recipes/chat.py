@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.display import Display, on_terminal
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import UserError, did_you_mean, is_terminal
 from finetune.inference.conversation import Conversation
 from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.target import Opened, open_base, open_target, require_utf8
@@ -182,7 +182,7 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
         display.say(str(error))
         return
     seconds = time.perf_counter() - began
-    if sys.stdout.isatty() and seconds > 0:
+    if is_terminal(sys.stdout) and seconds > 0:
         rate = talk.num_tokens / seconds
         display.say(f"({talk.num_tokens} tokens, {rate:.1f} tokens/s)")
 
@@ -193,7 +193,9 @@ def _ask(display: Display) -> str | None:
     A line that is not UTF-8 is reported, and is no question.
     """
     try:
-        text = input("> " if sys.stdin.isatty() else "")
+        if sys.stdin is None:  # it is closed
+            return None
+        text = input("> " if is_terminal(sys.stdin) else "")
         return require_utf8(text.removesuffix("\r"), "the question")
     except (EOFError, KeyboardInterrupt):
         return None

@@ -14,7 +14,7 @@ from rich.table import Table
 from finetune.config import RunConfig, load_config
 from finetune.config.schema import DataSection
 from finetune.display import Display
-from finetune.errors import UserError
+from finetune.errors import UserError, is_terminal
 from finetune.models.language_model import LanguageModel
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
@@ -57,7 +57,7 @@ def evaluate_target(
             "Give --config FILE"
         )
     results = evaluate_opened(opened, settings, display)
-    if as_json or not sys.stdout.isatty():
+    if as_json or not is_terminal(sys.stdout):
         print(json.dumps(finite(results), indent=2))
     else:
         _print_table(results)

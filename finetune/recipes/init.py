@@ -41,10 +41,13 @@ def init_config(
     if the model cannot be had, or if no format fits the files.
     """
     display = display or Display()
-    if output.exists():
-        raise UserError(f"{output} already exists. Name another file with --output")
     tree = _first_tree(files, model, languages)
-    material = read_material(make_config(tree), Display(enabled=False))
+    material = _read(tree, display)
+    if languages != (None, None) and not isinstance(material.format, TranslationFormat):
+        raise UserError(
+            "--from and --to name the languages of translations, and the data is "
+            f"{material.format.name}. Leave them out"
+        )
     assert isinstance(material.raw.train, Records), "a first config does not stream"
     display.say(f"encoding {len(material.raw.train):,} records as {material.format.name}")
     share = share_held_out(len(material.raw.train))
@@ -62,6 +65,23 @@ def init_config(
     if not fits:
         display.say(f"it may not fit into memory. `finetune plan {output}` says what would help")
     display.say(f"next: finetune inspect {output}; finetune train {output}")
+
+
+def _read(tree: dict[str, Any], display: Display) -> Material:
+    """Read the data, and say which records are left out. Raises UserError if all are."""
+    quiet = Display(enabled=False)
+    try:
+        material = read_material(make_config(tree), quiet)
+        count = len(material.train)  # they are encoded now
+    except UserError:  # such as that all were dropped; with none dropped it says why
+        strict = {**tree["data"], "on_bad_record": "error"}
+        len(read_material(make_config({**tree, "data": strict}), quiet).train)
+        raise
+    if count < 2:
+        raise UserError("there is only one record. Give at least two: one is held out")
+    for warning in quiet.warned:
+        display.say(warning)
+    return material
 
 
 def epochs_for(num_examples: float) -> int:
@@ -126,7 +146,7 @@ def _as_text(
     data, training, format = tree["data"], tree["training"], material.format
     counts = material.train.statistics
     records = len(material.raw.train)  # type: ignore[arg-type]
-    held_out = round(share_held_out(records) * records)
+    held_out = max(1, round(share_held_out(records) * records))
     lines = [
         f"# Written by `finetune init` for {counts.records:,} records.",
         "# `finetune keys` lists all keys, `finetune plan` predicts memory and time.",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.models.locate import push_files
+from finetune.models.locate import check_hub_name, push_files
 from finetune.recipes.build.look import look_at_target
 from finetune.report.card import card_on_hub
 from finetune.run.marker import MARKER
@@ -29,6 +29,7 @@ def push_run(
     UserError if `root` is no finished run, if a file is missing, or if the hub refuses.
     """
     display = display or Display()
+    check_hub_name(name)
     run = look_at_target(str(root)) if root.is_dir() else None
     if run is None:
         raise UserError(f"{root} is not a run's folder. Give the folder of a finished run")
@@ -36,6 +37,9 @@ def push_run(
     for path in extra:
         if not path.is_file():
             raise UserError(f"the file {path} does not exist (looked in {Path.cwd()})")
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UserError(f"{path} is no GGUF file. Give one that `finetune export` wrote")
     found = [path for path in sorted(run.model.rglob("*")) if path.is_file()]
     files: dict[str, Path | bytes] = {
         path.relative_to(run.model).as_posix(): path for path in found if path.name != MARKER

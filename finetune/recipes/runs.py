@@ -54,6 +54,11 @@ def state_of(run: RunRecords, *, held: bool) -> str:
     return "stopped early" if early else "finished"
 
 
+def _is_above(folder: Path, root: Path) -> bool:
+    """Return whether a link leads back to where it lies in."""
+    return folder.is_symlink() and root.resolve().is_relative_to(folder.resolve())
+
+
 def _run_folders(root: Path, depth: int) -> Iterator[Path]:
     """Yield the folders of runs. The runs of a comparison are part of it, and are left out."""
     try:
@@ -65,6 +70,8 @@ def _run_folders(root: Path, depth: int) -> Iterator[Path]:
         yield root
     elif marker is None and depth >= 0:
         for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            if _is_above(folder, root):
+                continue
             yield from _run_folders(folder, depth - 1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.data.sources.files import read_lines
 from finetune.display import Display, differences, on_terminal
+from finetune.errors import is_terminal
 from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.build.look import look_at_texts
 from finetune.recipes.build.model import generation_settings
@@ -57,7 +58,7 @@ def translate_text(
         seconds = clock(time.monotonic() - started)
         display.say(f"{output}: {count:,} lines translated in {seconds}")
         return
-    if input is None and not texts and sys.stdin.isatty():  # each line is answered at once
+    if input is None and not texts and is_terminal(sys.stdin):  # each line is answered at once
         for line in stdin_lines(display, "one sentence a line"):
             print(on_terminal(next(translate([line]))), flush=True)
         return

@@ -550,12 +550,10 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "negative temperature": typed(
             "generate model --prompt a --temperature -1",
-            "generation: temperature = -1.0",
-            "greater than or equal to 0",
+            "generation.temperature = -1.0",
+            "input should be at least 0",
         ),
-        "too large a top-p": typed(
-            "chat model --top-p 2", "top_p = 2.0", "less than or equal to 1"
-        ),
+        "too large a top-p": typed("chat model --top-p 2", "top_p = 2.0", "at most 1"),
         "prompt beyond the model": typed(
             f"generate model --prompt '{'word ' * 300}'", "tokens", "128"
         ),

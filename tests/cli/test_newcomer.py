@@ -3,7 +3,10 @@
 import io
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from rich.console import Console
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.recipes.compare.trial import Tally
+from finetune.run.records import StepRecord
 from tests.cli.conftest import finetune
 from tests.cli.test_commands import on_a_terminal
 
@@ -54,6 +58,27 @@ def test_the_live_line_says_elapsed_and_left(shown, monkeypatch) -> None:
         progress.update(number, completed=done)
     assert column.render(task).plain == "5 min 52 s elapsed, 5 min 52 s left"
     assert _TimesColumn(400.0).render(task).plain == "5 min 52 s elapsed, 48 s left"
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_live_line_is_one_line(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, color_system=None)
+    with Display(console=console).steps(100, 0) as listen:
+        for step in range(1, 4):
+            listen(StepRecord(step=step, loss=2.345, lr=1e-4, tokens_per_second=27266.0))
+    drawn = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9?;]*[A-Za-z]", "", out.getvalue()))
+    lines = [line for line in drawn if line.strip()]
+    assert lines
+    assert all(line.startswith("train") and len(line) <= width for line in lines), lines
+
+
+def test_a_terminal_that_cannot_draw_gets_plain_lines(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    with Display(console=Console(file=out, force_terminal=True)).bar("reading", 3) as advance:
+        advance(3)
+    assert out.getvalue().startswith("reading 3/3")
 
 
 def test_plain_lines_say_the_same(monkeypatch) -> None:
@@ -185,3 +210,69 @@ def test_evaluate_is_a_table_at_a_terminal_and_json_elsewhere(chat_run) -> None:
     assert '"loss":' in shown
     piped = finetune("evaluate", "run")
     assert json.loads(piped.out)["loss"] > 0
+
+
+# what a later newcomer typed
+
+
+def closed(command: str) -> subprocess.CompletedProcess:
+    """Run `finetune COMMAND` with redirections of the shell."""
+    typed = f"{shlex.quote(sys.executable)} -m finetune {command}"
+    return subprocess.run(["sh", "-c", typed], capture_output=True, text=True, timeout=120)
+
+
+def test_a_closed_stdin_is_an_end(chat_run) -> None:
+    assert closed("chat run <&-").returncode == 0
+    asked = closed("generate run <&-")
+    assert asked.returncode == 2
+    assert "stdin is closed, so nothing can be read" in asked.stderr
+
+
+def test_init_says_what_it_leaves_out(base, folder) -> None:
+    records = [{"prompt": f"{n} plus 1?", "completion": f"It is {n + 1}."} for n in range(60)]
+    records[7]["completion"] = None
+    (folder / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "pairs.tsv").write_text("en\tfr\n" + "a word\tun mot\n" * 60)
+    said = finetune("init", "chat.jsonl", "--model", "base")
+    assert said.code == 0, said.err
+    assert "dropped: 1 record cannot be used: chat.jsonl line 8: 'completion' must be" in said.err
+    for typed, answer in {
+        "chat.jsonl pairs.tsv -o b.yaml": "chat.jsonl is chat and pairs.tsv is translation. Make",
+        "chat.jsonl --from en -o b.yaml": "--from and --to name the languages of translations",
+        "pairs.tsv --from de --to es": "column 'de' is missing; the columns are en, fr",
+        "pairs.tsv -o none/a.yaml": "none/a.yaml cannot be written",
+        "''": "the name of a data file is empty",
+    }.items():
+        refused = finetune("init", *shlex.split(typed), "--model", "base")
+        assert (refused.code, answer in refused.err) == (2, True), refused.err
+
+
+def test_a_run_of_a_near_name_is_named_before_anything_is_imported(chat_run) -> None:
+    (chat_run / "runs").mkdir()
+    (chat_run / "runs/tiny").symlink_to(chat_run / "run")
+    (chat_run / "runs/loop").symlink_to(".")
+    near = finetune("chat", "runs/tny")
+    assert near.code == 2
+    assert "there is no 'tny' in the folder runs. Did you mean 'tiny'?" in near.err
+    assert "c.yaml is a file, not a model" in finetune("chat", "c.yaml").err
+    assert "the name of the model is empty" in finetune("chat", "").err
+    assert len(re.findall("tiny", finetune("runs", "runs").out)) == 1
+
+
+def test_data_in_the_place_of_a_config(folder) -> None:
+    (folder / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    refused = finetune("train", "a.jsonl")
+    assert refused.code == 2
+    assert "a.jsonl is data, and a config is needed. `finetune init a.jsonl` writes" in refused.err
+
+
+def test_push_looks_at_the_name_and_the_file(chat_run) -> None:
+    (chat_run / "a.gguf").write_text("no such thing")
+    for typed, answer in {
+        "noowner": "'noowner' is not a possible name on the hub",
+        "a/b/c": "'a/b/c' is not a possible name",
+        "'a/bad name'": "'a/bad name' is not a possible name",
+        "a/b --gguf a.gguf": "a.gguf is no GGUF file",
+    }.items():
+        refused = finetune("push", "run", *shlex.split(typed), "--dry-run")
+        assert (refused.code, answer in refused.err) == (2, True), refused.err

@@ -43,6 +43,9 @@ MISTAKES = {  # what is typed -> what the answer has
     ("export", "./none", "new"): "the model folder ./none does not exist",
     ("export", "run", "new"): "the run run has no model/ yet",
     ("report", "none"): "none does not exist. Name the folder",
+    ("train", "good.jsonl"): "good.jsonl is data, and a config is needed",
+    ("init", "good.jsonl", "-o", "c.yaml"): "c.yaml already exists",
+    ("export", "model", "c.yaml/x"): "c.yaml is not a folder",
     ("landscape", "--optimizers", "adam,sdg"): "Did you mean 'sgd'?",
 }
 

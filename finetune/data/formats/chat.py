@@ -277,6 +277,9 @@ def _from_prompt(record: Record, columns: Mapping[str, str]) -> Read:
     prompt, completion = column(record, "prompt", columns), column(record, "completion", columns)
     if isinstance(prompt, str) and isinstance(completion, str):
         return _question_and_answer(prompt, completion), set()
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if value is None or isinstance(value, bool | int | float):
+            raise UserError(f"{name!r} must be text or a list of messages, not {value!r}")
     (before, context), (after, muted) = read_messages(prompt), read_messages(completion)
     return [*before, *after], context | {len(before) + i for i in muted}
 

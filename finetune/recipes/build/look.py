@@ -18,7 +18,7 @@ from finetune.config.schema import DataSection, SourceSection
 from finetune.config.yaml12 import parse
 from finetune.data.formats.detect import find_shape
 from finetune.data.sources.aligned import aligned_sides
-from finetune.data.sources.files import local_files
+from finetune.data.sources.files import KINDS, kind_ending, local_files
 from finetune.data.sources.peek import first_record
 from finetune.errors import UserError
 from finetune.models.locate import find_local
@@ -64,10 +64,39 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, lis
 
 
 def look_at_files(
-    files: Sequence[str], *, model: str, languages: tuple[str | None, str | None]
+    files: Sequence[str],
+    *,
+    model: str,
+    languages: tuple[str | None, str | None],
+    output: Path,
 ) -> None:
-    """Raise UserError if data files or the model are missing, or no format fits the first file."""
+    """Raise UserError for what is wrong with the files of a config that is to be written.
+
+    That is: data files or the model are missing, no format fits the first file, or `output` is
+    there or cannot be written.
+    """
+    if "" in files:
+        raise UserError("the name of a data file is empty. Give a file")
+    if output.exists():
+        raise UserError(f"{output} already exists. Name another file with --output")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(
+            f"{output} cannot be written: {output.absolute().parent} is no folder to "
+            "write to. Name another file with --output"
+        )
+    for file in files:
+        if RunDir(Path(file)).is_run():
+            raise UserError(f"{file} is a run, and data is needed. Give its data files")
     source, target = languages
+    kinds: dict[str, str] = {}  # format -> the first file of it
+    for file in files if not all(file.endswith(".txt") for file in files) else ():
+        record = first_record([Path(file)]) if Path(file).is_file() else None
+        if record is not None and kind_ending(Path(file)) in KINDS:
+            kind, _, _ = find_shape("auto", record, columns={}, languages=languages)
+            kinds.setdefault(kind, file)
+    if len(kinds) > 1:
+        said = " and ".join(f"{file} is {kind}" for kind, file in kinds.items())
+        raise UserError(f"{said}. Make a config for each")
     data = {
         "train": list(files),
         "translation": {"source_language": source, "target_language": target},

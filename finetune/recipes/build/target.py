@@ -13,7 +13,7 @@ from finetune.config.schema import GenerationSection
 from finetune.data.formats.rendering import ChatTemplate, TemplateSettings
 from finetune.data.sources.files import BOM
 from finetune.display import Display
-from finetune.errors import UserError
+from finetune.errors import UserError, is_terminal
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
 from finetune.recipes.build.look import look_at_target
@@ -137,7 +137,9 @@ def stdin_lines(display: Display, what: str) -> Iterator[str]:
     Only \\n and \\r\\n end a line. A byte order mark is no text, at the start of any line. Raises
     UserError for a line that is not UTF-8, in any locale.
     """
-    if sys.stdin.isatty():
+    if sys.stdin is None:
+        raise UserError("stdin is closed, so nothing can be read. Give the text in the command")
+    if is_terminal(sys.stdin):
         display.say(f"type {what}, and Ctrl-D at the end")
     for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
         try:
