@@ -144,14 +144,14 @@ def begins_with_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the runtime is to put the BOS token before a text.
 
-    With a chat template this is so if the template begins with it: the runtime adds it to prompts
-    of the template too.
+    It is if the tokenizer does so, unless there is a chat template that begins without it: the
+    runtime adds it to prompts of the template too.
     """
-    if tokenizer.chat_template:
-        ids = ChatTemplate(tokenizer).prompt(_TURN)
-    else:
-        ids = tokenizer("a", verbose=False).input_ids
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
+    ids = tokenizer("a", verbose=False).input_ids
+    found = bool(ids) and ids[0] == tokenizer.bos_token_id
+    if found and tokenizer.chat_template:
+        return ChatTemplate(tokenizer).prompt(_TURN)[0] == tokenizer.bos_token_id
+    return found
 
 
 def unlike_transformers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
