@@ -5,6 +5,7 @@ import shutil
 import httpx
 import pytest
 
+from finetune.models.tokenizers import stop_ids
 from tests.report.test_browser import CHROMIUM, FLAGS
 from tests.serving.browser import Browser
 
@@ -62,8 +63,12 @@ def test_one_question_goes_to_both_models(browser, server):
 def test_an_answer_can_be_stopped(browser, server):
     import time
 
+    def slow_and_endless(model, _, output):
+        time.sleep(0.1)
+        output.logits[..., list(stop_ids(model))] = float("-inf")  # it never ends by itself
+
     models = [each.model for each in server.served.models.values()]
-    hooks = [m.register_forward_pre_hook(lambda *_: time.sleep(0.1)) for m in models]
+    hooks = [model.register_forward_hook(slow_and_endless) for model in models]
     try:
         browser.show(server.url)
         browser.wait(lambda: browser.text(".side h2"))
