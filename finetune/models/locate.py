@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from finetune.errors import UserError, did_you_mean
+from finetune.run.marker import MARKER
 
 HUB_TIMEOUT = 5.0  # seconds
 _PACKAGE = "package:"
@@ -64,8 +65,9 @@ def find_local(name: str) -> Path | None:
         raise UserError(
             f"{name} is a file, not a model. Give a run's or a model's folder, or a .gguf file"
         )
-    if path.parent.is_dir() and path.parent.name:  # also a hub name may look so
-        near = did_you_mean(path.name, [folder.name for folder in path.parent.iterdir()])
+    if path.parent.is_dir() and path.parent.name:  # a name on the hub may look so: only runs count
+        runs = [each.name for each in path.parent.iterdir() if (each / MARKER).exists()]
+        near = did_you_mean(path.name, runs)
         if near or path.parent.name == "runs":
             raise UserError(f"there is no {path.name!r} in the folder {path.parent}{near}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from finetune.config.loading import make_config
 from finetune.display import Display
+from finetune.models.locate import find_local
 from finetune.recipes.compare.trial import Tally
 from finetune.run.records import StepRecord
 from tests.cli.conftest import finetune
@@ -254,6 +255,10 @@ def test_a_run_of_a_near_name_is_named_before_anything_is_imported(chat_run) -> 
     near = finetune("chat", "runs/tny")
     assert near.code == 2
     assert "there is no 'tny' in the folder runs. Did you mean 'tiny'?" in near.err
+    (chat_run / "Qwen/Qwen2.5-0.5B-mine").mkdir(parents=True)
+    assert find_local("Qwen/Qwen2.5-0.5B") is None, (
+        "a name on the hub, beside a folder of its owner"
+    )
     assert "c.yaml is a file, not a model" in finetune("chat", "c.yaml").err
     assert "the name of the model is empty" in finetune("chat", "").err
     assert len(re.findall("tiny", finetune("runs", "runs").out)) == 1
