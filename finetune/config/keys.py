@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.config import schema
+from finetune.config.other_tools import ALIASES, NOT_ALIASES
 from finetune.config.schema import RunConfig
 from finetune.errors import UserError, did_you_mean
 
@@ -41,12 +42,16 @@ class Key:
 def list_keys(pattern: str = "*") -> list[Key]:
     """Return the keys whose dotted names match a pattern or contain it, in the schema's order.
 
-    Raises UserError if there is none.
+    Another tool's name finds the key that means the same. Raises UserError if there is none.
     """
     found = list(_keys(RunConfig, ""))
     wanted = pattern.lower() if set(pattern) & set("*?[") else f"*{pattern.lower()}*"
     matching = [key for key in found if fnmatchcase(key.name, wanted)]
     if not matching:
+        if pattern in ALIASES:
+            return list_keys(ALIASES[pattern])
+        if pattern in NOT_ALIASES:
+            raise UserError(f"{pattern!r} is not a key here. {NOT_ALIASES[pattern]}")
         names = [key.name for key in found]
         near = did_you_mean(pattern, [*names, *(name.rpartition(".")[2] for name in names)])
         raise UserError(

@@ -10,10 +10,13 @@ from torch import nn
 from finetune.errors import UserError
 from finetune.optim.groups import build_groups, check_group_options
 from finetune.optim.lazy.eligible import row_sparse_embeddings
-from finetune.optim.registry import OptimizerInfo, check_options, optimizer_info
+from finetune.optim.registry import (
+    GROUP_OPTIONS,
+    OptimizerInfo,
+    check_options,
+    optimizer_info,
+)
 from finetune.optim.stamp import stamp
-
-GROUP_OPTIONS = ("no_decay", "overrides", "layer_decay")
 
 _logger = logging.getLogger("finetune")
 

@@ -11,11 +11,12 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.errors import UserError, did_you_mean
+from finetune.optim.signature import read_signature
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,7 @@ ModelKnowledge = Literal["nothing", "hidden matrices", "embeddings"]
 """What the factory must pass on about the model: which groups hold hidden matrices (Muon), or which
 embeddings are row-sparse."""
 
+GROUP_OPTIONS = ("no_decay", "overrides", "layer_decay")  # of the groups, for every optimizer
 _MODULE_OPTIONS = ("embeddings",)  # they take modules, which a config cannot name
 
 
@@ -171,13 +173,7 @@ def check_options(
 
     optimizer, known = info.load(), info.options
     for option, value in options.items():
-        asks_nothing = option == "weight_decay" and value == 0  # of an optimizer without decay
-        if option not in allowed and not asks_nothing:
-            near = did_you_mean(option, [name for name in allowed if name in known])
-            raise UserError(
-                f"optimizer {info.name!r} does not take {option!r}; "
-                f"it takes {', '.join(allowed)}{near}"
-            )
+        _check_name(info, option, value, allowed, known)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}. Give a finite number")
         _check_kind(info, option, value, known.get(option))
@@ -193,6 +189,38 @@ def check_options(
         raise UserError(
             f"optimizer {info.name!r} cannot be built with {values}: {error}"
         ) from error
+
+
+def check_names(info: OptimizerInfo, options: Mapping[str, Any]) -> None:
+    """Raise UserError for an option of a config that the optimizer does not take, without torch.
+
+    An optimizer whose source does not show what it takes passes: `check_options` sees it later.
+    """
+    takes = options_in_source(info) if options else []
+    for option, value in options.items() if takes else ():
+        if option not in _MODULE_OPTIONS:  # of which `check_optimizer` says more
+            _check_name(info, option, value, [*takes, *GROUP_OPTIONS], takes)
+
+
+def options_in_source(info: OptimizerInfo) -> list[str]:
+    """Return the names of `info.config_options` without torch; none if the source hides them."""
+    read = read_signature(info.optimizer) if isinstance(info.optimizer, str) else None
+    return [name for name in read or () if name not in {*info.fixed, *_MODULE_OPTIONS}]
+
+
+def _check_name(
+    info: OptimizerInfo,
+    option: str,
+    value: Any,
+    allowed: Sequence[str],
+    known: Collection[str],
+) -> None:
+    asks_nothing = option == "weight_decay" and value == 0  # of an optimizer without decay
+    if option not in allowed and not asks_nothing:
+        near = did_you_mean(option, [name for name in allowed if name in known])
+        raise UserError(
+            f"optimizer {info.name!r} does not take {option!r}; it takes {', '.join(allowed)}{near}"
+        )
 
 
 def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> None:

@@ -29,7 +29,8 @@ def print_runs(root: Path) -> int:
     table = Table(box=None, padding=(0, 2, 0, 0))
     metrics = [metric for metric in METRICS if metric.key in _SHOWN]
     for name in ("run", "started", "state", "model", "steps", *(m.short for m in metrics)):
-        table.add_column(name, justify="right" if name in ("steps", "loss", "chrF") else "left")
+        is_number = name in ("steps", "loss", "chrF")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     rows = sorted((_row(folder, metrics) for folder in _run_folders(root, _DEPTH)), key=_started)
     for row in rows:
         table.add_row(*row)

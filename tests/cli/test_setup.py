@@ -62,6 +62,10 @@ def test_keys_are_found_by_a_part_or_a_pattern() -> None:
     ]
     assert "Sequences per optimizer step" in found
     assert len(re.findall(r"^checkpoint\.\w+: ", finetune("keys", "check*").out, flags=re.M)) == 3
+    assert finetune("keys", "learning_rate").out == finetune("keys", "optimizer.lr").out != ""
+    assert "Write training.precision" in finetune("keys", "bf16").err
+    for typed in ("betas", "optimizer.betas"):
+        assert finetune("keys", typed).out.startswith("optimizer.betas: an option of adam, adamw")
     wrong = finetune("keys", "epoch_count")
     assert wrong.code == 2
     assert "no key matches 'epoch_count'" in wrong.err

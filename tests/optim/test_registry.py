@@ -15,6 +15,7 @@ from finetune.optim import (
     register_optimizer,
     registry,
 )
+from finetune.optim.signature import read_signature
 
 
 @pytest.mark.parametrize(
@@ -249,3 +250,15 @@ def test_the_table_has_a_line_for_each_and_no_empty_cell():
         "available": "yes",
         "paper": "https://arxiv.org/abs/1711.05101",
     }
+
+
+def test_options_read_from_the_source_are_those_of_the_class():
+    """What is refused before torch is imported is what the class itself refuses."""
+    there = [info for name in list_optimizers() if not (info := optimizer_info(name)).missing]
+    assert len(there) >= 12
+    for info in there:
+        read = read_signature(info.origin)
+        parameters = list(inspect.signature(info.load()).parameters.values())[1:]
+        assert list(read or ()) == [p.name for p in parameters], info.name
+        for p in parameters:
+            assert (read or {})[p.name] in (p.default, ...), (info.name, p.name)

@@ -2,7 +2,7 @@
 
 torch, transformers and datasets take ten seconds of a slow CPU. So a wrong path, column, model
 folder or optimizer is found without them, by the functions that find it later too. A config that
-passes may still be wrong: names on the hub and the options of optimizers need these libraries.
+passes may still be wrong: names on the hub and the values of options need these libraries.
 """
 
 import os
@@ -22,13 +22,18 @@ from finetune.data.sources.files import KINDS, kind_ending, local_files
 from finetune.data.sources.peek import first_record
 from finetune.errors import UserError
 from finetune.models.locate import find_local
-from finetune.optim.registry import optimizer_info
+from finetune.optim.registry import check_names, optimizer_info
 from finetune.run.folder import RunDir
 
 
 def look_at(config: RunConfig) -> None:
     """Raise UserError for what is wrong with a config's optimizer, model folder or local data."""
-    optimizer_info(config.optimizer.name)
+    section = config.optimizer
+    check_names(optimizer_info(section.name), section.options)
+    _look_at_files(config)
+
+
+def _look_at_files(config: RunConfig) -> None:
     if config.model.name is not None and config.model.tokenizer is None:
         find_local(config.model.name)
     data = config.data
@@ -41,10 +46,13 @@ def look_at(config: RunConfig) -> None:
 def look_at_search(path: Path, overrides: Sequence[str], *, key: str) -> None:
     """Look at a config with a list of values for `key`. Raises UserError as `look_at` does."""
     values, others = take_list(overrides, key)
-    look_at(load_config(path, others))
-    if key == "optimizer.name":
-        for name in values or ():
+    config = load_config(path, others)
+    if key == "optimizer.name" and values is not None:  # an option may be that of one of them
+        for name in values:
             optimizer_info(str(name))
+        _look_at_files(config)
+    else:
+        look_at(config)
 
 
 def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, list[str]]:
