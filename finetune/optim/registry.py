@@ -204,8 +204,8 @@ def check_names(info: OptimizerInfo, options: Mapping[str, Any]) -> None:
 
 def options_in_source(info: OptimizerInfo) -> list[str]:
     """Return the names of `info.config_options` without torch; none if the source hides them."""
-    read = read_signature(info.optimizer) if isinstance(info.optimizer, str) else None
-    return [name for name in read or () if name not in {*info.fixed, *_MODULE_OPTIONS}]
+    read = read_signature(info.optimizer) if isinstance(info.optimizer, str) else ()
+    return [name for name in read if name not in {*info.fixed, *_MODULE_OPTIONS}]
 
 
 def _check_name(

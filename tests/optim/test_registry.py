@@ -257,8 +257,5 @@ def test_options_read_from_the_source_are_those_of_the_class():
     there = [info for name in list_optimizers() if not (info := optimizer_info(name)).missing]
     assert len(there) >= 12
     for info in there:
-        read = read_signature(info.origin)
-        parameters = list(inspect.signature(info.load()).parameters.values())[1:]
-        assert list(read or ()) == [p.name for p in parameters], info.name
-        for p in parameters:
-            assert (read or {})[p.name] in (p.default, ...), (info.name, p.name)
+        parameters = list(inspect.signature(info.load()).parameters)[1:]
+        assert read_signature(info.origin) == tuple(parameters), info.name
