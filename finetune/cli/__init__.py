@@ -6,7 +6,10 @@ where it was raised. A run that a signal stopped exits with 130.
 """
 
 import io
+import os
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -15,7 +18,7 @@ import typer
 from finetune.cli import setup, train, use, serve, results, compare  # noqa: F401
 
 # isort: on
-from finetune.cli.app import app
+from finetune.cli.app import STOPPED, app
 from finetune.errors import UserError, disk_refusal, print_chain, visible
 
 
@@ -24,6 +27,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot encode is escaped
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False))
     except Exception as error:
@@ -35,6 +40,18 @@ def main() -> None:
         except OSError:  # a full disk, or nobody listens: the exit code still says it
             sys.stderr = None  # else Python would fail once more when it ends
         sys.exit(2)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end the process at once if it imports a module.
+
+    An exception in the middle of torch's import can make its native code abort.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(STOPPED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _message(error: Exception) -> str | None:

@@ -153,3 +153,24 @@ print(json.dumps(found))
         assert stopped, typed
         assert err == "loading torch and transformers\n", typed
     assert found[0][-1] < 1.5  # seconds of the processor, on slow ones too
+
+
+def test_ctrl_c_during_an_import_raises_nothing_in_the_middle_of_it(folder: Path) -> None:
+    """The native code of torch would abort the process."""
+    code = """
+import os, signal, sys, time
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                os.abort()
+sys.meta_path.insert(0, Finder())
+from finetune.cli import main
+sys.argv = ["finetune", "plan", "c.yaml"]
+main()
+"""
+    done = python(code, folder)
+    assert (done.returncode, done.stderr) == (130, "loading torch and transformers\n")
