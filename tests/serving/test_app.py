@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from finetune.models.tokenizers import stop_ids
 from finetune.serving.app import MOST_BYTES
 from tests.cli.conftest import finetune
 
@@ -253,11 +254,14 @@ def wait_for(condition, seconds=60):
 def test_answers_end_with_the_server(chat_run, serve, caplog):
     """A client of a stream, and one that waits, are told. Nothing is left on the terminal."""
     body = {"model": "trained", "messages": ASK, "max_tokens": 60, "temperature": 2}
+
+    def slow_and_endless(model, _, output):
+        time.sleep(0.2)
+        output.logits[..., list(stop_ids(model))] = float("-inf")
+
     with ThreadPoolExecutor(4) as pool:
         with serve(chat_run) as server:
-            hook = server.served.models["trained"].model.register_forward_pre_hook(
-                lambda *_: time.sleep(0.2)
-            )
+            hook = server.served.models["trained"].model.register_forward_hook(slow_and_endless)
             replies = [pool.submit(post, server, body | {"stream": n % 2 == 0}) for n in range(4)]
             wait_for(lambda: server.worker.is_busy)
             time.sleep(0.5)
