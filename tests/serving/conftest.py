@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from finetune.display import Display
+from finetune.models.tokenizers import stop_ids
 from finetune.recipes.serve import open_service
 from finetune.serving.served import Served
 from finetune.serving.worker import Worker
@@ -101,3 +102,9 @@ def server(chat_run: Path) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def serve() -> Callable[..., contextlib.AbstractContextManager[Running]]:
     return running
+
+
+def slow_and_endless(model, _, output):
+    """A forward hook with which an answer takes 0.1 s a token and never ends by itself."""
+    time.sleep(0.1)
+    output.logits[..., list(stop_ids(model))] = float("-inf")

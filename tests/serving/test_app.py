@@ -10,9 +10,9 @@ import httpx
 import openai
 import pytest
 
-from finetune.models.tokenizers import stop_ids
 from finetune.serving.app import MOST_BYTES
 from tests.cli.conftest import finetune
+from tests.serving.conftest import slow_and_endless
 
 ASK = [{"role": "user", "content": "What is 3 plus 4?"}]
 
@@ -254,11 +254,6 @@ def wait_for(condition, seconds=60):
 def test_answers_end_with_the_server(chat_run, serve, caplog):
     """A client of a stream, and one that waits, are told. Nothing is left on the terminal."""
     body = {"model": "trained", "messages": ASK, "max_tokens": 60, "temperature": 2}
-
-    def slow_and_endless(model, _, output):
-        time.sleep(0.2)
-        output.logits[..., list(stop_ids(model))] = float("-inf")
-
     with ThreadPoolExecutor(4) as pool:
         with serve(chat_run) as server:
             hook = server.served.models["trained"].model.register_forward_hook(slow_and_endless)

@@ -5,9 +5,9 @@ import shutil
 import httpx
 import pytest
 
-from finetune.models.tokenizers import stop_ids
 from tests.report.test_browser import CHROMIUM, FLAGS
 from tests.serving.browser import Browser
+from tests.serving.conftest import slow_and_endless
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,12 +61,6 @@ def test_one_question_goes_to_both_models(browser, server):
 
 
 def test_an_answer_can_be_stopped(browser, server):
-    import time
-
-    def slow_and_endless(model, _, output):
-        time.sleep(0.1)
-        output.logits[..., list(stop_ids(model))] = float("-inf")  # it never ends by itself
-
     models = [each.model for each in server.served.models.values()]
     hooks = [model.register_forward_hook(slow_and_endless) for model in models]
     try:
