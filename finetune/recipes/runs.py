@@ -48,8 +48,7 @@ def state_of(run: RunRecords, *, held: bool) -> str:
         return "training"
     if run.diverged:
         return "diverged"
-    last = run.steps[-1].step if run.steps else 0
-    if not run.finished or (run.after is not None and run.after.step < last):
+    if not run.finished:
         return "stopped"
     early = any(note.startswith("stopped early") for note in run.notes)
     return "stopped early" if early else "finished"

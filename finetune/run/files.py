@@ -70,6 +70,13 @@ def sync_file(path: Path) -> None:
             os.fsync(file.fileno())
 
 
+def remove_file(path: Path) -> None:
+    """Delete the file at `path`, if there is one. Raises UserError if the disk refuses."""
+    if path.is_file():
+        with _refusals(path, "deleted"):
+            path.unlink()
+
+
 def make_folder(path: Path) -> None:
     """Make the folder at `path` if it is not there. Raises UserError if the disk refuses."""
     with _refusals(path):
@@ -152,13 +159,13 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def _refusals(path: Path, done: str = "written") -> Iterator[None]:
     """Raise a UserError for an OSError: the file, the reason, and what is left of the run."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"{path} could not be written: {reason}{_left(path)}") from error
+        raise UserError(f"{path} could not be {done}: {reason}{_left(path)}") from error
 
 
 def _left(path: Path) -> str:

@@ -118,6 +118,10 @@ class RunDir:
         """Return whether there is something to lose: a step or an evaluation was logged."""
         return self.is_run() and self.metrics.is_file()
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Return whether a checkpoint is one of this run's, under whichever path it is named."""
+        return run_of(checkpoint).root == self.root.resolve()
+
     def clear(self) -> None:
         """Delete what the run wrote. Other files stay, also those in its folders.
 
@@ -135,6 +139,11 @@ class RunDir:
             raise UserError(
                 f"the run {self.root} could not be deleted: {error.strerror or error}"
             ) from error
+
+
+def run_of(checkpoint: Path) -> RunDir:
+    """Return the run that a checkpoint lies in."""
+    return RunDir(checkpoint.resolve().parent.parent)
 
 
 def is_written_by_a_run(file: Path) -> bool:

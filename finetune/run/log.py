@@ -8,7 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from finetune.run.files import append_lines, make_folder, raw_lines, sync_file, write_text
+from finetune.run.files import (
+    append_lines,
+    make_folder,
+    raw_lines,
+    remove_file,
+    sync_file,
+    write_text,
+)
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluation, Sample, StepRecord
 
@@ -78,10 +85,11 @@ def keep_samples(run: RunDir, samples: Sequence[Sample]) -> None:
 
 
 def forget_after(run: RunDir, step: int) -> None:
-    """Remove what was logged after `step`, and lines that are cut short.
+    """Remove what was logged after `step`, lines that are cut short, and the batch of a divergence.
 
     A resumed run takes these steps again. Raises UserError if the disk refuses.
     """
+    remove_file(run.bad_batch)
     for path in (run.metrics, run.samples, run.updates):
         if path.is_file():
             kept = [line.decode() for line in raw_lines(path) if _is_up_to(step, line)]

@@ -75,6 +75,7 @@ class Environment(JsonRecord):
 
     command: str = ""  # to be typed again
     started: str = ""  # ISO 8601
+    begun_from: str | None = None  # the checkpoint of another run
     processes: int | None = None
     device: str = ""
     precision: str = ""
@@ -164,6 +165,7 @@ class Evaluations(JsonRecord):
     after: Evaluation | None = None
     best: Evaluation | None = None
     test: Mapping[str, Any] | None = None  # the figures on test data, measured after the run
+    last_step: int | None = None  # at the run's end
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -305,20 +307,21 @@ def read_run(root: Path) -> RunRecords:
     lost = [*_said_lost(run.metrics, lost_metrics), *_said_lost(run.samples, lost_samples)]
     evaluations = [record for record in logged if isinstance(record, Evaluation)]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
+    steps = [record for record in logged if isinstance(record, StepRecord)]
+    end = summary.after.step if summary.after and summary.last_step is None else summary.last_step
     return RunRecords(
         name=root.resolve().name,
         config=read_config(run),
         environment=environment,
         data=DataCounts.read(run),
-        steps=[record for record in logged if isinstance(record, StepRecord)],
+        steps=steps,
         evaluations=evaluations,
         samples=samples,
         before=summary.before or (first if first and first.step == 0 else None),
         after=summary.after or (last if last and last.step > 0 else None),
         best=summary.best,
         test=summary.test,
-        # a run writes more than "test" at its end
-        finished=run.evaluation.is_file() and summary.as_dict().keys() != {"test"},
+        finished=end is not None and (not steps or steps[-1].step <= end),  # no more were taken
         diverged=run.bad_batch.is_file(),
         notes=[*map(str, environment.notes), *lost],
         warned=[*map(str, environment.warned), *lost],

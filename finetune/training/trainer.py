@@ -204,11 +204,23 @@ class Trainer:
             "checkpoints are untouched. Lower optimizer.lr, or look at that batch"
         )
 
+    def evaluate_end(self, *, missing: bool) -> None:
+        """Evaluate a run that is over at its start, if that is `missing` on any process.
+
+        A run that is resumed with fewer steps or less time may be over where it was stopped.
+        """
+        if self._on_any_process(missing) and self._evaluate():
+            self._save()
+
     def _evaluate_if_due(self) -> bool | None:
         """Return whether this step's evaluation is the best so far, or None if none was due."""
-        step = self.progress.step
-        if step % self.cadence.evaluate_every and not self._is_over():
+        if self.progress.step % self.cadence.evaluate_every and not self._is_over():
             return None
+        return self._evaluate()
+
+    def _evaluate(self) -> bool:
+        """Return whether the evaluation of this step is the best so far."""
+        step = self.progress.step
         self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
         if value is None:
@@ -275,7 +287,11 @@ class Trainer:
         """
         state, options = self._training_state(checkpoint), options_of(self.optimizer)
         self.restore(checkpoint)
+        progress = Progress(**state["progress"])
         schedule, base = state["scheduler"], self.scheduler.base_lrs
+        if self.clock is None and progress.seconds:  # its place was a time, and is now a step
+            schedule = {**schedule, "last_epoch": progress.step}
+            progress.seconds = 0.0
         lrs = [
             lr * factor(schedule["last_epoch"])
             for lr, factor in zip(base, self.scheduler.lr_lambdas, strict=True)
@@ -289,7 +305,7 @@ class Trainer:
         self.batches.load_state_dict(state["data"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = progress
         self.guard.load_state_dict(self.progress.guard)
         if self.clock is not None:
             self._follow(self.clock)

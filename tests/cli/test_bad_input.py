@@ -154,14 +154,25 @@ def test_a_stream_without_targets_ends_before_the_first_step(folder, write_confi
     assert not (folder / "run").exists()
 
 
-def test_a_mistake_with_overwrite_deletes_nothing(copy):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["data.format=text"], ["format 'text'", "messages"]),
+        (
+            ["training.max_time=10min", "scheduler.warmup_steps=100"],
+            ["scheduler.warmup_steps counts steps", "Set scheduler.warmup_ratio instead"],
+        ),
+        (
+            ["evaluation.metrics=[chrf]", "evaluation.generate=4", "generation.max_new_tokens=120"],
+            ["no held-out record gives a prompt to compute chrf from"],
+        ),
+    ],
+)
+def test_a_mistake_with_overwrite_deletes_nothing_and_a_dry_run_finds_it(copy, changes, says):
     before = snapshot(copy)
-    assert_message(
-        finetune("train", "c.yaml", "overwrite_output_dir=true", "data.format=text"),
-        "format 'text'",
-        "messages",
-    )
-    assert snapshot(copy) == before
+    for option in ("overwrite_output_dir=true", "--dry-run"):
+        assert_message(finetune("train", "c.yaml", *changes, option), *says)
+        assert snapshot(copy) == before
 
 
 def in_a_process(*arguments: str, file_size: int | None = None, **environment: str) -> Result:

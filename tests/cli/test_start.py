@@ -159,6 +159,7 @@ def test_ctrl_c_during_an_import_raises_nothing_in_the_middle_of_it(folder: Path
     """The native code of torch would abort the process."""
     code = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":

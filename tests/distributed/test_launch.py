@@ -127,6 +127,30 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
     assert len(losses(folder / "run")) == NUM_STEPS
 
 
+@pytest.mark.slow
+def test_a_last_checkpoint_that_the_disk_refuses_is_told_after_ctrl_c(folder):
+    (folder / "sitecustomize.py").write_text(
+        SITE.replace("== 7", "== 1").replace("not pathlib", "False and pathlib")
+        + """
+    from finetune.training import checkpoint
+    def refuse(path, content):
+        raise OSError(28, "No space left on device")
+    checkpoint._write_file = refuse
+"""
+    )
+    done = subprocess.run(
+        [*(sys.executable, "-m", "finetune", "train", "c.yaml"), "output_dir=run", "--processes=2"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    said = "the checkpoint of step 2 could not be written to run/checkpoints: No space left on"
+    assert done.stderr.count(said) == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     monkeypatch.setattr(sys, "argv", sys.argv)

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.config import RunConfig
 from finetune.display import format_metrics
 from finetune.errors import UserError
-from finetune.recipes.build.evaluator import evaluator_of
+from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.build.parts import Parts
 from finetune.report import write_report
 from finetune.run.folder import RunDir
@@ -23,10 +23,11 @@ class RunEvaluations:
     It logs the metrics, keeps samples, and returns the metrics.
     """
 
-    def __init__(self, parts: Parts, run: RunDir, logger: MetricLogger) -> None:
-        self.parts, self.run, self.logger = parts, run, logger
+    def __init__(
+        self, parts: Parts, evaluator: Evaluator, run: RunDir, logger: MetricLogger
+    ) -> None:
+        self.parts, self.evaluator, self.run, self.logger = parts, evaluator, run, logger
         self.display = parts.display
-        self.evaluator = evaluator_of(parts)
         self.records: dict[int, Evaluation] = {}
         self.live_report = LiveReport(run.root)
 
@@ -62,7 +63,7 @@ class RunEvaluations:
         records = {**evaluations_by_step(self.run), **self.records}
         before, after = records.get(0), records.get(last_step)
         best = None if best_step is None else records.get(best_step)
-        summary = Evaluations(before, after, best)
+        summary = Evaluations(before, after, best, last_step=last_step)
         try:
             earlier = Evaluations.read(self.run)
         except UserError:

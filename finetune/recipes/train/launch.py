@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -105,6 +106,12 @@ def number_of_processes(given: str) -> int:
 
 
 def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"]:
+    with tempfile.TemporaryDirectory(prefix="finetune-") as logs:
+        return _launch_with(task, count, Path(logs))
+
+
+def _launch_with(task: Mapping[str, Any], count: int, logs: Path) -> Literal["finished", "signal"]:
+    """Launch the processes. Each writes the error that ends it to a file below `logs`."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -115,6 +122,7 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
         local_addr="localhost",
         max_restarts=0,
         shutdown_timeout=SAVING_TIME,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
     )
     # what it would log is reported below
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -124,6 +132,10 @@ def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"
                 "-m", "finetune.recipes.train.worker", json.dumps(task)
             )
     except SignalException:
+        for file in sorted(logs.rglob("error.json")):
+            kind, _, sentence = json.loads(file.read_bytes())["message"]["message"].partition(": ")
+            if kind == UserError.__name__:  # such as a disk that refuses the last checkpoint
+                raise UserError(sentence) from None
         return "signal"
     except ChildFailedError as error:
         rank, failure = root_cause(error.failures)

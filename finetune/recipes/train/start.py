@@ -21,11 +21,11 @@ from finetune.recipes.build.parts import Parts
 from finetune.recipes.build.size import batch_size_of, with_size_of
 from finetune.run.claim import check_claim, claim_folder, locked, write_marker
 from finetune.run.environment import collect_environment
-from finetune.run.folder import RunDir
+from finetune.run.folder import RunDir, newest_checkpoint, run_of
 from finetune.run.marker import Marker, read_marker
 from finetune.run.records import DataCounts, Environment, read_config, write_config
 from finetune.run.replace import check_replaceable
-from finetune.run.wording import counted
+from finetune.run.wording import clock, counted
 from finetune.training.checkpoint import agree_on_checkpoint, find_checkpoint
 
 
@@ -56,9 +56,11 @@ def find_start(
     checkpoint = None
     if accelerator.is_main_process and resume is not None:
         checkpoint = find_checkpoint(resume, run.checkpoints, note=display.note)
+        if checkpoint is None and (source := _source_of(run)) is not None:
+            checkpoint = find_checkpoint(source, run.checkpoints)
     checkpoint = agree_on_checkpoint(checkpoint, accelerator)
-    own = checkpoint is None or checkpoint.parent.resolve() == run.checkpoints.resolve()
-    resuming = resume is not None and own
+    own = checkpoint is None or run.holds(checkpoint)
+    resuming = resume is not None and (own or _goes_on(run, checkpoint))
     if accelerator.is_main_process:
         check_claim(run.root, "run", run.written())
         check_replaceable(run.model)
@@ -72,14 +74,33 @@ def find_start(
     return checkpoint, resuming
 
 
+def _source_of(run: RunDir) -> str | None:
+    """Return the checkpoint of another run that this run began from, if it did."""
+    try:
+        return Environment.read(run).begun_from
+    except UserError:  # damaged; `write_records` names it
+        return None
+
+
+def _goes_on(run: RunDir, checkpoint: Path | None) -> bool:
+    """Return whether the run began from `checkpoint` of another run and has none of its own yet."""
+    return (
+        checkpoint is not None
+        and newest_checkpoint(run.checkpoints) is None
+        and _source_of(run) == _begun_from(run, checkpoint)
+    )
+
+
 def _check_inputs(run: RunDir, config: RunConfig) -> None:
     """Raise UserError if the run would replace the model or the data that it reads."""
     parts = {name: getattr(config.data, name) for name in ("train", "validation", "test")}
     inputs = [(f"data.{name}", source.path) for name in parts for source in parts[name] or ()]
     written = {path.resolve() for path in run.written()}
     for key, name in [("model.name", config.model.name), *inputs]:
+        if name is None:  # a random model
+            continue
         try:
-            place = Path(name or "").resolve()
+            place = Path(name).resolve()
         except (OSError, ValueError):  # no path: a hub name, or a mistake
             continue
         if written & {place, *place.parents}:
@@ -104,10 +125,11 @@ def _make_empty(run: RunDir) -> None:
     write_marker(run.root, Marker("run"))
 
 
-def write_records(parts: Parts, run: RunDir) -> None:
+def write_records(parts: Parts, run: RunDir, checkpoint: Path | None) -> None:
     """Write what the run is made of. A resumed run keeps the command that it was started with.
 
-    A record of an earlier start that is damaged is named in a note, and made again.
+    `checkpoint`: the one that the run goes on from. A file of an earlier start that is damaged is
+    named in a note, and made again.
     """
     accelerator, earlier = parts.accelerator, Environment()
     if run.config.is_file():
@@ -125,6 +147,7 @@ def write_records(parts: Parts, run: RunDir) -> None:
     replace(
         record,
         command=earlier.command or record.command,
+        begun_from=_begun_from(run, checkpoint) or earlier.begun_from,
         model={"name": _model_name(parts.config), **describe_model(parts.model)},
         training={
             "optimizer": parts.config.optimizer.name,
@@ -138,6 +161,11 @@ def write_records(parts: Parts, run: RunDir) -> None:
         peak_memory_gib=earlier.peak_memory_gib,
     ).write(run)
     write_counts(parts, run)
+
+
+def _begun_from(run: RunDir, checkpoint: Path | None) -> str | None:
+    """Return the place of a checkpoint of another run."""
+    return None if checkpoint is None or run.holds(checkpoint) else str(checkpoint.resolve())
 
 
 def _model_name(config: RunConfig) -> str:
@@ -165,7 +193,7 @@ def as_begun(checkpoint: Path, config: RunConfig) -> RunConfig:
     That is the day that its chat template prints, and the size of its steps. If the config in its
     folder is damaged, the run's identity shows whether these mattered.
     """
-    run = RunDir(checkpoint.parents[1])
+    run = run_of(checkpoint)
     if not run.is_run():
         return config
     try:
@@ -213,12 +241,15 @@ def _say_changes(run: RunDir, parts: Parts) -> None:
     if changed:
         display.note("resumed with changed settings: " + ", ".join(changed))
     if any(
-        text.startswith(("training.max_steps ", "training.epochs ", "scheduler."))
+        text.startswith(
+            ("training.max_steps ", "training.max_time ", "training.epochs ", "scheduler.")
+        )
         for text in changed
     ):
+        limit = parts.config.training.max_time
+        length = f"{parts.num_steps:,} steps" if limit is None else clock(limit)
         display.note(
-            "the learning rate is now that of the whole schedule over "
-            f"{parts.num_steps:,} steps, from this step on"
+            f"the learning rate is now that of the whole schedule over {length}, from this step on"
         )
 
 

@@ -2,21 +2,25 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
 
 from finetune.config import RunConfig, dump_config
 from finetune.config.values import MOST
 from finetune.data.batches.stream import StreamingBatches
 from finetune.display import Display
 from finetune.distributed.engines import let_go, prepare, with_whole_model
+from finetune.errors import UserError
 from finetune.models.tokenizers import pad_id
 from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import TRACKING, make_accelerator
 from finetune.recipes.build.data import generation_metrics
+from finetune.recipes.build.evaluator import Evaluator, evaluator_of
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.optimizer import (
     longer_warmup,
@@ -39,8 +43,9 @@ from finetune.recipes.train.start import (
     write_records,
 )
 from finetune.report import write_report
-from finetune.run.folder import RunDir, step_of
+from finetune.run.folder import RunDir, run_of, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
+from finetune.run.records import evaluations_by_step
 from finetune.run.wording import clock, counted
 from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
 from finetune.training.clock import Clock
@@ -78,7 +83,7 @@ def run_training(
         found = None if resume is None else find_checkpoint(resume, run.checkpoints)
         with display.warnings():
             begun = config if found is None else as_begun(found, config)
-            parts, _ = _build(begun, accelerator, display)
+            parts = _build(begun, accelerator, display).parts
         display.say(f"everything is in order: {_length_of(parts)}; the resolved config:")
         if accelerator.is_main_process:
             print(dump_config(parts.config), end="")
@@ -87,12 +92,12 @@ def run_training(
         checkpoint, resuming = find_start(resume, run, config, accelerator, display)
         if checkpoint is not None:
             config = as_begun(checkpoint, config)
-        parts, optimizer = _build(config, accelerator, display)
-        config = parts.config
+        built = _build(config, accelerator, display)
+        parts = built.parts
         if resume is not None and checkpoint is None:
             display.say("there is no checkpoint to resume from yet: starting from the beginning")
         if checkpoint is not None:
-            earlier = RunDir(checkpoint.parents[1])
+            earlier = run_of(checkpoint)
             check_identity(
                 checkpoint,
                 parts.identity,
@@ -100,15 +105,23 @@ def run_training(
             )
         claim(run, accelerator, resuming=resuming)
         with contextlib.ExitStack() as stack:
-            stopped = _train(parts, optimizer, run, checkpoint, listener, on_start, finish, stack)
+            stopped = _train(built, run, checkpoint, listener, on_start, finish, stack)
         accelerator.end_training()
     return stopped
 
 
-def _build(
-    config: RunConfig, accelerator: Accelerator, display: Display
-) -> tuple[Parts, torch.optim.Optimizer]:
-    """Return the parts of the run and its optimizer. Raises UserError for any that is wrong."""
+@dataclass(frozen=True)
+class _Built:
+    """What a run needs. All of it is made before anything in its folder changes."""
+
+    parts: Parts
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    evaluator: Evaluator
+
+
+def _build(config: RunConfig, accelerator: Accelerator, display: Display) -> _Built:
+    """Return what the run needs. Raises UserError for anything that is wrong with it."""
     material = read_material(config, display)
     parts = assemble(material, accelerator=accelerator, display=display)
     material = parts.material
@@ -116,6 +129,12 @@ def _build(
     optimizer = make_optimizer(parts.model, config, sharded=sharded, note=display.note)
     metrics = generation_metrics(config, material.format)
     check_best(config, metrics, material.validation is not None)
+    scheduler = make_scheduler(optimizer, config, parts.num_steps)
+    evaluator = evaluator_of(parts)
+    if accelerator.device.type == "mps":
+        batch = next(measuring_batches(material.train, pad_id=pad_id(material.tokenizer)))
+        check_device(parts.language_model, batch, accelerator.device, key="training.device=cpu")
+        display.note("mps: a small batch gave the loss and the gradients of the CPU")
     if material.examples_per_step is not None:
         examples = counted(material.examples_per_step, "example")
         display.say(f"{_length_of(parts)}, each of about {examples}")
@@ -123,12 +142,11 @@ def _build(
         display.note(sentence)
     for sentence in material.advice():
         display.warn(sentence)
-    return parts, optimizer
+    return _Built(parts, optimizer, scheduler, evaluator)
 
 
 def _train(
-    parts: Parts,
-    raw_optimizer: torch.optim.Optimizer,
+    built: _Built,
     run: RunDir,
     checkpoint: Path | None,
     listener: Listener | None,
@@ -137,6 +155,7 @@ def _train(
     stack: contextlib.ExitStack,
 ) -> Stopped:
     """Take the steps of a run, from `checkpoint` on, and finish it. `stack` closes its log."""
+    parts = built.parts
     display, is_main = parts.display, parts.accelerator.is_main_process
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     limit, total = parts.config.training.max_time, parts.num_steps
@@ -146,9 +165,7 @@ def _train(
     with display.steps(shown, first_step, limit=limit) as show:
         trackers = _trackers(parts, run, None if checkpoint is None else first_step + 1)
         listeners = (show, *trackers, *([listener] if listener else []))
-        live = _make_trainer(
-            parts, raw_optimizer, run, MetricLogger(run.metrics, listeners=listeners)
-        )
+        live = _make_trainer(built, run, MetricLogger(run.metrics, listeners=listeners))
         trainer = live.trainer
         if checkpoint is not None:
             forgotten = trainer.resume(checkpoint)
@@ -166,17 +183,22 @@ def _train(
         if is_main:
             stack.enter_context(display.journal.kept_in(run))
             forget_after(run, begun)
-            write_records(parts, run)
+            write_records(parts, run, checkpoint)
         on_start(live)
         if parts.config.evaluation.before and checkpoint is None:
             trainer.evaluate(0)
-        stopped = trainer.train()
+        try:
+            if trainer.why_over() is not None:
+                trainer.evaluate_end(missing=is_main and begun not in evaluations_by_step(run))
+            stopped = trainer.train()
+        except Exception:
+            _end_live_report(parts, run)
+            raise
     if isinstance(parts.batches, StreamingBatches) and is_main:
         say_counts(display, "training", parts.material.format, parts.statistics, parts.config)
         write_counts(parts, run)
     if stopped == "signal":
-        if is_main and run.report.is_file():
-            write_report(run.root)  # one that no longer refreshes itself
+        _end_live_report(parts, run)
         display.say(
             f"stopped at step {trainer.progress.step}, which is saved. Go on with --resume auto"
         )
@@ -186,26 +208,26 @@ def _train(
     return stopped
 
 
-def _make_trainer(
-    parts: Parts, raw_optimizer: torch.optim.Optimizer, run: RunDir, logger: MetricLogger
-) -> LiveRun:
+def _end_live_report(parts: Parts, run: RunDir) -> None:
+    """Write a report that no longer refreshes itself in the place of one that does."""
+    if parts.accelerator.is_main_process and run.report.is_file():
+        with contextlib.suppress(UserError):  # the run ends for a reason that matters more
+            write_report(run.root)
+
+
+def _make_trainer(built: _Built, run: RunDir, logger: MetricLogger) -> LiveRun:
     """Give the model to the engine, and make the trainer of the run with its evaluations."""
+    parts = built.parts
     config, accelerator = parts.config, parts.accelerator
-    if accelerator.device.type == "mps":
-        material = parts.material
-        batch = next(measuring_batches(material.train, pad_id=pad_id(material.tokenizer)))
-        check_device(parts.language_model, batch, accelerator.device, key="training.device=cpu")
-        parts.display.note("mps: a small batch gave the loss and the gradients of the CPU")
-    scheduler = make_scheduler(raw_optimizer, config, parts.num_steps)
     module, optimizer, average_rows = prepare(
-        accelerator, parts.language_model, raw_optimizer, parts.display
+        accelerator, parts.language_model, built.optimizer, parts.display
     )
-    evaluations = RunEvaluations(parts, run, logger)
+    evaluations = RunEvaluations(parts, built.evaluator, run, logger)
     trainer = Trainer(
         accelerator=accelerator,
         model=module,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=built.scheduler,
         batches=parts.batches,
         evaluate=with_whole_model(accelerator, module, evaluations),
         cadence=_cadence(parts),

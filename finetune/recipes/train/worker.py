@@ -29,8 +29,9 @@ def work(task: Mapping[str, Any]) -> int:
         if isinstance(error, OSError) and (said := disk_refusal(error)) is not None:
             error = UserError(said)
         print_chain(error)
-        ErrorHandler().record_exception(error)
-        return USER_ERROR if isinstance(error, UserError) else 1
+        is_mistake = isinstance(error, UserError)
+        ErrorHandler().record_exception(UserError(str(error)) if is_mistake else error)
+        return USER_ERROR if is_mistake else 1
     return SIGNALLED if stopped == "signal" else 0
 
 

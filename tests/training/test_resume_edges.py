@@ -1,0 +1,167 @@
+"""A run that is resumed at an edge: over already, from a time to steps, after a divergence."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config.loading import make_config
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.runs import state_of
+from finetune.recipes.train.train import run_training
+from finetune.report import write_report
+from finetune.run.folder import RunDir, checkpoint_path
+from finetune.run.log import MetricLogger
+from finetune.run.records import StepRecord, evaluations_by_step, read_metrics, read_run
+
+
+def train(tree: dict[str, Any], **options: Any) -> str:
+    return run_training(make_config(tree), display=Display(enabled=False), **options)
+
+
+def steps_of(run: Path) -> list[StepRecord]:
+    return [record for record in read_metrics(RunDir(run))[0] if isinstance(record, StepRecord)]
+
+
+def state(run: Path) -> str:
+    return state_of(read_run(run), held=False)
+
+
+class Killed(BaseException):
+    """The end of the process."""
+
+
+@pytest.fixture
+def after_step(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that lets something happen when a step is logged, once."""
+
+    def after_step(step: int, happens: Any) -> None:
+        log = MetricLogger.log
+
+        def log_and_more(self: MetricLogger, record: Any) -> None:
+            log(self, record)
+            if isinstance(record, StepRecord) and record.step == step:
+                monkeypatch.setattr(MetricLogger, "log", log)
+                happens()
+
+        monkeypatch.setattr(MetricLogger, "log", log_and_more)
+
+    return after_step
+
+
+def kill() -> None:
+    raise Killed
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_after_a_time_the_schedule_goes_on_at_the_place_of_the_steps(tiny, tmp_path, after_step):
+    after_step(2, interrupt)
+    timed = tiny(training={"max_steps": None, "max_time": "1h"}, scheduler={"warmup_ratio": 0.0})
+    assert train(timed) == "signal"
+    done = len(steps_of(tmp_path / "run"))
+    counted = tiny(training={"max_steps": 10}, scheduler={"warmup_ratio": 0.0})
+    notes = Display(enabled=False)
+    assert run_training(make_config(counted), display=notes, resume="auto") == "finished"
+    rates = [step.lr for step in steps_of(tmp_path / "run")[done:]]
+    assert rates == pytest.approx([3e-3 * (1 - n / 10) for n in range(done, 10)])
+    assert any("that of the whole schedule over 10 steps" in note for note in notes.notes)
+
+
+@pytest.mark.parametrize("named", ["a copy", "a link", "."])
+def test_a_checkpoint_may_be_named_in_any_way(tiny, tmp_path, monkeypatch, named):
+    tree = tiny(training={"max_steps": 2, "batch_size": "auto"}, checkpoint={"every": 1})
+    train(tree)
+    newest = checkpoint_path(tmp_path / "run" / "checkpoints", 2)
+    monkeypatch.chdir(newest if named == "." else tmp_path)
+    if named == "a copy":
+        newest.rename("best")
+    elif named == "a link":
+        Path("best").symlink_to(newest)
+    longer = {**tree, "training": {**tree["training"], "max_steps": 4}}
+    if named == "a copy":  # it is of no run
+        longer["output_dir"] = str(tmp_path / "other")
+    assert train(longer, resume="." if named == "." else "best") == "finished"
+    assert steps_of(Path(longer["output_dir"]))[-1].step == 4
+
+
+def test_a_run_that_diverged_and_went_on_is_finished(tiny, tmp_path):
+    wild = tiny(
+        optimizer={"name": "sgd", "lr": 300.0, "weight_decay": 0.0},
+        training={"max_steps": 60, "divergence_threshold": 1.0},
+        checkpoint={"every": 1, "keep": 60},
+    )
+
+    def show_live(record: Any) -> None:
+        if record.step == 1:
+            write_report(tmp_path / "run", live=True)
+
+    with pytest.raises(UserError, match="training stopped at step"):
+        train(wild, listener=show_live)
+    run = RunDir(tmp_path / "run")
+    assert state(run.root) == "diverged"
+    assert 'http-equiv="refresh"' not in run.report.read_text(), "nothing more will come"
+    calm = {**wild, "optimizer": {**wild["optimizer"], "lr": 1e-6}}
+    calm["training"] = {**wild["training"], "max_steps": 2}
+    assert train(calm, resume=str(checkpoint_path(run.checkpoints, 1))) == "finished"
+    assert state(run.root) == "finished"
+    assert not run.bad_batch.exists()
+
+
+@pytest.mark.parametrize("resume", ["auto", "the same"])
+def test_a_run_from_another_that_died_before_its_first_checkpoint_begins_again(
+    tiny, tmp_path, after_step, resume
+):
+    tree = tiny(training={"max_steps": 6}, checkpoint={"every": 2, "keep": 9})
+    train(tree)
+    source = str(checkpoint_path(tmp_path / "run" / "checkpoints", 2))
+    fork = {**tree, "output_dir": str(tmp_path / "fork")}
+    after_step(3, kill)
+    with pytest.raises(Killed):
+        train(fork, resume=source)
+    assert train(fork, resume="auto" if resume == "auto" else source) == "finished"
+    losses = [step.loss for step in steps_of(tmp_path / "run")]
+    assert [step.loss for step in steps_of(tmp_path / "fork")] == losses[2:]
+    with pytest.raises(UserError, match="holds another run"):
+        train(fork, resume=source)  # it has checkpoints of its own now
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_run_that_is_ended_where_it_stopped_is_evaluated(tiny, tmp_path, after_step, best):
+    tree = tiny(training={"max_steps": 9}, evaluation={"every": 2, "before": True})
+    if not best:
+        tree["optimizer"] = {"lr": 1.0}  # it gets worse
+        tree["training"]["divergence_threshold"] = 1e9
+    after_step(4, interrupt)
+    assert train(tree) == "signal"
+    run = RunDir(tmp_path / "run")
+    last = steps_of(run.root)[-1].step
+    assert last not in evaluations_by_step(run)
+    tree["training"]["max_steps"] = last
+    assert state(run.root) == "stopped"
+    for _ in range(2):  # the second time there is nothing to do
+        assert train(tree, resume="auto") == "finished"
+        assert state(run.root) == "finished"
+        found = json.loads(run.evaluation.read_text())
+        assert found["after"]["step"] == last
+        losses = {step: e.metrics["loss"] for step, e in evaluations_by_step(run).items() if step}
+        assert found["best"]["step"] == min(losses, key=losses.__getitem__)
+        assert (found["best"]["step"] == last) == best
+
+
+def test_a_run_without_held_out_data_is_finished_also_after_a_test(tiny, tmp_path):
+    from finetune.recipes.evaluate import evaluate_target
+
+    tree = tiny(data={"validation_fraction": 0.0})
+    tree["data"]["test"] = tree["data"]["train"]
+    train(tree)
+    assert state(tmp_path / "run") == "finished"
+    evaluate_target(str(tmp_path / "run"), config=None, overrides=[], as_json=True)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]
+    assert state(tmp_path / "run") == "finished"
