@@ -22,7 +22,7 @@ Budget = Annotated[
         min=1,
         max=1_000_000_000,
         help="Optimizer steps of each run.",
-        show_default="training.max_steps",
+        show_default="as many as `finetune train` takes",
     ),
 ]
 

@@ -13,7 +13,8 @@ TokenCount = Annotated[int, Field(ge=1, le=1 << 24)]
 Seconds = Annotated[int, Field(ge=1, le=10_000_000)]
 SeedNumber = Annotated[int, Field(ge=0, lt=1 << 32)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Rate = Annotated[float, Field(gt=0, le=1000)]
+HIGHEST_RATE = 1000.0
+Rate = Annotated[float, Field(gt=0, le=HIGHEST_RATE)]
 
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of every common file system

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -261,7 +262,7 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
             ("optimizer.name=[sgd,adam]", "data.validation_fraction=0"),
             "a comparison needs held-out data",
         ),
-        (("optimizer.name=[sgd,adam]", "training.max_steps=null"), "Give --budget STEPS"),
+        (("optimizer.name=[sgd,adam]", "training.max_time=60"), "another number of steps"),
         (
             ("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"),
             "holds a comparison with other settings (trials 2, now 3;",
@@ -321,7 +322,7 @@ def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
     best = load_config(Path("runs/tune-c/best.yaml"))
     assert best.optimizer.lr == 1e-2
     assert best.optimizer.options == {"betas": [0.8, 0.99]}
-    assert best.training.max_steps == 4
+    assert best.training == load_config(Path("c.yaml")).training, "trains as long as c.yaml"
     assert best.data == load_config(Path("c.yaml")).data
     assert "best" in result.out
     assert f"weight_decay={best.optimizer.weight_decay:g}" in result.err
@@ -384,3 +385,72 @@ def test_optimizers_that_keep_rows_apart_differently_begin_alike(
     result = finetune(*compare)
     assert result.code == 0, result.err
     assert {run["optimizer"] for run in comparison(tmp_path)["runs"]} == set(names.split(","))
+
+
+def test_data_may_be_mended_until_something_was_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, training={"max_steps": 2})
+    tune = ("tune", "c.yaml", "optimizer.weight_decay=0", "--trials", "1")
+    whole = Path("chat.jsonl").read_text()
+    Path("chat.jsonl").write_text(whole + '{"messages": []}\n')
+    refused = finetune(*tune)
+    assert (refused.code, "chat.jsonl" in refused.err or "train.jsonl" in refused.err) == (2, True)
+    dropped = finetune(*tune, "data.on_bad_record=drop", "--budget", "0")
+    assert dropped.code == 2  # that budget is none
+    Path("chat.jsonl").write_text(whole)
+    result = finetune(*tune)
+    assert result.code == 0, result.err
+    assert "every run has 2 steps" in result.err
+    Path("chat.jsonl").write_text(whole.replace("What is 3 plus 3?", "What is 3 and 3?"))
+    changed = finetune(*tune)
+    assert changed.code == 2
+    assert "the data is no longer that of runs/tune-c/data/" in changed.err
+    Path("chat.jsonl").write_text(whole)
+    assert finetune(*tune).code == 0
+    other = finetune(*tune, "training.batch_size=2")
+    assert "holds a comparison with other settings (in training" in other.err
+
+
+def test_a_search_keeps_the_day_that_its_template_prints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    template = (
+        "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant"
+        "\n{% endif %}"
+    )
+    (tmp_path / "dated.jinja").write_text(template)
+    write(tmp_path, training={"max_steps": 1}, model={"chat_template": "dated.jinja"})
+    tune = ("tune", "c.yaml", "optimizer.weight_decay=0", "--trials")
+    assert finetune(*tune, "1").code == 0
+    protocol = Path("runs/tune-c/protocol.yaml")
+    kept = yaml.safe_load(protocol.read_text())
+    assert kept["template_date"] == f"{date.today():%Y-%m-%d}"
+    protocol.write_text(yaml.safe_dump({**kept, "template_date": "2020-02-02"}))
+    later = finetune(*tune, "1")  # the data is that of the day before: another one
+    assert "in training_data" in later.err or "training_data" in later.err
+
+
+def test_values_that_no_optimizer_takes_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, training={"max_steps": 1})
+    for given, says in (
+        ("optimizer.weight_decay=[-0.1]", "optimizer.weight_decay = -0.1 is not allowed"),
+        ("weight_decay=-0.1", "optimizer.weight_decay = -0.1 is not allowed"),
+        ("optimizer.weight_decay=[.nan]", "optimizer.weight_decay = nan is not allowed"),
+    ):
+        result = finetune("tune", "c.yaml", given, "--trials", "1")
+        assert (result.code, says in result.err) == (2, True), result.err
+    none = finetune("tune", "c.yaml", "optimizer.name=sparse_adam", "optimizer.weight_decay=[0, 1]")
+    assert (none.code, "sparse_adam takes no weight decay" in none.err) == (2, True), none.err
+    one = finetune("compare", "c.yaml", "optimizer.name=adam")
+    assert (one.code, "needs at least two optimizers" in one.err) == (2, True), one.err
+
+
+def test_a_grid_ends_at_the_highest_rate_that_a_config_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, optimizer={"name": "sgd", "lr": 500}, training={"max_steps": 1})
+    result = finetune("tune", "c.yaml", "optimizer.weight_decay=0", "--trials", "3")
+    assert "Traceback" not in result.err
+    tried = {path.name for path in Path("runs/tune-c/runs/sgd").iterdir()}
+    assert tried >= {"lr-150-weight-decay-0", "lr-500-weight-decay-0"}
+    assert not any("1.5e+03" in name for name in tried)

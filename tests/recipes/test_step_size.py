@@ -131,11 +131,19 @@ def test_the_plan_says_what_a_step_has(tiny, capsys):
     assert lines["examples of a step"][4] == f"{plan.work.examples_per_step:.0f}"
 
 
-@pytest.mark.parametrize("budget", [None, 5])
-def test_every_run_of_a_comparison_has_the_same_size(tiny, tmp_path, budget):
-    steps = 7 if budget is None else None
-    config = make_config(auto(tiny, max_steps=steps))
-    base = prepare_study(config, trials=1, budget=budget, test=True, display=Display(enabled=False))
-    assert (base.training.batch_size, base.training.max_steps) == (8, budget or 7)
-    protocol = yaml.safe_load((tmp_path / "run" / "protocol.yaml").read_text())
-    assert protocol["training"]["batch_size"] == 8
+@pytest.mark.parametrize("training", [{"epochs": 5}, {"epochs": 40}, {"max_steps": 7}])
+def test_a_run_of_a_search_is_as_long_and_as_large_as_the_run_of_its_config(
+    tiny, tmp_path, training
+):
+    config = make_config(auto(tiny, **training))
+    quiet = Display(enabled=False)
+    base = prepare_study(config, trials=1, budget=None, test=False, display=quiet)
+    run = make_config({**auto(tiny, **training), "output_dir": str(tmp_path / "alone")})
+    plan = plan_run(run)
+    assert base.training.max_steps == plan.work.num_steps
+    assert base.training.batch_size == plan.work.batch_size
+    short = prepare_study(config.model_copy(update={"output_dir": tmp_path / "short"}),
+                          trials=1, budget=5, test=False, display=quiet)  # fmt: skip
+    assert short.training.max_steps == 5
+    assert short.training.batch_size == base.training.batch_size
+    assert short.data.packed_length == base.data.packed_length

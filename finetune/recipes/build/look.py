@@ -14,6 +14,7 @@ import yaml
 
 from finetune.config import RunConfig, load_config
 from finetune.config.loading import make_config
+from finetune.config.other_tools import ALIASES
 from finetune.config.schema import DataSection, SourceSection
 from finetune.config.yaml12 import parse
 from finetune.data.formats.detect import find_shape
@@ -56,16 +57,20 @@ def look_at_search(path: Path, overrides: Sequence[str], *, key: str) -> None:
 
 
 def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, list[str]]:
-    """Return the list of an override `key=[…]`, or None, and the other overrides."""
+    """Return the values of an override `key=[…]`, or None, and the other overrides.
+
+    The key may have another tool's name. One value without brackets is a list of one.
+    """
     found, others = None, []
     for override in overrides:
         name, _, text = override.partition("=")
+        name = name.strip().removeprefix("--")
         try:
-            value = parse(text) if name.strip() == key else None
+            value = parse(text) if ALIASES.get(name, name) == key else None
         except yaml.YAMLError:
             value = None  # the reader of the config reports what is wrong with it
-        if isinstance(value, list):
-            found = value
+        if value is not None:
+            found = value if isinstance(value, list) else [value]
         else:
             others.append(override)
     return found, others
@@ -117,7 +122,7 @@ def look_at_target(target: str) -> RunDir | None:
 
     Raises UserError if the run has no model yet, or for a local name without a model.
     """
-    run = RunDir(Path(target))
+    run = RunDir(Path(os.path.expanduser(target)))
     if not run.is_run():
         find_local(target)
         return None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.config import RunConfig
+from finetune.config.loading import validate
 from finetune.config.schema import OptimizerSection
 from finetune.errors import UserError, did_you_mean
 from finetune.optim import check_optimizer, optimizer_info
@@ -41,7 +42,8 @@ def section_for(
 ) -> OptimizerSection:
     """Return the section with another optimizer, learning rate and weight decay.
 
-    Of its options it keeps those that the optimizer takes.
+    Of its options it keeps those that the optimizer takes. Raises UserError for a value that the
+    section does not take.
     """
     takes = optimizer_info(name).options
     decay = section.weight_decay if weight_decay is None else weight_decay
@@ -51,9 +53,8 @@ def section_for(
         for key, value in given.items()
         if key in OptimizerSection.model_fields or key in takes
     }
-    return OptimizerSection(
-        **known, name=name, lr=lr, weight_decay=decay if "weight_decay" in takes else None
-    )
+    searched = {"lr": lr, "weight_decay": decay if "weight_decay" in takes else None}
+    return validate(OptimizerSection, {**known, "name": name, **searched}, where="optimizer")
 
 
 def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:

@@ -9,8 +9,9 @@ SQLite, so `optuna-dashboard` can read the search.
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,28 @@ import yaml
 from finetune.comparison import grids
 from finetune.comparison.grids import MAX_WIDENINGS, wider
 from finetune.config import RunConfig, dump_config
+from finetune.config.values import HIGHEST_RATE
 from finetune.config.yaml12 import parse
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
-from finetune.recipes.build.size import batch_size_of, with_limited_size
+from finetune.recipes.build.material import read_material, with_template_date
+from finetune.recipes.build.parts import assemble
+from finetune.recipes.build.size import batch_size_of, step_size_in_words
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
 from finetune.recipes.compare.trial import Tally, run_trial
 from finetune.run.claim import claim_folder
 from finetune.run.files import read_text, write_text
 from finetune.run.trials import Run
+from finetune.run.wording import counted
 from finetune.training.trainer import Stopped
 
+PROTOCOL = "protocol.yaml"
+"""What the runs of a folder have in common: their settings, and what was found of the data."""
+
 NAMES = (  # what a comparison or a search writes into its folder
-    *("protocol.yaml", "study.db", "data", "runs", "best.yaml"),
+    *(PROTOCOL, "study.db", "data", "runs", "best.yaml"),
     *("comparison.json", "comparison.csv", "comparison.html"),
 )
 EVALUATIONS = 10  # of a run, if evaluation.every is not set
@@ -47,30 +55,50 @@ def prepare_study(
 ) -> RunConfig:
     """Return the config that every run is made from, with its data written to files.
 
-    `budget`: optimizer steps of each run; None: those of the config. `test`: hold test data out
-    too. Raises UserError for a config that cannot be compared, or a folder of another comparison.
+    `budget`: optimizer steps of each run; None: those of the config's own run. `test`: hold test
+    data out too. Raises UserError for a config that cannot be compared, or a folder of another
+    comparison.
     """
-    if make_accelerator(config, Display(enabled=False)).num_processes > 1:
+    quiet = Display(enabled=False)
+    accelerator = make_accelerator(config, quiet)
+    if accelerator.num_processes > 1:
         raise UserError(
             "comparing and tuning run in one process. Start them without `accelerate launch`"
         )
     if config.training.max_time is not None:
         raise UserError(
-            "training.max_time would give each run another number of steps. Leave it out, and set "
-            "training.max_steps or --budget"
+            "training.max_time would give each run another number of steps. Leave it out, or set "
+            "training.max_steps instead"
         )
-    steps = budget if budget is not None else config.training.max_steps
-    if steps is None:
-        raise UserError(
-            "every run of a comparison needs the same number of steps. "
-            "Give --budget STEPS, or set training.max_steps"
-        )
-    if config.training.batch_size == "auto":
-        config = with_limited_size(config)
-        size = batch_size_of(config)
-        display.say(f"training.batch_size: auto is {size} sequences a step, the same in every run")
-    _claim(config, {"trials": trials, "budget": steps})
-    every = config.evaluation.every or max(1, steps // EVALUATIONS)
+    root = config.output_dir
+    claim_folder(root, "comparison", [root / name for name in NAMES])
+    begun = any(root.glob("runs/*/*/metrics.jsonl"))  # else nothing is lost by another beginning
+    before = _read_protocol(root / PROTOCOL) if begun else {}
+    given = {**_settings_of(config), "trials": trials}
+    _refuse_changes(root, before, given)
+    if (kept := before.get("template_date")) is not None:
+        config = with_template_date(config, date.fromisoformat(kept))
+    data = hold_out(config.data, seed=config.seed, folder=root / "data", test=test, again=not begun)
+    held_out = config.model_copy(update={"data": data})
+    parts = assemble(read_material(held_out, quiet), accelerator=accelerator, display=quiet)
+    steps = budget or parts.num_steps
+    day = parts.config.data.template_date
+    found = {
+        "steps": steps,
+        "batch_size": batch_size_of(parts.config),
+        "template_date": None if day is None else day.isoformat(),
+        "training_data": parts.identity["the training data"],
+    }
+    _refuse_changes(root, before, found)
+    write_text(root / PROTOCOL, yaml.safe_dump(given | found, sort_keys=False, allow_unicode=True))
+    if (sentence := step_size_in_words(config, parts.config)) is not None:
+        display.say(sentence)
+    display.say(f"every run has {counted(steps, 'step')}")
+    return _config_of_runs(parts.config, steps)
+
+
+def _config_of_runs(config: RunConfig, steps: int) -> RunConfig:
+    """Return the config of the runs: of `steps` steps, and evaluated by the loss alone."""
     loss_alone = {
         "metrics": (),
         "generate": 0,
@@ -78,11 +106,10 @@ def prepare_study(
         "best": "loss",
         "early_stopping_patience": None,
     }
-    data = hold_out(config.data, seed=config.seed, folder=config.output_dir / "data", test=test)
+    every = config.evaluation.every or max(1, steps // EVALUATIONS)
     return config.model_copy(
         update={
             "overwrite_output_dir": False,
-            "data": data,
             "training": config.training.model_copy(update={"max_steps": steps}),
             "evaluation": config.evaluation.model_copy(
                 update={"every": every, "before": True, **loss_alone}
@@ -95,30 +122,26 @@ def prepare_study(
     )
 
 
-def _claim(config: RunConfig, numbers: dict[str, int]) -> None:
-    """Make the folder ours, unless it is already. Raises UserError if it holds other files.
-
-    protocol.yaml holds what all runs of the folder have in common. Raises UserError if it differs.
-    """
-    root = config.output_dir
-    claim_folder(root, "comparison", [root / name for name in NAMES])
+def _settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that all runs of a folder have in common."""
     same = config.model_copy(update={"output_dir": Path(), "overwrite_output_dir": False})
-    tree = {**parse(dump_config(same)), **numbers}
+    tree = parse(dump_config(same))
     tree["optimizer"] = {
         key: value for key, value in tree["optimizer"].items() if key not in ("name", "lr")
     }
-    path = root / "protocol.yaml"
-    if path.is_file():
-        before = _read_protocol(path)
-        changed = [
-            _change(key, before.get(key), tree[key]) for key in tree if before.get(key) != tree[key]
-        ]
-        if changed:
-            raise UserError(
-                f"{root} holds a comparison with other settings ({', '.join(changed)}; "
-                f"see {path}). Name another output_dir, or delete the folder"
-            )
-    write_text(path, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return dict(tree)
+
+
+def _refuse_changes(root: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise UserError if `now` differs from what the runs in `root` were begun with."""
+    changed = [
+        _change(key, before[key], now[key]) for key in now if before.get(key, now[key]) != now[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{root} holds a comparison with other settings ({', '.join(changed)}; "
+            f"see {root / PROTOCOL}). Name another output_dir, or delete the folder"
+        )
 
 
 def _read_protocol(path: Path) -> dict[str, Any]:
@@ -159,7 +182,8 @@ def tune_learning_rate(
         start = "lora"
     elif base.model.name is None:
         start = "random"
-    lrs = grids.lr_grid(grids.centre(name, start) if middle is None else middle, trials)
+    grid = grids.lr_grid(grids.centre(name, start) if middle is None else middle, trials)
+    lrs = [lr for lr in grid if lr <= HIGHEST_RATE]
     reported: set[str] = set()
 
     def run_point(point: GridPoint) -> Run | None:
@@ -227,7 +251,7 @@ def search(
             for run in runs:
                 losses[run.result.lr] = min(run.loss, losses.get(run.result.lr, math.inf))
             further = wider(losses)
-            if further is None or widened == MAX_WIDENINGS:
+            if further is None or further > HIGHEST_RATE or widened == MAX_WIDENINGS:
                 return runs
             lrs, widened = [further], widened + 1
 

@@ -49,6 +49,8 @@ def tune_optimizer(
     folder = f"output_dir={json.dumps(str(Path('runs') / f'tune-{path.stem}'))}"
     config = load_config(path, [folder, *others])
     name = optimizer_info(config.optimizer.name).name
+    if given is not None and "weight_decay" not in optimizer_info(name).options:
+        raise UserError(f"{name} takes no weight decay. Leave optimizer.weight_decay out")
     decays = _check_decays(config, name, WEIGHT_DECAYS if given is None else given)
     with locked(config.output_dir, display.note):
         base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
@@ -71,7 +73,7 @@ def tune_optimizer(
                 f"{best.result.lr:g}. Begin with a lower optimizer.lr"
             )
         chosen = config.output_dir / "best.yaml"
-        write_text(chosen, dump_config(_best_config(config, best, budget, path)))
+        write_text(chosen, dump_config(_best_config(config, best, path)))
         _print_runs(name, runs, best, trials * max(1, len(decays)))
         display.say(
             f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
@@ -100,20 +102,16 @@ def _check_decays(config: RunConfig, name: str, decays: Sequence[Any]) -> list[f
     return tried
 
 
-def _best_config(config: RunConfig, best: Run, budget: int | None, path: Path) -> RunConfig:
+def _best_config(config: RunConfig, best: Run, path: Path) -> RunConfig:
     """Return the user's config with the best learning rate and weight decay."""
     found: dict[str, Any] = {
         key: best.result.settings[key]
         for key in ("lr", "weight_decay")
         if key in best.result.settings
     }
-    training = config.training
-    if budget is not None:
-        training = training.model_copy(update={"max_steps": budget})
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update=found),
-            "training": training,
             "output_dir": Path("runs") / f"{path.stem}-tuned",
         }
     )
