@@ -75,6 +75,8 @@ def _print_table(results: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"{results['num_records']:,} records, {results['precision']}", markup=False)
+    if number := results.get("num_generated"):
+        console.print(f"answers: to the first {number:,} prompts", markup=False)
     for key, value in results.items():
         if key.endswith("signature"):
             console.print(f"{value}", markup=False)
@@ -88,11 +90,14 @@ def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> di
     if settings.data.system_prompt is not None:
         display.say(f"system prompt: {settings.data.system_prompt}")
     material = read_material(
-        _evaluation_config(settings, opened.model.device.type),
+        _evaluation_config(_with_its_split(settings, opened.config), opened.model.device.type),
         display,
         trained=(opened.model, opened.tokenizer),
     )
-    if material.raw.validation is None:
+    if (held_out := material.raw.validation) is not None and settings.data.test is None:
+        held_out = held_out.take(settings.data.max_validation_records)
+        material = replace(material, raw=replace(material.raw, validation=held_out))
+    if material.validation is None:  # it is encoded now: the format knows whether tools are called
         raise UserError(
             "the config names no held-out data. "
             "Set data.test, data.validation or data.validation_fraction"
@@ -113,13 +118,38 @@ def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> di
     )
     results = {
         "data": _data_in_words(settings.data),
-        "num_records": len(material.raw.validation),
+        "num_records": material.validation.statistics.records,
         "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
     }
     results |= evaluator.evaluate()[0]
     if evaluator.prompts:
         results["num_generated"] = len(evaluator.prompts)
     return results
+
+
+def _with_its_split(settings: RunConfig, own: RunConfig | None) -> RunConfig:
+    """Return the settings so that they hold out what the run `own` held out of its data.
+
+    Raises UserError for settings that would evaluate on what the run was trained on.
+    """
+    given = settings.data.test or settings.data.validation
+    if own is None or own.data.validation or given or own.data.train != settings.data.train:
+        return settings
+    for key, then, now in (
+        ("seed", own.seed, settings.seed),
+        (
+            "data.validation_fraction",
+            own.data.validation_fraction,
+            settings.data.validation_fraction,
+        ),
+    ):
+        if then != now:
+            raise UserError(
+                f"{key} is {now}, and the run held its data out with {then}, so it would be "
+                "evaluated on records that it was trained on. Leave it out, or give data.test"
+            )
+    most = {"max_validation_records": own.data.max_validation_records}
+    return settings.model_copy(update={"data": settings.data.model_copy(update=most)})
 
 
 def _evaluation_config(config: RunConfig, device: str) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.config.loading import make_config
 from finetune.data.batches.size import ENOUGH_STEPS, LARGEST
 from finetune.data.formats.translation import TranslationFormat
-from finetune.data.sources import Records, share_held_out
+from finetune.data.sources import Records, count_held_out
 from finetune.data.sources.files import KINDS, kind_ending
 from finetune.data.types import Tokenizer
 from finetune.display import Display
@@ -50,14 +50,15 @@ def init_config(
         )
     assert isinstance(material.raw.train, Records), "a first config does not stream"
     display.say(f"encoding {len(material.raw.train):,} records as {material.format.name}")
-    share = share_held_out(len(material.raw.train))
+    records = len(material.raw.train)
+    held_out = count_held_out(records, most=make_config(tree).data.max_validation_records)
     tree["data"]["validation_fraction"] = "auto"
-    tree["training"] = {"epochs": epochs_for((1 - share) * len(material.train))}
+    tree["training"] = {"epochs": epochs_for((1 - held_out / records) * len(material.train))}
     described = describe_model(material.skeleton)
     tree["optimizer"] = {"lr": learning_rate(described["parameters"])}
     tree["training"]["micro_batch_size"], fits = _micro_batch(tree, display)
     work = _planner(tree).work
-    write_text(output, _as_text(tree, material, work, described["parameters"], output))
+    write_text(output, _as_text(tree, material, work, described["parameters"], held_out, output))
     display.say(
         f"{output}: {material.format.name}, {len(material.train):,} examples, about "
         f"{work.num_steps:,} steps of {counted(work.examples_per_step, 'example')}"
@@ -140,13 +141,16 @@ def _planner(tree: dict[str, Any]) -> Planner:
 
 
 def _as_text(
-    tree: dict[str, Any], material: Material, work: Work, parameters: int, output: Path
+    tree: dict[str, Any],
+    material: Material,
+    work: Work,
+    parameters: int,
+    held_out: int,
+    output: Path,
 ) -> str:
     """Return the config as YAML, with the reason of each choice beside it."""
     data, training, format = tree["data"], tree["training"], material.format
     counts = material.train.statistics
-    records = len(material.raw.train)  # type: ignore[arg-type]
-    held_out = max(1, round(share_held_out(records) * records))
     lines = [
         f"# Written by `finetune init` for {counts.records:,} records.",
         "# `finetune keys` lists all keys, `finetune plan` predicts memory and time.",
@@ -166,10 +170,12 @@ def _as_text(
         )
     if counts.bad_records:
         lines.append(f"  on_bad_record: drop  # {counts.bad_records:,} records cannot be used")
-    longest = max(material.train.lengths)
+    longer = {"cut": counts.truncated + counts.without_target, "split": counts.split}
+    cut = "".join(f", {number:,} are {done}" for done, number in longer.items() if number)
     lines += [
         f"  validation_fraction: auto  # {held_out:,} records held out",
-        f"  max_length: {data['max_length']}  # tokens; the longest example has {longest:,}",
+        f"  max_length: {data['max_length']}  # tokens; the longest example has "
+        f"{counts.longest:,}{cut}",
         "",
         "optimizer:",
         f"  lr: {tree['optimizer']['lr']:g}  # divide it by 3 if the loss jumps",

@@ -187,6 +187,8 @@ def test_records_are_held_out_at_random_and_for_good(tmp_path: Path) -> None:
     assert held_out.describe(0).endswith(f"line {int(held_out[0]['text']) + 1}"), (
         "a record keeps its number"
     )
+    rest, few = split_held_out(records, fraction=0.5, most=7, seed=0)
+    assert (len(rest), len(few)) == (93, 7), "what is not held out is learnt"
     assert len(split_held_out(records.take(2), fraction=0.001, seed=0)[1]) == 1
     assert len(split_held_out(records.take(2), fraction=1.0, seed=0)[0]) == 1
     with pytest.raises(UserError, match="none can be held out"):

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from finetune.data.sources.records import (
         Records,
         RecordStream,
+        count_held_out,
         load_records,
-        share_held_out,
         split_held_out,
         stream_records,
     )
@@ -31,8 +31,8 @@ __all__ = [
     "RecordStream",
     "Records",
     "Source",
+    "count_held_out",
     "load_records",
-    "share_held_out",
     "split_held_out",
     "stream_records",
 ]

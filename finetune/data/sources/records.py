@@ -180,25 +180,31 @@ def stream_records(sources: Sequence[Source], *, on_bad: str = "error") -> Recor
     return RecordStream([open_stream(source) for source in sources], weights, BadRecords(on_bad))
 
 
-def share_held_out(num_records: int) -> float:
-    """Return the share that is held out by default: enough to choose an epoch by."""
-    return min(_LARGEST_SHARE, max(_SHARE, _ENOUGH_HELD_OUT / num_records))
+def count_held_out(
+    num_records: int, *, fraction: float | Literal["auto"] = "auto", most: int | None = None
+) -> int:
+    """Return how many of two or more records are held out, at least one and `most` at most.
+
+    auto: enough to choose an epoch by.
+    """
+    auto = min(_LARGEST_SHARE, max(_SHARE, _ENOUGH_HELD_OUT / num_records))
+    share = auto if fraction == "auto" else fraction
+    return min(max(1, round(share * num_records)), num_records - 1, most or num_records)
 
 
 def split_held_out(
-    records: Records, *, fraction: float | Literal["auto"], seed: int
+    records: Records, *, fraction: float | Literal["auto"], most: int | None = None, seed: int
 ) -> tuple[Records, Records]:
-    """Return (the rest, a random `fraction` of the records, held out).
+    """Return (the rest, the records that are held out), which are random and in random order.
 
-    Each has at least one record. Those held out are in random order. auto: `share_held_out`.
+    Each has at least one record; see `count_held_out`. Raises UserError if there is only one.
     """
     if len(records) < 2:
         raise UserError(
             "there is only one record, so none can be held out. Give data.validation, or set "
             "data.validation_fraction to 0"
         )
-    share = share_held_out(len(records)) if fraction == "auto" else fraction
-    count = min(max(1, round(share * len(records))), len(records) - 1)
+    count = count_held_out(len(records), fraction=fraction, most=most)
     held_out = Random(f"{seed}/held out").sample(range(len(records)), count)
     taken = set(held_out)
     rest = [i for i in range(len(records)) if i not in taken]

@@ -77,8 +77,12 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
         return RawData(stream, _validation(config), first[1])
     train, validation = open_records(config.train, config), _validation(config)
     if validation is None and config.validation_fraction != 0:
-        train, validation = split_held_out(train, fraction=config.validation_fraction, seed=seed)
-        validation = validation.take(config.max_validation_records)
+        train, validation = split_held_out(
+            train,
+            fraction=config.validation_fraction,
+            most=config.max_validation_records,
+            seed=seed,
+        )
     return RawData(train, validation, train[0])
 
 
