@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from finetune.config import RunConfig
-from finetune.config.loading import make_config, read_tree
+from finetune.config.loading import is_other_name, make_config, read_tree, replace_key
+from finetune.config.values import expand
 from finetune.display import Display
 from finetune.errors import UserError, disk_refusal
 from finetune.recipes.build.look import look_at, look_at_target
@@ -77,18 +78,12 @@ def train(
     if on_record is not None and not callable(on_record):
         raise UserError(f"on_record is a {type(on_record).__name__}. Give a function of a record")
     tree = _tree_of(config)
-    for key, value in keys.items():
-        own = tree.get(key)
-        short = {"model": "name", "data": "train"}.get(key)
-        value = {short: value} if short and isinstance(value, str) else value
-        if isinstance(own, Mapping) and isinstance(value, Mapping):
-            value = {**own, **value}
-        tree[key] = value
+    _replace_keys(tree, keys)
     if isinstance(data, Mapping) and not _has_splits(data):  # the config's section, as in YAML
         for name in ("train", "validation", "test"):
             _refuse_records(name, data.get(name))
         tree["data"], data = {**(tree.get("data") or {}), **data}, None
-    run = RunDir(Path(str(tree.setdefault("output_dir", _DEFAULT_RUN))))
+    run = RunDir(Path(_expanded("output_dir", tree.setdefault("output_dir", _DEFAULT_RUN))))
     made = [path for path in (run.root, *run.root.parents) if not path.exists()]
     kept: list[Path] = []
     try:
@@ -99,7 +94,10 @@ def train(
         settings = make_config(tree)
         look_at(settings)
         return _trained(
-            settings, None if resume is None else str(resume), on_record, Display(enabled=not quiet)
+            settings,
+            None if resume is None else _expanded("resume", resume),
+            on_record,
+            Display(enabled=not quiet),
         )
     except UserError as error:
         sentence = str(error)
@@ -222,12 +220,36 @@ def _tree_of(config: Any) -> dict[str, Any]:
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
     if isinstance(config, Mapping):
-        return dict(config)
+        return {
+            key: dict(value) if isinstance(value, dict) else value for key, value in config.items()
+        }
     if isinstance(config, str | PathLike):
         return read_tree(Path(config))
     raise UserError(
         f"config is a {type(config).__name__}. Give a YAML file, a mapping, or a RunConfig"
     )
+
+
+def _replace_keys(tree: dict[str, Any], keys: Mapping[str, Any]) -> None:
+    """Put keys of the config, or other tools' names of them, in the place of the tree's own."""
+    for key, value in keys.items():
+        if is_other_name(key):
+            replace_key(tree, key, value)
+            continue
+        own = tree.get(key)
+        short = {"model": "name", "data": "train"}.get(key)
+        value = {short: value} if short and isinstance(value, str) else value
+        if isinstance(own, Mapping) and isinstance(value, Mapping):
+            value = {**own, **value}
+        tree[key] = value
+
+
+def _expanded(key: str, path: Any) -> str:
+    """Return a path as a config has it, with ~ and a variable written out. Raises UserError."""
+    try:
+        return expand(str(path))
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def _refuse_records(name: str, value: Any) -> None:

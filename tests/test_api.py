@@ -85,6 +85,33 @@ def test_a_config_may_be_a_file_a_mapping_or_keywords(trained: RunResult, folder
     assert other.metrics["loss"] != trained.metrics["loss"]
 
 
+def test_another_tools_name_replaces_the_configs_own_key(folder: Path) -> None:
+    config = {**KEYS, "num_epochs": 7}
+    keys = {"data": ROWS, "quiet": True, "learning_rate": 1e-3, "num_train_epochs": 2}
+    result = finetune.train(config, output_dir="run", **keys)
+    made = finetune.load_config(result.path / "config.yaml")
+    assert (made.optimizer.lr, made.training.epochs) == (1e-3, 2)
+    assert config["optimizer"] == {"lr": 3e-3}, "the caller's mapping is left alone"
+    again = finetune.train(made, output_dir="again", max_steps=3, data=ROWS, quiet=True)
+    assert again.samples[-1].step == 3
+
+
+def test_paths_are_written_out_as_in_a_config(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("RUNS", str(folder / "home"))
+    result = finetune.train(data=ROWS, output_dir="~/run", quiet=True, **KEYS)
+    assert result.path == folder / "home" / "run"
+    assert [path.name for path in folder.iterdir()] == ["home"]
+    more = {**KEYS, "training": {**KEYS["training"], "max_steps": 5}}
+    on = finetune.train(data=ROWS, output_dir="$RUNS/other", resume="~/run", quiet=True, **more)
+    assert on.samples[-1].step == 5
+    assert finetune.load("~/run").chat("Hello") == finetune.load(result).chat("Hello")
+    with pytest.raises(UserError, match=r"output_dir: .* variable that is not set"):
+        finetune.train(data=ROWS, output_dir="$NO_SUCH/run", quiet=True, **KEYS)
+
+
 def test_records_in_memory_are_kept_for_a_resume(folder: Path) -> None:
     first = finetune.train(data=ROWS, output_dir="run", quiet=True, **KEYS)
     more = {**KEYS, "training": {**KEYS["training"], "max_steps": 6}}
@@ -105,6 +132,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no mappings": ({"data": ["a"]}, "record 1 of the data is a str"),
     "nothing": ({"data": []}, "the data has no records"),
     "no JSON": ({"data": [{"prompt": object(), "completion": "b"}]}, "cannot be kept as JSON"),
+    "half a character": (
+        {"data": [{"prompt": "a\ud83d", "completion": "b"}] * 9},
+        r"column 'prompt' of record 1 has half of a surrogate pair, '\\ud83d'",
+    ),
     "no value": ({"data": [{"prompt": float("nan"), "completion": "b"}] * 9}, "not None"),
     "a number as an answer": (
         {"data": [{"prompt": "a", "completion": 3}] * 9},
@@ -172,7 +203,8 @@ def test_a_loaded_run_chats_and_evaluates(trained: RunResult) -> None:
     assert on_all["num_records"] == 48
     assert finetune.load(trained.path).evaluate(ROWS)["loss"] == on_all["loss"]
     plain = finetune.load(str(trained.model_path))
-    assert plain.evaluate(ROWS)["loss"] == pytest.approx(on_all["loss"], abs=1e-5)
+    # without a config its products are in bf16, where the chip has them
+    assert plain.evaluate(ROWS)["loss"] == pytest.approx(on_all["loss"], rel=1e-3)
     with pytest.raises(UserError, match="Give data"):
         plain.evaluate()
     with pytest.raises(UserError, match="is a int"):

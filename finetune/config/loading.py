@@ -164,6 +164,22 @@ def _resolve_aliases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, 
     return resolved
 
 
+def is_other_name(key: str) -> bool:
+    """Return whether a key of the top level is another tool's name of a key of ours."""
+    return key in ALIASES and key not in RunConfig.model_fields
+
+
+def replace_key(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set the key that another tool calls `name`, in the place of what the tree has for it.
+
+    Raises UserError.
+    """
+    target, value = _alias(name, value, [])
+    for other in [key for key in tree if is_other_name(key) and ALIASES[key] == target]:
+        del tree[other]
+    _set(tree, target, value, given=None)
+
+
 def _takes(section: type[BaseModel], name: str) -> bool:
     is_open = section.model_config.get("extra") == "allow"
     return name in section.model_fields or (is_open and name not in ALIASES)

@@ -22,6 +22,12 @@ def _entries(record: Mapping[Any, Any], number: int) -> Iterator[str]:
         value = None if isinstance(value, float) and math.isnan(value) else value
         try:
             entry = json.dumps({column: value}, ensure_ascii=False, allow_nan=False, default=_date)
+            entry.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"column {column!r} of record {number} has half of a surrogate pair, "
+                f"{error.object[error.start]!a}, which is no character. Repair it, or leave it out"
+            ) from error
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"column {column!r} of record {number} cannot be kept as JSON: {error}. Convert it "
@@ -54,7 +60,7 @@ def keep_given(run: RunDir, records: Iterable[Any], what: str) -> tuple[Path, bo
     if not lines:
         raise UserError("the data has no records. Give at least two")
     text = "".join(lines)
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     path = run.root / f"{what}-{digest}.jsonl"
     if path.is_file():
         return path, False
