@@ -49,6 +49,7 @@ def evaluate_generation(
     metrics: Sequence[str],
     settings: GenerationSettings,
     batch_size: int,
+    first: int = 0,
     inactive: Tensor | None = None,
     gather: Callable[[list[Any]], list[Any]] = lambda own: own,
     on_progress: Callable[[int, int], None] | None = None,
@@ -56,6 +57,7 @@ def evaluate_generation(
     """Answer `prompts`; return the metrics (see `text_metrics`) and all answers.
 
     `prompts` are this process's share, a block of the whole, so that the answers keep their order.
+    `first` is the number of its first prompt in the whole.
     `gather` joins the lists of all processes. `metrics` may be empty, for the answers alone. Calls
     of tools are judged whenever references have some.
     `inactive`: [V] bool; the scores then have `generated_outside`, the share of such tokens in all
@@ -66,6 +68,7 @@ def evaluate_generation(
         [prompt.input_ids for prompt in prompts],
         settings=settings,
         batch_size=batch_size,
+        first=first,
         on_progress=on_progress,
     )
     texts = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]

@@ -27,7 +27,7 @@ def read_answer_calls(
         text = tokenizer.decode(list(answer), skip_special_tokens=False)
         try:
             found = [json.loads(call) for call in _CALL.findall(text)]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     calls = [_call(item) for item in found]
     return [call for call in calls if call] if calls and all(calls) else None

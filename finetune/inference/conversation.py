@@ -80,13 +80,13 @@ class Conversation:
     def reply(self, text: str) -> Iterator[str]:
         """Yield the answer to `text` in pieces.
 
-        An answer that is broken off stays in the conversation as far as it came. Raises UserError
+        The question stays in the conversation, with as much of the answer as came. Raises UserError
         if `text` alone is too long for the model; the conversation then stays as it was.
         """
         question: Message = {"role": "user", "content": text}
         prompt, self.turns = self._fit(question)
         pieces: list[str] = []
-        self.num_tokens = 0
+        self.num_tokens, failed = 0, False
         try:
             for piece in stream(
                 self.model,
@@ -98,8 +98,11 @@ class Conversation:
             ):
                 pieces.append(piece)
                 yield piece
+        except Exception:
+            failed = True
+            raise
         finally:
-            if pieces:
+            if pieces or not failed:
                 answer: Message = {"role": "assistant", "content": "".join(pieces)}
                 self.turns = [*self.turns, question, answer]
 

@@ -24,20 +24,23 @@ def generate(
     *,
     settings: GenerationSettings,
     batch_size: int,
+    first: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Return the new tokens of each prompt, in the order of the prompts, without the stop token.
 
     `model` is on its device, in any mode: it is evaluated in evaluation mode, then put back.
-    `batch_size` prompts run at a time. `on_progress(done, total)` is called each time some prompts
-    are finished. Raises UserError for a prompt that is empty or leaves no room for an answer.
+    `batch_size` prompts run at a time. `first` is the number of the first prompt. With the seed the
+    number decides the random draws, so prompts that are answered part by part go on counting.
+    `on_progress(done, total)` is called each time some prompts are finished. Raises UserError for a
+    prompt that is empty or leaves no room for an answer.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     start = done = 0
     with evaluating(model):
         way = way_of(model)
         for members in batches_of(prompts, way, batch_size):
-            own_settings = {i: with_seed(settings, i) for i in members}
+            own_settings = {i: with_seed(settings, first + i) for i in members}
             decoder = Decoder(model, {i: prompts[i] for i in members}, own_settings, way)
             start += len(members)
             while decoder.active:

@@ -30,12 +30,12 @@ def translate_lines(
     the model.
     """
     texts = (line.strip() for line in lines)
-    first = 1
+    first, done = 1, 0
     while chunk := list(islice(texts, batch_size * CHUNK_BATCHES)):
         numbers = [number for number, text in enumerate(chunk) if text]
         prompts = [prompt_of(chunk[number]) for number in numbers]
         try:
-            answers = generate(model, prompts, settings=settings, batch_size=batch_size)
+            answers = generate(model, prompts, settings=settings, batch_size=batch_size, first=done)
         except UserError as error:
             raise UserError(
                 f"lines {first} to {first + len(chunk) - 1} cannot be translated: {error}"
@@ -45,7 +45,7 @@ def translate_lines(
             answer = tokenizer.decode(translations.get(number, []), skip_special_tokens=True)
             # Not split(): French has spaces of its own.
             yield " ".join(line.strip() for line in answer.splitlines()).strip()
-        first += len(chunk)
+        first, done = first + len(chunk), done + len(prompts)
 
 
 def translate_file(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.data.types import Message
 from finetune.display import Display, on_terminal
 from finetune.errors import UserError, did_you_mean, is_terminal
 from finetune.inference.conversation import Conversation
@@ -113,17 +114,20 @@ class _Session:
         self._display.say(f"(system prompt: {text})" if text else "(no system prompt)")
 
     def _undo(self) -> None:
-        questions = [talk.undo() for talk in self._talks.values()]
-        if questions[0] is None:
-            raise UserError("there is no question to undo")
-        self._display.say(f"(forgotten: {questions[0]})")
+        self._display.say(f"(forgotten: {self._take_back('undo')})")
 
     def _retry(self) -> None:
-        questions = [talk.undo() for talk in self._talks.values()]
-        if questions[0] is None:
-            raise UserError("there is no question to answer anew")
+        question = self._take_back("answer anew")
         self._retries += 1
-        self._ask(questions[0], retry=True)
+        self._ask(question, retry=True)
+
+    def _take_back(self, purpose: str) -> str:
+        """Forget the last question and its answers; return it. Raises UserError without one."""
+        if not all(talk.turns for talk in self._talks.values()):
+            raise UserError(f"there is no question to {purpose}")
+        questions = [talk.undo() for talk in self._talks.values()]
+        assert questions[0] is not None
+        return questions[0]
 
     def _reset(self) -> None:
         for talk in self._talks.values():
@@ -145,9 +149,9 @@ class _Session:
         if not text:
             raise UserError("/save needs the name of a file, such as /save talk.jsonl")
         talk = list(self._talks.values())[-1]
-        if not talk.turns:
-            raise UserError("there is nothing to save yet")
-        line = json.dumps({"messages": talk.messages}, ensure_ascii=False)
+        if not any(turn["content"] for turn in talk.turns[1::2]):
+            raise UserError("there is nothing to save yet: no question has an answer")
+        line = json.dumps({"messages": _answered(talk)}, ensure_ascii=False)
         path = Path(text).expanduser()
         try:
             with path.open("a", encoding="utf-8") as out:
@@ -167,6 +171,13 @@ class _Session:
                 _print_reply(talk, question, self._display)
             finally:
                 talk.settings = settings
+
+
+def _answered(talk: Conversation) -> list[Message]:
+    """Return the messages without questions whose answer is empty, from which nothing is learnt."""
+    pairs = zip(talk.turns[::2], talk.turns[1::2], strict=True)
+    turns = [turn for pair in pairs if pair[1]["content"] for turn in pair]
+    return [*talk.messages[: len(talk.messages) - len(talk.turns)], *turns]
 
 
 def _print_reply(talk: Conversation, question: str, display: Display) -> None:

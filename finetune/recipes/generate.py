@@ -68,6 +68,7 @@ def answers_of(
         if plain
         else _chat_prompt(opened.template(), opened.system_prompt(system_prompt, display))
     )
+    done = 0
     for texts in _chunks(prompts, section.batch_size):
         asked = [text for text in texts if text.strip()]
         with display.bar("generating", len(asked)) as advance:
@@ -75,9 +76,11 @@ def answers_of(
                 opened.model,
                 [encode(text) for text in asked],
                 batch_size=section.batch_size,
+                first=done,
                 on_progress=differences(advance),
                 settings=generation_settings(section, opened.model, seed=seed),
             )
+        done += len(asked)
         decoded = (opened.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
         yield from ((text, next(decoded) if text.strip() else "") for text in texts)
 

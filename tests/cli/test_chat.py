@@ -80,3 +80,30 @@ def test_a_base_that_was_random_is_refused(run):
     result = finetune("chat", str(run), "--base", stdin="")
     assert result.code == 2
     assert "the run began with random weights" in result.err
+
+
+def test_an_answer_without_words_is_an_answer_too(run, tmp_path, monkeypatch):
+    """What is undone or asked anew is the last question, with one model and with two."""
+    from finetune.display import Display
+    from finetune.inference import conversation
+    from finetune.recipes.build.target import open_target
+    from finetune.recipes.chat import _conversation, _Session
+
+    asked = []
+
+    def stream(model, tokenizer, prompt, settings, **_):
+        text = tokenizer.decode(prompt)
+        asked.append([name for name in ("One?", "Two?") if name in text])
+        yield from [] if "Two?" in text else ["Yes."]
+
+    monkeypatch.setattr(conversation, "stream", stream)
+    opened, display = open_target(str(run)), Display(enabled=False)
+    talks = {name: _conversation(opened, None, 0, {}, display) for name in ("before", "after")}
+    session, target = _Session(talks, display), tmp_path / "talk.jsonl"
+    for line in ("One?", "Two?", "/retry", f"/save {target}", "/undo", "/retry"):
+        assert session.take(line)
+    both = [["One?"], ["One?", "Two?"], ["One?", "Two?"], ["One?"]]
+    assert asked == [each for each in both for _ in talks]
+    (saved,) = map(json.loads, target.read_text().splitlines())
+    assert [m["content"] for m in saved["messages"]] == ["One?", "Yes."]
+    assert [len(talk.turns) for talk in talks.values()] == [2, 2]

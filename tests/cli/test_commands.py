@@ -15,12 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.cli import app
 from finetune.config import load_config
+from finetune.display import Display
 from finetune.optim import list_optimizers
+from finetune.recipes.build.target import open_target
+from finetune.recipes.generate import answers_of
 from finetune.recipes.inspect import inspect_data
 from tests.cli.conftest import finetune, snapshot
 from tests.conftest import LLAMA, conversation
@@ -673,3 +677,59 @@ def test_optimizers_lists_them_all():
     assert "missed_steps=exact" in few
     assert "embeddings=" not in few
     assert "muon" not in few
+
+
+def test_a_run_is_not_evaluated_on_what_it_was_trained_on(folder, write_config):
+    """It held 4 of 48 records out, of the 24 that half of them would be."""
+    write_config(data={"validation_fraction": 0.5, "max_validation_records": 4})
+    assert finetune("train", "c.yaml").code == 0
+    own = json.loads(finetune("evaluate", "run").out)
+    for most in ("null", "100"):
+        found = json.loads(finetune("evaluate", "run", f"data.max_validation_records={most}").out)
+        assert (found["num_records"], found["loss"]) == (4, own["loss"])
+    for change in ("seed=1", "data.validation_fraction=0.2"):
+        refused = finetune("evaluate", "run", change)
+        assert refused.code == 2
+        assert f"{change.partition('=')[0]} is " in refused.err
+        assert "evaluated on records that it was trained on" in refused.err
+        assert finetune("evaluate", "run", change, "data.test=chat.jsonl").code == 0
+
+
+def test_calls_of_tools_are_judged_also_if_the_first_record_has_none(folder, write_config):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    asked = {"role": "user", "content": "Call it."}
+    calling = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    rows = [conversation(0), *[calling] * 20]
+    (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tools.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls %}<tool_call>{{ call.function | tojson }}</tool_call>"
+        "{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    path = write_config(
+        data={"train": "calls.jsonl"}, evaluation={"generate": 2}, training={"max_steps": 1}
+    )
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["chat_template"] = "tools.jinja"
+    path.write_text(yaml.safe_dump(tree))
+    result = finetune("train", "c.yaml")
+    assert result.code == 0, result.err
+    trained = json.loads((folder / "run" / "evaluation.json").read_text())["after"]
+    found = json.loads(finetune("evaluate", "run").out)
+    assert found["tool_calls_parsed"] == trained["tool_calls_parsed"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_the_same_question_is_answered_anew_however_many_are_asked_at_a_time(finished, size):
+    """Blank lines do not count."""
+    lines = ["Hello?", "", "Hello?", "Hello?", "Hello?", "Hello?"]
+    opened = open_target(str(finished / "run"))
+    settings = {"temperature": 2.0, "max_new_tokens": 8, "batch_size": size}
+    display = Display(enabled=False)
+    found = [a for _, a in answers_of(opened, lines, seed=3, settings=settings, display=display)]
+    assert found.pop(1) == ""
+    assert len(set(found)) == 5
+    whole = {**settings, "batch_size": 5}
+    together = answers_of(opened, ["Hello?"] * 5, seed=3, settings=whole, display=display)
+    assert found == [answer for _, answer in together]

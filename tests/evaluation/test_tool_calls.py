@@ -24,6 +24,7 @@ READ: dict[str, tuple[str, list[dict[str, Any]] | None]] = {
     "not closed": (WRITTEN.removesuffix("</tool_call>"), None),
     "no JSON": ("<tool_call>weather(Oslo)</tool_call>", None),
     "no name": ('<tool_call>{"arguments": {}}</tool_call>', None),
+    "deep": ("<tool_call>" + "[" * 9999 + "</tool_call>", None),
     "a list": ("<tool_call>[1]</tool_call>", None),
     "one of two is broken": (f"{WRITTEN}<tool_call>{{</tool_call>", None),
 }

@@ -72,6 +72,13 @@ def test_sampled_answers_are_fixed_by_the_seed_and_not_by_the_batch(llama):
     answers = generate(llama, prompts, batch_size=4, settings=sampling)
     assert answers == generate(llama, prompts, batch_size=1, settings=sampling)
     assert answers != generate(llama, prompts, batch_size=4, settings=replace(sampling, seed=8))
+    parts = [
+        generate(llama, prompts[:3], batch_size=4, settings=sampling),
+        generate(llama, prompts[3:], batch_size=4, settings=sampling, first=3),
+    ]
+    assert answers == [*parts[0], *parts[1]]
+    alike = generate(llama, [prompts[0]] * 3, batch_size=2, settings=sampling)
+    assert len({*map(tuple, alike)}) == 3
     state = torch.get_rng_state()
     generate(llama, prompts, batch_size=4, settings=replace(sampling, seed=None))
     assert torch.equal(

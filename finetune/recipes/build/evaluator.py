@@ -152,6 +152,7 @@ class Evaluator:
             return {}, []
         config, accelerator = self.material.config, self.accelerator
         own = own_block(prompts, accelerator)
+        first = accelerator.process_index * len(prompts) // accelerator.num_processes
         bar = self.display.bar("generating", len(own))
         eager = uncompiled(config.training.compile)
         with bar as advance, accelerator.autocast(), eager:
@@ -161,6 +162,7 @@ class Evaluator:
                 own,
                 metrics=metrics,
                 batch_size=config.generation.batch_size,
+                first=first,
                 inactive=self.inactive(),
                 gather=gather_object if accelerator.num_processes > 1 else list,
                 on_progress=differences(advance),
