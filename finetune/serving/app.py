@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finetune.errors import UserError
@@ -24,6 +25,7 @@ from finetune.serving.served import Served, ServedModel
 from finetune.serving.worker import Job, Piece, QueueFull, Worker
 
 MOST_BYTES = 1_000_000  # of a body
+_GONE = 499  # the status of an answer that nobody reads any more
 _PAGE = Path(__file__).parent / "page.html"
 
 
@@ -204,17 +206,19 @@ class _Answering:
     async def whole(self, request: Request) -> Response:
         """Return the whole answer, unless the client goes away before."""
         texts: list[str] = []
+        piece: Piece | None = None
+        looked = self._loop.time()
         try:
-            while True:
+            while piece is None or piece.ending is None:
                 try:
                     piece = await asyncio.wait_for(self._pieces.get(), timeout=1.0)
+                    texts.append(piece.text)
                 except TimeoutError:
+                    pass
+                if self._loop.time() - looked >= 1.0:
+                    looked = self._loop.time()
                     if await request.is_disconnected():
-                        return Response(status_code=499)
-                    continue
-                texts.append(piece.text)
-                if piece.ending is not None:
-                    break
+                        return Response(status_code=_GONE)
         finally:
             self.job.cancel()
         if piece.ending in _BROKEN:
@@ -270,10 +274,13 @@ _BROKEN = {"error": _FAILED, "closed": "the server was stopped before the answer
 async def _read(request: Request, shape: type[Shape]) -> Shape | Response:
     """Return what is asked, or the refusal of a body that is too large or wrong."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            return _refusal(413, f"the body has more than {MOST_BYTES:,} bytes. Send less")
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BYTES:
+                return _refusal(413, f"the body has more than {MOST_BYTES:,} bytes. Send less")
+    except ClientDisconnect:
+        return Response(status_code=_GONE)
     try:
         return protocol.read_request(shape, bytes(body))
     except UserError as error:

@@ -78,6 +78,7 @@ class Worker:
             if self._closing:
                 job.emit(Piece("", 0, "closed"))
                 return
+            self._waiting = [each for each in self._waiting if not each[1].cancelled]
             if len(self._waiting) >= self._most_waiting:
                 raise QueueFull
             self._waiting.append((model, job))

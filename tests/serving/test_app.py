@@ -2,6 +2,7 @@
 
 import json
 import random
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +107,36 @@ def test_a_stream_that_is_left_in_the_middle_ends_the_answer(server):
     assert len(drawn) < 40  # of about 90 that the model has room for
 
 
+def test_an_answer_that_nobody_waits_for_ends(server):
+    """A token comes every 0.1 s, so the server never waits long for one."""
+    model = server.served.models["trained"].model
+    hook = model.register_forward_hook(slow_and_endless)
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{server.url}/v1/chat/completions",
+                json={"model": "trained", "messages": ASK, "max_tokens": 90, "temperature": 2},
+                timeout=1.0,
+            )
+        began = time.monotonic()
+        wait_for(lambda: not server.worker.is_busy)
+        assert time.monotonic() - began < 5  # of about 9
+    finally:
+        hook.remove()
+
+
+def test_an_upload_that_is_broken_off_is_no_error_of_the_server(server, caplog):
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port)) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: " + address.netloc
+            + b"\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )  # fmt: skip
+        time.sleep(0.3)
+    assert answer(server).choices
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 REFUSED = {  # what is sent -> status, and words of the sentence
     "model": ({"model": "gpt-4"}, 404, "there is no model 'gpt-4'; known are trained, model"),
     "nothing asked": ({"messages": []}, 400, "messages: "),
@@ -127,6 +158,20 @@ REFUSED = {  # what is sent -> status, and words of the sentence
     "too long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "at most 128"),
     "no translator": ({"translate": {}}, 400, "was not trained to translate"),
     "seed": ({"seed": 2**70}, 400, "seed: "),
+    "deep arguments": (
+        {
+            "messages": [
+                *ASK,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "[" * 9999}}],
+                },
+                *ASK,
+            ]
+        },
+        400,
+        "must be JSON",
+    ),
 }
 
 

@@ -1,13 +1,15 @@
 """Stop texts cut an answer in the same place, and answers that began apart go on together."""
 
 import threading
+import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.inference.decoder import GenerationSettings
 from finetune.models.tokenizers import train_tokenizer
-from finetune.serving.worker import Job, StopTexts, Worker
+from finetune.serving.worker import Job, QueueFull, StopTexts, Worker
 from tests.inference.conftest import tiny_model
 
 text = st.text("ab\n", max_size=12)
@@ -57,3 +59,34 @@ def test_a_request_joins_an_answer_that_is_being_drawn():
         counted.remove()
     assert {len(ids) for ids in answers.values()} == {30}
     assert forwards[0] <= 30 + 10  # and not 60
+
+
+def test_requests_of_clients_that_are_gone_do_not_fill_the_queue():
+    model, tokenizer = tiny_model("llama").eval(), train_tokenizer(["a b c"], vocab_size=320)
+    settings, free = GenerationSettings.greedy(2), threading.Event()
+    hook = model.register_forward_pre_hook(lambda *_: free.wait(60) and None)
+    worker = Worker({"m": model}, {"m": tokenizer}, batch_size=1, most_waiting=2)
+    ended = threading.Semaphore(0)
+
+    def emit(piece):
+        if piece.ending is not None:
+            ended.release()
+
+    try:
+        worker.submit("m", Job([5, 6], settings, emit))
+        while worker._waiting:  # until it is begun
+            time.sleep(0.01)
+        gone = [Job([5, 6], settings, emit) for _ in range(2)]
+        for job in gone:
+            worker.submit("m", job)
+        with pytest.raises(QueueFull):
+            worker.submit("m", Job([5, 6], settings, emit))
+        for job in gone:
+            job.cancel()
+        worker.submit("m", Job([5, 6], settings, emit))
+        free.set()
+        assert all(ended.acquire(timeout=60) for _ in range(2))
+    finally:
+        free.set()
+        worker.close()
+        hook.remove()

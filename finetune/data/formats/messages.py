@@ -231,7 +231,7 @@ def from_json(value: object, what: str) -> object:
         return list(value) if isinstance(value, tuple) else value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} must be JSON, not {value!r:.80} ({error})") from error
 
 
