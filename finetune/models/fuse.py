@@ -47,10 +47,18 @@ def _asks_for_the_name(model: PreTrainedModel) -> bool:
     DeepSeek-V3.2 and its kind put the keys that their indexer chose into the mask for two names
     only.
     """
-    code = inspect.getsource(sys.modules[type(model).__module__])
-    return (
-        re.search(r'_attn_implementation (in \(|== )[^\n]*"sdpa"(?!.*trf-ignore)', code) is not None
-    )
+    asks = re.compile(r'_attn_implementation (in \(|== )[^\n]*"sdpa"(?!.*trf-ignore)')
+    own = [each for each in type(model).__mro__ if issubclass(each, PreTrainedModel)]
+    modules = {each.__module__ for each in own if each is not PreTrainedModel}
+    return any(asks.search(_source(sys.modules[name])) for name in modules & {*sys.modules})
+
+
+def _source(module: Any) -> str:
+    """Return the code of a module; "" of a notebook's."""
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
 
 
 class OutputHead(NamedTuple):

@@ -150,8 +150,12 @@ def license_of(folder: str) -> str | None:
     return license_in(readme.read_text("utf-8", "replace") if readme.is_file() else "")
 
 
+_LICENSE = re.compile(r"^license:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w.+-]+)", re.MULTILINE)
+"""The licence in a front matter, or the first in a list of them."""
+
+
 def license_in(card: str) -> str | None:
     """Return the licence in the front matter of a model card, or None."""
     front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    line = re.search(r"^license:\s*[\"']?([\w.+-]+)", front[1], re.MULTILINE) if front else None
+    line = _LICENSE.search(front[1]) if front else None
     return line[1] if line else None

@@ -153,6 +153,8 @@ def test_a_gguf_file_and_its_modelfile_lie_beside_the_model(translated):
     assert 'SYSTEM """Translate' in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "PARAMETER num_predict 4\n" in text
+    for setting in ("temperature 0", "top_p 1", "top_k 0", "repeat_penalty 1"):
+        assert f"PARAMETER {setting}\n" in text, "Ollama's own default would count"
     assert "rounded to q8_0, move a logit by at most" in result.err
     assert "ollama create run -f out/Modelfile" in result.err
     marker = json.loads((translated / "out/.finetune.json").read_text())

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.types import targets_of
@@ -84,6 +85,18 @@ def test_an_active_vocabulary_reloads_with_its_logits_and_its_inactive_rows(
         assert moved[active].any()
         moved[active] = False
         assert not moved.any()  # bit for bit
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox"])
+def test_an_active_vocabulary_is_written_in_the_dtype_that_is_asked_for(
+    kind, make_model, chat_tokenizer, tmp_path
+):
+    model = make_model(kind, vocab_size=len(chat_tokenizer))
+    activate_vocabulary(model, range(0, len(chat_tokenizer), 3))
+    export_model(model, chat_tokenizer, tmp_path / "model", card="", dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "model/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert active_modules(model), "the model in memory stays as it is"
 
 
 def test_an_export_replaces_an_earlier_one(make_model, chat_tokenizer, tmp_path):

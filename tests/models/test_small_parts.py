@@ -139,8 +139,11 @@ def test_the_licence_is_read_from_a_model_folder(tmp_path):
         "---\ntags:\n- a\nlicense: mit\n---\n# Title\nlicense: none\n"
     )
     assert license_of(str(tmp_path)) == "mit"
-    (tmp_path / "README.md").write_text("# Title\nlicense: none\n")
-    assert license_of(str(tmp_path)) is None
+    for text in ("# Title\nlicense: none\n", "---\nlicense:\nlanguage: en\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert license_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense:\n- apache-2.0\n- mit\n---\n")
+    assert license_of(str(tmp_path)) == "apache-2.0"
     assert license_of("org/model-on-the-hub") is None
 
 

@@ -173,10 +173,9 @@ def deactivate_vocabulary(model: nn.Module) -> None:
         part.__dict__.pop("resize_token_embeddings", None)
 
 
-def _save_whole(
-    model: PreTrainedModel, *args: Any, state_dict: object = None, **kwargs: Any
-) -> None:
-    """Save the plain model. `state_dict` is ignored: it has the compact weights."""
+def _save_whole(model: PreTrainedModel, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    """Save the plain model. A `state_dict` of the compact weights is left out."""
+    kwargs["state_dict"] = None if active_modules(model) else state_dict
     with full_vocabulary(model):
         type(model).save_pretrained(model, *args, **kwargs)
 

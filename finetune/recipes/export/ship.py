@@ -37,10 +37,14 @@ def write_shipped(source: ExportSource, model: Any, folder: Path, kind: str) -> 
     licence = license_in(source.card)
     write_gguf(model, source.tokenizer, folder / file, kind, name=source.name, license=licence)
     settings = source.config.generation if source.config is not None else GenerationSection()
-    parameters = {"temperature": settings.temperature, "num_predict": settings.max_new_tokens}
-    parameters |= {"top_p": settings.top_p} if settings.top_p < 1 else {}
-    parameters |= {"top_k": settings.top_k} if settings.top_k else {}
-    parameters["repeat_penalty"] = settings.repetition_penalty
+    parameters = {  # all of them: Ollama has defaults of its own
+        "temperature": settings.temperature,
+        "num_predict": settings.max_new_tokens,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "repeat_penalty": settings.repetition_penalty,
+        "repeat_last_n": -1,  # tokens that the penalty looks at: all
+    }
     text = modelfile(
         file,
         source.tokenizer,
