@@ -396,6 +396,9 @@ CHAT_COLUMNS: list[tuple[Record, str, str]] = [
     ({"prompt": "a", "response": "b"}, "a", "b"),
     ({"instruction": "a", "context": "c", "response": "b"}, "a\n\nc", "b"),
     ({"instruction": "a", "context": "", "response": "b"}, "a", "b"),
+    ({"instruction": "a", "context": "c", "output": "b"}, "a\n\nc", "b"),
+    ({"Instruction": "a", "Context": "c", "Output": "b"}, "a\n\nc", "b"),
+    ({"instruction": "a", "input": "c", "context": "d", "output": "b"}, "a\n\nc", "b"),
     ({"instruction": "a", "input": "c", "answer": "b"}, "a\n\nc", "b"),
     ({"question": "a", "context": "c", "answer": "b"}, "a\n\nc", "b"),
     ({"input": "a", "context": "c", "output": "b"}, "a\n\nc", "b"),
@@ -411,6 +414,25 @@ def test_questions_and_answers_by_the_names_that_people_use(
     [(prompt, learnt)] = shown(build(tokenizer, record), tokenizer, record)
     assert prompt == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     assert learnt == f"{answer}<|im_end|>"
+
+
+def test_each_record_has_what_its_instruction_is_about_under_its_own_name(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    """As in sources of different shape, where the columns of the others are None."""
+    tokenizer = make_tokenizer()
+    records: list[Record] = [
+        {"instruction": "a", "context": "c", "input": None, "output": "b"},
+        {"instruction": "a", "context": None, "input": "d", "output": "b"},
+        {"instruction": "a", "context": "c", "input": "d", "output": "b"},
+        {"instruction": "a", "context": "", "input": "", "output": "b"},
+    ]
+    for first in records[:2]:
+        format = build(tokenizer, {k: v for k, v in first.items() if v is not None})
+        prompts = [shown(format, tokenizer, record)[0][0] for record in records]
+        questions = [prompt.split("\n", 1)[1].split("<|im_end|>")[0] for prompt in prompts]
+        assert questions == ["a\n\nc", "a\n\nd", "a\n\nd", "a"]
+        assert format.notes() == ["not used: the column 'context' (1 record)"]
 
 
 @pytest.mark.parametrize(
@@ -444,4 +466,4 @@ def test_plain_text_is_learnt_whole(make_tokenizer: MakeTokenizer) -> None:
 
 def test_there_was_something_to_check() -> None:
     assert (len(COLUMNS), len(REFUSED), len(BAD_PAIRS)) == (14, 13, 7)
-    assert (len(NAMES), len(VARIANTS), len(CHAT_COLUMNS)) == (39, 10, 10)
+    assert (len(NAMES), len(VARIANTS), len(CHAT_COLUMNS)) == (39, 10, 13)

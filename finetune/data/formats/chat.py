@@ -44,7 +44,7 @@ CHAT_SHAPES: dict[str, list[str]] = {
 }
 """Shape -> the columns it needs."""
 
-CHAT_OPTIONAL = ["input", "system", "history", "tools", "chat_template_kwargs"]
+CHAT_OPTIONAL = ["input", "context", "system", "history", "tools", "chat_template_kwargs"]
 """Columns that a shape may have as well."""
 
 
@@ -103,7 +103,7 @@ class ChatFormat:
         """Return the conversation, and what the record says that is not used."""
         shape = self._shape_of(record)
         messages, muted = _READERS[shape](record, self.columns)
-        unused = unused_columns(record, self._used_columns(shape))
+        unused = unused_columns(record, self._used_columns(shape) - self._unread(record, shape))
         history = self._history(record)
         messages, muted = [*history, *messages], {len(history) + i for i in muted}
         system = self._text_of(record, "system")
@@ -224,8 +224,16 @@ class ChatFormat:
         """Return the columns that are used of records of a shape."""
         names = {*CHAT_SHAPES[shape], *CHAT_OPTIONAL}
         if shape != "instruction":
-            names.discard("input")
+            names -= {*_INPUTS}
         return {self.columns.get(name, name) for name in names}
+
+    def _unread(self, record: Record, shape: str) -> set[str]:
+        """Return the columns of `_INPUTS` that give way to an earlier one."""
+        if shape != "instruction":
+            return set()
+        columns = [self.columns.get(name, name) for name in _INPUTS]
+        given = [column for column in columns if str(record.get(column) or "").strip()]
+        return {*given[1:]} - {*given[:1]}
 
     def _optional(self, record: Record, name: str) -> Any:
         return record.get(self.columns.get(name, name))
@@ -261,6 +269,8 @@ def _question_and_answer(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+_INPUTS = ("input", "context")  # what an instruction is about; the first that a record has is read
+
 Read = tuple[list[Message], set[int]]
 """Messages, and the places of the answers that are not learnt."""
 
@@ -286,10 +296,12 @@ def _from_prompt(record: Record, columns: Mapping[str, str]) -> Read:
 
 def _from_instruction(record: Record, columns: Mapping[str, str]) -> Read:
     question = text_column(record, "instruction", columns)
-    if (columns.get("input", "input")) in record and (
-        context := text_column(record, "input", columns)
-    ).strip():
-        question = f"{question}\n\n{context}"
+    for name in _INPUTS:
+        if columns.get(name, name) not in record:
+            continue
+        if (given := text_column(record, name, columns)).strip():
+            question = f"{question}\n\n{given}"
+            break
     return _question_and_answer(question, text_column(record, "output", columns)), set()
 
 

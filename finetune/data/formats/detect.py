@@ -255,13 +255,14 @@ def _usual_columns(record: Record) -> dict[str, str]:
     """
     names = {name.strip().lower(): name for name in record}
     asked, answered = _found(_ASKED, names), _found(_ANSWERED, names)
-    context = _found(["input", "context"], names)
+    context, own = _found(["input", "context"], names), {}
     if not asked:
         asked, context = _found(["input", "inputs"], names), _found(["context"], names)
+        own = {"input": context[0]} if context else {}  # for `input` is the question
     if len(asked) != 1 or len(answered) != 1 or len(context) > 1:
         return {}
-    if context:  # is written below the question
-        return {"instruction": asked[0], "input": context[0], "output": answered[0]}
+    if context:  # is written below the question, under either name
+        return {"instruction": asked[0], "output": answered[0], **own}
     return {"prompt": asked[0], "completion": answered[0]}
 
 
