@@ -70,7 +70,9 @@ def test_the_figures_of_the_readme_are_among_them():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text.split("## Measured\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
-    quoted = [cells[1].strip() for cells in rows[2:]]
-    assert len(quoted) >= 4
-    known = {f"{figure['value']} {figure['unit']}".strip() for figure in FIGURES}
-    assert set(quoted) <= known
+    quoted = [figure for cells in rows[2:] for cell in cells[1:] for figure in cell.split(" / ")]
+    assert len(quoted) == 4 * 9
+    assert {figure.strip() for figure in quoted} <= {figure["value"] for figure in FIGURES}
+    ratios = re.findall(r"[\d.]+ ×", section)
+    assert len(ratios) >= 2
+    assert {*ratios} <= {f"{figure['value']} {figure['unit']}" for figure in FIGURES}
