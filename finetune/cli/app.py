@@ -93,7 +93,7 @@ Target = Annotated[
     str,
     typer.Argument(
         metavar="RUN|MODEL",
-        help="A run's folder, a model's folder, or a hub name.",
+        help="A run's folder, a model's folder, a .gguf file, package:NAME, or a hub name.",
         autocompletion=_complete_target,
     ),
 ]

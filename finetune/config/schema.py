@@ -110,7 +110,8 @@ class SourceSection(Section):
     """One source of records. Written as a plain string, it is the `path`."""
 
     # A hub name, package:NAME for the demo data, or a local file, folder or glob. A file ends in
-    # .json, .jsonl, .csv, .tsv, .parquet or .txt.
+    # .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .txt, all but Parquet also compressed (.gz,
+    # .zst, .bz2, .xz).
     path: PathText
     name: str | None = None  # the hub dataset's configuration, e.g. "en-fr"
     split: str = "train"  # of a hub dataset or a folder
@@ -152,7 +153,8 @@ class DataSection(Section):
     test: Sources | None = None  # for `finetune evaluate`; None: the validation data
     # Plain text of another kind. Its loss before and after training shows what is forgotten.
     unrelated: Sources | None = None
-    # Share of the records of `train`. auto: 5 %, but of little data 10 records, a fifth at most.
+    # Share of the records of `train`, up to `max_validation_records` of them. auto: 5 %, but of
+    # little data 10 records, a fifth at most.
     validation_fraction: Fraction | Literal["auto"] = "auto"
     # True: training examples that are also held out, token for token, are left out of training.
     drop_duplicates: bool = False
@@ -307,7 +309,8 @@ class EvaluationSection(Section):
     every: PositiveInt | None = None  # steps; None: at the end of each epoch, and at the end
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # sequences per forward
-    # In addition to the loss. None: both for translation, none for other formats.
+    # In addition to the loss. None: chrf and bleu for translation, tool_calls for conversations
+    # that call tools, none for other data.
     metrics: tuple[Literal["chrf", "bleu", "tool_calls"], ...] | None = None
     generate: NonNegativeInt = 64  # held-out prompts to answer for these metrics; 0: none
     samples: NonNegativeInt = 8  # answers kept in samples.jsonl, with or without such metrics

@@ -18,6 +18,7 @@ FORMATS = {
     "`messages`": ("chat", 2),
     "ShareGPT `conversations`": ("chat", 1),
     "`prompt` and `completion`": ("chat", 1),
+    "`question` and `answer`": ("chat", 2),
     "`instruction`, `input`, `output`": ("chat", 2),
     "`translation`": ("translation", 1),
     "Two language columns": ("translation", 2),
@@ -119,9 +120,8 @@ def test_the_python_runs(name, base, folder, capsys):
 
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.randint(0, 250, (2, 16))
-    records = [{"prompt": f"{n} plus 1?", "completion": f"It is {n + 1}."} for n in range(60)]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "conversations.jsonl").write_text(lines, encoding="utf-8")
+    rows = "".join(f"{n} plus 1?,It is {n + 1}.\n" for n in range(60))
+    (folder / "questions.csv").write_text(f"question,answer\n{rows}", encoding="utf-8")
     names = {"model": model, "batches": [{"input_ids": ids, "labels": ids}] * 2, "__name__": "x"}
     from finetune.data.formats import detect
 
@@ -146,7 +146,7 @@ def test_the_config_of_the_readme_is_one(base, folder):
     from finetune.recipes.build.look import look_at
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
-    (folder / "conversations.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (folder / "questions.csv").write_text("question,answer\na,b\n")
     (folder / "my_run.yaml").write_text(text)
     look_at(load_config(folder / "my_run.yaml", ["model.name=base"]))
     typed = set(re.findall(r"finetune ([a-z]+)", "\n".join(re.findall(r"```sh.*?```|`[^`\n]+`",
