@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from finetune.config import RunConfig
-from finetune.config.loading import is_other_name, make_config, read_tree, replace_key
+from finetune.config.loading import make_config, read_tree, with_own_names
 from finetune.config.values import expand
 from finetune.display import Display
 from finetune.errors import UserError, disk_refusal
@@ -77,7 +77,7 @@ def train(
         raise UserError(f"resume is {resume!r}. Give 'auto', or the folder of a checkpoint or run")
     if on_record is not None and not callable(on_record):
         raise UserError(f"on_record is a {type(on_record).__name__}. Give a function of a record")
-    tree = _tree_of(config)
+    tree = with_own_names(_tree_of(config))
     _replace_keys(tree, keys)
     if isinstance(data, Mapping) and not _has_splits(data):  # the config's section, as in YAML
         for name in ("train", "validation", "test"):
@@ -220,9 +220,7 @@ def _tree_of(config: Any) -> dict[str, Any]:
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
     if isinstance(config, Mapping):
-        return {
-            key: dict(value) if isinstance(value, dict) else value for key, value in config.items()
-        }
+        return dict(config)
     if isinstance(config, str | PathLike):
         return read_tree(Path(config))
     raise UserError(
@@ -232,10 +230,7 @@ def _tree_of(config: Any) -> dict[str, Any]:
 
 def _replace_keys(tree: dict[str, Any], keys: Mapping[str, Any]) -> None:
     """Put keys of the config, or other tools' names of them, in the place of the tree's own."""
-    for key, value in keys.items():
-        if is_other_name(key):
-            replace_key(tree, key, value)
-            continue
+    for key, value in with_own_names(keys).items():
         own = tree.get(key)
         short = {"model": "name", "data": "train"}.get(key)
         value = {short: value} if short and isinstance(value, str) else value

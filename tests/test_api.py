@@ -86,11 +86,13 @@ def test_a_config_may_be_a_file_a_mapping_or_keywords(trained: RunResult, folder
 
 
 def test_another_tools_name_replaces_the_configs_own_key(folder: Path) -> None:
-    config = {**KEYS, "num_epochs": 7}
-    keys = {"data": ROWS, "quiet": True, "learning_rate": 1e-3, "num_train_epochs": 2}
+    config = {**KEYS, "num_epochs": 7, "scheduler": {"lr_scheduler_type": "cosine"}}
+    keys = {"data": ROWS, "quiet": True, "learning_rate": 1e-3, "num_train_epochs": 2,
+            "scheduler": {"name": "constant"}}  # fmt: skip
     result = finetune.train(config, output_dir="run", **keys)
     made = finetune.load_config(result.path / "config.yaml")
     assert (made.optimizer.lr, made.training.epochs) == (1e-3, 2)
+    assert made.scheduler.name == "constant"
     assert config["optimizer"] == {"lr": 3e-3}, "the caller's mapping is left alone"
     again = finetune.train(made, output_dir="again", max_steps=3, data=ROWS, quiet=True)
     assert again.samples[-1].step == 3

@@ -164,20 +164,14 @@ def _resolve_aliases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, 
     return resolved
 
 
-def is_other_name(key: str) -> bool:
-    """Return whether a key of the top level is another tool's name of a key of ours."""
-    return key in ALIASES and key not in RunConfig.model_fields
+def with_own_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree with our names in the place of other tools'.
 
-
-def replace_key(tree: dict[str, Any], name: str, value: Any) -> None:
-    """Set the key that another tool calls `name`, in the place of what the tree has for it.
-
-    Raises UserError.
+    A tree with a mistake is returned as it is: `make_config` tells it.
     """
-    target, value = _alias(name, value, [])
-    for other in [key for key in tree if is_other_name(key) and ALIASES[key] == target]:
-        del tree[other]
-    _set(tree, target, value, given=None)
+    problems: list[str] = []
+    resolved = _resolve_aliases(tree, problems)
+    return dict(tree) if problems else resolved
 
 
 def _takes(section: type[BaseModel], name: str) -> bool:

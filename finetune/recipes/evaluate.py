@@ -132,24 +132,36 @@ def _with_its_split(settings: RunConfig, own: RunConfig | None) -> RunConfig:
 
     Raises UserError for settings that would evaluate on what the run was trained on.
     """
-    given = settings.data.test or settings.data.validation
-    if own is None or own.data.validation or given or own.data.train != settings.data.train:
+    if own is None or settings.data.test or settings.data.validation:
         return settings
-    for key, then, now in (
-        ("seed", own.seed, settings.seed),
-        (
-            "data.validation_fraction",
-            own.data.validation_fraction,
-            settings.data.validation_fraction,
-        ),
-    ):
-        if then != now:
+    then, now = _sources(own), _sources(settings)
+    if not {source["path"] for source in then} & {source["path"] for source in now}:
+        return settings
+    split = own.data.validation_fraction if own.data.validation is None else None
+    changed = {
+        "data.train": then != now,
+        "data.validation": split is None,
+        "data.validation_fraction": split != settings.data.validation_fraction,
+        "seed": own.seed != settings.seed,
+    }
+    for key, differs in changed.items():
+        if differs:
             raise UserError(
-                f"{key} is {now}, and the run held its data out with {then}, so it would be "
-                "evaluated on records that it was trained on. Leave it out, or give data.test"
+                f"{key} is not what the run had, so it would be evaluated on records that it was "
+                "trained on. Leave it as it was, or give data.test"
             )
     most = {"max_validation_records": own.data.max_validation_records}
     return settings.model_copy(update={"data": settings.data.model_copy(update=most)})
+
+
+def _sources(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the sources that a config holds data out of, with whole paths of files."""
+    found = []
+    for source in config.data.train:
+        place = Path(source.path)
+        path = str(place.resolve() if place.exists() else place)
+        found.append({**source.model_dump(), "path": path})
+    return found
 
 
 def _evaluation_config(config: RunConfig, device: str) -> RunConfig:

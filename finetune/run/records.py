@@ -167,6 +167,11 @@ class Evaluations(JsonRecord):
     test: Mapping[str, Any] | None = None  # the figures on test data, measured after the run
     last_step: int | None = None  # at the run's end
 
+    @property
+    def end(self) -> int | None:
+        """The step at which the run ended; None if it has not."""
+        return self.after.step if self.last_step is None and self.after else self.last_step
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         parts = dict(values)
@@ -308,7 +313,8 @@ def read_run(root: Path) -> RunRecords:
     evaluations = [record for record in logged if isinstance(record, Evaluation)]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else (None, None)
     steps = [record for record in logged if isinstance(record, StepRecord)]
-    end = summary.after.step if summary.after and summary.last_step is None else summary.last_step
+    if steps and summary.end is not None and steps[-1].step < summary.end:
+        summary = Evaluations()  # of steps that were taken back
     return RunRecords(
         name=root.resolve().name,
         config=read_config(run),
@@ -321,7 +327,7 @@ def read_run(root: Path) -> RunRecords:
         after=summary.after or (last if last and last.step > 0 else None),
         best=summary.best,
         test=summary.test,
-        finished=end is not None and (not steps or steps[-1].step <= end),  # no more were taken
+        finished=summary.end is not None and (not steps or steps[-1].step == summary.end),
         diverged=run.bad_batch.is_file(),
         notes=[*map(str, environment.notes), *lost],
         warned=[*map(str, environment.warned), *lost],

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
 
 from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import StepBatch
@@ -204,13 +205,20 @@ class Trainer:
             "checkpoints are untouched. Lower optimizer.lr, or look at that batch"
         )
 
-    def evaluate_end(self, *, missing: bool) -> None:
-        """Evaluate a run that is over at its start, if that is `missing` on any process.
+    def evaluate_end(self, known: Mapping[str, float] | None) -> None:
+        """Let the weights of a run that is over at its start be the best, if they are.
 
-        A run that is resumed with fewer steps or less time may be over where it was stopped.
+        A run that is resumed with fewer steps or less time may be over where it was stopped, and
+        then nobody has evaluated it. `known`: what process 0 knows of an evaluation at this step.
         """
-        if self._on_any_process(missing) and self._evaluate():
-            self._save()
+        if self.accelerator.num_processes > 1:
+            known = broadcast_object_list([known])[0]
+        if known is None:
+            self.optimizer.eval()
+            known = self.evaluate(self.progress.step)
+        value = known.get(self.cadence.best)
+        if value is not None and self._is_better(value):
+            self.progress.best_value, self.progress.best_step = value, self.progress.step
 
     def _evaluate_if_due(self) -> bool | None:
         """Return whether this step's evaluation is the best so far, or None if none was due."""
@@ -225,14 +233,18 @@ class Trainer:
         value = self.evaluate(step).get(self.cadence.best)
         if value is None:
             return False
-        best, sign = self.progress.best_value, 1 if self.cadence.higher_is_better else -1
-        improved = best is None or sign * value > sign * best
+        improved = self._is_better(value)
         if improved:
             self.progress.best_value, self.progress.best_step = value, step
             self.progress.evaluations_since_best = 0
         else:
             self.progress.evaluations_since_best += 1
         return improved
+
+    def _is_better(self, value: float) -> bool:
+        """Return whether `value` is better than the best evaluation so far."""
+        best, sign = self.progress.best_value, 1 if self.cadence.higher_is_better else -1
+        return best is None or sign * value > sign * best
 
     def _checkpoint_is_due(self, improved: bool | None) -> bool:
         """Return whether to save: at the end, at the best evaluation, and as the cadence says."""

@@ -690,9 +690,21 @@ def test_a_run_is_not_evaluated_on_what_it_was_trained_on(folder, write_config):
     for change in ("seed=1", "data.validation_fraction=0.2"):
         refused = finetune("evaluate", "run", change)
         assert refused.code == 2
-        assert f"{change.partition('=')[0]} is " in refused.err
+        assert f"{change.partition('=')[0]} is not what the run had" in refused.err
         assert "evaluated on records that it was trained on" in refused.err
         assert finetune("evaluate", "run", change, "data.test=chat.jsonl").code == 0
+    absolute = json.dumps(str(folder / "chat.jsonl"))
+    again = json.loads(finetune("evaluate", "run", f"data.train={absolute}").out)
+    assert again["loss"] == own["loss"]
+    fewer = finetune("evaluate", "run", "data.train={path: chat.jsonl, max_records: 20}")
+    assert (fewer.code, "data.train is not what" in fewer.err) == (2, True)
+    config = yaml.safe_load((folder / "c.yaml").read_text())
+    config["data"]["validation"] = "held.jsonl"
+    (folder / "held.jsonl").write_text((folder / "chat.jsonl").read_text())
+    (folder / "c.yaml").write_text(yaml.safe_dump({**config, "output_dir": "second"}))
+    assert finetune("train", "c.yaml").code == 0
+    learnt = finetune("evaluate", "second", "data.validation=null")
+    assert (learnt.code, "data.validation is not what" in learnt.err) == (2, True)
 
 
 def test_calls_of_tools_are_judged_also_if_the_first_record_has_none(folder, write_config):

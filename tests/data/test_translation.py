@@ -426,13 +426,14 @@ def test_each_record_has_what_its_instruction_is_about_under_its_own_name(
         {"instruction": "a", "context": None, "input": "d", "output": "b"},
         {"instruction": "a", "context": "c", "input": "d", "output": "b"},
         {"instruction": "a", "context": "", "input": "", "output": "b"},
+        {"instruction": "a", "context": ["c", "d"], "input": None, "output": "b"},
     ]
     for first in records[:2]:
         format = build(tokenizer, {k: v for k, v in first.items() if v is not None})
         prompts = [shown(format, tokenizer, record)[0][0] for record in records]
         questions = [prompt.split("\n", 1)[1].split("<|im_end|>")[0] for prompt in prompts]
-        assert questions == ["a\n\nc", "a\n\nd", "a\n\nd", "a"]
-        assert format.notes() == ["not used: the column 'context' (1 record)"]
+        assert questions == ["a\n\nc", "a\n\nd", "a\n\nd", "a", "a"]
+        assert format.notes() == ["not used: the column 'context' (2 records)"]
 
 
 @pytest.mark.parametrize(

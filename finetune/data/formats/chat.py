@@ -228,12 +228,11 @@ class ChatFormat:
         return {self.columns.get(name, name) for name in names}
 
     def _unread(self, record: Record, shape: str) -> set[str]:
-        """Return the columns of `_INPUTS` that give way to an earlier one."""
+        """Return the columns of `_INPUTS` that are not read."""
         if shape != "instruction":
             return set()
-        columns = [self.columns.get(name, name) for name in _INPUTS]
-        given = [column for column in columns if str(record.get(column) or "").strip()]
-        return {*given[1:]} - {*given[:1]}
+        read = _input_of(record, self.columns)
+        return {self.columns.get(name, name) for name in _INPUTS} - {self.columns.get(read, read)}
 
     def _optional(self, record: Record, name: str) -> Any:
         return record.get(self.columns.get(name, name))
@@ -269,7 +268,15 @@ def _question_and_answer(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-_INPUTS = ("input", "context")  # what an instruction is about; the first that a record has is read
+_INPUTS = ("input", "context")  # what an instruction is about
+
+
+def _input_of(record: Record, columns: Mapping[str, str]) -> str:
+    """Return which of `_INPUTS` is read: `context` if it is text and there is no input."""
+    given, other = (record.get(columns.get(name, name)) for name in _INPUTS)
+    is_blank = given is None or (isinstance(given, str) and not given.strip())
+    return "context" if is_blank and isinstance(other, str) else "input"
+
 
 Read = tuple[list[Message], set[int]]
 """Messages, and the places of the answers that are not learnt."""
@@ -296,12 +303,9 @@ def _from_prompt(record: Record, columns: Mapping[str, str]) -> Read:
 
 def _from_instruction(record: Record, columns: Mapping[str, str]) -> Read:
     question = text_column(record, "instruction", columns)
-    for name in _INPUTS:
-        if columns.get(name, name) not in record:
-            continue
-        if (given := text_column(record, name, columns)).strip():
-            question = f"{question}\n\n{given}"
-            break
+    name = _input_of(record, columns)
+    if columns.get(name, name) in record and (about := text_column(record, name, columns)).strip():
+        question = f"{question}\n\n{about}"
     return _question_and_answer(question, text_column(record, "output", columns)), set()
 
 

@@ -87,7 +87,7 @@ def prepare_study(
         "steps": steps,
         "batch_size": batch_size_of(parts.config),
         "template_date": None if day is None else day.isoformat(),
-        "training_data": parts.identity["the training data"],
+        "the training data": parts.identity["the training data"][:8],
     }
     _refuse_changes(root, before, found)
     write_text(root / PROTOCOL, yaml.safe_dump(given | found, sort_keys=False, allow_unicode=True))

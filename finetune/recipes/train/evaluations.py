@@ -69,7 +69,7 @@ class RunEvaluations:
         except UserError:
             self.display.warn(f"{self.run.evaluation} is damaged. It is made again")
             earlier = Evaluations()
-        if replace(earlier, test=None).as_dict() == summary.as_dict():
+        if replace(earlier, test=None, last_step=earlier.end).as_dict() == summary.as_dict():
             summary = replace(summary, test=earlier.test)
         summary.write(self.run)
         if before is not None and after is not None:

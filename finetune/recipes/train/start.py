@@ -1,7 +1,7 @@
 """The folder of a run at its start: locked, refused if it is occupied, claimed, and filled."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from finetune.run.marker import Marker, read_marker
 from finetune.run.records import DataCounts, Environment, read_config, write_config
 from finetune.run.replace import check_replaceable
 from finetune.run.wording import clock, counted
-from finetune.training.checkpoint import agree_on_checkpoint, find_checkpoint
+from finetune.training.checkpoint import agree_on_checkpoint, damage_of, find_checkpoint
 
 
 @contextlib.contextmanager
@@ -55,12 +55,10 @@ def find_start(
     """
     checkpoint = None
     if accelerator.is_main_process and resume is not None:
-        checkpoint = find_checkpoint(resume, run.checkpoints, note=display.note)
-        if checkpoint is None and (source := _source_of(run)) is not None:
-            checkpoint = find_checkpoint(source, run.checkpoints)
+        checkpoint = find_beginning(resume, run, note=display.note)
     checkpoint = agree_on_checkpoint(checkpoint, accelerator)
     own = checkpoint is None or run.holds(checkpoint)
-    resuming = resume is not None and (own or _goes_on(run, checkpoint))
+    resuming = resume == "auto" or (resume is not None and (own or _goes_on(run, checkpoint)))
     if accelerator.is_main_process:
         check_claim(run.root, "run", run.written())
         check_replaceable(run.model)
@@ -72,6 +70,25 @@ def find_start(
             )
     accelerator.wait_for_everyone()
     return checkpoint, resuming
+
+
+def find_beginning(
+    resume: str, run: RunDir, *, note: Callable[[str], None] = lambda text: None
+) -> Path | None:
+    """Return the checkpoint that `--resume` means; None if `auto` finds none.
+
+    A run that began from another one's checkpoint and has none of its own begins there again.
+    Raises UserError if there is no such checkpoint.
+    """
+    checkpoint = find_checkpoint(resume, run.checkpoints, note=note)
+    if checkpoint is not None or (source := _source_of(run)) is None:
+        return checkpoint
+    if damage_of(Path(source)) is not None:
+        raise UserError(
+            f"{run.root} began from {source}, which is no longer a complete checkpoint. Name "
+            "another one with --resume PATH and another output_dir, or delete the folder"
+        )
+    return Path(source)
 
 
 def _source_of(run: RunDir) -> str | None:

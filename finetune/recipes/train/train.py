@@ -36,6 +36,7 @@ from finetune.recipes.train.start import (
     as_begun,
     changed_settings,
     claim,
+    find_beginning,
     find_start,
     flat_settings,
     hold_folder,
@@ -47,7 +48,7 @@ from finetune.run.folder import RunDir, run_of, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.run.records import evaluations_by_step
 from finetune.run.wording import clock, counted
-from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
+from finetune.training.checkpoint import CheckpointStore, load
 from finetune.training.clock import Clock
 from finetune.training.probe import check_device
 from finetune.training.stopping import DivergenceGuard
@@ -80,7 +81,7 @@ def run_training(
     run, display = RunDir(config.output_dir), display or Display()
     accelerator = make_accelerator(config, display)
     if dry_run:
-        found = None if resume is None else find_checkpoint(resume, run.checkpoints)
+        found = None if resume is None else find_beginning(resume, run)
         with display.warnings():
             begun = config if found is None else as_begun(found, config)
             parts = _build(begun, accelerator, display).parts
@@ -189,7 +190,8 @@ def _train(
             trainer.evaluate(0)
         try:
             if trainer.why_over() is not None:
-                trainer.evaluate_end(missing=is_main and begun not in evaluations_by_step(run))
+                last = evaluations_by_step(run).get(begun) if is_main else None
+                trainer.evaluate_end(None if last is None else last.metrics)
             stopped = trainer.train()
         except Exception:
             _end_live_report(parts, run)
