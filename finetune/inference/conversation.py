@@ -86,7 +86,7 @@ class Conversation:
         question: Message = {"role": "user", "content": text}
         prompt, self.turns = self._fit(question)
         pieces: list[str] = []
-        self.num_tokens, failed = 0, False
+        self.num_tokens, refused = 0, False
         try:
             for piece in stream(
                 self.model,
@@ -98,11 +98,11 @@ class Conversation:
             ):
                 pieces.append(piece)
                 yield piece
-        except Exception:
-            failed = True
+        except UserError:
+            refused = True
             raise
         finally:
-            if pieces or not failed:
+            if pieces or not refused:
                 answer: Message = {"role": "assistant", "content": "".join(pieces)}
                 self.turns = [*self.turns, question, answer]
 

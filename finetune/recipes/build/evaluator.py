@@ -151,8 +151,8 @@ class Evaluator:
         if not prompts:
             return {}, []
         config, accelerator = self.material.config, self.accelerator
-        own = own_block(prompts, accelerator)
-        first = accelerator.process_index * len(prompts) // accelerator.num_processes
+        block = own_block(len(prompts), accelerator)
+        own = prompts[block]
         bar = self.display.bar("generating", len(own))
         eager = uncompiled(config.training.compile)
         with bar as advance, accelerator.autocast(), eager:
@@ -162,7 +162,7 @@ class Evaluator:
                 own,
                 metrics=metrics,
                 batch_size=config.generation.batch_size,
-                first=first,
+                first=block.start,
                 inactive=self.inactive(),
                 gather=gather_object if accelerator.num_processes > 1 else list,
                 on_progress=differences(advance),
@@ -175,13 +175,13 @@ class Evaluator:
         return self.accelerator.reduce(on_device, reduction="sum").cpu()
 
 
-def own_block(prompts: Sequence[Prompt], accelerator: Accelerator) -> list[Prompt]:
-    """Return this process's stretch of the prompts.
+def own_block(count: int, accelerator: Accelerator) -> slice:
+    """Return this process's stretch of `count` prompts.
 
     Those of all processes, in order, are the whole.
     """
-    count, rank = accelerator.num_processes, accelerator.process_index
-    return list(prompts[rank * len(prompts) // count : (rank + 1) * len(prompts) // count])
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    return slice(rank * count // processes, (rank + 1) * count // processes)
 
 
 def evaluator_of(parts: Parts) -> Evaluator:

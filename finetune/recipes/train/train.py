@@ -188,19 +188,19 @@ def _train(
         on_start(live)
         if parts.config.evaluation.before and checkpoint is None:
             trainer.evaluate(0)
+        stopped: Stopped = "signal"  # unless it comes to an end of its own
         try:
             if trainer.why_over() is not None:
                 last = evaluations_by_step(run).get(begun) if is_main else None
                 trainer.evaluate_end(None if last is None else last.metrics)
             stopped = trainer.train()
-        except Exception:
-            _end_live_report(parts, run)
-            raise
+        finally:
+            if stopped == "signal":
+                _end_live_report(parts, run)
     if isinstance(parts.batches, StreamingBatches) and is_main:
         say_counts(display, "training", parts.material.format, parts.statistics, parts.config)
         write_counts(parts, run)
     if stopped == "signal":
-        _end_live_report(parts, run)
         display.say(
             f"stopped at step {trainer.progress.step}, which is saved. Go on with --resume auto"
         )
