@@ -182,6 +182,8 @@ def parse() -> argparse.Namespace:
     if args.quick:
         args.seconds, args.trial_seconds, args.mode_seconds = 5.0, 2.0, 1.0
         args.held_out, args.answers, args.tokens = 8, 8, 8
+    if not args.worker and args.answers < 1:
+        parser.error("--answers must be at least 1")
     args.contestants = args.contestants.split(",")
     if unknown := {*map(tool_of, args.contestants)} - {*LRS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(LRS)}")

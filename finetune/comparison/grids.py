@@ -1,5 +1,6 @@
 """The learning rates that a search tries: its middle, its grid, and when to widen it."""
 
+import math
 from collections.abc import Mapping
 
 from finetune.optim import optimizer_info
@@ -48,16 +49,22 @@ def centre(name: str, start: str) -> float:
     return float(optimizer_info(name).options["lr"])
 
 
-def lr_grid(middle: float, count: int) -> list[float]:
-    """Return `count` learning rates around `middle`, half a decade apart.
+def lr_grid(middle: float, count: int, *, highest: float = math.inf) -> list[float]:
+    """Return `count` learning rates around `middle`, half a decade apart, none above `highest`.
 
     The factors are 3 and 10/3 in turn, so that the numbers are short. If `count` is even, one more
-    of them is below the middle than above it.
+    of them is below the middle than above it. In the place of one above `highest` there is one more
+    at the lower end.
     """
-    return [
-        _rounded(middle * 10 ** (k // 2) * (3 if k % 2 else 1))
-        for k in range(-(count // 2), count - count // 2)
-    ]
+    first = -(count // 2)
+    while _half_decades(middle, first + count - 1) > highest:
+        first -= 1
+    return [_half_decades(middle, k) for k in range(first, first + count)]
+
+
+def _half_decades(middle: float, k: int) -> float:
+    """Return the learning rate `k` half decades above `middle`."""
+    return _rounded(middle * 10 ** (k // 2) * (3 if k % 2 else 1))
 
 
 def wider(losses: Mapping[float, float]) -> float | None:

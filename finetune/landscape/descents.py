@@ -37,9 +37,15 @@ class Descent:
 def check_descent(name: str) -> None:
     """Raise UserError if the optimizer called `name` cannot descend a landscape.
 
-    It may be unknown, not installed, or made for matrices or for sparse gradients.
+    It may be unknown, not installed, made for matrices or for sparse gradients, or have weights of
+    its own besides those that it steps.
     """
     info = optimizer_info(name)
+    if info.second_weights:
+        raise UserError(
+            f"optimizer {info.name!r} takes its gradients at one point and is evaluated at "
+            "another, and a landscape shows one. Choose another optimizer"
+        )
     info.load()
     if info.sparse == "lazy" or info.must_know != "nothing":
         raise UserError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from finetune.optim.lazy.convert import adapt_state, from_adamw_state, to_adamw_state
     from finetune.optim.lazy_path import build_with_lazy_path, why_no_lazy_path
     from finetune.optim.schedules import SCHEDULES, build_lr_scheduler
-    from finetune.optim.stamp import options_of, rule_of
+    from finetune.optim.stamp import go_on_with, options_of, rule_of
 
 _MODULES = {
     "factory": ("build_optimizer", "check_optimizer"),
@@ -35,7 +35,7 @@ _MODULES = {
     "lazy.convert": ("adapt_state", "from_adamw_state", "to_adamw_state"),
     "lazy_path": ("build_with_lazy_path", "why_no_lazy_path"),
     "schedules": ("SCHEDULES", "build_lr_scheduler"),
-    "stamp": ("options_of", "rule_of"),
+    "stamp": ("go_on_with", "options_of", "rule_of"),
 }
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "check_optimizer",
     "clip_grad_norm_",
     "from_adamw_state",
+    "go_on_with",
     "list_optimizers",
     "optimizer_info",
     "optimizer_table",

@@ -14,6 +14,7 @@ from finetune.optim.registry import (
     GROUP_OPTIONS,
     OptimizerInfo,
     check_options,
+    check_step,
     optimizer_info,
 )
 from finetune.optim.stamp import stamp
@@ -71,11 +72,10 @@ def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
             "the option embeddings takes modules, which a config cannot name. Leave it out: those "
             "of the model are found"
         )
-    check_options(
-        info,
-        {key: value for key, value in options.items() if key not in GROUP_OPTIONS},
-        allowed=[*info.config_options, *GROUP_OPTIONS],
-    )
+    own = {key: value for key, value in options.items() if key not in GROUP_OPTIONS}
+    check_options(info, own, allowed=[*info.config_options, *GROUP_OPTIONS])
+    if info.takes_dense:
+        check_step(info, own)
     check_group_options(
         no_decay=options.get("no_decay") or (),
         overrides=options.get("overrides") or (),

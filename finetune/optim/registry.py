@@ -5,13 +5,14 @@ it is first needed, so that a missing library costs a sentence and not an Import
 looked up without torch.
 """
 
+import contextlib
 import fnmatch
 import importlib
 import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,25 +170,49 @@ def check_options(
     It is built over one small matrix. `allowed` are the names that the caller takes, its own
     included. Raises UserError.
     """
-    import torch
-
-    optimizer, known = info.load(), info.options
+    known = info.options
     for option, value in options.items():
         _check_name(info, option, value, allowed, known)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}. Give a finite number")
         _check_kind(info, option, value, known.get(option))
-    values = {
-        option: value
-        for option, value in options.items()
-        if option in known and option not in _MODULE_OPTIONS
-    }
-    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    with _refusing(info, "be built", options):
+        small_optimizer(info, options)
+
+
+def check_step(info: OptimizerInfo, options: Mapping[str, Any]) -> None:
+    """Raise UserError if the optimizer cannot take a step with these options on this machine."""
+    with _refusing(info, "step", options):
+        small_optimizer(info, options).step()
+
+
+def small_optimizer(info: OptimizerInfo, options: Mapping[str, Any]) -> "torch.optim.Optimizer":
+    """Return the optimizer over one matrix [2, 2] with a gradient. Raises what its class raises."""
+    import torch
+
+    on_gpu = options.get("capturable") and torch.cuda.is_available()  # it needs one
+    matrix = torch.nn.Parameter(torch.zeros(2, 2, device="cuda" if on_gpu else "cpu"))
+    matrix.grad = torch.ones_like(matrix)
+    options = {**info.preset, **info.fixed, **_values(info, options)}
+    optimizer = info.load()([matrix], **options)
+    if hasattr(optimizer, "train"):  # schedule-free optimizers step in this mode alone
+        optimizer.train()
+    return optimizer
+
+
+def _values(info: OptimizerInfo, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the class takes and that are plain values."""
+    takes = info.options.keys() - {*_MODULE_OPTIONS}
+    return {option: value for option, value in options.items() if option in takes}
+
+
+@contextlib.contextmanager
+def _refusing(info: OptimizerInfo, to: str, options: Mapping[str, Any]) -> Iterator[None]:
     try:
-        optimizer([matrix], **{**info.preset, **info.fixed, **values})
-    except (ValueError, TypeError) as error:
+        yield
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"optimizer {info.name!r} cannot be built with {values}: {error}"
+            f"optimizer {info.name!r} cannot {to} with {_values(info, options)}: {error}"
         ) from error
 
 

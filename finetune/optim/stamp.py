@@ -9,13 +9,18 @@ bitsandbytes (0.50) has a load_state_dict of its own, which calls none.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from finetune.errors import UserError
-from finetune.optim.registry import list_optimizers, optimizer_info
+from finetune.optim.registry import (
+    OptimizerInfo,
+    list_optimizers,
+    optimizer_info,
+    small_optimizer,
+)
 
 KEY = "optimizer"
 
@@ -65,13 +70,42 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return the options of each group of an optimizer that `build_optimizer` made: lr, betas ...
 
     `load_state_dict` replaces them by those of the saved state, as torch does, together with what
-    some optimizers count in their groups (schedule-free sums its weights). `group.update` with
-    these gives the groups their own options back, and leaves the counts.
+    some optimizers count in their groups (schedule-free sums its weights). `go_on_with` gives the
+    groups their own options back, and leaves the counts.
     """
     names = optimizer_info(optimizer.defaults[KEY]).options
     return [
         {name: group[name] for name in names if name in group} for group in optimizer.param_groups
     ]
+
+
+def go_on_with(optimizer: torch.optim.Optimizer, own: Sequence[Mapping[str, Any]]) -> None:
+    """Give the groups of an optimizer that has loaded a state their own options, of `options_of`.
+
+    Raises UserError for an option that needs what the saved state does not have: amsgrad and its
+    kind, where they were off.
+    """
+    for group, now in zip(optimizer.param_groups, own, strict=True):
+        then = {**now, **{name: group[name] for name in now if name in group}}
+        switched_on = [name for name in now if name != "lr" and now[name] and not then[name]]
+        if switched_on:
+            _check_switch(optimizer_info(optimizer.defaults[KEY]), then, now, switched_on)
+        group.update(now)
+
+
+def _check_switch(
+    info: OptimizerInfo, then: Mapping[str, Any], now: Mapping[str, Any], options: Sequence[str]
+) -> None:
+    small = small_optimizer(info, then)
+    small.step()
+    small.param_groups[0].update(now)
+    try:
+        small.step()
+    except KeyError as error:
+        raise UserError(
+            f"{' and '.join(options)} of the optimizer cannot be switched on in mid-run: the "
+            f"checkpoint has no {error.args[0]}. Resume without it, or start a new run"
+        ) from error
 
 
 def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -97,12 +131,7 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
             "the saved optimizer state has rows of a table that was stepped lazily. Load "
             "finetune.optim.adapt_state(optimizer, state), after the weights saved with it"
         )
-    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in saved]:
-        raise UserError(
-            f"the saved optimizer state has parameter groups of {_sizes(saved)} parameters, but "
-            f"this run has {_sizes(ours)}. Resume with the model, no_decay, overrides and "
-            "layer_decay that it was saved with"
-        )
+    check_sizes(ours, saved)
     for group, theirs in zip(ours, saved):
         for here, there in zip(group.get("param_names", ()), theirs.get("param_names", ())):
             if here != there:
@@ -118,8 +147,19 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     return {**state_dict, "param_groups": named}
 
 
-def _sizes(groups: list[dict[str, Any]]) -> str:
-    return " + ".join(str(len(group["params"])) for group in groups)
+def check_sizes(ours: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Raise UserError unless both have as many groups, with as many parameters each."""
+    here, there = ([len(group["params"]) for group in groups] for groups in (ours, saved))
+    if here != there:
+        raise UserError(
+            f"the saved optimizer state has parameter groups of {_sum(there)} parameters, but this "
+            f"run has {_sum(here)}. Resume with the model, no_decay, overrides and layer_decay "
+            "that it was saved with"
+        )
+
+
+def _sum(sizes: list[int]) -> str:
+    return " + ".join(map(str, sizes))
 
 
 def _same_rule(ours: dict[str, Any], saved: dict[str, Any]) -> bool:

@@ -76,7 +76,9 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        return self.result.problem != "" or not math.isfinite(self.points[-1].loss)
+        test = self.result.test or {"all": 0.0}
+        losses = self.points[-1].loss, test["all"]
+        return self.result.problem != "" or not all(map(math.isfinite, losses))
 
     @property
     def loss(self) -> float:

@@ -73,7 +73,10 @@ def take_step(
     total = accelerator.reduce(loss_sum, reduction="sum")
     result = StepResult(float(total) / batch.num_target_tokens, float(norm), skipped=False)
     check(result)
+    scaler = accelerator.scaler
+    scaled_by = scaler.get_scale() if scaler is not None else 0.0
     optimizer.step()
     optimizer.zero_grad()
-    skipped = bool(getattr(optimizer, "step_was_skipped", False))
+    # `step_was_skipped` says nothing of a fused kernel, which is called and skips the step itself
+    skipped = scaler is not None and scaler.get_scale() < scaled_by
     return StepResult(result.loss, result.grad_norm, skipped)

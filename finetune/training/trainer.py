@@ -24,7 +24,7 @@ from finetune.data.batches.dataset import TrainingBatches
 from finetune.data.batches.steps import StepBatch
 from finetune.data.batches.stream import StreamingBatches
 from finetune.errors import Border, UserError
-from finetune.optim import options_of
+from finetune.optim import go_on_with, options_of
 from finetune.run.files import write_bytes
 from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
@@ -134,7 +134,8 @@ class Trainer:
         progress = self.progress
         torch.manual_seed(step_seed(self.seed, progress.step, self.accelerator.process_index))
         self.before_step(progress.step, batch)
-        lr = self.scheduler.get_last_lr()[0]
+        schedule = self.scheduler  # of the run's own rate, whatever the groups have
+        lr = self.optimizer.defaults["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)
         result = take_step(
             self.model,
             self.optimizer,
@@ -217,7 +218,7 @@ class Trainer:
             self.optimizer.eval()
             known = self.evaluate(self.progress.step)
         value = known.get(self.cadence.best)
-        if value is not None and self._is_better(value):
+        if value is not None and self._is_better(value := float(value)):  # NaN is text in a file
             self.progress.best_value, self.progress.best_step = value, self.progress.step
 
     def _evaluate_if_due(self) -> bool | None:
@@ -242,9 +243,11 @@ class Trainer:
         return improved
 
     def _is_better(self, value: float) -> bool:
-        """Return whether `value` is better than the best evaluation so far."""
+        """Return whether `value` is better than the best evaluation so far, as NaN never is."""
         best, sign = self.progress.best_value, 1 if self.cadence.higher_is_better else -1
-        return best is None or sign * value > sign * best
+        if best is None or math.isnan(best):
+            return not math.isnan(value)
+        return sign * value > sign * best
 
     def _checkpoint_is_due(self, improved: bool | None) -> bool:
         """Return whether to save: at the end, at the best evaluation, and as the cadence says."""
@@ -310,10 +313,9 @@ class Trainer:
         ]
         with Border(f"{checkpoint / 'training.pt'} does not fit", do=ANOTHER):
             self.scheduler.load_state_dict({**schedule, "base_lrs": base, "_last_lr": lrs})
-        for group, own, initial, lr in zip(
-            self.optimizer.param_groups, options, base, lrs, strict=True
-        ):
-            group.update({**own, "initial_lr": initial, "lr": lr})
+        go_on_with(self.optimizer, options)
+        for group, initial, lr in zip(self.optimizer.param_groups, base, lrs, strict=True):
+            group.update({"initial_lr": initial, "lr": lr})
         self.batches.load_state_dict(state["data"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -263,6 +263,8 @@ def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
             "a comparison needs held-out data",
         ),
         (("optimizer.name=[sgd,adam]", "training.max_time=60"), "another number of steps"),
+        (("optimizer.name=[sgd,lazy_adamw]", "optimizer.lazy=false"), "Name adamw to step every"),
+        (("optimizer.name=[adamw,sgd]", "optimizer.lazy=true"), "sgd has no lazy path"),
         (
             ("optimizer.name=[sgd,adam]", "output_dir=out", "--trials", "3"),
             "holds a comparison with other settings (trials 2, now 3;",
@@ -439,6 +441,12 @@ def test_values_that_no_optimizer_takes_are_one_sentence(tmp_path, monkeypatch):
     ):
         result = finetune("tune", "c.yaml", given, "--trials", "1")
         assert (result.code, says in result.err) == (2, True), result.err
+    lazy = finetune(
+        *("tune", "c.yaml", "optimizer.name=adam", "optimizer.lazy=true", "--trials", "1"),
+        "optimizer.weight_decay=[0, 0.1]",
+    )
+    assert (lazy.code, "adam's weight decay is a part" in lazy.err) == (2, True), lazy.err
+    assert not list(Path().rglob("metrics.jsonl"))
     none = finetune("tune", "c.yaml", "optimizer.name=sparse_adam", "optimizer.weight_decay=[0, 1]")
     assert (none.code, "sparse_adam takes no weight decay" in none.err) == (2, True), none.err
     one = finetune("compare", "c.yaml", "optimizer.name=adam")

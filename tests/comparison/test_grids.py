@@ -13,6 +13,8 @@ def test_half_decades_around_the_middle():
     assert lr_grid(2e-5, 3) == [6e-6, 2e-5, 6e-5]
     assert lr_grid(1e-3, 4) == [1e-4, 3e-4, 1e-3, 3e-3]
     assert lr_grid(0.3, 1) == [0.3]
+    assert lr_grid(900.0, 3, highest=1000.0) == [90.0, 270.0, 900.0]
+    assert len(lr_grid(900.0, 15, highest=1000.0)) == 15
 
 
 def test_every_optimizer_of_the_catalogue_has_a_centre():

@@ -113,3 +113,13 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     assert run.updates == [(1, 0.1), (2, 0.2)]
     assert run.diverged
     assert run.loss == math.inf
+
+
+def test_a_test_loss_that_is_no_number_is_divergence():
+    """The held-out loss was fine: one text of the test data was not."""
+    lost = made_run("sgd", 3, 0.3, [4.0, 3.5, 3.0], reported=True)
+    lost.result.test["all"] = math.inf
+    kept = [made_run("sgd", seed, 0.3, [4.0, 3.5, 3.0], reported=True) for seed in (1, 2)]
+    found = two(sgd=[*kept, lost])
+    assert found["optimizers"]["sgd"]["reported_diverged"] == 1
+    assert found["verdict"]["winner"] == "adam"

@@ -73,6 +73,7 @@ def begin() -> None:
     rank = int(os.environ["RANK"])
     run("lazy.yaml", "output_dir=lazy")
     run("lazy.yaml", "output_dir=half", resume="auto")
+    run("auto.yaml", "output_dir=auto", resume="auto")
     run("tied.yaml", "output_dir=tied")
     refusals = [refused(f"output_dir=host{rank}")]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -59,7 +59,7 @@ def alone(*overrides: str, config: str = "lazy.yaml", resume: str | None = None)
 
 
 def write_inputs(folder: Path) -> Path:
-    """Write conversations, lazy.yaml and tied.yaml to `folder`."""
+    """Write conversations, lazy.yaml, auto.yaml and tied.yaml to `folder`."""
     (folder / "chat.jsonl").write_text(
         "".join(json.dumps(conversation(n)) + "\n" for n in range(48))
     )
@@ -71,6 +71,13 @@ def write_inputs(folder: Path) -> Path:
         "lazy.yaml",
         model={"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 300}},
     )
+    write(
+        folder,
+        "auto.yaml",
+        model={"config": {**PYTHIA, "hidden_dropout": 0.0}, "tokenizer": {"vocab_size": 300}},
+        optimizer={"lr": 3e-3, "name": "adamw", "weight_decay": 0.1, "no_decay": []},
+        scheduler={"name": "constant"},
+    )
     active = {"optimizer": {"lr": 3e-3, "name": "adamw"}, "vocabulary": {"mode": "active"}}
     write(folder, "tied.yaml", model={"config": LLAMA, "tokenizer": {"vocab_size": 300}}, **active)
     return folder
@@ -80,9 +87,9 @@ def write_inputs(folder: Path) -> Path:
 def folder(tmp_path_factory) -> Path:
     """Train on two processes under FSDP2, and the same on one: lazy/ and lazy1/, tied/ and tied1/.
 
-    half/ is begun by one. host0/, host1/ and full/ cannot be saved. killed/ is killed while it
-    saves, and goes on with three processes. tied.yaml has an active vocabulary: the head has a
-    table of few rows, and a frozen one.
+    half/ and auto/ are begun by one. host0/, host1/ and full/ cannot be saved. killed/ is killed
+    while it saves, and goes on with three processes. tied.yaml has an active vocabulary: the head
+    has a table of few rows, and a frozen one.
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
         pytest.skip(f"FSDP2 needs torch 2.13 or later here, and this is {torch.__version__}")
@@ -92,6 +99,8 @@ def folder(tmp_path_factory) -> Path:
         alone("output_dir=lazy1")
         alone("output_dir=tied1", config="tied.yaml")
         alone("output_dir=half", "training.max_steps=4", "scheduler.name=constant")
+        alone("output_dir=auto1", config="auto.yaml")
+        alone("output_dir=auto", "training.max_steps=4", config="auto.yaml")
     assert under_fsdp2("begin", folder, 2)[1] == -signal.SIGKILL, (
         folder / "begin1.log"
     ).read_text()
@@ -182,6 +191,15 @@ def test_a_run_goes_from_one_process_to_fsdp2_and_back(folder, monkeypatch):
         )
     assert len(losses(folder / "lazy-10")) == 4 + 2
     assert losses(folder / "lazy-10") == pytest.approx(losses(folder / "lazy1-10"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_adamw_begun_on_the_lazy_path_goes_on_densely_over_shards(folder):
+    """One process steps the table's rows lazily. FSDP2 shards the table, with its missed steps."""
+    notes = json.loads((folder / "auto1" / "environment.json").read_text())["notes"]
+    assert any("adamw computes only the rows in use" in note for note in notes)
+    assert losses(folder / "auto") == pytest.approx(losses(folder / "auto1"), abs=1e-5)
+    assert all(share < 1 for share in torch.load(folder / "auto" / "shards.pt").values())
 
 
 @pytest.mark.slow

@@ -128,6 +128,7 @@ def test_which_optimizers_can_be_drawn():
     ][: len(DRAWABLE)] == DRAWABLE
     for name in ("sparse_adam", "lazy_adamw", "muon"):
         assert "made for a model's matrices" in refused[name]
+    assert "is evaluated at another" in refused["schedule_free_adamw"]
 
 
 def test_a_diverged_descent_ends_where_it_was_lost():

@@ -145,3 +145,17 @@ def test_the_state_of_another_rule_is_refused():
     adamw, _ = build_with_lazy_path(Model(), "adamw", "auto")
     with pytest.raises(UserError, match="state is of adamw, but this run uses adam"):
         adam.load_state_dict(adapt_state(adam, adamw.state_dict()))
+
+
+def test_a_lazily_stepped_state_gets_the_kernel_of_the_dense_optimizer():
+    """torch reads from the loaded groups where a kernel wants its step counts."""
+    model = Model()
+    source, _ = build_with_lazy_path(model, "adamw", "auto")
+    train(model, source, range(3))
+    target, _ = build_with_lazy_path(model, "adamw", False, fused=True)
+    state = source.state_dict()
+    adapted = adapt_state(target, state)
+    assert [group["fused"] for group in adapted["param_groups"]] == [True] * len(
+        target.param_groups
+    )
+    assert not any("fused" in group for group in state["param_groups"])  # the caller's own

@@ -176,6 +176,27 @@ def test_wrong_options_are_found_before_there_is_a_model(name, options, sentence
     assert str(at_build.value) == str(before.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("adamw", {"fused": True, "foreach": True}, "optimizer 'adamw' cannot be built with"),
+        ("adamw", {"differentiable": True}, "optimizer 'adamw' cannot step with"),
+        ("muon", {"ns_steps": 100}, "optimizer 'muon' cannot step with {'ns_steps': 100}"),
+    ],
+)
+def test_options_that_torch_refuses_late_are_found_before_there_is_a_model(name, options, sentence):
+    with pytest.raises(UserError) as refused:
+        check_optimizer(name, options)
+    assert str(refused.value).startswith(sentence)
+
+
+def test_every_optimizer_steps_with_its_defaults():
+    names = [name for name in list_optimizers() if not optimizer_info(name).missing]
+    assert len(names) >= 10
+    for name in names:
+        check_optimizer(name, {})
+
+
 def test_modules_are_an_option_of_build_optimizer_that_no_config_is_offered():
     info = optimizer_info("lazy_adamw")
     assert info.options.keys() - info.config_options.keys() == {"embeddings"}

@@ -355,5 +355,5 @@ def test_a_plan_is_an_upper_estimate_of_a_demos_peak(task, mode, tmp_path):
         capture_output=True,
         text=True,
     )
-    # once, beside another test, the heap had a fifth less than when the run is alone
-    assert 0.95 <= int(done.stdout) / (usage.ru_maxrss * 1024) <= 1.3
+    # beside other tests the heap had from a fifth less to an eighth more than when the run is alone
+    assert 0.95 <= int(done.stdout) / (usage.ru_maxrss * 1024) <= 1.4

@@ -1,6 +1,7 @@
 """A run that is resumed at an edge: over already, from a time to steps, after a divergence."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.runs import state_of
 from finetune.recipes.train.train import run_training
 from finetune.report import write_report
@@ -165,3 +167,23 @@ def test_a_run_without_held_out_data_is_finished_also_after_a_test(tiny, tmp_pat
     evaluate_target(str(tmp_path / "run"), config=None, overrides=[], as_json=True)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]
     assert state(tmp_path / "run") == "finished"
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_an_evaluation_that_is_no_number_is_never_the_best(tiny, tmp_path, monkeypatch, bad):
+    """fp16 products may overflow on a held-out text. The first is not kept, the last is read."""
+    evaluate, calls = Evaluator.evaluate, []
+
+    def overflow(self: Evaluator) -> Any:
+        results, answers = evaluate(self)
+        calls.append(results)
+        return ({**results, "loss": math.nan} if len(calls) == bad else results), answers
+
+    monkeypatch.setattr(Evaluator, "evaluate", overflow)
+    tree = tiny(training={"max_steps": 3}, evaluation={"every": 1})
+    assert train(tree) == "finished"
+    best = read_run(tmp_path / "run").best
+    assert best is not None
+    assert best.step != bad
+    assert math.isfinite(best.metrics["loss"])
+    assert train(tree, resume="auto") == "finished"

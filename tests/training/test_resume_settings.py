@@ -90,3 +90,23 @@ def test_tensorboard_has_each_step_once_after_a_resume(tiny, tmp_path):
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lacks"),
+    [
+        ({"name": "adamw"}, {"amsgrad": True}, "amsgrad .* has no max_exp_avg_sq"),
+        ({"name": "rmsprop"}, {"momentum": 0.9}, "momentum .* has no momentum_buffer"),
+        ({"name": "rmsprop"}, {"centered": True}, "centered .* has no grad_avg"),
+        ({"name": "adamw"}, {"maximize": True, "weight_decay": 0.5}, None),
+        ({"name": "adamw", "amsgrad": True}, {"amsgrad": False}, None),
+    ],
+)
+def test_an_option_that_needs_what_the_checkpoint_lacks_is_refused(tiny, before, after, lacks):
+    train(tiny(optimizer=before, training={"max_steps": 1}))
+    longer = tiny(optimizer=before | after, training={"max_steps": 2})
+    if lacks is None:
+        assert "optimizer." in train(longer, resume="auto")
+    else:
+        with pytest.raises(UserError, match=lacks):
+            train(longer, resume="auto")

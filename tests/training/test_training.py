@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config.loading import make_config
+from finetune.data.batches.steps import StepBatch
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
+from finetune.training.step import take_step
 from tests.conftest import LLAMA, PYTHIA
 
 
@@ -385,3 +390,41 @@ def test_perplexity_is_that_of_the_loss(tiny, tmp_path):
     train(tiny(evaluation={"every": 6}))
     record = json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [{}, {"layer_decay": 0.5}, {"overrides": [{"pattern": "*embed_tokens*", "lr": 1e-5}]}],
+)
+def test_the_rate_of_a_step_is_the_run_s_own_whatever_the_groups_have(tiny, tmp_path, groups):
+    scheduler = {"name": "linear", "warmup_ratio": 0.0}
+    train(tiny(optimizer=groups, scheduler=scheduler, training={"max_steps": 3}))
+    steps = [line for line in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert [step["lr"] for step in steps] == pytest.approx([3e-3, 2e-3, 1e-3])
+
+
+class Sum(torch.nn.Module):
+    """The loss of a micro-batch is a weight times the sum of its numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+    def forward(self, numbers):
+        return (self.weight * numbers).sum()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_overflowed_is_seen_whatever_kernel_took_it(fused):
+    """A fused kernel is called on an overflow too, and leaves the weights as they were."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's may hold a GPU
+    accelerator, model = Accelerator(cpu=True), Sum()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    inner = torch.optim.AdamW(model.parameters(), fused=fused)
+    optimizer = AcceleratedOptimizer(inner, scaler=accelerator.scaler)
+    before, skipped = model.weight.detach().clone(), []
+    for size in (1e38, 1.0):
+        batch = StepBatch([{"numbers": torch.full((4,), size)}], 4, 4, 4, 1.0, [[[0]]])
+        skipped.append(take_step(model, optimizer, batch, accelerator=accelerator).skipped)
+        assert torch.equal(model.weight, before) == skipped[-1]
+    assert skipped == [True, False]

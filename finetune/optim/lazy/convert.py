@@ -11,7 +11,7 @@ from finetune.optim.lazy.eligible import floats
 from finetune.optim.lazy.missed_steps import GaussRules
 from finetune.optim.lazy.state import RowState
 from finetune.optim.lazy.table import RowTable
-from finetune.optim.stamp import KEY, rule_of
+from finetune.optim.stamp import KEY, check_sizes, rule_of
 
 # What else goes over with a parameter group:
 _NOT_OPTIONS = ("params", "param_names", "name", "initial_lr")
@@ -48,7 +48,7 @@ def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
     """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups.
 
     It does not load the weights. Rows of registered tables whose moments are all zero get no state.
-    Raises UserError for a state with amsgrad.
+    Raises UserError for a state with amsgrad, or of other groups.
     """
     if any(group.get("amsgrad") for group in state["param_groups"]):
         raise UserError(
@@ -56,6 +56,7 @@ def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
             "of an AdamW without it"
         )
     own = optimizer.state_dict()["param_groups"]
+    check_sizes(own, state["param_groups"])
     entries = dict(state["state"])
     index_of = [index for group in state["param_groups"] for index in group["params"]]
     for position in optimizer.registered_weights():
@@ -95,15 +96,36 @@ def adapt_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict
         elif position not in lazy and "last_step" in entry:
             entries[index] = _caught_up(parameters[position], RowState.from_dict(entry))
     own = optimizer.defaults.get(KEY, "")
-    renamed = [
-        {**group, KEY: own} if rule_of(group.get(KEY, "")) == rule_of(own) else group
-        for group in state["param_groups"]
+    if not own:
+        return {**state, "state": entries}
+    kernels: list[dict[str, Any]] = [  # torch puts step counts where the loaded group's wants them
+        {key: group[key] for key in ("fused", "capturable") if key in group}
+        for group in optimizer.param_groups
     ]
-    return {"state": entries, "param_groups": renamed} if own else {**state, "state": entries}
+    saved = state["param_groups"]
+    groups_now = [
+        {**group, **kernel, **({KEY: own} if rule_of(group.get(KEY, "")) == rule_of(own) else {})}
+        for group, kernel in zip(saved, [*kernels, *({} for _ in saved[len(kernels) :])])
+    ]
+    return {"state": entries, "param_groups": groups_now}
 
 
 def _caught_up(weight: Tensor, state: RowState) -> dict[str, Tensor]:
-    """Bring `weight` up to now, and return the state that torch.optim.AdamW would have."""
+    """Bring `weight` up to now, and return the state that torch.optim.AdamW would have.
+
+    Of a shard (a DTensor) every process must call it, and gets its part of the state.
+    """
+    if hasattr(weight, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # here: it takes a second to import
+
+        def part_of(full: Tensor) -> Tensor:
+            mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
+            return distribute_tensor(full, mesh, placements, src_data_rank=None)
+
+        whole = weight.full_tensor()
+        moments = _caught_up(whole, state)
+        weight.copy_(part_of(whole))
+        return {key: part_of(value) if value.ndim else value for key, value in moments.items()}
     mode = "exact" if GaussRules.supports(state.betas) and state.eps > 0 else "replay"
     table = RowTable(weight, missed_steps=mode, betas=state.betas, eps=state.eps)
     if table.master is not None and state.master is None:

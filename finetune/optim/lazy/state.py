@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from finetune.errors import UserError
+
 
 class Showing(Enum):
     """Which rows a table shows, and to whom. A lookup always gives rows as of now.
@@ -41,6 +43,7 @@ class RowState(NamedTuple):
     betas: tuple[float, float]
     eps: float
     master: Tensor | None = None  # [n, d] float32: of a weight in bfloat16 or float16
+    skipped: bool | None = None  # True: rows keep what they missed for good (missed_steps="skip")
     rule_masses: Tensor | None = None  # [h + 1, nodes]: see `missed_steps.GaussRules`
     rule_shifts: Tensor | None = None  # [h + 1, nodes]
     window_masses: Tensor | None = None  # [window, nodes] float64
@@ -72,6 +75,29 @@ class RowState(NamedTuple):
             betas=betas,
             eps=eps,
             master=master,
+        )
+
+    def under(self, missed_steps: str) -> "RowState":
+        """Return the state for a table with this rule for missed steps.
+
+        What was skipped before stays skipped. Raises UserError if a step that a row was to make up
+        would be skipped.
+        """
+        if missed_steps == "skip" and not self.skipped and len(self.lr):
+            raise UserError(
+                "the optimizer's state has rows that are still to make up steps, which "
+                "missed_steps='skip' would drop. Go on with missed_steps='exact'"
+            )
+        if missed_steps == "skip" or not self.skipped:
+            return self
+        return RowState.up_to_date(
+            int(self.step),
+            self.rows,
+            self.exp_avg,
+            self.exp_avg_sq,
+            betas=self.betas,
+            eps=self.eps,
+            master=self.master,
         )
 
     @classmethod

@@ -74,8 +74,9 @@ class RowTable:
     def start(self, weight: Tensor, state: RowState) -> None:
         """Go on from `state`, in exactly its numbers, with `weight`.
 
-        Raises UserError if the state has a row that the weight does not have.
+        Raises UserError if the state has a row that the weight does not have, and as `under` does.
         """
+        state = state.under(self.missed_steps)
         rows, lr = state.rows.to(weight.device, torch.int64), state.lr.double().tolist()
         if len(rows) and int(rows.max()) >= len(weight):
             raise UserError(
@@ -167,6 +168,7 @@ class RowTable:
             betas=self.history.betas,
             eps=self.history.eps,
             master=None if self.master is None else self.master[had_gradient],
+            skipped=True if self.missed_steps == "skip" else None,
         )
         return self.rules.add_to(state) if self.rules and self.history.lr else state
 

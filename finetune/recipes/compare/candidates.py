@@ -8,7 +8,7 @@ from finetune.config.loading import validate
 from finetune.config.schema import OptimizerSection
 from finetune.errors import UserError, did_you_mean
 from finetune.optim import check_optimizer, optimizer_info
-from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.optimizer import may_be_lazy, optimizer_options
 from finetune.run.wording import listed
 
 DEFAULT_OPTIMIZERS = ("sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "lazy_adamw")
@@ -73,6 +73,7 @@ def check_candidates(config: RunConfig, names: Sequence[str]) -> list[str]:
     for name in names:
         changed = config.model_copy(update={"optimizer": section_for(section, name, lr=section.lr)})
         check_optimizer(name, optimizer_options(changed))
+        may_be_lazy(changed)  # raises if optimizer.lazy asks for what cannot be
     return [note for note in notes if note is not None]
 
 

@@ -182,8 +182,8 @@ def tune_learning_rate(
         start = "lora"
     elif base.model.name is None:
         start = "random"
-    grid = grids.lr_grid(grids.centre(name, start) if middle is None else middle, trials)
-    lrs = [lr for lr in grid if lr <= HIGHEST_RATE]
+    middle = grids.centre(name, start) if middle is None else middle
+    lrs = grids.lr_grid(middle, trials, highest=HIGHEST_RATE)
     reported: set[str] = set()
 
     def run_point(point: GridPoint) -> Run | None:

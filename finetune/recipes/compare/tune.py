@@ -14,7 +14,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.look import take_list
-from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.optimizer import may_be_lazy, optimizer_options
 from finetune.recipes.compare.candidates import check_candidates, section_for
 from finetune.recipes.compare.study import (
     best_of,
@@ -98,7 +98,9 @@ def _check_decays(config: RunConfig, name: str, decays: Sequence[Any]) -> list[f
     check_candidates(config, [name])
     for decay in tried:
         section = section_for(config.optimizer, name, lr=config.optimizer.lr, weight_decay=decay)
-        check_optimizer(name, optimizer_options(config.model_copy(update={"optimizer": section})))
+        changed = config.model_copy(update={"optimizer": section})
+        check_optimizer(name, optimizer_options(changed))
+        may_be_lazy(changed)
     return tried
 
 

@@ -98,3 +98,13 @@ def test_before_the_first_step(models):
     first.load_state_dict(to_adamw_state(second))
     run(model, second, range(40))
     assert_close(model, reference)
+
+
+def test_a_state_of_other_groups_is_refused(models):
+    model, _ = models
+    other = torch.optim.AdamW(model.parameters())
+    run_one = model(torch.arange(4))
+    run_one.backward()
+    other.step()
+    with pytest.raises(UserError, match=r"groups of 3 parameters, but this run has 2 \+ 1"):
+        from_adamw_state(lazy(model), other.state_dict())

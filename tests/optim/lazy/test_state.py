@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.optim import adapt_state
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 
@@ -569,3 +570,38 @@ def test_gradients_of_lookups_arrive_coalesced():
         assert module.weight.grad.is_coalesced()
         assert module.weight.grad.indices().tolist() == [used]
     assert module.weight.grad.values()[:, 0].tolist() == [1.0, 4.0, 1.0]
+
+
+def test_what_was_skipped_stays_skipped_under_another_rule():
+    """Rows that were to stay as they were do not make up the steps of before."""
+    model, optimizer = build("skip")
+    run(model, optimizer, range(6))
+    with optimizer.deferred():
+        saved = through_file([model.state_dict(), optimizer.state_dict()])
+    weights = model.embed.weight.detach().clone()
+    for kind in ("exact", "replay"):
+        again, other = build(kind)
+        with other.deferred():
+            again.load_state_dict(saved[0])
+            other.load_state_dict(saved[1])
+        assert torch.equal(again.state_dict()["embed.weight"], weights)
+    plain, _ = build("skip")
+    plain.load_state_dict(saved[0])
+    adapt_state(torch.optim.AdamW(plain.parameters()), saved[1])
+    assert torch.equal(plain.embed.weight, weights)
+
+
+def test_steps_that_are_to_be_made_up_are_not_skipped():
+    model, optimizer = build("exact")
+    run(model, optimizer, range(6))
+    with optimizer.deferred():
+        saved = through_file([model.state_dict(), optimizer.state_dict()])
+    again, other = build("skip")
+    with other.deferred():
+        again.load_state_dict(saved[0])
+        with pytest.raises(UserError, match="still to make up steps"):
+            other.load_state_dict(saved[1])
+    again, other = build("skip")
+    again.load_state_dict(model.state_dict())  # rows as of now have nothing to make up
+    other.load_state_dict(optimizer.state_dict())
+    run(again, other, range(6, 8))
