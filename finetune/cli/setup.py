@@ -1,5 +1,7 @@
 """`finetune init`, `keys` and `runs`: how a config is begun, what it may hold, what there is."""
 
+import os
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated
 
@@ -28,12 +30,22 @@ def init(
     """Write a config for data files, with sizes that fit the data and this machine."""
     from finetune.recipes.build.look import look_at_files
 
-    path = output or Path(Path(files[0]).name.split(".")[0] + ".yaml")
+    path = output or _config_of(files[0])
     look_at_files(files, model=model, languages=(source, to), output=path)
     say_start()
     from finetune.recipes.init import init_config
 
     init_config(files, model=model, output=path, languages=(source, to))
+
+
+def _config_of(file: str) -> Path:
+    """Return the config to write for data: called as its first file is, or else as its folder."""
+    path = Path(os.path.abspath(os.path.expanduser(file)))
+    is_glob = has_magic(file) and not os.path.exists(path)
+    for name in (Path(file).name.strip(".").split(".")[0], path.name, path.parent.name):
+        if name and not (is_glob and has_magic(name)):
+            return Path(f"{name}.yaml")
+    return Path("data.yaml")
 
 
 @app.command()

@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import yaml
@@ -19,7 +20,7 @@ from finetune.config.mistakes import (
     unknown_key,
     yaml_problem,
 )
-from finetune.config.other_tools import ALIASES, NOT_ALIASES
+from finetune.config.other_tools import ABOUT_TRAINING, ALIASES, ELSEWHERE, NOT_ALIASES
 from finetune.config.places import field_of, item_section_of, keys_at, section_of
 from finetune.config.schema import DataSection, RunConfig
 from finetune.config.yaml12 import dump, parse
@@ -71,7 +72,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         )
     if path.suffix.lower() in _DATA:
         raise UserError(
-            f"{path} is data, and a config is needed. `finetune init {path}` writes one"
+            f"{path} is data, and a config is needed. `finetune init {quote(str(path))}` writes one"
         )
     try:
         tree = parse(path.read_text(encoding="utf-8"))
@@ -157,7 +158,7 @@ def _resolve_aliases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, 
             resolved[key] = value
     for name, place, value in moved:
         try:
-            target, value = _alias(name, value, [place] if place else [])
+            target, value = _alias(name, value, place)
             _set(resolved, target, value, given=f"{place}.{name}" if place else name)
         except UserError as error:
             problems.append(f"{place}: {error}" if place else str(error))
@@ -179,10 +180,16 @@ def _takes(section: type[BaseModel], name: str) -> bool:
     return name in section.model_fields or (is_open and name not in ALIASES)
 
 
-def _alias(key: str, value: Any, place: Sequence[str]) -> tuple[str, Any]:
-    """Return our key and the value for another tool's `key`. Raises UserError for any other."""
+def _alias(key: str, value: Any, place: str) -> tuple[str, Any]:
+    """Return our key and the value for another tool's `key` in the section `place`, or "".
+
+    Raises UserError for any other key, and if `key` means something else in that section.
+    """
     if key not in ALIASES:
-        raise UserError(unknown_key(key, key, keys_at(place)))
+        raise UserError(unknown_key(key, key, keys_at([place] if place else [])))
+    if place not in (*ABOUT_TRAINING, ALIASES[key].partition(".")[0]):
+        remedy = ELSEWHERE.get(f"{place}.{key}", f"Write {ALIASES[key]}")
+        raise UserError(f"{key!r} is not a key here. {remedy}")
     if key == "report_to":
         value = [] if value in ("none", None) else [value] if isinstance(value, str) else value
     return ALIASES[key], value
@@ -197,7 +204,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         )
     if not override.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in override):
         raise UserError(f"the override {override!r:.80} is not UTF-8 text. Convert it first")
-    leaf = key.rpartition(".")[2]
+    place, _, leaf = key.rpartition(".")
     is_alias = (leaf in ALIASES or leaf in NOT_ALIASES) and field_of(key) is None
     is_alias = is_alias and not _is_in_mapping(key)
     target = ALIASES.get(leaf, key) if is_alias else key
@@ -208,7 +215,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             f"the value of the override {override!r} is not valid YAML: {yaml_problem(error)}"
         ) from error
     if is_alias:
-        target, value = _alias(leaf, value, [])
+        target, value = _alias(leaf, value, place)
     _set(tree, target, value, given=None)
 
 

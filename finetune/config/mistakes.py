@@ -102,6 +102,8 @@ def unknown_key(key: str, leaf: str, known: Sequence[str]) -> str:
         return f"{key!r} is not a key here. {NOT_ALIASES[leaf]}"
     if 0 < len(places := _places(str(leaf))) <= 3:
         return f"{key!r} is not a key here. Write {' or '.join(places)}"
+    if leaf in ALIASES:
+        return f"{key!r} is not a key here. Write {ALIASES[leaf]}"
     near = did_you_mean(str(leaf), [*known, *ALIASES])
     there = "" if key == leaf else " there"
     return f"{key!r} is not a key; the keys{there} are {', '.join(known)}{near}"

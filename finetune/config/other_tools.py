@@ -32,7 +32,20 @@ ALIASES = {
     "evaluation_steps": "evaluation.every",
     "early_stopping_patience": "evaluation.early_stopping_patience",
 }
-"""Names of Hugging Face, Axolotl and LLaMA-Factory that mean the same, anywhere in the file."""
+"""Names of Hugging Face, Axolotl and LLaMA-Factory that mean the same."""
+
+ABOUT_TRAINING = ("", "training", "data", "model", "optimizer", "scheduler")
+"""The sections, and the top level, in which these names mean the same."""
+
+ELSEWHERE = {
+    **{
+        f"generation.{name}": "Write generation.max_new_tokens: TOKENS"
+        for name, key in ALIASES.items()
+        if key == "data.max_length"
+    },
+    "evaluation.max_steps": "Write data.max_validation_records: COUNT",
+}
+"""What such a name may mean in another section. The value says what to do instead."""
 
 NOT_ALIASES = {
     "gradient_accumulation_steps": "Set training.batch_size (sequences per step, over all "

@@ -22,7 +22,7 @@ from finetune.errors import UserError
 _HASHED = ("ids", "labels", "lengths")
 _CHUNK = 500  # records whose texts are encoded together
 _HELD_TOKENS = 1 << 20  # in memory, if the rest is written to disk
-_HOPELESS = 1000  # if so many records are bad and none is good, no more are read
+_HOPELESS = 1000  # if so many records are bad and none is good, the list is long enough
 
 
 @dataclass
@@ -52,6 +52,10 @@ class DataStatistics:
 
 class WrongTokenizer(UserError):
     """The tokenizer has ids that the model does not have, so no record is to blame."""
+
+
+class NoTargets(UserError):
+    """Data holds nothing to learn, or to be tested on."""
 
 
 class RecordEncoder:
@@ -278,24 +282,24 @@ def encode(
     """Encode all records, each given as (where it comes from, record).
 
     With `draft` the examples are written there meanwhile, and the draft is left to be finished.
-    Raises UserError with a list of the records that do not fit, unless `bad` drops them, or if the
-    records hold no target token.
+    Raises UserError with a list of the records that do not fit, unless `bad` drops them. Raises
+    NoTargets if the records hold no target token.
     """
     bad = BadRecords() if bad is None else bad
     encoder = RecordEncoder(
         format, max_length=max_length, overlong=overlong, vocab_size=vocab_size, bad=bad
     )
-    dataset, known = EncodedDataset(), bad.count
+    dataset, enough = EncodedDataset(), bad.count + _HOPELESS
     for where, made in _made(records, format):
         for example in encoder.take(where, made):
             dataset.append(example)
         if draft is not None and len(dataset.token_ids) >= _HELD_TOKENS:
             dataset = _moved(dataset, draft)
-        if bad.count - known >= _HOPELESS and encoder.statistics.records == 0:
+        if bad.action == "error" and bad.count >= enough and encoder.statistics.records == 0:
             break
     encoder.count_bad()
     bad.check()
-    require_targets(encoder.statistics, max_length=max_length)
+    require_targets(encoder.statistics, max_length=max_length, bad=bad)
     if draft is not None:
         dataset = _moved(dataset, draft)
     dataset.statistics = encoder.statistics
@@ -341,11 +345,14 @@ def _drafts(format: Format, record: Record) -> Sequence[Draft] | UserError:
         return error
 
 
-def require_targets(counts: DataStatistics, *, max_length: int) -> None:
-    """Raise UserError if there is no target token."""
+def require_targets(
+    counts: DataStatistics, *, max_length: int, bad: BadRecords | None = None
+) -> None:
+    """Raise NoTargets if there is no target token. `bad` has what was dropped."""
     if counts.records == 0:
         reason = f": all {counts.bad_records:,} were dropped" if counts.bad_records else ""
-        raise UserError(f"the data holds no records{reason}")
+        reason += f" ({bad.sentence()})" if bad is not None and bad.count else ""
+        raise NoTargets(f"the data holds no records{reason}")
     if counts.target_tokens == 0:
         reasons = (
             (counts.dropped, f"over data.max_length = {max_length} and dropped"),
@@ -355,7 +362,7 @@ def require_targets(counts: DataStatistics, *, max_length: int) -> None:
             ),
             (counts.blank_records, "blank"),
         )
-        raise UserError(
+        raise NoTargets(
             f"no target tokens in {counts.records} record{'s' * (counts.records != 1)}, so there "
             "is nothing to learn: "
             + ", ".join(f"{count} {what}" for count, what in reasons if count)

@@ -33,6 +33,19 @@ def read_answer_calls(
     return [call for call in calls if call] if calls and all(calls) else None
 
 
+def text_before_calls(tokenizer: Tokenizer, answer: Sequence[int], *, prompt: Sequence[int]) -> str:
+    """Return what an answer that calls tools says before its first call; "" if nothing."""
+    if getattr(tokenizer, "response_template", None):
+        message = tokenizer.parse_response(list(answer), prefix=list(prompt))
+        return str(message.get("content") or "").strip()
+    text = str(tokenizer.decode(list(answer), skip_special_tokens=False))
+    before = _CALL.split(text, maxsplit=1)[0]
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            before = before.replace(str(token), "")
+    return before.strip()
+
+
 def _call(item: object) -> dict[str, object] | None:
     call = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):

@@ -4,10 +4,11 @@ The folder is written next to its final place and renamed, so a reader sees all 
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
     modeling_gguf_pytorch_utils,
 )
+from transformers.integrations.gguf import is_gguf_arch_supported
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from finetune.errors import Border, UserError
+from finetune.errors import Border, UserError, visible
 from finetune.models.checks import AGAIN, check_number, check_weights
+from finetune.models.llama_cpp.pre_tokenizers import cut_as_llama_cpp
 
-LAYOUT = 2  # raise it if the conversion changes: folders of older layouts are then not used
+LAYOUT = 3  # raise it if the conversion changes: folders of older layouts are then not used
+_INSTEAD = "Take the model's Hugging Face folder"
 
 
 def cache_dir() -> Path:
@@ -80,11 +86,12 @@ def _without_bar() -> Iterator[None]:
 def _convert(file: Path, folder: Path) -> None:
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     with Border(f"{file} is not a .gguf file that transformers can read", do=AGAIN):
-        metadata, _ = read_gguf_metadata(str(file))
+        metadata, names = read_gguf_metadata(str(file))
     for key, value in metadata.items():
         if isinstance(value, int | float):
             attribute = "num_hidden_layers" if key.endswith(".block_count") else key
             check_number(f"{key} of {file}", attribute, value)
+    _check_scaling(file, metadata, names)
     with Border(f"{file} is not a .gguf file that transformers can read", do=AGAIN):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
         with _without_bar():
@@ -97,9 +104,91 @@ def _convert(file: Path, folder: Path) -> None:
             )
     model, report = loaded
     check_weights(model, report, str(file))
+    _check_all_is_read(file, metadata, _unread(model, metadata, names, report["unexpected_keys"]))
+    _check_theta(file, metadata, model.config)
+    _check_scale(file, model.config)
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        cut_as_llama_cpp(tokenizer.backend_tokenizer, metadata.get("tokenizer.ggml.pre"), file)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     if licence := metadata.get("general.license"):
         (folder / "README.md").write_text(
             f"---\nlicense: {licence}\n---\n", encoding="utf-8"
         )  # for `card.license_of`
+
+
+def _check_scaling(file: Path, metadata: Mapping[str, object], names: Sequence[str]) -> None:
+    """Raise UserError if the rotary embeddings are scaled, which transformers does not read.
+
+    llama.cpp keeps the scales of Llama 3 and of Phi 3 in tensors, and the others in the metadata.
+    """
+    rope = f"{metadata['general.architecture']}.rope"
+    kind = metadata.get(f"{rope}.scaling.type")
+    factor = metadata.get(f"{rope}.scaling.factor", metadata.get(f"{rope}.scale_linear", 1))
+    scales = [name for name in names if name.startswith(("rope_freqs.", "rope_factors_"))]
+    if kind is None and factor not in (0, 1):
+        kind = "linear"  # as llama.cpp reads it
+    if scales or kind not in (None, "none"):
+        raise UserError(
+            f"{file} scales its rotary embeddings ({visible(scales[0] if scales else str(kind))}), "
+            f"which transformers does not read from a .gguf file. {_INSTEAD}"
+        )
+
+
+def _check_theta(file: Path, metadata: Mapping[str, object], config: PretrainedConfig) -> None:
+    """Raise UserError if the rotary embeddings have another base than the file says.
+
+    transformers does not read it for every architecture (Starcoder 2, StableLM).
+    """
+    theta = metadata.get(f"{metadata['general.architecture']}.rope.freq_base")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]  # Gemma's layers
+    found = [part["rope_theta"] for part in kinds if "rope_theta" in part]
+    if not isinstance(theta, int | float) or not found:
+        return
+    if not any(math.isclose(theta, each, rel_tol=1e-5) for each in found):
+        raise UserError(
+            f"{file} has rotary embeddings of base {theta:g}, and transformers reads {found[0]:g} "
+            f"from it. {_INSTEAD}"
+        )
+
+
+def _check_scale(file: Path, config: PretrainedConfig) -> None:
+    """Raise UserError if attention may have another scale: that of Gemma is not in the file."""
+    scale = getattr(config, "query_pre_attn_scalar", None)
+    width = getattr(config, "head_dim", None)
+    if scale is not None and scale != width:
+        raise UserError(
+            f"{file} has heads of width {width}, and transformers scales their attention as for "
+            f"{scale}. {_INSTEAD}"
+        )
+
+
+def _unread(
+    model: PreTrainedModel,
+    metadata: Mapping[str, object],
+    names: Sequence[str],
+    unexpected: Sequence[str],
+) -> list[str]:
+    """Return the tensors of the file that transformers passed over.
+
+    It reports as `unexpected` those of architectures that it reads in its newer way.
+    """
+    architecture = str(metadata["general.architecture"])
+    if is_gguf_arch_supported(architecture):
+        return sorted(unexpected)
+    reader = modeling_gguf_pytorch_utils
+    processor = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)()
+    read = reader.get_gguf_hf_weights_map(model, processor)
+    # those of experts have no ending there
+    return [name for name in names if not {name, name.removesuffix(".weight")} & read.keys()]
+
+
+def _check_all_is_read(file: Path, metadata: Mapping[str, object], unread: Sequence[str]) -> None:
+    """Raise UserError if there are `unread` tensors: without them it is another model."""
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        raise UserError(
+            f"{file} has the weights {visible(unread[0])}{more}, which transformers does not read "
+            f"from a .gguf file of {metadata['general.architecture']}. {_INSTEAD}"
+        )

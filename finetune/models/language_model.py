@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from finetune.compute.loss import (
@@ -187,7 +188,9 @@ class LanguageModel(nn.Module):
             hidden = getattr(self._run(model.base_model, ids), "last_hidden_state", None)
             if hidden is None or hidden.shape[-1] != rule.weight.shape[-1]:
                 return False
-            ours = head(hidden).float() * rule.logit_scale
+            is_active = isinstance(head, ActiveHead)  # else the loss takes its weight, as here
+            product = head(hidden) if is_active else F.linear(hidden, rule.weight, rule.bias)
+            ours = product.float() * rule.logit_scale
             if rule.softcap is not None:
                 ours = rule.softcap * torch.tanh(ours / rule.softcap)
         return ours.shape == theirs.shape and bool(

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from finetune.errors import UserError, did_you_mean
+from finetune.run.files import path_of
 from finetune.run.marker import MARKER
 
 HUB_TIMEOUT = 5.0  # seconds
@@ -50,7 +51,7 @@ def find_local(name: str) -> Path | None:
         raise UserError("the name of the model is empty. Give a folder, a .gguf file or a hub name")
     if name.startswith(_PACKAGE):
         return _gguf_of_package(name.removeprefix(_PACKAGE))
-    path = Path(name).expanduser()
+    path = path_of(name)
     if name.replace("-", "_") in PINNED_PACKAGES and not path.exists():
         raise UserError(f"model {name!r} is the name of a pip package. Write {_PACKAGE}{name}")
     if path.suffix == ".gguf":

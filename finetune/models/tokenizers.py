@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from finetune.errors import Border, UserError
 from finetune.models.describe import CausalLM, token_tables
 from finetune.models.load import ModelSpec
 from finetune.models.locate import resolve_name
+from finetune.run.files import path_of
 
 _logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def set_template(
             {"extra_special_tokens": [TURN_START, TURN_END]}, replace_extra_special_tokens=False
         )
     elif chat_template is not None:
-        path = Path(chat_template).expanduser()
+        path = path_of(chat_template)
         try:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is not a file")

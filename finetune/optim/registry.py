@@ -170,6 +170,7 @@ def check_options(
     It is built over one small matrix. `allowed` are the names that the caller takes, its own
     included. Raises UserError.
     """
+    info.load()  # raises if its library is not installed
     known = info.options
     for option, value in options.items():
         _check_name(info, option, value, allowed, known)

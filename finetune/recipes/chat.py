@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from finetune.data.types import Message
@@ -14,6 +13,7 @@ from finetune.errors import UserError, did_you_mean, is_terminal
 from finetune.inference.conversation import Conversation
 from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.target import Opened, open_base, open_target, require_utf8
+from finetune.run.files import path_of
 
 COMMANDS = {  # name -> (argument, what it does)
     "help": ("", "lists these commands"),
@@ -152,7 +152,7 @@ class _Session:
         if not any(turn["content"] for turn in talk.turns[1::2]):
             raise UserError("there is nothing to save yet: no question has an answer")
         line = json.dumps({"messages": _answered(talk)}, ensure_ascii=False)
-        path = Path(text).expanduser()
+        path = path_of(text)
         try:
             with path.open("a", encoding="utf-8") as out:
                 out.write(line + "\n")

@@ -4,18 +4,19 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from finetune.config.loading import make_config
 from finetune.data.batches.size import ENOUGH_STEPS, LARGEST
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.sources import Records, count_held_out
-from finetune.data.sources.files import KINDS, kind_ending
 from finetune.data.types import Tokenizer
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.models.tokenizers import load_tokenizer
+from finetune.recipes.build.look import sources_of
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import model_spec
 from finetune.recipes.plan.planner import Planner, Work
@@ -63,9 +64,10 @@ def init_config(
         f"{output}: {material.format.name}, {len(material.train):,} examples, about "
         f"{work.num_steps:,} steps of {counted(work.examples_per_step, 'example')}"
     )
+    typed = quote(str(output))
     if not fits:
-        display.say(f"it may not fit into memory. `finetune plan {output}` says what would help")
-    display.say(f"next: finetune inspect {output}; finetune train {output}")
+        display.say(f"it may not fit into memory. `finetune plan {typed}` says what would help")
+    display.say(f"next: finetune inspect {typed}; finetune train {typed}")
 
 
 def _read(tree: dict[str, Any], display: Display) -> Material:
@@ -103,9 +105,7 @@ def _first_tree(
     files: Sequence[str], model: str, languages: tuple[str | None, str | None]
 ) -> dict[str, Any]:
     """Return a config of the files that leaves out bad records and holds nothing out."""
-    sources: list[Any] = list(files)
-    if len(files) == 2 and not any(_is_data(file) for file in files):
-        sources = [{"path": files[0], "target_path": files[1]}]
+    sources = sources_of(files)
     data: dict[str, Any] = {
         "train": sources[0] if len(sources) == 1 else sources,
         "on_bad_record": "drop",
@@ -120,10 +120,6 @@ def _first_tree(
     if tokenizer.chat_template is None:
         tree["model"]["chat_template"] = "chatml"
     return tree
-
-
-def _is_data(file: str) -> bool:
-    return kind_ending(Path(file)) in KINDS
 
 
 def _micro_batch(tree: dict[str, Any], display: Display) -> tuple[int, bool]:
@@ -154,7 +150,7 @@ def _as_text(
     lines = [
         f"# Written by `finetune init` for {counts.records:,} records.",
         "# `finetune keys` lists all keys, `finetune plan` predicts memory and time.",
-        f"# Command:  finetune train {output}",
+        f"# Command:  finetune train {quote(str(output))}",
         "",
         "model:",
         f"  name: {_quoted(tree['model']['name'])}  # {parameters / 1e6:,.0f} M parameters",

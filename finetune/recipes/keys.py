@@ -2,16 +2,20 @@
 
 import json
 import textwrap
+from collections.abc import Iterable
+from contextlib import suppress
 
-from finetune.config.keys import json_schema, list_keys
+from finetune.config.keys import Key, json_schema, list_keys
 from finetune.config.schema import OptimizerSection
+from finetune.errors import UserError
 from finetune.optim.registry import list_optimizers, optimizer_info, options_in_source
 
 
 def print_keys(pattern: str, *, schema: bool) -> None:
     """Print the keys that match: name, default, values and meaning. `schema` prints all as JSON.
 
-    An option of optimizers is printed with those that take it. Raises UserError if nothing matches.
+    An option of optimizers is printed with those that take it, and before the keys of that name.
+    Raises UserError if nothing matches.
     """
     if schema:
         print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
@@ -19,11 +23,17 @@ def print_keys(pattern: str, *, schema: bool) -> None:
     option = pattern.removeprefix("optimizer.")
     infos = map(optimizer_info, list_optimizers())
     takers = [info.name for info in infos if option in options_in_source(info)]
-    if takers and option not in OptimizerSection.model_fields:
-        print(f"optimizer.{option}: an option of {', '.join(takers)}")
-        print("    `finetune optimizers` has the defaults")
+    if not takers or option in OptimizerSection.model_fields:
+        _print(list_keys(pattern))
         return
-    for key in list_keys(pattern):
+    print(f"optimizer.{option}: an option of {', '.join(takers)}")
+    print("    `finetune optimizers` has the defaults")
+    with suppress(UserError):  # if the option is all
+        _print(list_keys(pattern))
+
+
+def _print(keys: Iterable[Key]) -> None:
+    for key in keys:
         print(f"{key.name}: {key.default or '(required)'}")
         print(f"    takes {key.values}")
         if key.meaning:

@@ -33,7 +33,7 @@ def push_run(
     run = look_at_target(str(root)) if root.is_dir() else None
     if run is None:
         raise UserError(f"{root} is not a run's folder. Give the folder of a finished run")
-    extra = [*gguf, *(path for path in sorted(root.glob("*.gguf")) if path not in gguf)]
+    extra = [*gguf, *sorted(root.glob("*.gguf"))]
     for path in extra:
         if not path.is_file():
             raise UserError(f"the file {path} does not exist (looked in {Path.cwd()})")
@@ -41,10 +41,14 @@ def push_run(
             if stream.read(4) != b"GGUF":
                 raise UserError(f"{path} is no GGUF file. Give one that `finetune export` wrote")
     found = [path for path in sorted(run.model.rglob("*")) if path.is_file()]
-    files: dict[str, Path | bytes] = {
-        path.relative_to(run.model).as_posix(): path for path in found if path.name != MARKER
-    }
-    files |= {path.name: path for path in extra}
+    local = {path.relative_to(run.model).as_posix(): path for path in found if path.name != MARKER}
+    for path in extra:
+        other = local.setdefault(path.name, path)
+        if other.resolve() != path.resolve():
+            raise UserError(
+                f"{other} and {path} would have the same name on the hub. Rename one of them"
+            )
+    files: dict[str, Path | bytes] = {**local}
     if CARD in files:
         card = (run.model / CARD).read_text(encoding="utf-8")
         files[CARD] = card_on_hub(card, name).encode()

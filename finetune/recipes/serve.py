@@ -91,18 +91,21 @@ def open_service(
             f"finetune serve needs the package {error.name}. Install it with: pip install "
             "'finetune-rows[serve]'"
         ) from error
-    listener = _listen(host, port)
-    opened = open_target(target, trust=trust)
-    served, batch_size = _served(opened, target, base, system_prompt, settings, display)
-    worker = Worker(
-        {name: each.model for name, each in served.models.items()},
-        {name: copy.deepcopy(each.tokenizer) for name, each in served.models.items()},
-        batch_size=batch_size,
-        most_waiting=most_waiting,
-    )
-    app = make_app(served, worker, hosts=LOOPBACK if host in LOOPBACK else None)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    return Service(served, worker, make_server(app, worker), listener, host, address)
+    with contextlib.ExitStack() as unless_it_serves:
+        listener = unless_it_serves.enter_context(_listen(host, port))
+        opened = open_target(target, trust=trust)
+        served, batch_size = _served(opened, target, base, system_prompt, settings, display)
+        worker = Worker(
+            {name: each.model for name, each in served.models.items()},
+            {name: copy.deepcopy(each.tokenizer) for name, each in served.models.items()},
+            batch_size=batch_size,
+            most_waiting=most_waiting,
+        )
+        app = make_app(served, worker, hosts=LOOPBACK if host in LOOPBACK else None)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        server = make_server(app, worker)
+        unless_it_serves.pop_all()
+    return Service(served, worker, server, listener, host, address)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -167,12 +170,17 @@ def _model(opened: Opened, section: Any, system: str | None, given: str | None) 
         return format.prompt(text, reverse=False).input_ids
 
     template = opened.template() if opened.tokenizer.chat_template else None
+    takes_system = template is not None and template.writes("system")
+    if given and not takes_system:
+        raise UserError(
+            "this model has no chat template that takes a system prompt. Leave out --system"
+        )
     return ServedModel(
         model=opened.model,
         tokenizer=opened.tokenizer,
         settings=generation_settings(section, opened.model, seed=None),
         template=template,
-        system_prompt=system if template is not None and template.writes("system") else None,
+        system_prompt=system if takes_system else None,
         translate=translate if directions else None,
     )
 
@@ -240,7 +248,7 @@ def _examples(records: RunRecords, system: str | None) -> list[dict[str, str]]:
 
 def _question(prompt: str, system: str | None) -> str | None:
     """Return the question of a sample, or None if it is a longer conversation."""
-    text = prompt.removeprefix(f"system: {system}\n\n") if system else prompt
+    text = prompt if system is None else prompt.removeprefix(f"system: {system}\n\n")
     turns = re.findall(r"^(system|user|assistant|tool|tools): ", text, re.MULTILINE)
     if not turns:
         return text

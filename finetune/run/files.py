@@ -15,12 +15,29 @@ from finetune.run.folder import RunDir, newest_checkpoint
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where a text may have half of a surrogate pair
 
 
+def path_of(given: str) -> Path:
+    """Return the path that a user gave, with ~ written out; ~ and no user's name is a plain name.
+
+    `Path.expanduser` raises an error for the latter.
+    """
+    return Path(os.path.expanduser(given))
+
+
 def write_text(path: Path, text: str) -> None:
     """Put `text` in the place of the file at `path`.
 
-    If the process dies meanwhile, the old file stays whole. Raises UserError if the disk refuses.
+    If the process dies meanwhile, the old file stays whole. Raises UserError if the disk refuses,
+    or if the text has what UTF-8 cannot hold, such as the bytes of a file's name.
     """
-    write_bytes(path, text.encode("utf-8"))
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        part = error.object[max(0, error.start - 20) : error.end + 20]
+        raise UserError(
+            f"{str(path)!r} cannot be written: {part!r} is not UTF-8 text. If it names a "
+            "file, rename that"
+        ) from error
+    write_bytes(path, data)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

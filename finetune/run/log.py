@@ -67,7 +67,8 @@ class Journal:
         """Append to train.log what was said, what is said meanwhile, and the error, if any."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
-                self._file = stack.enter_context(run.log.open("a", encoding="utf-8"))
+                log = run.log.open("a", encoding="utf-8", errors="backslashreplace")
+                self._file = stack.enter_context(log)
                 self._file.writelines(self._lines)
                 self._lines.clear()
             try:

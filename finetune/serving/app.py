@@ -250,9 +250,12 @@ class _Answering:
             message, ending = self._message("".join(held), piece)
             if self._may_call:
                 calls = message.get("tool_calls", ())
-                delta = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
-                body = delta if calls else {"content": message["content"]}
-                yield protocol.event(protocol.chunk(id, name, body))
+                if message["content"]:
+                    said = {"content": message["content"]}
+                    yield protocol.event(protocol.chunk(id, name, said))
+                if calls:
+                    made = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]}
+                    yield protocol.event(protocol.chunk(id, name, made))
             yield protocol.event(protocol.chunk(id, name, {}, ending))
             if self.asked.stream_options and self.asked.stream_options.include_usage:
                 usage = protocol.usage_of(len(self.prompt), piece.num_tokens)
@@ -264,7 +267,10 @@ class _Answering:
     def _message(self, text: str, last: Piece) -> tuple[dict[str, Any], str]:
         """Return the message of the whole answer, and why it ended in OpenAI's words."""
         calls = self.model.calls(self.prompt, last.ids) if self._may_call else None
-        return protocol.message_of(text, calls), "tool_calls" if calls else str(last.ending)
+        if not calls:
+            return protocol.message_of(text, None), str(last.ending)
+        said = self.model.text_before_calls(self.prompt, last.ids)
+        return protocol.message_of(said, calls), "tool_calls"
 
 
 _FAILED = "the answer failed; the server's terminal says why"

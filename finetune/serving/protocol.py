@@ -58,8 +58,8 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: bool | None = None
     # only these values can be served
+    parallel_tool_calls: Literal[True] | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     frequency_penalty: Literal[0] | None = None
@@ -173,7 +173,10 @@ def event(body: Mapping[str, Any]) -> str:
 
 
 def message_of(text: str, calls: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
-    """Return the message of an answer: its text, or the calls of tools that it makes."""
+    """Return the message of an answer: its text, and the calls of tools that it makes, if any.
+
+    With calls, `text` is what comes before them.
+    """
     if not calls:
         return {"role": "assistant", "content": text}
     made = [
@@ -187,4 +190,4 @@ def message_of(text: str, calls: Sequence[Mapping[str, Any]] | None) -> dict[str
         }
         for call in calls
     ]
-    return {"role": "assistant", "content": None, "tool_calls": made}
+    return {"role": "assistant", "content": text or None, "tool_calls": made}

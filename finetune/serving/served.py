@@ -1,5 +1,6 @@
 """The models that are served: how a request becomes a prompt, and a prompt a job."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,15 +8,19 @@ from typing import Any
 
 from finetune.data.formats.messages import read_messages, read_tools
 from finetune.data.formats.rendering import ChatTemplate, Dialog
+from finetune.data.formats.written import Written
 from finetune.data.types import Message, Tokenizer
 from finetune.errors import UserError
-from finetune.evaluation.tool_calls import read_answer_calls
+from finetune.evaluation.tool_calls import read_answer_calls, text_before_calls
 from finetune.inference.decoder import GenerationSettings, answer_room
 from finetune.models.describe import CausalLM
 from finetune.serving.protocol import ChatRequest
 
 Translate = Callable[[str, str | None, str | None, str | None], Sequence[int]]
 """From a sentence, its language, the one to translate to and a system prompt, to a prompt's ids."""
+
+_OF_TRAINING = re.compile(r" of message \d+|, so it would not be learnt")
+"""What a sentence about a record says that does not fit a request."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +53,23 @@ class ServedModel:
             )
         tools = None if request.tool_choice == "none" else read_tools(request.tools)
         dialog = Dialog(self._with_system_prompt(messages), tools=tools)
-        return self.template.prompt(dialog, parse_control_tokens=False)
+        ids = self.template.prompt(dialog, parse_control_tokens=False)
+        self._require_written(dialog)
+        return ids
+
+    def _require_written(self, dialog: Dialog) -> None:
+        """Raise UserError if the template leaves out what the conversation says, as in training."""
+        assert self.template is not None
+        try:
+            Written(self.template, whole=False).unused(dialog)
+        except UserError as error:
+            said = _OF_TRAINING.sub("", str(error).partition(". ")[0])
+            raise UserError(f"{said}. Leave that out of the request") from error
 
     def _sentence(self, messages: Sequence[Message], request: ChatRequest) -> list[int]:
         assert request.translate is not None
+        if request.tools:
+            raise UserError("translate takes no tools. Leave out tools")
         if self.translate is None:
             raise UserError("this model was not trained to translate. Leave out translate")
         *before, last = messages
@@ -91,6 +109,10 @@ class ServedModel:
     def calls(self, prompt: Sequence[int], answer: Sequence[int]) -> list[dict[str, object]] | None:
         """Return the calls of tools in an answer, or None if there are none to be read."""
         return read_answer_calls(self.tokenizer, answer, prompt=prompt)
+
+    def text_before_calls(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """Return what an answer that calls tools says before its first call."""
+        return text_before_calls(self.tokenizer, answer, prompt=prompt)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from finetune.errors import UserError
 class StopSignal:
     """A context in which the first SIGINT or SIGTERM sets `received`. A second one acts as usual.
 
+    So does SIGHUP, of a terminal that is closed, unless it is ignored (nohup). A shell sends its
+    jobs another one, so a second one does nothing more.
+
     Under an elastic launcher a second one is ignored. There a cluster sends its signal to every
     process, and the launcher passes on the one that it got itself. That second signal must not end
     the process while it saves. The launcher kills a process that does not end.
@@ -23,10 +26,10 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {
-                number: signal.signal(number, self._note)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(
@@ -35,17 +38,17 @@ class StopSignal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        self._restore(*self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            self._restore()
+            self._restore(signal.SIGINT, signal.SIGTERM)
 
-    def _restore(self) -> None:
-        while self._previous:
-            number, handler = self._previous.popitem()
-            signal.signal(number, handler)  # type: ignore[arg-type]
+    def _restore(self, *numbers: int) -> None:
+        for number in numbers:
+            if (handler := self._previous.pop(number, None)) is not None:
+                signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 class Diverged(UserError):

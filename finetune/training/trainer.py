@@ -62,6 +62,7 @@ class Cadence:
     best: str  # the key of the evaluation that decides which checkpoint is best
     higher_is_better: bool
     patience: int | None  # evaluations without improvement after which the run ends
+    judged_by: str = ""  # names measure and held-out data: only values of one name are compared
 
 
 class Trainer:
@@ -286,19 +287,19 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict(),
                 "data": self.batches.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
-                "identity": self.identity,
+                "identity": {**self.identity, "judged by": self.cadence.judged_by},
             },
         }
         if self.accelerator.is_main_process:
             self.logger.sync()  # no checkpoint is on the disk before the lines of its steps
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
-    def resume(self, checkpoint: Path) -> int | None:
+    def resume(self, checkpoint: Path) -> str | None:
         """Continue from a checkpoint of the same run (see `check_identity`).
 
-        Optimizer and schedule keep the options that they have now. If the checkpoint of the best
-        evaluation so far is missing or damaged, that evaluation is forgotten, and its step is
-        returned.
+        Optimizer and schedule keep the options that they have now. The best evaluation so far is
+        forgotten if it does not compare, or if its checkpoint is missing or damaged. Returns a
+        sentence about that.
         """
         state, options = self._training_state(checkpoint), options_of(self.optimizer)
         self.restore(checkpoint)
@@ -323,12 +324,16 @@ class Trainer:
         self.guard.load_state_dict(self.progress.guard)
         if self.clock is not None:
             self._follow(self.clock)
-        best = self.progress.best_step
-        if best is not None and damage_of(self.checkpoints.path(best)) is not None:
+        best, judged_by = self.progress.best_step, self.cadence.judged_by
+        why = None
+        if best is not None and state["identity"].get("judged by", judged_by) != judged_by:
+            why = f"the best evaluation, of step {best}, was by another measure or on other data"
+        elif best is not None and damage_of(place := self.checkpoints.path(best)) is not None:
+            why = f"{place}, the best checkpoint so far, is missing or damaged"
+        if why is not None:
             self.progress.best_step = self.progress.best_value = None
             self.progress.evaluations_since_best = 0
-            return best
-        return None
+        return why and f"{why}, and is not counted"
 
     def _training_state(self, checkpoint: Path) -> dict[str, Any]:
         """Return what training.pt holds. Raises UserError if it has not the form of ours."""

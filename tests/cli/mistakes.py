@@ -224,6 +224,24 @@ CASES: dict[str, dict[str, Case]] = {
         "no such glob": changed(
             "data.train='none*.jsonl'", "no file matches 'none*.jsonl'", "looked in"
         ),
+        "no such second side": configured(
+            data([{"path": "a.en", "target_path": "b.fr"}]),
+            "there is no file or folder 'b.fr'",
+            "looked in",
+            files={"a.en": "x\n"},
+        ),
+        "folder of other splits": configured(
+            data("here"),
+            "here has no split 'train'",
+            "my test.jsonl is in the split 'test'",
+            files={"here/my test.jsonl": GOOD},
+        ),
+        "folder with a lost file": configured(
+            data("here"),
+            "faq.jsonl would not be read, since the name of train.jsonl",
+            "here/*.jsonl",
+            files={"here/train.jsonl": GOOD, "here/faq.jsonl": GOOD},
+        ),
         "no such demo data": changed(
             "data.train='package:chat.en.trian'", "'chat.en.trian'", "Did you mean 'chat.en.train'"
         ),
@@ -525,6 +543,11 @@ CASES: dict[str, dict[str, Case]] = {
             "--resume auto",
             "--checkpoint",
             files=HALF_A_RUN,
+        ),
+        "unfinished run with a blank in its name": typed(
+            "generate 'half a run' --prompt a",
+            "`finetune train 'half a run/config.yaml' --resume auto`",
+            files={name.replace("half", "half a run"): text for name, text in HALF_A_RUN.items()},
         ),
         "unfinished run": typed(
             "generate half --prompt a",

@@ -104,4 +104,40 @@ def test_data_of_bad_records_alone(bad_lines, write_config):
     write_config(**settings(on_bad_record="drop", validation_fraction=0.0))
     result = finetune("train", "c.yaml")
     assert result.code == 2
-    assert "the data holds no records: all 2 were dropped" in result.err
+    assert "the data holds no records: all 2 were dropped (2 records cannot be used: " in result.err
+    write_config(**settings(on_bad_record="drop", streaming=True, validation_fraction=0.0))
+    streamed = finetune("inspect", "c.yaml")
+    assert streamed.code == 2
+    assert "the start of the stream, at most 1,000 records: the data holds no" in streamed.err
+
+
+def test_a_stream_of_bad_lines_alone_says_what_is_wrong_with_them(bad_lines, write_config):
+    bad_lines.write_text("oops\n[1]\n")
+    write_config(**settings(on_bad_record="drop", streaming=True, validation_fraction=0.0))
+    result = finetune("inspect", "c.yaml")
+    assert result.code == 2
+    assert "bad.jsonl has no row that can be used: 2 records cannot be used: " in result.err
+
+
+def test_held_out_data_without_a_target_is_named(folder, write_config):
+    """If it is drawn at random, and if it is given."""
+    texts = ["The word is good.", "Another one.", *[" "] * 8]
+    (folder / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    write_config(**settings(train="t.jsonl", validation_fraction=0.1))
+    said = [finetune("inspect", "c.yaml", f"seed={seed}").err for seed in range(4)]
+    drawn = [err for err in said if "the held-out data: no target tokens in 1 record, " in err]
+    assert drawn
+    assert all("1 blank. Give data.validation, or another seed" in err for err in drawn)
+    (folder / "v.jsonl").write_text('{"text": " "}\n')
+    write_config(**settings(train="t.jsonl", validation="v.jsonl"))
+    given = finetune("inspect", "c.yaml").err
+    assert "the held-out data: no target tokens in 1 record, " in given
+    assert "another seed" not in given
+
+
+def test_a_bad_record_of_a_file_whose_name_is_not_utf8_is_in_the_log(bad_lines, write_config):
+    bad_lines.rename("caf\udce9.jsonl")
+    write_config(**settings(train="caf*.jsonl", on_bad_record="drop"))
+    result = finetune("train", "c.yaml")
+    assert result.code == 0, result.err
+    assert "caf\\udce9.jsonl" in RunDir(Path("run")).log.read_text(encoding="utf-8")

@@ -70,6 +70,12 @@ def test_nothing_to_undo_retry_or_save(run):
         assert sentence in shown
 
 
+def test_a_file_to_save_to_may_begin_with_a_tilde(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat(run, "One?", "/save ~no such user.jsonl", options=["--temperature", "2"])
+    assert (tmp_path / "~no such user.jsonl").is_file()
+
+
 def test_a_new_temperature_and_a_retry_draw_anew(run):
     lines = ["/temperature 2", "Hello?", "/retry", "/retry", "/retry"]
     answers = chat(run, *lines, options=["--max-new-tokens", "8"]).out
@@ -80,6 +86,22 @@ def test_a_base_that_was_random_is_refused(run):
     result = finetune("chat", str(run), "--base", stdin="")
     assert result.code == 2
     assert "the run began with random weights" in result.err
+
+
+def test_a_base_and_a_checkpoint_of_a_run_with_flash_attention_are_read_without_it(
+    base, write_config
+):
+    """It takes 16 bits, a GPU and a package: the weights here are float32."""
+    write_config(model={"name": str(base), "config": None, "tokenizer": None})
+    assert finetune("train", "c.yaml").code == 0
+    config = base.parent / "run" / "config.yaml"
+    changed = config.read_text().replace("tation: sdpa", "tation: flash_attention_2")
+    assert "flash_attention_2" in changed
+    config.write_text(changed)
+    chat("run", "Hello?", options=["--base"])
+    checkpoint = sorted((base.parent / "run" / "checkpoints").iterdir())[-1]
+    result = finetune("export", "run", "out", "--checkpoint", str(checkpoint))
+    assert result.code == 0, result.err
 
 
 def test_an_answer_without_words_is_an_answer_too(run, tmp_path, monkeypatch):

@@ -269,6 +269,8 @@ def test_data_in_the_place_of_a_config(folder) -> None:
     refused = finetune("train", "a.jsonl")
     assert refused.code == 2
     assert "a.jsonl is data, and a config is needed. `finetune init a.jsonl` writes" in refused.err
+    (folder / "my a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "`finetune init 'my a.jsonl'` writes one" in finetune("train", "my a.jsonl").err
 
 
 def test_push_looks_at_the_name_and_the_file(chat_run) -> None:

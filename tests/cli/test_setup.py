@@ -21,6 +21,7 @@ from finetune.data.batches.size import ENOUGH_STEPS
 from finetune.data.sources import count_held_out
 from finetune.data.sources.peek import first_record
 from finetune.errors import UserError
+from finetune.recipes.build.look import sources_of
 from finetune.recipes.init import epochs_for
 from finetune.run.claim import locked
 from finetune.run.folder import RunDir
@@ -66,6 +67,9 @@ def test_keys_are_found_by_a_part_or_a_pattern() -> None:
     assert "Write training.precision" in finetune("keys", "bf16").err
     for typed in ("betas", "optimizer.betas"):
         assert finetune("keys", typed).out.startswith("optimizer.betas: an option of adam, adamw")
+    both = finetune("keys", "alpha").out
+    assert both.startswith("optimizer.alpha: an option of ")
+    assert "\nmodel.lora.alpha: 32.0\n" in both
     wrong = finetune("keys", "epoch_count")
     assert wrong.code == 2
     assert "no key matches 'epoch_count'" in wrong.err
@@ -157,6 +161,79 @@ def test_init_asks_for_languages_that_the_columns_do_not_show(base: Path, folder
     none = finetune("init", "none.jsonl", "--model", "base")
     assert none.code == 2
     assert "there is no file or folder 'none.jsonl'" in none.err
+
+
+def test_init_takes_conversations_of_different_shape(base: Path, folder: Path) -> None:
+    """Under a name that a shell would cut, which the advised commands put in quotation marks."""
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Yes."}]
+    (folder / "my chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 30)
+    rows = "".join(f"What is {n}?,It is {n}.\n" for n in range(30))
+    (folder / "faq.csv").write_text("question,answer\n" + rows)
+    result = finetune("init", "my chats.jsonl", "faq.csv", "--model", "base")
+    assert result.code == 0, result.err
+    assert "dropped" not in result.err
+    assert "next: finetune inspect 'my chats.yaml'; finetune train 'my chats.yaml'" in result.err
+    text = (folder / "my chats.yaml").read_text()
+    assert "for 60 records" in text
+    assert "finetune train 'my chats.yaml'\n" in text
+
+
+def test_init_pairs_two_text_files_from_anywhere(base: Path, folder: Path) -> None:
+    for name, line in {"en/news.en": "the word", "fr/nouvelles.fr": "le mot"}.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("".join(f"{line} {n}\n" for n in range(30)))
+    result = finetune("init", "en/news.en", "fr/nouvelles.fr", "--model", "base")
+    assert result.code == 0, result.err
+    [found] = load_config(Path("news.yaml")).data.train
+    assert (found.path, found.target_path) == ("en/news.en", "fr/nouvelles.fr")
+    wrong = finetune("init", "en/news.en", "fr/nouvele.fr", "--model", "base", "-o", "b.yaml")
+    assert wrong.code == 2
+    assert "there is no file or folder 'fr/nouvele.fr'" in wrong.err
+
+
+@pytest.mark.parametrize(
+    "files", [["a.csv", "b.csv"], ["d", "e"], ["org/a", "org/b"], ["package:a", "package:b"]]
+)
+def test_other_names_are_sources_of_their_own(files: list[str], folder: Path) -> None:
+    for name in ("d", "e"):
+        (folder / name).mkdir()
+    assert sources_of(files) == files
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("chats/*.jsonl", "chats"),
+        ("chats/**/*.jsonl", "data"),
+        ("*/faq.csv", "faq"),
+        ("*.jsonl", "here"),
+        (".", "here"),
+        ("..", "above"),
+        ("chats/", "chats"),
+        (".faq.csv", "faq"),
+        ("faq.v2.csv", "faq"),
+        ("faq[1].csv", "faq[1]"),
+        ("org/faq", "faq"),
+    ],
+)
+def test_init_names_the_config_after_the_data(
+    typed: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "above/here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    Path("faq[1].csv").write_text("question,answer\na,b\n")
+    Path(f"{name}.yaml").write_text("")
+    refused = finetune("init", typed)
+    assert refused.code == 2
+    assert f"finetune: {name}.yaml already exists" in refused.err
+
+
+def test_init_refuses_a_name_that_no_config_can_hold(folder: Path) -> None:
+    (folder / "caf\udce9.csv").write_text("question,answer\na,b\n")
+    refused = finetune("init", "caf\udce9.csv")
+    assert refused.code == 2
+    assert "the name 'caf\\udce9.csv' is not UTF-8 text, as a config is. Rename" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,13 @@ REFUSED: list[tuple[str, str]] = [
     ("use_peft=true", "Write model.lora: {rank: 16} for LoRA"),
     ("template=qwen", "Write model.chat_template: chatml"),
     ("evals_per_epoch=4", "Write evaluation.every: STEPS"),
+    ("generation.max_length=64", "'max_length' is not a key here. Write generation.max_new_tokens"),
+    ("generation.cutoff_len=64", "Write generation.max_new_tokens"),
+    ("evaluation.max_steps=5", "'max_steps' is not a key here. Write data.max_validation_records"),
+    ("evaluation.packing=false", "Write data.packing"),
+    ("vocabulary.learning_rate=1e-3", "Write optimizer.lr"),
+    ("model.lora.learning_rate=1e-3", "Write optimizer.lr"),
+    ("trainer.max_steps=5", "Write training.max_steps"),
 ]  # fmt: skip
 
 
@@ -154,5 +161,47 @@ def test_a_switch_takes_true_and_a_number_does_not_in_a_file_either() -> None:
         make_config({**TREE, "training": {"epochs": True}})
 
 
+MOVED: list[tuple[str, str, Any, str]] = [
+    # section, another tool's name, value, the key that it means
+    ("training", "max_length", 64, "data.max_length"),
+    ("model", "max_seq_length", 64, "data.max_length"),
+    ("data", "cutoff_len", 64, "data.max_length"),
+    ("optimizer", "max_steps", 5, "training.max_steps"),
+    ("scheduler", "num_epochs", 2.0, "training.epochs"),
+    ("evaluation", "eval_steps", 5, "evaluation.every"),
+    ("checkpoint", "save_steps", 5, "checkpoint.every"),
+]
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_another_tools_name_means_our_key_where_it_is_about_the_same(
+    case: tuple[str, str, Any, str],
+) -> None:
+    section, name, value, key = case
+    tree = {**TREE, section: {**TREE.get(section, {}), name: value}}
+    for config in (make_config(tree), make_config(TREE, [f"{section}.{name}={value}"])):
+        assert value_of(config, key) == value
+
+
+KEPT: list[tuple[dict[str, Any], str]] = [
+    # section of a file, what the message says
+    ({"generation": {"max_length": 64}}, "generation: 'max_length' is not a key here. Write gen"),
+    ({"evaluation": {"max_steps": 5}}, "evaluation: 'max_steps' is not a key here. Write data.max"),
+    ({"evaluation": {"max_seq_len": 64}}, "Write data.max_length"),
+    ({"checkpoint": {"max_steps": 5}}, "Write training.max_steps"),
+    ({"model": {"name": "m", "lora": {"learning_rate": 1}}}, "Write optimizer.lr"),
+]
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_another_tools_name_is_not_moved_where_it_means_something_else(
+    case: tuple[dict[str, Any], str],
+) -> None:
+    sections, expected = case
+    with pytest.raises(UserError) as caught:
+        make_config({**TREE, **sections})
+    assert expected in str(caught.value)
+
+
 def test_there_was_something_to_check() -> None:
-    assert (len(MEANT), len(SOURCES), len(REFUSED)) == (25, 10, 29)
+    assert (len(MEANT), len(SOURCES), len(REFUSED), len(MOVED), len(KEPT)) == (25, 10, 36, 7, 5)

@@ -1,5 +1,6 @@
 """Conversations: what is learnt under stock-like templates, the shapes read, every refusal."""
 
+import json
 from typing import Any
 
 import pytest
@@ -160,6 +161,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         ]
     },
     "prompt as messages": {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
+    "prompt as messages in texts": {
+        "prompt": json.dumps(MESSAGES[:3]),
+        "completion": json.dumps(MESSAGES[3:]),
+    },
 }
 
 
@@ -184,6 +189,84 @@ def test_records_may_differ_in_their_shape(make_tokenizer: MakeTokenizer) -> Non
         assert format.examples(record) == format.examples({**nothing, **record}) == expected
     with pytest.raises(UserError, match="column 'messages' is missing; the columns are text"):
         format.examples({"text": "Hello"})
+
+
+MIXED: list[dict[str, Any]] = [
+    # the same conversation as sources have it
+    {"messages": [{"role": "user", "content": "a question\n\nHello"},
+                  {"role": "assistant", "content": "fine"}]},
+    {"prompt": "a question\n\nHello", "completion": "fine"},
+    {"question": "a question\n\nHello", "answer": "fine"},
+    {"Question": "a question\n\nHello", "Answer": "fine"},
+    {"input": "a question\n\nHello", "output": "fine"},
+    {"instruction": "a question", "input": "Hello", "output": "fine"},
+    {"Instruction": "a question", "Context": "Hello", "Response": "fine"},
+    {"query": "a question\n\nHello", "reply": "fine"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", range(len(MIXED)))
+def test_sources_may_differ_in_the_names_of_their_columns(
+    first: int, make_tokenizer: MakeTokenizer
+) -> None:
+    """Whichever comes first, also with columns that the config names for one of them."""
+    tokenizer = make_tokenizer()
+    expected = chat(tokenizer).examples(MIXED[0])
+    own = {"frage": "a question\n\nHello", "antwort": "fine"}
+    named = {"prompt": "frage", "completion": "antwort"}
+    for format, records in (
+        (detected(tokenizer, MIXED[first]), MIXED),
+        (detected(tokenizer, own, named), [own, MIXED[first]]),
+    ):
+        assert [format.examples(record) for record in records] == [expected] * len(records)
+        assert format.notes() == []
+
+
+def test_a_bad_record_is_not_read_by_other_names(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    asked = detected(tokenizer, {"prompt": "a", "completion": "b", "query": "c"})
+    named = {"prompt": "q", "completion": "a"}
+    for format, record, expected in (
+        (asked, {"prompt": None, "completion": "b", "query": "c"}, "'prompt' must be text"),
+        (asked, {"text": "a"}, "column 'prompt' is missing; the columns are text"),
+        (detected(tokenizer, {"q": "x", "a": "y"}, named), {"question": "x", "a": "y"},
+         "column 'q' is missing"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=expected):
+            format.examples(record)
+
+
+def test_other_lists_in_texts_are_texts(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    for prompt, completion in (("[1, 2]", "[3]"), ("[a", "[b"), (json.dumps(MESSAGES[:1]), "b")):
+        [example] = chat(tokenizer, shape="prompt").examples(
+            {"prompt": prompt, "completion": completion}
+        )
+        assert learnt(example, tokenizer) == completion + "<|im_end|>"
+
+
+WRONG_SIDES: list[tuple[Any, Any, str]] = [
+    # question, answer, what is said
+    ("Capital?", ["Paris"], "'question' is text, but 'answer' is ['Paris']. Give both as text, or"),
+    ("Capital?", {"text": "Paris"}, "'question' is text, but 'answer' is {'text': 'Paris'}. Give"),
+    (MESSAGES[:1], "Paris", "'answer' is text, but 'question' is [{'role': 'user', 'content'"),
+    ("2+2?", 4, "'answer' must be text or a list of messages, not 4"),
+    (True, "yes", "'question' must be text or a list of messages, not True"),
+    ("2+2?", None, "'answer' must be text or a list of messages, not None"),
+    (["Capital?"], ["Paris"], "column 'question': message 1 must be an object with role and cont"),
+    (MESSAGES[:1], ["Paris"], "column 'answer': message 1 must be an object with role and content"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG_SIDES)
+def test_the_side_that_is_wrong_is_named_as_in_the_file(
+    case: tuple[Any, Any, str], make_tokenizer: MakeTokenizer
+) -> None:
+    question, answer, expected = case
+    format = detected(make_tokenizer(), {"question": "a", "answer": "b"})
+    with pytest.raises(UserError) as caught:
+        format.examples({"question": question, "answer": answer})
+    assert expected in str(caught.value)
 
 
 def test_questions_and_answers_in_columns(make_tokenizer: MakeTokenizer) -> None:
@@ -303,4 +386,5 @@ def test_no_template_at_all_says_what_to_do(make_tokenizer: MakeTokenizer) -> No
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(TEMPLATES), len(SHAPES), len(BAD), len(TEMPLATE_ERRORS)) == (6, 3, 12, 6)
+    assert (len(TEMPLATES), len(SHAPES), len(BAD), len(TEMPLATE_ERRORS)) == (6, 4, 12, 6)
+    assert (len(MIXED), len(WRONG_SIDES)) == (8, 8)

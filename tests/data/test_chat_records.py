@@ -376,6 +376,17 @@ def test_columns_of_other_names(qwen3: Any) -> None:
     assert format.notes() == []
 
 
+def test_an_optional_column_of_another_name_may_be_in_later_records_alone(qwen3: Any) -> None:
+    columns = {"prompt": "q", "completion": "a", "system": "rule", "history": "before"}
+    format = detected(qwen3, {"q": "2+2?", "a": "4"}, columns=columns)
+    record = {"q": "3+3?", "a": "6", "rule": "Be terse.", "before": [["2+2?", "4"]]}
+    text = learnt(format, record)[1][-1]
+    assert "Be terse." in text
+    assert "2+2?" in text
+    with pytest.raises(UserError, match="before must be a list of pairs"):
+        format.examples({**record, "before": ["2+2?"]})
+
+
 def test_options_of_the_run_are_those_of_every_record(qwen3: Any) -> None:
     record = chat(user(), answer())
     settings = TemplateSettings(options={"enable_thinking": False})

@@ -167,7 +167,7 @@ def test_bad_records_are_dropped_and_counted() -> None:
         "2 records cannot be used: data.jsonl line 7 is broken JSON; data.jsonl, row 2: the record "
         "is bad"
     )
-    with pytest.raises(UserError, match="the data holds no records: all 1 were dropped"):
+    with pytest.raises(UserError, match=r"no records: all 1 were dropped \(1 record .*is bad\)$"):
         run(records({"ids": "bad", "prompt": 1}), bad=BadRecords("drop"))
 
 
@@ -184,6 +184,13 @@ def test_reading_stops_if_nothing_is_good() -> None:
     ):
         run(endless())
     assert 1000 <= len(read) <= 2000, "records are read a few hundred ahead"
+
+
+def test_reading_goes_on_if_bad_records_are_dropped() -> None:
+    bad = BadRecords("drop")
+    items = [*[{"ids": "bad", "prompt": 1}] * 1500, record(4), record(5)]
+    dataset = run(records(*items), bad=bad)
+    assert (len(dataset), bad.count) == (2, 1500)
 
 
 def test_a_token_outside_the_vocabulary_is_an_error() -> None:

@@ -198,7 +198,11 @@ def test_a_text_in_capitals(make_tokenizer: MakeTokenizer) -> None:
     record = {"Text": "a b c"}
     format = build_format("auto", format_options(), tokenizer=make_tokenizer(), first_record=record)
     assert format.name == "text"
-    assert len(format.examples(record)) == 1
+    small = {"text": "a b c"}
+    assert format.examples(small) == format.examples(record) != []
+    format = build_format("auto", format_options(), tokenizer=make_tokenizer(), first_record=small)
+    assert format.examples(small) == format.examples(record)
+    assert format.notes() == []
 
 
 BLEU = {  # language -> a sentence with no blank between its words, or few; the tokenizer

@@ -75,7 +75,6 @@ def test_text_files_folders_globs(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\nthree\x0bstill\r\n", encoding="utf-8")
     assert read(source(tmp_path / "a.txt")) == [
         {"text": "one"},
-        {"text": ""},
         {"text": "three\x0bstill"},
     ]
     folder = tmp_path / "folder"
@@ -108,8 +107,34 @@ def test_aligned_text_files_are_named_by_their_languages(tmp_path: Path) -> None
         {"en": "two", "fr": "deux"},
     ]
     (tmp_path / "b.csv").write_text("un\ndeux", encoding="utf-8")
+    with pytest.raises(UserError, match=r"there is no file or folder '.*/a\.ft'"):
+        load_records([source(tmp_path / "a.en", target_path=str(tmp_path / "a.ft"))])
     with pytest.raises(UserError, match="must be two text files"):
         load_records([source(tmp_path / "a.en", target_path=str(tmp_path / "b.csv"))])
+
+
+def test_blank_lines_keep_their_place_in_aligned_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n \nthree\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("un\ndeux\n\n", encoding="utf-8")
+    assert read(source(tmp_path / "a.txt")) == [{"text": "one"}, {"text": "three"}]
+    assert load_records([source(tmp_path / "a.txt")]).describe(1).endswith("a.txt line 3")
+    assert read(source(tmp_path / "a.txt", target_path=str(tmp_path / "b.txt"))) == [
+        {"source": "one", "target": "un"},
+        {"source": " ", "target": "deux"},
+        {"source": "three", "target": ""},
+    ]
+
+
+def test_a_source_of_bad_lines_alone_says_what_is_wrong_with_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("oops\n[1]\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "c.jsonl").write_text("\n")
+    good, bad, empty = (source(tmp_path / f"{name}.jsonl") for name in "bac")
+    said = r"a\.jsonl has no row that can be used: 2 records cannot be used: .*is broken JSON"
+    with pytest.raises(UserError, match=said):
+        load_records([good, bad], on_bad="drop")
+    with pytest.raises(UserError, match=r"c\.jsonl is empty: it has no rows"):
+        load_records([good, empty], on_bad="drop")
 
 
 def test_a_stream_can_be_read_in_another_thread() -> None:

@@ -6,7 +6,12 @@ import pytest
 
 from finetune.data.types import Prompt
 from finetune.evaluation.answers import evaluate_generation
-from finetune.evaluation.tool_calls import call_scores, judge_calls, read_answer_calls
+from finetune.evaluation.tool_calls import (
+    call_scores,
+    judge_calls,
+    read_answer_calls,
+    text_before_calls,
+)
 from tests.evaluation.test_evaluation import GREEDY
 from tests.vocabularies import real_tokenizer
 
@@ -36,6 +41,18 @@ def test_calls_are_read_from_an_answer(case: str, tokenizer: Any) -> None:
     assert read_answer_calls(tokenizer, tokenizer(text)["input_ids"], prompt=[1]) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (WRITTEN, ""),
+        (f"Let me look.\n{WRITTEN}", "Let me look."),
+        (f"<|im_start|> I look. {WRITTEN} Then {WRITTEN}<|im_end|>", "I look."),
+    ],
+)
+def test_what_is_said_before_a_call_is_read(text: str, expected: str, tokenizer: Any) -> None:
+    assert text_before_calls(tokenizer, tokenizer(text)["input_ids"], prompt=[1]) == expected
+
+
 def test_a_tokenizer_may_know_the_form_of_its_calls(tokenizer: Any, monkeypatch: Any) -> None:
     """The response templates of transformers."""
     schema = {
@@ -52,8 +69,10 @@ def test_a_tokenizer_may_know_the_form_of_its_calls(tokenizer: Any, monkeypatch:
         },
     }
     monkeypatch.setattr(tokenizer, "response_template", schema, raising=False)
-    text = 'CALL {"name": "weather", "arguments": {"city": "Oslo"}} END'
-    assert read_answer_calls(tokenizer, tokenizer(text)["input_ids"], prompt=[]) == [CALL]
+    text = 'I look. CALL {"name": "weather", "arguments": {"city": "Oslo"}} END'
+    ids = tokenizer(text)["input_ids"]
+    assert read_answer_calls(tokenizer, ids, prompt=[]) == [CALL]
+    assert text_before_calls(tokenizer, ids, prompt=[]) == "I look."
     assert read_answer_calls(tokenizer, tokenizer(WRITTEN)["input_ids"], prompt=[]) is None
 
 

@@ -14,8 +14,11 @@ from finetune.report.card import license_of
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-def write_gguf(path, width=32, heads=4, inner=64):
-    """A llama of one layer, quantised to 8 bits; returns the weights that were quantised."""
+def write_gguf(path, width=32, heads=4, inner=64, *, pre="gpt-2", metadata=None, vectors=None):
+    """A llama of one layer, quantised to 8 bits; returns the weights that were quantised.
+
+    `pre` names the rule of words. `metadata` and `vectors` (name -> length) are added.
+    """
     tokens = [
         "<|endoftext|>",
         "<|im_start|>",
@@ -24,6 +27,8 @@ def write_gguf(path, width=32, heads=4, inner=64):
         "Ġ",
         "Ċ",
         "he",
+        "ĊĊ",
+        "the",
     ]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_license("apache-2.0")
@@ -38,9 +43,13 @@ def write_gguf(path, width=32, heads=4, inner=64):
     writer.add_rope_dimension_count(width // heads)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    for key, value in (metadata or {}).items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["h e", "Ċ Ċ"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     squares = ["attn_q", "attn_k", "attn_v", "attn_output"]
@@ -54,6 +63,7 @@ def write_gguf(path, width=32, heads=4, inner=64):
     shapes |= dict.fromkeys(
         ["output_norm.weight", "blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"], (width,)
     )
+    shapes |= {name: (length,) for name, length in (vectors or {}).items()}
     random = np.random.default_rng(0)
     weights = {
         name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()
@@ -130,3 +140,95 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written .*\. Set FINETUNE_CACHE"):
         resolve_name(str(tmp_path / "tiny.gguf"))
+
+
+UNREAD = {  # what is in the file -> words of the sentence
+    "the scales of Llama 3": ({"vectors": {"rope_freqs.weight": 4}}, r"\(rope_freqs\.weight\)"),
+    "the scales of Phi 3": (
+        {"vectors": {"rope_factors_long.weight": 4, "rope_factors_short.weight": 4}},
+        r"scales its rotary embeddings \(rope_factors_long\.weight\)",
+    ),
+    "yarn": ({"metadata": {"llama.rope.scaling.type": "yarn"}}, r"rotary embeddings \(yarn\)"),
+    "a factor": ({"metadata": {"llama.rope.scaling.factor": 8.0}}, r"embeddings \(linear\)"),
+    "an old factor": ({"metadata": {"llama.rope.scale_linear": 4.0}}, r"embeddings \(linear\)"),
+    "biases": (
+        {"vectors": {"blk.0.attn_q.bias": 32, "blk.0.ffn_up.bias": 64}},
+        r"the weights blk\.0\.attn_q\.bias and 1 more, which .* a \.gguf file of llama",
+    ),
+    "a rule of words": ({"pre": "viking"}, "by the rule 'viking' of llama.cpp"),
+    "no rule of words": ({"pre": None}, "by the rule 'default' of llama.cpp"),
+}
+
+
+@pytest.mark.parametrize("what", UNREAD)
+def test_a_file_that_would_become_another_model_is_refused(what, tmp_path, cache):
+    changes, says = UNREAD[what]
+    write_gguf(tmp_path / "tiny.gguf", **changes)
+    with pytest.raises(UserError, match=rf"{says}.*\. Take the model's Hugging Face folder"):
+        resolve_name(str(tmp_path / "tiny.gguf"))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_file_that_says_that_nothing_is_scaled_is_read(tmp_path):
+    plain = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0}
+    write_gguf(tmp_path / "tiny.gguf", metadata=plain)
+    assert load_model(ModelSpec(name=str(tmp_path / "tiny.gguf"))).config.hidden_size == 32
+
+
+def write_starcoder2(path, theta):
+    """A random Starcoder 2, whose rotary base transformers does not read."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = {"model_type": "starcoder2", **sizes, **heads, "tie_word_embeddings": True}
+    model = load_model(ModelSpec(config=config, vocab_size=97))
+    writer = gguf.GGUFWriter(str(path), "starcoder2")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_rope_freq_base(theta)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("starcoder")
+    writer.add_token_list(["<|endoftext|>", *map(chr, range(33, 127)), "Ġ", "he"])
+    writer.add_token_types([3] + [1] * 96)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.STARCODER2, 1)
+    for name, weight in model.state_dict().items():
+        if name != "lm_head.weight":
+            known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(known, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_rotary_base_that_is_not_read_is_refused(tmp_path):
+    write_starcoder2(tmp_path / "usual.gguf", 10_000.0)
+    assert load_model(ModelSpec(name=str(tmp_path / "usual.gguf"))).config.hidden_size == 32
+    write_starcoder2(tmp_path / "other.gguf", 100_000.0)
+    with pytest.raises(UserError, match=r"of base 100000, and transformers reads 10000 from it"):
+        resolve_name(str(tmp_path / "other.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "tokens"),
+    [
+        ("gpt-2", "\n\n1", ["Ċ", "Ċ", "1"]),
+        ("olmo", "\n\n1", ["Ċ", "Ċ", "1"]),
+        ("smollm", "\n\n12", ["ĊĊ", "1", "2"]),
+        ("starcoder", "\n\n1", ["ĊĊ", "1"]),
+        ("stablelm2", "\n\n1", ["ĊĊ", "1"]),
+        ("dbrx", "the", ["t", "he"]),
+        ("llama-bpe", "the", ["the"]),  # a word that is a token, though no merge makes it
+        ("tekken", "the", ["the"]),
+    ],
+)
+def test_texts_are_cut_as_llama_cpp_cuts_them(pre, text, tokens, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", pre=pre)
+    assert load_tokenizer(ModelSpec(name=str(tmp_path / "tiny.gguf"))).tokenize(text) == tokens

@@ -11,6 +11,7 @@ from finetune.errors import UserError
 from finetune.models.language_model import LanguageModel, evaluating
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.probes import check_packing
+from finetune.models.vocabulary.activate import activate_vocabulary
 
 PACKABLE = ["gpt2", "llama", "qwen2", "gemma3", "gpt_neox", "phi", "cohere", "granite"]
 
@@ -111,6 +112,27 @@ def test_a_model_with_logits_of_its_own_goes_through_its_own_forward_and_says_so
     )
     torch.testing.assert_close(language_model(ids, targets_of(labels)), right)
     assert language_model.token_losses(ids, targets_of(labels)).shape == (count,)
+
+
+class NormHead(torch.nn.Linear):
+    """A head whose forward is more than a product with its weight (Baichuan 2)."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
+
+
+def test_a_head_that_changes_its_weight_is_not_taken_for_a_product(make_model):
+    model = make_model("llama")
+    head = NormHead(32, 97, bias=False)
+    head.weight = model.get_output_embeddings().weight
+    model.set_output_embeddings(head)
+    ids, labels, count = batch()
+    language_model = LanguageModel(model)
+    assert not language_model.fused
+    theirs = model(input_ids=ids, labels=labels).loss * count
+    torch.testing.assert_close(language_model(ids, targets_of(labels)), theirs)
+    with pytest.raises(UserError, match="no plain embedding with a linear output head"):
+        activate_vocabulary(model, [1, 2, 3])
 
 
 def test_building_and_checking_leave_mode_and_random_state_alone(make_model):

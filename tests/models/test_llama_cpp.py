@@ -7,16 +7,17 @@ import unicodedata
 
 import pytest
 import torch
-from gguf import GGUFReader
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from gguf import GGMLQuantizationType, GGUFReader, quants
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.formats.rendering import PLAIN, ChatTemplate
 from finetune.errors import UserError
+from finetune.models.llama_cpp.families import family_of
 from finetune.models.llama_cpp.modelfile import modelfile, ollama_template
-from finetune.models.llama_cpp.pre_tokenizers import llama_cpp_name
+from finetune.models.llama_cpp.pre_tokenizers import PATTERNS, llama_cpp_name
 from finetune.models.llama_cpp.tokens import read_words, unlike_transformers
-from finetune.models.llama_cpp.write import check_gguf, encoded, write_gguf
+from finetune.models.llama_cpp.write import check_gguf, encoded, rounded, weights_of, write_gguf
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, set_template, train_tokenizer
 from finetune.models.trim.keep import bpe_of, frequent_tokens, needed_tokens, tokens_of_texts
@@ -145,14 +146,10 @@ def texts(count):
 
 
 def variant(name):
-    """Return a real tokenizer, or one with other words, as the original SmolLM2 and DBRX have."""
+    """Return a real tokenizer, or one without whole words, as DBRX has."""
     name, _, change = name.partition(" with ")
     tokenizer = real_tokenizer(name)
-    if change == "digits apart":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-        )
-    elif change == "merges alone":
+    if change == "merges alone":
         tree = json.loads(tokenizer.backend_tokenizer.to_str())
         tree["model"]["ignore_merges"] = False
         raw = Tokenizer.from_str(json.dumps(tree))
@@ -170,7 +167,6 @@ def variant(name):
         ("llama3_1", "llama"),
         ("llama2", "llama"),
         ("gemma3", "gemma3_text"),
-        ("smollm2 with digits apart", "smollm2"),
         ("llama3_1 with merges alone", "llama"),
     ],
 )
@@ -224,6 +220,42 @@ def test_llama_cpp_cuts_conversations_as_they_were_learnt(
         assert runtime.chat_tokens(turns) == ChatTemplate(tokenizer).prompt(turns)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("smollm2", {}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("gemma3_text", {"head_dim": 256, "query_pre_attn_scalar": 256}),
+    ],
+)
+def test_our_files_are_read_again(kind, changes, tmp_path, monkeypatch, chat_tokenizer):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    model = tiny(kind, len(chat_tokenizer), **changes)
+    write_gguf(model, chat_tokenizer, tmp_path / "m.gguf", "f32", name="tiny")
+    again = load_model(ModelSpec(name=str(tmp_path / "m.gguf")))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("llama", r"has the weights blk\.0\.attn_q\.bias and 13 more"),
+        ("gemma3_text", "has heads of width 8, and transformers scales .* as for 256"),
+    ],
+)
+def test_our_files_that_transformers_would_read_wrongly_are_refused(
+    kind, says, tmp_path, monkeypatch, chat_tokenizer
+):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    model = tiny(kind, len(chat_tokenizer))
+    write_gguf(model, chat_tokenizer, tmp_path / "m.gguf", "f32", name="tiny")
+    with pytest.raises(UserError, match=rf"{says}.*\. Take the model's Hugging Face folder"):
+        load_model(ModelSpec(name=str(tmp_path / "m.gguf")))
+
+
 def test_a_model_without_a_family_is_refused_with_the_list(make_model, chat_tokenizer):
     model = make_model("phi", vocab_size=len(chat_tokenizer))
     with pytest.raises(UserError, match=r"a phi model .* known are llama, mistral, gpt2, gemma3"):
@@ -254,7 +286,8 @@ def test_what_llama_cpp_does_not_do_is_refused(kind, changes, reason, chat_token
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("smollm2", "gpt-2"),  # as transformers reads it from the .gguf file: without the digits
+        ("smollm2", "smollm"),
+        ("gpt2", "gpt-2"),
         ("qwen3", "qwen2"),
         ("llama3_1", "llama-bpe"),
     ],
@@ -263,6 +296,13 @@ def test_the_words_of_real_tokenizers_have_a_name(name, expected):
     tree = json.loads(real_tokenizer(name).backend_tokenizer.to_str())
     whole = bool(tree["model"].get("ignore_merges"))
     assert llama_cpp_name(tree["pre_tokenizer"], ignore_merges=whole) == expected
+
+
+def test_the_demo_s_model_is_given_the_tokens_that_it_was_trained_on():
+    """SmolLM2 cuts digits apart before words, so a blank line before a number is one token."""
+    tokenizer = real_tokenizer("smollm2")
+    assert tokenizer.tokenize("a\n\n42") == ["a", "ĊĊ", "4", "2"]
+    assert tokenizer("\n\n1").input_ids[0] == 1116
 
 
 def test_words_that_llama_cpp_cuts_at_other_places_are_refused():
@@ -284,6 +324,27 @@ def test_words_without_a_name_are_refused():
         llama_cpp_name(bytes_, ignore_merges=True)
 
 
+@pytest.mark.parametrize(
+    ("behavior", "invert", "known"),
+    [
+        ("Isolated", False, True),
+        ("Removed", True, True),
+        ("Removed", False, False),
+        ("MergedWithPrevious", False, False),
+    ],
+)
+def test_a_pattern_has_a_name_if_its_matches_are_the_words(behavior, invert, known):
+    pattern = next(parts[0] for parts, name in PATTERNS.items() if name == "qwen2")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    words = {"type": "Sequence", "pretokenizers": [split, bytes_]}
+    if known:
+        assert llama_cpp_name(words, ignore_merges=False) == "qwen2"
+        return
+    with pytest.raises(UserError, match=r"no name in llama\.cpp"):
+        llama_cpp_name(words, ignore_merges=False)
+
+
 def test_a_row_that_is_no_multiple_of_a_block_stays_f16():
     import gguf
 
@@ -291,6 +352,55 @@ def test_a_row_that_is_no_multiple_of_a_block_stays_f16():
     assert encoded(torch.randn(4, 64), q8)[1] == q8
     assert encoded(torch.randn(4, 30), q8)[1] == gguf.GGMLQuantizationType.F16
     assert encoded(torch.randn(64), q8)[1] == gguf.GGMLQuantizationType.F32
+
+
+BLANKS = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+ALWAYS = pre_tokenizers.Metaspace("▁", prepend_scheme="always", split=False)
+WRITES_BLANKS = normalizers.Replace(" ", "▁")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "words", "prefix"),
+    [
+        (None, BLANKS, "first"),
+        (None, pre_tokenizers.Sequence([BLANKS]), "first"),
+        (None, pre_tokenizers.Sequence([pre_tokenizers.Sequence([ALWAYS])]), "always"),
+        (normalizers.Sequence([normalizers.Prepend("▁"), WRITES_BLANKS]), None, "always"),
+        (WRITES_BLANKS, pre_tokenizers.Split(" ", "merged_with_previous"), "never"),  # Gemma
+        (None, None, None),
+        (None, pre_tokenizers.Sequence([BLANKS, pre_tokenizers.Digits(True)]), None),
+        (normalizers.Replace("``", "▁"), BLANKS, None),
+        (normalizers.Sequence([normalizers.NFKC(), WRITES_BLANKS]), None, None),
+    ],
+)
+def test_the_blank_before_a_text_is_found_or_the_tokenizer_refused(normalizer, words, prefix):
+    vocabulary = {"<unk>": 0, "▁": 1, "a": 2, "▁a": 3}
+    options = {"unk_token": "<unk>", "byte_fallback": True}
+    raw = Tokenizer(models.BPE(vocabulary, [("▁", "a")], **options))
+    if normalizer is not None:
+        raw.normalizer = normalizer
+    if words is not None:
+        raw.pre_tokenizer = words
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    if prefix is not None:
+        assert read_words(tokenizer).prefix == prefix
+        return
+    with pytest.raises(UserError, match=r"is not sentencepiece's.*\. Leave out --gguf"):
+        read_words(tokenizer)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_rounding_that_is_reported_is_that_of_the_file(kind, tmp_path, chat_tokenizer):
+    model = tiny(kind, len(chat_tokenizer))
+    write_gguf(model, chat_tokenizer, tmp_path / "m.gguf", "q8_0", name="tiny")
+    model.load_state_dict(rounded(model, "q8_0"), strict=False)
+    found = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    expected = weights_of(model, family_of(model.config))
+    assert found.keys() == expected.keys()
+    assert any(tensor.tensor_type == GGMLQuantizationType.Q8_0 for tensor in found.values())
+    for name, weight in expected.items():
+        values = quants.dequantize(found[name].data, found[name].tensor_type)
+        assert torch.equal(torch.tensor(values).reshape(weight.shape), weight), name
 
 
 def rendered(template, messages):
@@ -365,6 +475,7 @@ def test_the_modelfile_names_the_file_the_stops_and_the_parameters(chat_tokenize
         ('Say "hi"', 'SYSTEM Say "hi"'),
         ('Say """hi""" now', 'SYSTEM Say """hi""" now'),
         ('Two\nlines with """', "# The system prompt has quotation marks that"),
+        ("", "# The training had an empty system message, which Ollama does not write."),
     ],
 )
 def test_quotation_marks_end_no_text_of_a_modelfile(chat_tokenizer, text, written):

@@ -78,6 +78,7 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
     ("name", "message"),
     [
         ("./nowhere", r"the model folder ./nowhere does not exist \(looked in /"),
+        ("~no such user/model", "the model folder ~no such user/model does not exist"),
         ("nowhere.gguf", "model file nowhere.gguf does not exist"),
         (
             "package:no-such-model",

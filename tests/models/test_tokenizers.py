@@ -192,6 +192,8 @@ def test_a_missing_or_failing_template_is_explained(tmp_path):
         UserError, match=r"'nowhere.jinja' is neither .chatml. nor a file that can be read"
     ):
         set_template(tokenizer, "nowhere.jinja")
+    with pytest.raises(UserError, match=r"'~no such user\.jinja' is neither"):
+        set_template(tokenizer, "~no such user.jinja")
     (tmp_path / "bad.jinja").write_text("{{ messages[7].content.nothing }}")
     with pytest.raises(
         UserError, match="the chat template fails to render a question and its answer"

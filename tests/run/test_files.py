@@ -7,7 +7,7 @@ import pytest
 
 from finetune.errors import UserError, disk_refusal
 from finetune.run.claim import write_marker
-from finetune.run.files import append_lines, write_json
+from finetune.run.files import append_lines, write_json, write_text
 from finetune.run.folder import (
     Mark,
     RunDir,
@@ -17,7 +17,7 @@ from finetune.run.folder import (
     newest_checkpoint,
     step_of,
 )
-from finetune.run.log import MetricLogger, forget_after
+from finetune.run.log import Journal, MetricLogger, forget_after
 from finetune.run.marker import MARKER, Marker
 from finetune.run.records import DataCounts, StepRecord, write_config
 
@@ -125,6 +125,19 @@ def test_a_line_that_cannot_be_appended_is_one_message(run):
     (run.root / "file").touch()
     with pytest.raises(UserError, match=r"could not be written: (Not a directory|File exists)"):
         MetricLogger(run.root / "file" / "metrics.jsonl")
+
+
+def test_the_bytes_of_a_name_that_is_not_utf8(run):
+    """A log has them in another spelling. Any other text is refused in one sentence."""
+    journal, said = Journal(), "dropped: caf\udce9.csv line 1"
+    journal.add(said)
+    with journal.kept_in(run):
+        journal.add(said)
+    assert run.log.read_text(encoding="utf-8").count("caf\\udce9.csv line 1\n") == 2
+    path = run.root / "a.yaml"
+    with pytest.raises(UserError, match=r"a\.yaml' cannot be written: 'data: caf\\udce9\.csv' is"):
+        write_text(path, "data: caf\udce9.csv")
+    assert not path.exists()
 
 
 def test_the_message_for_any_other_file_names_it_if_the_system_does():

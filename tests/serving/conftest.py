@@ -108,3 +108,14 @@ def slow_and_endless(model, _, output):
     """A forward hook with which an answer takes 0.1 s a token and never ends by itself."""
     time.sleep(0.1)
     output.logits[..., list(stop_ids(model))] = float("-inf")
+
+
+def saying(tokenizer, text):
+    """Return a forward hook with which one answer is `text`."""
+    ids = iter([*tokenizer(text).input_ids, tokenizer.eos_token_id])
+
+    def hook(model, _, output):
+        output.logits[...] = float("-inf")
+        output.logits[..., next(ids)] = 0.0
+
+    return hook

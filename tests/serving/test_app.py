@@ -1,20 +1,31 @@
 """The server as its clients meet it: the openai package, plain HTTP, and garbage."""
 
+import copy
 import json
 import logging
 import random
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from finetune.data.formats.rendering import ChatTemplate
+from finetune.recipes.serve import _question
+from finetune.serving import app
 from finetune.serving.app import MOST_BYTES
+from finetune.serving.protocol import ChatRequest
 from tests.cli.conftest import finetune
-from tests.serving.conftest import slow_and_endless
+from tests.data import stock
+from tests.serving.conftest import saying, slow_and_endless
 
 ASK = [{"role": "user", "content": "What is 3 plus 4?"}]
 
@@ -141,6 +152,11 @@ def test_an_upload_that_is_broken_off_is_no_error_of_the_server(server, caplog):
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}],
+}
 REFUSED = {  # what is sent -> status, and words of the sentence
     "model": ({"model": "gpt-4"}, 404, "there is no model 'gpt-4'; known are trained, model"),
     "nothing asked": ({"messages": []}, 400, "messages: "),
@@ -162,6 +178,14 @@ REFUSED = {  # what is sent -> status, and words of the sentence
     "too long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "at most 128"),
     "no translator": ({"translate": {}}, 400, "was not trained to translate"),
     "seed": ({"seed": 2**70}, 400, "seed: "),
+    "tools": ({"tools": [TOOL]}, 400, "does not write tools. Leave that out of the request"),
+    "calls": (
+        {"messages": [*ASK, CALLED, {"role": "tool", "content": "7"}]},
+        400,
+        "the chat template does not write 'tool_calls' (assistant). Leave that out",
+    ),
+    "one call": ({"parallel_tool_calls": False}, 400, "parallel_tool_calls: input should be true"),
+    "tools for a sentence": ({"translate": {}, "tools": [TOOL]}, 400, "translate takes no tools"),
     "deep arguments": (
         {
             "messages": [
@@ -352,19 +376,123 @@ def test_a_translation_run_takes_sentences(translation_run, serve):
         assert scored.json() == {"chrf": pytest.approx(100)}
 
 
+WRITES_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SKIPS_OTHERS = (
+    "{% for m in messages if m['role'] in ('user', 'assistant') %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_template(server, monkeypatch, source, system_prompt=None):
+    """Return the trained model, which has another template for the rest of the test."""
+    model = server.served.models["trained"]
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = source
+    changed = replace(model, template=ChatTemplate(tokenizer), system_prompt=system_prompt)
+    monkeypatch.setitem(server.served.models, "trained", changed)
+    return changed
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_calls_of_tools_come_in_openais_shape(server, monkeypatch, stream):
-    """The answer is put in place of the tiny model's, which never learnt to call."""
-    monkeypatch.setattr(
-        type(server.served.models["trained"]),
-        "calls",
-        lambda *_: [{"name": "add", "arguments": {"a": 3}}],
-    )
-    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-    reply = answer(server, tools=[tool], stream=stream)
-    choice = list(reply)[-2 if stream else 0].choices[0] if stream else reply.choices[0]
-    message = choice.delta if stream else choice.message
-    call = message.tool_calls[0]
+@pytest.mark.parametrize("said", ["", "Hm, so. "])
+def test_calls_of_tools_come_in_openais_shape(server, monkeypatch, said, stream):
+    """The tiny model, which never learnt to call, is made to say this."""
+    model = with_template(server, monkeypatch, WRITES_TOOLS)
+    text = said + '<tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>'
+    hook = model.model.register_forward_hook(saying(model.tokenizer, text))
+    try:
+        reply = answer(server, tools=[TOOL], max_tokens=80, stream=stream)
+        choices = [part.choices[0] for part in reply] if stream else [reply.choices[0]]
+    finally:
+        hook.remove()
+    messages = [choice.delta if stream else choice.message for choice in choices]
+    [call] = [call for message in messages for call in message.tool_calls or ()]
     assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 3})
-    if not stream:
-        assert choice.finish_reason == "tool_calls"
+    contents = [message.content for message in messages if message.content]
+    assert contents == ([said.strip()] if said else [])
+    assert choices[-1].finish_reason == "tool_calls"
+
+
+def test_a_template_that_writes_calls_and_tools_gets_them(server, monkeypatch):
+    with_template(server, monkeypatch, WRITES_TOOLS)
+    messages = [*ASK, CALLED, {"role": "tool", "content": "7"}]
+    reply = post(server, {"model": "trained", "messages": messages, "tools": [TOOL]})
+    assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_messages_that_the_template_skips_are_refused(server, monkeypatch, role):
+    with_template(server, monkeypatch, SKIPS_OTHERS)
+    messages = [{"role": role, "content": "Be brief."}, *ASK]
+    reply = post(server, {"model": "trained", "messages": messages})
+    assert reply.status_code == 400
+    said = f"leaves out messages of the role {role}. Leave that out of the request"
+    assert said in reply.json()["error"]["message"]
+    assert post(server, {"model": "trained", "messages": ASK}).status_code == 200
+
+
+def test_tools_that_may_not_be_called_are_left_out(server):
+    body = {"model": "trained", "messages": ASK, "tools": [TOOL], "tool_choice": "none"}
+    assert post(server, body).status_code == 200
+
+
+NODE = shutil.which("node")
+
+
+def page_sends(system, box, translate=None):
+    """Return the messages of the page's request, for the run's system prompt and the box's."""
+    page = (Path(app.__file__).parent / "page.html").read_text(encoding="utf-8")
+    [method] = re.findall(r"^  sent\(body\) \{\n.*?^  \}\n", page, re.DOTALL | re.MULTILINE)
+    script = (
+        f"const about = {json.dumps({'system_prompt': system})};"
+        f"const byId = () => ({json.dumps({'value': box})});"
+        f"class Side {{ messages = {json.dumps(ASK)};\n{method} }}"
+        f"console.log(JSON.stringify(new Side().sent({json.dumps({'translate': translate})})));"
+    )
+    done = subprocess.run([NODE, "-e", script], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(NODE is None, reason="no node on this machine")
+@pytest.mark.parametrize(
+    ("system", "box", "translate", "roles"),
+    [
+        ("", "", None, ["user"]),
+        ("", "Be kind.", None, ["system", "user"]),
+        ("Be exact.", "Be exact.", None, ["user"]),
+        ("Be exact.", "", None, ["system", "user"]),
+        ("Be exact.", "Be exact.", {}, ["user"]),
+        ("Be exact.", "", {}, ["system", "user"]),
+    ],
+)
+def test_the_page_sends_a_system_prompt_that_is_not_the_runs(system, box, translate, roles):
+    assert [message["role"] for message in page_sends(system, box, translate)] == roles
+
+
+@pytest.mark.skipif(NODE is None, reason="no node on this machine")
+def test_a_run_that_was_trained_with_an_empty_system_message_is_asked_with_one(server, monkeypatch):
+    """Without a message this template writes a text of its own."""
+    model = with_template(server, monkeypatch, stock.DEFAULT_SYSTEM, system_prompt="")
+    ids = model.prompt(ChatRequest(model="trained", messages=page_sends("", "")))
+    begins = "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"
+    assert model.tokenizer.decode(ids).startswith(begins)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "system", "question"),
+    [
+        ("Hi", None, "Hi"),
+        ("system: Be exact.\n\nuser: Hi", "Be exact.", "Hi"),
+        ("system: \n\nuser: Hi", "", "Hi"),
+        ("user: Hi\n\nassistant: Yes\n\nuser: Why?", None, None),
+    ],
+)
+def test_held_out_prompts_that_are_one_question_are_offered(prompt, system, question):
+    assert _question(prompt, system) == question

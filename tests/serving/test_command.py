@@ -11,7 +11,11 @@ import sys
 import httpx
 import pytest
 
+from finetune.display import Display
+from finetune.errors import UserError
+from finetune.recipes.serve import open_service
 from tests.cli.conftest import finetune
+from tests.data import stock
 
 
 def test_a_port_that_is_taken_is_named(chat_run):
@@ -29,6 +33,24 @@ def test_a_run_without_a_model_says_how_to_finish_it(chat_run, tmp_path):
     result = finetune("serve", str(tmp_path / "run"))
     assert result.code == 2
     assert "has no model/ yet" in result.err
+
+
+@pytest.mark.parametrize("template", [None, stock.GEMMA])
+def test_a_system_prompt_that_no_template_takes_is_refused(template, chat_run, tmp_path):
+    shutil.copytree(chat_run.parent / "base" / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    if template is not None:
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"takes a system prompt\. Leave out --system"):
+        open_service(
+            str(tmp_path / "model"),
+            host="127.0.0.1",
+            port=0,
+            base=False,
+            system_prompt="Be brief.",
+            settings={},
+            display=Display(enabled=False),
+        )
 
 
 @pytest.mark.slow

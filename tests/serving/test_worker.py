@@ -64,8 +64,8 @@ def test_a_request_joins_an_answer_that_is_being_drawn():
 def test_requests_of_clients_that_are_gone_do_not_fill_the_queue():
     model, tokenizer = tiny_model("llama").eval(), train_tokenizer(["a b c"], vocab_size=320)
     settings, free = GenerationSettings.greedy(2), threading.Event()
-    hook = model.register_forward_pre_hook(lambda *_: free.wait(60) and None)
     worker = Worker({"m": model}, {"m": tokenizer}, batch_size=1, most_waiting=2)
+    hook = model.register_forward_pre_hook(lambda *_: free.wait(60) and None)  # after its trials
     ended = threading.Semaphore(0)
 
     def emit(piece):

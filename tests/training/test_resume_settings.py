@@ -1,6 +1,7 @@
 """What a resumed run says of settings that changed, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -110,3 +111,24 @@ def test_an_option_that_needs_what_the_checkpoint_lacks_is_refused(tiny, before,
     else:
         with pytest.raises(UserError, match=lacks):
             train(longer, resume="auto")
+
+
+def test_a_best_value_of_other_held_out_data_is_not_compared(tiny, tmp_path, chat_file):
+    """The best of easy held-out data would stay the best for ever."""
+    easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
+    lines = chat_file.read_text().splitlines(keepends=True)
+    easy.write_text("".join(lines[:3]))
+    odd = [{"role": "user", "content": "zq"}, {"role": "assistant", "content": "xj " * 20}]
+    hard.write_text(json.dumps({"messages": odd}) + "\n")
+    evaluation = {"every": 1}
+    train(tiny(data={"validation": str(easy)}, evaluation=evaluation, training={"max_steps": 3}))
+    longer = {"evaluation": evaluation, "training": {"max_steps": 6}}
+    again = tiny(data={"validation": str(easy)}, **longer)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    assert "is not counted" not in train(
+        {**again, "output_dir": str(tmp_path / "same")}, resume="auto"
+    )
+    said = train(tiny(data={"validation": str(hard)}, **longer), resume="auto")
+    assert "was by another measure or on other data, and is not counted" in said
+    best = json.loads((tmp_path / "run" / "evaluation.json").read_text())["best"]
+    assert best["step"] > 3

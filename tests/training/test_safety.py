@@ -255,7 +255,7 @@ def test_a_best_checkpoint_that_is_damaged_is_not_exported(tree, tmp_path, monke
     assert not (tmp_path / "run" / "model").exists()
     last = {**tree, "checkpoint": {**tree["checkpoint"], "save_best_model": False}}
     _, notes = train(last, resume="auto")
-    assert [note for note in notes if "the checkpoint of step 1, the best so far" in note]
+    assert [note for note in notes if "step-00000001, the best checkpoint so far" in note]
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 

@@ -76,7 +76,11 @@ class StreamingBatches:
             if sequences:
                 yield self._step(sequences)
             else:
-                require_targets(self.encoder.statistics, max_length=self.encoder.max_length)
+                require_targets(
+                    self.encoder.statistics,
+                    max_length=self.encoder.max_length,
+                    bad=self.encoder.bad,
+                )
             if passes_without > 1:
                 raise UserError(
                     f"pass {self._epoch + 1} over the training data gave no examples, and earlier "

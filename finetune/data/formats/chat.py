@@ -14,18 +14,26 @@ found by leaving it out and rendering again.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.borders import encode_text
-from finetune.data.formats.columns import column, text_column, unused_columns, unused_notes
+from finetune.data.formats.columns import (
+    column,
+    other_case,
+    text_column,
+    unused_columns,
+    unused_notes,
+    usual_columns,
+)
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.messages import (
     check_order,
     conversation_text,
     from_json,
+    holds_messages,
     merge_turns,
     read_messages,
     read_options,
@@ -47,13 +55,24 @@ CHAT_SHAPES: dict[str, list[str]] = {
 CHAT_OPTIONAL = ["input", "context", "system", "history", "tools", "chat_template_kwargs"]
 """Columns that a shape may have as well."""
 
+_NAMES = [*(name for needed in CHAT_SHAPES.values() for name in needed), *CHAT_OPTIONAL]
+
+
+class Reading(NamedTuple):
+    """How the records with the same columns are read."""
+
+    shape: str
+    columns: Mapping[str, str]  # what this format calls a column -> what these records call it
+    used: frozenset[str]  # columns that are read if a record has them
+
 
 class ChatFormat:
     """Records become conversations, and conversations become examples.
 
     `shape` is one of CHAT_SHAPES. It is used for a record whose columns fit several shapes or none;
     any other record is read in the shape that fits.
-    `columns` maps what this format calls a column to what the data calls it.
+    `columns` maps what this format calls a column to what the first record calls it. `given` has
+    those that the config says; None for all of them. Other records may have usual names instead.
     `targets` is "assistant" (the assistant's turns with their end mark) or "all".
     `system_prompt` is put before conversations that have no system message.
     `settings` are those of the chat template. `control` counts or refuses control tokens in texts.
@@ -73,6 +92,7 @@ class ChatFormat:
         settings: TemplateSettings,
         control: ControlTokens,
         merge_turns: bool = False,
+        given: Mapping[str, str] | None = None,
     ) -> None:
         self.template = ChatTemplate(tokenizer, settings)
         self.texts = self.template.texts
@@ -80,6 +100,7 @@ class ChatFormat:
         self.control = control
         self.merge_turns = merge_turns
         self.columns = columns
+        self.given = columns if given is None else given
         self.targets = targets
         self.system_prompt = system_prompt
         self.shape = shape
@@ -87,8 +108,7 @@ class ChatFormat:
         self._systems: set[str | None] = set()  # of examples, at most two of them
         self._written = Written(self.template, whole=targets == "all")
         self._unused: Counter[str] = Counter()  # what is not used -> records that have it
-        self._shape_with = cache(self._find_shape)
-        self._used_columns = cache(self._find_used_columns)
+        self._reading_with = cache(self._find_reading)
 
     def dialog(self, record: Record) -> Dialog:
         """Return the record's conversation, checked, up to its last assistant turn.
@@ -101,12 +121,14 @@ class ChatFormat:
 
     def _read(self, record: Record) -> tuple[Dialog, set[str]]:
         """Return the conversation, and what the record says that is not used."""
-        shape = self._shape_of(record)
-        messages, muted = _READERS[shape](record, self.columns)
-        unused = unused_columns(record, self._used_columns(shape) - self._unread(record, shape))
-        history = self._history(record)
+        reading = self._reading(record)
+        columns = reading.columns
+        messages, muted = _READERS[reading.shape](record, columns)
+        unused = unused_columns(record, reading.used - _unread(record, reading))
+        history = _history(record, columns)
         messages, muted = [*history, *messages], {len(history) + i for i in muted}
-        system = self._text_of(record, "system")
+        has_system = columns.get("system", "system") in record
+        system = text_column(record, "system", columns) if has_system else ""
         first = messages[0] if messages else {}
         if system and first != _system(system):
             if first.get("role") in ("system", "developer"):
@@ -123,8 +145,8 @@ class ChatFormat:
         if messages[0]["role"] == "developer" and self._means_system():
             messages[0] = {**messages[0], "role": "system"}
         self.calls_tools |= any("tool_calls" in message for message in messages)
-        tools = read_tools(self._optional(record, "tools"))
-        options = read_options(self._optional(record, "chat_template_kwargs"))
+        tools = read_tools(_optional(record, "tools", columns))
+        options = read_options(_optional(record, "chat_template_kwargs", columns))
         dialog = Dialog(messages, tools, options, frozenset(muted))
         self._require_answer(dialog)
         own = self.template.settings.options
@@ -204,60 +226,75 @@ class ChatFormat:
         unused, self._unused = self._unused, Counter()
         return unused_notes(unused) + self.control.notes()
 
-    def _shape_of(self, record: Record) -> str:
-        """Return the record's shape, which may differ between sources and within a JSON file.
+    def _reading(self, record: Record) -> Reading:
+        """Return how the record is read, which may differ between sources and within a JSON file.
 
         There the columns of other records are None.
         """
-        return self._shape_with(frozenset(k for k, value in record.items() if value is not None))
+        filled = tuple(name for name, value in record.items() if value is not None)
+        return self._reading_with(tuple(record), filled)
 
-    def _find_shape(self, given: frozenset[str]) -> str:
-        """Return the shape of records that have these columns."""
-        fitting = [
-            shape
-            for shape, needed in CHAT_SHAPES.items()
-            if all(self.columns.get(name, name) in given for name in needed)
-        ]
-        return self.shape if self.shape in fitting or not fitting else fitting[0]
+    def _find_reading(self, names: tuple[str, ...], filled: tuple[str, ...]) -> Reading:
+        """Return how records with columns of these names are read; those `filled` have a value.
 
-    def _find_used_columns(self, shape: str) -> set[str]:
-        """Return the columns that are used of records of a shape."""
-        names = {*CHAT_SHAPES[shape], *CHAT_OPTIONAL}
-        if shape != "instruction":
-            names -= {*_INPUTS}
-        return {self.columns.get(name, name) for name in names}
-
-    def _unread(self, record: Record, shape: str) -> set[str]:
-        """Return the columns of `_INPUTS` that are not read."""
-        if shape != "instruction":
-            return set()
-        read = _input_of(record, self.columns)
-        return {self.columns.get(name, name) for name in _INPUTS} - {self.columns.get(read, read)}
-
-    def _optional(self, record: Record, name: str) -> Any:
-        return record.get(self.columns.get(name, name))
-
-    def _text_of(self, record: Record, name: str) -> str:
-        return text_column(record, name, self.columns) if self._has(record, name) else ""
-
-    def _has(self, record: Record, name: str) -> bool:
-        return self.columns.get(name, name) in record
-
-    def _history(self, record: Record) -> list[Message]:
-        """Return the turns of the column `history`, pairs of question and answer."""
-        pairs = from_json(self._optional(record, "history") or [], "history")
-        messages: list[Message] = []
-        for pair in pairs if isinstance(pairs, list | tuple) else [None]:
-            if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
-                raise UserError(
-                    f"history must be a list of pairs of question and answer, not {pairs!r:.80}"
-                )
-            messages += _question_and_answer(*pair)
-        return messages
+        The config's names of columns are for records that have one of these columns.
+        """
+        given = self.given if set(names) & set(self.given.values()) else {}
+        columns = {**other_case(filled, _NAMES), **given}
+        fitting = _fitting(columns, filled)
+        if not fitting:
+            columns = {**usual_columns(names), **columns}
+            fitting = _fitting(columns, filled)
+        if not fitting:
+            return _reading_of(self.shape, self.columns)
+        return _reading_of(self.shape if self.shape in fitting else fitting[0], columns)
 
     def _require_answer(self, dialog: Dialog) -> None:
         if not dialog.answers:
             raise UserError("no answer of the conversation is to be learnt: all are switched off")
+
+
+def _fitting(columns: Mapping[str, str], filled: Container[str]) -> list[str]:
+    """Return the shapes whose columns are all filled."""
+    return [
+        shape
+        for shape, needed in CHAT_SHAPES.items()
+        if all(columns.get(name, name) in filled for name in needed)
+    ]
+
+
+def _reading_of(shape: str, columns: Mapping[str, str]) -> Reading:
+    names = {*CHAT_SHAPES[shape], *CHAT_OPTIONAL}
+    if shape != "instruction":
+        names -= {*_INPUTS}
+    return Reading(shape, columns, frozenset(columns.get(name, name) for name in names))
+
+
+def _optional(record: Record, name: str, columns: Mapping[str, str]) -> Any:
+    return record.get(columns.get(name, name))
+
+
+def _unread(record: Record, reading: Reading) -> set[str]:
+    """Return the columns of `_INPUTS` that are not read."""
+    if reading.shape != "instruction":
+        return set()
+    columns = reading.columns
+    read = _input_of(record, columns)
+    return {columns.get(name, name) for name in _INPUTS} - {columns.get(read, read)}
+
+
+def _history(record: Record, columns: Mapping[str, str]) -> list[Message]:
+    """Return the turns of the column `history`, pairs of question and answer."""
+    name = columns.get("history", "history")
+    pairs = from_json(record.get(name) or [], name)
+    messages: list[Message] = []
+    for pair in pairs if isinstance(pairs, list | tuple) else [None]:
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise UserError(
+                f"{name} must be a list of pairs of question and answer, not {pairs!r:.80}"
+            )
+        messages += _question_and_answer(*pair)
+    return messages
 
 
 def _system(text: str) -> Message:
@@ -291,14 +328,30 @@ def _from_conversations(record: Record, columns: Mapping[str, str]) -> Read:
 
 
 def _from_prompt(record: Record, columns: Mapping[str, str]) -> Read:
-    prompt, completion = column(record, "prompt", columns), column(record, "completion", columns)
-    if isinstance(prompt, str) and isinstance(completion, str):
+    names = [columns.get(name, name) for name in ("prompt", "completion")]
+    prompt, completion = values = [column(record, name, {}) for name in names]
+    is_text = [isinstance(value, str) and not holds_messages(value) for value in values]
+    if isinstance(prompt, str) and isinstance(completion, str) and any(is_text):
         return _question_and_answer(prompt, completion), set()
-    for name, value in (("prompt", prompt), ("completion", completion)):
+    for name, value in zip(names, values):
         if value is None or isinstance(value, bool | int | float):
             raise UserError(f"{name!r} must be text or a list of messages, not {value!r}")
-    (before, context), (after, muted) = read_messages(prompt), read_messages(completion)
+    if any(is_text):
+        other = is_text.index(False)
+        raise UserError(
+            f"{names[1 - other]!r} is text, but {names[other]!r} is {values[other]!r:.80}. Give "
+            "both as text, or both as lists of messages"
+        )
+    (before, context), (after, muted) = map(_messages_in, names, values)
     return [*before, *after], context | {len(before) + i for i in muted}
+
+
+def _messages_in(name: str, value: object) -> Read:
+    """Return the messages of a column, which an error names."""
+    try:
+        return read_messages(value)
+    except UserError as error:
+        raise UserError(f"column {name!r}: {error}") from error
 
 
 def _from_instruction(record: Record, columns: Mapping[str, str]) -> Read:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from finetune.data.encoding.own import OwnFormat, Registered
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
+from finetune.data.formats.columns import other_case, usual_columns
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import (
     is_known_language,
@@ -29,12 +30,13 @@ SHAPES: dict[str, dict[str, Sequence[str]]] = {
 """Format -> shape -> the columns it needs. The order is the order of detection."""
 
 _OPTIONAL = {"chat": CHAT_OPTIONAL, "translation": [], "text": []}
+_NAMES = [
+    name
+    for kind, shapes in SHAPES.items()
+    for needed in [*shapes.values(), _OPTIONAL[kind]]
+    for name in needed
+]
 _SEPARATED = re.compile(r"\w+(?:([^\w \"'.-])\w+)+")  # a header such as question:answer
-_ASKED = ("prompt", "instruction", "question", "query", "user", "human")
-_ANSWERED = (
-    *("completion", "output", "answer", "response", "assistant", "reply"),
-    *("gpt", "bot", "target", "targets"),
-)
 _ACCEPTED = (
     "messages; conversations; prompt and completion; instruction and output; translation; "
     "source and target; two columns named by languages (en, fr); text"
@@ -110,6 +112,7 @@ def build_format(
             tokenizer=tokenizer,
             shape=shape,
             columns=columns,
+            given=options.columns,
             targets=options.targets,
             system_prompt=options.system_prompt,
             settings=options.settings,
@@ -122,7 +125,7 @@ def build_format(
     if kind == "text" or not tokenizer.chat_template:
         _require_no_chat(options)
     if kind == "text":
-        return TextFormat(tokenizer=tokenizer, columns=columns, control=control)
+        return TextFormat(tokenizer=tokenizer, columns=options.columns, control=control)
     sides, found = _pair(shape, first_record, columns, languages)
     in_one = shape == "translation"
     return TranslationFormat(
@@ -174,7 +177,7 @@ def find_shape(
         if reads and kind in ("auto", name):
             return name, name, columns
     _check_columns(columns, languages, record)
-    columns = {**_other_case(record), **columns}
+    columns = {**other_case(record, _NAMES), **columns}
     kind, shape, found = _detect(kind, record, columns, languages)
     if kind == "translation":
         _pair(shape, record, columns, languages)
@@ -188,15 +191,18 @@ def _detect(
     named = all(
         language is not None and _key_of(language, pairs) is not None for language in languages
     )
+    usual = usual_columns(record) if kind in ("auto", "chat") else {}
     for candidate in SHAPES if kind == "auto" else [kind]:
         if candidate == "translation" and named:
             return candidate, "columns", columns
         for shape, needed in SHAPES[candidate].items():
+            asked = any(name in columns for name in needed)
+            if usual and candidate == "text" and not asked:
+                continue  # beside a question and its answer, "text" is a remark
             if all(columns.get(name, name) in record for name in needed):
                 return candidate, shape, columns
-        if candidate == "translation" and len(pairs) == 2:
+        if candidate == "translation" and len(pairs) == 2 and not usual:
             return candidate, "columns", columns
-    usual = _usual_columns(record) if kind in ("auto", "chat") else {}
     if usual:
         return "chat", next(iter(usual)), {**usual, **columns}
     accepted = (
@@ -211,14 +217,6 @@ def _detect(
         f"{what} the columns ({', '.join(record) or 'none'}); accepted are: {accepted}."
         f"{_hint(record, pairs)}"
     )
-
-
-def _other_case(record: Record) -> dict[str, str]:
-    """Return the columns that are called as a format has it but for capitals: {"text": "Text"}."""
-    names = {name.strip().lower(): name for name in record}
-    known = {name for shapes in SHAPES.values() for needed in shapes.values() for name in needed}
-    known |= {name for optional in _OPTIONAL.values() for name in optional}
-    return {name: names[name] for name in known if name not in record and name in names}
 
 
 def _hint(record: Record, pairs: Mapping[str, str]) -> str:
@@ -246,28 +244,6 @@ def _hint(record: Record, pairs: Mapping[str, str]) -> str:
         " If yours have other names, set data.columns, e.g. to {prompt: question, completion: "
         "answer}"
     )
-
-
-def _usual_columns(record: Record) -> dict[str, str]:
-    """Return the chat's columns by the names that people use: {"prompt": "question", ...}.
-
-    It is empty unless there is exactly one column with a question, and one with its answer.
-    """
-    names = {name.strip().lower(): name for name in record}
-    asked, answered = _found(_ASKED, names), _found(_ANSWERED, names)
-    context, own = _found(["input", "context"], names), {}
-    if not asked:
-        asked, context = _found(["input", "inputs"], names), _found(["context"], names)
-        own = {"input": context[0]} if context else {}  # for `input` is the question
-    if len(asked) != 1 or len(answered) != 1 or len(context) > 1:
-        return {}
-    if context:  # is written below the question, under either name
-        return {"instruction": asked[0], "output": answered[0], **own}
-    return {"prompt": asked[0], "completion": answered[0]}
-
-
-def _found(usual: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    return [names[name] for name in usual if name in names]
 
 
 def _pair(
@@ -352,21 +328,16 @@ def _other(keys: Mapping[str, str], language: str | None) -> str:
 
 
 def _check_columns(columns: Mapping[str, str], languages: Languages, record: Record) -> None:
-    """Raise UserError for a name in `columns` that no format knows, or a missing column."""
-    known = [
-        name
-        for kind, shapes in SHAPES.items()
-        for needed in [*shapes.values(), _OPTIONAL[kind]]
-        for name in needed
-    ]
-    known += [language for language in languages if language is not None]
+    """Raise UserError for a name that no format knows, or a missing column that is not optional."""
+    known = [*_NAMES, *(language for language in languages if language is not None)]
+    optional = {name for names in _OPTIONAL.values() for name in names}  # a record may lack it
     for name, given in columns.items():
         if name not in known and not is_known_language(name):
             raise UserError(
                 f"data.columns has the unknown name {name!r}; known are {', '.join(known)}"
                 f"{did_you_mean(name, known)}"
             )
-        if given not in record:
+        if given not in record and name not in optional:
             raise UserError(
                 f"data.columns takes {name!r} from column {given!r}, which is missing; the columns "
                 f"are {', '.join(record)}{did_you_mean(given, record)}"

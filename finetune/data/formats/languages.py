@@ -6,10 +6,11 @@
 import re
 from functools import cache
 
-from langcodes import Language, LanguageTagError, tag_is_valid
-from language_data.names import name_to_code
+from langcodes import Language, tag_is_valid
+from language_data.names import TRIES, name_to_code, normalize_name
 
 _MANY_SPEAKERS = 10_000_000
+_OF_TEXTS = re.compile(r"(?<=.)[\s_]+(texts?|sentences?|phrases?|translations?|language)$", re.I)
 _VARIANT = re.compile(r"(.+?)\s*\((.+)\)")  # Portuguese (Brazil)
 
 
@@ -78,21 +79,35 @@ def language_name(text: str, *, full: bool = False) -> str:
 
 def _find(text: str) -> Language | None:
     """Return the language of a code or a name, or None."""
-    text = text.strip()
+    text = _OF_TEXTS.sub("", text.strip())
+    if not text.isprintable():  # the names are looked up in C, which takes no NUL
+        return None
     if tag_is_valid(text):
         return _plain(Language.get(text))
     variant = _VARIANT.fullmatch(text)
-    try:
-        language = Language.find(variant[1] if variant else text)
-    except (LookupError, LanguageTagError):
+    code = _code_of(variant[1] if variant else text)
+    if code is None:
         return None
+    language = Language.get(code)
     if variant is None:
-        return _plain(Language.get(str(language)))  # "tl" is "fil" by whichever name
+        return _plain(language)
     region = name_to_code("territory", variant[2], "en")
     script = name_to_code("script", variant[2], "en")
     if region is None and script is None:
         return None
     return _plain(Language.make(language=language.language, script=script, territory=region))
+
+
+def _code_of(name: str) -> str | None:
+    """Return the code of a language by its whole name, in English if it has one there.
+
+    `name_to_code` takes a name's beginning for the name: "Personal" for "Pers", which is Persian.
+    """
+    for names in ("en", "und"):  # und: of any language
+        code = name_to_code("language", name, names)
+        if code is not None and normalize_name(name) in TRIES[f"{names}/name_to_language"]:
+            return str(code)
+    return None
 
 
 def _plain(language: Language) -> Language | None:

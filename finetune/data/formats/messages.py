@@ -60,6 +60,17 @@ def read_messages(value: object) -> tuple[list[Message], set[int]]:
     return messages, muted
 
 
+def holds_messages(text: str) -> bool:
+    """Return whether a text is the JSON of a list of messages, as tables hold one."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value) and all(isinstance(m, dict) and {"role", "from"} & set(m) for m in value)
+
+
 def _transposed(columns: Mapping[str, object]) -> object:
     """Return an object with a list for each key as a list of objects; anything else as it is."""
     lists = [value for value in columns.values() if isinstance(value, list | tuple)]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.data.encoding.drafts import Draft
-from finetune.data.formats.columns import text_column, unused_columns, unused_notes
+from finetune.data.formats.columns import other_case, text_column, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.rendering import PlainText
 from finetune.data.types import Example, Prompt, Record, Tokenizer
@@ -33,9 +33,12 @@ class TextFormat:
         return self.texts.examples(self.drafts(record))
 
     def drafts(self, record: Record) -> list[Draft]:
-        text = text_column(record, "text", self.columns)
+        name = self.columns.get("text", "text")
+        if name not in record:  # sources may differ in capitals
+            name = other_case(record, ["text"]).get("text", name)
+        text = text_column(record, name, {})
         self.control.check([text])
-        self._unused.update(unused_columns(record, {self.columns.get("text", "text")}))
+        self._unused.update(unused_columns(record, {name}))
         return [self._plain.draft("", text, targets="all")] if text.strip() else []
 
     def prompts(self, record: Record) -> list[Prompt]:

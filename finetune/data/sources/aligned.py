@@ -7,6 +7,7 @@ from finetune.data.formats.languages import is_language
 from finetune.data.sources.files import KINDS, compression, kind_ending, local_files, read_lines
 from finetune.data.sources.local import TextLines
 from finetune.errors import UserError
+from finetune.run.files import path_of
 
 
 def aligned_sides(
@@ -36,7 +37,7 @@ def aligned_sides(
 
 
 def _lines_of(column: str) -> Callable[[Path], TextLines]:
-    return lambda file: TextLines(column)
+    return lambda file: TextLines(column, blanks=True)
 
 
 def _language_ending(file: Path) -> str | None:
@@ -52,7 +53,7 @@ def _other_side(path: str) -> str | None:
     It is None if `path` is no file with such an ending. Raises UserError if there is not exactly
     one other file.
     """
-    file = Path(path).expanduser()
+    file = path_of(path)
     language = _language_ending(file)
     if language is None or not file.is_file():
         return None

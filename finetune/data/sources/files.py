@@ -3,10 +3,11 @@
 import bz2
 import gzip
 import lzma
+import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from importlib.resources import files
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import IO, cast
 import pyarrow as pa
 
 from finetune.errors import UserError, did_you_mean
+from finetune.run.files import path_of
+from finetune.run.marker import MARKER
+from finetune.run.wording import listed
 
 KINDS = {
     ".json": "json",
@@ -34,12 +38,12 @@ def local_files(path: str, *, is_text: bool = False) -> list[Path]:
     """Return the files that `path` names: a file, a glob, or package:NAME for the demo data.
 
     A file or folder of that very name is preferred to a glob. The result is empty for a folder or
-    the name of a hub dataset. With `is_text`, files of any ending are text. Raises UserError for a
-    local name without a file, or for an empty file.
+    the name of a hub dataset. With `is_text`, files of any ending are text, and the name is none of
+    the hub. Raises UserError for a local name without a file, or for an empty file.
     """
     if path.startswith(PACKAGE):
         return [_package_file(path)]
-    given = Path(path).expanduser()
+    given = path_of(path)
     if given.is_file():
         found = [given]
     elif given.is_dir():
@@ -49,7 +53,7 @@ def local_files(path: str, *, is_text: bool = False) -> list[Path]:
         found = [file for file in found if file.is_file()]
         if not found:
             raise UserError(f"no file matches {path!r} (looked in {Path.cwd()})")
-    elif _ending(given)[0] in KINDS or path.startswith((".", "/", "~")):
+    elif is_text or _ending(given)[0] in KINDS or path.startswith((".", "/", "~")):
         raise UserError(f"there is no file or folder {path!r} (looked in {Path.cwd()})")
     else:
         return []
@@ -88,6 +92,35 @@ def kind_ending(file: Path) -> str:
 def compression(file: Path) -> str:
     """Return the ending of a compressed file, such as ".gz"; "" for another file."""
     return _ending(file)[1]
+
+
+def require_all(folder: Path, splits: Mapping[str, Sequence[Path]], every: Sequence[Path]) -> None:
+    """Raise UserError if data files of a folder are in no split, and so would not be read.
+
+    `every` has all its files. If the name of one says a split, `datasets` leaves out the others.
+    """
+    taken = {file for files in splits.values() for file in files}
+    data = [file for file in every if kind_ending(file) in KINDS]
+    others = [file for file in data if KINDS[kind_ending(file)] != "text"]
+    if any(file in taken for file in others) or not taken & {*data}:
+        data = others or data  # text files beside data are licences and notes
+    lost = [file for file in data if file not in taken and not _is_of_run(file)]
+    if not lost:
+        return
+    names = sorted(os.path.relpath(file, folder) for file in lost)
+    shown = names if len(names) < 5 else [*names[:3], f"{len(names) - 3:,} more"]
+    split, cause = next((split, files[0]) for split, files in splits.items() if files)
+    depth = "**/" if any(os.sep in os.path.relpath(file, folder) for file in data) else ""
+    pattern = f"{escape(str(folder))}/{depth}*{kind_ending(lost[0])}{compression(lost[0])}"
+    raise UserError(
+        f"{folder}: {listed(shown)} would not be read, since the name of "
+        f"{os.path.relpath(cause, folder)} makes it the split {split!r} and leaves out the others. "
+        f"Give the files that are meant by name or by a glob, such as {pattern!r}"
+    )
+
+
+def _is_of_run(file: Path) -> bool:
+    return any((folder / MARKER).is_file() for folder in file.parents)
 
 
 def _ending(file: Path) -> tuple[str, str]:

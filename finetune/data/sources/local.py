@@ -43,15 +43,19 @@ class Reader(Protocol):
 
 
 class TextLines:
-    """A text file whose every line is a record with one column."""
+    """A text file whose every line is a record with one column.
 
-    def __init__(self, column: str) -> None:
-        self.column = column
+    Blank lines are passed over, unless `blanks` are to keep their places, as in aligned files.
+    """
+
+    def __init__(self, column: str, *, blanks: bool = False) -> None:
+        self.column, self.blanks = column, blanks
 
     def records(self, lines: Lines) -> Iterator[tuple[int, Record | str]]:
         """Yield (line, record)."""
         for line in lines:
-            yield lines.number, {self.column: without_end(line)}
+            if self.blanks or line.strip():
+                yield lines.number, {self.column: without_end(line)}
 
 
 def reader_of(file: Path) -> Reader | None:
@@ -252,6 +256,28 @@ class FileTable:
     def fingerprint(self) -> str | None:
         """Return what differs if the records do; None if the files were not hashed."""
         return "\n".join(self._said) if all(part.hash for part in self._parts) else None
+
+
+class PickedTable:
+    """Chosen records of several tables, one after another."""
+
+    def __init__(self, tables: Sequence[FileTable], picks: Sequence[tuple[int, int]]) -> None:
+        self._tables, self._picks = tables, picks
+
+    def __len__(self) -> int:
+        return len(self._picks)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
+        places = [self._picks[number] for number in numbers]
+        return [self._tables[table].__getitems__([item])[0] for table, item in places]
+
+    def where(self, number: int) -> str:
+        table, item = self._picks[number]
+        return self._tables[table].where(item)
+
+    def fingerprint(self) -> str | None:
+        tables = [table.fingerprint() for table in self._tables]
+        return None if None in tables else repr([tables, self._picks])
 
 
 class FileStream:

@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
+from datasets.data_files import (
+    DataFilesDict,
+    EmptyDatasetError,
+    get_data_patterns,
+    resolve_pattern,
+)
 from datasets.table import CastError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -25,7 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from finetune.data.bad_records import BadRecords
 from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
-from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files
+from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files, require_all
 from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
     AlignedStream,
@@ -33,11 +38,13 @@ from finetune.data.sources.local import (
     FileStream,
     FileTable,
     Item,
+    PickedTable,
     TextLines,
     reader_of,
 )
 from finetune.data.types import Record
 from finetune.errors import UserError
+from finetune.run.files import path_of
 
 _HUB_TIMEOUT = 5.0  # seconds after which the hub counts as unreachable
 
@@ -128,28 +135,6 @@ class _DatasetStream:
             yield lambda n=count: [dataset.state_dict(), n], where, record  # type: ignore[misc]
 
 
-class _Picked:
-    """Chosen records of several tables, one after another."""
-
-    def __init__(self, tables: Sequence[FileTable], picks: Sequence[tuple[int, int]]) -> None:
-        self._tables, self._picks = tables, picks
-
-    def __len__(self) -> int:
-        return len(self._picks)
-
-    def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        places = [self._picks[number] for number in numbers]
-        return [self._tables[table].__getitems__([item])[0] for table, item in places]
-
-    def where(self, number: int) -> str:
-        table, item = self._picks[number]
-        return self._tables[table].where(item)
-
-    def fingerprint(self) -> str | None:
-        tables = [table.fingerprint() for table in self._tables]
-        return None if None in tables else repr([tables, self._picks])
-
-
 def open_table(source: Source, bad: BadRecords, store: Store | None = None) -> Table:
     """Return the records of a source. Lines that are no records are noted in `bad`.
 
@@ -174,7 +159,7 @@ def open_table(source: Source, bad: BadRecords, store: Store | None = None) -> T
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute(sizes)
         numbers = {name: number for number, name in enumerate(tables)}
         picks = [(numbers[p.splitname], i) for p in parts for i in range(p.from_, p.to)]
-        return _Picked(list(tables.values()), picks)
+        return PickedTable(list(tables.values()), picks)
 
 
 def open_stream(source: Source) -> Stream:
@@ -214,11 +199,12 @@ def _splits(source: Source) -> dict[str, list[Path]]:
 
     Raises UserError if the files are of several kinds.
     """
-    folder = Path(source.path).expanduser()
+    folder = path_of(source.path)
     files = local_files(source.path)
     splits = {"train": files} if files else {}
     if folder.is_dir() and not _is_saved(folder):
         splits = _splits_of_folder(folder, source.name)
+        _require_train(source, splits)
     kinds = {kind_of(file) for files in splits.values() for file in files}
     if len(kinds) > 1:
         raise UserError(
@@ -228,13 +214,25 @@ def _splits(source: Source) -> dict[str, list[Path]]:
     return splits
 
 
+def _require_train(source: Source, splits: Mapping[str, Sequence[Path]]) -> None:
+    """Raise UserError if a folder's training data is asked for, and it has other splits alone."""
+    if source.split == "train" and splits and "train" not in splits:
+        split, files = next(iter(splits.items()))
+        raise UserError(
+            f"{source.path} has no split 'train': {files[0]} is in the split {split!r}, as its "
+            f"name or the README of the folder says. Set split to {split!r}, or give the files"
+        )
+
+
 def _splits_of_folder(folder: Path, name: str | None) -> dict[str, list[Path]]:
     """Return split -> data files, by the rules of `datasets`; nothing if there are no data files.
 
     Text files beside data of another kind are no data: they are licences and notes.
     """
-    base, card = glob.escape(str(folder)), folder / "README.md"
-    if name is not None or (card.is_file() and "configs:" in card.read_text("utf-8", "replace")):
+    base, card = glob.escape(str(folder.absolute())), folder / "README.md"
+    has_configs = card.is_file() and "configs:" in card.read_text("utf-8", "replace")
+    is_by_name = name is None and not has_configs
+    if not is_by_name:
         found = datasets.load_dataset_builder(str(folder), name=name).config.data_files
     else:
         try:
@@ -242,6 +240,8 @@ def _splits_of_folder(folder: Path, name: str | None) -> dict[str, list[Path]]:
         except EmptyDatasetError:
             return {}
     paths = {str(split): [Path(str(file)) for file in files] for split, files in found.items()}
+    if is_by_name:
+        require_all(folder, paths, [Path(file) for file in resolve_pattern("**", base)])
     splits = {
         split: [f for f in files if kind_ending(f) in KINDS] for split, files in paths.items()
     }
@@ -255,7 +255,7 @@ def _splits_of_folder(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 def _open_dataset(source: Source, splits: dict[str, list[Path]], *, streaming: bool) -> Any:
     """Return what `datasets` reads: Parquet files, a folder, or a dataset of the hub."""
-    folder = Path(source.path).expanduser()
+    folder = path_of(source.path)
     if _is_saved(folder):
         return _open_saved(folder, source.split, streaming=streaming)
     with _quietly():

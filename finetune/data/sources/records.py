@@ -156,19 +156,30 @@ def load_records(
     """Return all records of the sources, interleaved.
 
     `on_bad` is "error" or "drop", for lines that are no records. `store` keeps where the records
-    are from one run to the next. Raises UserError if a source
-    cannot be read.
+    are from one run to the next. Raises UserError if a source cannot be read.
     """
     weights, bad = _weights(sources), BadRecords(on_bad)
-    tables = [open_table(source, bad, store) for source in sources]
+    tables: list[Table] = []
+    dropped: list[int] = []  # bad lines of each source
+    for source in sources:
+        known = bad.count
+        tables.append(open_table(source, bad, store))
+        dropped.append(bad.count - known)
     bad.check()
     sizes = [
         min(len(table), source.max_records or len(table)) for source, table in zip(sources, tables)
     ]
-    for source, size in zip(sources, sizes):
+    for source, size, count in zip(sources, sizes, dropped):
         if size == 0:
-            raise UserError(f"{source} is empty: it has no rows")
+            raise no_records(str(source), bad if count else None)
     return Records(tables, _interleave(sizes, weights), bad)
+
+
+def no_records(source: str, bad: BadRecords | None) -> UserError:
+    """Return the error for a source without a record; `bad` are its lines that are none."""
+    if bad is None or bad.count == 0:
+        return UserError(f"{source} is empty: it has no rows")
+    return UserError(f"{source} has no row that can be used: {bad.sentence()}. Mend its rows")
 
 
 def stream_records(sources: Sequence[Source], *, on_bad: str = "error") -> RecordStream:

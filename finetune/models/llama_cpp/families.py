@@ -107,9 +107,14 @@ def _gemma_weight(name: str, weight: Tensor, config: Any) -> Tensor:
     return weight + 1 if name.endswith("norm.weight") else weight
 
 
+def is_transposed(name: str, config: PretrainedConfig) -> bool:
+    """Return whether a weight is GPT-2's Conv1D, which multiplies from the other side."""
+    matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    return config.model_type == "gpt2" and name.endswith(matrices)
+
+
 def _gpt2_weight(name: str, weight: Tensor, config: Any) -> Tensor:
-    # Conv1D of transformers multiplies from the other side
-    return weight.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
+    return weight.T if is_transposed(name, config) else weight
 
 
 def _neox_weight(name: str, weight: Tensor, config: Any) -> Tensor:

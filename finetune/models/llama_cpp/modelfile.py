@@ -41,6 +41,8 @@ def modelfile(
         lines.append(f"SYSTEM {written}")
     elif system:
         lines.append("# The system prompt has quotation marks that a Modelfile cannot hold.")
+    elif system is not None:
+        lines.append("# The training had an empty system message, which Ollama does not write.")
     lines += [f"PARAMETER {name} {value:g}" for name, value in parameters.items()]
     for stop in stops:
         plain = '"' not in stop and "\n" not in stop

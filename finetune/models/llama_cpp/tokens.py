@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,11 @@ from finetune.errors import UserError
 from finetune.models.llama_cpp.pre_tokenizers import llama_cpp_name
 from finetune.models.trim.merges import Bpe, read_bpe
 
+_Part = Mapping[str, Any]  # of a normalizer or a pre-tokenizer, as tokenizer.json has it
+
 _TURN: list[Message] = [{"role": "user", "content": "Yes."}]
 NO_SCORE = -1e9  # of a token that no merge makes
-_READ = {False: ("NFC",), True: ("Prepend", "Replace")}
-"""Byte fallback or not -> the normalizers with which a file can be written."""
+_BLANK = "▁"  # sentencepiece's
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,55 @@ def read_words(tokenizer: PreTrainedTokenizerBase) -> Words:
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = read_bpe(tree["model"])
     special = {token["content"]: token["special"] for token in tree["added_tokens"]}
-    words = tree["pre_tokenizer"]
-    changes = _kinds(tree["normalizer"]) - {"Sequence", *_READ[bpe.byte_fallback]}
-    if changes:
+    changes, cuts = _parts(tree["normalizer"]), _parts(tree["pre_tokenizer"])
+    if bpe.byte_fallback:
+        return Words(bpe, None, _prefix(changes, cuts), special)
+    others = sorted({part["type"] for part in changes} - {"NFC"})
+    if others:
         raise UserError(
-            f"the tokenizer changes texts before it cuts them ({', '.join(sorted(changes))}), and "
+            f"the tokenizer changes texts before it cuts them ({', '.join(others)}), and "
             "llama.cpp does not. Leave out --gguf"
         )
-    if not bpe.byte_fallback:
-        whole = bool(tree["model"].get("ignore_merges"))
-        return Words(bpe, llama_cpp_name(words, ignore_merges=whole), "never", special)
-    makes_blanks = "▁" in json.dumps([tree["normalizer"], words], ensure_ascii=False)
-    if not makes_blanks:
+    whole = bool(tree["model"].get("ignore_merges"))
+    return Words(bpe, llama_cpp_name(tree["pre_tokenizer"], ignore_merges=whole), "never", special)
+
+
+def _prefix(changes: Sequence[_Part], cuts: Sequence[_Part]) -> str:
+    """Return before which texts a blank comes. Raises UserError for what sentencepiece does not do.
+
+    `changes` and `cuts` are the parts of the normalizer and of the pre-tokenizer.
+    """
+    parts = [*changes, *cuts]
+    odd = sorted({part["type"] for part in parts if not _is_of_blanks(part)})
+    if odd or not {part["type"] for part in parts} & {"Replace", "Metaspace"}:
+        which = f" ({', '.join(odd)})" if odd else ""
         raise UserError(
-            "the tokenizer has byte fallback and is not sentencepiece's, which llama.cpp cannot "
-            "read. Leave out --gguf"
+            f"the tokenizer has byte fallback and is not sentencepiece's{which}, which llama.cpp "
+            "cannot read. Leave out --gguf"
         )
-    is_prepended = "Prepend" in _kinds(tree["normalizer"])
-    prefix = "always" if is_prepended else (words or {}).get("prepend_scheme", "never")
-    return Words(bpe, None, prefix, special)
+    if any(part["type"] == "Prepend" for part in changes):
+        return "always"
+    schemes = [part["prepend_scheme"] for part in cuts if part["type"] == "Metaspace"]
+    return schemes[0] if schemes else "never"
 
 
-def _kinds(normalizer: Any) -> set[str]:
-    if normalizer is None:
-        return set()
-    inner = normalizer.get("normalizers", [])
-    return {normalizer["type"], *(kind for each in inner for kind in _kinds(each))}
+def _is_of_blanks(part: _Part) -> bool:
+    """Return whether a part writes blanks as sentencepiece does, or cuts texts at them (Gemma)."""
+    at_blanks = part.get("pattern") in ({"String": " "}, {"Regex": " "})
+    return {
+        "Prepend": part.get("prepend") == _BLANK,
+        "Replace": at_blanks and part.get("content") == _BLANK,
+        "Metaspace": part.get("replacement") == _BLANK,
+        "Split": at_blanks,
+    }.get(part["type"], False)
+
+
+def _parts(tree: _Part | None) -> list[_Part]:
+    """Return the parts of a normalizer or a pre-tokenizer, taken out of their sequences."""
+    if tree is None:
+        return []
+    inner = tree.get("normalizers", tree.get("pretokenizers"))
+    return [tree] if inner is None else [part for each in inner for part in _parts(each)]
 
 
 def add_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -170,6 +195,6 @@ def unlike_transformers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             f"{', '.join(odd)}: transformers looks at the blanks and letters beside it, and "
             "llama.cpp does not"
         )
-    if "NFC" in _kinds(tree["normalizer"]):
+    if any(part["type"] == "NFC" for part in _parts(tree["normalizer"])):
         found.append("give llama.cpp composed characters (NFC), which transformers makes itself")
     return found

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.errors import UserError
 from finetune.models.describe import token_tables
-from finetune.models.llama_cpp.families import Family, family_of
+from finetune.models.llama_cpp.families import Family, family_of, is_transposed
 from finetune.models.llama_cpp.tokens import add_tokens, read_words
 
 Q8_BLOCK = 32  # values that share a scale; a row that is no multiple of it stays F16
@@ -111,6 +111,9 @@ def rounded(model: PreTrainedModel, kind: str) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
         if weight.is_floating_point():
-            values, how = encoded(weight.detach().float().cpu(), GGUF_KINDS[kind].matrices)
-            found[name] = torch.from_numpy(quants.dequantize(values, how)).reshape(weight.shape)
+            turned = is_transposed(name, model.config)  # blocks lie along the rows of the file
+            there = (weight.T if turned else weight).detach().float().cpu()
+            values, how = encoded(there, GGUF_KINDS[kind].matrices)
+            back = torch.from_numpy(quants.dequantize(values, how)).reshape(there.shape)
+            found[name] = back.T if turned else back
     return found

@@ -130,9 +130,8 @@ def why_not_active(model: PreTrainedModel) -> str | None:
     It need not if the model has a plain embedding and a linear head without a bias.
     """
     head, name = model.get_output_embeddings(), type(model).__name__
-    if not isinstance(head, nn.Linear) or not isinstance(
-        model.get_input_embeddings(), nn.Embedding
-    ):
+    is_product = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not is_product or not isinstance(model.get_input_embeddings(), nn.Embedding):
         return f"{name} has no plain embedding with a linear output head"
     return f"the output head of {name} has a bias" if head.bias is not None else None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.config.schema import DataSection, RunConfig, SourceSection
 from finetune.data.bad_records import BadRecords
-from finetune.data.encode import EncodedDataset, encode
+from finetune.data.encode import EncodedDataset, NoTargets, encode
 from finetune.data.encoding.kept import KeptEncoding
 from finetune.data.encoding.own import OwnFormat
 from finetune.data.encoding.store import EntryDraft, Store
@@ -25,6 +25,7 @@ from finetune.data.sources import (
     split_held_out,
     stream_records,
 )
+from finetune.data.sources.records import no_records
 from finetune.data.types import Format, Prompt, Record
 from finetune.display import Display
 from finetune.errors import UserError
@@ -71,9 +72,10 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
             )
         sources, on_bad = as_sources(config.train), config.on_bad_record
         stream = stream_records(sources, on_bad=on_bad)
-        first = next(iter(stream_records(sources, on_bad=on_bad)), None)
+        start = stream_records(sources, on_bad=on_bad)
+        first = next(iter(start), None)
         if first is None:
-            raise UserError(f"{config.train[0].path} is empty: it has no rows")
+            raise no_records(str(sources[0]), start.bad)
         return RawData(stream, _validation(config), first[1])
     train, validation = open_records(config.train, config), _validation(config)
     if validation is None and config.validation_fraction != 0:
@@ -191,7 +193,13 @@ def encode_records(
             )
 
     if store is None or data is None or made_from is None or isinstance(format, OwnFormat):
-        encoded = run(None)
+        try:
+            encoded = run(None)
+        except NoTargets as error:
+            if isinstance(records, Records):
+                raise
+            most = f"at most {STREAM_SAMPLE:,} records"
+            raise UserError(f"the start of the stream, {most}: {error}") from error
     else:
         limits = config.max_length, overlong, vocab_size
         kept = KeptEncoding(store, format, bad, key_parts=(data, made_from, limits))

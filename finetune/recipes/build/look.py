@@ -8,6 +8,7 @@ passes may still be wrong: names on the hub and the values of options need these
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -24,6 +25,7 @@ from finetune.data.sources.peek import first_record
 from finetune.errors import UserError
 from finetune.models.locate import find_local
 from finetune.optim.registry import check_names, optimizer_info
+from finetune.run.files import path_of
 from finetune.run.folder import RunDir
 
 
@@ -76,6 +78,18 @@ def take_list(overrides: Sequence[str], key: str) -> tuple[list[Any] | None, lis
     return found, others
 
 
+def sources_of(files: Sequence[str]) -> list[Any]:
+    """Return `data.train` for the files that a config is to be written for.
+
+    Two files whose endings name no kind of data are the two sides of aligned text.
+    """
+    paths = [path_of(file) for file in files]
+    is_pair = len(paths) == 2 and not any(kind_ending(path) in KINDS for path in paths)
+    if is_pair and any(path.is_file() for path in paths):  # and not names on the hub, or folders
+        return [{"path": files[0], "target_path": files[1]}]
+    return list(files)
+
+
 def look_at_files(
     files: Sequence[str],
     *,
@@ -90,6 +104,9 @@ def look_at_files(
     """
     if "" in files:
         raise UserError("the name of a data file is empty. Give a file")
+    for name in (*files, model, str(output)):
+        if name.encode("utf-8", "ignore").decode() != name:
+            raise UserError(f"the name {name!r} is not UTF-8 text, as a config is. Rename the file")
     if output.exists():
         raise UserError(f"{output} already exists. Name another file with --output")
     if not os.access(output.absolute().parent, os.W_OK):
@@ -103,15 +120,17 @@ def look_at_files(
     source, target = languages
     kinds: dict[str, str] = {}  # format -> the first file of it
     for file in files if not all(file.endswith(".txt") for file in files) else ():
-        record = first_record([Path(file)]) if Path(file).is_file() else None
-        if record is not None and kind_ending(Path(file)) in KINDS:
+        path = path_of(file)
+        if kind_ending(path) not in KINDS or not path.is_file():
+            continue
+        if (record := first_record([path])) is not None:
             kind, _, _ = find_shape("auto", record, columns={}, languages=languages)
             kinds.setdefault(kind, file)
     if len(kinds) > 1:
         said = " and ".join(f"{file} is {kind}" for kind, file in kinds.items())
         raise UserError(f"{said}. Make a config for each")
     data = {
-        "train": list(files),
+        "train": sources_of(files),
         "translation": {"source_language": source, "target_language": target},
     }
     look_at(make_config({"output_dir": "run", "model": {"name": model}, "data": data}))
@@ -122,14 +141,14 @@ def look_at_target(target: str) -> RunDir | None:
 
     Raises UserError if the run has no model yet, or for a local name without a model.
     """
-    run = RunDir(Path(os.path.expanduser(target)))
+    run = RunDir(path_of(target))
     if not run.is_run():
         find_local(target)
         return None
     if not (run.model / "config.json").is_file():
         raise UserError(
             f"the run {target} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`"
+            f"Finish it with `finetune train {quote(str(run.config))} --resume auto`"
         )
     return run
 
@@ -172,7 +191,7 @@ def look_at_export(target: str, dest: Path, checkpoint: Path | None) -> RunDir |
     if checkpoint is None and not (run.model / "config.json").is_file():
         raise UserError(
             f"the run {target} has no model/ yet. "
-            f"Finish it with `finetune train {run.config} --resume auto`, "
+            f"Finish it with `finetune train {quote(str(run.config))} --resume auto`, "
             "or name one of its checkpoints with --checkpoint"
         )
     return run
@@ -184,7 +203,7 @@ def _files_of(source: SourceSection) -> list[Path]:
         for side in (source.path, source.target_path):
             local_files(side, is_text=True)
         return []
-    is_file = Path(source.path).expanduser().is_file()
+    is_file = path_of(source.path).is_file()
     return [] if is_file and aligned_sides(source.path, None) else local_files(source.path)
 
 

@@ -15,7 +15,7 @@ from finetune.data.advice import advice
 from finetune.data.bad_records import BadRecords, UnusableRecords
 from finetune.data.batches.packing import pack
 from finetune.data.batches.size import steps_of
-from finetune.data.encode import EncodedDataset
+from finetune.data.encode import EncodedDataset, NoTargets
 from finetune.data.encoding.kept import said_of_tokenizer
 from finetune.data.formats.jinja import prints_the_date
 from finetune.data.statistics import without
@@ -81,7 +81,15 @@ class Material:
     def validation(self) -> EncodedDataset | None:
         """The held-out data."""
         held_out = self.raw.validation
-        return None if held_out is None else self.encode(held_out, of=" of the held-out data")
+        if held_out is None:
+            return None
+        try:
+            return self.encode(held_out, of=" of the held-out data")
+        except NoTargets as error:
+            said = f"the held-out data: {error}"
+            if self.config.data.validation is None and ". " not in said:  # it was drawn
+                said += ". Give data.validation, or another seed"
+            raise UserError(said) from error
 
     @cached_property
     def unrelated(self) -> EncodedDataset | None:

@@ -61,11 +61,18 @@ def make_model(section: ModelSection, tokenizer: Any, tokens: ChatTokens, *, see
     return model
 
 
-def load_trained(folder: Path, section: ModelSection) -> tuple[Any, Any]:
-    """Return the model and the tokenizer that a run has exported to `folder`.
+def in_float32(section: ModelSection) -> ModelSection:
+    """Return the section for a model that is used without autocast.
 
-    Flash attention takes 16 bits, as in training, so it is not used here.
+    Flash attention takes 16 bits, so it is not used there.
     """
+    if section.attn_implementation != "flash_attention_2":
+        return section
+    return section.model_copy(update={"attn_implementation": "sdpa"})
+
+
+def load_trained(folder: Path, section: ModelSection) -> tuple[Any, Any]:
+    """Return the model and the tokenizer that a run has exported to `folder`."""
     spec = ModelSpec(
         name=str(folder),
         trust_remote_code=section.trust_remote_code,
@@ -137,7 +144,7 @@ def model_of_checkpoint(config: RunConfig, checkpoint: Path, tokenizer: Any) -> 
         # the tokens of the chat template are added again, with their rows
         tokenizer = make_tokenizer(config.model, ())
     tokens = set_template(tokenizer, config.model.chat_template)
-    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
+    model = make_model(in_float32(config.model), tokenizer, tokens, seed=config.seed)
     apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     optimizer = make_optimizer(model, config)

@@ -17,7 +17,7 @@ from finetune.errors import UserError, is_terminal
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
 from finetune.recipes.build.look import look_at_target
-from finetune.recipes.build.model import load_trained, make_model, make_tokenizer
+from finetune.recipes.build.model import in_float32, load_trained, make_model, make_tokenizer
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
 
@@ -103,7 +103,7 @@ def open_base(opened: Opened) -> Opened:
         )
     tokenizer = make_tokenizer(config.model, ())
     tokens = set_template(tokenizer, config.model.chat_template)
-    model = make_model(config.model, tokenizer, tokens, seed=config.seed)
+    model = make_model(in_float32(config.model), tokenizer, tokens, seed=config.seed)
     model.to(opened.model.device).eval()
     _share_equal_weights(model, opened.model)
     return Opened(model, tokenizer, opened.run, config)

@@ -81,10 +81,12 @@ def run_training(
     run, display = RunDir(config.output_dir), display or Display()
     accelerator = make_accelerator(config, display)
     if dry_run:
-        found = None if resume is None else find_beginning(resume, run)
-        with display.warnings():
+        with hold_folder(run, accelerator, display), display.warnings():
+            found = None if resume is None else find_beginning(resume, run)
             begun = config if found is None else as_begun(found, config)
             parts = _build(begun, accelerator, display).parts
+        if run.has_started() and resume is None and not config.overwrite_output_dir:
+            display.note(f"{run.root} holds a run, which --resume auto would continue")
         display.say(f"everything is in order: {_length_of(parts)}; the resolved config:")
         if accelerator.is_main_process:
             print(dump_config(parts.config), end="")
@@ -172,19 +174,19 @@ def _train(
             forgotten = trainer.resume(checkpoint)
             display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
             if (over := trainer.why_over()) is not None:
-                display.say(f"the run is finished, and nothing is trained: {over}")
-            if forgotten is not None:
-                display.note(
-                    f"the checkpoint of step {forgotten}, the best so far, is missing or damaged "
-                    f"in {run.checkpoints}, and is not counted"
+                display.say(
+                    f"the run is finished, and nothing is trained: {over}. Its settings stay"
                 )
+            if forgotten is not None:
+                display.note(forgotten)
         begun = trainer.progress.step if checkpoint is not None else -1
         # first the checkpoints: a kill must leave none whose steps are not logged
         trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
             stack.enter_context(display.journal.kept_in(run))
             forget_after(run, begun)
-            write_records(parts, run, checkpoint)
+            if trainer.why_over() is None or not run.config.is_file():
+                write_records(parts, run, checkpoint)
         on_start(live)
         if parts.config.evaluation.before and checkpoint is None:
             trainer.evaluate(0)
@@ -263,7 +265,7 @@ def _length_of(parts: Parts) -> str:
 def _cadence(parts: Parts) -> Cadence:
     config, per_epoch = parts.config, parts.batches.steps_per_epoch
     every = config.evaluation.every or per_epoch or parts.num_steps
-    best = config.evaluation.best
+    best, held_out = config.evaluation.best, parts.material.validation
     return Cadence(
         num_steps=parts.num_steps,
         evaluate_every=every,
@@ -271,6 +273,7 @@ def _cadence(parts: Parts) -> Cadence:
         best=best,
         higher_is_better=best != "loss",
         patience=config.evaluation.early_stopping_patience,
+        judged_by=f"{best} {'' if held_out is None else held_out.fingerprint}",
     )
 
 
