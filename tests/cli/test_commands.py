@@ -247,6 +247,17 @@ def test_a_dry_run_prints_the_resolved_config_alone(chat_run):
     assert snapshot(chat_run) == before
 
 
+def test_a_dry_run_looks_at_the_folder_too(chat_run):
+    before = snapshot(chat_run)
+    taken = finetune("train", "c.yaml", "output_dir=c.yaml", "--dry-run")
+    assert taken.code == 2
+    assert "the folder c.yaml cannot be written" in taken.err
+    held = finetune("train", "c.yaml", "output_dir=run", "--dry-run")
+    assert held.code == 0
+    assert "run holds a run, which --resume auto would continue" in held.err
+    assert snapshot(chat_run) == before
+
+
 # --- commands on a run
 
 

@@ -45,6 +45,35 @@ def test_names_of_one_language_are_equal(names: tuple[str, ...]) -> None:
     assert all(map(is_language, names))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["Persona", "Personality", "Personal", "Male", "Dutch_or_not", "text", "id number", "a\0b", ""],
+)
+def test_a_name_that_only_begins_as_that_of_a_language_does_is_none(name: str) -> None:
+    assert not is_language(name)
+
+
+def test_the_texts_of_a_language_may_be_named_so() -> None:
+    assert is_language("English text")
+    assert is_language("german_sentence")
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"cat": "billing", "tel": "555"}, {"it": "x", "no": "7"}, {"text": "a remark"}],
+)
+@pytest.mark.parametrize("names", [("question", "answer"), ("prompt", "response")])
+def test_a_question_and_its_answer_come_before_what_else_a_table_has(
+    others: dict[str, str], names: tuple[str, str], make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer()
+    record = {**others, names[0]: "Where is it?", names[1]: "Here."}
+    format = build_format("auto", format_options(), tokenizer=tokenizer, first_record=record)
+    assert format.name == "chat"
+    [prompt] = format.prompts(record)
+    assert (prompt.text, prompt.reference) == ("Where is it?", "Here.")
+
+
 LANGUAGES = sorted({names[0] for names in SAME} | {"zh-Hans", "zh-TW", "zh-CN", "nn", "no", "sr"})
 
 

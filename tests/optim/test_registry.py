@@ -190,6 +190,13 @@ def test_options_that_torch_refuses_late_are_found_before_there_is_a_model(name,
     assert str(refused.value).startswith(sentence)
 
 
+def test_one_that_is_not_installed_says_how_to_install_it():
+    missing = [name for name in list_optimizers() if optimizer_info(name).missing]
+    for name in missing:  # bitsandbytes and schedulefree are optional
+        with pytest.raises(UserError, match=f"Run: pip install {optimizer_info(name).missing}"):
+            check_optimizer(name, {"lr": 1e-3})
+
+
 def test_every_optimizer_steps_with_its_defaults():
     names = [name for name in list_optimizers() if not optimizer_info(name).missing]
     assert len(names) >= 10

@@ -113,6 +113,14 @@ def test_an_option_that_needs_what_the_checkpoint_lacks_is_refused(tiny, before,
             train(longer, resume="auto")
 
 
+def test_a_finished_run_keeps_the_settings_that_it_was_trained_with(tiny, tmp_path):
+    train(tiny(training={"max_steps": 1}))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    said = train(tiny(training={"max_steps": 1}, optimizer={"lr": 1.0}), resume="auto")
+    assert "nothing is trained" in said
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
 def test_a_best_value_of_other_held_out_data_is_not_compared(tiny, tmp_path, chat_file):
     """The best of easy held-out data would stay the best for ever."""
     easy, hard = tmp_path / "easy.jsonl", tmp_path / "hard.jsonl"
