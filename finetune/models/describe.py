@@ -27,6 +27,10 @@ class CausalLM(Protocol):
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""The keys of a config for its number of positions: most models', MPT's, Whisper's."""
+
+
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Return counts of parameters (shared ones once) and the shape of the model.
 
@@ -67,7 +71,8 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def context_length(model: CausalLM) -> int | None:
     """Return the number of positions of a causal language model; None if it has no limit."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    found = next((getattr(config, key) for key in _CONTEXT if hasattr(config, key)), None)
     return found if isinstance(found, int) and found > 0 else None  # XLNet's is -1
 
 

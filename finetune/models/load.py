@@ -152,6 +152,7 @@ def _find(spec: ModelSpec) -> tuple[str, PretrainedConfig]:
             place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     check_config(found, f"the config of {spec.name!r}")
+    found.output_attentions = False  # nobody reads them here, and sdpa could not be saved with them
     named = found._attn_implementation
     found._attn_implementation = spec.attn_implementation or (  # also of its parts
         named if named in OWN_ATTENTION else None

@@ -14,6 +14,7 @@ from transformers import Qwen3Config
 
 from finetune.errors import UserError
 from finetune.models.checks import check_config, of_all_layers
+from finetune.models.describe import context_length
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.locate import resolve_name
 
@@ -228,3 +229,25 @@ def test_a_config_whose_layers_differ_is_checked_by_what_they_share():
     config.rms_norm_eps = -1.0
     with pytest.raises(UserError, match="rms_norm_eps of the model is -1"):
         check_config(config, "the model")
+
+
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_a_model_that_returns_attentions_by_its_config_can_be_saved(tmp_path, attention):
+    """transformers saves no such config beside sdpa, which a run would find out at its end."""
+    load_model(ModelSpec(config=LLAMA, vocab_size=300)).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_attentions": True}))
+    spec = ModelSpec(name=str(tmp_path / "base"), attn_implementation=attention)
+    load_model(spec).save_pretrained(tmp_path / "saved")
+    assert load_model(ModelSpec(name=str(tmp_path / "saved"))).config.output_attentions is False
+
+
+@pytest.mark.parametrize(
+    ("config", "places"),
+    [
+        ({**LLAMA, "max_position_embeddings": 60}, 60),
+        ({"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 40}, 40),
+    ],
+)
+def test_the_number_of_places_has_several_names(config, places):
+    assert context_length(load_model(ModelSpec(config=config, vocab_size=300))) == places
