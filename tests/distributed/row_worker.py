@@ -163,7 +163,10 @@ class Run(NamedTuple):
 
 @contextlib.contextmanager
 def digests() -> Iterator[list[Digest]]:
-    """Hash all bits of parameters and state after each step of any optimizer within it."""
+    """Hash all bits of parameters and state after each step of any optimizer within it.
+
+    But for the trial of an optimizer's options, which steps over one small matrix.
+    """
     steps: list[Digest] = []
 
     @torch.no_grad()
@@ -171,6 +174,8 @@ def digests() -> Iterator[list[Digest]]:
         parameters = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
+        if len(parameters) == 1:
+            return
         state = [value for parameter in parameters for value in optimizer.state[parameter].values()]
         steps.append((_hash(parameters), _hash(state)))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.compute.products import return_freed_memory
 from finetune.config import RunConfig
 from finetune.display import format_metrics
 from finetune.errors import UserError
@@ -36,6 +37,7 @@ class RunEvaluations:
         if material.validation is None and material.unrelated is None:
             return {}
         started = time.perf_counter()
+        return_freed_memory()  # a step's, which would add to what the evaluation takes
         results, answers = self.evaluator.evaluate()
         inactive = self.parts.vocabulary.inactive_tokens()
         # in a stream, tokens that were inactive become active
