@@ -65,5 +65,10 @@ def _message(error: Exception) -> str | None:
     message = text[:1].lower() + text[1:]
     if message.endswith("?"):  # it has a remedy of its own: did you mean ...?
         return message
-    context = getattr(error, "ctx", None)
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", "")
+    if option and context and any(p.name == "overrides" for p in context.command.params):
+        from finetune.config.mistakes import key_of_option
+
+        if key := key_of_option(option):
+            return f"no such option: {option}. Write {key}, as in KEY=VALUE, behind the config"
     return f"{message}. See `{context.command_path if context else 'finetune'} --help`"

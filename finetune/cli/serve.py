@@ -32,9 +32,12 @@ def serve(
 
     It is made for one person. The guide names servers for many.
     """
-    from finetune.recipes.build.look import look_at_target
+    from finetune.recipes.build.look import look_at_use
 
-    look_at_target(target)
+    settings = given(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
+    )
+    look_at_use(target, settings, trust=trust_remote_code)
     say_start()
     from finetune.display import Display
     from finetune.recipes.serve import open_service, run_service
@@ -46,9 +49,7 @@ def serve(
         port=port,
         base=base,
         system_prompt=system,
-        settings=given(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k
-        ),
+        settings=settings,
         trust=trust_remote_code,
         display=display,
     )

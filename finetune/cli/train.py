@@ -41,10 +41,12 @@ def train(
     """
     from finetune.config import load_config
     from finetune.display import Display
-    from finetune.recipes.build.look import look_at
+    from finetune.recipes.build.look import look_at, look_at_start
 
     settings = load_config(config, overrides or ())
     look_at(settings)
+    if not dry_run:
+        look_at_start(settings, resume)
     say_start()
     display = Display()
     if processes is None and not restarts:

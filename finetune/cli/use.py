@@ -45,14 +45,9 @@ def evaluate(
     The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
     For conversations that call tools they are also the shares of right calls.
     """
-    from finetune.config import load_config
-    from finetune.recipes.build.look import look_at, look_at_target
+    from finetune.recipes.build.look import look_at_evaluation
 
-    run = look_at_target(target)
-    source = run.config if config is None and run is not None else config
-    if source is not None:
-        trusted = ["model.trust_remote_code=true"] if trust_remote_code and config is None else []
-        look_at(load_config(source, [*trusted, *(overrides or ())]))
+    look_at_evaluation(target, config, overrides or (), trust=trust_remote_code)
     say_start()
     from finetune.recipes.evaluate import evaluate_target
 
@@ -96,11 +91,7 @@ def generate(
     If --prompt is given more than once, each answer is printed under its prompt.
     """
     from finetune.display import on_terminal
-    from finetune.recipes.build.look import look_at_target
-
-    look_at_target(target)
-    say_start()
-    from finetune.recipes.generate import generate_answers
+    from finetune.recipes.build.look import look_at_use
 
     settings = given(
         max_new_tokens=max_new_tokens,
@@ -109,6 +100,10 @@ def generate(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
+    look_at_use(target, settings, trust=trust_remote_code)
+    say_start()
+    from finetune.recipes.generate import generate_answers
+
     for asked, answer in generate_answers(
         target,
         prompt or [],
@@ -142,11 +137,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
-    from finetune.recipes.build.look import look_at_target
-
-    look_at_target(target)
-    say_start()
-    from finetune.recipes.chat import chat_in_terminal
+    from finetune.recipes.build.look import look_at_use
 
     settings = given(
         max_new_tokens=max_new_tokens,
@@ -155,6 +146,10 @@ def chat(
         top_k=top_k,
         repetition_penalty=repetition_penalty,
     )
+    look_at_use(target, settings, trust=trust_remote_code)
+    say_start()
+    from finetune.recipes.chat import chat_in_terminal
+
     chat_in_terminal(
         target,
         base=base,
@@ -193,10 +188,11 @@ def translate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
-    from finetune.recipes.build.look import look_at_target, look_at_texts
+    from finetune.recipes.build.look import languages_asked, look_at_texts, look_at_use
 
     look_at_texts(text, input=input, output=output)
-    look_at_target(target)
+    settings = given(max_new_tokens=max_new_tokens)
+    languages_asked(*look_at_use(target, settings, trust=trust_remote_code), source, to)
     say_start()
     from finetune.recipes.translate import translate_text
 
@@ -208,7 +204,7 @@ def translate(
         source=source,
         to=to,
         system_prompt=system,
-        settings=given(max_new_tokens=max_new_tokens),
+        settings=settings,
         trust=trust_remote_code,
     )
 

@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from finetune.compute.subclass import likeness_of, put_before
 
+NORM_SCALES = (1e-3, 3.0, 1e4)
+"""How large the numbers are with which a module is tried: a small one shows where epsilon is."""
+
 
 def fuse_norms(model: nn.Module) -> None:
     """Let the RMS norms of `model` compute in this way, in place.
@@ -104,7 +107,8 @@ def _one_is_added(module: Any) -> bool | None:
     probe = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     probe.weight.copy_(torch.randn(len(weight), generator=generator))
-    x = 3 * torch.randn(4, len(weight), generator=generator, dtype=torch.float32)
+    scales = torch.tensor(NORM_SCALES).repeat_interleave(4)[:, None]
+    x = scales * torch.randn(len(scales), len(weight), generator=generator, dtype=torch.float32)
     theirs = probe(x)
     for added in (False, True):
         ours = _RMSNorm.apply(

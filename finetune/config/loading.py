@@ -105,6 +105,7 @@ def make_config(
     problems: list[str] = []
     tree = {key: value for key, value in tree.items() if not str(key).startswith(("x-", "."))}
     resolved = _resolve_aliases(tree, problems)
+    _refuse_none(resolved, problems)
     for override in overrides:
         try:
             _apply(resolved, override)
@@ -165,6 +166,16 @@ def _resolve_aliases(tree: Mapping[str, Any], problems: list[str]) -> dict[str, 
     return resolved
 
 
+def _refuse_none(tree: dict[str, Any], problems: list[str], above: str = "") -> None:
+    """Note the keys without a value that are written as in Python, where YAML reads a text."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _refuse_none(value, problems, f"{above}{key}.")
+        elif value == "None" and _kinds(above + key) & {type(None), list}:
+            problems.append(f"{above}{key} = None is the text 'None' in YAML. Write null")
+            tree[key] = None
+
+
 def with_own_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree with our names in the place of other tools'.
 
@@ -223,9 +234,12 @@ def _read(key: str, text: str) -> Any:
     """Return the value of an override: the text as it is for a key that takes text.
 
     A text that is in quotation marks as a whole is read as YAML, and so is null for a key that may
-    have no value. A key that also takes lists or mappings takes them in brackets.
+    have no value; it may be written None. A key that also takes lists or mappings takes them in
+    brackets.
     """
     kinds = _kinds(key) or ({str, object} if _is_in_mapping(key) else set())
+    if text.strip() == "None" and (not kinds or kinds & {type(None), object, list}):
+        return None  # as in Python
     if not kinds & {str, Path}:
         return parse(text)
     is_text = kinds <= {str, Path, type(None)}

@@ -60,18 +60,24 @@ def _sentence(problem: Any) -> str:
         return f"{key!r} is missing and has no default. Add it"
     if problem["type"] == "value_error" and not problem["msg"].endswith(f"{SHOULD_BE}a number"):
         return str(problem["ctx"]["error"])
+    if given is None and ":" in path[-1]:
+        return _glued(key, path[-1])
     is_plain = isinstance(given, str | int | float | bool) or given is None
     shown = repr(given) if is_plain else kind_in_words(given)
     if problem["type"] == "model_type":
         why = SHOULD_BE + "a mapping of keys to values"
         if isinstance(given, str | int) and path[-1] in _FORMS and not isinstance(given, bool):
             why += f". Write {key}: {{{_FORMS[path[-1]]}: {given}}}"
+        elif isinstance(given, bool) and path[-1] == "lora":
+            why += f". Write {key}: {'{rank: 16}' if given else 'null'}"
+    elif problem["type"] == "dict_type":
+        why = SHOULD_BE + "a mapping, such as {name: value}"
     elif problem["type"] == "path_type":
         why = SHOULD_BE + "a path, in quotation marks if it is a number"
     elif (allowed := _range(path)) and problem["type"] in _OUT_OF_RANGE:
         why = SHOULD_BE + allowed
     elif problem["type"] == "tuple_type":
-        why = SHOULD_BE + f"a list, such as [{'' if given is None else given}]"
+        why = SHOULD_BE + f"a list, such as [{'' if given in (None, 'None') else given}]"
     else:
         said = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
         why = said[0].lower() + said[1:]
@@ -96,8 +102,21 @@ def _range(path: Sequence[str]) -> str:
     return " and ".join(text for _, text in sorted(found))
 
 
+def _glued(key: str, leaf: str) -> str:
+    return f"{key!r} has no blank behind its colon. Write {leaf.replace(':', ': ', 1)}"
+
+
+def key_of_option(option: str) -> str:
+    """Return the keys that may be meant by an option such as --lr, in words; "" for none."""
+    name = option.lstrip("-").replace("-", "_")
+    name = ALIASES.get(name, name)
+    return name if field_of(name) is not None else " or ".join(_places(name)[:3])
+
+
 def unknown_key(key: str, leaf: str, known: Sequence[str]) -> str:
     """Return the sentence for a key that is none; `leaf` is its last part."""
+    if ":" in leaf:
+        return _glued(key, leaf)
     if leaf in NOT_ALIASES:
         return f"{key!r} is not a key here. {NOT_ALIASES[leaf]}"
     if 0 < len(places := _places(str(leaf))) <= 3:

@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PositiveFloat,
     StrictBool,
     StrictInt,
     ValidationInfo,
@@ -67,7 +68,7 @@ class LoraSection(Section):
     """Low-rank adapters through peft (https://arxiv.org/abs/2106.09685)."""
 
     rank: PositiveInt = 16  # columns of the two factors; more learn more and take more memory
-    alpha: float = 32.0  # the product of the factors is multiplied by alpha / rank
+    alpha: PositiveFloat = 32.0  # the product of the factors is multiplied by alpha / rank
     dropout: Fraction = 0.0  # on a CPU, drawing the masks takes up to a third of a step's time
     # Names of the layers that get adapters. all-linear: all but the output head.
     target_modules: str | tuple[str, ...] = "all-linear"

@@ -70,7 +70,7 @@ class BadRecords:
 
 def _said_of(count: int, problem: str) -> str:
     """Return the problem of so many lines: one line "has", two "have"."""
-    for one, many in (("has ", "have "), ("repeats ", "repeat ")):
+    for one, many in (("has ", "have "), ("repeats ", "repeat "), ("is ", "are ")):
         if count > 1 and problem.lstrip().startswith(one):
             return problem.replace(one, many, 1)
     return problem
@@ -80,7 +80,7 @@ def _listed(places: Iterable[str]) -> str:
     """Return places as a list, in which a file is named once: "a.jsonl lines 2, 5"."""
     found: list[str] = []
     by_file: dict[str, list[str]] = {}
-    for place in places:
+    for place in dict.fromkeys(places):
         by_file.setdefault(place.rpartition(" line ")[0], []).append(place)
     for file, same in by_file.items():
         numbers = [place.rpartition(" ")[2] for place in same]

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from finetune.compute.rotary import keep_texts_apart
 from finetune.inference.decoder import Decoder, GenerationSettings, Way, taken
 from finetune.models.describe import CausalLM, context_length, inner_model
 from finetune.models.language_model import evaluating
@@ -44,6 +45,7 @@ def way_of(model: CausalLM) -> Way:
     """
     inner = inner_model(cast(Any, model))
     if inner not in _found:
+        keep_texts_apart(inner)
         probed = exact(cast(Any, model))
         with evaluating(probed), torch.autocast(model.device.type, enabled=False):
             way = _found[inner] = _first_right(probed)

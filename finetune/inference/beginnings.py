@@ -24,6 +24,14 @@ class KeptCache:
         self.tokens: list[int] = []  # whose keys and values are in the cache
         self.cache: Any = None
 
+    def drop_across(self, length: int | None, prompt: Sequence[int]) -> None:
+        """Forget all if `prompt` is longer than `length` tokens and the conversation is not.
+
+        Also the other way around: keys of one rotary scaling are of no use in another.
+        """
+        if length is not None and (len(self.tokens) > length) != (len(prompt) > length):
+            self.tokens, self.cache = [], None
+
     def take(self, prompt: Sequence[int]) -> int:
         """Cut the cache back to the beginning of `prompt` and return how many tokens it has.
 

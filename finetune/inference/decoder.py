@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor
 
+from finetune.compute.rotary import switching_length
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
 from finetune.models.cache import can_join, cut_start, join_caches, join_rows, make_room
@@ -87,6 +88,7 @@ class Decoder:
             for i, prompt in prompts.items()
         }
         self.last_position = (context_length(model) or 2**62) - 1
+        self.switching_length = switching_length(model.config.get_text_config())
         # Not from torch's own random state: a training run must not be changed by its evaluations.
         self.generators = {i: _generator(settings[i].seed) for i in prompts}
         self.seen: Tensor | None = None
@@ -95,6 +97,7 @@ class Decoder:
         texts = list(prompts.values())
         groups = [Group(0, range(len(texts)))]
         if self.kept is not None:
+            self.kept.drop_across(self.switching_length, texts[0])
             groups = [Group(self.kept.take(texts[0]), [0])]
             self.cache = self.kept.cache
         elif way.shares and len(texts) > 1:
@@ -117,6 +120,7 @@ class Decoder:
             self._select(places)
         rests = [prompt[groups[group_of[i]].shared :] for i, prompt in enumerate(prompts)]
         self.input_ids, rest_mask = self._padded(rests)  # [prompts, rest]
+        self.ids = torch.cat([starts[places], self.input_ids], dim=1)  # [prompts, start + rest]
         assert self.way.pads or rest_mask.all()
         self.mask = torch.cat([mask[places], rest_mask], dim=1)  # [prompts, start + rest]
         self.position_ids = _count(self.mask)[:, starts.shape[1] :]
@@ -146,6 +150,8 @@ class Decoder:
         Must not be called once all answers are finished.
         """
         options: dict[str, Any] = {}
+        if self.cache is not None and self._switches():
+            self._begin_again()
         if self.way.pads:
             options = {"attention_mask": self.mask, "position_ids": self.position_ids}
         if self.kept is not None:
@@ -181,6 +187,7 @@ class Decoder:
             return False
         join_caches(self.cache, other.cache)
         self.mask = join_rows(self.mask, other.mask, dim=-1)
+        self.ids = join_rows(self.ids, other.ids, dim=-1)
         self.input_ids = torch.cat([self.input_ids, other.input_ids])
         self.position_ids = torch.cat([self.position_ids, other.position_ids])
         if self.seen is not None or other.seen is not None:
@@ -231,7 +238,8 @@ class Decoder:
             self.seen.scatter_(1, chosen[:, None], True)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         ids = chosen[:, None]
-        self.input_ids = ids if self.way.caches else torch.cat([self.input_ids, ids], dim=1)
+        self.ids = torch.cat([self.ids, ids], dim=1)
+        self.input_ids = ids if self.way.caches else self.ids
         # a finished prompt may have no places left
         self.position_ids = (self.position_ids[:, -1:] + 1).clamp(max=self.last_position)
         finished = len(self.rows) - len(self.active)
@@ -241,6 +249,7 @@ class Decoder:
         kept = [place for place, i in enumerate(self.rows) if i in going_on]
         places = torch.tensor(kept, device=self.device)
         self.input_ids, self.mask = self.input_ids[places], self.mask[places]
+        self.ids = self.ids[places]
         self.position_ids = self.position_ids[places]
         self.seen = None if self.seen is None else self.seen[places]
         self._select(places)
@@ -251,8 +260,21 @@ class Decoder:
         self.generators = {i: self.generators[i] for i in self.rows}
         padding = int(self.mask.any(dim=0).int().argmax())  # places at the start, in all rows
         if padding and can_join(self.cache):
-            self.mask = self.mask[:, padding:]
+            self.mask, self.ids = self.mask[:, padding:], self.ids[:, padding:]
             cut_start(self.cache, padding)
+
+    def _switches(self) -> bool:
+        """Return whether a text grows beyond the length at which its scaling becomes another."""
+        length, positions = self.switching_length, self.position_ids
+        if length is None:
+            return False
+        return bool(((positions[:, 0] <= length) & (positions[:, -1] >= length)).any())
+
+    def _begin_again(self) -> None:
+        """Make the whole texts the next input, and forget what was read of them."""
+        self.cache, self.input_ids, self.position_ids = None, self.ids, _count(self.mask)
+        if self.kept is not None:
+            self.kept.tokens = []
 
     def _select(self, places: Tensor) -> None:
         """Make `places` of what is kept the new batch, in their order.

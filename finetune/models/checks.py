@@ -5,15 +5,21 @@ for ever, or give a model of random weights without an error.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from finetune.errors import Border, UserError, visible
+from finetune.models.describe import token_tables
 
+_logger = logging.getLogger(__name__)
+
+SHOWN = 3  # weights that a sentence names
 MOST_LAYERS = 10_000
 AGAIN = "Copy or download the model again"
 
@@ -101,6 +107,39 @@ def check_weights(model: torch.nn.Module, found: Mapping[str, Any], name: str) -
         # the sum is quick, and finite only if every number is
         if not torch.isfinite(value.detach().sum()) and not torch.isfinite(value).all():
             raise UserError(f"model {name!r} holds NaN or infinity in {weight}. {AGAIN}")
+
+
+def say_unread(model: torch.nn.Module, found: Mapping[str, Any], name: str) -> None:
+    """Log the weights of the files that the model does not have; see `check_weights`."""
+    if unread := [visible(weight) for weight in sorted(found["unexpected_keys"])]:
+        more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
+        _logger.warning(
+            "model %r has weights that a %s does not read: %s%s",
+            name,
+            type(model).__name__,
+            ", ".join(unread[:SHOWN]),
+            more,
+        )
+
+
+def settle_tying(model: PreTrainedModel, name: str) -> None:
+    """Let the config of `model` say that its tables are two if they are, and log it.
+
+    transformers ties tables only if they are equal, whatever the config says. The config would go
+    on saying so beside the trained weights, and other programs would read one of the tables only.
+    """
+    configs: list[Any] = [model.config, model.config.get_text_config()]
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    table, head = token_tables(model) if tied else (None, None)
+    if head is None or head is table:
+        return
+    for config in tied:
+        config.tie_word_embeddings = False
+    _logger.warning(
+        "model %r has an output head that differs from its token table, though its config says "
+        "tie_word_embeddings: true: the two stay apart",
+        name,
+    )
 
 
 def check_stops(ids: object, where: str) -> None:

@@ -24,6 +24,7 @@ from finetune.compute.gates import fuse_gates
 from finetune.compute.layout import Layout, plan_layout, plan_tree_layout
 from finetune.compute.loss import FrozenRows
 from finetune.compute.norms import fuse_norms
+from finetune.compute.rotary import keep_texts_apart
 from finetune.models.vocabulary.rows import ActiveHead
 
 BY_EXAMPLE = "sdpa_by_example"
@@ -39,6 +40,7 @@ def fuse(model: PreTrainedModel) -> None:
         model.set_attn_implementation(BY_EXAMPLE)
     fuse_norms(model)
     fuse_gates(model)
+    keep_texts_apart(model)
 
 
 def _asks_for_the_name(model: PreTrainedModel) -> bool:
@@ -80,11 +82,13 @@ def output_head(model: PreTrainedModel) -> OutputHead:
         weight, frozen = head.rows, head.vocabulary.frozen_rows()
     scale = getattr(config, "logit_scale", None)  # Cohere
     divisor = getattr(config, "logits_scaling", None)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    softcap = softcap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
     return OutputHead(
         weight,
         getattr(head, "bias", None),
         frozen,
-        getattr(config, "final_logit_softcapping", None),  # Gemma
+        softcap,
         scale or 1 / (divisor or 1.0),
     )
 

@@ -29,12 +29,16 @@ from finetune.compute.loss import (
     causal_lm_loss_of_logits,
     frozen_square_probabilities,
 )
+from finetune.compute.rotary import padded_positions, switching_length
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, inner_model, token_tables
 from finetune.models.fuse import fuse, has_plain_head, output_head, tree_masks
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
+
+STATE_SCALES = (1.0, 1e4)
+"""What hidden states are multiplied by to try the head: logits of small weights reach no cap."""
 
 NOT_SAMPLED = -1
 """In the place of a row's number: that row is frozen and was not drawn."""
@@ -53,6 +57,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         fuse(self.causal_lm)
+        self.switching_length = switching_length(self.causal_lm.config.get_text_config())
         # Frozen rows drawn for a training step, and the place of every token's row then.
         self.sample: tuple[FrozenRows, Tensor] | None = None
         self.routers = _router_loss(self.causal_lm)
@@ -84,7 +89,7 @@ class LanguageModel(nn.Module):
         """
         assert targets.shape[1:] == (2,), "targets are pairs, which `targets_of` makes of labels"
         whole = self.causal_lm.base_model if self.fused else self.causal_lm
-        output = self._run(whole, input_ids, position_ids, reach)
+        output = self._run(whole, input_ids, position_ids, reach, targets)
         routing = None
         if self.routers is not None and self.training and reduction == "sum":
             routing = self.routers(output.router_logits, targets, input_ids.shape)
@@ -149,7 +154,7 @@ class LanguageModel(nn.Module):
         assert head.frozen is not None
         decoder = self.causal_lm.base_model
         return frozen_square_probabilities(
-            self._run(decoder, input_ids, position_ids, reach).last_hidden_state,
+            self._run(decoder, input_ids, position_ids, reach, targets).last_hidden_state,
             targets,
             head.weight,
             head.frozen,
@@ -168,8 +173,17 @@ class LanguageModel(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         reach: Tensor | None = None,
+        targets: Tensor | None = None,
     ):
         packed: dict[str, Any] = {}
+        length = input_ids.shape[1]
+        if (
+            position_ids is None
+            and targets is not None
+            and length > (self.switching_length or length)
+        ):
+            # how long a padded text is decides how it is read
+            position_ids = padded_positions(_ends(targets, input_ids.shape), length)
         if position_ids is not None:
             packed["position_ids"] = position_ids
         if position_ids is not None and reach is not None:
@@ -181,18 +195,31 @@ class LanguageModel(nn.Module):
         model = self.causal_lm
         if not has_plain_head(model):
             return False
-        head, rule = model.get_output_embeddings(), output_head(model)
         with evaluating(model):
             ids = torch.arange(8, device=model.device)[None] % token_tables(model)[0].shape[0]
-            theirs = self._run(model, ids).logits.float()
             hidden = getattr(self._run(model.base_model, ids), "last_hidden_state", None)
-            if hidden is None or hidden.shape[-1] != rule.weight.shape[-1]:
+            if hidden is None or hidden.shape[-1] != output_head(model).weight.shape[-1]:
                 return False
-            is_active = isinstance(head, ActiveHead)  # else the loss takes its weight, as here
-            product = head(hidden) if is_active else F.linear(hidden, rule.weight, rule.bias)
-            ours = product.float() * rule.logit_scale
-            if rule.softcap is not None:
-                ours = rule.softcap * torch.tanh(ours / rule.softcap)
+            return all(self._head_is_understood(ids, hidden, scale) for scale in STATE_SCALES)
+
+    def _head_is_understood(self, ids: Tensor, hidden: Tensor, scale: float) -> bool:
+        """Return whether the logits of `scale` times the states are those that the loss computes.
+
+        hidden: the states that `ids` have.
+        """
+        model = self.causal_lm
+        head, rule = model.get_output_embeddings(), output_head(model)
+        hook = head.register_forward_pre_hook(lambda _, given: (scale * given[0], *given[1:]))
+        try:
+            theirs = self._run(model, ids).logits.float()
+        finally:
+            hook.remove()
+        is_active = isinstance(head, ActiveHead)  # else the loss takes its weight, as here
+        hidden = scale * hidden
+        product = head(hidden) if is_active else F.linear(hidden, rule.weight, rule.bias)
+        ours = product.float() * rule.logit_scale
+        if rule.softcap is not None:
+            ours = rule.softcap * torch.tanh(ours / rule.softcap)
         return ours.shape == theirs.shape and bool(
             (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
         )
@@ -215,12 +242,17 @@ class RouterLoss(NamedTuple):
         self, router_logits: tuple[Tensor, ...], targets: Tensor, shape: torch.Size
     ) -> Tensor:
         """Return the share of a micro-batch of `shape` [sequences, length]."""
-        (sequences, length), places = shape, targets[:, 0]
-        ends = places.new_zeros(sequences)  # behind the last target of each sequence
-        ends.scatter_reduce_(0, places // length, places % length + 2, "amax")
-        counted = (torch.arange(length, device=ends.device) < ends[:, None]).int()
+        ends = _ends(targets, shape)
+        counted = (torch.arange(shape[1], device=ends.device) < ends[:, None]).int()
         loss = self.balance(router_logits, self.num_experts, self.num_chosen, counted)
         return self.coefficient * len(targets) * loss
+
+
+def _ends(targets: Tensor, shape: torch.Size) -> Tensor:
+    """Return the place behind the last target of each sequence, [sequences]."""
+    (sequences, length), places = shape, targets[:, 0]
+    ends = places.new_zeros(sequences)
+    return ends.scatter_reduce_(0, places // length, places % length + 2, "amax")
 
 
 def _router_loss(model: PreTrainedModel) -> RouterLoss | None:

@@ -13,7 +13,13 @@ from logging import LogRecord, getLogger
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -25,6 +31,8 @@ from finetune.models.checks import (
     check_stops,
     check_weights,
     of_all_layers,
+    say_unread,
+    settle_tying,
 )
 from finetune.models.locate import resolve_name
 
@@ -51,6 +59,7 @@ AT_LEAST_ONE = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+COUNTS_FROM_PADDING = "create_position_ids_from_input_ids"  # a method of RoBERTa and its kin
 OWN_ATTENTION = ("sdpa", "eager")  # that needs no package and no kernel of the hub
 
 
@@ -79,7 +88,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if spec.name is None:
         return _random_model(spec)
     place, found = _find(spec)
-    with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
+    with Border(f"model {spec.name!r} could not be loaded", reason=why_refused):
         loaded: Any = _with_attention(
             spec,
             found,
@@ -94,10 +103,29 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             ),
         )
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {spec.name!r} is a whole model with a LoRA adapter beside it "
+            "(adapter_config.json). Move the adapter to another folder, or merge the two"
+        )
     check_weights(model, report, spec.name)
-    settings = model.generation_config
-    check_stops(settings.eos_token_id, f"the generation config of {spec.name!r}")
+    say_unread(model, report, spec.name)
+    settle_tying(model, spec.name)
+    if not hasattr(model, "generation_config"):  # code of its own without a GenerationMixin
+        with Border(f"the generation config of {spec.name!r} could not be read"):
+            model.generation_config = _generation_config(place, model.config, spec.revision)
+    check_stops(model.generation_config.eos_token_id, f"the generation config of {spec.name!r}")
     return model
+
+
+def _generation_config(
+    place: str, config: PretrainedConfig, revision: str | None
+) -> GenerationConfig:
+    """Return the generation config at `place`; without one, that of the model's config."""
+    try:
+        return GenerationConfig.from_pretrained(place, revision=revision or "main")
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def _with_attention(
@@ -129,7 +157,7 @@ def load_skeleton(spec: ModelSpec) -> PreTrainedModel:
         if spec.name is None:
             return load_model(spec)
         _, found = _find(spec)
-        with Border(f"model {spec.name!r} could not be loaded", reason=_reason):
+        with Border(f"model {spec.name!r} could not be loaded", reason=why_refused):
             return _with_attention(
                 spec,
                 found,
@@ -147,7 +175,7 @@ def _find(spec: ModelSpec) -> tuple[str, PretrainedConfig]:
     """
     assert spec.name is not None
     place = resolve_name(spec.name, revision=spec.revision)
-    with Border(f"model {spec.name!r} could not be loaded"):
+    with Border(f"model {spec.name!r} could not be loaded", reason=why_refused):
         found = AutoConfig.from_pretrained(
             place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
@@ -168,7 +196,7 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
     model_config = _make_config(config)
     unable = f"no {config['model_type']} model can be made from model.config"
     try:
-        with Border(unable, but=(KeyError,), reason=_reason):
+        with Border(unable, but=(KeyError,), reason=why_refused):
             model = _with_attention(
                 spec,
                 model_config,
@@ -179,6 +207,12 @@ def _random_model(spec: ModelSpec) -> PreTrainedModel:
         raise UserError(
             f"{error} is not known to transformers. Change {' or '.join(wrong or ['model.config'])}"
         ) from error
+    counting = [part for part in model.modules() if hasattr(part, COUNTS_FROM_PADDING)]
+    if any(getattr(part, "padding_idx", 0) is None for part in counting):
+        raise UserError(
+            f"{unable}: its positions are counted from the token of padding. "
+            "Set model.config.pad_token_id to a token that no text has"
+        )
     return model.eval()
 
 
@@ -198,6 +232,11 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[model_type]
     standard = config_class()
     known = {*standard.to_dict(), *config_class.attribute_map, *_asked_for(config_class)}
+    if "vocab_size" in options and "vocab_size" not in known and config_class.sub_configs:
+        raise UserError(
+            f"model.config.model_type {model_type!r} has several parts, and a model of text alone "
+            f"is trained here. Write {_text_part(standard)}"
+        )
     for key in options:
         if key not in known:
             raise UserError(
@@ -228,6 +267,13 @@ def _make_config(given: Mapping[str, Any]) -> PretrainedConfig:
     return made
 
 
+def _text_part(config: PretrainedConfig) -> str:
+    """Return the type of the part that reads text; llama if it is no model by itself."""
+    parts = [getattr(getattr(config, name), "model_type", "") for name in config.sub_configs]
+    known = [part for part in parts if part in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    return known[0] if known else "llama, for example"
+
+
 def _asked_for(config_class: type[PretrainedConfig]) -> set[str]:
     """Return the keys that a model reads from its config though the class does not declare them.
 
@@ -241,7 +287,7 @@ def _asked_for(config_class: type[PretrainedConfig]) -> set[str]:
     return set(re.findall(r'getattr\(\s*(?:self\.)?config,\s*"(\w+)"', code))
 
 
-def _reason(error: BaseException) -> str:
+def why_refused(error: BaseException) -> str:
     """Return why transformers refuses a model, clearer than its own sentence if that is known."""
     text = str(error)
     # transformers' own sentence asks to open an issue.

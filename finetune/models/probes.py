@@ -9,12 +9,14 @@ over a few tokens.
 import copy
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from finetune.compute.rotary import switching_length
 from finetune.data.types import IGNORE_INDEX, targets_of
 from finetune.errors import UserError
 from finetune.models.describe import CausalLM, context_length, inner_model, token_tables
@@ -24,6 +26,7 @@ Probed = TypeVar("Probed", bound=nn.Module)
 
 LENGTH = 16  # tokens of a probe
 ODD_LENGTH = 72  # tokens: a multiple of 8, as batches are, and of no larger power of two
+PROBE_WINDOW = 6  # tokens: some in a tree of the probe are further apart
 EXACT_UP_TO = 20_000_000  # parameters of a model that is probed in float64
 
 LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -186,27 +189,14 @@ def _obstacles(model: nn.Module, inner: PreTrainedModel, max_length: int) -> Ite
         yield "its chunked attention counts places instead of positions"
     if getattr(inner, "_is_stateful", False) or kinds - set(LAYER_KINDS):
         yield STATEFUL
-    if (limit := _rotary_limit(config)) is not None and max_length > limit:
-        yield f"beyond {limit} tokens its rotary scaling depends on the longest example of a batch"
+    if (limit := switching_length(config)) is not None and max_length > limit:
+        yield f"its rotary scaling is another one for examples beyond {limit} tokens"
     if _drops(model):
         yield "its dropout would be drawn once for all examples that share a beginning"
     if getattr(config, "output_router_logits", False):
         yield "its routers' loss would count once what examples share"
     if any(value for key, value in config.to_dict().items() if key.endswith("jitter_noise")):
         yield "its noise would be drawn once for all examples that share a beginning"
-
-
-def _rotary_limit(config: Any) -> int | None:
-    """Return from how many tokens on the rotary scaling depends on the batch; None: it never does.
-
-    The parameters are those of all layers, or of each kind.
-    """
-    given = getattr(config, "rope_parameters", None) or {}
-    for rope in [given, *(part for part in given.values() if isinstance(part, dict))]:
-        kind = rope.get("rope_type") or ""
-        if "dynamic" in kind or kind == "longrope":
-            return rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    return None
 
 
 def _drops(model: nn.Module) -> bool:
@@ -223,13 +213,31 @@ def why_no_trees(language_model: LanguageModel) -> str | None:
     """Return why examples cannot share their beginnings; None if their losses stay the same."""
     name = type(language_model.causal_lm).__name__
     try:
-        inside, alone, mixed = _tree_losses(exact(language_model))
+        probed = exact(language_model)
+        with _short_window(probed.causal_lm.config.get_text_config()):
+            inside, alone, mixed = _tree_losses(probed)
     except Exception as raised:  # a mask that its code does not expect may raise anything
         return f"{name}: it does not take the mask of a tree ({type(raised).__name__})"
     if enough_alike(inside, alone, (mixed - alone).abs().max()):
         return None
     error = (inside - alone).abs().max()
     return f"{name}: its losses differ by up to {error:.2g} nats from those of the examples alone"
+
+
+@contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    """Let a sliding window be shorter than a probe for a while.
+
+    Not every model uses the window in its config (Moshi's masks have none).
+    """
+    window = getattr(config, "sliding_window", None)
+    if isinstance(window, int) and window > PROBE_WINDOW:
+        config.sliding_window = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        if isinstance(window, int):
+            config.sliding_window = window
 
 
 def _tree_losses(language_model: LanguageModel) -> tuple[Tensor, Tensor, Tensor]:

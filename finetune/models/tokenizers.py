@@ -29,7 +29,7 @@ from finetune.data.formats.borders import encode_text
 from finetune.data.formats.rendering import ChatTemplate
 from finetune.errors import Border, UserError
 from finetune.models.describe import CausalLM, token_tables
-from finetune.models.load import ModelSpec
+from finetune.models.load import ModelSpec, why_refused
 from finetune.models.locate import resolve_name
 from finetune.run.files import path_of
 
@@ -51,7 +51,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Return the tokenizer in the folder or repository of the model. Raises UserError."""
     assert spec.name is not None, "a model of random weights has no tokenizer of its own"
     place = resolve_name(spec.name, revision=spec.revision)
-    with Border(f"the tokenizer of {spec.name!r} could not be loaded"):
+    with Border(f"the tokenizer of {spec.name!r} could not be loaded", reason=why_refused):
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )

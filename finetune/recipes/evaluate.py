@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from finetune.config import RunConfig, load_config
+from finetune.config import RunConfig
 from finetune.config.schema import DataSection
 from finetune.display import Display
 from finetune.errors import UserError, is_terminal
@@ -19,9 +19,10 @@ from finetune.models.language_model import LanguageModel
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
+from finetune.recipes.build.look import evaluation_config, no_held_out_data
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.sharing import sharing_obstacle
-from finetune.recipes.build.target import Opened, open_target, trusting
+from finetune.recipes.build.target import Opened, open_target
 from finetune.run.files import finite
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
@@ -47,15 +48,7 @@ def evaluate_target(
     """
     display = display or Display()
     opened = open_target(target, trust=trust)
-    if config is not None:
-        settings = load_config(config, overrides)
-    elif opened.run is not None:
-        settings = load_config(opened.run.config, [*trusting(trust), *overrides])
-    else:
-        raise UserError(
-            f"{target} is a model, not a run, so no data is known to evaluate it on. "
-            "Give --config FILE"
-        )
+    settings = evaluation_config(target, opened.run, config, overrides, trust=trust)
     results = evaluate_opened(opened, settings, display)
     if as_json or not is_terminal(sys.stdout):
         print(json.dumps(finite(results), indent=2))
@@ -98,10 +91,7 @@ def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> di
         held_out = held_out.take(settings.data.max_validation_records)
         material = replace(material, raw=replace(material.raw, validation=held_out))
     if material.validation is None:  # it is encoded now: the format knows whether tools are called
-        raise UserError(
-            "the config names no held-out data. "
-            "Set data.test, data.validation or data.validation_fraction"
-        )
+        raise no_held_out_data()
     accelerator = make_accelerator(material.config, Display(enabled=False))
     unused = _unused_tokens(opened.run, material.table_rows)
     scored = generation_metrics(settings, material.format)
@@ -185,10 +175,16 @@ def _evaluation_config(config: RunConfig, device: str) -> RunConfig:
 def _unused_tokens(run: RunDir | None, vocab_size: int) -> torch.Tensor | None:
     """Return [V] bool, true for tokens that the run did not use.
 
-    It is None if the run used all tokens, or if it left no record of them.
+    It is None if the run used all tokens, or if it left no record of them. Raises UserError for a
+    recorded token that the model does not have.
     """
     if run is None or not (used := Vocabulary.read(run).used):
         return None
+    if (wrong := next((id for id in used if not 0 <= id < vocab_size), None)) is not None:
+        raise UserError(
+            f"{run.vocabulary} names the token {wrong}, and the model has the tokens 0 to "
+            f"{vocab_size - 1}. Copy that file again, or delete it"
+        )
     unused = torch.ones(vocab_size, dtype=torch.bool)
     unused[list(used)] = False
     return unused if unused.any() else None

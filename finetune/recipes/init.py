@@ -16,6 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.models.tokenizers import load_tokenizer
+from finetune.recipes.build.data import format_in_words
 from finetune.recipes.build.look import sources_of
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import model_spec
@@ -50,7 +51,9 @@ def init_config(
             f"{material.format.name}. Leave them out"
         )
     assert isinstance(material.raw.train, Records), "a first config does not stream"
-    display.say(f"encoding {len(material.raw.train):,} records as {material.format.name}")
+    display.say(
+        f"encoding {len(material.raw.train):,} records as {format_in_words(material.format)}"
+    )
     records = len(material.raw.train)
     held_out = count_held_out(records, most=make_config(tree).data.max_validation_records)
     tree["data"]["validation_fraction"] = "auto"
@@ -71,7 +74,7 @@ def init_config(
 
 
 def _read(tree: dict[str, Any], display: Display) -> Material:
-    """Read the data, and say which records are left out. Raises UserError if all are."""
+    """Read the data, and say what of it is left out. Raises UserError if all records are."""
     quiet = Display(enabled=False)
     try:
         material = read_material(make_config(tree), quiet)
@@ -82,8 +85,8 @@ def _read(tree: dict[str, Any], display: Display) -> Material:
         raise
     if count < 2:
         raise UserError("there is only one record. Give at least two: one is held out")
-    for warning in quiet.warned:
-        display.say(warning)
+    for note in quiet.notes:
+        display.say(note)
     return material
 
 

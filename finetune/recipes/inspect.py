@@ -14,7 +14,7 @@ from finetune.data.statistics import DataReport, characters_per_token, pieces, r
 from finetune.data.types import Example, Tokenizer
 from finetune.display import Display
 from finetune.errors import UserError, visible
-from finetune.recipes.build.data import STREAM_SAMPLE, texts_in
+from finetune.recipes.build.data import STREAM_SAMPLE, format_in_words, texts_in
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.size import with_step_size
@@ -52,7 +52,7 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
     console = console or Console(highlight=False)
     display = Display()
     material = read_material(config, display)
-    display.say(f"encoding the data as {material.format.name}")
+    display.say(f"encoding the data as {format_in_words(material.format)}")
     train, tokenizer = material.train, material.tokenizer
     report = report_on(
         train, material.validation, tokenizer=tokenizer, vocab_size=material.table_rows

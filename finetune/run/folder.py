@@ -192,6 +192,13 @@ def complete_steps(checkpoints: Path) -> list[int]:
     return [step for step, folder in step_folders(checkpoints).items() if is_complete(folder)]
 
 
+def no_checkpoint(path: Path, checkpoints: Path) -> UserError:
+    """Return the mistake of a resume from `path`, with the folders in `checkpoints` to choose."""
+    there = [str(folder) for folder in step_folders(checkpoints).values()]
+    found = f"Give {' or '.join(there)}" if there else "Give the folder of a checkpoint"
+    return UserError(f"there is no checkpoint at {path}. {found}, or auto")
+
+
 def step_folders(checkpoints: Path) -> dict[int, Path]:
     """Return the folders of all checkpoints by their steps, also those that are not complete."""
     found = (re.fullmatch(r"step-(\d{8,})", path.name) for path in checkpoints.glob("step-*"))

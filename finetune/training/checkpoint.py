@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from finetune.errors import Border, UserError
-from finetune.run.files import sync_folder
+from finetune.run.files import path_of, sync_folder
 from finetune.run.folder import (
     MARK,
     Mark,
@@ -37,6 +37,7 @@ from finetune.run.folder import (
     complete_steps,
     is_complete,
     newest_checkpoint,
+    no_checkpoint,
     read_mark,
     remove_checkpoint,
     remove_unfinished,
@@ -209,11 +210,9 @@ def find_checkpoint(
     """
     if resume == "auto":
         return _newest_whole(checkpoints, note)
-    folder = Path(resume)
+    folder = path_of(resume)
     if not folder.is_dir():
-        there = [str(path) for path in step_folders(checkpoints).values()]
-        found = f"Give {' or '.join(there)}" if there else "Give the folder of a checkpoint"
-        raise UserError(f"there is no checkpoint at {folder}. {found}, or auto")
+        raise no_checkpoint(folder, checkpoints)
     if (folder / "checkpoints").is_dir():
         newest = _newest_whole(folder / "checkpoints", note)
         if newest is None:

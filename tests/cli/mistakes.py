@@ -212,7 +212,7 @@ CASES: dict[str, dict[str, Case]] = {
         "type of model that is no text": changed(
             "model.config.model_type=[llama]", "['llama']", "e.g. llama"
         ),
-        "evaluate nothing": typed("evaluate no-such-model", "no-such-model", "hub"),
+        "evaluate nothing": typed("evaluate no-such-model --config c.yaml", "no-such-model", "hub"),
         "generate from nothing": typed("generate ./none --prompt a", "folder ./none"),
         "chat with nothing": typed("chat ./none", "folder ./none"),
     },
@@ -584,6 +584,13 @@ CASES: dict[str, dict[str, Case]] = {
         "unknown option of a command": typed(
             "train c.yaml --resum auto", "--resum", "--resume", "finetune train --help"
         ),
+        "a key as an option": typed(
+            "train c.yaml --lr 1e-4", "no such option: --lr", "Write optimizer.lr, as in KEY=VALUE"
+        ),
+        "another tool's key as an option": typed(
+            "plan c.yaml --num-train-epochs 2", "Write training.epochs, as in KEY=VALUE"
+        ),
+        "an option of none": typed("chat model --lr 1", "--lr", "finetune chat --help"),
         "no argument": typed("train", "CONFIG"),
         "unknown task": typed(
             "demo sums", "'chat|translation': 'sums' is not one of 'chat', 'translation'. See"

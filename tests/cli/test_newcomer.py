@@ -166,11 +166,11 @@ def test_translate_answers_each_line_at_a_terminal(translation_run) -> None:
 
 def test_tensorboard_has_its_folder_and_is_said(folder, write_config) -> None:
     write_config(training={"max_steps": 2}, tracking=["tensorboard"])
-    result = finetune("train", "c.yaml")
+    result = finetune("train", "c.yaml", "output_dir=my run")
     assert result.code == 0, result.err
-    assert "to see the curves: tensorboard --logdir run/tracking" in result.err
-    assert list((folder / "run/tracking").rglob("events.out.tfevents.*"))
-    assert not (folder / "run/run").exists()
+    assert "to see the curves: tensorboard --logdir 'my run/tracking'" in result.err
+    assert list((folder / "my run/tracking").rglob("events.out.tfevents.*"))
+    assert not (folder / "my run/my run").exists()
 
 
 # F17: words
@@ -232,11 +232,13 @@ def test_a_closed_stdin_is_an_end(chat_run) -> None:
 def test_init_says_what_it_leaves_out(base, folder) -> None:
     records = [{"prompt": f"{n} plus 1?", "completion": f"It is {n + 1}."} for n in range(60)]
     records[7]["completion"] = None
+    records[8]["topic"] = "sums"
     (folder / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (folder / "pairs.tsv").write_text("en\tfr\n" + "a word\tun mot\n" * 60)
     said = finetune("init", "chat.jsonl", "--model", "base")
     assert said.code == 0, said.err
     assert "dropped: 1 record cannot be used: chat.jsonl line 8: 'completion' must be" in said.err
+    assert "not used: the column 'topic' (1 record)" in said.err.splitlines()
     for typed, answer in {
         "chat.jsonl pairs.tsv -o b.yaml": "chat.jsonl is chat and pairs.tsv is translation. Make",
         "chat.jsonl --from en -o b.yaml": "--from and --to name the languages of translations",

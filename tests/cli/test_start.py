@@ -12,7 +12,20 @@ import yaml
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft")
 BASE = {"output_dir": "run", "model": {"config": {"model_type": "llama"}}}
-RUN = {"run/.finetune.json": '{"format": 1, "kind": "run"}', "run/config.yaml": "{}"}
+RUN = {
+    "run/.finetune.json": '{"format": 1, "kind": "run"}',
+    "run/config.yaml": "{}",
+    "done/.finetune.json": '{"format": 1, "kind": "run"}',
+    "done/config.yaml": yaml.safe_dump(
+        {**BASE, "data": {"train": "good.jsonl", "validation_fraction": 0}}
+    ),
+    "done/metrics.jsonl": "",
+    "done/data.json": json.dumps({"format": "chat", "train": {}}),
+    "done/model/config.json": "{}",
+    "other/config.json": "{}",
+    "taken/config.yaml": "{}",
+}
+PAIRS = ("data.train=pairs.csv", "data.translation.source_language=en")
 MISTAKES = {  # what is typed -> what the answer has
     ("train", "none.yaml"): "the config none.yaml does not exist",
     ("train", "c.yaml", "training.epoch=1"): "'training.epoch' is not a key",
@@ -21,6 +34,11 @@ MISTAKES = {  # what is typed -> what the answer has
     ("train", "c.yaml", "data.test=none.jsonl"): "there is no file or folder 'none.jsonl'",
     ("train", "c.yaml", "data.train=odd.jsonl"): "no format fits the columns (mesages)",
     ("train", "c.yaml", "data.train=odd.parquet"): "no format fits the columns (mesages)",
+    ("train", "c.yaml", "data.train=rows.txt"): "rows.txt holds JSON, and its name says plain text",
+    ("init", "rows.txt", "-o", "new.yaml"): "rows.txt holds JSON, and its name says plain text",
+    ("train", "c.yaml", *PAIRS, "data.translation.target_language=frnch"): "Did you mean 'French'?",
+    ("train", "c.yaml", *PAIRS, "data.translation.target_language=de"): "column 'de' is missing",
+    ("init", "pairs.csv", "--from", "en", "--to", "frnch"): "Did you mean 'French'?",
     ("train", "c.yaml", "data.columns={prompt: ask}"): "which is missing; the columns are",
     ("train", "c.yaml", "optimizer.name=adamww"): "Did you mean 'adamw'?",
     ("train", "c.yaml", "optimizer.bettas=[0.9, 0.95]"): "Did you mean 'betas'?",
@@ -49,6 +67,20 @@ MISTAKES = {  # what is typed -> what the answer has
     ("train", "good.jsonl"): "good.jsonl is data, and a config is needed",
     ("init", "good.jsonl", "-o", "c.yaml"): "c.yaml already exists",
     ("export", "model", "c.yaml/x"): "c.yaml is not a folder",
+    ("train", "c.yaml", "output_dir=done"): "done holds another run. Continue it with",
+    ("train", "c.yaml", "output_dir=taken"): "taken/config.yaml would be replaced",
+    ("train", "c.yaml", "--resume", "runs/none"): "there is no checkpoint at runs/none. Give",
+    ("train", "c.yaml", "model.chat_template=no.jinja"): "'no.jinja' is neither \"chatml\" nor a",
+    ("plan", "c.yaml", "model.chat_template=chatmll"): "Give chatml, or the path of a Jinja file",
+    ("evaluate", "other"): "other is a model, not a run, so no data is known",
+    ("evaluate", "done"): "the config names no held-out data. Set data.test",
+    ("generate", "done", "--temperature", "-1"): "generation.temperature = -1.0 is not allowed",
+    ("generate", "other", "--top-p", "2"): "generation.top_p = 2.0 is not allowed",
+    ("chat", "done", "--max-new-tokens", "0"): "generation.max_new_tokens = 0 is not allowed",
+    ("serve", "done", "--temperature", "-1"): "generation.temperature = -1.0 is not allowed",
+    ("translate", "done", "Hello."): "the languages are not known. Give --from and --to",
+    ("translate", "done", "a", "--from", "en", "--to", "frnch"): "--to is 'frnch'. Did you mean",
+    ("translate", "done", "-i", "good.jsonl", "-o", "none/a.txt"): "none/a.txt cannot be written",
     ("landscape", "--optimizers", "adam,sdg"): "Did you mean 'sgd'?",
 }
 
@@ -62,11 +94,13 @@ def folder(tmp_path: Path) -> Path:
     named = {"model": {"name": "model"}, "data": {"train": "good.jsonl"}}
     (tmp_path / "named.yaml").write_text(yaml.safe_dump(named))
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "rows.txt").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "pairs.csv").write_text("en,fr\na,b\n")
     (tmp_path / "odd.jsonl").write_text('{"mesages": []}\n')
     pq.write_table(pa.table({"mesages": ["a"]}), tmp_path / "odd.parquet")
     (tmp_path / "model").mkdir()
     for name, text in RUN.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     return tmp_path
 
@@ -101,6 +135,7 @@ print(json.dumps(found))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == len(MISTAKES)
+    assert found[-1][-1] < 10  # seconds of the processor for all of them
     for typed, code, err, heavy, _ in found:
         assert (code, heavy) == (2, []), (typed, err)
         assert MISTAKES[tuple(typed)] in err, (typed, err)
@@ -116,8 +151,8 @@ STARTS = [
     ("demo", "chat", "--output-dir", "demo", "model.name=null", "model.config={model_type: gpt2}"),
     ("generate", "some/model"),
     ("chat", "some/model"),
-    ("translate", "some/model"),
-    ("evaluate", "some/model"),
+    ("translate", "some/model", "--from", "en", "--to", "fr"),
+    ("evaluate", "some/model", "--config", "c.yaml"),
 ]
 
 

@@ -310,24 +310,27 @@ def test_a_weight_decay_that_is_no_number_is_refused(tmp_path, monkeypatch):
 def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, optimizer={"name": "adamw", "lr": 1e-2, "betas": [0.8, 0.99]})
+    Path("c.yaml").rename("my c.yaml")
     result = finetune(
-        "tune", "c.yaml", "optimizer.weight_decay=[0,0.1]", "--trials", "2", "--budget", "4"
+        "tune", "my c.yaml", "optimizer.weight_decay=[0,0.1]", "--trials", "2", "--budget", "4"
     )
     assert result.code == 0, result.err
-    runs = sorted(path.parent.name for path in Path("runs/tune-c/runs/adamw").rglob("result.json"))
+    folder = Path("runs/tune-my c/runs/adamw")
+    runs = sorted(path.parent.name for path in folder.rglob("result.json"))
     assert runs == [
         "lr-0.003-weight-decay-0",
         "lr-0.003-weight-decay-0.1",
         "lr-0.01-weight-decay-0",
         "lr-0.01-weight-decay-0.1",
     ]
-    best = load_config(Path("runs/tune-c/best.yaml"))
+    best = load_config(Path("runs/tune-my c/best.yaml"))
     assert best.optimizer.lr == 1e-2
     assert best.optimizer.options == {"betas": [0.8, 0.99]}
-    assert best.training == load_config(Path("c.yaml")).training, "trains as long as c.yaml"
-    assert best.data == load_config(Path("c.yaml")).data
+    assert best.training == load_config(Path("my c.yaml")).training, "trains as long as c.yaml"
+    assert best.data == load_config(Path("my c.yaml")).data
     assert "best" in result.out
     assert f"weight_decay={best.optimizer.weight_decay:g}" in result.err
+    assert "Go on with: finetune train 'runs/tune-my c/best.yaml'" in result.err
 
 
 def test_a_grid_that_is_too_low_is_widened_four_times_at_most(tmp_path, monkeypatch):

@@ -95,6 +95,23 @@ def test_what_does_anything_else_stays_as_it_is(make_model):
     assert not gates(model)
 
 
+@pytest.mark.parametrize("bound", [10.0, 300.0])
+def test_a_clamp_of_large_values_is_found_out(bound, make_model):
+    class ClampedMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj = (nn.Linear(8, 16, bias=False) for _ in range(2))
+            self.down_proj = nn.Linear(16, 8, bias=False)
+
+        def forward(self, x):  # as DeepSeek-V4's
+            gate = self.gate_proj(x).clamp(max=bound)
+            return self.down_proj(nn.functional.silu(gate) * self.up_proj(x))
+
+    model = nn.ModuleList([ClampedMLP(), make_model("llama", hidden_act="gelu_10")])
+    fuse_gates(model)
+    assert not gates(model)
+
+
 def test_layers_wrapped_by_lora_are_left_to_peft(make_model):
     def adapted(model):
         wrapped = add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["down_proj"])

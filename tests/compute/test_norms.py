@@ -87,10 +87,16 @@ def test_what_is_no_rms_norm_or_another_formula_stays_as_it_is(make_model):
         def forward(self, x):
             return x / x.abs().mean(-1, keepdim=True) * self.weight
 
-    model = nn.ModuleList([OddRMSNorm(), nn.LayerNorm(8), make_model("gpt2")])
+    class OuterRMSNorm(OddRMSNorm):
+        """Its epsilon is outside of the root, which only small numbers show."""
+
+        def forward(self, x):
+            return x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+
+    model = nn.ModuleList([OddRMSNorm(), OuterRMSNorm(), nn.LayerNorm(8), make_model("gpt2")])
     fuse_norms(model)
     assert not norms(model)
-    assert type(model[0]) is OddRMSNorm
+    assert [type(norm) for norm in model[:2]] == [OddRMSNorm, OuterRMSNorm]
 
 
 def test_a_fused_model_can_be_copied_and_pickled(make_model):

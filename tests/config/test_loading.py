@@ -160,6 +160,11 @@ def test_names_without_an_equal_say_what_to_write(name):
         ("evaluation: {every: 0}", [], "evaluation.every = 0 is not allowed"),
         (
             "",
+            ["model.lora={alpha: 0}"],
+            "model.lora.alpha = 0 is not allowed: input should be greater than 0",
+        ),
+        (
+            "",
             ["model.lora={target_modules: 5}"],
             "lora.target_modules = 5 is not allowed: input should be a valid string or a list, "
             "such as [5]",

@@ -49,6 +49,13 @@ MEANT: list[tuple[str, str, Any]] = [
     ("model.lora.target_modules", ".*(q|v)_proj", ".*(q|v)_proj"),
     ("model.lora.target_modules", "[q, v]", ("q", "v")),
     ("optimizer.lr", "2E-5", 2e-5),
+    ("training.max_steps", "None", None),
+    ("data.system_prompt", "None", None),
+    ("data.validation", "None", None),
+    ("model.lora", "None", None),
+    ("optimizer.foo", "None", None),
+    ("training.compile", "True", True),
+    ("data.columns.prompt", "None", "None"),
     ("optimizer.foo", "{a: [1, 0x2]}", {"a": [1, "0x2"]}),
     ("vocabulary.keep", "[no, 3]", ("no", 3)),
 ]
@@ -107,6 +114,14 @@ def test_any_text_is_a_variable_of_a_template(text: str) -> None:
 
 REFUSED: list[tuple[str, str]] = [
     # override, what the message says
+    ("training.epochs=None", "training.epochs = 'None' is not allowed: input should be a valid"),
+    ("model.lora=true", "model.lora = True is not allowed: input should be a mapping of keys to "
+     "values. Write model.lora: {rank: 16}"),
+    ("model.lora=False", "to values. Write model.lora: null"),
+    ("data.columns={prompt:question}", "'data.columns.prompt:question' has no blank behind its "
+     "colon. Write prompt: question"),
+    ("model={lora:{rank:8}}", "has no blank behind its colon. Write rank: 8"),
+    ("data.columns=prompt", "input should be a mapping, such as {name: value}"),
     ("training.batch_size=true", "training.batch_size = True is not allowed: input should"),
     ("seed=false", "seed = False is not allowed: input should be a number"),
     ("optimizer.lr=true", "optimizer.lr = True is not allowed: input should be a number"),
@@ -204,4 +219,13 @@ def test_another_tools_name_is_not_moved_where_it_means_something_else(
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(MEANT), len(SOURCES), len(REFUSED), len(MOVED), len(KEPT)) == (25, 10, 36, 7, 5)
+    assert (len(MEANT), len(SOURCES), len(REFUSED), len(MOVED), len(KEPT)) == (32, 10, 42, 7, 5)
+
+
+@pytest.mark.parametrize("place", ["training.max_steps", "data.system_prompt", "data.test"])
+def test_none_as_in_python_is_refused_in_a_file(place: str) -> None:
+    section, key = place.split(".")
+    tree = {**TREE, section: {**TREE.get(section, {}), key: "None"}}
+    with pytest.raises(UserError) as caught:
+        make_config(tree)
+    assert str(caught.value) == f"config: {place} = None is the text 'None' in YAML. Write null"

@@ -52,6 +52,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("chat", {"messages": "a"}, "a conversation is a list of messages"),
     ("chat", {"messages": None}, "a conversation is a list of messages"),
     ("chat", {"text": "a"}, "column 'messages' is missing"),
+    ("chat", {"messages": "", "id": None, "topic": " "}, "every column is empty. Remove the rec"),
+    ("translation", {"translation": None, "id": ""}, "every column is empty. Remove the record"),
     ("translation", {"translation": {"en": "a", "fr": ""}}, "the pair has an empty side: 'fr'"),
     ("translation", {"translation": {"en": "a", "fr": None}}, "the pair has an empty side: 'fr'"),
     ("translation", {"translation": {"en": "a"}}, "column 'fr' is missing"),
@@ -119,4 +121,4 @@ def test_joined_turns_mend_what_stands_twice(make_tokenizer: MakeTokenizer) -> N
 
 
 def test_there_was_something_to_check() -> None:
-    assert len(BAD) == 25
+    assert len(BAD) == 27

@@ -144,6 +144,37 @@ LEARNT: dict[str, tuple[Case, list[str], list[str]]] = {
         [NO_THOUGHT + "6" + END],
         ["system\nBe terse.<"],
     ),
+    "a column system_prompt": (
+        {"System Prompt": "Be terse.", "question": "3+3?", "response": "6"},
+        [NO_THOUGHT + "6" + END],
+        ["system\nBe terse.<"],
+    ),
+    "a column system_prompt beside messages": (
+        chat(user(), answer(), system_prompt="Be terse."),
+        [NO_THOUGHT + "4" + END],
+        ["system\nBe terse.<"],
+    ),
+    "functions, the old tools": (
+        chat(user("Hi"), answer("Hello"), functions=[WEATHER]),
+        [NO_THOUGHT + "Hello" + END],
+        ["# Tools", '"Weather of a city"'],
+    ),
+    "a thought": (chat(user(), answer(thought="Two and two make four.")), [THOUGHT], []),
+    "KTO's good answer": (
+        {"prompt": "2+2?", "completion": "4", "label": True},
+        [NO_THOUGHT + "4" + END],
+        [],
+    ),
+    "a record of weight 1": (
+        {"question": "2+2?", "answer": "4", "weight": "1"},
+        [NO_THOUGHT + "4" + END],
+        [],
+    ),
+    "a turn of loss_weight 0": (
+        chat(user(), answer("5", loss_weight=0.0), user("wrong"), answer("4", loss_weight=1.0)),
+        [NO_THOUGHT + "4" + END],
+        ["assistant\n5<"],
+    ),
     "a turn of weight 0": (
         chat(user(), answer("5", weight=0), user("wrong"), answer("4", weight=1)),
         [NO_THOUGHT + "4" + END],
@@ -268,6 +299,22 @@ REFUSED: dict[str, tuple[Case, str]] = {
         chat({"role": "system", "content": "a"}, user(), answer(), system="b"),
         "a column and a message with a system prompt",
     ),
+    "KTO's bad answer": (
+        {"prompt": "2+2?", "completion": "5", "label": False},
+        "the column 'label' is False, so the answer is not to be learnt",
+    ),
+    "a bad answer in a table": (
+        {"question": "2+2?", "answer": "5", "Label": "False"},
+        "the column 'Label' is 'False', so the answer is not to be learnt",
+    ),
+    "a record of weight 0": (
+        chat(user(), answer(), weight=0),
+        "the column 'weight' is 0, so the answer is not to be learnt",
+    ),
+    "images": (
+        chat(user("<image>What is it?"), answer("A cat."), images=["cat.jpg"]),
+        "the column 'images' holds what a model of text cannot read",
+    ),
     "a history of texts": (
         {"instruction": "a", "output": "b", "history": ["c", "d"]},
         "history must be a list of pairs of question and answer",
@@ -353,6 +400,35 @@ def test_thoughts_in_the_content_that_a_template_drops_are_refused(
     assert learnt(detected(tokenizer, record), chat(user(), answer()))[0] == ["4" + END]
 
 
+CUT = {  # what a template does with the text -> who of a question and an answer is named
+    "m['content'][:5]": ("assistant", "user"),
+    "m['content'] | upper": ("assistant", "user"),
+    "m['content'] if m['role'] == 'user' else m['content'][:5]": ("assistant", "assistant"),
+    "m['contnt'] if m['role'] == 'user' else m['content']": ("user", "user"),
+}
+
+
+@pytest.mark.parametrize("targets", ["assistant", "all"])
+@pytest.mark.parametrize("said", CUT)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_template_that_does_not_write_a_text_as_it_is_is_refused(
+    said: str, targets: str, turns: int, make_tokenizer: MakeTokenizer
+) -> None:
+    """Also if other records are short enough to come through whole."""
+    tokenizer = make_tokenizer(stock.CHATML.replace("m['content']", said))
+    format = detected(tokenizer, chat(*[user(), answer()] * turns), targets=targets)
+    long = chat(*[user("What is 2+2?"), answer("  It is 4, of course. ")] * turns)
+    named = CUT[said][targets == "all"]
+    with pytest.raises(UserError, match=f"does not write the {named}'s text as it is, '(It|What)"):
+        format.examples(long)
+
+
+def test_white_space_around_a_text_may_be_left_out(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(stock.CHATML.replace("m['content']", "m['content'] | trim"))
+    record = chat(user(" 2+2?\n"), answer(" 4 "))
+    assert learnt(detected(tokenizer, record), record)[0] == ["4" + END]
+
+
 def test_columns_and_keys_that_are_not_used_are_noted(qwen3: Any) -> None:
     record = chat(user(name="Bob"), answer(id=3), user("Bye"), source="web", empty="", tools=[])
     format = detected(qwen3, record)
@@ -364,6 +440,15 @@ def test_columns_and_keys_that_are_not_used_are_noted(qwen3: Any) -> None:
         "not used: 'name' of messages (2 records)",
         "not used: messages after the last answer (2 records)",
         "not used: the column 'source' (2 records)",
+    ]
+
+
+def test_a_label_that_is_no_verdict_is_noted(qwen3: Any) -> None:
+    record = {"question": "2+2?", "answer": "4", "label": 0, "weight": 0.5, "image": "four.png"}
+    format = detected(qwen3, record)
+    assert learnt(format, record)[0] == [NO_THOUGHT + "4" + END]
+    assert format.notes() == [
+        f"not used: the column {name!r} (1 record)" for name in ("image", "label", "weight")
     ]
 
 
@@ -422,4 +507,4 @@ def test_each_call_is_asked_for_and_the_last_answer(qwen3: Any) -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (21, 18, 4)
+    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (28, 22, 4)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from finetune.data.encoding.drafts import TextEncoder
 from finetune.data.formats.borders import Turn, encode_text, encode_turn, encode_turns
 from finetune.data.formats.jinja import writes_content_as_it_is
-from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText, require_thoughts
+from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText, require_texts
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
 from finetune.models.tokenizers import CHATML, set_template
@@ -74,10 +74,11 @@ def one_by_one(template: ChatTemplate, dialog: Dialog, targets: str) -> Any:
     try:
         whole = template.render(dialog)
         if targets == "all":
-            for i in dialog.answers:
-                require_thoughts(dialog.messages[i], whole)
+            said = [m for i, m in enumerate(dialog.messages) if i not in dialog.muted]
+            require_texts(said, whole)
             return [encode_text(tokenizer, whole, template._all_but_muted(dialog, whole))]
         turns = [template.turn(dialog, i, whole) for i in dialog.answers]
+        require_texts([m for m in dialog.messages if m["role"] == "user"], whole)
         example = None
         if all(whole.startswith(turn.learnt) for turn in turns):
             example = encode_turns(tokenizer, turns[-1].learnt, turns)

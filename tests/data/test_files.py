@@ -123,6 +123,18 @@ READ: dict[str, tuple[str, list[dict[str, str]]]] = {
         'a\tb\nx\t"say ""hi"""\ny\tz\n',
         [{"a": "x", "b": 'say "hi"'}, {"a": "y", "b": "z"}],
     ),
+    "of Excel.tsv": (
+        'a\tb\r\n"Hello, you"\t"say ""hi"""\r\ny\tz\r\n',
+        [{"a": "Hello, you", "b": 'say "hi"'}, {"a": "y", "b": "z"}],
+    ),
+    "of R.tsv": (
+        '"a"\t"n"\n"x ""y"", z"\t1\n"w"\tNA\n"-"\t-2.5e-07\n',
+        [{"a": 'x "y", z', "n": "1"}, {"a": "w", "n": "NA"}, {"a": "-", "n": "-2.5e-07"}],
+    ),
+    "speech with a comma is text.tsv": (
+        'a\tb\n"Hello, you"\t"Bonjour, toi"\nx, y\tz\n',
+        [{"a": '"Hello, you"', "b": '"Bonjour, toi"'}, {"a": "x, y", "b": "z"}],
+    ),
     "a long field.csv": ("a\n" + "x" * 200_000 + "\n", [{"a": "x" * 200_000}]),
     "a long header.csv": ("x" * 200_000 + "\nb\n", [{"x" * 200_000: "b"}]),
 }
@@ -536,4 +548,4 @@ def test_the_other_side_of_a_translation_is_found_beside_it(write: Write) -> Non
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(READ), len(REFUSED), len(LOST)) == (32, 28, 7)
+    assert (len(READ), len(REFUSED), len(LOST)) == (35, 28, 7)

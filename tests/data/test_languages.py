@@ -74,6 +74,49 @@ def test_a_question_and_its_answer_come_before_what_else_a_table_has(
     assert (prompt.text, prompt.reference) == ("Where is it?", "Here.")
 
 
+MISSPELT = {
+    "germn": "'germn'. Did you mean 'German'?",
+    "Englsh": "'Englsh'. Did you mean 'English'?",
+    "jp": "'jp', which is the code of no language",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+@pytest.mark.parametrize(
+    "record", [{"source": "a", "target": "b"}, {"en": "a", "ja": "b"}, {"translation": {"en": "a"}}]
+)
+def test_a_misspelt_language_is_refused(
+    name: str, record: dict[str, Any], make_tokenizer: MakeTokenizer
+) -> None:
+    options = format_options(source_language="en", target_language=name)
+    with pytest.raises(UserError) as caught:
+        build_format("auto", options, tokenizer=make_tokenizer(), first_record=record)
+    assert f"data.translation.target_language is {MISSPELT[name]}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SQL", "Legalese", "plain English", "slang", "Klingonish"])
+def test_a_language_of_ones_own_is_taken(name: str, make_tokenizer: MakeTokenizer) -> None:
+    options = format_options(source_language="en", target_language=name)
+    for record in ({"source": "a", "target": "b"}, {"translation": {"en": "a", name: "b"}}):
+        format = build_format("auto", options, tokenizer=make_tokenizer(), first_record=record)
+        assert format.prompts(record)[0].reference == "b"
+
+
+def test_a_column_of_a_misspelt_name_is_taken_as_it_is(make_tokenizer: MakeTokenizer) -> None:
+    options = format_options(source_language="Englsh", target_language="germn")
+    record = {"translation": {"Englsh": "a", "germn": "b"}}
+    format = build_format("auto", options, tokenizer=make_tokenizer(), first_record=record)
+    assert format.prompts(record)[0].reference == "b"
+
+
+def test_a_language_without_a_column_is_refused_at_once(make_tokenizer: MakeTokenizer) -> None:
+    options = format_options(source_language="en", target_language="de")
+    with pytest.raises(UserError, match="column 'de' is missing; the columns are en, fr"):
+        build_format(
+            "auto", options, tokenizer=make_tokenizer(), first_record={"en": "a", "fr": "b"}
+        )
+
+
 LANGUAGES = sorted({names[0] for names in SAME} | {"zh-Hans", "zh-TW", "zh-CN", "nn", "no", "sr"})
 
 

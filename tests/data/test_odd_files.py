@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from finetune.data.formats.detect import build_format
 from finetune.data.sources import load_records, stream_records
+from finetune.data.sources.peek import first_record, require_plain_text
 from finetune.errors import UserError
 from tests.data.settings import format_options, source
 from tests.data.stock import MakeTokenizer
@@ -78,7 +79,19 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "first broken.jsonl": ('{"a": \n{"a": 1}\n{"a": 2}\n', r"jsonl line 1 is broken JSON"),
     "first broken.json": ('{"a" 1}\n{"a": 1}\n{"a": 2}\n', r"json line 1 is broken JSON"),
     "first cut.jsonl": ('{"a": "x\n{"a": "y"}\n', r"jsonl line 1 is broken JSON: unterminated"),
-    "commas at ends.jsonl": ('{"a": 1},\n{"a": 2},\n', r"^2 records .* lines 1, 2 is broken JSON"),
+    "commas at ends.jsonl": ('{"a": 1},\n{"a": 2},\n', r"^2 records .* lines 1, 2 are broken JSON"),
+    "lists.jsonl": ('["a", "b"]\n["c", "d"]\n', r"^2 records .* lines 1, 2 must be a JSON object"),
+    "lists.json": (
+        '[["a", "b"], ["c", "d"]]',
+        r"^2 records .*lists\.json line 1 must be a JSON obj",
+    ),
+    "table.jsonl": ("a,b\nx,y\n", r"is no JSON: it begins with 'a,b'\. If it is a table, name it"),
+    "table.json": ("a\tb\nx\ty\n", r"is no JSON: it begins with 'a\\tb'\. If it is a table"),
+    "records.csv": (
+        '{"a": "x", "b": "y"}\n',
+        r"holds JSON, and its name says csv\. Name it \.jsonl",
+    ),
+    "records.tsv": ('{"a": 1}\n{"a": 2}\n', r"holds JSON, and its name says tsv\. Name it \.jsonl"),
     "two a line.jsonl": ('{"a": 1}{"a": 2}\n{"a": 3}\n', r"line 1 is broken JSON: extra data"),
     "old mac.jsonl": ('{"a": 1}\r{"a": 2}\r', r"line 1 is broken JSON: extra data"),
     "pretty.jsonl": ('{\n "a": 1\n}\n{\n "a": 2\n}\n', r"line 4 is broken JSON: extra data"),
@@ -124,6 +137,39 @@ def test_another_separator_is_named(
     assert f"If the fields are separated by {separator!r}, save the file with" in str(caught.value)
 
 
+NOT_TEXT = {  # the lines of a .txt file -> what it should be named
+    '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n': ".jsonl",
+    '\n{"prompt": "a", "completion": "b"}\n': ".jsonl",
+    '[\n  {"prompt": "a", "completion": "b"}\n]\n': ".json",
+    '[{"prompt": "a", "completion": "b"}]': ".json",
+    "question\tanswer\nHello\tHi there\n": ".tsv",
+    "Hello\tBonjour\nBye\tSalut\n": ".tsv",
+    "question,answer\nHello,Hi\n": ".csv",
+    '"en";"de"\nHello;Hallo\n': ".csv",
+}
+PLAIN = [
+    "It was, of course, late.\nAnd so, my dear, it ended.\n",
+    "# Title\n\tone\n\ttwo\n",
+    '"Hello"\n"Bye"\n',
+    "[1] A footnote.\n[1]\n12\n",
+    "a, b\n",
+    "",
+]
+
+
+@pytest.mark.parametrize("lines", NOT_TEXT)
+def test_a_text_file_with_something_else_in_it_is_refused(lines: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt.gz", gzip.compress(lines.encode()))
+    with pytest.raises(UserError) as caught:
+        require_plain_text([path])
+    assert f"Name it {NOT_TEXT[lines]}, or set data.format=text" in str(caught.value)
+
+
+@pytest.mark.parametrize("lines", PLAIN)
+def test_a_text_file_with_text_is_taken(lines: str, tmp_path: Path) -> None:
+    require_plain_text([write(tmp_path, "a.txt", lines)])
+
+
 PARQUET: dict[str, tuple[pyarrow.Array, list[Any]]] = {
     "dates that are text": (pyarrow.array(["1969-07-20", "NA"]), ["1969-07-20", "NA"]),
     "large text": (pyarrow.array(["x", None], pyarrow.large_string()), ["x", None]),
@@ -150,6 +196,30 @@ def test_a_column_of_parquet_is_read_as_it_is(case: str, tmp_path: Path) -> None
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"a": column}), path)
     assert everywhere(path) == [{"a": value} for value in expected]
+
+
+@pytest.mark.parametrize("looked", [first_record, lambda files: read(source(files[0]))])
+def test_a_parquet_file_without_rows_is_empty(looked: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([], pyarrow.string())}), path)
+    with pytest.raises(UserError, match=r"a\.parquet is empty: it has no rows"):
+        looked([path])
+
+
+HEADERLESS = {
+    "What is 2+2?,It is 4.\nWhat is 3+3?,It is 6.\n": " If the file has no header line, add one",
+    "Hello,Bonjour\nBye,Salut\n": "; a table needs a header line",
+}
+
+
+@pytest.mark.parametrize("lines", HEADERLESS)
+def test_a_table_without_a_header_is_told(
+    lines: str, tmp_path: Path, make_tokenizer: MakeTokenizer
+) -> None:
+    [record] = read(source(write(tmp_path, "a.csv", lines)))
+    with pytest.raises(UserError) as caught:
+        build_format("auto", format_options(), tokenizer=make_tokenizer(), first_record=record)
+    assert HEADERLESS[lines] in str(caught.value)
 
 
 def test_a_map_of_parquet_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -194,4 +264,4 @@ def test_what_pandas_writes_is_read_back(
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(READ), len(REFUSED), len(PARQUET)) == (24, 24, 7)
+    assert (len(READ), len(REFUSED), len(PARQUET)) == (24, 30, 7)

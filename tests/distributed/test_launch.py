@@ -129,30 +129,50 @@ def test_a_death_is_named_and_restarted_and_ctrl_c_saves_what_one_process_ends(f
 
 
 @pytest.mark.slow
-def test_a_last_checkpoint_that_the_disk_refuses_is_told_after_ctrl_c(folder):
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            "OSError(28, 'No space left on device')",
+            2,
+            r"the checkpoint of step [12] could not be written to run/checkpoints: No space left",
+        ),
+        (
+            "ArithmeticError('a bug')",
+            1,
+            r"finetune: the run could not be saved when it was stopped: ArithmeticError: a bug",
+        ),
+    ],
+)
+def test_a_last_checkpoint_that_cannot_be_written_is_told_after_ctrl_c(folder, error, code, said):
     (folder / "sitecustomize.py").write_text(
         SITE.replace("== 7", "== 0")
         .replace("not pathlib", "False and pathlib")
         .replace("on Ctrl-C: to the launcher", "\n            import time; time.sleep(2)")
-        + """
+        + f"""
     from finetune.training import checkpoint
     def refuse(path, content):
-        raise OSError(28, "No space left on device")
+        raise {error}
     checkpoint._write_file = refuse
 """
     )
     done = subprocess.run(
-        [*(sys.executable, "-m", "finetune", "train", "c.yaml"), "output_dir=run", "--processes=2"],
+        [
+            *(sys.executable, "-m", "finetune", "train", "c.yaml"),
+            "output_dir=run",
+            "--processes=2",
+            "--restarts=1",
+        ],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 2, done.stderr
-    said = r"the checkpoint of step [12] could not be written to run/checkpoints: No space left on"
+    assert done.returncode == code, done.stderr
     assert len(re.findall(said, done.stderr)) == 1
-    assert "Traceback" not in done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
+    assert "restart 1" not in done.stderr
 
 
 def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):

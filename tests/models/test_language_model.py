@@ -114,6 +114,35 @@ def test_a_model_with_logits_of_its_own_goes_through_its_own_forward_and_says_so
     assert language_model.token_losses(ids, targets_of(labels)).shape == (count,)
 
 
+class Capped(LlamaForCausalLM):
+    """A model that caps its logits where small random weights never get."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_cap_is_found_out_before_the_logits_grow(known, make_model):
+    config = make_model("llama").config
+    if known:
+        config.logits_soft_cap = 30.0  # as RecurrentGemma's config has it
+    torch.manual_seed(0)
+    model = Capped(config).eval()
+    language_model = LanguageModel(model)
+    assert language_model.fused == known
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(500)
+    ids, labels, _ = batch()
+    right = model(input_ids=ids, labels=labels)
+    assert right.logits.abs().max() > 25
+    expected = torch.nn.functional.cross_entropy(
+        right.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(language_model(ids, targets_of(labels)), expected)
+
+
 class NormHead(torch.nn.Linear):
     """A head whose forward is more than a product with its weight (Baichuan 2)."""
 

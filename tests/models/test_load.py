@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
 from finetune.errors import UserError
+from finetune.models.adapters import add_lora
 from finetune.models.checks import check_config, of_all_layers
 from finetune.models.describe import context_length
-from finetune.models.load import ModelSpec, load_model
+from finetune.models.load import ModelSpec, load_model, load_skeleton
 from finetune.models.locate import resolve_name
+from finetune.models.tokenizers import load_tokenizer, stop_ids
 
 LLAMA = {
     "model_type": "llama",
@@ -55,6 +57,12 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
     [
         ({"model_type": "lama"}, "'lama' is not a causal language model .* Did you mean 'llama'"),
         ({"hidden_size": 3}, "model_type None is not"),
+        ({"model_type": "gemma3"}, "'gemma3' has several parts, .* Write gemma3_text$"),
+        ({"model_type": "musicgen"}, "'musicgen' has several parts, .* Write llama, for example$"),
+        (
+            {"model_type": "roberta", "num_hidden_layers": 1, "is_decoder": True},
+            "counted from the token of padding. Set model.config.pad_token_id",
+        ),
         ({"model_type": "t5"}, "'t5' is not a causal language model"),
         (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama. Did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
@@ -207,6 +215,108 @@ def test_weights_that_are_missing_are_named(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=f"the weights {name} are missing"):
         load_model(ModelSpec(name=str(tmp_path)))
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_weights_that_no_part_reads_are_named(tmp_path, caplog):
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    extra = [f"model.layers.{i}.mlp.up_proj.weight" for i in (3, 4, 5, 6, 7)]
+    tensors = load_file(file) | {name: torch.ones(2, 2) for name in extra}
+    save_file(tensors, file, metadata={"format": "pt"})
+    load_model(ModelSpec(name=str(tmp_path)))
+    said = [record.getMessage() for record in caplog.records if "finetune" in record.name]
+    assert said == [
+        f"model {str(tmp_path)!r} has weights that a LlamaForCausalLM does not read: "
+        f"{', '.join(extra[:3])} and 2 more"
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_tables_stay_apart_whatever_the_config_says(tmp_path, tied, caplog):
+    config = LLAMA | {"tie_word_embeddings": tied}
+    load_model(ModelSpec(config=config, vocab_size=50)).save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    model = load_model(ModelSpec(name=str(tmp_path)))
+    said = [record.getMessage() for record in caplog.records if "finetune" in record.name]
+    assert len(said) == (not tied)
+    assert all("tie_word_embeddings: true: the two stay apart" in each for each in said)
+    assert model.config.tie_word_embeddings == tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    model.save_pretrained(tmp_path / "again")
+    caplog.clear()
+    load_model(ModelSpec(name=str(tmp_path / "again")))
+    assert not [record for record in caplog.records if "finetune" in record.name]
+
+
+def test_an_adapter_beside_a_whole_model_is_named(tmp_path):
+    model = load_model(ModelSpec(config=LLAMA, vocab_size=50))
+    model.save_pretrained(tmp_path)
+    adapted = add_lora(model, rank=2, alpha=4.0, dropout=0.0, target_modules=["q_proj"])
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"LoRA adapter beside it .* Move the adapter to another"):
+        load_model(ModelSpec(name=str(tmp_path)))
+
+
+OWN_CODE = """
+from torch import nn
+from transformers import PreTrainedModel, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+class OwnForCausalLM(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def forward(self, input_ids=None, **options):
+        return CausalLMOutputWithPast(logits=self.head(self.table(input_ids)))
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """A folder of a model whose code comes with it and has no GenerationMixin."""
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = {"model_type": "own", "auto_map": classes, "eos_token_id": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    shapes = {"table.weight": (50, 8), "head.weight": (50, 8), "head.bias": (50,)}
+    weights = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("load", [load_model, load_skeleton, load_tokenizer])
+def test_code_that_comes_with_a_model_is_run_only_if_it_is_trusted(own_code, load):
+    with pytest.raises(UserError, match=r"set model\.trust_remote_code: true$"):
+        load(ModelSpec(name=str(own_code)))
+
+
+def test_a_model_whose_code_does_not_generate_still_has_its_stop_tokens(own_code):
+    spec = ModelSpec(name=str(own_code), trust_remote_code=True)
+    assert stop_ids(load_model(spec)) == [7]
+    (own_code / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert stop_ids(load_model(spec)) == [7, 9]
 
 
 def test_an_encoder_decoder_is_said_to_be_none_of_ours(tmp_path):

@@ -198,8 +198,32 @@ def test_a_model_is_checked_against_its_examples_alone():
         assert why_no_trees(LanguageModel(make(family))) is None
     language_model = LanguageModel(make("llama"))
     forward = language_model._run
-    language_model._run = lambda module, ids, positions=None, reach=None: forward(module, ids)
+    language_model._run = lambda module, ids, *_: forward(module, ids)
     assert "differ by up to" in why_no_trees(language_model)
+
+
+def test_a_window_that_only_the_config_knows_is_found_out():
+    """Moshi's masks have no window. The probe is shorter than any window that models have."""
+    torch.manual_seed(0)
+    config = {
+        "model_type": "moshi",
+        **SMALL,
+        **HEADS,
+        "head_dim": 8,
+        "ffn_dim": 64,
+        "initializer_range": 0.2,
+        "max_position_embeddings": 128,
+    }
+    del config["intermediate_size"]
+    made = load_model(ModelSpec(config={**config, "sliding_window": 70}, vocab_size=97))
+    assert "differ by up to" in (why_no_trees(LanguageModel(made)) or "")
+    assert made.config.sliding_window == 70
+    windowed = load_model(
+        ModelSpec(
+            config={"model_type": "mistral", **SMALL, **HEADS, "sliding_window": 70}, vocab_size=97
+        )
+    )
+    assert why_no_trees(LanguageModel(windowed)) is None
 
 
 STATE = "its layers carry a state along the sequence"
@@ -235,13 +259,19 @@ REFUSED = {
         {"model_type": "llama4_text", **SMALL, **HEADS, "head_dim": 8, "num_local_experts": 2},
         "chunked attention counts places",
     ),
-    "dynamic rotary scaling": (
+    "rotary scaling that switches": (
         KINDS["llama"]
         | {
-            "max_position_embeddings": 64,
-            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            "max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
         },
-        "beyond 64 tokens its rotary scaling depends on the longest example",
+        "its rotary scaling is another one for examples beyond 64 tokens",
     ),
     "dropout": (KINDS["gpt2"] | {"resid_pdrop": 0.1}, "dropout would be drawn once"),
     "attention dropout": (KINDS["llama"] | {"attention_dropout": 0.1}, "dropout would be drawn"),

@@ -787,3 +787,15 @@ def test_other_tokens_of_the_same_number_are_refused_on_resume(base, tmp_path):
         run_training(config_for(base, tmp_path, *options, "vocabulary.keep=[301]"), resume="auto")
     longer = config_for(base, tmp_path, *options, "vocabulary.keep=[300]", "training.max_steps=3")
     assert run_training(longer, resume="auto") == "finished"
+
+
+@pytest.mark.parametrize("wrong", [-1, 100_000])
+def test_a_recorded_token_that_the_model_lacks_is_named(base, tmp_path, wrong):
+    run_training(config_for(base, tmp_path, "training.max_steps=1"))
+    record = tmp_path / "run" / "vocabulary.json"
+    tree = json.loads(record.read_text())
+    record.write_text(json.dumps({**tree, "used": [*tree["used"], wrong]}))
+    with pytest.raises(UserError, match=f"vocabulary.json names the token {wrong}, and the model"):
+        evaluate_target(str(tmp_path / "run"), config=None, overrides=[])
+    record.unlink()
+    evaluate_target(str(tmp_path / "run"), config=None, overrides=[])

@@ -7,14 +7,15 @@ Accepted shapes of a record:
 - `instruction` and `output`: with an optional `input`, which is written below the instruction.
 
 Each may come with `system` (text), `history` (pairs of question and answer), `tools` (JSON schemas)
-and `chat_template_kwargs` (variables of the template).
+and `chat_template_kwargs` (variables of the template). A `label` that is false, as in data for KTO,
+makes a bad record, and so does a `weight` of 0.
 
 What a record says is learnt, or the record is refused: whether the template writes something is
 found by leaving it out and rendering again.
 """
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,7 +23,11 @@ from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.columns import (
     column,
+    is_switched_on,
     other_case,
+    other_names,
+    require_some_text,
+    switches,
     text_column,
     unused_columns,
     unused_notes,
@@ -64,6 +69,7 @@ class Reading(NamedTuple):
     shape: str
     columns: Mapping[str, str]  # what this format calls a column -> what these records call it
     used: frozenset[str]  # columns that are read if a record has them
+    switches: tuple[str, ...] = ()  # other columns, which may say that a record is not learnt
 
 
 class ChatFormat:
@@ -121,10 +127,12 @@ class ChatFormat:
 
     def _read(self, record: Record) -> tuple[Dialog, set[str]]:
         """Return the conversation, and what the record says that is not used."""
+        require_some_text(record)
         reading = self._reading(record)
         columns = reading.columns
         messages, muted = _READERS[reading.shape](record, columns)
-        unused = unused_columns(record, reading.used - _unread(record, reading))
+        on = {name for name in reading.switches if is_switched_on(name, record[name])}
+        unused = unused_columns(record, (reading.used | on) - _unread(record, reading))
         history = _history(record, columns)
         messages, muted = [*history, *messages], {len(history) + i for i in muted}
         has_system = columns.get("system", "system") in record
@@ -240,14 +248,16 @@ class ChatFormat:
         The config's names of columns are for records that have one of these columns.
         """
         given = self.given if set(names) & set(self.given.values()) else {}
-        columns = {**other_case(filled, _NAMES), **given}
+        others = {name: own for name, own in other_names(filled).items() if name not in filled}
+        columns = {**others, **other_case(filled, _NAMES), **given}
         fitting = _fitting(columns, filled)
         if not fitting:
             columns = {**usual_columns(names), **columns}
             fitting = _fitting(columns, filled)
         if not fitting:
-            return _reading_of(self.shape, self.columns)
-        return _reading_of(self.shape if self.shape in fitting else fitting[0], columns)
+            return _reading_of(self.shape, self.columns, filled)
+        shape = self.shape if self.shape in fitting else fitting[0]
+        return _reading_of(shape, columns, filled)
 
     def _require_answer(self, dialog: Dialog) -> None:
         if not dialog.answers:
@@ -263,11 +273,12 @@ def _fitting(columns: Mapping[str, str], filled: Container[str]) -> list[str]:
     ]
 
 
-def _reading_of(shape: str, columns: Mapping[str, str]) -> Reading:
+def _reading_of(shape: str, columns: Mapping[str, str], filled: Sequence[str]) -> Reading:
     names = {*CHAT_SHAPES[shape], *CHAT_OPTIONAL}
     if shape != "instruction":
         names -= {*_INPUTS}
-    return Reading(shape, columns, frozenset(columns.get(name, name) for name in names))
+    used = frozenset(columns.get(name, name) for name in names)
+    return Reading(shape, columns, used, tuple(n for n in switches(filled) if n not in used))
 
 
 def _optional(record: Record, name: str, columns: Mapping[str, str]) -> Any:

@@ -16,6 +16,14 @@ _ANSWERED = (
     *("gpt", "bot", "target", "targets"),
 )
 
+_OTHER_NAMES = {"systemprompt": "system", "systemmessage": "system", "functions": "tools"}
+_FALSE, _NOTHING = ("false",), ("false", "0", "0.0")
+_SWITCHED_OFF = {
+    **dict.fromkeys(("label", "kto_tag", "train"), _FALSE),
+    **dict.fromkeys(("weight", "loss_weight"), _NOTHING),
+}
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
 
 def column(record: Record, name: str, columns: Mapping[str, str]) -> Any:
     """Return the value of the column. Raises UserError if it is missing."""
@@ -26,6 +34,16 @@ def column(record: Record, name: str, columns: Mapping[str, str]) -> Any:
             f"{did_you_mean(given, record)}"
         )
     return record[given]
+
+
+def require_some_text(record: Record) -> None:
+    """Raise UserError for a record without any value, such as a row of a table with commas alone.
+
+    A record with one column or none is another mistake.
+    """
+    blank = all(v is None or (isinstance(v, str) and not v.strip()) for v in record.values())
+    if blank and len(record) > 1:
+        raise UserError("every column is empty. Remove the record, or set data.on_bad_record=drop")
 
 
 def text_column(record: Record, name: str, columns: Mapping[str, str]) -> str:
@@ -43,6 +61,38 @@ def other_case(given: Collection[str], known: Iterable[str]) -> dict[str, str]:
     missing = [name for name in known if name not in given]
     names = {name.strip().lower(): name for name in given} if missing else {}
     return {name: names[name] for name in missing if name in names}
+
+
+def other_names(given: Iterable[str]) -> dict[str, str]:
+    """Return the optional columns of chats that have another name: {"system": "system_prompt"}."""
+    names = {"".join(filter(str.isalnum, name.lower())): name for name in given}
+    return {ours: names[other] for other, ours in _OTHER_NAMES.items() if other in names}
+
+
+def switches(given: Iterable[str]) -> list[str]:
+    """Return the columns that may say of a record that it is not to be learnt."""
+    return [name for name in given if name.strip().lower() in (*_SWITCHED_OFF, *_MEDIA)]
+
+
+def is_switched_on(name: str, value: object) -> bool:
+    """Return whether a switch says that the record is learnt, and not something else.
+
+    Raises UserError if the record is not to be learnt, or is about images and the like.
+    """
+    kind, said = name.strip().lower(), str(value).strip().lower()
+    if kind in _MEDIA:
+        if value and not isinstance(value, str | int | float):
+            raise UserError(
+                f"the column {name!r} holds what a model of text cannot read. Leave the record "
+                "out, set data.on_bad_record=drop, or remove the column"
+            )
+        return False
+    if said in _SWITCHED_OFF[kind]:
+        raise UserError(
+            f"the column {name!r} is {value!r}, so the answer is not to be learnt. Leave the "
+            "record out, set data.on_bad_record=drop, or rename the column"
+        )
+    return said == "true" or (_SWITCHED_OFF[kind] is _NOTHING and said in ("1", "1.0"))
 
 
 def usual_columns(given: Iterable[str]) -> dict[str, str]:

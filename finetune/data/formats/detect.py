@@ -8,13 +8,14 @@ from difflib import get_close_matches
 
 from finetune.data.encoding.own import OwnFormat, Registered
 from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
-from finetune.data.formats.columns import other_case, usual_columns
+from finetune.data.formats.columns import column, other_case, usual_columns
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import (
     is_known_language,
     is_language,
     language_name,
     language_tag,
+    require_language,
 )
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
@@ -235,14 +236,16 @@ def _hint(record: Record, pairs: Mapping[str, str]) -> str:
             "tabs or bars instead"
         )
     known = sorted({name for shapes in SHAPES.values() for s in shapes.values() for name in s})
+    if record and all(name[:1] == name[-1:] == '"' for name in record):
+        return " If the file has its fields in quotation marks, name it .csv"
     for name in record:
-        if len(name) > 40 or len(name.split()) > 4:
+        if len(name) > 40 or len(name.split()) > 4 or name.endswith((".", "?", "!", "…")):
             return " If the file has no header line, add one with the names of its columns"
         if name not in known and (near := get_close_matches(name, known, n=1, cutoff=0.8)):
             return f" Rename the column {name!r}, or set data.columns={{{near[0]}: {name}}}"
     return (
         " If yours have other names, set data.columns, e.g. to {prompt: question, completion: "
-        "answer}"
+        "answer}; a table needs a header line"
     )
 
 
@@ -250,6 +253,7 @@ def _pair(
     shape: str, record: Record, columns: Mapping[str, str], languages: Languages
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return the keys or columns of the two sides of a pair, and their languages."""
+    _require_languages(record, columns, languages)
     if shape == "sides":
         if languages[0] is None or languages[1] is None:
             raise UserError(
@@ -264,7 +268,19 @@ def _pair(
         keys = {key: key for key in pair} if isinstance(pair, Mapping) else {}
     else:
         keys = _language_columns(record, columns, languages)
-    return _sides(keys, *languages)
+    sides, found = _sides(keys, *languages)
+    for side in sides if shape == "columns" else ():
+        column(record, side, {})
+    return sides, found
+
+
+def _require_languages(record: Record, columns: Mapping[str, str], languages: Languages) -> None:
+    """Raise UserError for a misspelt language, unless the data has this very name."""
+    pair = record.get(columns.get("translation", "translation"))
+    names = {*columns, *record, *(pair if isinstance(pair, Mapping) else ())}
+    for key, language in zip(("source_language", "target_language"), languages):
+        if language is not None and language not in names:
+            require_language(language, f"data.translation.{key}")
 
 
 def _language_columns(

@@ -4,12 +4,17 @@
 """
 
 import re
+from difflib import get_close_matches
 from functools import cache
 
 from langcodes import Language, tag_is_valid
 from language_data.names import TRIES, name_to_code, normalize_name
 
+from finetune.errors import UserError
+
 _MANY_SPEAKERS = 10_000_000
+_ENGLISH = "en/name_to_language"
+_NEAR, _SHORTEST = 0.83, 5  # how alike a misspelt name is, and its letters at least
 _OF_TEXTS = re.compile(r"(?<=.)[\s_]+(texts?|sentences?|phrases?|translations?|language)$", re.I)
 _VARIANT = re.compile(r"(.+?)\s*\((.+)\)")  # Portuguese (Brazil)
 
@@ -36,6 +41,22 @@ def is_language(text: str) -> bool:
 def is_known_language(text: str) -> bool:
     """Return whether a text is the code or the name of any language, however few speak it."""
     return _find(text) is not None
+
+
+def require_language(text: str, what: str) -> None:
+    """Raise UserError for a misspelt language, or for two small letters that are no code.
+
+    Any other name is taken as it is: it may be a language of its own, such as SQL.
+    """
+    if is_known_language(text):
+        return
+    name = normalize_name(text)
+    names = [known for known in TRIES[_ENGLISH] if len(known) >= _SHORTEST]
+    near = get_close_matches(name, names, n=5, cutoff=_NEAR) if len(name) >= _SHORTEST else []
+    if meant := next(filter(is_language, near), None):
+        raise UserError(f"{what} is {text!r}. Did you mean {language_name(meant)!r}?")
+    if re.fullmatch("[a-z]{2}", text.strip()):
+        raise UserError(f"{what} is {text!r}, which is the code of no language. Give its name")
 
 
 def _has_many_speakers(language: Language) -> bool:

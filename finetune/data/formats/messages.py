@@ -25,8 +25,8 @@ ROLES = {
 }
 """Name of a role -> what templates call it."""
 
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-SWITCHES = ("weight", "train", "training", "train_on_turn", "loss", "loss_mask")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts")
+SWITCHES = ("weight", "loss_weight", "train", "training", "train_on_turn", "loss", "loss_mask")
 """Keys that say whether an answer is learnt."""
 
 _SPOKEN = ("role", "from", "content", "value", "function_call", *THOUGHTS, *SWITCHES)

@@ -205,8 +205,8 @@ class ChatTemplate:
         if targets == "all":
             filled = self._filled(dialog)
             whole = self.render(dialog) if filled is None else filled[0]
-            for index in dialog.answers:
-                require_thoughts(dialog.messages[index], whole)
+            said = [m for i, m in enumerate(dialog.messages) if i not in dialog.muted]
+            require_texts(said, whole)
             return [Draft(whole, spans=self._all_but_muted(dialog, whole))]
         whole, turns = self._filled(dialog) or self._turns(dialog)
         if all(whole.startswith(turn.learnt) for turn in turns):
@@ -217,7 +217,9 @@ class ChatTemplate:
     def _turns(self, dialog: Dialog) -> tuple[str, list[Turn]]:
         """Return the whole conversation, and the answers that are learnt in their places."""
         whole = self.render(dialog)
-        return whole, [self.turn(dialog, i, whole) for i in dialog.answers]
+        turns = [self.turn(dialog, i, whole) for i in dialog.answers]
+        require_texts([m for m in dialog.messages if m["role"] == "user"], whole)
+        return whole, turns
 
     def _filled(self, dialog: Dialog) -> tuple[str, list[Turn]] | None:
         """Return what `_turns` returns by a pattern (see `patterns`); None if there is none."""
@@ -262,7 +264,7 @@ class ChatTemplate:
                 "the chat template leaves out the assistant's answer "
                 f"{str(dialog.messages[index].get('content'))[:60]!r}"
             )
-        require_thoughts(dialog.messages[index], text[len(prompt) :])
+        require_texts([dialog.messages[index]], text[len(prompt) :])
         return Turn(prompt, text, end, content_end)
 
     @cached_property
@@ -304,20 +306,30 @@ def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
     return messages if isinstance(messages, Dialog) else Dialog(messages)
 
 
-def require_thoughts(answer: Message, written: str) -> None:
-    """Raise UserError if thoughts of an answer are not in what is written of it.
+def require_texts(messages: Sequence[Message], written: str) -> None:
+    """Raise UserError if a text of users or assistants, or thoughts of it, are not in `written`.
 
-    They are apart, or in its content.
+    Thoughts are apart, or in the content. White space does not count.
     """
-    content = str(answer.get("content") or "")
-    thoughts = [str(answer.get("reasoning_content") or "")]
-    if "</think>" in content:
-        thoughts.append(content.split("</think>")[0].split("<think>")[-1])
-    for text in thoughts:
-        if "".join(text.split()) not in "".join(written.split()):
+    squeezed = "".join(written.split())
+    for message in messages:
+        content = str(message.get("content") or "")
+        thoughts = [str(message.get("reasoning_content") or "")]
+        if "</think>" in content and message["role"] == "assistant":
+            thoughts.append(content.split("</think>")[0].split("<think>")[-1])
+            content = content.split("</think>")[-1]
+        for text in thoughts:
+            if "".join(text.split()) not in squeezed:
+                raise UserError(
+                    "the chat template leaves out the thoughts of an answer, "
+                    f"{text.strip()[:40]!r}. Use a template that writes them "
+                    "(model.chat_template), or remove them"
+                )
+        is_checked = message["role"] in ("user", "assistant")
+        if is_checked and "".join(content.split()) not in squeezed:
             raise UserError(
-                f"the chat template leaves out the thoughts of an answer, {text.strip()[:40]!r}. "
-                "Use a template that writes them (model.chat_template), or remove them"
+                f"the chat template does not write the {message['role']}'s text as it is, "
+                f"{content.strip()[:40]!r}. Use a template that does (model.chat_template)"
             )
 
 

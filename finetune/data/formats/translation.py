@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from finetune.data.encoding.drafts import Draft, TextEncoder
-from finetune.data.formats.columns import column, unused_columns, unused_notes
+from finetune.data.formats.columns import column, require_some_text, unused_columns, unused_notes
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import base_language, language_name
 from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
@@ -189,6 +189,7 @@ class TranslationFormat:
         return template.format(source=text, source_language=first, target_language=second, **names)
 
     def _pair(self, record: Record) -> tuple[str, str]:
+        require_some_text(record)
         sides = record if self.pair_column is None else column(record, self.pair_column, {})
         if not isinstance(sides, Mapping):
             raise UserError(

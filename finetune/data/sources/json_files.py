@@ -39,17 +39,45 @@ class CheckedJsonLines(JsonLines):
                     yield lines.number, "is another line now"
 
 
+def looks_like_json(line: str) -> bool:
+    """Return whether the first line of a file begins records of JSON."""
+    text = line.strip()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text in ("[", "{", "[{")
+    return isinstance(value[0] if isinstance(value, list) and value else value, dict)
+
+
+def _may_be_json(text: str) -> bool:
+    """Return whether a line is a value of JSON, or begins one that is broken or goes on."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.startswith(("{", "["))
+    return True
+
+
 def is_document(file: Path) -> bool:
-    """Return whether a JSON file is one document, and not one object a line."""
+    """Return whether a JSON file is one document, and not one object a line.
+
+    Raises UserError for a file whose first lines are not JSON at all.
+    """
     with open_bytes(file) as stream:
         texts = (text for line in Lines(file, stream) if (text := line.strip()))
         first, second = next(texts, ""), next(texts, None)
     is_single = second is None
     is_json = kind_ending(file) == ".json"
+    if first and not any(map(_may_be_json, (first, second or ""))):
+        raise UserError(
+            f"{file} is no JSON: it begins with {first[:40]!r}. If it is a table, name it .csv or "
+            ".tsv, and if it is text, .txt"
+        )
     if not first.startswith(("{", "[")):
         return False
     try:
-        return isinstance(json.loads(first), list) or (is_json and is_single)
+        is_list = isinstance(json.loads(first), list)
+        return is_single and (is_list or is_json)
     except json.JSONDecodeError as error:
         if second is not None and first.startswith("{") and isinstance(_read(second), dict):
             return False  # the first of many lines is broken

@@ -383,7 +383,8 @@ def _explanation(label: str, error: Exception) -> str:
             f"{label}: its rows do not have the same columns ({first}; further on {other}). Put "
             "each kind into files of its own, and list these as several sources"
         )
-    if "corresponds to no data" in message:
+    no_rows = "corresponds to no data", "BatchSize must be greater than 0"  # the latter of Parquet
+    if any(said in message for said in no_rows):
         return f"{label} is empty: it has no rows"
     message = message[:1].lower() + message[1:]
     if found := re.match(r"arrow type (.+) does not have a datasets dtype", message):

@@ -2,7 +2,7 @@
 
 Every value is the text in the file. CSV is read as RFC 4180 has it, with commas, semicolons, tabs
 or bars. In TSV a quotation mark is plain text, unless the whole file is exactly what a program
-writes that puts fields in quotation marks.
+writes that puts fields in quotation marks: Excel, R, pandas.
 """
 
 import csv
@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from finetune.data.sources.files import Lines, open_bytes, without_end
+from finetune.data.sources.json_files import looks_like_json
 from finetune.errors import UserError
 
 _SEPARATORS = {"csv": ",;\t|", "tsv": "\t,;|"}  # tried in this order
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?')  # Excel's own first line
+_NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|NA|NaN|[-+]?Inf|TRUE|FALSE", re.I)  # R's
 _ESCAPE = "\ufdd0"  # before 1: a lone \r, which the csv module would take for the end of a row
 
 
@@ -72,7 +74,10 @@ def read_layout(file: Path, kind: str) -> TableLayout:
     Raises UserError if the header cannot be read, or names a column twice.
     """
     with open_bytes(file) as stream:
-        said = _SEPARATOR_LINE.fullmatch(without_end(next(Lines(file, stream), "")))
+        first = without_end(next(Lines(file, stream), ""))
+    if looks_like_json(first):
+        raise UserError(f"{file} holds JSON, and its name says {kind}. Name it .jsonl")
+    said = _SEPARATOR_LINE.fullmatch(first)
     separators = said[1] if said is not None else _SEPARATORS[kind]
     is_quoted = kind == "csv" or _is_quoted(file)
     layouts = [(separator, is_quoted or separator != "\t") for separator in separators]
@@ -170,11 +175,11 @@ def _quote_problem(where: str, problem: str) -> str:
 
 
 def _is_quoted(file: Path) -> bool:
-    """Return whether a TSV file is exactly what the csv module writes, with fields in quotes."""
+    """Return whether a TSV file is exactly what a program writes, with fields in quotes."""
     with open_bytes(file) as stream:
         if not any(line.startswith('"') or '\t"' in line for line in Lines(file, stream)):
             return False
-    styles: set[Literal[0, 1]] = {csv.QUOTE_MINIMAL, csv.QUOTE_ALL}
+    styles = [_by_need, _all, _as_excel, _as_r]
     with open_bytes(file) as stream:
         taken: list[str] = []
         rows = csv.reader(_kept(Lines(file, stream), taken), delimiter="\t", strict=True)
@@ -182,7 +187,7 @@ def _is_quoted(file: Path) -> bool:
             for fields in rows:
                 text = without_end("".join(taken))
                 taken.clear()
-                styles = {style for style in styles if not text or _written(fields, style) == text}
+                styles = [write for write in styles if not text or write(fields) == text]
                 if not styles:
                     return False
         except csv.Error:
@@ -196,7 +201,26 @@ def _kept(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
         yield line
 
 
-def _written(fields: list[str], style: Literal[0, 1]) -> str:
+def _by_need(fields: list[str], quoting: Any = csv.QUOTE_MINIMAL) -> str:
+    """Return the line that the csv module writes."""
     text = io.StringIO()
-    csv.writer(text, delimiter="\t", quoting=style, lineterminator="\r\n").writerow(fields)
+    csv.writer(text, delimiter="\t", quoting=quoting, lineterminator="\r\n").writerow(fields)
     return text.getvalue().removesuffix("\r\n")
+
+
+def _all(fields: list[str]) -> str:
+    return _by_need(fields, csv.QUOTE_ALL)
+
+
+def _as_excel(fields: list[str]) -> str:
+    """Return the line that Excel writes: also a field with a comma is in quotation marks."""
+    return "\t".join(_quoted(field) if set('",\t\r\n') & set(field) else field for field in fields)
+
+
+def _as_r(fields: list[str]) -> str:
+    """Return the line that R writes: all but numbers is in quotation marks."""
+    return "\t".join(field if _NUMBER.fullmatch(field) else _quoted(field) for field in fields)
+
+
+def _quoted(field: str) -> str:
+    return '"' + field.replace('"', '""') + '"'

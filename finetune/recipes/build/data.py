@@ -15,8 +15,10 @@ from finetune.data.encoding.own import OwnFormat
 from finetune.data.encoding.store import EntryDraft, Store
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import FormatOptions, build_format
+from finetune.data.formats.languages import language_name
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
+from finetune.data.formats.translation import TranslationFormat
 from finetune.data.sources import (
     Records,
     RecordStream,
@@ -32,6 +34,7 @@ from finetune.errors import UserError
 from finetune.evaluation.answers import TOOL_CALLS
 from finetune.models.describe import context_length
 from finetune.models.gguf import cache_dir
+from finetune.recipes.build.look import require_no_other_kind
 
 STREAM_SAMPLE = 1000  # records of a stream that are read in advance
 ADVANCE = 1000  # records between two moves of the progress bar
@@ -60,6 +63,7 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
 
     Raises UserError if a source cannot be read, or if too little is left to train on.
     """
+    require_no_other_kind(config)
     if config.streaming:
         if config.validation is None and config.validation_fraction != 0:
             raise UserError(
@@ -147,6 +151,13 @@ def format_options(config: DataSection) -> FormatOptions:
         refuse_control_tokens=config.control_tokens == "refuse",
         merge_turns=config.merge_turns,
     )
+
+
+def format_in_words(format: Format) -> str:
+    """Return the format's name; of translations also the languages, as the data may name others."""
+    if not isinstance(format, TranslationFormat):
+        return format.name
+    return f"{format.name} ({' and '.join(map(language_name, format.languages))})"
 
 
 def overlong_of(config: DataSection, format: Format) -> str:

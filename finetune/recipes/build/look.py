@@ -6,7 +6,7 @@ passes may still be wrong: names on the hub and the values of options need these
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,19 +14,23 @@ from typing import Any
 import yaml
 
 from finetune.config import RunConfig, load_config
-from finetune.config.loading import make_config
+from finetune.config.loading import make_config, validate
 from finetune.config.other_tools import ALIASES
-from finetune.config.schema import DataSection, SourceSection
+from finetune.config.schema import DataSection, GenerationSection, SourceSection
 from finetune.config.yaml12 import parse
 from finetune.data.formats.detect import find_shape
+from finetune.data.formats.languages import language_tag, require_language
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, local_files
-from finetune.data.sources.peek import first_record
+from finetune.data.sources.peek import first_record, require_plain_text
 from finetune.errors import UserError
 from finetune.models.locate import find_local
 from finetune.optim.registry import check_names, optimizer_info
+from finetune.run.claim import check_claim, is_held
 from finetune.run.files import path_of
-from finetune.run.folder import RunDir
+from finetune.run.folder import RunDir, no_checkpoint
+from finetune.run.marker import read_marker
+from finetune.run.records import DataCounts
 
 
 def look_at(config: RunConfig) -> None:
@@ -39,11 +43,39 @@ def look_at(config: RunConfig) -> None:
 def _look_at_files(config: RunConfig) -> None:
     if config.model.name is not None and config.model.tokenizer is None:
         find_local(config.model.name)
+    template = config.model.chat_template
+    if template not in (None, "chatml") and not path_of(template).is_file():
+        raise UserError(
+            f'model.chat_template {template!r} is neither "chatml" nor a file. Give chatml, or the '
+            "path of a Jinja file"
+        )
     data = config.data
     for sources in (data.train, data.validation, data.test, data.unrelated):
         for source in sources or ():
             _files_of(source)
+    require_no_other_kind(data)
     _check_columns(data)
+
+
+def look_at_start(config: RunConfig, resume: str | None) -> None:
+    """Raise UserError if a run cannot begin in its folder, or if `--resume` names nothing."""
+    run = RunDir(config.output_dir)
+    marker = read_marker(run.root)
+    if is_held(run.root) or (marker is not None and marker.emptying):
+        return  # said when the folder is locked, or finished then
+    check_claim(run.root, "run", run.written())
+    if resume is None and run.has_started() and not config.overwrite_output_dir:
+        raise another_run(run)
+    if resume not in (None, "auto") and not (folder := path_of(resume)).is_dir():
+        raise no_checkpoint(folder, run.checkpoints)
+
+
+def another_run(run: RunDir) -> UserError:
+    """Return the mistake of a run that is to begin in the folder of another one."""
+    return UserError(
+        f"{run.root} holds another run. Continue it with --resume auto, name another output_dir, "
+        "or set overwrite_output_dir=true to delete it"
+    )
 
 
 def look_at_search(path: Path, overrides: Sequence[str], *, key: str) -> None:
@@ -153,6 +185,106 @@ def look_at_target(target: str) -> RunDir | None:
     return run
 
 
+def look_at_use(
+    target: str, settings: Mapping[str, Any], *, trust: bool = False
+) -> tuple[RunDir | None, RunConfig | None]:
+    """Return the run that `target` names, and its config; None for a model.
+
+    Raises UserError as `look_at_target` does, and for generation settings that are not allowed.
+    """
+    run = look_at_target(target)
+    config = None if run is None else load_config(run.config, trusting(trust))
+    changed_generation(config, settings)
+    return run, config
+
+
+def look_at_evaluation(
+    target: str, path: Path | None, overrides: Sequence[str], *, trust: bool
+) -> None:
+    """Raise UserError as `look_at_target` and `look_at` do, and if there is no data to score.
+
+    The arguments are those of `evaluation_config`.
+    """
+    config = evaluation_config(target, look_at_target(target), path, overrides, trust=trust)
+    look_at(config)
+    data = config.data
+    if data.test is None and data.validation is None and data.validation_fraction == 0:
+        raise no_held_out_data()
+
+
+def evaluation_config(
+    target: str, run: RunDir | None, path: Path | None, overrides: Sequence[str], *, trust: bool
+) -> RunConfig:
+    """Return the config that has the data to evaluate `target` on: that at `path`, or the run's.
+
+    Raises UserError if there is neither.
+    """
+    if path is not None:
+        return load_config(path, overrides)
+    if run is not None:
+        return load_config(run.config, [*trusting(trust), *overrides])
+    raise UserError(
+        f"{target} is a model, not a run, so no data is known to evaluate it on. Give --config FILE"
+    )
+
+
+def no_held_out_data() -> UserError:
+    """Return the mistake of an evaluation without data."""
+    return UserError(
+        "the config names no held-out data. "
+        "Set data.test, data.validation or data.validation_fraction"
+    )
+
+
+def trusting(trust: bool) -> list[str]:
+    """Return the overrides of a run's own config; `trust`: the model's code may run."""
+    return ["model.trust_remote_code=true"] if trust else []
+
+
+def changed_generation(config: RunConfig | None, given: Mapping[str, Any]) -> GenerationSection:
+    """Return the generation section of a run, or the defaults, changed by `given`.
+
+    Raises UserError for a value that is not allowed.
+    """
+    section = config.generation if config is not None else GenerationSection()
+    return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
+
+
+def languages_asked(
+    run: RunDir | None, config: RunConfig | None, source: str | None, to: str | None
+) -> tuple[str, str]:
+    """Return the languages of a translation, by the names that the run's data has for them.
+
+    By default they are those of the run, in the direction that it was trained in. Raises UserError
+    if they are not known.
+    """
+    trained = trained_languages(run)
+    if config is not None and config.data.translation.direction == "backward":
+        trained = trained[::-1]
+    if trained:
+        source = trained[0] if source is None else _as_trained(source, trained)
+        to = trained[1] if to is None else _as_trained(to, trained)
+    if source is None or to is None:
+        raise UserError(
+            "the languages are not known. Give --from and --to, such as --from en --to fr"
+        )
+    for option, language in (("--from", source), ("--to", to)):
+        if language not in trained:
+            require_language(language, option)
+    return source, to
+
+
+def trained_languages(run: RunDir | None) -> Sequence[str]:
+    """Return the two languages that a run was trained on; none if that is not known."""
+    return (DataCounts.read(run).languages or ()) if run is not None else ()
+
+
+def _as_trained(language: str, trained: Sequence[str]) -> str:
+    """Return the name that the run's data has for a language, or the one given."""
+    same = [name for name in trained if language_tag(name) == language_tag(language)]
+    return same[0] if same else language
+
+
 def look_at_texts(texts: object, *, input: Path | None, output: Path | None) -> None:
     """Raise UserError for arguments of a translation that contradict each other."""
     if texts and input is not None:
@@ -163,6 +295,10 @@ def look_at_texts(texts: object, *, input: Path | None, output: Path | None) -> 
         raise UserError(f"the input {input} is not a file (looked in {Path.cwd()})")
     if output is not None and output.exists():
         raise UserError(f"{output} already exists. Name another --output, or delete it")
+    if output is not None and not os.access(folder := output.absolute().parent, os.W_OK):
+        raise UserError(
+            f"{output} cannot be written: {folder} is no folder to write to. Name another --output"
+        )
 
 
 def look_at_export(target: str, dest: Path, checkpoint: Path | None) -> RunDir | None:
@@ -195,6 +331,13 @@ def look_at_export(target: str, dest: Path, checkpoint: Path | None) -> RunDir |
             "or name one of its checkpoints with --checkpoint"
         )
     return run
+
+
+def require_no_other_kind(data: DataSection) -> None:
+    """Raise UserError if a text file of the data is a table or JSON, and nobody says it is text."""
+    for source in (*data.train, *(data.validation or ()), *(data.test or ())):
+        if data.format == "auto":
+            require_plain_text(_files_of(source))
 
 
 def _files_of(source: SourceSection) -> list[Path]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from finetune.config import RunConfig, load_config
-from finetune.config.loading import validate
 from finetune.config.schema import GenerationSection
 from finetune.data.formats.rendering import ChatTemplate, TemplateSettings
 from finetune.data.sources.files import BOM
@@ -16,7 +15,7 @@ from finetune.display import Display
 from finetune.errors import UserError, is_terminal
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import fit_to_tokenizer, load_tokenizer, set_template
-from finetune.recipes.build.look import look_at_target
+from finetune.recipes.build.look import changed_generation, look_at_target, trusting
 from finetune.recipes.build.model import in_float32, load_trained, make_model, make_tokenizer
 from finetune.run.folder import RunDir
 from finetune.run.records import DataCounts
@@ -62,13 +61,7 @@ class Opened:
 
         Raises UserError for a value that is not allowed.
         """
-        section = self.config.generation if self.config is not None else GenerationSection()
-        return validate(GenerationSection, {**section.model_dump(), **given}, where="generation")
-
-
-def trusting(trust: bool) -> list[str]:
-    """Return the overrides of a run's own config; `trust`: the model's code may run."""
-    return ["model.trust_remote_code=true"] if trust else []
+        return changed_generation(self.config, given)
 
 
 def open_target(target: str, *, trust: bool = False) -> Opened:

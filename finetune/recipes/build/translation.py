@@ -1,14 +1,9 @@
 """How an opened run is asked to translate: in the words and the direction of its training."""
 
-from collections.abc import Sequence
-
-from finetune.data.formats.languages import language_tag
 from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
-from finetune.errors import UserError
+from finetune.recipes.build.look import languages_asked, trained_languages
 from finetune.recipes.build.target import Opened
-from finetune.run.folder import RunDir
-from finetune.run.records import DataCounts
 
 
 def translation_format(
@@ -25,16 +20,7 @@ def translation_format(
     `system_prompt`: None for that of the run, "" for the usual instruction.
     """
     data = opened.config.data if opened.config is not None else None
-    trained = trained_languages(opened.run)
-    if data is not None and data.translation.direction == "backward":
-        trained = trained[::-1]
-    if trained:
-        source = trained[0] if source is None else _as_trained(source, trained)
-        to = trained[1] if to is None else _as_trained(to, trained)
-    if source is None or to is None:
-        raise UserError(
-            "the languages are not known. Give --from and --to, such as --from en --to fr"
-        )
+    languages = languages_asked(opened.run, opened.config, source, to)
     system = data.system_prompt if data is not None else None
     if system_prompt is not None:
         system = system_prompt or None
@@ -42,19 +28,13 @@ def translation_format(
         display.say(f"system prompt of the run: {system} (--system changes it)")
     return TranslationFormat(
         tokenizer=opened.tokenizer,
-        languages=(source, to),
+        languages=languages,
         direction="forward",
         template=data.translation.template if data is not None else None,
         targets="assistant",
         system_prompt=system,
         settings=opened.template_settings,
     )
-
-
-def _as_trained(language: str, trained: Sequence[str]) -> str:
-    """Return the name that the run's data has for a language, or the one given."""
-    same = [name for name in trained if language_tag(name) == language_tag(language)]
-    return same[0] if same else language
 
 
 def note_other_direction(opened: Opened, format: TranslationFormat, display: Display) -> None:
@@ -64,11 +44,6 @@ def note_other_direction(opened: Opened, format: TranslationFormat, display: Dis
         learnt = " and ".join(" → ".join(direction) for direction in directions)
         remedy = " (see data.translation.direction)" * (format.languages[::-1] in directions)
         display.say(f"note: this run learnt {learnt}, not {' → '.join(format.languages)}{remedy}")
-
-
-def trained_languages(run: RunDir | None) -> Sequence[str]:
-    """Return the two languages that a run was trained on; none if that is not known."""
-    return (DataCounts.read(run).languages or ()) if run is not None else ()
 
 
 def learnt_directions(opened: Opened) -> list[tuple[str, str]]:

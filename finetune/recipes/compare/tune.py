@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -77,7 +78,7 @@ def tune_optimizer(
         _print_runs(name, runs, best, trials * max(1, len(decays)))
         display.say(
             f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
-            f"Go on with: finetune train {chosen}"
+            f"Go on with: finetune train {quote(str(chosen))}"
         )
         return "finished"
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -76,6 +77,5 @@ def report_rounding(
     )
     for sentence in unlike_transformers(source.tokenizer):
         display.note(sentence)
-    display.say(
-        f"run it: ollama create {source.name} -f {dest / MODELFILE}, or llama-cli -m {file}"
-    )
+    name, made, typed = (quote(str(each)) for each in (source.name, dest / MODELFILE, file))
+    display.say(f"run it: ollama create {name} -f {made}, or llama-cli -m {typed}")

@@ -10,6 +10,7 @@ Each process is `python -m finetune.recipes.train.worker`.
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -34,8 +35,15 @@ SAVING_TIME = 600  # seconds that the processes have to save after a signal, bef
 SAME_EVENT = 10.0  # seconds: what fails later was ended by the launcher
 
 
+_LOST = re.compile(r"connection|socket|gloo|nccl", re.I)  # what fails if another process ended
+
+
 class ProcessFailed(RuntimeError):
     """The end of a run in which a process died or raised. The message names the process."""
+
+
+class StopFailed(ProcessFailed):
+    """An error while the processes saved after a signal, so there is no restart."""
 
 
 def launch_training(
@@ -75,7 +83,7 @@ def launch_training(
             return _launch(task, count)
         except ProcessFailed as error:
             newest = newest_checkpoint(checkpoints)
-            if restart < restarts:
+            if restart < restarts and not isinstance(error, StopFailed):
                 display.say(
                     f"{error}; restart {restart + 1} of {restarts}, from "
                     f"{newest or 'the beginning'}"
@@ -132,10 +140,7 @@ def _launch_with(task: Mapping[str, Any], count: int, logs: Path) -> Literal["fi
                 "-m", "finetune.recipes.train.worker", json.dumps(task)
             )
     except SignalException:
-        for file in sorted(logs.rglob("error.json")):
-            kind, _, sentence = json.loads(file.read_bytes())["message"]["message"].partition(": ")
-            if kind == UserError.__name__:  # such as a disk that refuses the last checkpoint
-                raise UserError(sentence) from None
+        _raise_recorded(logs)
         return "signal"
     except ChildFailedError as error:
         rank, failure = root_cause(error.failures)
@@ -148,6 +153,23 @@ def _launch_with(task: Mapping[str, Any], count: int, logs: Path) -> Literal["fi
             f"process {rank} (of 0 to {count - 1}) {_what_happened(failure)}"
         ) from None
     return "finished"
+
+
+def _raise_recorded(logs: Path) -> None:
+    """Raise what went wrong after a signal, such as a disk that refuses the last checkpoint.
+
+    An error that follows from the end of another process does not count.
+    """
+    recorded = [json.loads(file.read_bytes()) for file in sorted(logs.rglob("error.json"))]
+    for record in recorded:
+        kind, _, sentence = record["message"]["message"].partition(": ")
+        if kind == UserError.__name__:
+            raise UserError(sentence) from None
+    for record in recorded:
+        said = record["message"]["message"]
+        if not _LOST.search(said):
+            print(record["message"]["extraInfo"]["py_callstack"], file=sys.stderr, end="")
+            raise StopFailed(f"the run could not be saved when it was stopped: {said}") from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.models.locate import find_local
+from finetune.recipes.build.look import another_run
 from finetune.recipes.build.material import with_template_date
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.build.size import batch_size_of, with_size_of
@@ -64,10 +65,7 @@ def find_start(
         check_replaceable(run.model)
         _check_inputs(run, config)
         if run.has_started() and not resuming and not config.overwrite_output_dir:
-            raise UserError(
-                f"{run.root} holds another run. Continue it with --resume auto, name another "
-                "output_dir, or set overwrite_output_dir=true to delete it"
-            )
+            raise another_run(run)
     accelerator.wait_for_everyone()
     return checkpoint, resuming
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -288,5 +289,6 @@ def _trackers(parts: Parts, run: RunDir, first: int | None) -> tuple[Listener, .
     options = {} if first is None else {"tensorboard": {"purge_step": first}}
     parts.accelerator.init_trackers(run.root.name, config=settings, init_kwargs=options)
     if "tensorboard" in parts.config.tracking:
-        parts.display.say(f"to see the curves: tensorboard --logdir {run.root / TRACKING}")
+        folder = quote(str(run.root / TRACKING))
+        parts.display.say(f"to see the curves: tensorboard --logdir {folder}")
     return (lambda record: parts.accelerator.log(tracker_values(record), step=record.step),)
