@@ -115,7 +115,7 @@ def key_of_option(option: str) -> str:
 
 def unknown_key(key: str, leaf: str, known: Sequence[str]) -> str:
     """Return the sentence for a key that is none; `leaf` is its last part."""
-    if ":" in leaf:
+    if ":" in str(leaf):
         return _glued(key, leaf)
     if leaf in NOT_ALIASES:
         return f"{key!r} is not a key here. {NOT_ALIASES[leaf]}"

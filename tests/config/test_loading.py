@@ -142,6 +142,7 @@ def test_names_without_an_equal_say_what_to_write(name):
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
+        ("training: {1: 2}", [], "training: 1 is not a key"),
         (
             "trainig: {}",
             [],

@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
         "the column 'label' is False, so the answer is not to be learnt",
     ),
     "a bad answer in a table": (
-        {"question": "2+2?", "answer": "5", "Label": "False"},
+        {"prompt": "2+2?", "completion": "5", "Label": "False"},
         "the column 'Label' is 'False', so the answer is not to be learnt",
     ),
     "a record of weight 0": (
@@ -423,6 +423,14 @@ def test_a_template_that_does_not_write_a_text_as_it_is_is_refused(
         format.examples(long)
 
 
+def test_a_switch_may_be_taken_out_of_a_question(make_tokenizer: MakeTokenizer) -> None:
+    said = "m['content'].replace('/no_think', '')"
+    tokenizer = make_tokenizer(stock.CHATML.replace("m['content']", said))
+    record = chat(user("What is 2+2? /no_think"), answer("4"))
+    for targets in ("assistant", "all"):
+        assert detected(tokenizer, record, targets=targets).examples(record)
+
+
 def test_white_space_around_a_text_may_be_left_out(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(stock.CHATML.replace("m['content']", "m['content'] | trim"))
     record = chat(user(" 2+2?\n"), answer(" 4 "))
@@ -444,11 +452,13 @@ def test_columns_and_keys_that_are_not_used_are_noted(qwen3: Any) -> None:
 
 
 def test_a_label_that_is_no_verdict_is_noted(qwen3: Any) -> None:
-    record = {"question": "2+2?", "answer": "4", "label": 0, "weight": 0.5, "image": "four.png"}
+    others = {"label": False, "weight": 0.5, "image": "four.png", "video": {"views": 3}}
+    others |= {"functions": ["sin"], "system_message": 7, "train": False}
+    record = {"question": "2+2?", "answer": "4", **others}
     format = detected(qwen3, record)
     assert learnt(format, record)[0] == [NO_THOUGHT + "4" + END]
     assert format.notes() == [
-        f"not used: the column {name!r} (1 record)" for name in ("image", "label", "weight")
+        f"not used: the column {name!r} (1 record)" for name in sorted(others)
     ]
 
 

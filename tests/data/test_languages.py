@@ -94,7 +94,9 @@ def test_a_misspelt_language_is_refused(
     assert f"data.translation.target_language is {MISSPELT[name]}" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["SQL", "Legalese", "plain English", "slang", "Klingonish"])
+@pytest.mark.parametrize(
+    "name", ["SQL", "Legalese", "plain English", "slang", "Spanglish", "portuguese_br"]
+)
 def test_a_language_of_ones_own_is_taken(name: str, make_tokenizer: MakeTokenizer) -> None:
     options = format_options(source_language="en", target_language=name)
     for record in ({"source": "a", "target": "b"}, {"translation": {"en": "a", name: "b"}}):

@@ -23,6 +23,7 @@ from finetune.data.encoding.drafts import Draft
 from finetune.data.formats.borders import encode_text
 from finetune.data.formats.columns import (
     column,
+    is_something_else,
     is_switched_on,
     other_case,
     other_names,
@@ -239,7 +240,11 @@ class ChatFormat:
 
         There the columns of other records are None.
         """
-        filled = tuple(name for name, value in record.items() if value is not None)
+        filled = tuple(
+            name
+            for name, value in record.items()
+            if value is not None and not is_something_else(name, value)
+        )
         return self._reading_with(tuple(record), filled)
 
     def _find_reading(self, names: tuple[str, ...], filled: tuple[str, ...]) -> Reading:

@@ -3,6 +3,7 @@
 `columns` maps what a format calls a column to what the data calls it, e.g. {"prompt": "question"}.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ _ANSWERED = (
 _OTHER_NAMES = {"systemprompt": "system", "systemmessage": "system", "functions": "tools"}
 _FALSE, _NOTHING = ("false",), ("false", "0", "0.0")
 _SWITCHED_OFF = {
-    **dict.fromkeys(("label", "kto_tag", "train"), _FALSE),
+    **dict.fromkeys(("label", "kto_tag"), _FALSE),
     **dict.fromkeys(("weight", "loss_weight"), _NOTHING),
 }
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -69,9 +70,22 @@ def other_names(given: Iterable[str]) -> dict[str, str]:
     return {ours: names[other] for other, ours in _OTHER_NAMES.items() if other in names}
 
 
-def switches(given: Iterable[str]) -> list[str]:
+def is_something_else(name: str, value: object) -> bool:
+    """Return whether a column that may be another name of `system` or `tools` is none of them."""
+    ours = _OTHER_NAMES.get("".join(filter(str.isalnum, name.lower())))
+    if ours == "tools" and not isinstance(value, str):
+        return not (isinstance(value, list) and all(isinstance(tool, Mapping) for tool in value))
+    if ours == "tools":
+        return not re.match(r"\s*(\[\s*[{\]]|$)", str(value))
+    return ours == "system" and not isinstance(value, str)
+
+
+def switches(given: Collection[str]) -> list[str]:
     """Return the columns that may say of a record that it is not to be learnt."""
-    return [name for name in given if name.strip().lower() in (*_SWITCHED_OFF, *_MEDIA)]
+    kinds = {*_SWITCHED_OFF, *_MEDIA}
+    if not {"prompt", "completion"} <= {*given}:  # else a label is a class, and not KTO's verdict
+        kinds.remove("label")
+    return [name for name in given if name.strip().lower() in kinds]
 
 
 def is_switched_on(name: str, value: object) -> bool:
@@ -81,7 +95,7 @@ def is_switched_on(name: str, value: object) -> bool:
     """
     kind, said = name.strip().lower(), str(value).strip().lower()
     if kind in _MEDIA:
-        if value and not isinstance(value, str | int | float):
+        if _holds_media(value):
             raise UserError(
                 f"the column {name!r} holds what a model of text cannot read. Leave the record "
                 "out, set data.on_bad_record=drop, or remove the column"
@@ -93,6 +107,15 @@ def is_switched_on(name: str, value: object) -> bool:
             "record out, set data.on_bad_record=drop, or rename the column"
         )
     return said == "true" or (_SWITCHED_OFF[kind] is _NOTHING and said in ("1", "1.0"))
+
+
+def _holds_media(value: object) -> bool:
+    """Return whether a column names or holds files; a single text may be a note about them."""
+    if isinstance(value, Mapping):
+        return any(value.get(key) is not None for key in ("bytes", "path", "url", "array"))
+    if isinstance(value, list):
+        return any(bool(item) and (isinstance(item, str) or _holds_media(item)) for item in value)
+    return isinstance(value, bytes)
 
 
 def usual_columns(given: Iterable[str]) -> dict[str, str]:

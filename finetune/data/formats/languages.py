@@ -14,7 +14,7 @@ from finetune.errors import UserError
 
 _MANY_SPEAKERS = 10_000_000
 _ENGLISH = "en/name_to_language"
-_NEAR, _SHORTEST = 0.83, 5  # how alike a misspelt name is, and its letters at least
+_NEAR, _SHORTEST = 0.88, 5  # how alike a misspelt name is, and its letters at least
 _OF_TEXTS = re.compile(r"(?<=.)[\s_]+(texts?|sentences?|phrases?|translations?|language)$", re.I)
 _VARIANT = re.compile(r"(.+?)\s*\((.+)\)")  # Portuguese (Brazil)
 

@@ -109,6 +109,8 @@ def _message(item: Mapping[str, object], number: int) -> Message:
     message["content"] = _text(content, number, role)
     thoughts = _one_of(item, THOUGHTS, number)
     if thoughts:
+        if not isinstance(thoughts, str):
+            raise UserError(f"the thoughts of message {number} must be text, not {thoughts!r:.40}")
         message["reasoning_content"] = thoughts
     if calls:
         message["tool_calls"] = read_calls(calls, f"message {number}")

@@ -309,7 +309,7 @@ def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
 def require_texts(messages: Sequence[Message], written: str) -> None:
     """Raise UserError if a text of users or assistants, or thoughts of it, are not in `written`.
 
-    Thoughts are apart, or in the content. White space does not count.
+    Thoughts are apart, or in the content. White space and a question's switches do not count.
     """
     squeezed = "".join(written.split())
     for message in messages:
@@ -325,12 +325,18 @@ def require_texts(messages: Sequence[Message], written: str) -> None:
                     f"{text.strip()[:40]!r}. Use a template that writes them "
                     "(model.chat_template), or remove them"
                 )
-        is_checked = message["role"] in ("user", "assistant")
-        if is_checked and "".join(content.split()) not in squeezed:
+        role = message["role"]
+        is_there = role not in ("user", "assistant") or "".join(content.split()) in squeezed
+        if not is_there and (role == "assistant" or _spoken(content) not in _spoken(written)):
             raise UserError(
                 f"the chat template does not write the {message['role']}'s text as it is, "
                 f"{content.strip()[:40]!r}. Use a template that does (model.chat_template)"
             )
+
+
+def _spoken(text: str) -> str:
+    """Return a text without white space and switches, such as /no_think."""
+    return "".join(re.sub(r"(?<!\S)/\w+|<\w+>", " ", text).split())
 
 
 def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:

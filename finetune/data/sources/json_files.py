@@ -6,6 +6,7 @@ A record is exactly the object in the file: no type is guessed, and no key is ad
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from finetune.data.sources.files import Lines, kind_ending, open_bytes
 from finetune.data.types import Record
 from finetune.errors import UserError
 
+_LOOKED_AT = 5  # lines
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where a text may have half of a surrogate pair
 
 
@@ -65,15 +67,15 @@ def is_document(file: Path) -> bool:
     """
     with open_bytes(file) as stream:
         texts = (text for line in Lines(file, stream) if (text := line.strip()))
-        first, second = next(texts, ""), next(texts, None)
+        first, second, *others = [*islice(texts, _LOOKED_AT), None, None]
     is_single = second is None
     is_json = kind_ending(file) == ".json"
-    if first and not any(map(_may_be_json, (first, second or ""))):
+    if first and not any(text and _may_be_json(text) for text in (first, second, *others)):
         raise UserError(
             f"{file} is no JSON: it begins with {first[:40]!r}. If it is a table, name it .csv or "
             ".tsv, and if it is text, .txt"
         )
-    if not first.startswith(("{", "[")):
+    if first is None or not first.startswith(("{", "[")):
         return False
     try:
         is_list = isinstance(json.loads(first), list)

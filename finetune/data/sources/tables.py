@@ -179,7 +179,7 @@ def _is_quoted(file: Path) -> bool:
     with open_bytes(file) as stream:
         if not any(line.startswith('"') or '\t"' in line for line in Lines(file, stream)):
             return False
-    styles = [_by_need, _all, _as_excel, _as_r]
+    styles, doubles = [_by_need, _all, _as_excel, _as_r], False
     with open_bytes(file) as stream:
         taken: list[str] = []
         rows = csv.reader(_kept(Lines(file, stream), taken), delimiter="\t", strict=True)
@@ -188,11 +188,12 @@ def _is_quoted(file: Path) -> bool:
                 text = without_end("".join(taken))
                 taken.clear()
                 styles = [write for write in styles if not text or write(fields) == text]
+                doubles |= any('"' in field for field in fields)
                 if not styles:
                     return False
         except csv.Error:
             return False
-    return True
+    return doubles or styles != [_as_excel]  # speech may have commas in it
 
 
 def _kept(lines: Iterable[str], taken: list[str]) -> Iterator[str]:

@@ -33,22 +33,30 @@ from finetune.run.marker import read_marker
 from finetune.run.records import DataCounts
 
 
-def look_at(config: RunConfig) -> None:
-    """Raise UserError for what is wrong with a config's optimizer, model folder or local data."""
+def look_at(config: RunConfig, *, trained: bool = False) -> None:
+    """Raise UserError for what is wrong with a config's optimizer, model folder or local data.
+
+    `trained`: the model comes with its chat template, so that the config's is not read.
+    """
     section = config.optimizer
     check_names(optimizer_info(section.name), section.options)
+    if not trained:
+        _look_at_template(config)
     _look_at_files(config)
 
 
-def _look_at_files(config: RunConfig) -> None:
-    if config.model.name is not None and config.model.tokenizer is None:
-        find_local(config.model.name)
+def _look_at_template(config: RunConfig) -> None:
     template = config.model.chat_template
     if template not in (None, "chatml") and not path_of(template).is_file():
         raise UserError(
             f'model.chat_template {template!r} is neither "chatml" nor a file. Give chatml, or the '
             "path of a Jinja file"
         )
+
+
+def _look_at_files(config: RunConfig) -> None:
+    if config.model.name is not None and config.model.tokenizer is None:
+        find_local(config.model.name)
     data = config.data
     for sources in (data.train, data.validation, data.test, data.unrelated):
         for source in sources or ():
@@ -206,7 +214,7 @@ def look_at_evaluation(
     The arguments are those of `evaluation_config`.
     """
     config = evaluation_config(target, look_at_target(target), path, overrides, trust=trust)
-    look_at(config)
+    look_at(config, trained=True)
     data = config.data
     if data.test is None and data.validation is None and data.validation_fraction == 0:
         raise no_held_out_data()
