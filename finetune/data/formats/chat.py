@@ -7,8 +7,8 @@ Accepted shapes of a record:
 - `instruction` and `output`: with an optional `input`, which is written below the instruction.
 
 Each may come with `system` (text), `history` (pairs of question and answer), `tools` (JSON schemas)
-and `chat_template_kwargs` (variables of the template). A `label` that is false, as in data for KTO,
-makes a bad record, and so does a `weight` of 0.
+and `chat_template_kwargs` (variables of the template). A `kto_tag` that is false makes a bad
+record. So do a `weight` of 0 and, beside `prompt` and `completion`, a false `label`.
 
 What a record says is learnt, or the record is refused: whether the template writes something is
 found by leaving it out and rendering again.
