@@ -91,6 +91,12 @@ def plan_layout(
     return Layout(groups)
 
 
+def max_together(length: int, heads: int, *, few_shapes: bool = True) -> int:
+    """Return how many examples of one length are a group at most."""
+    longest = _padded(length) if few_shapes else length
+    return max(1, SCORES // (longest * min(longest, QUERIES) * heads))
+
+
 def plan_tree_layout(
     reach: Sequence[int],
     positions: Sequence[int],

@@ -21,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from finetune.compute.attention import attend, is_fused
 from finetune.compute.gates import fuse_gates
-from finetune.compute.layout import Layout, plan_layout, plan_tree_layout
+from finetune.compute.layout import Layout, max_together, plan_layout, plan_tree_layout
 from finetune.compute.loss import FrozenRows
 from finetune.compute.norms import fuse_norms
 from finetune.compute.rotary import keep_texts_apart
@@ -173,6 +173,9 @@ def _layout_of(
     if mask is None or isinstance(mask, FakeTensor):
         if options.get("is_causal") is False:
             return None
+        if isinstance(query, FakeTensor) and not options.get("dropout"):
+            # the first group is the largest, and the others take their room after it
+            sequences = min(sequences, max_together(length, heads, few_shapes=few_shapes))
         return plan_layout([length] * sequences, heads, few_shapes=few_shapes)
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers
         positions = options.get("position_ids")

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from finetune.config.loading import make_config
-from finetune.data.batches.size import ENOUGH_STEPS, LARGEST
+from finetune.data.batches.size import ENOUGH_STEPS
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.sources import Records, count_held_out
 from finetune.data.types import Tokenizer
@@ -60,7 +60,9 @@ def init_config(
     tree["training"] = {"epochs": epochs_for((1 - held_out / records) * len(material.train))}
     described = describe_model(material.skeleton)
     tree["optimizer"] = {"lr": learning_rate(described["parameters"])}
-    tree["training"]["micro_batch_size"], fits = _micro_batch(tree, display)
+    size, fits = _micro_batch(tree, display)
+    if size is not None:
+        tree["training"]["micro_batch_size"] = size
     work = _planner(tree).work
     write_text(output, _as_text(tree, material, work, described["parameters"], held_out, output))
     display.say(
@@ -125,13 +127,18 @@ def _first_tree(
     return tree
 
 
-def _micro_batch(tree: dict[str, Any], display: Display) -> tuple[int, bool]:
-    """Return how many sequences of the largest step fit into memory at once, and if one does."""
-    for size in (8, 4, 2, 1):
+def _micro_batch(tree: dict[str, Any], display: Display) -> tuple[int | None, bool]:
+    """Return how many sequences of a step fit into memory at once, and if one does.
+
+    None: the whole step fits, and it is no larger than the usual micro-batch.
+    """
+    planner = _planner(tree)
+    whole, usual = planner.work.batch_size, planner.config.training.micro_batch_size
+    for size in (size for size in (8, 4, 2, 1) if size <= whole):
         display.say(f"working out the memory of {counted(size, 'sequence')} at once")
-        changes = {"batch_size": LARGEST, "micro_batch_size": size}
-        if _planner({**tree, "training": {**tree["training"], **changes}}).plan().fits:
-            return size, True
+        changed = {**tree, "training": {**tree["training"], "micro_batch_size": size}}
+        if _planner(changed).plan().fits:
+            return None if size == whole <= usual else size, True
     return 1, False
 
 
@@ -183,8 +190,11 @@ def _as_text(
         f"  epochs: {training['epochs']}",
         f"  batch_size: auto  # now {work.batch_size}: about "
         f"{counted(work.examples_per_step, 'example')} a step, and {work.num_steps:,} steps",
-        f"  micro_batch_size: {training['micro_batch_size']}  # sequences in memory at once",
     ]
+    if "micro_batch_size" in training:
+        lines.append(
+            f"  micro_batch_size: {training['micro_batch_size']}  # sequences in memory at once"
+        )
     return "\n".join(lines) + "\n"
 
 
