@@ -33,7 +33,7 @@ class RunResult:
     path: Path  # the run's folder
     model_path: Path | None  # a plain Hugging Face folder; None if the run was stopped by a signal
     stopped: Literal["finished", "early stopping", "signal"]
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # on held-out data, after training
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # on held-out data, of model_path
     metrics_before: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()  # answers to held-out prompts, of every evaluation
 

@@ -225,7 +225,7 @@ def _figures(records: RunRecords | None) -> list[dict[str, Any]]:
     if records is None or records.after is None:
         return []
     before = records.before.metrics if records.before is not None else None
-    after = (records.best or records.after).metrics
+    after = records.after.metrics
     return [
         {"name": metric.name, "before": metric.show(before), "after": metric.show(after)}
         for metric in METRICS

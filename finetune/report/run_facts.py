@@ -108,7 +108,10 @@ def verdict(run: RunRecords) -> str:
     if run.before is None:
         values = listed([f"{c.metric.name} {c.after}" for c in shown])
         return f"After step {run.after.step}: {values}."
-    return f"In {run.after.step:,} steps {listed([_in_words(change) for change in shown])}."
+    done, steps = run.after.step, run.steps[-1].step if run.steps else 0
+    is_last = not run.finished or done >= steps
+    how = f"In {done:,} steps" if is_last else f"By step {done:,} of {steps:,}, the best,"
+    return f"{how} {listed([_in_words(change) for change in shown])}."
 
 
 def _in_words(change: Change) -> str:
@@ -271,14 +274,17 @@ class SamplePair:
 
 
 def sample_pairs(run: RunRecords) -> tuple[list[SamplePair], int, int]:
-    """Return the samples of the first and of the last step that has any, and these two steps.
+    """Return the samples of the first step that has any and of the last, and these two steps.
 
-    The two steps are equal if only one step has samples.
+    The last one is that of the weights in model/, if it has some. The two steps are equal if only
+    one step has samples.
     """
     if not run.samples:
         return [], 0, 0
-    steps = [sample.step for sample in run.samples]
+    steps = {sample.step for sample in run.samples}
     first, last = min(steps), max(steps)
+    if run.finished and run.after is not None and run.after.step in steps:
+        last = run.after.step
     # The same prompt may occur twice, with different references: the reference is part of the key.
     by_step = {
         step: {(s.prompt, s.reference): s for s in run.samples if s.step == step}

@@ -162,7 +162,7 @@ class Evaluations(JsonRecord):
     file = "evaluation"
 
     before: Evaluation | None = None
-    after: Evaluation | None = None
+    after: Evaluation | None = None  # of the weights in model/, the best or the last ones
     best: Evaluation | None = None
     test: Mapping[str, Any] | None = None  # the figures on test data, measured after the run
     last_step: int | None = None  # at the run's end
@@ -285,7 +285,7 @@ class RunRecords:
     evaluations: list[Evaluation]  # in the order of steps
     samples: list[Sample]
     before: Evaluation | None  # before the first step
-    after: Evaluation | None  # the last one
+    after: Evaluation | None  # of the weights in model/; the last one of a run that goes on
     best: Evaluation | None
     test: Mapping[str, Any] | None  # on test data, after the run
     finished: bool

@@ -21,6 +21,7 @@ from finetune.config.loading import make_config
 from finetune.data.batches.steps import StepBatch
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.recipes.runs import print_runs
 from finetune.recipes.train.train import run_training
 from finetune.training.checkpoint import CheckpointStore, load
 from finetune.training.step import take_step
@@ -165,17 +166,29 @@ def test_lazy_and_dense_train_the_same_untied_model(tiny, tmp_path, name):
             assert (value - weights["False"][key]).abs().max() < 1e-5
 
 
-def test_early_stopping_keeps_the_best_model(tiny, tmp_path):
+def test_early_stopping_keeps_the_best_model(tiny, tmp_path, capsys):
+    """And all that speaks of the run has the figures of the model that it left."""
     tree = tiny(
         training={"max_steps": 40},
-        evaluation={"every": 2, "early_stopping_patience": 2},
-        optimizer={"lr": 1.0, "name": "adamw"},
+        evaluation={"before": True, "samples": 2, "every": 2, "early_stopping_patience": 2},
+        optimizer={"lr": 0.1, "name": "adamw"},
     )
     tree["training"]["divergence_threshold"] = 1e9
-    assert train(tree) == "early stopping"
-    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert summary["best"]["step"] < summary["after"]["step"] < 40
-    assert (tmp_path / "run" / "checkpoints" / f"step-{summary['best']['step']:08d}").is_dir()
+    assert run_training(make_config(tree), display=Display()) == "early stopping"
+    run = tmp_path / "run"
+    summary = json.loads((run / "evaluation.json").read_text())
+    best, last = summary["best"], summary["last_step"]
+    assert best["step"] < last < 40
+    assert (run / "checkpoints" / f"step-{best['step']:08d}").is_dir()
+    assert summary["after"] == best
+    said = capsys.readouterr().err
+    assert f"held-out after:  loss {best['loss']:.3f}" in said
+    assert f"(step {best['step']}, the best, in model/)" in said
+    report = (run / "report.html").read_text()
+    assert f"By step {best['step']} of {last}, the best, the held-out loss" in report
+    assert f"After {best['step']} steps" in report and f"After {last} steps" not in report
+    print_runs(tmp_path)
+    assert f"{best['loss']:.3f}" in capsys.readouterr().out
 
 
 def test_a_nan_stops_the_run_and_saves_the_batch(tiny, tmp_path):

@@ -56,14 +56,16 @@ class RunEvaluations:
             self.live_report.write()
         return results
 
-    def write_summary(self, *, best_step: int | None, last_step: int) -> Evaluations:
-        """Write and return the evaluations before, after, and the best one.
+    def write_summary(
+        self, *, best_step: int | None, model_step: int, last_step: int
+    ) -> Evaluations:
+        """Write and return the evaluations before, after (of the model that is kept), and the best.
 
         Evaluations from before a resume count too. Figures on test data stay if the others do:
         then the model is the one that they were measured on.
         """
         records = {**evaluations_by_step(self.run), **self.records}
-        before, after = records.get(0), records.get(last_step)
+        before, after = records.get(0), records.get(model_step)
         best = None if best_step is None else records.get(best_step)
         summary = Evaluations(before, after, best, last_step=last_step)
         try:
@@ -76,7 +78,13 @@ class RunEvaluations:
         summary.write(self.run)
         if before is not None and after is not None:
             self.display.say("held-out before: " + format_metrics(before.metrics))
-            self.display.say("held-out after:  " + format_metrics(after.metrics))
+            if after.step < last_step:
+                in_the_end = records[last_step]
+                self.display.say(
+                    f"held-out last:   {format_metrics(in_the_end.metrics)}  (step {last_step})"
+                )
+            kept = f"  (step {after.step}, the best, in model/)" if after.step < last_step else ""
+            self.display.say(f"held-out after:  {format_metrics(after.metrics)}{kept}")
             if best is not None and best.step != after.step:
                 self.display.say(
                     f"held-out best:   {format_metrics(best.metrics)}  (step {best.step})"

@@ -56,7 +56,7 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
     if accelerator.is_main_process:
         _write_vocabulary(parts, run)
         summary = live.evaluations.write_summary(
-            best_step=progress.best_step, last_step=progress.step
+            best_step=progress.best_step, model_step=chosen, last_step=progress.step
         )
         export_model(
             # of a sharded model no process has the whole, but a checkpoint has
