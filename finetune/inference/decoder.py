@@ -16,7 +16,15 @@ from torch import Tensor
 from finetune.compute.rotary import switching_length
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
-from finetune.models.cache import can_join, cut_start, join_caches, join_rows, make_room
+from finetune.models.cache import (
+    CACHE_NAMES,
+    cache_of,
+    can_join,
+    cut_start,
+    join_caches,
+    join_rows,
+    make_room,
+)
 from finetune.models.describe import CausalLM, context_length, inner_model
 
 
@@ -104,7 +112,7 @@ class Decoder:
             groups = common_beginnings(texts)
         self._read(texts, groups)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _read(self, prompts: list[Sequence[int]], groups: list[Group]) -> None:
         """Read what each group shares at its start, and make the rest the first input.
 
@@ -115,7 +123,7 @@ class Decoder:
         places = torch.tensor([group_of[i] for i in range(len(prompts))], device=self.device)
         if starts.shape[1] and self.cache is None:
             options = {} if mask.all() else {"attention_mask": mask, "position_ids": _count(mask)}
-            self.cache = self._run(input_ids=starts, **options).past_key_values
+            self.cache = cache_of(self._run(input_ids=starts, **options))
             make_room(self.cache)
             self._select(places)
         rests = [prompt[groups[group_of[i]].shared :] for i, prompt in enumerate(prompts)]
@@ -143,7 +151,7 @@ class Decoder:
         while self.active:
             yield from (token for _, token in self.step())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[tuple[int, int]]:
         """Return (prompt, next token) for each active prompt whose answer does not stop here.
 
@@ -156,11 +164,12 @@ class Decoder:
             options = {"attention_mask": self.mask, "position_ids": self.position_ids}
         if self.kept is not None:
             self.kept.cache = None  # a forward that is broken off leaves half of it
-        output = self._run(input_ids=self.input_ids, past_key_values=self.cache, **options)
+        options |= {name: self.cache for name in CACHE_NAMES}
+        output = self._run(input_ids=self.input_ids, **options)
         if self.way.caches:
             if self.cache is None:
-                make_room(output.past_key_values)
-            self.cache = output.past_key_values
+                make_room(cache_of(output))
+            self.cache = cache_of(output)
         if self.kept is not None:
             self.kept.add(self.input_ids[0].tolist(), self.cache)
         chosen = self._choose(output.logits[:, -1])
@@ -176,7 +185,7 @@ class Decoder:
         self._advance(chosen)
         return tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def join(self, other: "Decoder") -> bool:
         """Take over the prompts of `other`, which have other numbers; return whether it could.
 
@@ -287,10 +296,11 @@ class Decoder:
 def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of `options` that the forward of `model` takes."""
     forward: Any = inner_model(cast(Any, model)).forward
-    parameters = inspect.signature(forward).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(options)
-    names = {parameter.name for parameter in parameters}
+    parameters = inspect.signature(forward).parameters
+    names = set(parameters)
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        known = names & {*CACHE_NAMES} or {CACHE_NAMES[-1]}
+        names |= {*options} - {*CACHE_NAMES} | known
     return {name: value for name, value in options.items() if name in names}
 
 

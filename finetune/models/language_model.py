@@ -301,3 +301,21 @@ def evaluating(module: nn.Module | CausalLM) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextmanager
+def keeping_casts(module: nn.Module | CausalLM) -> Iterator[None]:
+    """Let autocast keep its copies of all weights, as it does of those that require gradients.
+
+    For forwards without gradients, under `torch.no_grad`: in inference mode it keeps none. The
+    copies last until autocast ends.
+    """
+    frozen = [weight for weight in module.parameters() if not weight.requires_grad]
+    frozen = [weight for weight in frozen if weight.is_floating_point()]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)

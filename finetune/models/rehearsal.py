@@ -32,6 +32,7 @@ from finetune.compute.loss import FrozenRows, linear_cross_entropy
 from finetune.errors import UserError
 from finetune.models.describe import inner_model
 from finetune.models.fuse import BY_EXAMPLE, fuse, has_plain_head, output_head
+from finetune.models.language_model import keeping_casts
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Rehearsal:
     def inference(self, *, sequences: int, length: int, num_logits: int, use_cache: bool) -> int:
         """Return the most that a forward without gradients allocates, in bytes.
 
-        It makes the logits of `num_logits` tokens at once.
+        It makes the logits of `num_logits` tokens at once. With `use_cache` it answers.
         """
         self.model.eval()
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
@@ -145,6 +146,7 @@ class Rehearsal:
             _experts(self.model),
             torch.no_grad(),
             self._autocast(),
+            keeping_casts(self.model) if use_cache else contextlib.nullcontext(),
         ):
             model = inner_model(self.model)
             ids = torch.zeros(sequences, length, dtype=torch.int64, device=self.device)

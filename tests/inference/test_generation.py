@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.errors import UserError
 from finetune.inference.generation import AnswerText, GenerationSettings, generate, stream
+from finetune.models.language_model import keeping_casts
 
 GREEDY = GenerationSettings.greedy(9)
 
@@ -125,6 +127,37 @@ def test_the_head_sees_one_position_a_row(llama):
     generate(llama, prompts_of([9, 4], shared=5), batch_size=2, settings=GREEDY)
     hook.remove()
     assert set(positions) == {1}
+
+
+class Casts(TorchDispatchMode):
+    """Counts the narrow copies of matrices as large as a weight."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
+            self.count += args[0].shape in self.shapes
+        return out
+
+
+def test_under_autocast_each_weight_is_cast_once_and_not_for_each_token(llama):
+    """Frozen weights too, as LoRA has them."""
+    half = [*llama.parameters()][::2]
+    for weight in half:
+        weight.requires_grad_(False)
+    linear = {m.weight for m in llama.modules() if isinstance(m, torch.nn.Linear)}
+    counts = []
+    for num_tokens in (2, 9):
+        with Casts() as casts, torch.autocast("cpu", torch.bfloat16), keeping_casts(llama):
+            casts.shapes = {weight.shape for weight in linear}
+            settings = GenerationSettings.greedy(num_tokens)
+            generate(llama, prompts_of([5, 8]), batch_size=2, settings=settings)
+        counts.append(casts.count)
+    frozen_again = not any(weight.requires_grad for weight in half)
+    llama.requires_grad_(True)
+    assert counts == [len(linear)] * 2
+    assert frozen_again
 
 
 def test_streamed_pieces_join_to_the_generated_answer(llama, tokenizer):

@@ -21,7 +21,7 @@ from finetune.errors import UserError
 from finetune.evaluation import Answer, LossResult, evaluate_generation, evaluate_loss
 from finetune.evaluation.loss import count_target_bytes
 from finetune.inference.generation import GenerationSettings
-from finetune.models.language_model import LanguageModel
+from finetune.models.language_model import LanguageModel, keeping_casts
 from finetune.models.speed import uncompiled
 from finetune.models.tokenizers import pad_id
 from finetune.recipes.build.data import first_prompts, generation_metrics
@@ -154,10 +154,10 @@ class Evaluator:
         block = own_block(len(prompts), accelerator)
         own = prompts[block]
         bar = self.display.bar("generating", len(own))
-        eager = uncompiled(config.training.compile)
-        with bar as advance, accelerator.autocast(), eager:
+        model, eager = self.language_model.model, uncompiled(config.training.compile)
+        with bar as advance, accelerator.autocast(), keeping_casts(model), eager:
             scores, answers = evaluate_generation(
-                self.language_model.model,
+                model,
                 self.material.tokenizer,
                 own,
                 metrics=metrics,
