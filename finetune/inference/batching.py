@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from finetune.compute.rotary import keep_texts_apart
-from finetune.inference.decoder import Decoder, GenerationSettings, Way, taken
-from finetune.models.describe import CausalLM, context_length, inner_model
+from finetune.inference.decoder import Decoder, GenerationSettings, Way
+from finetune.models.describe import CausalLM, context_length, inner_model, taken
 from finetune.models.language_model import evaluating
 from finetune.models.probes import enough_alike, exact, some_ids
 

@@ -4,11 +4,10 @@ How the prompts are put together is a `Way`, since not every model can read padd
 finds the one that suits a model.
 """
 
-import inspect
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,16 +15,8 @@ from torch import Tensor
 from finetune.compute.rotary import switching_length
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
-from finetune.models.cache import (
-    CACHE_NAMES,
-    cache_of,
-    can_join,
-    cut_start,
-    join_caches,
-    join_rows,
-    make_room,
-)
-from finetune.models.describe import CausalLM, context_length, inner_model
+from finetune.models.cache import can_join, cut_start, join_caches, join_rows, make_room
+from finetune.models.describe import CACHE_NAMES, CausalLM, cache_of, context_length, taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +155,7 @@ class Decoder:
             options = {"attention_mask": self.mask, "position_ids": self.position_ids}
         if self.kept is not None:
             self.kept.cache = None  # a forward that is broken off leaves half of it
-        options |= {name: self.cache for name in CACHE_NAMES}
+        options |= dict.fromkeys(CACHE_NAMES, self.cache)
         output = self._run(input_ids=self.input_ids, **options)
         if self.way.caches:
             if self.cache is None:
@@ -291,17 +282,6 @@ class Decoder:
         Every kind of state can be put in another order; only attention can be repeated or cut.
         """
         self.cache.reorder_cache(places)
-
-
-def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of `options` that the forward of `model` takes."""
-    forward: Any = inner_model(cast(Any, model)).forward
-    parameters = inspect.signature(forward).parameters
-    names = set(parameters)
-    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        known = names & {*CACHE_NAMES} or {CACHE_NAMES[-1]}
-        names |= {*options} - {*CACHE_NAMES} | known
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -15,15 +15,6 @@ SPARE = 64
 """Places that are made in advance; a quarter of what is held already, if that is more."""
 
 
-CACHE_NAMES = ("cache", "past_key_values")
-"""What a forward calls the cache that it takes: the first since transformers 5.24."""
-
-
-def cache_of(output: Any) -> Any:
-    """Return the cache that a forward has returned."""
-    return output.cache if "cache" in output else output.past_key_values
-
-
 class RoomyLayer(DynamicLayer):
     """The keys and values of a layer, [batch, heads, length, d], as views of larger tensors."""
 

@@ -1,7 +1,8 @@
 """What a model is: its shape and size in numbers, its tables, and what this project uses of it."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -26,6 +27,9 @@ class CausalLM(Protocol):
     def eval(self) -> Any: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a forward calls the cache that it takes: the first since transformers 5.24."""
 
 _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 """The keys of a config for its number of positions: most models', MPT's, Whisper's."""
@@ -67,6 +71,22 @@ def inner_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the model of transformers, inside peft's wrapper if there is one."""
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner
+
+
+def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `options` that the forward of `model` takes, the cache by one name."""
+    forward: Any = inner_model(cast(Any, model)).forward
+    parameters = inspect.signature(forward).parameters
+    names = set(parameters)
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        known = names & {*CACHE_NAMES} or {CACHE_NAMES[-1]}
+        names |= {*options} - {*CACHE_NAMES} | known
+    return {name: value for name, value in options.items() if name in names}
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a forward has returned."""
+    return output.cache if "cache" in output else output.past_key_values
 
 
 def context_length(model: CausalLM) -> int | None:
