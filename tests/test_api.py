@@ -120,7 +120,7 @@ def test_records_in_memory_are_kept_for_a_resume(folder: Path) -> None:
     on = finetune.train(data=ROWS, output_dir="run", resume="auto", quiet=True, **more)
     assert on.samples[-1].step == 6
     assert len(list(first.path.glob("train-*.jsonl"))) == 1
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds a run already"):
         finetune.train(data=ROWS, output_dir="run", quiet=True, **KEYS)
     assert on.model_path is not None
     assert (on.model_path / "config.json").is_file()

@@ -58,6 +58,10 @@ NOT_ALIASES = {
     "dataset": "Write data.train: NAME",
     "datasets": "Write data.train: [NAME, ...]",
     "dataset_text_field": "Write data.columns: {text: NAME}",
+    **dict.fromkeys(
+        ("question", "answer", "prompt", "completion", "instruction", "output", "messages"),
+        "Write data.columns: {prompt: question, completion: answer}, with your columns' names",
+    ),
     "r": "Write model.lora.rank",
     "lora_r": "Write model.lora.rank",
     "lora_rank": "Write model.lora.rank",

@@ -19,6 +19,7 @@ MOST_VALUES = 100_000  # with aliases written out
 MOST_LEVELS = 100  # of lists and mappings
 MOST_DIGITS = 300  # of an integer
 
+_MERGE = "tag:yaml.org,2002:merge"
 _FLOAT_WORDS = re.compile(r"\.(inf|nan)")
 
 
@@ -43,12 +44,26 @@ class CoreLoader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Write merge keys out. Raises ConstructorError if they stand for too many values."""
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_VALUES:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"it has more than {MOST_VALUES:,} values", node.start_mark
-            )
+        """Write merge keys out, each key once: its own first, then the first of what is merged.
+
+        Not by PyYAML, whose order changed with 6.0.4. Raises ConstructorError for what is no
+        mapping.
+        """
+        merged: dict[tuple[str, str], tuple[yaml.Node, yaml.Node]] = {}
+        own = {}
+        for key, value in node.value:
+            if key.tag != _MERGE:
+                own[key.tag, key.value] = key, value
+                continue
+            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(part, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "<< takes a mapping or a list of mappings", part.start_mark
+                    )
+                self.flatten_mapping(part)
+                for pair in part.value:
+                    merged.setdefault((pair[0].tag, pair[0].value), pair)
+        node.value = [*(merged | own).values()]
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of a node. Raises ConstructorError if it is not what its tag says."""
@@ -62,7 +77,7 @@ class CoreLoader(yaml.SafeLoader):
 
 
 CoreLoader.add_implicit_resolver(  # of YAML 1.1, and widely used: <<: *defaults
-    "tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"]
+    _MERGE, re.compile(r"^(?:<<)$"), ["<"]
 )
 CoreLoader.add_implicit_resolver(
     "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, Protocol, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class CausalLM(Protocol):
@@ -79,7 +81,9 @@ def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(forward).parameters
     names = set(parameters)
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        known = names & {*CACHE_NAMES} or {CACHE_NAMES[-1]}
+        outputs = {field.name for field in fields(CausalLMOutputWithPast)}
+        usual = next(name for name in CACHE_NAMES if name in outputs)
+        known = names & {*CACHE_NAMES} or {usual}
         names |= {*options} - {*CACHE_NAMES} | known
     return {name: value for name, value in options.items() if name in names}
 

@@ -201,13 +201,17 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
 def _ask(display: Display) -> str | None:
     """Return the next line, or None at the end of the input.
 
-    A line that is not UTF-8 is reported, and is no question.
+    A line that comes from a file or a pipe is shown, so that its answer can be told. One that is
+    not UTF-8 is reported, and is no question.
     """
     try:
         if sys.stdin is None:  # it is closed
             return None
-        text = input("> " if is_terminal(sys.stdin) else "")
-        return require_utf8(text.removesuffix("\r"), "the question")
+        typed = is_terminal(sys.stdin)
+        text = require_utf8(input("> " if typed else "").removesuffix("\r"), "the question")
+        if not typed:
+            display.say(f"> {text}")
+        return text
     except (EOFError, KeyboardInterrupt):
         return None
     except (UserError, UnicodeDecodeError) as error:

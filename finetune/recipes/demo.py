@@ -43,7 +43,7 @@ def demo_config(
         config = load_config(path, [*(SHORT if short else ()), *overrides, *folder])
     if config.output_dir != own.output_dir and RunDir(config.output_dir).is_run():
         raise UserError(
-            f"{config.output_dir} holds another run. Name another --output-dir, or delete it"
+            f"{config.output_dir} holds a run already. Name another --output-dir, or delete it"
         )
     look_at(config)
     return config

@@ -104,7 +104,11 @@ def test_another_run_in_the_folder_is_not_touched(copy):
     before = snapshot(copy)
     result = finetune("train", "c.yaml")
     assert_message(
-        result, "run holds another run", "--resume auto", "output_dir", "overwrite_output_dir=true"
+        result,
+        "run holds a run already",
+        "--resume auto",
+        "output_dir",
+        "overwrite_output_dir=true",
     )
     assert snapshot(copy) == before
 

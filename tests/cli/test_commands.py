@@ -290,7 +290,7 @@ def test_a_demo_is_not_written_over_a_run_that_was_named(chat_run):
     before = snapshot(chat_run)
     result = finetune("demo", "chat", "--short", "--output-dir", "run")
     assert (result.code, result.out) == (2, "")
-    assert "run holds another run. Name another --output-dir, or delete it" in result.err
+    assert "run holds a run already. Name another --output-dir, or delete it" in result.err
     assert snapshot(chat_run) == before
 
 

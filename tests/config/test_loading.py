@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -350,6 +351,14 @@ def test_a_weight_and_an_option_that_are_not_finite_are_refused(write):
     ):
         with pytest.raises(UserError, match=r"= (inf|nan) is not allowed: "):
             load_config(write(BASE), [override])
+
+
+def test_a_key_that_is_merged_a_million_times_is_there_once():
+    """Each mapping merges the one before nine times."""
+    merges = (f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}" for a, b in zip("abcdef", "bcdefg"))
+    assert parse("\n".join(["a: &a {x: 1}", *merges]))["g"] == {"x": 1}
+    with pytest.raises(yaml.YAMLError, match="<< takes a mapping"):
+        parse("a: {<<: [1]}")
 
 
 def test_merge_keys(write):

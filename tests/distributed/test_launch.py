@@ -189,7 +189,8 @@ def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
-    assert mistake_of(failure).startswith("whole holds another run. Continue it with --resume auto")
+    said = mistake_of(failure)
+    assert said.startswith("whole holds a run already. Continue it with --resume auto")
 
 
 def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_run_from_another_that_died_before_its_first_checkpoint_begins_again(
     assert train(fork, resume="auto" if resume == "auto" else source) == "finished"
     losses = [step.loss for step in steps_of(tmp_path / "run")]
     assert [step.loss for step in steps_of(tmp_path / "fork")] == losses[2:]
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds a run already"):
         train(fork, resume=source)  # it has checkpoints of its own now
 
 
@@ -151,10 +151,12 @@ def test_a_run_that_is_ended_where_it_stopped_is_evaluated(tiny, tmp_path, after
         assert train(tree, resume="auto") == "finished"
         assert state(run.root) == "finished"
         found = json.loads(run.evaluation.read_text())
-        assert found["after"]["step"] == last
+        assert found["last_step"] == last
         losses = {step: e.metrics["loss"] for step, e in evaluations_by_step(run).items() if step}
         assert found["best"]["step"] == min(losses, key=losses.__getitem__)
         assert (found["best"]["step"] == last) == best
+        assert last in losses
+        assert found["after"] == found["best"]
 
 
 def test_a_run_without_held_out_data_is_finished_also_after_a_test(tiny, tmp_path):

@@ -250,7 +250,7 @@ def test_a_signal_saves_and_leaves_a_run_that_resumes(tiny, tmp_path, monkeypatc
 
 def test_a_folder_with_another_run_is_refused_or_replaced(tiny, tmp_path):
     train(tiny(training={"max_steps": 1}))
-    with pytest.raises(UserError, match=r"holds another run\. Continue it with --resume auto"):
+    with pytest.raises(UserError, match=r"holds a run already\. Continue it with --resume auto"):
         train(tiny())
     train({**tiny(training={"max_steps": 2}), "overwrite_output_dir": True})
     assert len(losses(tmp_path / "run")) == 2
@@ -342,7 +342,7 @@ def test_a_run_may_begin_from_a_checkpoint_of_another_folder_but_not_over_anothe
     assert losses(tmp_path / "fork") == losses(tmp_path / "run")[2:]
     train({**tree, "output_dir": str(tmp_path / "third"), "seed": 1})
     kept = (tmp_path / "third" / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match="holds a run already"):
         train({**tree, "output_dir": str(tmp_path / "third")}, resume=str(checkpoint))
     assert (tmp_path / "third" / "metrics.jsonl").read_text() == kept
 

@@ -39,7 +39,8 @@ _NAMES = [
 ]
 _SEPARATED = re.compile(r"\w+(?:([^\w \"'.-])\w+)+")  # a header such as question:answer
 _ACCEPTED = (
-    "messages; conversations; prompt and completion; instruction and output; translation; "
+    "messages; conversations; prompt and completion; question and answer; "
+    "instruction and output; translation; "
     "source and target; two columns named by languages (en, fr); text"
 )
 
@@ -211,6 +212,8 @@ def _detect(
         if kind == "auto"
         else "; or ".join(" and ".join(needed) for needed in SHAPES[kind].values())
     )
+    if kind == "chat":
+        accepted += "; or question and answer"
     if kind == "translation":
         accepted += "; or two columns named by languages (en, fr)"
     what = "no format fits" if kind == "auto" else f"the format {kind!r} does not fit"
@@ -243,9 +246,11 @@ def _hint(record: Record, pairs: Mapping[str, str]) -> str:
             return " If the file has no header line, add one with the names of its columns"
         if name not in known and (near := get_close_matches(name, known, n=1, cutoff=0.8)):
             return f" Rename the column {name!r}, or set data.columns={{{near[0]}: {name}}}"
+    plain = len(record) == 2 and all(re.fullmatch(r"\w+", name) for name in record)
+    prompt, completion = record if plain else ("question", "answer")
     return (
-        " If yours have other names, set data.columns, e.g. to {prompt: question, completion: "
-        "answer}; a table needs a header line"
+        f" If yours have other names, set data.columns, e.g. to {{prompt: {prompt}, completion: "
+        f"{completion}}}; a table needs a header line"
     )
 
 

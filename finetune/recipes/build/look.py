@@ -81,7 +81,7 @@ def look_at_start(config: RunConfig, resume: str | None) -> None:
 def another_run(run: RunDir) -> UserError:
     """Return the mistake of a run that is to begin in the folder of another one."""
     return UserError(
-        f"{run.root} holds another run. Continue it with --resume auto, name another output_dir, "
+        f"{run.root} holds a run already. Continue it with --resume auto, name another output_dir, "
         "or set overwrite_output_dir=true to delete it"
     )
 

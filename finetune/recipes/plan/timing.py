@@ -13,7 +13,8 @@ from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.parts import Parts
 from finetune.training.step import take_step
 
-TIMED_STEPS = 3  # after a first one, in which the optimizer makes its state
+TIMED_STEPS = (3, 20)  # at least and at most, after a first one that makes the optimizer's state
+TIMED_SECONDS = 10.0  # enough for more than the least: new shapes of products make steps uneven
 TIMED_TOKENS = 8  # generated of each answer
 
 
@@ -73,7 +74,7 @@ def _training_speed(parts: Parts) -> float:
     raw = make_optimizer(parts.model, config)
     module, optimizer, average_rows = prepare(accelerator, parts.language_model, raw, parts.display)
     seconds, tokens = 0.0, 0
-    for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS)):
+    for number, batch in enumerate(islice(parts.batches, 1 + TIMED_STEPS[1])):
         started = time.perf_counter()
         parts.vocabulary.before_step(number, batch)
         take_step(
@@ -87,6 +88,8 @@ def _training_speed(parts: Parts) -> float:
         if number:
             seconds += time.perf_counter() - started
             tokens += batch.num_tokens
+        if number >= TIMED_STEPS[0] and seconds >= TIMED_SECONDS:
+            break
     return tokens / seconds
 
 

@@ -52,7 +52,7 @@ def find_start(
     """Return the checkpoint to begin from, if any, and whether the run in the folder goes on.
 
     Process 0 looks, and the others take what it finds. Raises UserError if there is no such
-    checkpoint, if the folder holds another run, or if it holds files of someone else.
+    checkpoint, if the folder holds a run already, or if it holds files of someone else.
     """
     checkpoint = None
     if accelerator.is_main_process and resume is not None:

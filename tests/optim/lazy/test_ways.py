@@ -231,6 +231,7 @@ def values_of(way, model):
 
 TOOLS = pytest.mark.filterwarnings(  # what torch.jit and torch.compile say of themselves
     "ignore:.torch.jit.trace:DeprecationWarning",
+    "ignore:.torch.jit.trace:FutureWarning",  # torch 2.14
     "ignore::torch.jit.TracerWarning",
     "ignore:The .grad attribute of a Tensor",
 )
