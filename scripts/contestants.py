@@ -86,7 +86,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     order = shuffled(len(train), args.seed)
     ids = torch.tensor([token for i in order for token in train[i].input_ids], device=device())
     sequences = ids[: len(ids) // args.length * args.length].view(-1, args.length)
-    bf16 = resolve_precision("auto", device())[0] == "bf16"
+    bf16 = resolve_precision(args.precision, device())[0] == "bf16"
     model = load_plain(args).to(device()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     watch = Stopwatch(args.clock, peak_memory)
@@ -112,6 +112,8 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Return what was measured of TRL in one of TRL_MODES."""
     sys.path.append(str(args.trl))
     from transformers import TrainerCallback
+
+    from finetune.models.speed import resolve_precision
 
     material = our_material(args)
     order = shuffled(len(material.train), args.seed)
@@ -145,6 +147,7 @@ def run_trl(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         lr_scheduler_type="linear",
         weight_decay=0.0,
         max_grad_norm=CLIP,
+        bf16=resolve_precision(args.precision, device())[0] == "bf16",
         **batches_of(mode, examples, sequences=args.sequences, length=args.length),
     )
     trainer.data_collator = counting(trainer.data_collator)
@@ -168,7 +171,11 @@ def run_peak(args: argparse.Namespace) -> dict[str, Any]:
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = [p for p in model.parameters() if p.ndim == 2 and (p is not table or p is head)]
     multiplied = sum(p.numel() for p in weights)
-    dtype = torch.bfloat16 if resolve_precision("auto", device())[0] == "bf16" else torch.float32
+    dtype = (
+        torch.bfloat16
+        if resolve_precision(args.precision, device())[0] == "bf16"
+        else torch.float32
+    )
     tokens, width = args.sequences * args.length, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
     a, b, out = (

@@ -67,7 +67,7 @@ def has_template(model: Path) -> bool:
     return "chat_template" in (model / "tokenizer_config.json").read_text()
 
 
-def our_config(args: argparse.Namespace, *, precision: str = "auto") -> Any:
+def our_config(args: argparse.Namespace, *, precision: str | None = None) -> Any:
     """Return the config of our contestant; its data is everybody's."""
     from finetune.config import RunConfig
 
@@ -97,7 +97,7 @@ def our_config(args: argparse.Namespace, *, precision: str = "auto") -> Any:
                 "batch_size": args.sequences,
                 "micro_batch_size": args.sequences,
                 "max_grad_norm": CLIP,
-                "precision": precision,
+                "precision": precision or args.precision,
             },
             "evaluation": {"batch_size": args.sequences, "metrics": []},
             "generation": {"batch_size": ANSWERS, "max_new_tokens": 32},

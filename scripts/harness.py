@@ -107,6 +107,7 @@ COMMON = (
     "held_out",
     "threads",
     "clock",
+    "precision",
     "num_sampled",
 )
 
@@ -139,6 +140,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor seconds, for a busy machine"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of matrix products; auto: bf16 where the machine has instructions for it",
     )
     parser.add_argument("--num-sampled", type=int, default=4096, help="frozen rows that are drawn")
 
