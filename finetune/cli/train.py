@@ -73,9 +73,12 @@ def train(
         raise typer.Exit(STOPPED)
     if not dry_run:
         from finetune.recipes.build.card import how_to_try
+        from finetune.recipes.train.samples import say_samples
         from finetune.run.folder import RunDir
 
-        display.say(f"\nTry the model:    {how_to_try(RunDir(settings.output_dir))}")
+        run = RunDir(settings.output_dir)
+        say_samples(run, display)
+        display.say(f"\nTry the model:    {how_to_try(run)}")
 
 
 @app.command()

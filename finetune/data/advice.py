@@ -61,7 +61,7 @@ def _of_held_out(train: EncodedDataset, held_out: EncodedDataset) -> list[str]:
     if len(held_out) < FEW_HELD_OUT:
         found.append(
             f"the held-out data has {len(held_out)} example{'s' * (len(held_out) != 1)}, so its "
-            "figures are rough. Raise data.validation_fraction, or give data.validation"
+            "figures are rough. More data, or data.validation, would make them better"
         )
     if both := also_in(train, held_out):
         found.append(

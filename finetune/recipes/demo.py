@@ -7,15 +7,13 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from finetune.config import RunConfig, load_config
 from finetune.display import Display
-from finetune.errors import UserError, visible
+from finetune.errors import UserError
 from finetune.recipes.build.card import how_to_try
 from finetune.recipes.build.look import look_at
+from finetune.recipes.train.samples import say_samples
 from finetune.run.folder import RunDir
-from finetune.run.records import Evaluations, read_samples
 
 if TYPE_CHECKING:
     from finetune.training.trainer import Stopped
@@ -57,24 +55,9 @@ def run_demo(config: RunConfig) -> "Stopped":
     stopped = run_training(config, display=display)
     if stopped != "signal":
         run = RunDir(config.output_dir)
-        _print_samples(run)
+        say_samples(run, display)
         _say_next_steps(run, display)
     return stopped
-
-
-def _print_samples(run: RunDir) -> None:
-    """Print the answers to held-out prompts before and after training."""
-    console = Console(highlight=False, soft_wrap=True)
-    samples, _ = read_samples(run)
-    after = Evaluations.read(run).after
-    last = after.step if after else None
-    first = {sample.prompt: sample.output for sample in samples if sample.step == 0}
-    for sample in samples:
-        if sample.step == last and sample.prompt in first:
-            console.print(f"\n[bold]{_line(sample.prompt)}[/bold]")
-            console.print(f"  before:    {_line(first[sample.prompt])}", markup=False)
-            console.print(f"  after:     {_line(sample.output)}", markup=False)
-            console.print(f"  reference: {_line(sample.reference)}", markup=False)
 
 
 def _say_next_steps(run: RunDir, display: Display) -> None:
@@ -89,9 +72,3 @@ def _say_next_steps(run: RunDir, display: Display) -> None:
     display.say(
         f"Run it in Ollama: ollama create {name} -f {shipped}/Modelfile && ollama run {name}"
     )
-
-
-def _line(text: str, width: int = 160) -> str:
-    """Return the text on one line of at most `width` characters."""
-    text = visible(" ".join(text.split()))
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -188,7 +188,7 @@ def _as_text(
         "",
         "training:",
         f"  epochs: {training['epochs']}",
-        f"  batch_size: auto  # now {work.batch_size}: about "
+        f"  batch_size: auto  # now {counted(work.batch_size, 'sequence')} of about "
         f"{counted(work.examples_per_step, 'example')} a step, and {work.num_steps:,} steps",
     ]
     if "micro_batch_size" in training:

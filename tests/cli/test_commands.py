@@ -26,6 +26,8 @@ from finetune.optim import list_optimizers
 from finetune.recipes.build.target import open_target
 from finetune.recipes.generate import answers_of
 from finetune.recipes.inspect import inspect_data
+from finetune.run.folder import RunDir
+from finetune.run.records import read_samples
 from tests.cli.conftest import finetune, snapshot
 from tests.conftest import LLAMA, conversation
 
@@ -169,6 +171,27 @@ def test_the_bare_command_and_the_module_show_the_help():
 
 
 # --- train
+
+
+def test_train_shows_two_held_out_prompts_before_and_after(chat_run):
+    changes = ("evaluation.before=true", "evaluation.samples=3", "training.max_steps=1")
+    done = finetune("train", "c.yaml", "output_dir=shown", *changes)
+    assert done.code == 0
+    lines = done.err.splitlines()
+    places = [i for i, line in enumerate(lines) if line.startswith("  before:")]
+    assert len(places) == 2
+    samples, _ = read_samples(RunDir(chat_run / "shown"))
+    for place, sample in zip(places, [s for s in samples if s.step == 1]):
+        assert lines[place + 1].startswith("  after:")
+        assert " ".join(sample.reference.split())[:40] in lines[place + 2]
+
+
+def test_generate_takes_prompts_as_they_are_typed(chat_run):
+    options = ("--prompt", "Who?", "--prompt", "Where?", "--max-new-tokens", "3")
+    asked = finetune("generate", "run", *options)
+    assert asked.code == 0
+    assert "> Where?" in asked.out
+    assert finetune("generate", "run", "Who?", "Where?", "--max-new-tokens", "3").out == asked.out
 
 
 @pytest.mark.slow

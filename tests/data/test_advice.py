@@ -43,7 +43,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "few held-out examples": (
         {"held_out": dataset(range(19), start=1000)},
-        "the held-out data has 19 examples, so its figures are rough. Raise data.validation_f",
+        "the held-out data has 19 examples, so its figures are rough. More data, or data.val",
     ),
     "held out and trained on": (
         {"held_out": dataset(range(30))},
