@@ -74,8 +74,19 @@ def look_at_start(config: RunConfig, resume: str | None) -> None:
     check_claim(run.root, "run", run.written())
     if resume is None and run.has_started() and not config.overwrite_output_dir:
         raise another_run(run)
+    if resume == "auto":
+        require_checkpoints(run)
     if resume not in (None, "auto") and not (folder := path_of(resume)).is_dir():
         raise no_checkpoint(folder, run.checkpoints)
+
+
+def require_checkpoints(run: RunDir) -> None:
+    """Raise UserError for a run with a model that has no checkpoint to go on from."""
+    if run.model.is_dir() and not any(run.checkpoints.glob("step-*")):
+        raise UserError(
+            f"{run.root} has its model, and its checkpoints were deleted, so it cannot go on. Name "
+            "another output_dir, or train it anew with overwrite_output_dir=true and no --resume"
+        )
 
 
 def another_run(run: RunDir) -> UserError:

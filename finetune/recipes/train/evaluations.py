@@ -78,10 +78,9 @@ class RunEvaluations:
         summary.write(self.run)
         if before is not None and after is not None:
             self.display.say("held-out before: " + format_metrics(before.metrics))
-            if after.step < last_step:
-                in_the_end = records[last_step]
+            if after.step < last_step and (last := records.get(last_step)) is not None:
                 self.display.say(
-                    f"held-out last:   {format_metrics(in_the_end.metrics)}  (step {last_step})"
+                    f"held-out last:   {format_metrics(last.metrics)}  (step {last_step})"
                 )
             kept = f"  (step {after.step}, the best, in model/)" if after.step < last_step else ""
             self.display.say(f"held-out after:  {format_metrics(after.metrics)}{kept}")
@@ -89,11 +88,11 @@ class RunEvaluations:
                 self.display.say(
                     f"held-out best:   {format_metrics(best.metrics)}  (step {best.step})"
                 )
-            first, last = (part.metrics.get("active_tokens", 0) for part in (before, after))
-            if first != last:
+            active, then = (part.metrics.get("active_tokens", 0) for part in (before, after))
+            if active != then:
                 self.display.note(
                     "the inactive mass after is over fewer tokens and does not compare: "
-                    f"{first:,} were active before, {last:,} then"
+                    f"{active:,} were active before, {then:,} then"
                 )
         return summary
 
