@@ -66,7 +66,10 @@ def _message(error: Exception) -> str | None:
     if message.endswith("?"):  # it has a remedy of its own: did you mean ...?
         return message
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", "")
-    if option and context and any(p.name == "overrides" for p in context.command.params):
+    names = {param.name for param in context.command.params} if context else set()
+    if "unexpected extra argument" in message and "prompt" in names:
+        return f"{message}. Give a prompt as --prompt TEXT"
+    if option and "overrides" in names:
         from finetune.config.mistakes import key_of_option
 
         if key := key_of_option(option):

@@ -63,17 +63,12 @@ def evaluate(
 @app.command()
 def generate(
     target: Target,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Prompts. Without them, each line of stdin is a prompt, and each answer is one "
-            "line, in which \\n is a line break.",
-        ),
-    ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; may be repeated. For prompts that begin with a dash."),
+        typer.Option(
+            help="A prompt; may be repeated. Without it, each line of stdin is a prompt, and each "
+            "answer is one line, in which \\n is a line break."
+        ),
     ] = None,
     raw: Annotated[
         bool,
@@ -93,7 +88,7 @@ def generate(
 ) -> None:
     """Answer prompts, in batches.
 
-    If there are several on the command line, each answer is printed under its prompt.
+    If --prompt is given more than once, each answer is printed under its prompt.
     """
     from finetune.display import on_terminal
     from finetune.recipes.build.look import look_at_use
@@ -109,17 +104,16 @@ def generate(
     say_start()
     from finetune.recipes.generate import generate_answers
 
-    prompt = [*(prompts or ()), *(prompt or ())]
     for asked, answer in generate_answers(
         target,
-        prompt,
+        prompt or [],
         raw=raw,
         system_prompt=system,
         seed=seed,
         settings=settings,
         trust=trust_remote_code,
     ):
-        plain = f"> {asked}\n{answer}\n" if len(prompt) > 1 else answer
+        plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         if not prompt and not is_terminal(sys.stdin):  # as many lines as there are prompts
             plain = plain.replace("\n", "\\n")
         typer.echo(

@@ -59,7 +59,7 @@ NOT_ALIASES = {
     "datasets": "Write data.train: [NAME, ...]",
     "dataset_text_field": "Write data.columns: {text: NAME}",
     **dict.fromkeys(
-        ("question", "answer", "prompt", "completion", "instruction", "output", "messages"),
+        ("question", "answer", "completion", "instruction"),
         "Write data.columns: {prompt: question, completion: answer}, with your columns' names",
     ),
     "r": "Write model.lora.rank",

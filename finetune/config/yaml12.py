@@ -27,6 +27,7 @@ class CoreLoader(yaml.SafeLoader):
     """SafeLoader with the core schema's scalars and no duplicate keys."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
+    num_merged = 0  # pairs that merge keys stood for, in the whole document
 
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -47,7 +48,7 @@ class CoreLoader(yaml.SafeLoader):
         """Write merge keys out, each key once: its own first, then the first of what is merged.
 
         Not by PyYAML, whose order changed with 6.0.4. Raises ConstructorError for what is no
-        mapping.
+        mapping, and if merge keys stand for too many values.
         """
         merged: dict[tuple[str, str], tuple[yaml.Node, yaml.Node]] = {}
         own = {}
@@ -61,6 +62,11 @@ class CoreLoader(yaml.SafeLoader):
                         None, None, "<< takes a mapping or a list of mappings", part.start_mark
                     )
                 self.flatten_mapping(part)
+                self.num_merged += len(part.value)
+                if self.num_merged > MOST_VALUES:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"it merges more than {MOST_VALUES:,} values", part.start_mark
+                    )
                 for pair in part.value:
                     merged.setdefault((pair[0].tag, pair[0].value), pair)
         node.value = [*(merged | own).values()]

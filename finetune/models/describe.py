@@ -90,7 +90,8 @@ def taken(model: CausalLM, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def cache_of(output: Any) -> Any:
     """Return the cache that a forward has returned."""
-    return output.cache if "cache" in output else output.past_key_values
+    caches = (getattr(output, name, None) for name in CACHE_NAMES)
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def context_length(model: CausalLM) -> int | None:

@@ -174,7 +174,7 @@ def _layout_of(
         if options.get("is_causal") is False:
             return None
         if isinstance(query, FakeTensor) and not options.get("dropout"):
-            # the first group is the largest, and the others take their room after it
+            # the first group is the largest, and the others take much the same room after it
             sequences = min(sequences, max_together(length, heads, few_shapes=few_shapes))
         return plan_layout([length] * sequences, heads, few_shapes=few_shapes)
     if not hasattr(mask, "_layout"):  # kept with the mask, for all layers

@@ -201,8 +201,8 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
 def _ask(display: Display) -> str | None:
     """Return the next line, or None at the end of the input.
 
-    A line that comes from a file or a pipe is shown, so that its answer can be told. One that is
-    not UTF-8 is reported, and is no question.
+    A line from a file or a pipe is shown, so that one sees which question an answer belongs to.
+    One that is not UTF-8 is reported, and is no question.
     """
     try:
         if sys.stdin is None:  # it is closed

@@ -60,10 +60,11 @@ def init_config(
     tree["training"] = {"epochs": epochs_for((1 - held_out / records) * len(material.train))}
     described = describe_model(material.skeleton)
     tree["optimizer"] = {"lr": learning_rate(described["parameters"])}
-    size, fits = _micro_batch(tree, display)
+    planner = _planner(tree)
+    size, fits = _micro_batch(tree, planner, display)
     if size is not None:
         tree["training"]["micro_batch_size"] = size
-    work = _planner(tree).work
+    work = planner.work
     write_text(output, _as_text(tree, material, work, described["parameters"], held_out, output))
     display.say(
         f"{output}: {material.format.name}, {len(material.train):,} examples, about "
@@ -127,12 +128,13 @@ def _first_tree(
     return tree
 
 
-def _micro_batch(tree: dict[str, Any], display: Display) -> tuple[int | None, bool]:
+def _micro_batch(
+    tree: dict[str, Any], planner: Planner, display: Display
+) -> tuple[int | None, bool]:
     """Return how many sequences of a step fit into memory at once, and if one does.
 
     None: the whole step fits, and it is no larger than the usual micro-batch.
     """
-    planner = _planner(tree)
     whole, usual = planner.work.batch_size, planner.config.training.micro_batch_size
     for size in (size for size in (8, 4, 2, 1) if size <= whole):
         display.say(f"working out the memory of {counted(size, 'sequence')} at once")
@@ -188,8 +190,8 @@ def _as_text(
         "",
         "training:",
         f"  epochs: {training['epochs']}",
-        f"  batch_size: auto  # now {counted(work.batch_size, 'sequence')} of about "
-        f"{counted(work.examples_per_step, 'example')} a step, and {work.num_steps:,} steps",
+        f"  batch_size: auto  # now {counted(work.batch_size, 'sequence')}, about "
+        f"{counted(work.examples_per_step, 'example')}, a step, and {work.num_steps:,} steps",
     ]
     if "micro_batch_size" in training:
         lines.append(

@@ -186,12 +186,10 @@ def test_train_shows_two_held_out_prompts_before_and_after(chat_run):
         assert " ".join(sample.reference.split())[:40] in lines[place + 2]
 
 
-def test_generate_takes_prompts_as_they_are_typed(chat_run):
-    options = ("--prompt", "Who?", "--prompt", "Where?", "--max-new-tokens", "3")
-    asked = finetune("generate", "run", *options)
-    assert asked.code == 0
-    assert "> Where?" in asked.out
-    assert finetune("generate", "run", "Who?", "Where?", "--max-new-tokens", "3").out == asked.out
+def test_a_prompt_without_its_option_is_told_how_to_give_it(chat_run):
+    result = finetune("generate", "run", "Who are you?")
+    assert result.code == 2
+    assert "(Who are you?). Give a prompt as --prompt TEXT" in result.err
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_init_writes_a_config_that_trains(base: Path, folder: Path) -> None:
     assert text.count("#") > 6, "it is commented"
     config = load_config(Path("pairs.yaml"))
     assert config.training.batch_size == "auto"
-    assert "batch_size: auto  # now 1 sequence of about 3 examples a step, and 192 steps" in text
+    assert "batch_size: auto  # now 1 sequence, about 3 examples, a step, and 192 steps" in text
     assert config.data.validation_fraction == "auto"
     trained = finetune("train", "pairs.yaml", "evaluation.generate=0", "evaluation.samples=0")
     assert trained.code == 0, trained.err

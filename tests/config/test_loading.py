@@ -357,6 +357,9 @@ def test_a_key_that_is_merged_a_million_times_is_there_once():
     """Each mapping merges the one before nine times."""
     merges = (f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}" for a, b in zip("abcdef", "bcdefg"))
     assert parse("\n".join(["a: &a {x: 1}", *merges]))["g"] == {"x": 1}
+    many = ", ".join(f"k{i}: 1" for i in range(1000))
+    with pytest.raises(yaml.YAMLError, match="merges more than 100,000 values"):
+        parse(f"a: &a {{{many}}}\nb: {{<<: [{', '.join(['*a'] * 101)}]}}")
     with pytest.raises(yaml.YAMLError, match="<< takes a mapping"):
         parse("a: {<<: [1]}")
 

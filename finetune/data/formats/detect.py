@@ -248,9 +248,10 @@ def _hint(record: Record, pairs: Mapping[str, str]) -> str:
             return f" Rename the column {name!r}, or set data.columns={{{near[0]}: {name}}}"
     plain = len(record) == 2 and all(re.fullmatch(r"\w+", name) for name in record)
     prompt, completion = record if plain else ("question", "answer")
+    order = " (the question's column first)" if plain else ""
     return (
         f" If yours have other names, set data.columns, e.g. to {{prompt: {prompt}, completion: "
-        f"{completion}}}; a table needs a header line"
+        f"{completion}}}{order}; a table needs a header line"
     )
 
 

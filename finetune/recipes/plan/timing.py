@@ -13,7 +13,7 @@ from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.parts import Parts
 from finetune.training.step import take_step
 
-TIMED_STEPS = (3, 20)  # at least and at most, after a first one that makes the optimizer's state
+TIMED_STEPS = (3, 15)  # at least and at most, after a first one that makes the optimizer's state
 TIMED_SECONDS = 10.0  # enough for more than the least: new shapes of products make steps uneven
 TIMED_TOKENS = 8  # generated of each answer
 
