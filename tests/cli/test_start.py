@@ -20,6 +20,7 @@ RUN = {
         {**BASE, "data": {"train": "good.jsonl", "validation_fraction": 0}}
     ),
     "done/metrics.jsonl": "",
+    "done/evaluation.json": "{}",
     "done/data.json": json.dumps({"format": "chat", "train": {}}),
     "done/model/config.json": "{}",
     "other/config.json": "{}",
@@ -68,7 +69,7 @@ MISTAKES = {  # what is typed -> what the answer has
     ("init", "good.jsonl", "-o", "c.yaml"): "c.yaml already exists",
     ("export", "model", "c.yaml/x"): "c.yaml is not a folder",
     ("train", "c.yaml", "output_dir=done"): "done holds a run already. Continue it with",
-    ("train", "c.yaml", "output_dir=done", "--resume", "auto"): "done has its model, and its check",
+    ("train", "c.yaml", "output_dir=done", "--resume", "auto"): "done is finished, and its checkpo",
     ("train", "c.yaml", "output_dir=taken"): "taken/config.yaml would be replaced",
     ("train", "c.yaml", "--resume", "runs/none"): "there is no checkpoint at runs/none. Give",
     ("train", "c.yaml", "model.chat_template=no.jinja"): "'no.jinja' is neither \"chatml\" nor a",

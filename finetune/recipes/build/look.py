@@ -81,10 +81,10 @@ def look_at_start(config: RunConfig, resume: str | None) -> None:
 
 
 def require_checkpoints(run: RunDir) -> None:
-    """Raise UserError for a run with a model that has no checkpoint to go on from."""
-    if run.model.is_dir() and not any(run.checkpoints.glob("step-*")):
+    """Raise UserError for a run that reached its end and has no checkpoint to go on from."""
+    if run.is_run() and run.evaluation.is_file() and not any(run.checkpoints.glob("step-*")):
         raise UserError(
-            f"{run.root} has its model, and its checkpoints were deleted, so it cannot go on. Name "
+            f"{run.root} is finished, and its checkpoints were deleted, so it cannot go on. Name "
             "another output_dir, or train it anew with overwrite_output_dir=true and no --resume"
         )
 
