@@ -1,8 +1,8 @@
 """Row-sparse gradients under an `accelerate.Accelerator`, in your own loop or in a trainer.
 
-`Accelerator.clip_grad_norm_` calls torch's (torch/nn/utils/clip_grad.py), which raises
-NotImplementedError on a sparse gradient, for any largest norm. It has no hook. So `clip_rows`
-replaces this one method, on one accelerator.
+`Accelerator.clip_grad_norm_` calls torch's (torch/nn/utils/clip_grad.py). Before torch 2.14 that
+refuses a sparse gradient, for any largest norm. It has no hook. So `clip_rows` replaces this one
+method, on one accelerator.
 """
 
 from collections.abc import Iterable

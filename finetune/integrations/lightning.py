@@ -1,8 +1,8 @@
 """Clipping of row-sparse gradients in Lightning.
 
 `configure_optimizers` can build any optimizer of the factory without help. Only clipping needs it:
-Lightning uses torch's `clip_grad_norm_`, which raises NotImplementedError on a sparse gradient. It
-does so in `LightningModule.configure_gradient_clipping`, a hook that is made to be overridden.
+Lightning uses torch's `clip_grad_norm_`, which refuses a sparse gradient before torch 2.14. It does
+so in `LightningModule.configure_gradient_clipping`, a hook that is made to be overridden.
 """
 
 import torch

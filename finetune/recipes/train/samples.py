@@ -1,7 +1,6 @@
 """The answers before and after training, as a run shows them in the terminal at its end."""
 
 from finetune.display import Display
-from finetune.errors import visible
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluations, read_samples
 
@@ -24,5 +23,5 @@ def say_samples(run: RunDir, display: Display) -> None:
 
 def _line(text: str, width: int = 160) -> str:
     """Return the text on one line of at most `width` characters."""
-    text = visible(" ".join(text.split()))
+    text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
