@@ -10,6 +10,8 @@ first step on. The learning rate falls linearly over that time.
 
 - finetune           this project's defaults, and as many tokens a step as the others
 - finetune:sampled   the same with that vocabulary.mode, for large vocabularies (--contestants)
+- finetune-train     the same as users run it: 5 % of the training data held out, evaluated after
+                     each epoch within the time, the best weights kept (--contestants)
 - trl                SFTTrainer in the mode that --mode-seconds find the fastest on this data:
                      padded with lengths grouped, wrapped, or best-fit packing
 - trl-lora           the same with LoRA of rank 16

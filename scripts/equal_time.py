@@ -13,8 +13,11 @@ RANK = 16  # of TRL's LoRA
 
 
 def tool_of(name: str) -> str:
-    """Return whose learning rate a contestant has: `finetune:sampled` has that of `finetune`."""
-    return name.partition(":")[0]
+    """Return whose learning rate a contestant has.
+
+    `finetune:sampled` and `finetune-train` have that of `finetune`.
+    """
+    return name.partition(":")[0].removesuffix("-train")
 
 
 def config_of(args: argparse.Namespace) -> Any:
@@ -72,6 +75,38 @@ def run_finetune(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     }
     deactivate_vocabulary(parts.language_model)
     return parts.model, measured
+
+
+def run_whole(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Train as `finetune train` does; return the plain model that it kept and what was measured.
+
+    It holds out some of the training data, evaluates on it after each epoch and keeps the best
+    weights. The time includes these evaluations, but neither the first nor the last one.
+    """
+    from finetune import train
+    from finetune.recipes.build.model import load_trained
+    from finetune.run.records import Evaluation, StepRecord
+
+    steps: list[tuple[float, StepRecord]] = []
+
+    def on_record(record: StepRecord | Evaluation) -> None:
+        if isinstance(record, StepRecord):
+            steps.append((time.monotonic(), record))
+
+    config = config_of(args)
+    data = config.data.model_copy(update={"validation": None})
+    evaluation = config.evaluation.model_copy(update={"metrics": (), "generate": 0})
+    update = {"data": data, "evaluation": evaluation}
+    result = train(config.model_copy(update=update), on_record=on_record, quiet=True)
+    measured = {
+        "training_seconds": steps[-1][0] - steps[0][0] + steps[0][1].seconds,
+        "steps": len(steps),
+        "tokens": sum(record.num_tokens for _, record in steps),
+        "peak_memory_bytes": peak_memory(),
+        "own_metrics": dict(result.metrics),
+    }
+    assert result.model_path is not None
+    return load_trained(result.model_path, config.model)[0], measured
 
 
 def run_trl(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -189,7 +224,8 @@ def work(args: argparse.Namespace) -> None:
 
         model = load_plain_of(read_material(config_of(args), Display(enabled=False)))
     else:
-        run = run_finetune if tool_of(args.worker) == "finetune" else run_trl
+        kind = args.worker.partition(":")[0]
+        run = {"finetune": run_finetune, "finetune-train": run_whole}.get(kind, run_trl)
         model, measured = run(args)
     if args.worker != "speed":
         measured |= evaluate(args, model)

@@ -247,7 +247,7 @@ def test_what_is_learnt_in_equal_time(model, tmp_path):
     data = [
         f"--{part}={pairs / f'translation.en-fr.{part}.jsonl'}" for part in ("train", "validation")
     ]
-    names = "finetune:sampled,trl-lora"
+    names = "finetune:sampled,finetune-train,trl-lora"
     small = (model, *data, f"--out={tmp_path / 'out'}", "--quick", f"--contestants={names}")
     found = bench("bench_equal_time.py", *small, "--length=64")
     assert list(found["contestants"]) == ["untrained", *names.split(",")]
