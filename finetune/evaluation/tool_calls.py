@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from finetune.data.types import Prompt, Tokenizer
 
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_CALL_AS_IT_IS = re.compile(r"(<tool_call>.*?</tool_call>)", re.DOTALL)
 
 
 def read_answer_calls(
@@ -33,20 +34,39 @@ def read_answer_calls(
     return [call for call in calls if call] if calls and all(calls) else None
 
 
-def text_before_calls(tokenizer: Tokenizer, answer: Sequence[int], *, prompt: Sequence[int]) -> str:
-    """Return what an answer that calls tools says before its first call; "" if nothing."""
+def text_beside_calls(
+    tokenizer: Tokenizer, answer: Sequence[int], *, prompt: Sequence[int], length: int | None = None
+) -> str:
+    """Return what an answer that calls tools says before, between and after them; "" if nothing.
+
+    `length`: how many characters of the answer count, special tokens aside; None for all. A stop
+    text may have ended it there. With a response template all of them count.
+    """
     if getattr(tokenizer, "response_template", None):
         message = tokenizer.parse_response(list(answer), prefix=list(prompt))
-        return str(message.get("content") or "").strip()
+        said = [text for key, text in message.items() if key != "role" and isinstance(text, str)]
+        return "\n\n".join(text.strip() for text in said if text.strip())
     text = str(tokenizer.decode(list(answer), skip_special_tokens=False))
-    before = _CALL.split(text, maxsplit=1)[0]
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special:
-            before = before.replace(str(token), "")
-    return before.strip()
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    left, beside = len(text) if length is None else length, ""
+    for number, part in enumerate(_CALL_AS_IT_IS.split(text)):  # beside, a call, beside, ...
+        for token in special:
+            part = part.replace(token, "")
+        if number % 2 == 0:
+            beside += part[:left]
+        left = max(0, left - len(part))
+    return beside.strip()
 
 
 def _call(item: object) -> dict[str, object] | None:
+    """Return a call by its name and its arguments; None if it is none, or is not JSON.
+
+    Python reads NaN, Infinity and lone surrogates, which JSON has not.
+    """
+    try:
+        json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return None
     call = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         return None

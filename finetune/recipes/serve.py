@@ -167,7 +167,7 @@ def _model(opened: Opened, section: Any, system: str | None, given: str | None) 
     def translate(text: str, source: str | None, target: str | None, asked: str | None) -> Any:
         prompt = given if asked is None else asked
         format = translation_format(opened, source, target, quiet, system_prompt=prompt)
-        return format.prompt(text, reverse=False).input_ids
+        return format.prompt(text, reverse=False, parse_control_tokens=False).input_ids
 
     template = opened.template() if opened.tokenizer.chat_template else None
     takes_system = template is not None and template.writes("system")
@@ -182,6 +182,7 @@ def _model(opened: Opened, section: Any, system: str | None, given: str | None) 
         template=template,
         system_prompt=system if takes_system else None,
         translate=translate if directions else None,
+        directions=directions,
     )
 
 

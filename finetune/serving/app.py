@@ -26,6 +26,7 @@ from finetune.serving.worker import Job, Piece, QueueFull, Worker
 
 MOST_BYTES = 1_000_000  # of a body
 _GONE = 499  # the status of an answer that nobody reads any more
+_READING = ["GET", "HEAD"]
 _PAGE = Path(__file__).parent / "page.html"
 
 
@@ -44,8 +45,12 @@ def make_app(served: Served, worker: Worker, *, hosts: Collection[str] | None) -
         return _refusal(404, f"there is nothing at {request.url.path!r:.200}", code="not_found")
 
     @app.exception_handler(405)
-    async def not_allowed(request: Request, _: Exception) -> Response:
-        return _refusal(405, f"{request.method:.20} is not allowed at {request.url.path!r:.200}")
+    async def not_allowed(request: Request, error: Exception) -> Response:
+        allowed = dict(getattr(error, "headers", None) or {})
+        sentence = f"{request.method:.20} is not allowed at {request.url.path!r:.200}"
+        reply = _refusal(405, f"{sentence}. Use {allowed.get('Allow', 'another method')}")
+        reply.headers.update(allowed)
+        return reply
 
     @app.exception_handler(500)
     async def failed(_: Request, __: Exception) -> Response:
@@ -116,13 +121,15 @@ def _interface(served: Served, worker: Worker) -> APIRouter:
     """Return OpenAI's interface."""
     routes = APIRouter()
 
-    @routes.get("/v1/models")
+    @routes.api_route("/v1/models", methods=_READING)
     async def models() -> Response:
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "finetune"}
-            for name in served.models
-        ]
+        data = [protocol.model_entry(name) for name in served.models]
         return JSONResponse({"object": "list", "data": data})
+
+    @routes.api_route("/v1/models/{name:path}", methods=_READING)
+    async def model(name: str) -> Response:
+        found = name in served.models
+        return JSONResponse(protocol.model_entry(name)) if found else _no_model(served, name)
 
     @routes.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -130,12 +137,13 @@ def _interface(served: Served, worker: Worker) -> APIRouter:
         if isinstance(asked, Response):
             return asked
         if asked.model not in served.models:
-            known = ", ".join(served.models)
-            sentence = f"there is no model {asked.model!r:.100}; known are {known}"
-            return _refusal(404, sentence, code="model_not_found")
+            return _no_model(served, asked.model)
         try:
             answer = _Answering(asked, served.models[asked.model])
-            worker.submit(asked.model, answer.job)
+            if answer.prompt:
+                worker.submit(asked.model, answer.job)
+            else:  # an empty sentence has an empty translation
+                answer.job.emit(Piece("", 0, "stop"))
         except UserError as error:
             return _refusal(400, str(error))
         except QueueFull:
@@ -156,17 +164,17 @@ def _page(served: Served) -> APIRouter:
     page = _PAGE.read_text(encoding="utf-8")
     policy = _policy(page)
 
-    @routes.get("/")
+    @routes.api_route("/", methods=_READING)
     async def show_page() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
-    @routes.get("/report")
+    @routes.api_route("/report", methods=_READING)
     async def show_report() -> Response:
         if served.report is None or not served.report.is_file():
             return _refusal(404, "there is no report", code="not_found")
         return FileResponse(served.report, media_type="text/html")
 
-    @routes.get("/api/about")
+    @routes.api_route("/api/about", methods=_READING)
     async def about() -> Response:
         return JSONResponse(dict(served.about) | {"models": list(served.models)})
 
@@ -189,7 +197,7 @@ class _Answering:
         self.prompt = model.prompt(asked)
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        settings = model.drawing(asked, self.prompt)
+        settings = model.drawing(asked)
         self.job = Job(self.prompt, settings, self._emit, asked.stops())
 
     def _emit(self, piece: Piece) -> None:
@@ -269,8 +277,9 @@ class _Answering:
         calls = self.model.calls(self.prompt, last.ids) if self._may_call else None
         if not calls:
             return protocol.message_of(text, None), str(last.ending)
-        said = self.model.text_before_calls(self.prompt, last.ids)
-        return protocol.message_of(said, calls), "tool_calls"
+        said = self.model.text_beside_calls(self.prompt, last.ids, len(text))
+        ending = "tool_calls" if last.ending == "stop" else str(last.ending)
+        return protocol.message_of(said, calls), ending
 
 
 _FAILED = "the answer failed; the server's terminal says why"
@@ -297,6 +306,11 @@ def _refusal(
     status: int, message: str, *, type: str = "invalid_request_error", code: str | None = None
 ) -> JSONResponse:
     return JSONResponse(protocol.error_body(message, type=type, code=code), status_code=status)
+
+
+def _no_model(served: Served, name: str) -> JSONResponse:
+    sentence = f"there is no model {name!r:.100}; known are {', '.join(served.models)}"
+    return _refusal(404, sentence, code="model_not_found")
 
 
 def _policy(page: str) -> str:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finetune.errors import UserError
 
@@ -18,30 +18,39 @@ Shape = TypeVar("Shape", bound=BaseModel)
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
-class Direction(BaseModel):
-    """The languages of a translation; those of the run if they are not given."""
+class _Asked(BaseModel):
+    """What a client asks. A null asks for nothing, whatever its name; any other name is refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Direction(_Asked):
+    """The languages of a translation; those of the run if they are not given."""
 
     source: str | None = Field(default=None, alias="from", max_length=100)
     target: str | None = Field(default=None, alias="to", max_length=100)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Asked):
     """What a stream has besides the answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # has no effect here
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Asked):
     """The body of POST /v1/chat/completions.
 
     `top_k`, `repetition_penalty` and `translate` are this server's own. With `translate` the last
     message is a sentence, which is asked for as in the training of a translation run.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
@@ -78,9 +87,15 @@ class ChatRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def drawing(self) -> dict[str, Any]:
-        """Return the generation settings that are given, by name."""
+        """Return the generation settings that are given, by name. Raises UserError."""
+        lengths = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(lengths) > 1:
+            raise UserError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens is "
+                f"{self.max_completion_tokens}, and both mean the same. Give one of them"
+            )
         given = {
-            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "max_new_tokens": next(iter(lengths), None),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -90,10 +105,8 @@ class ChatRequest(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class ScoreRequest(BaseModel):
+class ScoreRequest(_Asked):
     """The body of POST /api/score."""
-
-    model_config = ConfigDict(extra="forbid")
 
     output: str
     reference: str
@@ -112,13 +125,19 @@ def _first_mistake(error: ValidationError) -> str:
 
     Of the ways to give one parameter, such as text or a list, the one that was taken is meant.
     """
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    found = error.errors(include_url=False, include_context=False)
     name = found[0]["loc"][:1]
     same = [each for each in found if each["loc"][:1] == name]
     first = next((each for each in same if not each["type"].endswith("_type")), same[0])
     where = ".".join(map(str, name if len(same) > 1 else first["loc"][:3]))
-    problem = "is not a parameter of this server" if first["type"] == "extra_forbidden" else ""
-    return f"{where or 'the body'}: {problem or first['msg'][:200].lower()}"
+    problem = first["msg"][:200].lower()
+    if first["type"] == "extra_forbidden":
+        problem = "is not a parameter of this server"
+    if name == ("response_format",):
+        where, problem = name[0], 'only {"type": "text"} can be served. Leave it out'
+    elif first["type"] == "literal_error":
+        problem += f", not {json.dumps(first['input']):.80}"
+    return f"{where or 'the body'}: {problem}"
 
 
 def new_id() -> str:
@@ -131,6 +150,11 @@ def error_body(
 ) -> dict[str, Any]:
     """Return the body of a refusal."""
     return {"error": {"message": message, "type": type, "param": None, "code": code}}
+
+
+def model_entry(name: str) -> dict[str, Any]:
+    """Return what is said of a model that is served."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "finetune"}
 
 
 def usage_of(num_prompt_tokens: int, num_answer_tokens: int) -> dict[str, int]:
@@ -169,13 +193,14 @@ def _reply(id: str, kind: str, model: str) -> dict[str, Any]:
 
 def event(body: Mapping[str, Any]) -> str:
     """Return a part of a stream as a server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    # ASCII, because some readers take U+2028 and U+0085 for line breaks, and a break ends the data.
+    return f"data: {json.dumps(body)}\n\n"
 
 
 def message_of(text: str, calls: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
     """Return the message of an answer: its text, and the calls of tools that it makes, if any.
 
-    With calls, `text` is what comes before them.
+    With calls, `text` is what is said beside them.
     """
     if not calls:
         return {"role": "assistant", "content": text}

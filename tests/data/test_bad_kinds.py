@@ -48,6 +48,21 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("chat", said(("bot", "a"), ("assistant", "b")), "the unknown role 'bot'"),
     ("chat", said((None, "a"), ("assistant", "b")), "the unknown role None"),
+    (
+        "chat",
+        said(("user", [{"type": "text", "text": {"a": 1}}]), ("assistant", "b")),
+        "message 1 has a part of the content whose text is {'a': 1}. Parts must be like",
+    ),
+    (
+        "chat",
+        said(("user", "a"), ("assistant", [{"type": "text", "text": 3}])),
+        "message 2 has a part of the content whose text is 3. Parts must be like",
+    ),
+    (
+        "chat",
+        said(("user", "a"), ("assistant", [{"type": "text", "text": None}])),
+        "not text alone",
+    ),
     ("chat", {"messages": ["a", "b"]}, "must be an object with role and content"),
     ("chat", {"messages": "a"}, "a conversation is a list of messages"),
     ("chat", {"messages": None}, "a conversation is a list of messages"),
@@ -121,4 +136,4 @@ def test_joined_turns_mend_what_stands_twice(make_tokenizer: MakeTokenizer) -> N
 
 
 def test_there_was_something_to_check() -> None:
-    assert len(BAD) == 27
+    assert len(BAD) == 30

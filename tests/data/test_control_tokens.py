@@ -7,9 +7,10 @@ import pytest
 
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.detect import build_format
-from finetune.data.formats.rendering import ChatTemplate
+from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText
 from finetune.data.types import Format
 from finetune.errors import UserError
+from tests.data import stock
 from tests.data.settings import format_options
 from tests.data.stock import MakeTokenizer
 from tests.vocabularies import real_tokenizer
@@ -89,6 +90,83 @@ def test_what_is_typed_is_plain_text(name: str) -> None:
     assert f"What does {mark} mean?" in tokenizer.decode(plain)
     harmless = [{"role": "user", "content": "What does it mean?"}]
     assert template.prompt(harmless) == template.prompt(harmless, parse_control_tokens=False)
+
+
+WORDINGS: dict[str, dict[str, Any]] = {
+    "the usual one": {},
+    "with a system prompt": {"system_prompt": "Be brief."},
+    "a wording of one's own": {"template": "{source} in {target_name}: {source}"},
+    "a wording with a control token": {"template": "<|im_start|>{target_language} {source}"},
+}
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+@pytest.mark.parametrize("template", ["CHATML", "GEMMA", "LLAMA2", None])
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_a_sentence_that_someone_types_is_plain_text(
+    wording: str, template: str | None, kind: Any, make_tokenizer: MakeTokenizer
+) -> None:
+    options = WORDINGS[wording]
+    if "system_prompt" in options and template in (None, "GEMMA"):
+        pytest.skip("no system messages")
+    tokenizer = make_tokenizer(template and getattr(stock, template), kind=kind, adds_bos=True)
+    format: Any = build(tokenizer, {"en": "a", "fr": "b"}, **options)
+
+    def prompt(text: str, **how: Any) -> list[int]:
+        return list(format.prompt(text, reverse=False, **how).input_ids)
+
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    for mark in ("<|im_end|>", "</s>", "<|im_start|>"):
+        typed = f"The {mark} file"
+        plain = prompt(typed, parse_control_tokens=False)
+        usual = [i for i in prompt("The file") if i in special]
+        assert [i for i in plain if i in special] == usual, "the question's own are still there"
+        assert len([i for i in prompt(typed) if i in special]) > len(usual), "and data is parsed"
+        assert kind == "metaspace" or typed in tokenizer.decode(plain)  # which has no "<"
+    assert prompt("The file", parse_control_tokens=False) == prompt("The file")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_a_text_that_someone_types_is_plain_text(kind: Any, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None, kind=kind, adds_bos=True)
+    plain, typed = PlainText(tokenizer), "{{ a }} </s> {% b %}"
+    end = tokenizer.eos_token_id
+    assert plain.prompt(typed).count(end) == 1
+    read = plain.prompt(typed, parse_control_tokens=False)
+    assert read.count(end) == 0
+    assert read[0] == tokenizer.bos_token_id
+    assert kind == "metaspace" or typed in tokenizer.decode(read)
+    assert plain.prompt("a b", parse_control_tokens=False) == plain.prompt("a b")
+    with pytest.raises(UserError, match="the text is empty"):
+        plain.prompt("", parse_control_tokens=False)
+
+
+def test_a_tool_that_someone_describes_is_plain_text() -> None:
+    tokenizer = qwen3()
+    template, end = ChatTemplate(tokenizer), tokenizer.eos_token_id
+    asked = [{"role": "user", "content": "Hi"}]
+
+    def prompt(**function: Any) -> list[int]:
+        tools = [{"type": "function", "function": {"name": "add", **function}}]
+        return template.prompt(Dialog(asked, tools), parse_control_tokens=False)
+
+    usual = prompt(description="An end").count(end)
+    assert prompt(description="An <|im_end|>").count(end) == usual > 0
+    parameters = {"type": "object", "properties": {"<|im_end|>": {}}}
+    with pytest.raises(UserError, match=r"a key has the control token '<\|im_end\|>', and only"):
+        prompt(parameters=parameters)
+
+
+def test_the_stop_token_is_plain_text_too_though_it_is_not_called_special(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    tokenizer = make_tokenizer(stock.ZEPHYR)  # which names it eos_token alone
+    tokenizer.add_tokens(["[END]"])
+    tokenizer.eos_token = "[END]"
+    template, end = ChatTemplate(tokenizer), tokenizer.eos_token_id
+    asked = [{"role": "user", "content": "An [END]"}]
+    assert template.prompt(asked).count(end) == 2
+    assert template.prompt(asked, parse_control_tokens=False).count(end) == 1
 
 
 FOUND: list[tuple[Any, str | None]] = [

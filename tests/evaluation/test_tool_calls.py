@@ -10,7 +10,7 @@ from finetune.evaluation.tool_calls import (
     call_scores,
     judge_calls,
     read_answer_calls,
-    text_before_calls,
+    text_beside_calls,
 )
 from tests.evaluation.test_evaluation import GREEDY
 from tests.vocabularies import real_tokenizer
@@ -31,6 +31,9 @@ READ: dict[str, tuple[str, list[dict[str, Any]] | None]] = {
     "no name": ('<tool_call>{"arguments": {}}</tool_call>', None),
     "deep": ("<tool_call>" + "[" * 9999 + "</tool_call>", None),
     "a list": ("<tool_call>[1]</tool_call>", None),
+    "not a number": ('<tool_call>{"name": "f", "arguments": {"a": [NaN]}}</tool_call>', None),
+    "infinite": ('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', None),
+    "half a character": ('<tool_call>{"name": "f\\ud800", "arguments": {}}</tool_call>', None),
     "one of two is broken": (f"{WRITTEN}<tool_call>{{</tool_call>", None),
 }
 
@@ -42,15 +45,23 @@ def test_calls_are_read_from_an_answer(case: str, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "length", "expected"),
     [
-        (WRITTEN, ""),
-        (f"Let me look.\n{WRITTEN}", "Let me look."),
-        (f"<|im_start|> I look. {WRITTEN} Then {WRITTEN}<|im_end|>", "I look."),
+        (WRITTEN, None, ""),
+        (f"Let me look.\n{WRITTEN}", None, "Let me look."),
+        (f"<|im_start|> I look. {WRITTEN} Then {WRITTEN}.<|im_end|>", None, "I look.  Then ."),
+        (f"{WRITTEN}\nDone.", None, "Done."),
+        (f"{WRITTEN}<tool_call>\n{{", None, "<tool_call>\n{"),
+        (f"a {WRITTEN} b c", len(f"a {WRITTEN} b"), "a  b"),
+        (f"a {WRITTEN} b", len("a <tool_call>"), "a"),
+        (f"a {WRITTEN} b", 1, "a"),
     ],
 )
-def test_what_is_said_before_a_call_is_read(text: str, expected: str, tokenizer: Any) -> None:
-    assert text_before_calls(tokenizer, tokenizer(text)["input_ids"], prompt=[1]) == expected
+def test_what_is_said_beside_calls_is_read(
+    text: str, length: int | None, expected: str, tokenizer: Any
+) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert text_beside_calls(tokenizer, ids, prompt=[1], length=length) == expected
 
 
 def test_a_tokenizer_may_know_the_form_of_its_calls(tokenizer: Any, monkeypatch: Any) -> None:
@@ -72,7 +83,7 @@ def test_a_tokenizer_may_know_the_form_of_its_calls(tokenizer: Any, monkeypatch:
     text = 'I look. CALL {"name": "weather", "arguments": {"city": "Oslo"}} END'
     ids = tokenizer(text)["input_ids"]
     assert read_answer_calls(tokenizer, ids, prompt=[]) == [CALL]
-    assert text_before_calls(tokenizer, ids, prompt=[]) == "I look."
+    assert text_beside_calls(tokenizer, ids, prompt=[]) == "I look."
     assert read_answer_calls(tokenizer, tokenizer(WRITTEN)["input_ids"], prompt=[]) is None
 
 

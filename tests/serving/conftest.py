@@ -1,16 +1,19 @@
 """A server of a tiny run, in a thread of this process, on a free port of the loopback."""
 
 import contextlib
+import copy
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
+from finetune.data.formats.rendering import ChatTemplate
 from finetune.display import Display
 from finetune.models.tokenizers import stop_ids
 from finetune.recipes.serve import open_service
@@ -119,3 +122,39 @@ def saying(tokenizer, text):
         output.logits[..., next(ids)] = 0.0
 
     return hook
+
+
+ASK = [{"role": "user", "content": "What is 3 plus 4?"}]
+
+
+def answer(server, **changes):
+    asked = {"model": "trained", "messages": ASK, "temperature": 0, **changes}
+    return server.client.chat.completions.create(**asked)
+
+
+def post(server, body, **options):
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, **options)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}],
+}
+WRITES_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_template(server, monkeypatch, source, system_prompt=None):
+    """Return the trained model, which has another template for the rest of the test."""
+    model = server.served.models["trained"]
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = source
+    changed = replace(model, template=ChatTemplate(tokenizer), system_prompt=system_prompt)
+    monkeypatch.setitem(server.served.models, "trained", changed)
+    return changed

@@ -1,6 +1,5 @@
 """The server as its clients meet it: the openai package, plain HTTP, and garbage."""
 
-import copy
 import json
 import logging
 import random
@@ -11,32 +10,28 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from finetune.data.formats.rendering import ChatTemplate
 from finetune.recipes.serve import _question
 from finetune.serving import app
 from finetune.serving.app import MOST_BYTES
 from finetune.serving.protocol import ChatRequest
 from tests.cli.conftest import finetune
 from tests.data import stock
-from tests.serving.conftest import saying, slow_and_endless
-
-ASK = [{"role": "user", "content": "What is 3 plus 4?"}]
-
-
-def answer(server, **changes):
-    asked = {"model": "trained", "messages": ASK, "temperature": 0, **changes}
-    return server.client.chat.completions.create(**asked)
-
-
-def post(server, body, **options):
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60, **options)
+from tests.serving.conftest import (
+    ASK,
+    CALLED,
+    TOOL,
+    answer,
+    post,
+    saying,
+    slow_and_endless,
+    with_template,
+)
 
 
 def test_both_models_are_listed_and_their_equal_weights_are_held_once(server):
@@ -152,11 +147,6 @@ def test_an_upload_that_is_broken_off_is_no_error_of_the_server(server, caplog):
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-CALLED = {
-    "role": "assistant",
-    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}],
-}
 REFUSED = {  # what is sent -> status, and words of the sentence
     "model": ({"model": "gpt-4"}, 404, "there is no model 'gpt-4'; known are trained, model"),
     "nothing asked": ({"messages": []}, 400, "messages: "),
@@ -167,9 +157,43 @@ REFUSED = {  # what is sent -> status, and words of the sentence
         400,
         "not text alone",
     ),
-    "two answers": ({"n": 2}, 400, "n: "),
+    "two answers": ({"n": 2}, 400, "n: input should be 1, not 2"),
     "logprobs": ({"logprobs": True}, 400, "logprobs: "),
-    "json": ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    "json": (
+        {"response_format": {"type": "json_object"}},
+        400,
+        'response_format: only {"type": "text"} can be served. Leave it out',
+    ),
+    "a schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
+        400,
+        'response_format: only {"type": "text"} can be served',
+    ),
+    "a part that is an object": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}]},
+        400,
+        "has a part of the content whose text is {'a': 1}",
+    ),
+    "a part that is a number": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+        400,
+        "has a part of the content whose text is 3",
+    ),
+    "two lengths": (
+        {"max_tokens": 3, "max_completion_tokens": 4},
+        400,
+        "max_tokens is 3 and max_completion_tokens is 4, and both mean the same",
+    ),
+    "unknown in a stream": (
+        {"stream": True, "stream_options": {"include_usage": True, "zzz": 1}},
+        400,
+        "stream_options.zzz: is not a parameter of this server",
+    ),
+    "many system messages": (
+        {"messages": [{"role": "system", "content": "a"}] * 500 + ASK},
+        400,
+        "at most 128",
+    ),
     "hot": ({"temperature": 9}, 400, "temperature: "),
     "unknown": ({"tempature": 1}, 400, "tempature: is not a parameter of this server"),
     "many stops": ({"stop": ["a"] * 5}, 400, "stop: list should have at most 4 items"),
@@ -211,6 +235,62 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(server, name):
     error = reply.json()["error"]
     assert words in error["message"]
     assert error.keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["stream", "stream_options", "stop", "tools", "n", "suffix", "prediction", "modalities"],
+)
+def test_a_null_asks_for_nothing(server, name):
+    body = {"model": "trained", "messages": ASK, "temperature": 0, "max_tokens": 2}
+    reply = post(server, {**body, name: None})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"] == post(server, body).json()["choices"]
+
+
+def test_one_length_may_be_given_by_both_names(server):
+    reply = answer(server, max_tokens=2, max_completion_tokens=2)
+    assert reply.usage.completion_tokens <= 2
+
+
+def test_one_model_can_be_asked_for(server):
+    for model in server.client.models.list():
+        assert server.client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'; known are trained"):
+        server.client.models.retrieve("gpt-4")
+    assert httpx.get(f"{server.url}/v1/models/org/name").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/report", "/v1/models", "/v1/models/trained", "/api/about"])
+def test_what_can_be_read_can_be_asked_for_without_its_body(server, path):
+    whole, head = httpx.get(server.url + path), httpx.head(server.url + path)
+    assert (head.status_code, head.content) == (200, b"") == (whole.status_code, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    refused = httpx.delete(server.url + path)
+    assert refused.status_code == 405
+    assert set(refused.headers["Allow"].split(", ")) == {"GET", "HEAD"}
+
+
+def test_what_takes_a_body_says_so(server):
+    refused = httpx.get(f"{server.url}/v1/chat/completions")
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
+    assert "Use POST" in refused.json()["error"]["message"]
+
+
+def test_every_event_of_a_stream_is_one_line(server):
+    """U+2028 and U+0085 end a line for httpx, and for Python's splitlines."""
+    model, text = server.served.models["trained"], "a\u2028b\u0085c \U0001f600 \u00e9"
+    body = {"model": "trained", "messages": ASK, "temperature": 0, "max_tokens": 60, "stream": True}
+    hook = model.model.register_forward_hook(saying(model.tokenizer, text))
+    try:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
+            lines = [line for line in reply.iter_lines() if line]
+    finally:
+        hook.remove()
+    assert lines.pop() == "data: [DONE]"
+    parts = [json.loads(line.removeprefix("data: ")) for line in lines]
+    said = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert said == text
 
 
 def test_the_openai_package_raises_its_own_errors(server):
@@ -376,55 +456,11 @@ def test_a_translation_run_takes_sentences(translation_run, serve):
         assert scored.json() == {"chrf": pytest.approx(100)}
 
 
-WRITES_TOOLS = (
-    "{% for tool in tools or [] %}{{ tool['function']['name'] }} {% endfor %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{% for call in m['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}"
-    "<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SKIPS_OTHERS = (
     "{% for m in messages if m['role'] in ('user', 'assistant') %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def with_template(server, monkeypatch, source, system_prompt=None):
-    """Return the trained model, which has another template for the rest of the test."""
-    model = server.served.models["trained"]
-    tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.chat_template = source
-    changed = replace(model, template=ChatTemplate(tokenizer), system_prompt=system_prompt)
-    monkeypatch.setitem(server.served.models, "trained", changed)
-    return changed
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("said", ["", "Hm, so. "])
-def test_calls_of_tools_come_in_openais_shape(server, monkeypatch, said, stream):
-    """The tiny model, which never learnt to call, is made to say this."""
-    model = with_template(server, monkeypatch, WRITES_TOOLS)
-    text = said + '<tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>'
-    hook = model.model.register_forward_hook(saying(model.tokenizer, text))
-    try:
-        reply = answer(server, tools=[TOOL], max_tokens=80, stream=stream)
-        choices = [part.choices[0] for part in reply] if stream else [reply.choices[0]]
-    finally:
-        hook.remove()
-    messages = [choice.delta if stream else choice.message for choice in choices]
-    [call] = [call for message in messages for call in message.tool_calls or ()]
-    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 3})
-    contents = [message.content for message in messages if message.content]
-    assert contents == ([said.strip()] if said else [])
-    assert choices[-1].finish_reason == "tool_calls"
-
-
-def test_a_template_that_writes_calls_and_tools_gets_them(server, monkeypatch):
-    with_template(server, monkeypatch, WRITES_TOOLS)
-    messages = [*ASK, CALLED, {"role": "tool", "content": "7"}]
-    reply = post(server, {"model": "trained", "messages": messages, "tools": [TOOL]})
-    assert reply.status_code == 200, reply.text
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

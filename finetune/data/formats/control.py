@@ -4,6 +4,7 @@ Runtimes that serve a model read such text as control tokens, so training does t
 counted, or refused.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ class ControlTokens:
         ]
         longest_first = sorted(marks, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if marks else None
+        added, end = tokenizer.added_tokens_decoder.items(), tokenizer.eos_token_id
+        self._end = "".join(str(token) for i, token in added if i == end)
         self.refuse = refuse
         self.records = 0  # with a control token in their text, since the last note
         self._example = ""
@@ -37,9 +40,31 @@ class ControlTokens:
         if self._any is None:
             return None
         texts: list[str] = []
-        _collect(value, texts)
+        _collect(value, texts, [])
         match = self._any.search(_BETWEEN.join(texts))
         return match[0] if match else None
+
+    def find_typed(self, value: object) -> str | None:
+        """Return what `find` does, for what someone typed, which is to be read as plain text.
+
+        Raises UserError for a key of an object with a control token: keys cannot be read so.
+        """
+        keys: list[str] = []
+        _collect(value, [], keys)
+        if found := self.find(keys):
+            raise UserError(
+                f"the name of a key has the control token {found!r}, and only texts may have one. "
+                "Rename the key"
+            )
+        return self.find(value)
+
+    def sanitizing(self, template: str) -> str:
+        """Return a chat template whose text has the token at which generation stops.
+
+        transformers takes special tokens for control tokens, and added ones in the template's text.
+        """
+        end = json.dumps(self._end, ensure_ascii=False)
+        return "{%- set token_of_the_end = " + end + " +%}" + template
 
     def check(self, texts: Iterable[object]) -> None:
         """Count a record by its texts. Raises UserError if it is to be refused."""
@@ -74,13 +99,33 @@ class ControlTokens:
         ]
 
 
-def _collect(value: object, texts: list[str]) -> None:
-    """Add a text, or the texts of a list or an object, to `texts`."""
+def encode_typed(tokenizer: Tokenizer, pieces: Sequence[str], typed: str) -> list[int]:
+    """Return the token ids of `pieces` joined by `typed`, whose control tokens are plain text.
+
+    Those of `pieces` are control tokens. Nothing is added. For `typed` alone give two empty pieces.
+    """
+    control = ControlTokens(tokenizer)
+    if control.find(typed) is None:
+        ids = tokenizer(typed.join(pieces), add_special_tokens=False, verbose=False)["input_ids"]
+        return list(ids)
+    said = ["{{ " + json.dumps(piece, ensure_ascii=False) + " }}" for piece in pieces]
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": typed}],
+        chat_template=control.sanitizing("{{ messages[0]['content'] }}".join(said)),
+        return_dict=False,
+        sanitize_control_tokens=True,
+    )
+    return list(ids)
+
+
+def _collect(value: object, texts: list[str], keys: list[str]) -> None:
+    """Add a text, or the texts of a list or an object, to `texts`, and its keys to `keys`."""
     if isinstance(value, str):
         texts.append(value)
     elif isinstance(value, dict):
+        keys.extend(key for key in value if isinstance(key, str))
         for part in value.values():
-            _collect(part, texts)
+            _collect(part, texts, keys)
     elif isinstance(value, list | tuple):
         for part in value:
-            _collect(part, texts)
+            _collect(part, texts, keys)

@@ -5,6 +5,7 @@ for the template under one name: thoughts as `reasoning_content`, calls as `tool
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 from finetune.data.types import Message
@@ -138,7 +139,7 @@ def _text(content: object, number: int, role: str) -> str:
     if isinstance(content, list | tuple) and content:
         parts = [_part(part, number) for part in content]
         if None not in parts:
-            return "".join(map(str, parts))
+            return "".join(part for part in parts if part is not None)
     if ROLES[role] == "tool" and isinstance(content, dict | list):
         return json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
@@ -159,7 +160,12 @@ def _part(part: object, number: int) -> str | None:
         return None
     said = {key: value for key, value in part.items() if value is not None}
     if part["type"] in _TEXT_PARTS and said.keys() == {"type", "text"}:
-        return str(part["text"])
+        if isinstance(part["text"], str):
+            return part["text"]
+        raise UserError(
+            f"message {number} has a part of the content whose text is {part['text']!r:.80}. "
+            "Parts must be like {type: text, text: ...}, and the text a string"
+        )
     raise UserError(
         f"message {number} has a part of the content that is not text alone: {dict(part)!r:.80}. "
         "Parts must be like {type: text, text: ...}"
@@ -314,6 +320,39 @@ def _allowed_after(message: Message | None) -> tuple[str, ...]:
     if message["role"] == "assistant":
         return ("tool",) if message.get("tool_calls") else ("user",)
     return ("assistant", "tool") if message["role"] == "tool" else ("assistant",)
+
+
+def require_texts(messages: Sequence[Message], written: str) -> None:
+    """Raise UserError if a text of users or assistants, or thoughts of it, are not in `written`.
+
+    Thoughts are apart, or in the content. White space and a question's switches do not count.
+    """
+    squeezed = "".join(written.split())
+    for message in messages:
+        content = str(message.get("content") or "")
+        thoughts = [str(message.get("reasoning_content") or "")]
+        if "</think>" in content and message["role"] == "assistant":
+            thoughts.append(content.split("</think>")[0].split("<think>")[-1])
+            content = content.split("</think>")[-1]
+        for text in thoughts:
+            if "".join(text.split()) not in squeezed:
+                raise UserError(
+                    "the chat template leaves out the thoughts of an answer, "
+                    f"{text.strip()[:40]!r}. Use a template that writes them "
+                    "(model.chat_template), or remove them"
+                )
+        role = message["role"]
+        is_there = role not in ("user", "assistant") or "".join(content.split()) in squeezed
+        if not is_there and (role == "assistant" or _spoken(content) not in _spoken(written)):
+            raise UserError(
+                f"the chat template does not write the {message['role']}'s text as it is, "
+                f"{content.strip()[:40]!r}. Use a template that does (model.chat_template)"
+            )
+
+
+def _spoken(text: str) -> str:
+    """Return a text without white space and switches, such as /no_think."""
+    return "".join(re.sub(r"(?<!\S)/\w+|<\w+>", " ", text).split())
 
 
 def conversation_text(messages: Sequence[Message], tools: Sequence[object] | None = None) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 from finetune.data.encoding.drafts import Draft, TextEncoder
 from finetune.data.formats.borders import Span, Turn, encode_text
-from finetune.data.formats.control import ControlTokens
+from finetune.data.formats.control import ControlTokens, encode_typed
 from finetune.data.formats.jinja import (
     missing_generation_prompt,
     names_variable,
@@ -31,6 +31,7 @@ from finetune.data.formats.jinja import (
     with_date,
     with_generation_prompt,
 )
+from finetune.data.formats.messages import require_texts
 from finetune.data.formats.patterns import Patterns
 from finetune.data.formats.spelling import reads_text, with_text
 from finetune.data.types import Example, Message, Tokenizer
@@ -181,14 +182,15 @@ class ChatTemplate:
     ) -> list[int]:
         """Return the token ids of the conversation up to the place where the assistant answers.
 
-        `parse_control_tokens`: False reads a control token that a message spells out as plain text.
+        `parse_control_tokens`: False reads a control token in a message or a tool as plain text.
         """
-        dialog = _as_dialog(messages)
-        if not parse_control_tokens and ControlTokens(self.tokenizer).find(list(dialog.messages)):
-            how = {"tokenize": True, "return_dict": False, "sanitize_control_tokens": True}
-            source = self.source(with_tools=dialog.tools is not None)
+        dialog, control = _as_dialog(messages), ControlTokens(self.tokenizer)
+        said = [list(dialog.messages), list(dialog.tools or ())]
+        if not parse_control_tokens and control.find_typed(said):
+            how = {"return_dict": False, "sanitize_control_tokens": True}
+            source = control.sanitizing(self.source(with_tools=dialog.tools is not None))
             return list(self._apply(dialog, source, add_generation_prompt=True, **how))
-        text = self.render(messages, add_generation_prompt=True)
+        text = self.render(dialog, add_generation_prompt=True)
         return list(encode_text(self.tokenizer, text, []).input_ids)
 
     def examples(self, messages: Sequence[Message] | Dialog, *, targets: str) -> list[Example]:
@@ -306,39 +308,6 @@ def _as_dialog(messages: Sequence[Message] | Dialog) -> Dialog:
     return messages if isinstance(messages, Dialog) else Dialog(messages)
 
 
-def require_texts(messages: Sequence[Message], written: str) -> None:
-    """Raise UserError if a text of users or assistants, or thoughts of it, are not in `written`.
-
-    Thoughts are apart, or in the content. White space and a question's switches do not count.
-    """
-    squeezed = "".join(written.split())
-    for message in messages:
-        content = str(message.get("content") or "")
-        thoughts = [str(message.get("reasoning_content") or "")]
-        if "</think>" in content and message["role"] == "assistant":
-            thoughts.append(content.split("</think>")[0].split("<think>")[-1])
-            content = content.split("</think>")[-1]
-        for text in thoughts:
-            if "".join(text.split()) not in squeezed:
-                raise UserError(
-                    "the chat template leaves out the thoughts of an answer, "
-                    f"{text.strip()[:40]!r}. Use a template that writes them "
-                    "(model.chat_template), or remove them"
-                )
-        role = message["role"]
-        is_there = role not in ("user", "assistant") or "".join(content.split()) in squeezed
-        if not is_there and (role == "assistant" or _spoken(content) not in _spoken(written)):
-            raise UserError(
-                f"the chat template does not write the {message['role']}'s text as it is, "
-                f"{content.strip()[:40]!r}. Use a template that does (model.chat_template)"
-            )
-
-
-def _spoken(text: str) -> str:
-    """Return a text without white space and switches, such as /no_think."""
-    return "".join(re.sub(r"(?<!\S)/\w+|<\w+>", " ", text).split())
-
-
 def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:
     """Return `prompt` and the answer after it, if the prompt opens the assistant's thoughts.
 
@@ -376,9 +345,15 @@ class PlainText:
         self._eos = [tokenizer.eos_token_id]
         self.texts = TextEncoder(tokenizer)
 
-    def prompt(self, prompt: str) -> list[int]:
-        """Return the token ids to generate from, with which `example` begins."""
-        return [*self._bos, *encode_text(self.tokenizer, prompt.rstrip(), []).input_ids]
+    def prompt(self, prompt: str, *, parse_control_tokens: bool = True) -> list[int]:
+        """Return the token ids to generate from, with which `example` begins.
+
+        `parse_control_tokens`: False reads a control token in `prompt` as plain text.
+        """
+        text = prompt.rstrip()
+        if not parse_control_tokens and ControlTokens(self.tokenizer).find(text):
+            return [*self._bos, *encode_typed(self.tokenizer, ["", ""], text)]
+        return [*self._bos, *encode_text(self.tokenizer, text, []).input_ids]
 
     def example(self, prompt: str, answer: str, *, targets: str) -> Example:
         """Return prompt and answer as an example.

@@ -16,15 +16,22 @@ from typing import Any
 
 from finetune.data.encoding.drafts import Draft, TextEncoder
 from finetune.data.formats.columns import column, require_some_text, unused_columns, unused_notes
-from finetune.data.formats.control import ControlTokens
+from finetune.data.formats.control import ControlTokens, encode_typed
 from finetune.data.formats.languages import base_language, language_name
-from finetune.data.formats.rendering import PLAIN, ChatTemplate, PlainText, TemplateSettings
+from finetune.data.formats.rendering import (
+    PLAIN,
+    ChatTemplate,
+    PlainText,
+    TemplateSettings,
+    first_tokens,
+)
 from finetune.data.formats.written import require_options
 from finetune.data.types import Example, Message, Prompt, Record, Tokenizer
 from finetune.errors import UserError
 
 INSTRUCTION = "Translate {source_name} to {target_name}."
 PLAIN_TEMPLATE = "{source_name}: {source}\n{target_name}:"
+_PLACE = "Zwqxzwqx"  # of the sentence, in the text of a prompt
 _FIELDS = ("source", "source_name", "target_name", "source_language", "target_language")
 
 
@@ -142,18 +149,44 @@ class TranslationFormat:
         """Return the text of a record in each language. Raises UserError if it is no pair."""
         return dict(zip(self.languages, self._pair(record)))
 
-    def prompt(self, text: str, *, reverse: bool, reference: str = "") -> Prompt:
+    def prompt(
+        self,
+        text: str,
+        *,
+        reverse: bool,
+        reference: str = "",
+        parse_control_tokens: bool = True,
+    ) -> Prompt:
         """Return the prompt that asks for the translation of `text`.
 
         `reverse` asks for a translation from the target language to the source language.
+        `parse_control_tokens`: False reads a control token in `text` as plain text. One in the
+        wording of the question stays a control token.
         """
         language = self.languages[0 if reverse else 1]
-        if self._chat is not None:
+        if not parse_control_tokens and self.control.find(text):
+            ids = self._typed(text, reverse)
+        elif self._chat is not None:
             ids = self._chat.prompt(self._question(text, reverse))
         else:
             assert self._plain is not None
             ids = self._plain.prompt(self._fill(self.template or PLAIN_TEMPLATE, text, reverse))
         return Prompt(ids, text, reference, language=language)
+
+    def _typed(self, text: str, reverse: bool) -> list[int]:
+        """Return the ids of the prompt, with the control tokens of `text` as plain text."""
+        if self._chat is not None:
+            question = self._question(_PLACE, reverse)
+            first, asked = [], self._chat.render(question, add_generation_prompt=True)
+        else:
+            first = first_tokens(self.texts.tokenizer)
+            asked = self._fill(self.template or PLAIN_TEMPLATE, _PLACE, reverse).rstrip()
+        if _PLACE not in asked:
+            raise UserError(
+                "the chat template does not write the sentence as it is. Use a template that does "
+                "(model.chat_template)"
+            )
+        return [*first, *encode_typed(self.texts.tokenizer, asked.split(_PLACE), text)]
 
     def _drafts(self, source: str, target: str, reverse: bool) -> list[Draft]:
         text, answer = (target, source) if reverse else (source, target)

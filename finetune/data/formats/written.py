@@ -4,6 +4,7 @@ It is tried on the first record that says a thing. A record for which the templa
 no measure: it is a bad record for the reason that the template gives.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,18 +14,20 @@ from finetune.data.types import Message
 from finetune.errors import UserError
 
 _MARK = "Zwqx"
+_MARKED = re.compile(rf"{_MARK}(\d+)(?={_MARK})")
 _ALWAYS = ("user", "assistant")  # every template writes their texts
+_FIRST = ("system", "developer")  # many templates write them in front alone
 
 
 class Written:
     """What `template` writes of conversations, as far as it was asked for.
 
     `whole`: whether the whole conversation is learnt as one text, and not each answer after its
-    prompt.
+    prompt. `each`: whether every text is looked for, and not the first of its kind.
     """
 
-    def __init__(self, template: ChatTemplate, *, whole: bool) -> None:
-        self.template, self.whole = template, whole
+    def __init__(self, template: ChatTemplate, *, whole: bool, each: bool = False) -> None:
+        self.template, self.whole, self.each = template, whole, each
         self._known: dict[tuple[object, ...], bool] = {}
 
     def state(self) -> list[tuple[tuple[object, ...], bool]]:
@@ -46,7 +49,7 @@ class Written:
 
         Raises UserError if it leaves out anything else: tools, an option, a role, thoughts, a call.
         """
-        is_plain = not dialog.tools and not dialog.options
+        is_plain = not (self.each or dialog.tools or dialog.options)
         if is_plain and all(len(m) == 2 and m["role"] in _ALWAYS for m in dialog.messages):
             return set()
         self._require_tools(dialog)
@@ -59,7 +62,7 @@ class Written:
 
     def _require_tools(self, dialog: Dialog) -> None:
         tools = list(dialog.tools or ())
-        for number in range(len(tools)):
+        for number in range(min(2, len(tools))):  # the later ones are like the second
             fewer = replace(dialog, tools=[*tools[:number], *tools[number + 1 :]] or None)
             if not self._matters(("tools", number > 0), dialog, fewer):
                 more = " more than one of the" if number else ""
@@ -80,19 +83,38 @@ class Written:
                 )
 
     def _require_roles(self, dialog: Dialog) -> None:
+        found = self._found(dialog) if self.each else None
+        before = None  # the role of the message before: some templates write the first one alone
         for place, message in enumerate(dialog.messages):
             role, calls = message["role"], bool(message.get("tool_calls"))
+            what, before = ("text", role, calls, before), role
             is_plain = role == "user" or (role == "assistant" and not calls)
-            if is_plain or not message["content"].strip():
+            is_there = is_plain if found is None else place in found
+            if is_there or not message["content"].strip():
                 continue
-            changed = dialog.with_message(place, {**message, "content": _MARK})
-            end = self._end(dialog, place)
-            if not self._matters((role, calls), dialog.upto(end), changed.upto(end)):
-                what = "the text beside a call" if calls else f"messages of the role {role}"
+            if not self._message_matters(what, dialog, place, {**message, "content": _MARK}):
+                said = "the text beside a call" if calls else f"messages of the role {role}"
+                later = " after the first message" * (place > 0 and role in _FIRST)
                 raise UserError(
-                    f"the chat template leaves out {what}. Use a template that writes it "
+                    f"the chat template leaves out {said}{later}. Use a template that writes it "
                     "(model.chat_template), or remove it"
                 )
+
+    def _found(self, dialog: Dialog) -> set[int] | None:
+        """Return the places whose texts the template writes, as seen in one rendering.
+
+        Each message says a mark of its own there. None if the template fails on that.
+        """
+        said = [place for place, m in enumerate(dialog.messages) if m["content"].strip()]
+        marked = [dict(message) for message in dialog.messages]
+        for place in said:
+            marked[place]["content"] = f"{_MARK}{place}{_MARK}"
+        try:
+            text = self.template.render(replace(dialog, messages=marked))
+        except UserError:
+            return None
+        there = set(map(int, _MARKED.findall(text)))
+        return {place for place in said if place in there}
 
     def _end(self, dialog: Dialog, place: int) -> int:
         """Return how many messages are written when the one at `place` is learnt or read."""
@@ -102,16 +124,11 @@ class Written:
     def _unwritten_keys(self, dialog: Dialog, place: int) -> set[str]:
         unused, message = set(), dialog.messages[place]
         role = message["role"]
-        end = self._end(dialog, place)
         for key in message.keys() - {"role", "content"}:
             left_out = [
                 part
                 for part, other in _changes(message, key)
-                if not self._matters(
-                    (role, key, part),
-                    dialog.upto(end),
-                    dialog.with_message(place, other).upto(end),
-                )
+                if not self._message_matters((role, key, part), dialog, place, other)
             ]
             if not left_out:
                 continue
@@ -133,6 +150,15 @@ class Written:
         if what not in self._known:
             original = self._views(dialog)
             self._known[what] = any(self._changed(other) != original for other in changed)
+        return self._known[what]
+
+    def _message_matters(
+        self, what: tuple[object, ...], dialog: Dialog, place: int, other: Message
+    ) -> bool:
+        """Return what `_matters` does, for a message that is changed to `other`."""
+        if what not in self._known:
+            end = self._end(dialog, place)
+            self._matters(what, dialog.upto(end), dialog.with_message(place, other).upto(end))
         return self._known[what]
 
     def _views(self, dialog: Dialog) -> tuple[str, ...]:
