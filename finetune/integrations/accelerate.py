@@ -17,9 +17,11 @@ def clip_rows(accelerator: Any) -> None:
     """Make `accelerator.clip_grad_norm_` accept row-sparse gradients.
 
     It clips by the norm of all gradients as one vector. If no gradient is sparse, it does what it
-    did before.
+    did before. A second call for the same accelerator does nothing.
     """
     clip_dense = accelerator.clip_grad_norm_
+    if getattr(clip_dense, "clips_rows", False):
+        return
 
     def clip(
         parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
@@ -32,4 +34,5 @@ def clip_rows(accelerator: Any) -> None:
         accelerator.unscale_gradients()
         return clip_grad_norm_(parameters, max_norm, norm_type)
 
+    clip.clips_rows = True  # type: ignore[attr-defined]
     accelerator.clip_grad_norm_ = clip

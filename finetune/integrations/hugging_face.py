@@ -2,8 +2,9 @@
 
 The protocol is that of `optimizer_cls_and_kwargs` in transformers 5 (`Trainer.create_optimizer`). A
 first element that is not a torch Optimizer class is called as `first()(model, **kwargs)`.
-`args.learning_rate` and `args.weight_decay` apply. `args.adam_beta1`, `adam_beta2` and
-`adam_epsilon` apply if they were changed. `args.optim` and `args.optim_args` are ignored.
+`args.learning_rate` and `args.weight_decay` apply, with the values that they have when training
+starts. So do `args.adam_beta1`, `adam_beta2` and `adam_epsilon` if they were changed. `args.optim`
+and `args.optim_args` are ignored.
 
 These trainers compute the norm of the gradients at every step, even with `max_grad_norm=0`. The
 function that they use refuses sparse gradients. So an optimizer that needs row-sparse gradients is
@@ -24,17 +25,23 @@ from finetune.optim import LazyAdamW, build_optimizer, check_optimizer
 class BuildOptimizer:
     """The first element of `optimizer_cls_and_kwargs`, as `optimizer_factory` returns it.
 
-    An instance is a function of the model.
+    An instance is a function of the model. A Trainer calls it when training starts, and again for
+    each trial of a hyperparameter search.
     """
 
     def __call__(
-        self, model: nn.Module, *, name: str, why_no_rows: str, **options: Any
+        self, model: nn.Module, *, name: str, args: Any, trainer: Any = None, **options: Any
     ) -> torch.optim.Optimizer:
-        """Return the optimizer called `name` for `model`.
+        """Return the optimizer called `name` for `model`, by the values that `args` has now.
 
-        Raises UserError if the model's gradients would be row-sparse and `why_no_rows` is not "".
+        With a `trainer` its own arguments count, and its accelerator clips row-sparse gradients
+        from now on: a trial has new ones. Raises UserError as `build_optimizer` does, and if the
+        model's gradients would be row-sparse where they cannot be.
         """
-        optimizer = build_optimizer(model, name, **options)
+        if trainer is not None:
+            args = trainer.args
+            clip_rows(trainer.accelerator)
+        optimizer = build_optimizer(model, name, **_with_arguments(args, options))
         tables = [
             label
             for label, module in model.named_modules()
@@ -42,6 +49,7 @@ class BuildOptimizer:
             and module.sparse
             and module.weight.requires_grad
         ]
+        why_no_rows = _why_no_rows(name, trainer)
         if why_no_rows and tables:
             if isinstance(optimizer, LazyAdamW):
                 optimizer.release()
@@ -56,10 +64,10 @@ def optimizer_factory(
 ) -> tuple[type[BuildOptimizer], dict[str, Any]]:
     """Return a Trainer's `optimizer_cls_and_kwargs`, for an optimizer whose gradients are dense.
 
-    `args` are the Trainer's (TrainingArguments, SFTConfig ...). `options` are those of
-    `build_optimizer`. Raises UserError for anything that build_optimizer would refuse, and if lr or
-    weight_decay is among the options. When training starts, a UserError is raised if the model's
-    gradients would be row-sparse.
+    `args` are the Trainer's (TrainingArguments, SFTConfig ...), and are read when training starts.
+    `options` are those of `build_optimizer`. Raises UserError for anything that build_optimizer
+    would refuse, and if lr or weight_decay is among the options. When training starts, a UserError
+    is raised if the model's gradients would be row-sparse.
     """
     for option, argument in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if option in options:
@@ -67,24 +75,16 @@ def optimizer_factory(
                 f"{option} was given to the optimizer, but a Trainer's is args.{argument}. "
                 "Set it only there"
             )
-    options |= {
-        "lr": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        **_changed_adam_options(args, options),
-    }
-    check_optimizer(name, options)
-    why_no_rows = (
-        "which the trainer's clipping refuses. Make the trainer without optimizer_cls_and_kwargs, "
-        f"then call finetune.integrations.hugging_face.use_optimizer(trainer, {name!r})."
-    )
-    return BuildOptimizer, {"name": name, "why_no_rows": why_no_rows, **options}
+    check_optimizer(name, _with_arguments(args, options))
+    return BuildOptimizer, {"name": name, "args": args, **options}
 
 
 def use_optimizer(trainer: Any, name: str, **options: Any) -> None:
     """Set the optimizer called `name` on `trainer`. Call it before `trainer.train()`.
 
     Row-sparse gradients are supported. `options` are those of `optimizer_factory`. Gradients are
-    clipped to args.max_grad_norm, dense and row-sparse ones together.
+    clipped to args.max_grad_norm, dense and row-sparse ones together. `trainer.args` are read when
+    training starts, and for each trial of `trainer.hyperparameter_search`.
 
     Raises UserError as optimizer_factory does, if the trainer already has an optimizer, and under
     DeepSpeed. When training starts, a UserError is raised if FSDP, DataParallel or NCCL would come
@@ -101,18 +101,31 @@ def use_optimizer(trainer: Any, name: str, **options: Any) -> None:
             "Choose the optimizer in DeepSpeed's config"
         )
     factory, settings = optimizer_factory(name, trainer.args, **options)
-    whole = (
-        trainer.accelerator.distributed_type.value in ("NO", "MULTI_CPU")
-        and trainer.args.n_gpu <= 1
-    )
-    why_no_rows = (
-        ""
-        if whole
-        else "which work in one process or over gloo, not with FSDP, DataParallel or NCCL. "
-        "Use adamw."
-    )
-    trainer.optimizer_cls_and_kwargs = (factory, {**settings, "why_no_rows": why_no_rows})
-    clip_rows(trainer.accelerator)
+    trainer.optimizer_cls_and_kwargs = (factory, {**settings, "trainer": trainer})
+
+
+def _why_no_rows(name: str, trainer: Any) -> str:
+    """Return why gradients cannot be row-sparse and what to do, or ""."""
+    if trainer is None:
+        return (
+            "which the trainer's clipping refuses. Make the trainer without "
+            "optimizer_cls_and_kwargs, then call "
+            f"finetune.integrations.hugging_face.use_optimizer(trainer, {name!r})."
+        )
+    whole = trainer.accelerator.distributed_type.value in ("NO", "MULTI_CPU")
+    if whole and trainer.args.n_gpu <= 1:
+        return ""
+    return "which work in one process or over gloo, not with FSDP, DataParallel or NCCL. Use adamw."
+
+
+def _with_arguments(args: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of `build_optimizer`, with those that a Trainer's `args` set."""
+    return {
+        **options,
+        "lr": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        **_changed_adam_options(args, options),
+    }
 
 
 def _changed_adam_options(args: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.optim.fused import can_fuse, leave_fused_when_wrong
 from finetune.optim.groups import build_groups, check_group_options
 from finetune.optim.lazy.eligible import row_sparse_embeddings
 from finetune.optim.registry import (
     GROUP_OPTIONS,
-    OptimizerInfo,
+    as_plain,
     check_options,
     check_step,
     optimizer_info,
@@ -44,10 +45,12 @@ def build_optimizer(
     """
     info = optimizer_info(name)
     takes = info.options
+    source, options = as_plain(model_or_params), as_plain(options)
+    overrides, layer_decay = as_plain(overrides), as_plain(layer_decay)
     check_options(info, options, allowed=[*takes, *GROUP_OPTIONS])
     options = {option: value for option, value in options.items() if option in takes}
     groups = build_groups(
-        model_or_params,
+        source,
         lr=options.get("lr", takes["lr"]),
         weight_decay=options.get("weight_decay", takes.get("weight_decay")),
         no_decay=no_decay,
@@ -56,10 +59,12 @@ def build_optimizer(
         split_matrices=info.must_know == "hidden matrices",
     )
     if info.must_know == "embeddings" and "embeddings" not in options:
-        options["embeddings"] = _embeddings(model_or_params)
-    if _can_fuse(info, options, groups):
+        options["embeddings"] = _embeddings(source)
+    if can_fuse(info, options, groups):
         options["fused"] = True
     optimizer = info.load()(groups, **{**info.preset, **info.fixed, **options})
+    if "fused" in optimizer.defaults:
+        leave_fused_when_wrong(optimizer)
     stamp(optimizer, info.name)
     return optimizer
 
@@ -67,6 +72,7 @@ def build_optimizer(
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
     """Raise the UserError that build_optimizer would raise, before there is a model."""
     info = optimizer_info(name)
+    options = as_plain(options)
     if "embeddings" in options:
         raise UserError(
             "the option embeddings takes modules, which a config cannot name. Leave it out: those "
@@ -92,22 +98,3 @@ def _embeddings(model_or_params: nn.Module | Iterable[Any]) -> list[nn.Embedding
         "row. Give it the model"
     )
     return []
-
-
-def _can_fuse(
-    info: OptimizerInfo, options: Mapping[str, Any], groups: list[dict[str, Any]]
-) -> bool:
-    """Return whether torch's fused kernel pays here, and is right.
-
-    It is if no other kernel was asked for and every parameter is a contiguous float. torch 2.13's
-    CPU kernel ignores strides: the result is wrong for a parameter laid out unlike its gradient.
-    """
-    if not info.fused_pays or options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
-        return False
-    parameters = [
-        item[1] if isinstance(item, tuple) else item for group in groups for item in group["params"]
-    ]
-    return all(
-        p.is_floating_point() and p.is_contiguous() and p.device.type in ("cpu", "cuda")
-        for p in parameters
-    )

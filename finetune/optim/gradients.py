@@ -33,6 +33,7 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> Tensor:
     """Scale all gradients in place so that their norm as one vector is at most `max_norm`.
 
@@ -41,7 +42,7 @@ def clip_grad_norm_(
     coalesced one becomes `param.grad`. If an engine shards some gradients (DTensors), every process
     must call it, and the norm is that of the whole. Only coalescing, sharding and
     `error_if_nonfinite` wait for the device. The last raises RuntimeError for a norm that is not
-    finite.
+    finite. `foreach` is torch's, and raises RuntimeError on a device that has no such kernels.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     dense: list[Tensor] = []  # parameters with a plain gradient
@@ -54,21 +55,22 @@ def clip_grad_norm_(
         if param.grad.is_sparse:
             param.grad = coalesce(param.grad).to(param.dtype)
             rows.append(param.grad.values())
-            plain.append(rows[-1])
+            # Of no entries there is no largest one, but the other rows are zero.
+            plain.append(rows[-1] if rows[-1].numel() else rows[-1].new_zeros(1))
         elif hasattr(param.grad, "full_tensor"):
             sharded.append(param.grad)
         else:
             dense.append(param)
             plain.append(param.grad)
-    norm = torch.nn.utils.get_total_norm(plain, norm_type, error_if_nonfinite=error_if_nonfinite)
+    norm = torch.nn.utils.get_total_norm(plain, norm_type, error_if_nonfinite, foreach)
     if sharded:
         norm_of_sharded: Any = torch.nn.utils.get_total_norm(
-            sharded, norm_type, error_if_nonfinite=error_if_nonfinite
+            sharded, norm_type, error_if_nonfinite, foreach
         )
         norm = torch.linalg.vector_norm(
             torch.stack([norm_of_sharded.full_tensor(), norm.to(norm_of_sharded.device)]), norm_type
         )
-    torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm)  # on CUDA a few kernels for all
+    torch.nn.utils.clip_grads_with_norm_(dense, max_norm, norm, foreach)  # on CUDA few kernels
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for value in rows + sharded:
         value.mul_(scale.to(value.device))

@@ -90,9 +90,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Let `optimizer` step the groups of this rule and write into this optimizer's state.
 
         It is made as unpickling makes one, from groups and state. So loads, copies and wrappers of
-        this optimizer need no care.
+        this optimizer need no care. Its step is called without torch's hooks, which have seen this
+        optimizer's step.
         """
         groups = [{**group, **fixed} for group in self.param_groups if group["rule"] == rule]
         engine = optimizer.__new__(optimizer)
         engine.__setstate__({"defaults": {}, "state": self.state, "param_groups": groups})
-        engine.step()
+        optimizer.step.__wrapped__(engine)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ def check_options(
     known = info.options
     for option, value in options.items():
         _check_name(info, option, value, allowed, known)
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, numbers.Real) and not math.isfinite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}. Give a finite number")
         _check_kind(info, option, value, known.get(option))
     with _refusing(info, "be built", options):
@@ -267,7 +268,21 @@ def _check_kind(info: OptimizerInfo, option: str, value: Any, default: Any) -> N
 def _is_number(value: Any) -> bool:
     import torch
 
-    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+    return isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool)
+
+
+def as_plain(value: Any) -> Any:
+    """Return `value` with its numbers as Python's own, also within lists, tuples and dicts.
+
+    NumPy's scalars would go into the optimizer's state, which torch.load then refuses.
+    """
+    if isinstance(value, Mapping):
+        return {key: as_plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(as_plain, value))
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _spelling(name: str) -> str:

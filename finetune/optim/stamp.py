@@ -19,10 +19,13 @@ from finetune.optim.registry import (
     OptimizerInfo,
     list_optimizers,
     optimizer_info,
+    options_in_source,
     small_optimizer,
 )
 
 KEY = "optimizer"
+
+_BARE_ADAMW = "a bare torch.optim.AdamW"
 
 
 def stamp(optimizer: torch.optim.Optimizer, name: str) -> None:
@@ -117,14 +120,14 @@ def _refuse_another(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
     name = optimizer.defaults[KEY]
     ours, saved = optimizer.param_groups, state_dict["param_groups"]
     found = {
-        group.get(KEY) or (name if _same_rule(ours[0], group) else "another optimizer")
+        group.get(KEY) or (name if _same_rule(optimizer, group) else _name_of_bare(group))
         for group in saved
     }
     lags = any("last_step" in entry for entry in state_dict["state"].values())
     if found != {name}:
         raise UserError(
             f"the saved optimizer state is of {', '.join(sorted(found - {name}))}, but this run "
-            f"uses {name}. Resume with the same optimizer, or start again from the weights alone"
+            f"uses {name}. {_way_out(optimizer, found - {name})}"
         )
     if lags and not hasattr(optimizer, "registered_weights"):
         raise UserError(
@@ -162,14 +165,34 @@ def _sum(sizes: list[int]) -> str:
     return " + ".join(map(str, sizes))
 
 
-def _same_rule(ours: dict[str, Any], saved: dict[str, Any]) -> bool:
+def _same_rule(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> bool:
     """Return whether a bare torch group holds the same options.
 
-    If one class has several rules, the options that choose among them must agree as well.
+    What else it holds does not matter: schedulers and users put keys of their own into groups. If
+    one class has several rules, the options that choose among them must agree as well.
     """
-    ours_only = {KEY, "name", "param_names", "initial_lr"}
-    same_options = ours.keys() - ours_only == saved.keys() - ours_only
-    return same_options and all(
+    own = optimizer.defaults.keys() - {KEY}
+    infos = [optimizer_info(name) for name in list_optimizers()]
+    known = {option for info in infos for option in (*options_in_source(info), *info.fixed)}
+    if not own <= saved.keys() or (known - own) & saved.keys():
+        return False
+    ours = optimizer.param_groups[0]
+    return all(
         bool(ours.get(key)) == bool(saved.get(key))
         for key in ("momentum", "nesterov", "decoupled_weight_decay")
     )
+
+
+def _name_of_bare(saved: Mapping[str, object]) -> str:
+    """Return what to call the optimizer of a group without a stamp."""
+    is_adamw = "amsgrad" in saved and saved.get("decoupled_weight_decay")
+    return _BARE_ADAMW if is_adamw else "another optimizer"
+
+
+def _way_out(optimizer: torch.optim.Optimizer, others: set[str]) -> str:
+    """Return what to do with a state that is of `others`."""
+    if hasattr(optimizer, "registered_weights") and others <= {"adamw", _BARE_ADAMW}:
+        return "Load it by finetune.optim.from_adamw_state(optimizer, state)"
+    if {rule_of(other) for other in others} == {rule_of(optimizer.defaults[KEY])}:
+        return "Load finetune.optim.adapt_state(optimizer, state), after the weights saved with it"
+    return "Resume with the same optimizer, or start again from the weights alone"

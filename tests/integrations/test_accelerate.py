@@ -85,6 +85,14 @@ def test_dense_gradients_take_accelerates_own_way():
     assert len(calls) == 3
 
 
+def test_a_second_call_changes_nothing():
+    accelerator, _, _ = prepared()
+    clip_rows(accelerator)
+    clip = accelerator.clip_grad_norm_
+    clip_rows(accelerator)
+    assert accelerator.clip_grad_norm_ is clip
+
+
 def test_a_saved_state_goes_on_along_the_trajectory(tmp_path):
     accelerator, model, optimizer = prepared()
     clip_rows(accelerator)

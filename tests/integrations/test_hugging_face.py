@@ -208,15 +208,78 @@ def test_the_constructor_protocol_honours_the_arguments(arguments, name):
     }
 
 
+def built(name, args, **options):
+    factory, settings = optimizer_factory(name, args, **options)
+    return factory()(tiny_model(), **settings).defaults
+
+
 def test_changed_adam_arguments_hold_and_unchanged_ones_leave_the_rule_alone(arguments):
-    _, settings = optimizer_factory("adamw", arguments(adam_beta2=0.95, adam_epsilon=1e-6))
-    assert (settings["betas"], settings["eps"]) == ((0.9, 0.95), 1e-6)
-    _, settings = optimizer_factory("lion", arguments())
-    assert "betas" not in settings  # Lion's own are 0.9 and 0.99
-    _, settings = optimizer_factory("adamw", arguments(adam_beta2=0.95), betas=(0.8, 0.9))
-    assert settings["betas"] == (0.8, 0.9)
+    defaults = built("adamw", arguments(adam_beta2=0.95, adam_epsilon=1e-6))
+    assert (defaults["betas"], defaults["eps"]) == ((0.9, 0.95), 1e-6)
+    assert built("lion", arguments())["betas"] == (0.9, 0.99)  # Lion's own
+    assert built("adamw", arguments(adam_beta2=0.95), betas=(0.8, 0.9))["betas"] == (0.8, 0.9)
     with pytest.raises(UserError, match="'sgd' does not take 'betas'"):
         optimizer_factory("sgd", arguments(adam_beta2=0.95))
+
+
+@pytest.mark.parametrize("through", ["use_optimizer", "the constructor"])
+@pytest.mark.parametrize(
+    ("argument", "value", "option", "result"),
+    [
+        ("learning_rate", 0.5, "lr", 0.5),
+        ("weight_decay", 0.25, "weight_decay", 0.25),
+        ("adam_beta2", 0.95, "betas", (0.9, 0.95)),
+        ("adam_epsilon", 1e-6, "eps", 1e-6),
+    ],
+)
+def test_arguments_are_read_when_training_starts(
+    arguments, through, argument, value, option, result
+):
+    args = arguments(max_steps=1)
+    if through == "use_optimizer":
+        trainer = trainer_of(args)
+        use_optimizer(trainer, "adamw")
+    else:
+        trainer = trainer_of(args, optimizer_cls_and_kwargs=optimizer_factory("adamw", args))
+    setattr(trainer.args, argument, value)
+    assert trainer.create_optimizer().defaults[option] == result
+
+
+@pytest.mark.parametrize("name", ["adamw", "lazy_adamw"])
+def test_a_search_tries_the_rates_that_it_reports(arguments, name):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rates = [1e-5, 1e-1]
+
+    def searcher(name, **changes):
+        trainer = Trainer(
+            model_init=lambda: tiny_model(),
+            args=arguments(max_steps=4, **changes),
+            train_dataset=rows(48, 1),
+            eval_dataset=rows(8, 2),
+        )
+        use_optimizer(trainer, name)
+        return trainer
+
+    trainer = searcher(name)
+    losses = {}
+
+    def objective(metrics):
+        losses[trainer.args.learning_rate] = metrics["eval_loss"]
+        return metrics["eval_loss"]
+
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+        compute_objective=objective,
+        n_trials=len(rates),
+        backend="optuna",
+        sampler=optuna.samplers.GridSampler({"learning_rate": rates}),
+    )
+    for rate in rates:
+        alone = searcher("adamw", learning_rate=rate)
+        alone.train()
+        assert losses[rate] == pytest.approx(alone.evaluate()["eval_loss"], abs=1e-4)
+    assert abs(losses[rates[0]] - losses[rates[1]]) > 0.1
 
 
 def test_what_a_trainer_already_says_is_not_said_twice(arguments):

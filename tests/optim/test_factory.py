@@ -8,11 +8,24 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from finetune.errors import UserError
 from finetune.optim import build_optimizer
-from finetune.optim.lazy.convert import from_adamw_state, to_adamw_state
+from finetune.optim.lazy.convert import adapt_state, from_adamw_state, to_adamw_state
 
 # peft 0.21 reads every attribute of a transformers 5 model, a deprecated one among them
 PEFT_WARNING = pytest.mark.filterwarnings(
@@ -106,6 +119,65 @@ def test_a_weight_that_shares_only_its_memory_is_tied_too(caplog):
     model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data)
     build_optimizer(model, "lazy_adamw")
     assert "shares its weight with 'lm_head'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"max_norm": 1.0}, "its max_norm rewrites rows as they are read"),
+        ({"scale_grad_by_freq": True}, "scale_grad_by_freq does not go with row-sparse gradients"),
+    ],
+    ids=str,
+)
+def test_a_table_that_cannot_be_stepped_by_rows_is_updated_as_by_adamw(options, why, caplog):
+    weights = []
+    for name in ("lazy_adamw", "adamw"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(6, 3, **options))
+        optimizer = build_optimizer(model, name, lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([1, 1, 4])).square().sum().backward()
+            assert not model[0].weight.grad.is_sparse
+            optimizer.step()
+        weights.append(model[0].weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith(f"the embedding '0' is updated densely, as by adamw: {why}")
+
+
+def clip():
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text, vision = {"vocab_size": 9, **sizes}, {"image_size": 8, "patch_size": 4, **sizes}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4))
+
+
+def wav2vec2():
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "conv_dim": (8,),
+        "conv_stride": (2,),
+        "conv_kernel": (2,),
+        "num_conv_pos_embedding_groups": 2,
+    }
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes))
+
+
+@pytest.mark.parametrize(("make", "tables"), [(clip, 3), (wav2vec2, 0)])
+def test_a_model_that_names_no_input_embedding_has_all_its_tables_by_rows(make, tables):
+    model = make()
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    assert len(build_optimizer(model, "lazy_adamw").registered_weights()) == tables
 
 
 def test_the_warning_reaches_a_user_who_set_up_no_logging():
@@ -222,6 +294,62 @@ def test_the_state_of_a_bare_torch_optimizer_is_taken_where_the_rule_is_the_same
             optimizer.load_state_dict(state)
 
 
+def one_cycle(optimizer):
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 9)
+
+
+def cyclic(optimizer):
+    torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.2, cycle_momentum=False)
+
+
+def by_hand(optimizer):
+    optimizer.param_groups[0]["lr_scale"] = 0.5
+
+
+@pytest.mark.parametrize("keys_from", [one_cycle, cyclic, by_hand])
+@pytest.mark.parametrize(("name", "fits"), [("adamw", True), ("adam", False), ("lion", False)])
+def test_the_keys_of_a_scheduler_do_not_make_it_another_optimizer(keys_from, name, fits):
+    parameters = [nn.Parameter(torch.ones(2))]
+    bare = torch.optim.AdamW(parameters)
+    keys_from(bare)
+    state = trained(bare).state_dict()
+    optimizer = build_optimizer(parameters, name)
+    if not fits:
+        with pytest.raises(UserError, match=f"is of a bare .*AdamW, but this run uses {name}"):
+            optimizer.load_state_dict(state)
+        return
+    optimizer.load_state_dict(state)
+    assert set(state["param_groups"][0]) <= set(optimizer.param_groups[0])
+
+
+@pytest.mark.parametrize("source", ["a bare torch.optim.AdamW", "adamw"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_lazy_adamw_names_the_way_to_load_the_state_of_adamw(source, rows):
+    layer = nn.Sequential(nn.Embedding(3, 2)) if rows else nn.Linear(2, 2)
+    adamw = (
+        build_optimizer(layer, source, no_decay=())
+        if source == "adamw"
+        else torch.optim.AdamW(layer.parameters())
+    )
+    state = trained(adamw).state_dict()
+    lazy = build_optimizer(layer, "lazy_adamw", no_decay=())
+    with pytest.raises(
+        UserError,
+        match=rf"state is of {source}, .* Load it by finetune\.optim\.from_adamw_state\(",
+    ):
+        lazy.load_state_dict(state)
+    from_adamw_state(lazy, state)
+    assert len(lazy.state) == len(adamw.state)
+
+
+def test_adamw_names_the_way_to_load_the_state_of_lazy_adamw():
+    state = trained(build_optimizer(nn.Linear(2, 2), "lazy_adamw")).state_dict()
+    adamw = build_optimizer(nn.Linear(2, 2), "adamw")
+    with pytest.raises(UserError, match=r"Load finetune\.optim\.adapt_state\(optimizer, state\)"):
+        adamw.load_state_dict(state)
+    adamw.load_state_dict(adapt_state(adamw, state))
+
+
 def test_the_state_of_other_groups_or_parameters_is_refused():
     state = trained(build_optimizer(nn.Linear(2, 2), "adamw")).state_dict()
     with pytest.raises(
@@ -309,6 +437,19 @@ def test_muon_is_torchs_muon_beside_torchs_adamw():
         adamw.step()
     assert torch.equal(ours["w"], theirs["w"])
     assert torch.equal(ours["b"], theirs["b"])
+
+
+def test_hooks_of_all_optimizers_see_one_step_of_muon():
+    calls = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("post")),
+    ]
+    layer = nn.Linear(2, 2)
+    trained(build_optimizer(layer.named_parameters(), "muon"))
+    for handle in handles:
+        handle.remove()
+    assert calls == ["pre", "post"]
 
 
 def test_muon_refuses_a_group_that_is_not_its_own():

@@ -1,7 +1,9 @@
 """Names, aliases, options and the table."""
 
 import inspect
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +103,34 @@ def test_options_come_from_the_signature_with_the_defaults_of_the_name():
     assert optimizer_info("adamw").options == {
         n: p.default for n, p in signature.parameters.items() if n != "params"
     }
+
+
+NUMBERS = [np.float32(0.25), np.float64(0.25), np.float16(0.25), Fraction(1, 4)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)
+@pytest.mark.parametrize("name", ["adamw", "lazy_adamw", "sgd", "muon", "lion"])
+def test_every_real_number_is_a_number_and_becomes_pythons_own(name, number, tmp_path):
+    """NumPy's scalars in a state are what torch.load refuses."""
+    layer = torch.nn.Linear(2, 2)
+    beta = {"betas": [number, 0.5]} if name != "sgd" else {}
+    settings = {"lr": number, "weight_decay": number, **beta}
+    overrides = [{"pattern": "weight", "lr": number}]
+    check_optimizer(name, {**settings, "overrides": overrides})
+    optimizer = build_optimizer(layer, name, **settings, overrides=overrides, no_decay=())
+    groups = [{"params": [layer.weight], "lr": number}]
+    for made in (optimizer, build_optimizer(groups, name)):
+        for group in made.param_groups:
+            assert (type(group["lr"]), group["lr"]) == (float, 0.25)
+        torch.save(made.state_dict(), tmp_path / "state.pt")
+        made.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25}
+
+
+@pytest.mark.parametrize("wrong", [True, "1", None, np.float32("nan"), np.bool_(True)], ids=repr)
+def test_what_is_no_number_is_refused(wrong):
+    with pytest.raises(UserError, match=r"lr is .*\. Give a (finite )?number"):
+        build_optimizer(torch.nn.Linear(2, 2), "adamw", lr=wrong)
 
 
 @pytest.mark.parametrize(
