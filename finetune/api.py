@@ -4,7 +4,12 @@ A mistake of the caller raises UserError, with the sentence that the command lin
 """
 
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -12,18 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from finetune.config import RunConfig
 from finetune.config.loading import make_config, read_tree, with_own_names
+from finetune.config.schema import DataSection, SourceSection
 from finetune.config.values import expand
 from finetune.display import Display
 from finetune.errors import UserError, disk_refusal
 from finetune.recipes.build.look import look_at, look_at_target
 from finetune.run.folder import RunDir
-from finetune.run.given import keep_given
+from finetune.run.given import has_splits, keep_given, records_of
 from finetune.run.records import Evaluation, Evaluations, Sample, StepRecord, read_samples
+from finetune.run.turns import TURNS
 
 if TYPE_CHECKING:
     from finetune.recipes.build.target import Opened
 
 _DEFAULT_RUN = "runs/python"
+_OF_SOURCES = set(SourceSection.model_fields)
 
 
 @dataclass(frozen=True)
@@ -66,39 +74,49 @@ def train(
     config that replace its own: `model="Qwen/Qwen2.5-0.5B"`, `training={"epochs": 1}`, or other
     tools' names such as `learning_rate=1e-4`.
 
-    `data` and `validation`: a path, a hub name, a list of dicts, or a Dataset of `datasets`. Those
-    in memory are kept in the run's folder. A mapping is the config's section `data`. The folder is
-    `output_dir`, by default runs/python. `resume`: as --resume. `on_record` gets each step and each
-    evaluation as it is logged. `quiet`: print nothing.
+    `data` and `validation`: a path, a hub name, a list of dicts, a DataFrame of pandas, or a
+    Dataset of `datasets`. Those in memory are kept in the run's folder. A mapping is the config's
+    section `data`. The folder is `output_dir`, by default runs/python. `resume`: as --resume.
+    `on_record` gets each step and each evaluation as it is logged. `quiet`: print nothing.
 
-    Raises UserError for a mistake in what was given, and for a full disk.
+    Raises UserError for a mistake in what was given, for a full disk, and if another call trains in
+    this process: torch's random state is that of the process.
     """
     if resume is not None and not isinstance(resume, str | PathLike):
         raise UserError(f"resume is {resume!r}. Give 'auto', or the folder of a checkpoint or run")
     if on_record is not None and not callable(on_record):
         raise UserError(f"on_record is a {type(on_record).__name__}. Give a function of a record")
-    tree = with_own_names(_tree_of(config))
-    _replace_keys(tree, keys)
-    if isinstance(data, Mapping) and not _has_splits(data):  # the config's section, as in YAML
-        for name in ("train", "validation", "test"):
-            _refuse_records(name, data.get(name))
-        tree["data"], data = {**(tree.get("data") or {}), **data}, None
-    run = RunDir(Path(_expanded("output_dir", tree.setdefault("output_dir", _DEFAULT_RUN))))
+    _switch("quiet", quiet)
+    tree = with_own_names(_with_texts(_tree_of(config)))
+    _replace_keys(tree, _with_texts(keys))
+    if isinstance(data, Mapping) and not has_splits(data):  # the config's section, as in YAML
+        _refuse_records(data)
+        tree["data"], data = {**(tree.get("data") or {}), **_with_texts(data)}, None
+    place = tree.setdefault("output_dir", _DEFAULT_RUN)
+    if isinstance(place, str) and not place.strip():
+        raise UserError(f"output_dir is {place!r}, which names no folder. Name one, such as runs/a")
+    run = RunDir(Path(_expanded("output_dir", place)))
+    began_at = None if resume is None else _expanded("resume", resume)
+    with TURNS.training(), _leaving_nothing(run) as kept:
+        for name, given in (("train", data), ("validation", validation)):
+            if given is not None:
+                path = _path_of(given, run, kept, name)
+                tree["data"] = {**(tree.get("data") or {}), name: path}
+        settings = make_config(tree)
+        look_at(settings)
+        return _trained(settings, began_at, on_record, Display(enabled=not quiet))
+
+
+@contextmanager
+def _leaving_nothing(run: RunDir) -> Iterator[list[Path]]:
+    """Delete the files in the yielded list if a run is refused before it began.
+
+    Raises UserError also for a disk that refuses.
+    """
     made = [path for path in (run.root, *run.root.parents) if not path.exists()]
     kept: list[Path] = []
     try:
-        for name, given in (("train", data), ("validation", validation)):
-            if given is not None:
-                place = _path_of(given, run, kept, name)
-                tree["data"] = {**(tree.get("data") or {}), name: place}
-        settings = make_config(tree)
-        look_at(settings)
-        return _trained(
-            settings,
-            None if resume is None else _expanded("resume", resume),
-            on_record,
-            Display(enabled=not quiet),
-        )
+        yield kept
     except UserError as error:
         sentence = str(error)
         for path in () if run.is_run() else kept:  # it is gone when the sentence is read
@@ -125,7 +143,15 @@ def load(target: "str | PathLike[str] | RunResult") -> "LoadedModel":
     `target`: a RunResult, a run's folder, a model's folder, or a hub name. Raises UserError if
     there is no such model.
     """
-    name = str(target.path if isinstance(target, RunResult) else target)
+    given = target.path if isinstance(target, RunResult) else target
+    if not isinstance(given, str | PathLike):
+        raise UserError(
+            f"{given!r:.80} is a {type(given).__name__}. Give a RunResult, a run's or a model's "
+            "folder, or a hub name"
+        )
+    name = _expanded("the model", given)
+    if name and (place := Path(name)).exists():
+        name = str(place.absolute())  # it stays the same if the current folder changes
     look_at_target(name)
     from finetune.recipes.build.target import open_target
 
@@ -133,10 +159,14 @@ def load(target: "str | PathLike[str] | RunResult") -> "LoadedModel":
 
 
 class LoadedModel:
-    """A model in use: of a run, with its system prompt and its languages, or any other."""
+    """A model in use: of a run, with its system prompt and its languages, or any other.
+
+    Threads may share it: its methods take turns.
+    """
 
     def __init__(self, opened: "Opened") -> None:
         self._opened = opened
+        self._turn = threading.RLock()  # an evaluation changes modes and modules of the model
         self.model: Any = opened.model  # of transformers, in evaluation mode
         self.tokenizer: Any = opened.tokenizer
 
@@ -150,22 +180,28 @@ class LoadedModel:
         *,
         system: str | None = None,
         raw: bool = False,
-        seed: int = 0,
+        seed: int | None = 0,
         **settings: Any,
     ) -> str | list[str]:
         """Return the answer to a question, or the answers to several that are asked apart.
 
         `system`: the system prompt; None for the run's own, "" for none. `raw`: continue the text
-        without the chat template. `settings`: keys of the config's section `generation`, such as
-        `temperature=0.7` and `max_new_tokens=64`. Raises UserError.
+        without the chat template. `seed`: a whole number, or None for another answer each time.
+        `settings`: keys of the config's section `generation`, such as `temperature=0.7` and
+        `max_new_tokens=64`. A control token that the text spells out, such as <|im_end|>, is plain
+        text within the chat template. Raises UserError.
         """
         from finetune.recipes.generate import answers_of
 
-        answers = answers_of(
-            self._opened, _texts(text), raw=raw, system_prompt=system, seed=seed,
-            settings=settings, display=Display(enabled=False),
-        )  # fmt: skip
-        found = [answer for _, answer in answers]
+        texts, seed = _texts(text), _seed(seed)
+        _text("system", system)
+        _switch("raw", raw)
+        with self._turn:
+            answers = answers_of(
+                self._opened, texts, called="text", raw=raw, system_prompt=system, seed=seed,
+                settings=settings, display=Display(enabled=False),
+            )  # fmt: skip
+            found = [answer for _, answer in answers]
         return found[0] if isinstance(text, str) else found
 
     @overload
@@ -182,14 +218,22 @@ class LoadedModel:
     ) -> str | list[str]:
         """Return the translation of a sentence, or of several. The languages are the run's own.
 
-        `source` and `to` are other languages, and `settings` are as in `chat`. Raises UserError.
+        `source` and `to` are other languages, and `settings` are as in `chat`. It warns if the run
+        did not learn this direction. Raises UserError.
         """
         from finetune.recipes.translate import translator_of
 
-        translate = translator_of(
-            self._opened, source=source, to=to, settings=settings, display=Display(enabled=False)
-        )
-        found = list(translate(_texts(text)))
+        texts, said = _texts(text), list[str]()
+        _text("source", source)
+        _text("to", to)
+        with self._turn:
+            translate = translator_of(
+                self._opened, source=source, to=to, settings=settings,
+                display=Display(enabled=False), note=said.append,
+            )  # fmt: skip
+            for sentence in said:
+                warnings.warn(sentence, stacklevel=2)
+            found = list(translate(texts))
         return found[0] if isinstance(text, str) else found
 
     def evaluate(self, data: Any = None) -> dict[str, Any]:
@@ -204,7 +248,7 @@ class LoadedModel:
         config = self._opened.config
         if config is None and data is None:
             raise UserError("this model is not of a run, so its data is not known. Give data")
-        with TemporaryDirectory() as folder:
+        with TURNS.evaluating(), self._turn, TemporaryDirectory() as folder:
             tree: dict[str, Any] = {"model": {"name": str(self.model.name_or_path)}, "data": {}}
             tree = {"output_dir": folder, **tree} if config is None else _tree_of(config)
             if data is not None:
@@ -222,7 +266,7 @@ def _tree_of(config: Any) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return dict(config)
     if isinstance(config, str | PathLike):
-        return read_tree(Path(config))
+        return read_tree(Path(_expanded("config", config)))
     raise UserError(
         f"config is a {type(config).__name__}. Give a YAML file, a mapping, or a RunConfig"
     )
@@ -247,34 +291,45 @@ def _expanded(key: str, path: Any) -> str:
         raise UserError(f"{key}: {error}") from error
 
 
-def _refuse_records(name: str, value: Any) -> None:
-    """Raise UserError if a key of the section `data` holds records in place of paths."""
-    first = value[0] if isinstance(value, list | tuple) and value else None
-    if isinstance(first, Mapping) and "path" not in first:
-        given = {"train": "data=[…]", "validation": "validation=[…]"}.get(name, "a file")
-        raise UserError(f"data[{name!r}] holds records, and it takes paths. Give them as {given}")
+def _with_texts(value: Any) -> Any:
+    """Return a tree with a text in the place of each path in it."""
+    if isinstance(value, PathLike):
+        return os.fsdecode(value)
+    if isinstance(value, Mapping):
+        return {key: _with_texts(item) for key, item in value.items()}
+    return [_with_texts(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _has_splits(data: Any) -> bool:
-    """Return whether `datasets` made this of several datasets (DatasetDict)."""
-    return isinstance(data, Mapping) and type(data).__module__.partition(".")[0] == "datasets"
+def _refuse_records(section: Mapping[str, object]) -> None:
+    """Raise UserError if a mapping is no section `data` of paths, but holds records."""
+    columns = [name for name in section if name not in DataSection.model_fields]
+    columns += ["translation"] if isinstance(section.get("translation"), list) else []
+    if columns and all(isinstance(section[name], list | tuple) for name in columns):
+        raise UserError(
+            f"the data is a mapping of columns ({', '.join(map(repr, columns))}). Give a list of "
+            "dicts, one for each record"
+        )
+    for name in ("train", "validation", "test"):
+        value = section.get(name)
+        first = value[0] if isinstance(value, list | tuple) and value else None
+        if isinstance(first, Mapping) and "path" not in first:
+            given = {"train": "data=[…]", "validation": "validation=[…]"}.get(name, "a file")
+            raise UserError(
+                f"data[{name!r}] holds records, and it takes paths. Give them as {given}"
+            )
 
 
 def _path_of(data: Any, run: RunDir, kept: list[Path], what: str) -> str:
     """Return the path of the data. Records in memory are written into the run's folder first."""
     if isinstance(data, str | PathLike):
-        return str(data)
-    if _has_splits(data):
-        first = next(iter(data))
-        raise UserError(f"the data has splits ({', '.join(data)}). Give one, as in data[{first!r}]")
-    if type(data).__module__.partition(".")[0] == "pandas":
-        data = data.to_dict("records")
-    if not isinstance(data, Iterable) or isinstance(data, Mapping) or not hasattr(data, "__len__"):
+        return os.fsdecode(data)
+    first = data[0] if isinstance(data, list | tuple) and data else None
+    if isinstance(first, Mapping) and "path" in first and first.keys() <= _OF_SOURCES:
         raise UserError(
-            f"the data is a {type(data).__name__}. Give a path, a list of dicts, or a "
-            "datasets.Dataset"
+            "the data is a list of sources with paths, and not of records. "
+            + ("Give one path" if what == "test" else f"Give it as data={{{what!r}: […]}}")
         )
-    path, is_new = keep_given(run, data, what)
+    path, is_new = keep_given(run, records_of(data), what)
     kept += [path] if is_new else []
     return str(path)
 
@@ -302,9 +357,41 @@ def _texts(text: str | Sequence[str]) -> list[str]:
     """Return the texts. Raises UserError for anything else."""
     from finetune.recipes.build.target import require_utf8
 
-    texts = [text] if isinstance(text, str) or not isinstance(text, Sequence) else list(text)
+    is_one = isinstance(text, str | bytes | bytearray) or not isinstance(text, Sequence)
+    texts: list[Any] = [text] if is_one else list(text)
     for item in texts:
         if not isinstance(item, str):
             raise UserError(f"{item!r:.80} is a {type(item).__name__}. Give a text or several")
         require_utf8(item, "the text")
     return texts
+
+
+def _text(name: str, value: object) -> None:
+    """Raise UserError unless an argument is a text that can be read, or None."""
+    from finetune.recipes.build.target import require_utf8
+
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{name} is {value!r:.80}, a {type(value).__name__}. Give a text")
+    require_utf8(value or "", name)
+
+
+def _switch(name: str, value: object) -> None:
+    """Raise UserError unless an argument is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {value!r:.80}. Give True or False")
+
+
+def _seed(value: Any) -> int | None:
+    """Return a seed as a plain number. Raises UserError for one that `--seed` refuses."""
+    if value is None:
+        return None
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 32:
+        raise UserError(
+            f"seed is {value!r:.80}. Give a whole number from 0 to {(1 << 32) - 1:,}, or None for "
+            "another answer each time"
+        )
+    return number

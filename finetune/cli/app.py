@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import finetune
+from finetune.errors import UserError
 from finetune.run.log import VERBOSITY
 
 _LOUDNESS = {
@@ -108,8 +109,21 @@ def say_start() -> None:
         typer.echo("loading torch and transformers", err=True)
 
 
+def require_stdout() -> None:
+    """Raise UserError if stdout is closed: a command that prints its result would lose it.
+
+    Python's stdout is then None, and what is printed there is dropped without an error.
+    """
+    if sys.stdout is None:
+        raise UserError(
+            "stdout is closed, so the result cannot be printed. Leave out >&-, or send stdout to a "
+            "file or to /dev/null"
+        )
+
+
 def _print_version(asked: bool) -> None:
     if asked:
+        require_stdout()
         typer.echo(f"finetune {finetune.__version__}")
         raise typer.Exit
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import STOPPED, Config, Overrides, app, say_start
+from finetune.cli.app import STOPPED, Config, Overrides, app, require_stdout, say_start
 
 Trials = Annotated[
     int,
@@ -88,6 +88,7 @@ def optimizers(
     ] = "*",
 ) -> None:
     """List the available optimizers and their options."""
+    require_stdout()
     from finetune.recipes.optimizers import print_optimizers
 
     print_optimizers(pattern)

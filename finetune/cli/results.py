@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune.cli.app import Target, Trust, app, say_start
+from finetune.cli.app import Target, Trust, app, require_stdout, say_start
 
 TextFiles = Annotated[
     list[Path] | None,
@@ -120,6 +120,8 @@ def push(
 
     `hf auth login` stores the token for it.
     """
+    if dry_run:
+        require_stdout()
     from finetune.recipes.push import push_run
 
     push_run(run, name, gguf=gguf or (), private=private, dry_run=dry_run)

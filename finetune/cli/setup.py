@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import app, say_start
+from finetune.cli.app import app, require_stdout, say_start
 
 
 @app.command()
@@ -61,6 +61,7 @@ def keys(
     ] = False,
 ) -> None:
     """List the keys of a config, with defaults, values and meanings."""
+    require_stdout()
     from finetune.recipes.keys import print_keys
 
     print_keys(pattern, schema=schema)
@@ -73,6 +74,7 @@ def runs(
     ),
 ) -> None:
     """List the runs in a folder, with their start, state, model, steps and loss."""
+    require_stdout()
     from finetune.recipes.runs import print_runs
 
     print_runs(folder)

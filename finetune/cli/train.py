@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finetune.cli.app import STOPPED, Config, Overrides, app, say_start
+from finetune.cli.app import STOPPED, Config, Overrides, app, require_stdout, say_start
 
 
 @app.command()
@@ -45,8 +45,7 @@ def train(
 
     settings = load_config(config, overrides or ())
     look_at(settings)
-    if not dry_run:
-        look_at_start(settings, resume)
+    require_stdout() if dry_run else look_at_start(settings, resume)
     say_start()
     display = Display()
     if processes is None and not restarts:
@@ -116,6 +115,7 @@ def inspect(
 
     The target text of each example is coloured.
     """
+    require_stdout()
     from finetune.config import load_config
     from finetune.recipes.build.look import look_at
 
@@ -130,6 +130,7 @@ def inspect(
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Estimate the memory and time of a run, and suggest changes if it does not fit."""
+    require_stdout()
     from finetune.config import load_config
     from finetune.recipes.build.look import look_at
 

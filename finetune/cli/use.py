@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.app import Overrides, Target, Trust, app, say_start
+from finetune.cli.app import Overrides, Target, Trust, app, require_stdout, say_start
 from finetune.errors import is_terminal, visible
 
 MaxNewTokens = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
@@ -45,6 +45,7 @@ def evaluate(
     The metrics are loss, perplexity and bits per byte; for translation also chrF and BLEU.
     For conversations that call tools they are also the shares of right calls.
     """
+    require_stdout()
     from finetune.recipes.build.look import look_at_evaluation
 
     look_at_evaluation(target, config, overrides or (), trust=trust_remote_code)
@@ -67,7 +68,7 @@ def generate(
         list[str] | None,
         typer.Option(
             help="A prompt; may be repeated. Without it, each line of stdin is a prompt, and each "
-            "answer is one line, in which \\n is a line break."
+            "answer is one line, in which \\n is a line break, and \\r a carriage return."
         ),
     ] = None,
     raw: Annotated[
@@ -90,6 +91,7 @@ def generate(
 
     If --prompt is given more than once, each answer is printed under its prompt.
     """
+    require_stdout()
     from finetune.display import on_terminal
     from finetune.recipes.build.look import look_at_use
 
@@ -115,7 +117,7 @@ def generate(
     ):
         plain = f"> {asked}\n{answer}\n" if prompt and len(prompt) > 1 else answer
         if not prompt and not is_terminal(sys.stdin):  # as many lines as there are prompts
-            plain = plain.replace("\n", "\\n")
+            plain = on_one_line(plain)
         typer.echo(
             json_line({"prompt": asked, "answer": answer}) if as_json else on_terminal(plain)
         )
@@ -137,6 +139,7 @@ def chat(
     trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands there, /exit ends it."""
+    require_stdout()
     from finetune.recipes.build.look import look_at_use
 
     settings = given(
@@ -188,6 +191,8 @@ def translate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Translate sentences, the lines of stdin, or a file, in batches."""
+    if output is None:
+        require_stdout()
     from finetune.recipes.build.look import languages_asked, look_at_texts, look_at_use
 
     look_at_texts(text, input=input, output=output)
@@ -209,9 +214,19 @@ def translate(
     )
 
 
+BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+"""The characters that end a line, for one reader or another: those of `str.splitlines`."""
+
+
+def on_one_line(text: str) -> str:
+    """Return `text` with the characters that end a line written as Python writes them."""
+    return text.translate({ord(c): ascii(c)[1:-1] for c in BREAKS})
+
+
 def json_line(values: dict[str, str]) -> str:
     """Return a line of JSON for stdout; for a terminal its control characters are escaped."""
     text = json.dumps(values, ensure_ascii=not speaks_utf8())
+    text = text.translate({ord(c): f"\\u{ord(c):04x}" for c in BREAKS})
     if not is_terminal(sys.stdout):
         return text
     return "".join(f"\\u{ord(c):04x}" if visible(c) != c else c for c in text)

@@ -25,7 +25,8 @@ from finetune.config.places import field_of, item_section_of, keys_at, section_o
 from finetune.config.schema import DataSection, RunConfig
 from finetune.config.yaml12 import dump, parse
 from finetune.errors import UserError
-from finetune.run.folder import is_written_by_a_run
+from finetune.run.folder import RunDir, is_written_by_a_run
+from finetune.run.given import own_copy
 
 Model = TypeVar("Model", bound=BaseModel)
 _DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".bz2", ".xz")
@@ -91,7 +92,41 @@ def read_tree(path: Path) -> dict[str, Any]:
             "Write lines of the form `key: value`"
         )
     tree.setdefault("output_dir", str(Path("runs") / path.stem))
-    return tree
+    run = RunDir(path.parent)
+    return _where_it_is(tree, run) if path == run.config and run.environment.is_file() else tree
+
+
+def _where_it_is(tree: dict[str, Any], run: RunDir) -> dict[str, Any]:
+    """Return the config of a run in the place where the run is now: it may have been moved.
+
+    Data that was given in memory lies in the run's folder.
+    """
+    place, data = tree["output_dir"], tree.get("data")
+    if isinstance(place, str) and not _is_same(Path(place), run.root):
+        tree = {**tree, "output_dir": str(run.root)}
+    if not isinstance(data, dict):
+        return tree
+
+    def moved(source: Any) -> Any:
+        if isinstance(source, list):
+            return [moved(each) for each in source]
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            return {**source, "path": moved(source["path"])}
+        own = own_copy(run, source) if isinstance(source, str) else None
+        if own is None or (not own.is_absolute() and _is_same(Path(source), own)):
+            return source
+        return str(own)
+
+    sources = {key: moved(data[key]) for key in ("train", "validation", "test") if key in data}
+    return {**tree, "data": {**data, **sources}}
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Return whether two paths name one file or folder that is there."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
 
 
 def make_config(

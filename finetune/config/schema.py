@@ -339,11 +339,22 @@ class GenerationSection(Section):
     batch_size: PositiveInt = 64  # prompts at a time
 
 
+def _named(path: Any) -> Any:
+    """Return the path of a folder. Raises ValueError for "", which would be the current folder."""
+    if isinstance(path, str) and not path.strip():
+        raise ValueError(f"output_dir is {path!r}, which names no folder. Name one, such as runs/a")
+    return path
+
+
+def _expanded(path: Path) -> Path:
+    return Path(expand(str(path)))
+
+
 class RunConfig(Section):
     """The whole configuration of a run."""
 
     # The run's folder. Default: runs/<name of the config file>.
-    output_dir: Annotated[Path, AfterValidator(lambda path: Path(expand(str(path))))]
+    output_dir: Annotated[Path, BeforeValidator(_named), AfterValidator(_expanded)]
     overwrite_output_dir: bool = False  # True: first delete the run that is in output_dir
     # Seed of random weights, the order of the data, dropout and the drawn rows.
     seed: SeedNumber = 0

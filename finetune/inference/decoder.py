@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.compute.rotary import switching_length
 from finetune.errors import UserError
 from finetune.inference.beginnings import Group, KeptCache, common_beginnings
+from finetune.inference.sampling import next_tokens, penalise_repetition
 from finetune.models.cache import can_join, cut_start, join_caches, join_rows, make_room
 from finetune.models.describe import CACHE_NAMES, CausalLM, cache_of, context_length, taken
 
@@ -42,10 +43,6 @@ class GenerationSettings:
             repetition_penalty=1.0,
             stop_ids=stop_ids,
         )
-
-
-NUCLEUS = 1024
-"""The likeliest tokens that are sorted for `top_p`; all are only if these do not reach it."""
 
 
 class Way(NamedTuple):
@@ -315,17 +312,6 @@ def _count(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
-    """Return `logits` with the tokens that already occurred made less likely.
-
-    Positive logits are divided by `penalty`, negative ones multiplied. `logits` and the boolean
-    `seen` are [prompts, V], `penalty` is one number or [prompts, 1].
-    Section 4.1 of CTRL, https://arxiv.org/abs/1909.05858
-    """
-    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen, penalised, logits)
-
-
 def _draw(
     logits: Tensor, way: tuple[float, float, int], generators: Sequence[torch.Generator]
 ) -> Tensor:
@@ -333,53 +319,3 @@ def _draw(
     return next_tokens(
         logits, temperature=temperature, top_p=top_p, top_k=top_k, generators=generators
     )
-
-
-def next_tokens(
-    logits: Tensor,
-    *,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """Return one token for each prompt, [prompts] int64, from `logits` [prompts, V].
-
-    Temperature 0 is greedy. `top_k` keeps the k likeliest tokens (0: all of them). `top_p` then
-    keeps the fewest of those whose probabilities reach `top_p` (1: all of them;
-    https://arxiv.org/abs/1904.09751). `generators` has one CPU generator for each prompt, so an
-    answer does not depend on the prompts next to it.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    scaled, tokens = logits.float() / temperature, None
-    if top_k:
-        scaled, tokens = scaled.topk(min(top_k, scaled.shape[-1]), dim=-1)
-    probabilities = torch.softmax(scaled, dim=-1)
-    if top_p < 1:
-        probabilities, order = _nucleus(probabilities, top_p)
-        tokens = order if tokens is None else tokens.gather(1, order)
-    cumulative = probabilities.cumsum(dim=-1)
-    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(
-        logits.device
-    )
-    # Inverse transform sampling: the first place whose cumulative probability exceeds `uniform`.
-    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    # The bound guards against rounding at the very end.
-    places = torch.arange(probabilities.shape[-1], device=logits.device)
-    last_kept = (places * (probabilities > 0)).amax(dim=-1, keepdim=True)
-    place = torch.minimum(place, last_kept)
-    return (place if tokens is None else tokens.gather(1, place)).squeeze(1)
-
-
-def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the likeliest probabilities, and their places.
-
-    Those after the first that reach `top_p` together are 0. The likeliest one always stays.
-    """
-    for count in (min(NUCLEUS, probabilities.shape[-1]), probabilities.shape[-1]):
-        likeliest, order = probabilities.topk(count, dim=-1)
-        cumulative = likeliest.cumsum(dim=-1)
-        if (cumulative[:, -1] >= top_p).all():
-            break
-    return likeliest.masked_fill(cumulative - likeliest >= top_p, 0.0), order

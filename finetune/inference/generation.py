@@ -7,15 +7,19 @@ computed for the last position only. Up to rounding, an answer depends neither o
 on the other prompts: a model that cannot do all this is asked in a slower way (`batching`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from finetune.data.types import Tokenizer
+from finetune.errors import UserError
 from finetune.inference.batching import batches_of, way_of
 from finetune.inference.beginnings import KeptCache
-from finetune.inference.decoder import Decoder, GenerationSettings
+from finetune.inference.decoder import Decoder, GenerationSettings, answer_room
 from finetune.models.describe import CausalLM
 from finetune.models.language_model import evaluating
+
+_Item = TypeVar("_Item")
 
 
 def generate(
@@ -77,6 +81,37 @@ def stream(
                 yield piece
     if rest := text.rest():
         yield rest
+
+
+def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Yield `items` in lists of `size`; a UserError of the next item comes after those before it.
+
+    So the answers to what came before are not lost.
+    """
+    chunk: list[_Item] = []
+    try:
+        for item in items:
+            chunk.append(item)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+    except UserError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+def require_room(
+    model: CausalLM, prompt: Sequence[int], max_new_tokens: int, named: str
+) -> Sequence[int]:
+    """Return `prompt`. Raises UserError, which begins with `named`, if no answer can follow it."""
+    try:
+        answer_room(model, prompt, max_new_tokens)
+    except UserError as error:
+        raise UserError(f"{named}{error}") from error
+    return prompt
 
 
 def with_seed(settings: GenerationSettings, number: int) -> GenerationSettings:

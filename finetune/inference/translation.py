@@ -1,13 +1,12 @@
 """Translation of lines, in batches: text in, the same number of lines out."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from finetune.data.sources.files import read_lines
 from finetune.data.types import Tokenizer
 from finetune.errors import UserError
-from finetune.inference.generation import GenerationSettings, generate
+from finetune.inference.generation import GenerationSettings, chunks, generate, require_room
 from finetune.models.describe import CausalLM
 
 CHUNK_BATCHES = 8
@@ -26,26 +25,29 @@ def translate_lines(
     """Yield the translation of each line, in order, each on one line; a blank line stays empty.
 
     `prompt_of` makes the prompt's token ids from a sentence, as in training
-    (`TranslationFormat.prompt`). Raises UserError, which names the lines, if one is too long for
-    the model.
+    (`TranslationFormat.prompt`). Raises UserError, which names the line, if one is too long for
+    the model; the lines before it are translated.
     """
-    texts = (line.strip() for line in lines)
-    first, done = 1, 0
-    while chunk := list(islice(texts, batch_size * CHUNK_BATCHES)):
-        numbers = [number for number, text in enumerate(chunk) if text]
-        prompts = [prompt_of(chunk[number]) for number in numbers]
-        try:
-            answers = generate(model, prompts, settings=settings, batch_size=batch_size, first=done)
-        except UserError as error:
-            raise UserError(
-                f"lines {first} to {first + len(chunk) - 1} cannot be translated: {error}"
-            ) from error
-        translations = dict(zip(numbers, answers))
-        for number in range(len(chunk)):
-            answer = tokenizer.decode(translations.get(number, []), skip_special_tokens=True)
+
+    def prompt(number: int, text: str) -> Sequence[int] | None:
+        if not text:
+            return None
+        named = f"line {number} cannot be translated: "
+        return require_room(model, prompt_of(text), settings.max_new_tokens, named)
+
+    read = (prompt(number, line.strip()) for number, line in enumerate(lines, start=1))
+    done = 0
+    for chunk in chunks(read, batch_size * CHUNK_BATCHES):
+        prompts = [ids for ids in chunk if ids is not None]
+        answers = iter(
+            generate(model, prompts, settings=settings, batch_size=batch_size, first=done)
+        )
+        done += len(prompts)
+        for ids in chunk:
+            answer = [] if ids is None else next(answers)
+            text = tokenizer.decode(answer, skip_special_tokens=True)
             # Not split(): French has spaces of its own.
-            yield " ".join(line.strip() for line in answer.splitlines()).strip()
-        first, done = first + len(chunk), done + len(prompts)
+            yield " ".join(line.strip() for line in text.splitlines()).strip()
 
 
 def translate_file(

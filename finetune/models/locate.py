@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from finetune.errors import UserError, did_you_mean
 from finetune.run.files import path_of
+from finetune.run.folder import RunDir
 from finetune.run.marker import MARKER
 
 HUB_TIMEOUT = 5.0  # seconds
@@ -60,7 +61,13 @@ def find_local(name: str) -> Path | None:
         return path
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"the folder {name} is not a model: there is no config.json in it")
+            own = RunDir(path).model
+            remedy = (
+                f". Give {own}, the model of this run" if (own / "config.json").is_file() else ""
+            )
+            raise UserError(
+                f"the folder {name} is not a model: there is no config.json in it{remedy}"
+            )
         return path
     if path.is_file():
         raise UserError(

@@ -14,7 +14,7 @@ from finetune.inference.translation import translate_file, translate_lines
 from finetune.recipes.build.look import look_at_texts
 from finetune.recipes.build.model import generation_settings
 from finetune.recipes.build.target import Opened, open_target, require_utf8, stdin_lines
-from finetune.recipes.build.translation import note_other_direction, translation_format
+from finetune.recipes.build.translation import other_direction, translation_format
 from finetune.run.wording import clock
 
 
@@ -79,19 +79,24 @@ def translator_of(
     system_prompt: str | None = None,
     settings: Mapping[str, Any],
     display: Display,
+    note: Callable[[str], None] | None = None,
 ) -> Callable[[Iterable[str]], Iterator[str]]:
     """Return a function from sentences to their translations, with the run's own languages.
 
-    Raises UserError for languages that are not known.
+    `note` gets a sentence about a direction that the run did not learn; None prints it. Raises
+    UserError for languages that are not known.
     """
     format = translation_format(opened, source, to, display, system_prompt=system_prompt)
     section = opened.settings(settings)
-    note_other_direction(opened, format, display)
+    if (said := other_direction(opened, format.languages)) is not None:
+        display.say(f"note: {said}") if note is None else note(said)
     return functools.partial(
         translate_lines,
         model=opened.model,
         tokenizer=opened.tokenizer,
-        prompt_of=lambda text: format.prompt(text, reverse=False).input_ids,
+        prompt_of=lambda text: (
+            format.prompt(text, reverse=False, parse_control_tokens=False).input_ids
+        ),
         settings=generation_settings(section, opened.model, seed=0),
         batch_size=section.batch_size,
     )

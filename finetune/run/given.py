@@ -6,8 +6,11 @@ So the run's config names what it was trained on, and a resumed run or an evalua
 import hashlib
 import json
 import math
+import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, time
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,62 @@ from finetune.errors import UserError
 from finetune.run.files import make_folder, write_text
 from finetune.run.folder import RunDir
 
+_NAME = re.compile(r"(train|validation|test)-[0-9a-f]{8}\.jsonl")
+"""The name of a file that `keep_given` writes."""
+
+_AS_PATHS = {
+    "train": "data={'train': […]}",
+    "validation": "data={'validation': […]}",
+    "test": "one path, and not a list",
+}
+
+
+def records_of(data: Any) -> Iterable[Any]:
+    """Return the records in what a caller gives as data: a list, a Dataset or a DataFrame.
+
+    Raises UserError for anything else.
+    """
+    if has_splits(data):
+        first = next(iter(data))
+        raise UserError(f"the data has splits ({', '.join(data)}). Give one, as in data[{first!r}]")
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(data, pandas.DataFrame):
+        if not data.columns.is_unique:
+            twice = data.columns[data.columns.duplicated()][0]
+            raise UserError(f"the data has more than one column {twice!r}. Rename or remove one")
+        found: list[Any] = data.to_dict("records")
+        return found
+    is_other = type(data).__module__.partition(".")[0] == "pandas"
+    is_other = is_other or isinstance(data, Mapping | bytes | bytearray)
+    if is_other or not isinstance(data, Iterable) or not hasattr(data, "__len__"):
+        raise UserError(
+            f"the data is a {type(data).__name__}. Give a path, a list of dicts, a "
+            "pandas.DataFrame, or a datasets.Dataset"
+        )
+    return data
+
+
+def has_splits(data: Any) -> bool:
+    """Return whether `datasets` made this of several datasets (DatasetDict)."""
+    return isinstance(data, Mapping) and type(data).__module__.partition(".")[0] == "datasets"
+
+
+def own_copy(run: RunDir, path: str) -> Path | None:
+    """Return the file in the run's folder that `path` named when the run had another place.
+
+    It is None for a file of the user's own. The name has a hash of the records.
+    """
+    name = Path(path).name
+    own = run.root / name
+    return own if _NAME.fullmatch(name) and own.is_file() else None
+
 
 def _entries(record: Mapping[Any, Any], number: int) -> Iterator[str]:
     """Yield each column of a record as JSON. What a table has for an empty cell (NaN) is null."""
+    if len({str(column) for column in record}) < len(record):
+        raise UserError(
+            f"two columns of record {number} have one name as text, as JSON has it. Rename one"
+        )
     for column, value in record.items():
         value = None if isinstance(value, float) and math.isnan(value) else value
         try:
@@ -52,13 +108,16 @@ def keep_given(run: RunDir, records: Iterable[Any], what: str) -> tuple[Path, bo
     lines = []
     for number, record in enumerate(records, start=1):
         if not isinstance(record, Mapping):
+            is_path = isinstance(record, str | PathLike)
+            paths = f"; if it is a path, give {_AS_PATHS[what]}" if is_path else ""
             raise UserError(
                 f"record {number} of the data is a {type(record).__name__}. Give mappings, such as "
-                "{'prompt': …, 'completion': …}"
+                f"{{'prompt': …, 'completion': …}}{paths}"
             )
         lines.append("{" + ", ".join(_entries(record, number)) + "}\n")
     if not lines:
-        raise UserError("the data has no records. Give at least two")
+        least = "two" if what == "train" else "one"
+        raise UserError(f"the data has no records. Give at least {least}")
     text = "".join(lines)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     path = run.root / f"{what}-{digest}.jsonl"

@@ -1,15 +1,18 @@
 """Lines in are lines out; bytes that are not UTF-8 get a sentence, and control characters show."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from finetune.cli import main
 from finetune.errors import visible
 from finetune.recipes.build.target import stdin_lines
 from tests.cli.conftest import finetune
@@ -144,7 +147,7 @@ def test_as_many_lines_come_out_as_go_in(
         answers = [("q", "a\nb"), ("", ""), ("r", "c\r\n\u2028d\n")]
         patch.setattr("finetune.recipes.generate.generate_answers", lambda *_, **__: answers)
         result = finetune("generate", "run", stdin="q\n\nr\n")
-        assert result.out == "a\\nb\n\nc\r\\n\u2028d\\n\n"
+        assert result.out == "a\\nb\n\nc\\r\\n\\u2028d\\n\n"
         assert finetune("generate", "run", "--prompt", "q").out.startswith("a\nb\n")
     path = chat_run / "in.txt"
     path.write_bytes(ODD.encode())
@@ -173,3 +176,96 @@ def test_an_error_is_one_line_without_control_characters(folder: Path) -> None:
     assert [line for line in result.err.splitlines() if line.startswith("finetune: all")] == []
     assert "\x1b" not in result.err
     assert "\x9b" not in result.err
+
+
+@pytest.mark.parametrize(
+    "end", ["\n", "\r", "\r\n", *"\v\f\x1c\x1d\x1e\x85\u2028\u2029"], ids=ascii
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_answer_is_one_line_for_every_reader(
+    as_json: bool, end: str, chat_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"a{end}b\tc é"
+    answers = [("one", said), ("two", said)]
+    monkeypatch.setattr("finetune.recipes.generate.generate_answers", lambda *_, **__: answers)
+    options = ["--json"] * as_json
+    lines = finetune("generate", "run", *options, stdin="one\ntwo\n").out.splitlines()
+    assert len(lines) == 2
+    if as_json:
+        assert [json.loads(line)["answer"] for line in lines] == [said, said]
+    else:
+        assert lines == [f"a{ascii(end)[1:-1]}b\tc é"] * 2
+
+
+def test_the_line_that_is_too_long_is_named_and_those_before_it_are_answered(
+    chat_run: Path,
+) -> None:
+    asked = "one\n\ntwo\n" + "word " * 3000 + "\nthree\n"
+    result = finetune("generate", "run", "--json", stdin=asked)
+    assert [json.loads(line)["prompt"] for line in result.out.splitlines()] == ["one", "", "two"]
+    assert result.code == 2
+    assert "finetune: line 4: the prompt has " in result.err
+    bad = finetune("generate", "run", "--prompt", "one", "--prompt", "word " * 3000)
+    assert bad.code == 2
+    assert "finetune: prompt 2: the prompt has " in bad.err
+    assert bad.out.startswith("> one\n")
+
+
+CLOSED = {  # a command that prints its result -> its arguments
+    "evaluate": ("run",),
+    "generate": ("run",),
+    "chat": ("run",),
+    "translate": ("run",),
+    "train": ("c.yaml", "--dry-run"),
+    "inspect": ("c.yaml",),
+    "plan": ("c.yaml",),
+    "keys": (),
+    "runs": (),
+    "optimizers": (),
+    "push": ("run", "me/it", "--dry-run"),
+    "--version": (),
+}
+
+
+def without_stdout(*arguments: str) -> tuple[int, str]:
+    """Run `finetune ARGUMENTS >&-`; return the exit code and stderr."""
+    err = io.StringIO()
+    argv, sys.argv = sys.argv, ["finetune", *arguments]
+    try:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        return int(stop.code or 0), err.getvalue()
+    finally:
+        sys.argv = argv
+    return 0, err.getvalue()
+
+
+@pytest.mark.parametrize("command", CLOSED)
+def test_a_result_that_cannot_be_printed_is_refused_at_the_start(
+    command: str, write_config: Callable[..., Path]
+) -> None:
+    """There is no run to work on: the stream is looked at first."""
+    write_config(data={"train": "a.txt", "format": "text"})
+    Path("a.txt").write_text("one\ntwo\n")
+    code, err = without_stdout(command, *CLOSED[command])
+    assert code == 2
+    assert err.startswith("finetune: stdout is closed, so the result cannot be printed. ")
+    assert err.count("\n") == 1
+
+
+def test_a_shell_that_closes_stdout_gets_the_sentence(folder: Path) -> None:
+    shell = 'echo hi | "$0" -m finetune chat run >&-'
+    done = subprocess.run(
+        ["sh", "-c", shell, sys.executable], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("finetune: stdout is closed")
+
+
+def test_a_translation_into_a_file_needs_no_stdout(translator: Path, folder: Path) -> None:
+    Path("in.txt").write_text("the word 3\n")
+    arguments = (str(translator / "run"), "-i", "in.txt", "-o", "out.txt")
+    code, err = without_stdout("translate", *arguments)
+    assert code == 0, err
+    assert Path("out.txt").read_text().count("\n") == 1

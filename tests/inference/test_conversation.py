@@ -7,7 +7,7 @@ import pytest
 
 from finetune.errors import UserError
 from finetune.inference.conversation import Conversation
-from finetune.inference.generation import GenerationSettings, generate
+from finetune.inference.generation import GenerationSettings, chunks, generate
 from finetune.inference.translation import translate_file, translate_lines
 from finetune.models.load import ModelSpec, load_model
 
@@ -179,6 +179,25 @@ def test_files_that_cannot_be_translated_are_explained(tmp_path, translate):
         translate_file(source, target, translate)
     with pytest.raises(UserError, match="source itself"):
         translate_file(source, source, translate)
-    source.write_text("fine\n" + "x y " * 100)
-    with pytest.raises(UserError, match=r"lines 1 to 2 .*at most 150"):
+    source.write_text("fine\n\n" + "x y " * 100 + "\nafter\n")
+    with pytest.raises(UserError, match=r"^line 3 cannot be translated: .*at most 150"):
         translate_file(source, target, translate)
+    assert target.read_text().count("\n") == 2, "the lines before it are translated"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("good", range(8))
+def test_what_came_before_a_refused_item_is_not_lost(good, size):
+    def items():
+        yield from range(good)
+        raise UserError("no")
+
+    found, read = [], chunks(items(), size)
+    for _ in range(-(-good // size)):
+        chunk = next(read)
+        assert len(chunk) <= size
+        found += chunk
+    with pytest.raises(UserError, match="no"):
+        next(read)
+    assert found == list(range(good))
+    assert [each for chunk in chunks(range(good), size) for each in chunk] == list(range(good))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.inference.decoder import next_tokens, penalise_repetition
+from finetune.inference.sampling import next_tokens, penalise_repetition
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
@@ -58,3 +58,37 @@ def test_repetition_penalty_lowers_positive_and_negative_logits_of_seen_tokens_o
     logits = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
     seen = torch.tensor([[True, True, False, False]])
     assert penalise_repetition(logits, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+
+
+TINY = (1e-308, 5e-324, 1e-45, 1e-38, 1e-20, 1e-10)
+HUGE = (1e10, 1e20, 1e38, 1e308)
+
+
+@pytest.mark.parametrize("how", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
+@pytest.mark.parametrize("temperature", TINY)
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature, scale, how):
+    """The first token is not the likeliest, as NaN would make it, and one cannot come."""
+    logits = torch.tensor([-1.0, 2.0, -torch.inf, 1.0, -3.0]) * scale
+    for shifted in (logits, logits + 1e3, logits - 1e3):
+        assert shares(shifted, draws=50, temperature=temperature, **how)[1] == 1
+
+
+@pytest.mark.parametrize("temperature", HUGE)
+def test_a_huge_temperature_draws_all_possible_tokens_alike(temperature):
+    found = shares(torch.tensor([0.0, -torch.inf, 3.0]), temperature=temperature)
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0, 0.5]), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-308, 1.0])
+@pytest.mark.parametrize("penalty", [*TINY, *HUGE])
+def test_an_extreme_repetition_penalty_keeps_the_order_of_the_seen_tokens(penalty, temperature):
+    logits = torch.tensor([[-4e3, 0.0, 1e3, 3e3, -torch.inf]])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found = penalise_repetition(logits.to(dtype), torch.ones(1, 5, dtype=torch.bool), penalty)
+        assert not found.isnan().any()
+        assert found.argmax() == 3
+        assert shares(found[0], draws=50, temperature=temperature)[3] > 0
+    unseen = torch.tensor([[False, False, False, True, False]])
+    winner = 3 if penalty < 1 else 2
+    assert penalise_repetition(logits, unseen, penalty).argmax() == winner

@@ -275,8 +275,15 @@ def languages_asked(
     """Return the languages of a translation, by the names that the run's data has for them.
 
     By default they are those of the run, in the direction that it was trained in. Raises UserError
-    if they are not known.
+    if they are not known, for a text that is no language, and for one language twice.
     """
+    asked = [("--from", source), ("--to", to)]
+    for option, language in asked:
+        if language is not None and (not language.strip() or language.splitlines() != [language]):
+            raise UserError(
+                f"{option} is {language!r:.80}, and a language is one line of text. Give its name "
+                "or its code, such as fr"
+            )
     trained = trained_languages(run)
     if config is not None and config.data.translation.direction == "backward":
         trained = trained[::-1]
@@ -290,6 +297,11 @@ def languages_asked(
     for option, language in (("--from", source), ("--to", to)):
         if language not in trained:
             require_language(language, option)
+    if language_tag(source) == language_tag(to) and asked != [("--from", None), ("--to", None)]:
+        raise UserError(
+            f"the translation would be from {source!r} to {to!r}, which is one language. Give "
+            "another --from or --to"
+        )
     return source, to
 
 

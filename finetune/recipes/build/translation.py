@@ -37,13 +37,14 @@ def translation_format(
     )
 
 
-def note_other_direction(opened: Opened, format: TranslationFormat, display: Display) -> None:
-    """Print a note if the run did not learn to translate in the direction of `format`."""
+def other_direction(opened: Opened, languages: tuple[str, str]) -> str | None:
+    """Return a sentence if the run did not learn to translate in this direction, else None."""
     directions = learnt_directions(opened)
-    if directions and format.languages not in directions:
-        learnt = " and ".join(" → ".join(direction) for direction in directions)
-        remedy = " (see data.translation.direction)" * (format.languages[::-1] in directions)
-        display.say(f"note: this run learnt {learnt}, not {' → '.join(format.languages)}{remedy}")
+    if not directions or languages in directions:
+        return None
+    learnt = " and ".join(" → ".join(direction) for direction in directions)
+    remedy = " (see data.translation.direction)" * (languages[::-1] in directions)
+    return f"this run learnt {learnt}, not {' → '.join(languages)}{remedy}"
 
 
 def learnt_directions(opened: Opened) -> list[tuple[str, str]]:
