@@ -6,7 +6,6 @@ torch.optim.Optimizer; the package's docstring says where the rest is.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +23,21 @@ from finetune.optim.lazy.eligible import (
 )
 from finetune.optim.lazy.embedding import (
     RowLookup,
+    check_can_step,
     check_others,
     check_table,
     make_lazy,
     make_plain,
 )
-from finetune.optim.lazy.saved import check_weight, restore_table, saved_state
-from finetune.optim.lazy.showing import deferred, flushed
+from finetune.optim.lazy.saved import (
+    check_moments,
+    check_weight,
+    deferred,
+    flushed,
+    restore_table,
+    saved_state,
+    seal,
+)
 from finetune.optim.lazy.state import RowState, Showing
 from finetune.optim.lazy.table import RowTable, stored
 from finetune.optim.lazy.weight import table_of
@@ -140,7 +147,7 @@ class LazyAdamW(Optimizer):
                 make_lazy(module, table)
                 table.version = stored(module.weight)._version
                 if module.weight in self.state:
-                    self.state[module.weight] = table.live_state()
+                    self.state[module.weight] = table.live
         elif hasattr(self, "_tables"):  # torch loads a state dict
             self._restore_tables()
 
@@ -175,12 +182,17 @@ class LazyAdamW(Optimizer):
         return loss
 
     def _step(self) -> None:
-        tables = self._check_tables()
+        groups = self._groups()
+        tables = self._check_tables(groups)
+        for weight in tables:
+            check_can_step(weight, groups[weight], self.missed_steps)
+        check_others(groups, tables)
         if any(
             table.showing is Showing.FLUSHED and weight.grad is not None
             for weight, table in tables.items()
         ):
             raise UserError("no step can be taken inside `optimizer.flushed()`. Take it outside")
+        self._begin_anew(groups)
         for group in self.param_groups:
             dense = []
             for param in group["params"]:
@@ -196,12 +208,15 @@ class LazyAdamW(Optimizer):
         betas, eps = floats(group["betas"]), group["eps"]
         with table.lock:
             check_weight(table, weight)
+            if weight in self.state:
+                check_moments(table, self.state[weight])
             if (betas, eps) != (table.history.betas, table.history.eps):
                 table.change_options(weight, betas, eps)
             assert weight.grad is not None
-            grad = -weight.grad if group["maximize"] else weight.grad
+            grad = weight.grad if weight.grad.is_sparse else weight.grad.to_sparse(1)  # all zero
+            grad = -grad if group["maximize"] else grad
             table.step(weight, grad, lr=float(group["lr"]), weight_decay=group["weight_decay"])
-            self.state[weight] = table.live_state()
+            self.state[weight] = table.live
 
     # Rows as of now
 
@@ -212,7 +227,7 @@ class LazyAdamW(Optimizer):
         What follows may differ in the last bits from a run that was not flushed. `flushed` leaves
         no such trace.
         """
-        for weight, table in self._check_tables().items():
+        for weight, table in self._check_tables(self._groups()).items():
             check_weight(table, stored(weight))
             table.flush(weight)
 
@@ -225,7 +240,7 @@ class LazyAdamW(Optimizer):
         raise UserError.
         """
         with contextlib.ExitStack() as stack:
-            for weight, table in self._check_tables().items():
+            for weight, table in self._check_tables(self._groups()).items():
                 check_weight(table, stored(weight))
                 stack.enter_context(flushed(table, weight))
             yield
@@ -262,6 +277,7 @@ class LazyAdamW(Optimizer):
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does; that of a registered table is a `RowState` as a dict."""
+        self._begin_anew(self._groups())
         live = {}
         for _, weight, table in self._table_entries():
             if table.step_count:
@@ -281,29 +297,41 @@ class LazyAdamW(Optimizer):
         """
         if any(table.showing is Showing.FLUSHED for _, table in self._tables):
             raise UserError("no state can be loaded inside `optimizer.flushed()`. Load it outside")
-        seal = self.register_load_state_dict_pre_hook(_seal)  # after every hook of other people
+        hook = self.register_load_state_dict_pre_hook(seal)  # after every hook of other people
         try:
             super().load_state_dict(state_dict)
         finally:
-            seal.remove()
+            hook.remove()
 
     def _restore_tables(self) -> None:
-        """Take over the states that `_seal` kept from torch, which would cast their tensors."""
-        groups = {param: group for group in self.param_groups for param in group["params"]}
+        """Take over the states that `seal` kept from torch, which would cast their tensors."""
+        groups = self._groups()
         for _, weight, table in self._table_entries():
             sealed = self.state.pop(weight, None)
             with table.lock:
                 if sealed is not None:
                     restore_table(table, weight, RowState.from_dict(sealed.state))
-                    self.state[weight] = table.live_state()
+                    self.state[weight] = table.live
                 else:
-                    table.flush(weight)
+                    if table.showing is not Showing.DEFERRED:
+                        table.flush(weight)
                     table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
+
+    def _begin_anew(self, groups: dict[Tensor, dict[str, Any]]) -> None:
+        """Forget the steps of tables whose entry in `state` other code removed, as torch does."""
+        for module, table in self._tables:
+            weight = module.weight
+            if table.step_count and weight in groups and not self.state.get(weight):
+                table.flush(weight)
+                table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
+                self.state.pop(weight, None)
 
     # Embeddings
 
     @torch.no_grad()
     def _register(self, module: nn.Embedding) -> None:
+        if any(module is own for own, _ in self._tables):
+            return
         group = next(
             (
                 group
@@ -329,17 +357,18 @@ class LazyAdamW(Optimizer):
         assert isinstance(module, RowLookup)
         self._tables.append((module, table))
 
-    def _check_tables(self) -> dict[Tensor, RowTable]:
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        """Return the parameter group of each parameter."""
+        return {param: group for group in self.param_groups for param in group["params"]}
+
+    def _check_tables(self, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, RowTable]:
         """Return the tables by weight.
 
-        Raises UserError if modules, parameters or gradients are not those that were registered.
+        Raises UserError if modules or parameters are not those that were registered.
         """
-        groups = {param: group for group in self.param_groups for param in group["params"]}
         for module, table in self._tables:
-            check_table(module, table, groups.get(module.weight), self.missed_steps)
-        tables = {module.weight: table for module, table in self._tables}
-        check_others(groups, tables)
-        return tables
+            check_table(module, table, groups.get(module.weight))
+        return {module.weight: table for module, table in self._tables}
 
     def _table_entries(self) -> Iterator[tuple[int, Tensor, RowTable]]:
         """Yield index in the state dict, weight and table of each registered embedding."""
@@ -349,29 +378,3 @@ class LazyAdamW(Optimizer):
         ):
             if param in tables:
                 yield index, param, tables[param]
-
-
-@dataclass(frozen=True)
-class _Sealed:
-    """The saved state of a table on its way through torch's `load_state_dict`."""
-
-    state: dict[str, Any]
-
-
-def _seal(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return `state_dict` with the states of tables sealed.
-
-    Raises UserError if they are not of a LazyAdamW.
-    """
-    sealed = dict(state_dict["state"])
-    index_of = [index for group in state_dict["param_groups"] for index in group["params"]]
-    for index in optimizer.registered_weights():
-        if index >= len(index_of) or (state := sealed.get(index_of[index])) is None:
-            continue
-        if "last_step" not in state:
-            raise UserError(
-                "this is not the state of a LazyAdamW. To load the state of an AdamW, use "
-                "finetune.optim.from_adamw_state"
-            )
-        sealed[index_of[index]] = _Sealed(state)
-    return {**state_dict, "state": sealed}

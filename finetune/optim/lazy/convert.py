@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.errors import UserError
 from finetune.optim.lazy.adamw import LazyAdamW
-from finetune.optim.lazy.eligible import floats
+from finetune.optim.lazy.eligible import check_rule, floats
 from finetune.optim.lazy.missed_steps import GaussRules
 from finetune.optim.lazy.state import RowState
 from finetune.optim.lazy.table import RowTable
@@ -48,13 +47,10 @@ def from_adamw_state(optimizer: LazyAdamW, state: dict[str, Any]) -> None:
     """Load the state dict of a torch.optim.AdamW over the same parameters in the same groups.
 
     It does not load the weights. Rows of registered tables whose moments are all zero get no state.
-    Raises UserError for a state with amsgrad, or of other groups.
+    Raises UserError for a state with amsgrad, of Adam with weight decay, or of other groups.
     """
-    if any(group.get("amsgrad") for group in state["param_groups"]):
-        raise UserError(
-            "the state is of an AdamW with amsgrad, which LazyAdamW does not have. Load the state "
-            "of an AdamW without it"
-        )
+    for group in state["param_groups"]:
+        check_rule(group)
     own = optimizer.state_dict()["param_groups"]
     check_sizes(own, state["param_groups"])
     entries = dict(state["state"])

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from finetune.errors import UserError
+
 
 def step_dense(
     state: dict[Tensor, Any], params: Iterable[Tensor], group: dict[str, Any], *, fused: bool
@@ -14,20 +16,26 @@ def step_dense(
     """Apply AdamW's next step to `params`, and make the state of those that have none.
 
     If `fused`, it is torch's fused kernel where that is right. Otherwise it is the loop whose
-    operations step the rows in the mode "replay".
+    operations step the rows in the mode "replay". Raises UserError if moments are of another shape.
     """
-    # The fused kernel walks over memory as it lies, and torch does not check strides. So a
-    # parameter and its gradient must both be contiguous.
+    # The fused kernel walks over memory as it lies. torch checks neither strides nor the shapes of
+    # the moments.
     alike: list[Tensor] = []
     others: list[Tensor] = []
     for param in params:
-        if not state[param]:
-            state[param] = {
-                "step": torch.tensor(0.0, dtype=torch.float32),
-                "exp_avg": torch.zeros_like(param),
-                "exp_avg_sq": torch.zeros_like(param),
-            }
-        contiguous = param.is_contiguous() and param.grad is not None and param.grad.is_contiguous()
+        entry = state[param]
+        if not entry:
+            entry["step"] = torch.tensor(0.0, dtype=torch.float32)
+            entry["exp_avg"] = torch.zeros_like(param)
+            entry["exp_avg_sq"] = torch.zeros_like(param)
+        grad, exp_avg, exp_avg_sq = param.grad, entry["exp_avg"], entry["exp_avg_sq"]
+        if not (param.is_same_size(exp_avg) and param.is_same_size(exp_avg_sq)):
+            raise UserError(
+                f"the optimizer's state of a parameter {list(param.shape)} has moments of "
+                f"{list(exp_avg.shape)}. Load the state that was saved with this model"
+            )
+        contiguous = param.is_contiguous() and grad is not None and grad.is_contiguous()
+        contiguous = contiguous and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()
         (alike if contiguous and fused else others).append(param)
     _adamw(state, alike, group, fused=True)
     _adamw(state, others, group, fused=False)

@@ -1,5 +1,6 @@
 """Which embeddings LazyAdamW takes, which options it takes, and a sentence for what it refuses."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -22,7 +23,7 @@ def row_sparse_embeddings(model: nn.Module) -> list[nn.Embedding]:
     It is the model's input embedding, if that is trainable and untied. If the model does not name
     one, it is every such nn.Embedding. (A position embedding next to a named input embedding stays
     dense: a batch uses nearly all of its rows.) The log of "finetune" reports why a table is not
-    among them: a warning for a tied one, a note for a frozen one.
+    among them: a note for a frozen or compact one, else a warning.
     """
     chosen, others = sort_embeddings(model)
     for level, reason in others:
@@ -56,6 +57,9 @@ def sort_embeddings(model: nn.Module) -> tuple[list[nn.Embedding], list[tuple[in
                 "vocabulary trains only those"
             )
             others.append((logging.WARNING, reason))
+        elif why := _why_not_by_rows(embedding):
+            reason = f"the embedding {name} is updated densely, as by adamw: {why}"
+            others.append((logging.WARNING, reason))
         else:
             chosen.append(embedding)
     return chosen, others
@@ -65,9 +69,13 @@ def _candidates(model: nn.Module) -> list[nn.Embedding]:
     """Return the trainable embeddings that the model names as its input, else all that it has.
 
     Wrappers such as PEFT's `modules_to_save`, which also keep a frozen copy, are looked into.
+    transformers' models of several inputs, or of sound, raise NotImplementedError: they name none.
     """
     get_embedding = getattr(model, "get_input_embeddings", None)
-    named = get_embedding() if callable(get_embedding) else None
+    named = None
+    if callable(get_embedding):
+        with contextlib.suppress(NotImplementedError):
+            named = get_embedding()
     root = named if isinstance(named, nn.Module) else model
     found = [module for module in root.modules() if isinstance(module, nn.Embedding)]
     return [module for module in found if module.weight.requires_grad] or found
@@ -92,21 +100,41 @@ def check_embedding(module: nn.Embedding, *, in_group: bool) -> None:
     `in_group`: its weight is among the optimizer's parameters.
     """
     if not isinstance(module, nn.Embedding):
-        raise UserError(f"embeddings takes nn.Embedding modules, not {type(module).__name__}")
+        raise UserError(
+            f"embeddings takes nn.Embedding modules, not {type(module).__name__}. Leave it out, "
+            "and build it with sparse=False"
+        )
+    why = _why_not_by_rows(module)
+    if not module.weight.requires_grad:
+        why = "its weight is frozen"
+    elif not in_group:
+        why = "its weight is not among the optimizer's parameters"
+    _refuse(why)
+
+
+def check_lookup(module: nn.Embedding) -> None:
+    """Raise UserError if `module` looks rows up in a way that rules out steps of single rows."""
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        _refuse(_why_not_by_rows(module))
+
+
+def _refuse(why: str) -> None:
+    if why:
+        raise UserError(
+            f"this embedding cannot be stepped lazily: {why}. Leave it out of `embeddings`"
+        )
+
+
+def _why_not_by_rows(module: nn.Embedding) -> str:
+    """Return what about an embedding rules out steps of single rows, or ""."""
     reasons = {
         "its max_norm rewrites rows as they are read": module.max_norm is not None,
         "scale_grad_by_freq does not go with row-sparse gradients": module.scale_grad_by_freq,
         "its weight is complex": module.weight.is_complex(),
         "its weight is not a plain torch.nn.Parameter": type(module.weight) is not nn.Parameter
         and not hasattr(module.weight, "row_table"),
-        "its weight is frozen": not module.weight.requires_grad,
-        "its weight is not among the optimizer's parameters": not in_group,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise UserError(
-                f"this embedding cannot be stepped lazily: {reason}. Leave it out of `embeddings`"
-            )
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def check_mode(missed_steps: str) -> None:
@@ -137,6 +165,22 @@ def check_group(group: dict[str, Any]) -> None:
         raise UserError(f"betas must be at least 0 and below 1, not {group['betas']}")
     if not group["weight_decay"] >= 0:
         raise UserError(f"weight_decay must be at least 0, not {group['weight_decay']}")
+    check_rule(group)
+
+
+def check_rule(group: dict[str, Any]) -> None:
+    """Raise UserError if a parameter group, own or saved, asks for another rule than AdamW's."""
+    if group.get("amsgrad"):
+        raise UserError(
+            "a parameter group has amsgrad=True, which LazyAdamW does not have. Use "
+            "torch.optim.AdamW, or a group and a state without amsgrad"
+        )
+    if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+        raise UserError(
+            f"a parameter group is of Adam with weight_decay={group['weight_decay']}, which Adam "
+            "adds to the gradient, and LazyAdamW does not. Go on with torch.optim.Adam, or use "
+            "weight_decay=0"
+        )
 
 
 def floats(betas: tuple[float | Tensor, float | Tensor]) -> tuple[float, float]:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from finetune.compute.subclass import derived_class
 from finetune.errors import UserError
-from finetune.optim.lazy.eligible import check_missed_steps, floats
+from finetune.optim.lazy.eligible import check_lookup, check_missed_steps, floats
 from finetune.optim.lazy.lookup import look_up
-from finetune.optim.lazy.saved import check_weight, weight_was_loaded
+from finetune.optim.lazy.saved import check_weight, follow, weight_was_loaded
 from finetune.optim.lazy.state import Showing
 from finetune.optim.lazy.table import RowTable, stored
 from finetune.optim.lazy.weight import LazyRows, shown, table_of, unwatch, watch
@@ -36,6 +36,7 @@ class RowLookup(nn.Embedding):
     @torch._disable_dynamo
     def forward(self, input: Tensor) -> Tensor:
         table, weight = self.row_table, self.weight
+        check_lookup(self)
         if table_of(weight) is not table:  # given by torch.func.functional_call
             return self._look_up_in_another(input, weight)
         with torch._C.DisableTorchFunctionSubclass(), table.lock:
@@ -50,6 +51,11 @@ class RowLookup(nn.Embedding):
                 "torch.nn.DataParallel copies rows that are not up to date to the other devices. "
                 "Use DistributedDataParallel for an embedding that is stepped lazily"
             )
+        inner = weight  # a transform of torch.func wraps it
+        while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+            inner = torch._C._functorch.get_unwrapped(inner)
+        if isinstance(inner, LazyRows) and inner is not weight:
+            check_weight(self.row_table, inner)
         return F.embedding(input, weight, self.padding_idx)
 
     def _save_to_state_dict(
@@ -77,7 +83,7 @@ class RowLookup(nn.Embedding):
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         with torch._C.DisableTorchFunctionSubclass():
             super()._apply(*args, **kwargs)
-            self.row_table.follow(self.weight)
+            follow(self.row_table, self.weight)
         return self
 
 
@@ -115,8 +121,8 @@ def _new(cls: type, *args: object) -> object:
     return cls.__new__(cls, *args)
 
 
-def check_table(module: RowLookup, table: RowTable, group: dict | None, missed_steps: str) -> None:
-    """Raise UserError if a registered embedding, its gradient or its options cannot be stepped.
+def check_table(module: RowLookup, table: RowTable, group: dict | None) -> None:
+    """Raise UserError if a registered embedding is not as it was registered.
 
     `group` is its weight's parameter group.
     """
@@ -134,7 +140,16 @@ def check_table(module: RowLookup, table: RowTable, group: dict | None, missed_s
             "parameters: resizing or sharding the model replaced it. Build the optimizer "
             "afterwards, and keep registered embeddings out of FSDP"
         )
-    if weight.grad is not None and not weight.grad.is_sparse:
+    check_lookup(module)
+
+
+def check_can_step(weight: Tensor, group: dict[str, Any], missed_steps: str) -> None:
+    """Raise UserError if a registered weight cannot be stepped, by its gradient or its options.
+
+    A dense gradient that is zero everywhere is no reason: tools that only want a state take such a
+    step (torch.distributed.checkpoint).
+    """
+    if weight.grad is not None and not weight.grad.is_sparse and weight.grad.any():
         raise UserError(
             "a registered embedding got a dense gradient: other code trains through its weight (a "
             "tied output head, a penalty on the weights), so every row is in use. Leave it out of "
@@ -157,5 +172,6 @@ def check_others(params: Iterable[Tensor], tables: Container[Tensor]) -> None:
         if param.grad is not None and param.grad.is_sparse and param not in tables:
             raise UserError(
                 "a parameter that is not a registered embedding got a sparse gradient. Name its "
-                "module in `embeddings`"
+                "module in `embeddings` if that is an nn.Embedding, and build any other with "
+                "sparse=False"
             )

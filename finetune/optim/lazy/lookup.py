@@ -51,8 +51,10 @@ def look_up(table: RowTable, weight: Tensor, ids: Tensor, padding_idx: int | Non
     """Return the rows `ids` of a table as of now, as `torch.nn.functional.embedding` does.
 
     The gradient of `weight` is row-sparse. It is called while torch's functions do not go through
-    `LazyRows`. Raises IndexError for an id that the table does not have.
+    `LazyRows`. Raises IndexError for an id or a padding_idx that the table does not have.
     """
+    if padding_idx is not None:
+        padding_idx = range(len(weight))[padding_idx]
     rows, inverse = torch.unique(ids, return_inverse=True)
     on_cpu = (
         rows.device.type == "cpu"

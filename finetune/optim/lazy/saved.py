@@ -1,4 +1,4 @@
-"""Saving and loading a table's state, which belongs to the weight that was saved with it.
+"""What a table shows and saves; its state belongs to the weight that was saved with it.
 
 Weight and state are saved by two objects, model and optimizer, as a pair. Either both show rows as
 they are stored, or (by default) both show every row brought up to now. A mixed pair would make up
@@ -7,10 +7,16 @@ weight, the witness. They are compared with the weight before the state is first
 order the two were loaded.
 """
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from finetune.errors import UserError
+from finetune.optim.lazy.eligible import check_rule
 from finetune.optim.lazy.state import RowState, Showing
 from finetune.optim.lazy.table import RowTable, stored
 
@@ -32,13 +38,11 @@ def saved_state(table: RowTable, weight: Tensor) -> RowState:
 
 def restore_table(table: RowTable, weight: Tensor, state: RowState) -> None:
     """Take over a saved state, before or after the weight that it belongs to is loaded."""
-    weight, witness = (
-        stored(weight),
-        None,
-    )  # a state from elsewhere has none, and goes with rows as of now
+    weight = stored(weight)
+    witness = None  # a state from elsewhere has none, and goes with rows as of now
     if state.witness_rows is not None and state.witness is not None:
         witness = state.witness_rows.to(table.device), state.witness.to(table.device, table.dtype)
-    if not (witness and _matches(weight, witness)):
+    if table.showing is not Showing.DEFERRED and not (witness and _matches(weight, witness)):
         table.flush(weight)
     if table.master is not None and state.master is None:
         state = state._replace(master=weight[state.rows].float())
@@ -57,20 +61,40 @@ def weight_was_loaded(table: RowTable, weight: Tensor) -> None:
         return  # the end of `flushed` sees it
     table.version = weight._version
     stored_rows = table.witness is not None and _matches(weight, table.witness)
-    if not (table.showing is Showing.DEFERRED or stored_rows):
+    if table.showing is Showing.DEFERRED or stored_rows:
+        _fit_masters(table, weight)
+    else:
         take_as_now(table, weight)
 
 
 def weight_was_written(table: RowTable, weight: Tensor) -> None:
-    """Note that other code wrote to `weight` when no row lagged."""
+    """Note that other code wrote to `weight` when no row lagged, or before the state was used."""
     table.writes += 1
     if table.showing is Showing.FLUSHED:
         return  # the end of `flushed` sees it
     table.version = weight._version
     if weight.device != table.device or weight.dtype != table.dtype:
-        table.follow(weight)
+        follow(table, weight)
+    elif table.witness is not None:
+        _fit_masters(table, weight)  # it may be, or become, the weight that the state waits for
     elif table.master is not None:
         take_as_now(table, weight)
+
+
+def follow(table: RowTable, weight: Tensor) -> None:
+    """Move `table` to where its weight has moved.
+
+    Raises UserError if the weight's dtype has changed after the first step.
+    """
+    if weight.dtype != table.dtype:
+        if table.step_count:
+            raise UserError(
+                f"a registered embedding became {weight.dtype} in mid-run, but its optimizer "
+                f"state is for {table.dtype}. Change the dtype before the first step"
+            )
+        table.clear(weight, table.history.betas, table.history.eps)
+    elif weight.device != table.device:
+        table.start(weight, table.stored_state())
 
 
 def take_as_now(table: RowTable, weight: Tensor) -> None:
@@ -78,18 +102,37 @@ def take_as_now(table: RowTable, weight: Tensor) -> None:
     table.witness = None
     state = table.settled_state(weight)
     if state.master is not None:
-        written, master = weight[state.rows], state.master
-        kept = torch.where(master.to(written.dtype) == written, master, written.float())
-        state = state._replace(master=kept)
+        state = state._replace(master=_fitting(state.master, weight[state.rows]))
     table.start(weight, state)
+
+
+def _fit_masters(table: RowTable, weight: Tensor) -> None:
+    """Give master rows that do not round to `weight` its values: the state may have had none."""
+    if table.master is not None:
+        had_gradient = slice(1, int(table.used))
+        rows = table.row_of_slot[had_gradient]
+        table.master[had_gradient] = _fitting(table.master[had_gradient], weight[rows])
+
+
+def _fitting(master: Tensor, written: Tensor) -> Tensor:
+    return torch.where(master.to(written.dtype) == written, master, written.float())
 
 
 def check_weight(table: RowTable, weight: Tensor) -> None:
     """Raise UserError if `weight` is not the one that the state belongs to.
 
     It is not if the state was loaded with another weight, or if the weight's memory was written
-    while rows lagged, by code that had it from elsewhere.
+    while rows lagged, by code that had it from elsewhere. Inside a transform of torch.func rows
+    that lag cannot be read at all.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        if not table.weight_is_current:
+            raise UserError(
+                "torch.func's transforms (grad, vmap ...) cannot read an embedding whose rows are "
+                "stepped lazily while some are not up to date. Call `optimizer.flush()` before, "
+                "or use them inside `with optimizer.flushed():`"
+            )
+        return
     check_witness(table, weight)
     if weight._version == table.version or table.showing is Showing.FLUSHED:
         return
@@ -112,14 +155,31 @@ def check_replacement(table: RowTable, data: Tensor) -> None:
         )
 
 
+def check_moments(table: RowTable, live: dict[str, Tensor]) -> None:
+    """Raise UserError if other code changed the moments in a way that the table cannot follow.
+
+    `live` is the table's entry in `optimizer.state`.
+    """
+    replaced = any(live.get(key) is not getattr(table, key) for key in ("exp_avg", "exp_avg_sq"))
+    if replaced or (table.moments_were_written and not table.is_settled):
+        raise UserError(
+            "the moments of a registered embedding were replaced, or written while some of its "
+            "rows were not up to date. Call `optimizer.flush()` first, and write to the tensors in "
+            "`optimizer.state` in place"
+        )
+
+
+def awaits_its_weight(table: RowTable, weight: Tensor) -> bool:
+    """Return whether the state was loaded, and `weight` is not yet the one that it belongs to."""
+    return table.witness is not None and not _matches(weight, table.witness)
+
+
 def check_witness(table: RowTable, weight: Tensor) -> None:
     """Raise UserError if the state was loaded with a weight that it does not belong to.
 
     Costs nothing after the first use.
     """
-    if table.witness is None:
-        return
-    if not _matches(weight, table.witness):
+    if awaits_its_weight(table, weight):
         raise UserError(
             "the embedding's weight is not the one that the optimizer's state was saved with. Save "
             "(and load) the state dicts of model and optimizer both inside `with "
@@ -131,3 +191,88 @@ def check_witness(table: RowTable, weight: Tensor) -> None:
 def _matches(weight: Tensor, witness: tuple[Tensor, Tensor]) -> bool:
     rows, values = (part.to(weight.device) for part in witness)
     return torch.equal(weight.detach()[rows], values)
+
+
+@contextlib.contextmanager
+def deferred(table: RowTable) -> Iterator[None]:
+    """Inside, state dicts show, and load, rows as they are stored.
+
+    Raises UserError inside `flushed`, where the weight does not hold rows as they are stored.
+    """
+    if table.showing is Showing.FLUSHED:
+        raise UserError(
+            "`optimizer.deferred()` cannot show stored rows inside `optimizer.flushed()`. "
+            "Leave `flushed()` first"
+        )
+    before, table.showing = table.showing, Showing.DEFERRED
+    try:
+        yield
+    finally:
+        table.showing = before
+
+
+@contextlib.contextmanager
+def flushed(table: RowTable, weight: Tensor) -> Iterator[None]:
+    """Inside, `weight` holds rows as of now; afterwards every bit of it is as before.
+
+    If the weight was written inside, it keeps what it holds at the end, as rows as of then.
+    """
+    if table.showing is Showing.FLUSHED:
+        yield
+        return
+    weight, before = stored(weight), table.showing
+    with torch.no_grad(), table.lock:
+        table.aside = weight.clone()
+        weight.copy_(table.dense(weight))
+        table.showing = Showing.FLUSHED
+        shown = table.version, table.writes = weight._version, table.writes
+    try:
+        yield
+    finally:
+        with torch.no_grad(), table.lock:
+            written = (weight._version, table.writes) != shown
+            kept, table.aside, table.showing = table.aside, None, before
+            if written:
+                take_as_now(table, weight)
+            else:
+                weight.copy_(kept)
+                table.version = weight._version
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """The saved state of a table on its way through torch's `load_state_dict`."""
+
+    state: dict[str, Any]
+
+
+def seal(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return `state_dict` with the states of tables sealed.
+
+    A hook of a LazyAdamW. Raises UserError if they are not of a LazyAdamW, or of tables that it
+    does not have.
+    """
+    sealed, tables = dict(state_dict["state"]), optimizer.registered_weights()
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for position, index in enumerate(indices):
+        state = sealed.get(index)
+        if not state:
+            sealed.pop(index, None)
+        elif position in tables and "last_step" not in state:
+            raise UserError(
+                "this is not the state of a LazyAdamW. To load the state of an AdamW, use "
+                "finetune.optim.from_adamw_state"
+            )
+        elif position in tables:
+            sealed[index] = Sealed(state)
+        elif "last_step" in state:
+            name = repr(names[position]) if position < len(names) else f"number {position}"
+            raise UserError(
+                f"the saved state of parameter {name} is of a table that was stepped lazily, but "
+                "no registered embedding has it here. Name its module in `embeddings`, or load "
+                "finetune.optim.adapt_state(optimizer, state), after the weights saved with it"
+            )
+    for group in state_dict["param_groups"]:
+        check_rule(group)
+    return {**state_dict, "state": sealed}

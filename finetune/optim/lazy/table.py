@@ -27,7 +27,7 @@ from torch import Tensor
 from finetune.errors import UserError
 from finetune.optim.gradients import coalesce
 from finetune.optim.lazy.missed_steps import GaussRules, History, adamw_step_, replay_
-from finetune.optim.lazy.scratch import Block, Memo, Scratch
+from finetune.optim.lazy.scratch import Block, Memo, Scratch, outlives_inference_mode
 from finetune.optim.lazy.state import RowState, Showing
 
 _logger = logging.getLogger("finetune")
@@ -60,17 +60,23 @@ class RowTable:
         self.seen: tuple[tuple, Tensor | None] | None = None  # see `dense_once`
         self.options_changed = 0  # how often betas or eps did
         self.warned = False  # that somebody asked for the weight's memory
+        self.live: dict[str, Tensor] = {}  # the arrays in use, for `optimizer.state`
         self.clear(weight, betas, eps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with: it is inside no block, and has seen nothing."""
         return {**vars(self), "showing": Showing.CURRENT, "aside": None, "seen": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._show_live()  # a copied tensor counts its writes from 0
+
     def clear(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Forget everything: no step was applied, and no row had a gradient."""
         self.witness = None
         self.start(weight, RowState.before_the_first_step(weight.shape[1], betas=betas, eps=eps))
 
+    @outlives_inference_mode
     def start(self, weight: Tensor, state: RowState) -> None:
         """Go on from `state`, in exactly its numbers, with `weight`.
 
@@ -113,21 +119,7 @@ class RowTable:
         if self.missed_steps == "exact":
             self.rules = GaussRules(self.history, dtype=self.compute_dtype, device=self.device)
             self.rules.load(state)
-
-    def follow(self, weight: Tensor) -> None:
-        """Move to where the weight has moved.
-
-        Raises UserError if the weight's dtype has changed after the first step.
-        """
-        if weight.dtype != self.dtype:
-            if self.step_count:
-                raise UserError(
-                    f"a registered embedding became {weight.dtype} in mid-run, but its optimizer "
-                    f"state is for {self.dtype}. Change the dtype before the first step"
-                )
-            self.clear(weight, self.history.betas, self.history.eps)
-        elif weight.device != self.device:
-            self.start(weight, self.stored_state())
+        self._show_live()
 
     # What is known
 
@@ -187,19 +179,19 @@ class RowTable:
         options: dict[str, Any] = {"betas": state.betas, "eps": state.eps, "master": master}
         return RowState.up_to_date(self.step_count, state.rows, exp_avg, exp_avg_sq, **options)
 
-    def live_state(self) -> dict[str, Tensor]:
-        """Return the arrays in use, slot 0 and room to grow included.
+    @property
+    def moments_were_written(self) -> bool:
+        """Whether other code wrote to the moments in `live` since the table itself did."""
+        return self.moments_seen != (self.exp_avg._version, self.exp_avg_sq._version)
 
-        For `optimizer.state`, where others count or inspect what an optimizer keeps.
-        """
-        state = {
-            "step": torch.tensor(self.step_count, dtype=torch.float64),
-            "rows": self.row_of_slot,
-            "last_step": self.last_step,
-            "exp_avg": self.exp_avg,
-            "exp_avg_sq": self.exp_avg_sq,
-        }
-        return state if self.master is None else {**state, "master": self.master}
+    def _show_live(self) -> None:
+        """Put the arrays in use into `live`, slot 0 and room to grow included."""
+        self.live["step"] = torch.tensor(self.step_count, dtype=torch.float64)
+        self.live |= {"rows": self.row_of_slot, "last_step": self.last_step}
+        self.live |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if self.master is not None:
+            self.live["master"] = self.master
+        self.moments_seen = self.exp_avg._version, self.exp_avg_sq._version
 
     # Reading
 
@@ -280,6 +272,7 @@ class RowTable:
         self.last_step.index_fill_(0, slots, step)
         self.history.record(lr, weight_decay)
         self.version, self.seen = weight._version, None
+        self._show_live()
 
     def flush(self, weight: Tensor) -> None:
         """Bring every row up to now and store it.

@@ -5,6 +5,7 @@ every function that is called on the weight, or on a view of it, to `LazyRows.__
 
 - What does not ask for values (shape, grad, hooks ...) is answered as for any parameter.
 - A view (`data`, `detach`, a slice ...) stays a view of the weight and is again a `LazyRows`.
+- What means the weight's place in the graph (torch.autograd.grad ...) is given the weight itself.
 - A write is a write to rows as of now: the table is flushed before it, and notes it afterwards.
 - Anything else reads. It is given a copy of the rows as of now, and nothing is stored.
 
@@ -21,32 +22,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.errors import UserError
+from finetune.optim.lazy.functions import (
+    IDENTITIES,
+    MEMORY,
+    NOT_ABOUT_VALUES,
+    PROPERTY,
+    VIEWS,
+    is_collective,
+    name_of,
+    written_by,
+)
 from finetune.optim.lazy.lookup import look_up
-from finetune.optim.lazy.saved import check_replacement, check_weight, weight_was_written
+from finetune.optim.lazy.saved import (
+    awaits_its_weight,
+    check_replacement,
+    check_weight,
+    weight_was_written,
+)
 from finetune.optim.lazy.table import RowTable, stored
-
-# Besides these, no property but those among _VIEWS is about values.
-_NOT_ABOUT_VALUES = """
-    size dim ndimension numel nelement stride is_contiguous storage_offset element_size get_device
-    is_floating_point is_complex is_signed is_conj is_neg is_inference is_shared is_pinned
-    is_same_size is_set_to has_names __len__ __hash__ requires_grad_ retain_grad register_hook
-    register_post_accumulate_grad_hook share_memory_ storage untyped_storage _typed_storage _is_view
-    _has_compatible_shallow_copy_type zeros_like ones_like empty_like full_like rand_like randn_like
-    new new_empty new_full new_zeros new_ones new_tensor
-""".split()  # noqa: SIM905
-_VIEWS = """
-    data T mT H mH real detach alias view view_as reshape reshape_as flatten unflatten squeeze
-    unsqueeze expand expand_as broadcast_to t transpose permute movedim moveaxis swapaxes swapdims
-    adjoint narrow select diagonal unfold as_strided __getitem__ split split_with_sizes chunk
-    tensor_split unbind contiguous to cpu cuda float double half bfloat16 type type_as
-""".split()  # noqa: SIM905
-_WRITES = """
-    data= __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__
-    __iand__ __ior__ __ixor__ __ilshift__ __irshift__ __idiv__
-""".split()  # noqa: SIM905
-_MEMORY = ("data_ptr", "__cuda_array_interface__")
-_PROPERTY = ("__get__", "__set__")
-
 
 _Function = Callable[..., Any]
 _Make = Callable[[Tensor], Tensor]
@@ -65,16 +58,19 @@ class LazyRows(torch.Tensor):
     def __torch_function__(
         cls, func: _Function, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        kwargs, name = kwargs or {}, _name(func)
+        kwargs, name = kwargs or {}, name_of(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if targets := _targets(name, args, kwargs):
+            if func in IDENTITIES:
+                values = {IDENTITIES[func]: _replaced(kwargs.get(IDENTITIES[func]), _current)}
+                return func(*args, **{**kwargs, **values})
+            if targets := _found(written_by(func, name, args, kwargs)):
                 return _write(func, args, kwargs, targets, sets_data=name == "data=")
-            if name in _MEMORY:
+            if name in MEMORY:
                 _warn_of_memory(args[0])
-            if name in _VIEWS:
+            if name in VIEWS:
                 views = _views(func, args, kwargs)
                 return _read(func, args, kwargs) if views is None else views
-            if func.__name__ in _PROPERTY or name in _NOT_ABOUT_VALUES or name in _MEMORY:
+            if func.__name__ in PROPERTY or name in NOT_ABOUT_VALUES or name in MEMORY:
                 return func(*args, **kwargs)
             return _read(func, args, kwargs)
 
@@ -144,15 +140,17 @@ def _weight(rows: LazyRows) -> LazyRows:
 def _view_of(
     rows: LazyRows, memory: Tensor, make: _Make, *, copied: tuple | None = None
 ) -> LazyRows:
-    view = memory.as_subclass(LazyRows)
-    view.base, view.make, view.copied = _weight(rows), make, copied or rows.copied
-    return view
+    # `as_subclass` would add a node to the graph. Other code finds the weight's own node by a view.
+    memory.__class__ = LazyRows
+    assert isinstance(memory, LazyRows)
+    memory.base, memory.make, memory.copied = _weight(rows), make, copied or rows.copied
+    return memory
 
 
 def _moment(weight: LazyRows) -> tuple | None:
     """Return what changes whenever rows as of now do."""
     table = table_of(weight)
-    return None if table is None else table.moment(stored(weight))
+    return None if table is None else table.moment(weight)
 
 
 def _current(rows: LazyRows) -> Tensor:
@@ -162,26 +160,16 @@ def _current(rows: LazyRows) -> Tensor:
     if table is None:
         return rows if rows.copied is None else rows.make(weight)
     with table.lock, torch.inference_mode(False), torch.no_grad():
-        check_weight(table, stored(weight))
+        check_weight(table, weight)
         if rows.copied is not None and rows.copied == _moment(weight):
             return rows
         dense = None if table.weight_is_current else table.dense_once(weight)
-    if dense is None:
-        return rows if rows.copied is None else rows.make(weight)
+    if dense is None and rows.copied is None:
+        return rows
+    values = rows.make(weight if dense is None else dense)
     if not (torch.is_grad_enabled() and rows.requires_grad):
-        return rows.make(dense)
-    if rows.is_leaf:  # the weight, or a parameter of its own over the same memory
-        return _Connected.apply(rows, rows.make(dense).detach())
-    return rows.make(_Connected.apply(weight, dense))
-
-
-def _name(func: _Function) -> str:
-    """Return a function's name: of a property's getter `data`, of its setter `data=`."""
-    if func.__name__ in _PROPERTY:
-        return getattr(func, "__self__", func).__name__ + (
-            "" if func.__name__ == "__get__" else "="
-        )
-    return func.__name__
+        return values
+    return _Connected.apply(rows, values.detach())
 
 
 def _found(tree: object) -> list[LazyRows]:
@@ -205,14 +193,6 @@ def _replaced(tree: Any, replace: Callable[[LazyRows], Tensor]) -> Any:
     return tree
 
 
-def _targets(name: str, args: tuple, kwargs: dict) -> list[LazyRows]:
-    """Return what a function writes to: its first argument if it works in place, and `out`."""
-    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
-    in_place = (in_place and name not in _NOT_ABOUT_VALUES) or kwargs.get("inplace") is True
-    first = (args[0] if args else next(iter(kwargs.values()), ())) if in_place else ()
-    return _found(first) + _found(kwargs.get("out"))
-
-
 def _write(
     func: _Function, args: tuple, kwargs: dict, targets: list[LazyRows], *, sets_data: bool
 ) -> object:
@@ -225,18 +205,26 @@ def _write(
             rows.data = data
             return None
         check_replacement(rows.row_table, data)
+    if func.__name__ == "irecv":
+        raise UserError(
+            "torch.distributed's irecv writes later, so it cannot write to an embedding whose rows "
+            "are stepped lazily. Use recv, or receive into another tensor and copy it"
+        )
     with torch.no_grad():
         for weight in weights:
             if table := table_of(weight):
                 with table.lock:
-                    check_weight(table, stored(weight))
-                    table.flush(weight)
+                    if not awaits_its_weight(table, weight):
+                        check_weight(table, weight)
+                        table.flush(weight)
     memory = {id(rows): rows.make(_weight(rows)) for rows in targets}
 
     def of(rows: LazyRows) -> Tensor:
         return memory[id(rows)] if id(rows) in memory else _current(rows)
 
-    result = func(*_replaced(args, of), **_replaced(kwargs, of))
+    result: Any = func(*_replaced(args, of), **_replaced(kwargs, of))
+    if is_collective(func) and kwargs.get("async_op") and result is not None:
+        result.wait()  # until then it may not have written
     with torch.no_grad():
         for weight in weights:
             if table := table_of(weight):
@@ -266,23 +254,26 @@ def _as_views(
 
     Returns None if they lie elsewhere. `values`: the copy of rows as of now over which they lie.
     """
-    parts = made if isinstance(made, list | tuple) else [made]
+    parts: list = list(made) if isinstance(made, list | tuple) else [made]
     over = _address(rows if values is None else values)
     if not all(isinstance(part, Tensor) and _address(part) == over for part in parts) or not parts:
         return None
     copied = None if values is None or values is rows else _moment(_weight(rows))
+    if values is not None:  # what a function returns may be its argument
+        parts = [part.as_subclass(LazyRows) for part in parts]
     if isinstance(made, Tensor):
-        return _view_of(rows, made, make, copied=copied)
+        return _view_of(rows, parts[0], make, copied=copied)
     views = (
         _view_of(rows, part, lambda weight, i=i: make(weight)[i], copied=copied)  # type: ignore[misc]
         for i, part in enumerate(parts)
     )
-    return type(parts)(views)
+    return tuple(views) if isinstance(made, tuple) else list(views)
 
 
 def _address(tensor: Tensor) -> int | None:
-    strided = tensor.layout is torch.strided
-    return tensor.untyped_storage().data_ptr() if strided and tensor.numel() else None
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    has_memory = tensor.layout is torch.strided and tensor.numel() and not wrapped
+    return tensor.untyped_storage().data_ptr() if has_memory else None
 
 
 def _read(func: _Function, args: tuple, kwargs: dict) -> object:
@@ -291,10 +282,7 @@ def _read(func: _Function, args: tuple, kwargs: dict) -> object:
     Raises UserError if it writes to them, since what it wrote would be lost.
     """
     if func is F.embedding and _looks_up(*args, **kwargs):
-        ids, weight, padding_idx = args[0], args[1], kwargs["padding_idx"]
-        if padding_idx is not None:
-            padding_idx %= len(weight)
-        return look_up(weight.row_table, weight, ids, padding_idx)
+        return look_up(args[1].row_table, args[1], args[0], kwargs["padding_idx"])
     copies: list[tuple[LazyRows, Tensor, int]] = []
 
     def of(rows: LazyRows) -> Tensor:
@@ -313,7 +301,7 @@ def _read(func: _Function, args: tuple, kwargs: dict) -> object:
             )
     if func.__name__ in ("numpy", "__array__"):
         made.setflags(write=False)  # a write would be lost
-    if len(copies) == 1 and isinstance(made, Tensor | list | tuple):  # a view that is not in _VIEWS
+    if len(copies) == 1 and isinstance(made, Tensor | list | tuple):  # a view that is not in VIEWS
         rows, values, _ = copies[0]
 
         def make(weight: Tensor) -> object:

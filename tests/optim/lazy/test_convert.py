@@ -108,3 +108,30 @@ def test_a_state_of_other_groups_is_refused(models):
     other.step()
     with pytest.raises(UserError, match=r"groups of 3 parameters, but this run has 2 \+ 1"):
         from_adamw_state(lazy(model), other.state_dict())
+
+
+def test_the_state_of_adam_with_weight_decay_is_refused(models):
+    """Its decay is a part of the gradient."""
+    for decay in (0.1, 0.0):
+        model = Model()
+        other = torch.optim.Adam(
+            [{**group, "weight_decay": decay} for group in groups(model)], lr=0.01, foreach=False
+        )
+        model.embed(torch.arange(4)).sum().backward()
+        other.step()
+        other.zero_grad()
+        if decay:
+            with pytest.raises(UserError, match=r"weight_decay=0\.1"):
+                from_adamw_state(lazy(model), other.state_dict())
+        else:
+            from_adamw_state(lazy(model), other.state_dict())
+
+
+def test_a_state_is_converted_while_a_dense_gradient_is_there(models):
+    model, _ = models
+    first = lazy(model)
+    run(model, first, range(3))
+    model.embed.weight.square().sum().backward()
+    assert to_adamw_state(first)["state"][2]["exp_avg"].shape == (30, 4)
+    first.release()
+    assert type(model.embed) is nn.Embedding

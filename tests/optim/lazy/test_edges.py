@@ -197,6 +197,7 @@ def test_steps_past_what_float32_counts():
         module.weight,
         RowState.up_to_date(start, rows, *moments, betas=(0.9, 0.999), eps=1e-8),
     )
+    optimizer.state[module.weight] = table.live
     dense = [torch.zeros(ROWS, WIDTH).index_copy_(0, rows, x) for x in moments]
     oracle.state[twin.weight] = {"step": torch.tensor(float(start)), "exp_avg": dense[0]}
     oracle.state[twin.weight]["exp_avg_sq"] = dense[1]

@@ -31,6 +31,8 @@ class Side:
         torch.manual_seed(0)
         self.kind, self.model = kind, nn.Embedding(ROWS, WIDTH, dtype=torch.float64)
         self.optimizer, self.saved, self.average = self.build(self.model), None, None
+        self.save(deferred=True)
+        self.start = self.saved
 
     def build(self, model):
         options = {"lr": 0.05, "weight_decay": 0.3}
@@ -47,6 +49,15 @@ class Side:
         self.optimizer.zero_grad()
         (F.embedding(torch.tensor(ids), self.model.weight).cos().sum() * scale).backward()
         self.optimizer.step()
+
+    def train_by_grad(self, ids, through):
+        weight = self.model.weight
+        rows = F.embedding(torch.tensor(ids), weight) if through else self.model(torch.tensor(ids))
+        (weight.grad,) = torch.autograd.grad(rows.sin().sum(), [weight])
+        self.optimizer.step()
+
+    def clear_the_state(self):
+        self.optimizer.state.clear()
 
     def step_without_gradient(self):
         self.optimizer.zero_grad()
@@ -99,14 +110,15 @@ class Side:
             torch.save((self.model.state_dict(), self.optimizer.state_dict()), file)
         self.saved = file.getvalue(), deferred
 
-    def load(self, order):
-        if self.saved is None:
-            return
-        content, deferred = self.saved
+    def load(self, order, start=False, copied=False):
+        content, deferred = self.start if start else self.saved
         weights, state = torch.load(io.BytesIO(content), weights_only=True)
         with self.optimizer.deferred() if deferred and self.kind == "lazy" else torch.no_grad():
             for part in order:
-                if part == "model":
+                if part == "model" and copied and not deferred:  # a write is of rows as of now
+                    with torch.no_grad():
+                        self.model.weight.copy_(weights["weight"])
+                elif part == "model":
                     self.model.load_state_dict(weights)
                 else:
                     self.optimizer.load_state_dict(state)
@@ -165,7 +177,11 @@ ACTIONS = st.one_of(
     st.tuples(st.just("go_on_as_a_copy")),
     st.tuples(st.just("go_on_with_a_copy_of_the_model")),
     st.tuples(st.just("save"), st.booleans()),
-    st.tuples(st.just("load"), st.permutations(["model", "optimizer"])),
+    st.tuples(
+        st.just("load"), st.permutations(["model", "optimizer"]), st.booleans(), st.booleans()
+    ),
+    st.tuples(st.just("train_by_grad"), IDS, st.booleans()),
+    st.tuples(st.just("clear_the_state")),
     st.tuples(st.just("evaluate")),
     st.tuples(st.just("set_option"), st.just("lr"), st.sampled_from([0.0, 0.01, 0.05])),
     st.tuples(st.just("set_option"), st.just("weight_decay"), st.sampled_from([0.0, 0.3])),

@@ -1,5 +1,6 @@
 """State, saving and resuming of LazyAdamW, and what may go wrong while rows are deferred."""
 
+import collections
 import copy
 import io
 import pickle
@@ -605,3 +606,314 @@ def test_steps_that_are_to_be_made_up_are_not_skipped():
     again.load_state_dict(model.state_dict())  # rows as of now have nothing to make up
     other.load_state_dict(optimizer.state_dict())
     run(again, other, range(6, 8))
+
+
+# A table's state goes to a table, and to no other parameter
+
+
+@pytest.mark.parametrize("ids", [[0], [5, 4, 3, 2, 1, 0]], ids=["some rows", "every row"])
+@pytest.mark.parametrize("left_out", ["both", "second"])
+def test_the_state_of_a_table_is_refused_by_a_parameter_that_is_none(ids, left_out):
+    tables = [nn.Embedding(6, 16) for _ in range(2)]
+    params = [(f"table.{number}", table.weight) for number, table in enumerate(tables)]
+    optimizer = LazyAdamW(params, lr=0.05, embeddings=tables)
+    for one in ids:
+        optimizer.zero_grad()
+        sum(table(torch.tensor([one])).sin().sum() for table in tables).backward()
+        optimizer.step()
+    weights, saved = copy.deepcopy([t.state_dict() for t in tables]), optimizer.state_dict()
+    others = [nn.Embedding(6, 16) for _ in range(2)]
+    named = [(f"table.{number}", table.weight) for number, table in enumerate(others)]
+    lazy = others[:1] if left_out == "second" else []
+    resumed = LazyAdamW(named, lr=0.05, embeddings=lazy)
+    with pytest.raises(UserError, match=f"'table.{len(lazy)}'.*adapt_state"):
+        resumed.load_state_dict(saved)
+    for table, weight in zip(others, weights, strict=True):
+        table.load_state_dict(weight)
+    resumed.load_state_dict(adapt_state(resumed, saved))
+    for own, stepper in ((tables, optimizer), (others, resumed)):
+        stepper.zero_grad()
+        sum(table(torch.arange(6)).sin().sum() for table in own).backward()
+        stepper.step()
+    for ours, theirs in zip(tables, others, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_moments_of_another_shape_are_refused_by_a_dense_parameter():
+    weight = nn.Parameter(torch.ones(6, 4))
+    optimizer = LazyAdamW([weight])
+    state = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2, 4), "exp_avg_sq": torch.ones(2, 4)}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+    weight.grad = torch.ones(6, 4)
+    with pytest.raises(UserError, match=r"moments of \[2, 4\]"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("part", ["weight", "gradient", "moments"])
+def test_a_dense_parameter_in_another_layout(part):
+    results = []
+    for kind in ("lazy", "dense"):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 4, 3)
+        if part == "moments":  # are laid out as the weight is when they are made
+            layer.to(memory_format=torch.channels_last)
+        cls = LazyAdamW if kind == "lazy" else torch.optim.AdamW
+        optimizer = cls([layer.weight], lr=0.01)
+        for step in range(4):
+            if step == 2 and part != "gradient":
+                formats = {"weight": torch.channels_last, "moments": torch.contiguous_format}
+                layer.to(memory_format=formats[part])
+            loss = layer(torch.ones(1, 3, 6, 6)).sin().sum()
+            (grad,) = torch.autograd.grad(loss, [layer.weight])
+            if part == "gradient":
+                grad = grad.contiguous(memory_format=torch.channels_last)
+            layer.weight.grad = grad
+            optimizer.step()
+        results.append(layer.weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+
+
+# Loading in either order, by any way
+
+
+LOADS = {
+    "load_state_dict": lambda model, weights: model.load_state_dict(weights),
+    "copy_": lambda model, weights: [p.copy_(weights[n]) for n, p in model.named_parameters()],
+    "data": lambda model, weights: [
+        setattr(p, "data", weights[n].to(p.dtype)) for n, p in model.named_parameters()
+    ],
+    "rows in two parts": lambda model, weights: [
+        part.copy_(value)
+        for n, p in model.named_parameters()
+        for part, value in zip(p.chunk(2), weights[n].chunk(2), strict=True)
+    ],
+}
+
+
+@pytest.mark.parametrize("saved_as", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("way", LOADS)
+def test_a_step_of_lr_0_leaves_what_was_loaded(way, order, dtype, saved_as):
+    model, optimizer = build(dtype=saved_as)
+    run(model, optimizer, range(20))
+    weights, state = through_file((model.state_dict(), optimizer.state_dict()))
+    other, resumed = build(dtype=dtype, seed=1)
+    for part in ("model", "optimizer") if order == "model first" else ("optimizer", "model"):
+        if part == "optimizer":
+            resumed.load_state_dict(copy.deepcopy(state))
+        else:
+            with torch.no_grad():
+                LOADS[way](other, weights)
+    resumed.param_groups[0]["lr"] = 0.0
+    run(other, resumed, range(20, 22))
+    for name, weight in weights.items():
+        assert torch.equal(other.state_dict()[name], weight.to(dtype)), name
+
+
+def test_a_weight_that_the_state_does_not_belong_to_is_refused_however_it_is_written():
+    model, optimizer = build()
+    run(model, optimizer, range(20))
+    state = optimizer.state_dict()
+    other, resumed = build(seed=1)
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        other.embed.weight[3:] = 1.0
+    with pytest.raises(UserError, match="not the one"):
+        other(batch(0))
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_going_back_to_before_the_first_step(order, deferred):
+    model, optimizer = build()
+    with optimizer.deferred() if deferred else torch.no_grad():
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    run(model, optimizer, range(10))
+    with optimizer.deferred() if deferred else torch.no_grad():
+        for part in ("model", "optimizer") if order == "model first" else ("optimizer", "model"):
+            (model if part == "model" else optimizer).load_state_dict(
+                copy.deepcopy(weights if part == "model" else state)
+            )
+    for name, weight in weights.items():
+        assert torch.equal(model.state_dict()[name], weight)
+
+
+def test_torch_distributed_checkpoint():
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, optimizer = build()
+    run(model, optimizer, range(10))
+    optimizer.zero_grad()
+    weights, state = through_file(get_state_dict(model, optimizer))
+    other, resumed = build(seed=1)
+    set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state)
+    for pair in ((model, optimizer), (other, resumed)):
+        run(*pair, range(10, 20))
+    assert_close(model, other)
+
+
+# A state that other code takes away or writes to
+
+
+RESETS = {
+    "clear": lambda optimizer: optimizer.state.clear(),
+    "a new one": lambda optimizer: setattr(optimizer, "state", collections.defaultdict(dict)),
+    "pop": lambda optimizer: [optimizer.state.pop(p) for p in list(optimizer.state)],
+    "each entry": lambda optimizer: [entry.clear() for entry in optimizer.state.values()],
+}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("way", RESETS)
+def test_a_state_that_is_cleared_begins_anew(way, saved):
+    pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
+    for number, (model, optimizer) in enumerate(pairs):
+        run(model, optimizer, range(10))
+        RESETS[way](optimizer)
+        if saved:
+            weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model, optimizer = build("dense" if number else "exact", torch.float64, seed=1)
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(state)
+        run(model, optimizer, range(10, 20))
+        pairs[number] = model, optimizer
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
+
+
+def reset_moments(optimizer):
+    for entry in optimizer.state.values():
+        entry["exp_avg"].zero_()
+        entry["exp_avg_sq"].mul_(0.5)
+
+
+def test_moments_that_are_written_to_in_place():
+    """As ReLoRA does."""
+    pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
+    for model, optimizer in pairs:
+        run(model, optimizer, range(10))
+        if isinstance(optimizer, LazyAdamW):
+            optimizer.flush()
+        reset_moments(optimizer)
+        run(model, optimizer, range(10, 20))
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
+
+
+def test_moments_that_are_written_to_while_rows_lag_or_replaced_are_refused():
+    for way in (
+        reset_moments,
+        lambda optimizer: [entry.update(exp_avg=None) for entry in optimizer.state.values()],
+    ):
+        model, optimizer = build()
+        run(model, optimizer, range(10))
+        way(optimizer)
+        with pytest.raises(UserError, match="moments"):
+            run(model, optimizer, [10])
+
+
+def test_the_state_shows_the_arrays_in_use_whatever_moved_them():
+    model, optimizer = build()
+    run(model, optimizer, range(10))
+    entry, table = optimizer.state[model.embed.weight], model.embed.row_table
+    moves = [
+        optimizer.flush,
+        lambda: model.embed.weight.data.mul_(0.5),
+        lambda: model.load_state_dict(model.state_dict()),
+        lambda: optimizer.param_groups[0].update(betas=(0.8, 0.99)),
+    ]
+    for number, move in enumerate(moves):
+        move()
+        assert optimizer.state[model.embed.weight] is entry
+        assert entry["exp_avg"] is table.exp_avg
+        run(model, optimizer, range(10 + 2 * number, 12 + 2 * number))
+        assert entry["exp_avg"] is table.exp_avg
+        assert int(entry["step"]) == table.step_count
+
+
+# The module, changed after it was registered
+
+
+@pytest.mark.parametrize("option", ["max_norm", "scale_grad_by_freq"])
+@pytest.mark.parametrize("steps", [0, 10])
+def test_an_option_of_the_embedding_that_is_set_later_is_refused(option, steps):
+    model, optimizer = build()
+    run(model, optimizer, range(steps))
+    setattr(model.embed, option, 0.1)
+    with pytest.raises(UserError, match=option):
+        model(batch(0))
+    with pytest.raises(UserError, match=option):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("padding_idx", [-1, ROWS - 1, 0, -ROWS])
+def test_a_padding_idx_that_is_set_later(padding_idx):
+    pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
+    for model, optimizer in pairs:
+        run(model, optimizer, range(10))
+        model.embed.padding_idx = padding_idx
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.tensor([[0, 5, ROWS - 1]])).backward()
+            optimizer.step()
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
+
+
+def test_an_embedding_that_is_named_twice_is_registered_once():
+    table = nn.Embedding(6, 4)
+    optimizer = LazyAdamW(table.parameters(), embeddings=[table, table])
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    optimizer.release()
+    assert type(table) is nn.Embedding
+
+
+def test_what_needs_no_gradient_does_not_ask_for_one():
+    model, optimizer = build()
+    run(model, optimizer, range(5))
+    optimizer.zero_grad()
+    model.embed.weight.square().sum().backward()  # dense
+    optimizer.param_groups[0]["lr"] = -1.0
+    with optimizer.flushed():
+        pass
+    optimizer.flush()
+    optimizer.release()
+    assert type(model.embed) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"amsgrad": True}, "amsgrad"),
+        ({"decoupled_weight_decay": False, "weight_decay": 0.1}, "of Adam"),
+    ],
+)
+def test_a_group_of_another_rule_is_refused(group, message):
+    table, layer = nn.Embedding(6, 4), nn.Linear(2, 2)
+    with pytest.raises(UserError, match=message):
+        LazyAdamW([{"params": table.parameters(), **group}], embeddings=[table])
+    optimizer = LazyAdamW(layer.parameters())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0].update(group)
+    with pytest.raises(UserError, match=message):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_sparse_bag_says_what_to_do():
+    bag = nn.EmbeddingBag(6, 4, sparse=True)
+    with pytest.raises(UserError, match="sparse=False"):
+        LazyAdamW(bag.parameters(), embeddings=[bag])
+    optimizer = LazyAdamW(bag.parameters())
+    bag(torch.tensor([[1]])).sum().backward()
+    with pytest.raises(UserError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_a_write_in_inference_mode_leaves_a_table_that_trains():
+    pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
+    for model, optimizer in pairs:
+        run(model, optimizer, range(10))
+        with torch.inference_mode():
+            model.embed.weight.mul_(0.5)
+        run(model, optimizer, range(10, 20))
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-9)

@@ -110,7 +110,9 @@ READS = {
     "numpy": lambda m: torch.tensor(m.emb.weight.detach().float().numpy()),
     "tolist": lambda m: torch.tensor(m.emb.weight.tolist()),
     "item": lambda m: torch.tensor(m.emb.weight[30, 2].item()),
-    "torch.tensor": lambda m: torch.stack([m.emb.weight.detach()]),
+    "torch.stack": lambda m: torch.stack([m.emb.weight.detach()]),
+    "torch.tensor of numbers": lambda m: torch.tensor([list(r) for r in m.emb.weight.detach()]),
+    "new_tensor of its own": lambda m: m.emb.weight.detach().new_tensor(m.emb.weight.detach()),
     "mean": lambda m: m.emb.weight.mean(0),
     "std": lambda m: torch.std(m.emb.weight),
     "histogram": lambda m: torch.histc(m.emb.weight.detach().float(), 5, -3, 3),
@@ -234,6 +236,7 @@ TOOLS = pytest.mark.filterwarnings(  # what torch.jit and torch.compile say of t
     "ignore:.torch.jit.trace:FutureWarning",  # torch 2.14
     "ignore::torch.jit.TracerWarning",
     "ignore:The .grad attribute of a Tensor",
+    "ignore:To copy construct",  # new_tensor
 )
 
 
