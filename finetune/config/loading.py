@@ -93,17 +93,26 @@ def read_tree(path: Path) -> dict[str, Any]:
         )
     tree.setdefault("output_dir", str(Path("runs") / path.stem))
     run = RunDir(path.parent)
-    return _where_it_is(tree, run) if path == run.config and run.environment.is_file() else tree
+    return _where_it_is(tree, run) if path == run.config and _is_run(run) else tree
+
+
+def _is_run(run: RunDir) -> bool:
+    """Return whether a run was begun in the folder. A damaged marker is named later."""
+    try:
+        return run.is_run()
+    except UserError:
+        return False
 
 
 def _where_it_is(tree: dict[str, Any], run: RunDir) -> dict[str, Any]:
     """Return the config of a run in the place where the run is now: it may have been moved.
 
-    Data that was given in memory lies in the run's folder.
+    Data that was given in memory lies in the run's folder. The new place is not overwritten on the
+    word of the old config.
     """
     place, data = tree["output_dir"], tree.get("data")
     if isinstance(place, str) and not _is_same(Path(place), run.root):
-        tree = {**tree, "output_dir": str(run.root)}
+        tree = {**tree, "output_dir": str(run.root), "overwrite_output_dir": False}
     if not isinstance(data, dict):
         return tree
 

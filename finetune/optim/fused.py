@@ -43,8 +43,8 @@ def leave_fused_when_wrong(optimizer: torch.optim.Optimizer) -> None:
 
     If it is not, the group loses `fused` for good, and the log of "finetune" reports it. A step
     raises UserError if this happens under a GradScaler, which has left the scaling to the kernel.
-    So it does for a state of other shapes, which torch's load_state_dict takes. torch leaves hooks
-    behind when an optimizer object is itself copied or pickled, this one too.
+    It also raises UserError for a state of another shape, which torch's load_state_dict takes.
+    torch leaves hooks behind when an optimizer object is itself copied or pickled, this one too.
     """
     optimizer.register_step_pre_hook(_check_step)
 
@@ -78,6 +78,7 @@ def _check_layouts(optimizer: torch.optim.Optimizer) -> None:
                 "gradient or state is laid out unlike it in memory. Build it with fused=False"
             )
         group["fused"] = None  # torch then chooses among its other kernels
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         _logger.info(
             "%s goes on without torch's fused kernel, which is slower: a parameter, its gradient "
             "and its state are laid out unlike each other in memory",
@@ -92,7 +93,7 @@ def _laid_out_alike(param: Tensor, state: Mapping[str, object]) -> bool:
     """
     if param.grad is None or param.grad.layout is not torch.strided:  # torch refuses a sparse one
         return True
-    moments = [t for t in state.values() if isinstance(t, Tensor) and t.ndim]  # no count of steps
+    moments = [t for key, t in state.items() if key != "step" and isinstance(t, Tensor)]
     for moment in moments:
         if moment.shape != param.shape:
             raise UserError(

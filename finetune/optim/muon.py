@@ -96,4 +96,4 @@ class MuonWithAdamW(torch.optim.Optimizer):
         groups = [{**group, **fixed} for group in self.param_groups if group["rule"] == rule]
         engine = optimizer.__new__(optimizer)
         engine.__setstate__({"defaults": {}, "state": self.state, "param_groups": groups})
-        optimizer.step.__wrapped__(engine)  # type: ignore[attr-defined]
+        getattr(optimizer.step, "__wrapped__", optimizer.step)(engine)

@@ -175,7 +175,7 @@ def check_options(
     known = info.options
     for option, value in options.items():
         _check_name(info, option, value, allowed, known)
-        if isinstance(value, numbers.Real) and not math.isfinite(value):
+        if isinstance(value, numbers.Real) and not _is_finite(value):
             raise UserError(f"optimizer {info.name!r}: {option} is {value}. Give a finite number")
         _check_kind(info, option, value, known.get(option))
     with _refusing(info, "be built", options):
@@ -269,6 +269,13 @@ def _is_number(value: Any) -> bool:
     import torch
 
     return isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool)
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def as_plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.detect import build_format
-from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText
+from finetune.data.formats.rendering import ChatTemplate, Dialog
 from finetune.data.types import Format
 from finetune.errors import UserError
 from tests.data import stock
@@ -124,21 +124,6 @@ def test_a_sentence_that_someone_types_is_plain_text(
         assert len([i for i in prompt(typed) if i in special]) > len(usual), "and data is parsed"
         assert kind == "metaspace" or typed in tokenizer.decode(plain)  # which has no "<"
     assert prompt("The file", parse_control_tokens=False) == prompt("The file")
-
-
-@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
-def test_a_text_that_someone_types_is_plain_text(kind: Any, make_tokenizer: MakeTokenizer) -> None:
-    tokenizer = make_tokenizer(None, kind=kind, adds_bos=True)
-    plain, typed = PlainText(tokenizer), "{{ a }} </s> {% b %}"
-    end = tokenizer.eos_token_id
-    assert plain.prompt(typed).count(end) == 1
-    read = plain.prompt(typed, parse_control_tokens=False)
-    assert read.count(end) == 0
-    assert read[0] == tokenizer.bos_token_id
-    assert kind == "metaspace" or typed in tokenizer.decode(read)
-    assert plain.prompt("a b", parse_control_tokens=False) == plain.prompt("a b")
-    with pytest.raises(UserError, match="the text is empty"):
-        plain.prompt("", parse_control_tokens=False)
 
 
 def test_a_tool_that_someone_describes_is_plain_text() -> None:

@@ -22,15 +22,15 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, refuse: bool = False) -> None:
+        added, end = tokenizer.added_tokens_decoder, tokenizer.eos_token_id  # made anew each time
         marks = [
             str(token)
-            for i, token in tokenizer.added_tokens_decoder.items()
-            if (token.special or i == tokenizer.eos_token_id) and str(token).strip()
+            for i, token in added.items()
+            if (token.special or i == end) and str(token).strip()
         ]
         longest_first = sorted(marks, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if marks else None
-        added, end = tokenizer.added_tokens_decoder.items(), tokenizer.eos_token_id
-        self._end = "".join(str(token) for i, token in added if i == end)
+        self._end = "" if end is None or end not in added else str(added[end])
         self.refuse = refuse
         self.records = 0  # with a control token in their text, since the last note
         self._example = ""
@@ -99,22 +99,32 @@ class ControlTokens:
         ]
 
 
-def encode_typed(tokenizer: Tokenizer, pieces: Sequence[str], typed: str) -> list[int]:
+def not_as_text(error: ValueError) -> UserError:
+    """Return what to raise if transformers cannot encode a control token as plain text."""
+    return UserError(
+        "a text has a control token that this tokenizer cannot read as plain text "
+        f"({error}). Remove it from the text"
+    )
+
+
+def encode_typed(
+    tokenizer: Tokenizer, control: ControlTokens, pieces: Sequence[str], typed: str
+) -> list[int]:
     """Return the token ids of `pieces` joined by `typed`, whose control tokens are plain text.
 
-    Those of `pieces` are control tokens. Nothing is added. For `typed` alone give two empty pieces.
+    Those of `pieces` are control tokens. Nothing is added. `control` is the tokenizer's. Raises
+    UserError if the tokenizer cannot read a control token as plain text.
     """
-    control = ControlTokens(tokenizer)
-    if control.find(typed) is None:
-        ids = tokenizer(typed.join(pieces), add_special_tokens=False, verbose=False)["input_ids"]
-        return list(ids)
     said = ["{{ " + json.dumps(piece, ensure_ascii=False) + " }}" for piece in pieces]
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": typed}],
-        chat_template=control.sanitizing("{{ messages[0]['content'] }}".join(said)),
-        return_dict=False,
-        sanitize_control_tokens=True,
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": typed}],
+            chat_template=control.sanitizing("{{ messages[0]['content'] }}".join(said)),
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+    except ValueError as error:
+        raise not_as_text(error) from error
     return list(ids)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from finetune.data.encoding.drafts import Draft, TextEncoder
 from finetune.data.formats.borders import Span, Turn, encode_text
-from finetune.data.formats.control import ControlTokens, encode_typed
+from finetune.data.formats.control import ControlTokens, not_as_text
 from finetune.data.formats.jinja import (
     missing_generation_prompt,
     names_variable,
@@ -121,6 +121,8 @@ class ChatTemplate:
                 **(dict(self.settings.options) | dict(dialog.options)),
             )
         except Exception as error:  # a template is a program of the user's: it may raise anything
+            if isinstance(error, ValueError) and "sanitize" in str(error):
+                raise not_as_text(error) from error
             raise UserError(f"the chat template fails on this conversation: {error}") from error
 
     def source(self, *, with_tools: bool = False) -> str:
@@ -150,6 +152,10 @@ class ChatTemplate:
         if not message.get("tool_calls") or not self._takes_text:
             return message
         return with_text(message)
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer)  # a tokenizer with thousands of them takes a while
 
     @cached_property
     def _takes_text(self) -> bool:
@@ -184,11 +190,11 @@ class ChatTemplate:
 
         `parse_control_tokens`: False reads a control token in a message or a tool as plain text.
         """
-        dialog, control = _as_dialog(messages), ControlTokens(self.tokenizer)
+        dialog = _as_dialog(messages)
         said = [list(dialog.messages), list(dialog.tools or ())]
-        if not parse_control_tokens and control.find_typed(said):
+        if not parse_control_tokens and self._control.find_typed(said):
             how = {"return_dict": False, "sanitize_control_tokens": True}
-            source = control.sanitizing(self.source(with_tools=dialog.tools is not None))
+            source = self._control.sanitizing(self.source(with_tools=dialog.tools is not None))
             return list(self._apply(dialog, source, add_generation_prompt=True, **how))
         text = self.render(dialog, add_generation_prompt=True)
         return list(encode_text(self.tokenizer, text, []).input_ids)
@@ -345,15 +351,9 @@ class PlainText:
         self._eos = [tokenizer.eos_token_id]
         self.texts = TextEncoder(tokenizer)
 
-    def prompt(self, prompt: str, *, parse_control_tokens: bool = True) -> list[int]:
-        """Return the token ids to generate from, with which `example` begins.
-
-        `parse_control_tokens`: False reads a control token in `prompt` as plain text.
-        """
-        text = prompt.rstrip()
-        if not parse_control_tokens and ControlTokens(self.tokenizer).find(text):
-            return [*self._bos, *encode_typed(self.tokenizer, ["", ""], text)]
-        return [*self._bos, *encode_text(self.tokenizer, text, []).input_ids]
+    def prompt(self, prompt: str) -> list[int]:
+        """Return the token ids to generate from, with which `example` begins."""
+        return [*self._bos, *encode_text(self.tokenizer, prompt.rstrip(), []).input_ids]
 
     def example(self, prompt: str, answer: str, *, targets: str) -> Example:
         """Return prompt and answer as an example.

@@ -186,7 +186,8 @@ class TranslationFormat:
                 "the chat template does not write the sentence as it is. Use a template that does "
                 "(model.chat_template)"
             )
-        return [*first, *encode_typed(self.texts.tokenizer, asked.split(_PLACE), text)]
+        pieces = asked.split(_PLACE)
+        return [*first, *encode_typed(self.texts.tokenizer, self.control, pieces, text)]
 
     def _drafts(self, source: str, target: str, reverse: bool) -> list[Draft]:
         text, answer = (target, source) if reverse else (source, target)

@@ -17,6 +17,7 @@ from finetune.optim.lazy.dense import step_dense
 from finetune.optim.lazy.eligible import (
     check_embedding,
     check_group,
+    check_lookup,
     check_missed_steps,
     check_mode,
     floats,
@@ -184,6 +185,8 @@ class LazyAdamW(Optimizer):
     def _step(self) -> None:
         groups = self._groups()
         tables = self._check_tables(groups)
+        for module, _ in self._tables:
+            check_lookup(module)
         for weight in tables:
             check_can_step(weight, groups[weight], self.missed_steps)
         check_others(groups, tables)
@@ -208,7 +211,7 @@ class LazyAdamW(Optimizer):
         betas, eps = floats(group["betas"]), group["eps"]
         with table.lock:
             check_weight(table, weight)
-            if weight in self.state:
+            if table.step_count:
                 check_moments(table, self.state[weight])
             if (betas, eps) != (table.history.betas, table.history.eps):
                 table.change_options(weight, betas, eps)
@@ -313,7 +316,7 @@ class LazyAdamW(Optimizer):
                     restore_table(table, weight, RowState.from_dict(sealed.state))
                     self.state[weight] = table.live
                 else:
-                    if table.showing is not Showing.DEFERRED:
+                    if not table.has_loaded_rows:
                         table.flush(weight)
                     table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
 
@@ -321,10 +324,12 @@ class LazyAdamW(Optimizer):
         """Forget the steps of tables whose entry in `state` other code removed, as torch does."""
         for module, table in self._tables:
             weight = module.weight
-            if table.step_count and weight in groups and not self.state.get(weight):
-                table.flush(weight)
-                table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
-                self.state.pop(weight, None)
+            is_gone = "exp_avg" not in self.state.get(weight, ())
+            if table.step_count and weight in groups and is_gone:
+                with table.lock:
+                    table.flush(weight)
+                    table.clear(weight, floats(groups[weight]["betas"]), groups[weight]["eps"])
+                    self.state.pop(weight, None)
 
     # Embeddings
 

@@ -101,8 +101,8 @@ def check_embedding(module: nn.Embedding, *, in_group: bool) -> None:
     """
     if not isinstance(module, nn.Embedding):
         raise UserError(
-            f"embeddings takes nn.Embedding modules, not {type(module).__name__}. Leave it out, "
-            "and build it with sparse=False"
+            f"embeddings takes nn.Embedding modules, not {type(module).__name__}. Leave it out"
+            + (", and build it with sparse=False" if isinstance(module, nn.EmbeddingBag) else "")
         )
     why = _why_not_by_rows(module)
     if not module.weight.requires_grad:

@@ -140,7 +140,6 @@ def check_table(module: RowLookup, table: RowTable, group: dict | None) -> None:
             "parameters: resizing or sharding the model replaced it. Build the optimizer "
             "afterwards, and keep registered embeddings out of FSDP"
         )
-    check_lookup(module)
 
 
 def check_can_step(weight: Tensor, group: dict[str, Any], missed_steps: str) -> None:

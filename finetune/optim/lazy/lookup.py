@@ -54,7 +54,9 @@ def look_up(table: RowTable, weight: Tensor, ids: Tensor, padding_idx: int | Non
     `LazyRows`. Raises IndexError for an id or a padding_idx that the table does not have.
     """
     if padding_idx is not None:
-        padding_idx = range(len(weight))[padding_idx]
+        if not -len(weight) <= padding_idx < len(weight):
+            raise IndexError(f"the embedding has {len(weight)} rows, and padding_idx {padding_idx}")
+        padding_idx %= len(weight)
     rows, inverse = torch.unique(ids, return_inverse=True)
     on_cpu = (
         rows.device.type == "cpu"

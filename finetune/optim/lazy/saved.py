@@ -42,7 +42,9 @@ def restore_table(table: RowTable, weight: Tensor, state: RowState) -> None:
     witness = None  # a state from elsewhere has none, and goes with rows as of now
     if state.witness_rows is not None and state.witness is not None:
         witness = state.witness_rows.to(table.device), state.witness.to(table.device, table.dtype)
-    if table.showing is not Showing.DEFERRED and not (witness and _matches(weight, witness)):
+    belongs = witness is not None and _matches(weight, witness)
+    awaits = witness is not None and table.showing is Showing.DEFERRED
+    if not (belongs or awaits or table.has_loaded_rows):
         table.flush(weight)
     if table.master is not None and state.master is None:
         state = state._replace(master=weight[state.rows].float())
@@ -61,8 +63,11 @@ def weight_was_loaded(table: RowTable, weight: Tensor) -> None:
         return  # the end of `flushed` sees it
     table.version = weight._version
     stored_rows = table.witness is not None and _matches(weight, table.witness)
+    if table.showing is Showing.DEFERRED:
+        table.has_loaded_rows = True
     if table.showing is Showing.DEFERRED or stored_rows:
-        _fit_masters(table, weight)
+        if table.witness is None:
+            _fit_masters(table, weight)
     else:
         take_as_now(table, weight)
 
@@ -75,10 +80,8 @@ def weight_was_written(table: RowTable, weight: Tensor) -> None:
     table.version = weight._version
     if weight.device != table.device or weight.dtype != table.dtype:
         follow(table, weight)
-    elif table.witness is not None:
-        _fit_masters(table, weight)  # it may be, or become, the weight that the state waits for
-    elif table.master is not None:
-        take_as_now(table, weight)
+    elif table.witness is None and table.master is not None:
+        take_as_now(table, weight)  # else it may be, or become, the weight that the state awaits
 
 
 def follow(table: RowTable, weight: Tensor) -> None:
@@ -111,7 +114,7 @@ def _fit_masters(table: RowTable, weight: Tensor) -> None:
     if table.master is not None:
         had_gradient = slice(1, int(table.used))
         rows = table.row_of_slot[had_gradient]
-        table.master[had_gradient] = _fitting(table.master[had_gradient], weight[rows])
+        table.master[had_gradient] = _fitting(table.master[had_gradient], weight.detach()[rows])
 
 
 def _fitting(master: Tensor, written: Tensor) -> Tensor:
@@ -160,12 +163,24 @@ def check_moments(table: RowTable, live: dict[str, Tensor]) -> None:
 
     `live` is the table's entry in `optimizer.state`.
     """
-    replaced = any(live.get(key) is not getattr(table, key) for key in ("exp_avg", "exp_avg_sq"))
-    if replaced or (table.moments_were_written and not table.is_settled):
+    was_written = table.moments_were_written
+    for key in ("exp_avg", "exp_avg_sq"):
+        given, own = live.get(key), getattr(table, key)
+        if given is own:
+            continue
+        form = (own.shape, own.dtype, own.device)
+        if given is None or (given.shape, given.dtype, given.device) != form:
+            raise UserError(
+                f"among the moments of a registered embedding {key} is no longer the tensor that "
+                "the optimizer keeps in `optimizer.state`. Write to that tensor in place"
+            )
+        if not torch.equal(given, own):  # else it was away and came back, as offloading does
+            was_written = True
+            own.copy_(given)
+    if was_written and not table.is_settled:
         raise UserError(
-            "the moments of a registered embedding were replaced, or written while some of its "
-            "rows were not up to date. Call `optimizer.flush()` first, and write to the tensors in "
-            "`optimizer.state` in place"
+            "the moments of a registered embedding were written while some of its rows were not up "
+            "to date. Call `optimizer.flush()` before writing to them"
         )
 
 
@@ -179,12 +194,15 @@ def check_witness(table: RowTable, weight: Tensor) -> None:
 
     Costs nothing after the first use.
     """
+    if table.witness is None:
+        return
     if awaits_its_weight(table, weight):
         raise UserError(
             "the embedding's weight is not the one that the optimizer's state was saved with. Save "
             "(and load) the state dicts of model and optimizer both inside `with "
             "optimizer.deferred():`, or both outside it"
         )
+    _fit_masters(table, weight)
     table.witness = None
 
 
@@ -209,6 +227,8 @@ def deferred(table: RowTable) -> Iterator[None]:
         yield
     finally:
         table.showing = before
+        if before is not Showing.DEFERRED:
+            table.has_loaded_rows = False
 
 
 @contextlib.contextmanager

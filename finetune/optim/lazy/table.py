@@ -61,11 +61,13 @@ class RowTable:
         self.options_changed = 0  # how often betas or eps did
         self.warned = False  # that somebody asked for the weight's memory
         self.live: dict[str, Tensor] = {}  # the arrays in use, for `optimizer.state`
+        self.has_loaded_rows = False  # inside `deferred`: the weight was loaded, as it was stored
         self.clear(weight, betas, eps)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy starts with: it is inside no block, and has seen nothing."""
-        return {**vars(self), "showing": Showing.CURRENT, "aside": None, "seen": None}
+        outside = {"showing": Showing.CURRENT, "aside": None, "has_loaded_rows": False}
+        return {**vars(self), **outside, "seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -74,6 +76,7 @@ class RowTable:
     def clear(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Forget everything: no step was applied, and no row had a gradient."""
         self.witness = None
+        self.moments_seen: tuple[int, int] | None = None  # versions that the table itself wrote
         self.start(weight, RowState.before_the_first_step(weight.shape[1], betas=betas, eps=eps))
 
     @outlives_inference_mode
@@ -185,10 +188,16 @@ class RowTable:
         return self.moments_seen != (self.exp_avg._version, self.exp_avg_sq._version)
 
     def _show_live(self) -> None:
-        """Put the arrays in use into `live`, slot 0 and room to grow included."""
+        """Put the arrays in use into `live`, slot 0 and room to grow included.
+
+        What other code emptied stays empty: the optimizer then begins anew.
+        """
+        if self.moments_seen is not None and not self.live:
+            return
         self.live["step"] = torch.tensor(self.step_count, dtype=torch.float64)
         self.live |= {"rows": self.row_of_slot, "last_step": self.last_step}
         self.live |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        self.live.pop("master", None)
         if self.master is not None:
             self.live["master"] = self.master
         self.moments_seen = self.exp_avg._version, self.exp_avg_sq._version

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim import adapt_state
+from finetune.optim import adapt_state, from_adamw_state
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 
@@ -765,13 +765,22 @@ RESETS = {
 }
 
 
+BETWEEN = {
+    "nothing": lambda model, optimizer: None,
+    "a flush": lambda model, optimizer: isinstance(optimizer, LazyAdamW) and optimizer.flush(),
+    "a write": lambda model, optimizer: model.embed.weight.data.mul_(0.5),
+}
+
+
 @pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("way", RESETS)
-def test_a_state_that_is_cleared_begins_anew(way, saved):
+def test_a_state_that_is_cleared_begins_anew(way, between, saved):
     pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
     for number, (model, optimizer) in enumerate(pairs):
         run(model, optimizer, range(10))
         RESETS[way](optimizer)
+        BETWEEN[between](model, optimizer)
         if saved:
             weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
             model, optimizer = build("dense" if number else "exact", torch.float64, seed=1)
@@ -798,6 +807,64 @@ def test_moments_that_are_written_to_in_place():
         reset_moments(optimizer)
         run(model, optimizer, range(10, 20))
     assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
+
+
+def test_moments_may_go_away_and_come_back():
+    """As tools do that move them to another device for a while."""
+    pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
+    for model, optimizer in pairs:
+        run(model, optimizer, range(10))
+        for entry in optimizer.state.values():
+            entry.update({key: value.clone() for key, value in entry.items()})
+        run(model, optimizer, range(10, 20))
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
+
+
+def test_a_look_at_the_state_before_the_first_step_changes_nothing():
+    pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
+    for model, optimizer in pairs:
+        if isinstance(optimizer, LazyAdamW):
+            assert not optimizer.state[model.embed.weight], "which makes an empty entry"
+            optimizer.state[model.embed.weight]["of somebody"] = 1
+        run(model, optimizer, range(10))
+    assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
+
+
+@pytest.mark.parametrize("state", ["of AdamW", "before the first step"])
+def test_a_state_alone_in_deferred_goes_with_rows_as_of_now(state):
+    model, optimizer = build(dtype=torch.float64)
+    before = copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, range(10))
+    now = model.embed.weight.clone()
+    with optimizer.deferred():
+        if state == "of AdamW":
+            dense, adamw = build("dense", torch.float64)
+            run(dense, adamw, range(3))
+            from_adamw_state(optimizer, adamw.state_dict())
+        else:
+            optimizer.load_state_dict(before)
+    torch.testing.assert_close(model.embed.weight.clone(), now, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize("way", ["at once", "in two parts", "after a new init"])
+def test_masters_keep_their_bits_whatever_is_written_before_the_weight_is_there(way, deferred):
+    model, optimizer = build(dtype=torch.bfloat16)
+    run(model, optimizer, range(20))
+    optimizer.flush()
+    with optimizer.deferred() if deferred else torch.no_grad():
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, resumed = build(dtype=torch.bfloat16, seed=1)
+    with resumed.deferred() if deferred else torch.no_grad(), torch.no_grad():
+        resumed.load_state_dict(state)
+        if way == "after a new init":
+            nn.init.normal_(other.embed.weight)
+        for part in (slice(0, 20), slice(20, None)) if way == "in two parts" else (slice(None),):
+            other.embed.weight[part] = weights["embed.weight"][part]
+        other.head.load_state_dict(model.head.state_dict())
+    run(other, resumed, range(20, 21))
+    run(model, optimizer, range(20, 21))
+    assert torch.equal(other.embed.row_table.master, model.embed.row_table.master)
 
 
 def test_moments_that_are_written_to_while_rows_lag_or_replaced_are_refused():
