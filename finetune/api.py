@@ -170,6 +170,9 @@ class LoadedModel:
         self.model: Any = opened.model  # of transformers, in evaluation mode
         self.tokenizer: Any = opened.tokenizer
 
+    def __reduce__(self) -> tuple[type, tuple["Opened"]]:
+        return LoadedModel, (self._opened,)
+
     @overload
     def chat(self, text: str, **options: Any) -> str: ...
     @overload
@@ -304,7 +307,8 @@ def _refuse_records(section: Mapping[str, object]) -> None:
     """Raise UserError if a mapping is no section `data` of paths, but holds records."""
     columns = [name for name in section if name not in DataSection.model_fields]
     columns += ["translation"] if isinstance(section.get("translation"), list) else []
-    if columns and all(isinstance(section[name], list | tuple) for name in columns):
+    is_table = not section.keys() & {"train", "validation", "test"}
+    if is_table and columns and all(isinstance(section[name], list | tuple) for name in columns):
         raise UserError(
             f"the data is a mapping of columns ({', '.join(map(repr, columns))}). Give a list of "
             "dicts, one for each record"
@@ -314,9 +318,7 @@ def _refuse_records(section: Mapping[str, object]) -> None:
         first = value[0] if isinstance(value, list | tuple) and value else None
         if isinstance(first, Mapping) and "path" not in first:
             given = {"train": "data=[…]", "validation": "validation=[…]"}.get(name, "a file")
-            raise UserError(
-                f"data[{name!r}] holds records, and it takes paths. Give them as {given}"
-            )
+            raise UserError(f"data[{name!r}] holds records, and it takes paths. Give {given}")
 
 
 def _path_of(data: Any, run: RunDir, kept: list[Path], what: str) -> str:
@@ -371,7 +373,7 @@ def _text(name: str, value: object) -> None:
     from finetune.recipes.build.target import require_utf8
 
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{name} is {value!r:.80}, a {type(value).__name__}. Give a text")
+        raise UserError(f"{name} is {value!r:.80}, of type {type(value).__name__}. Give a text")
     require_utf8(value or "", name)
 
 

@@ -1,6 +1,7 @@
 """The Python API: data in memory, results, mistakes, and a format of one's own."""
 
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -147,7 +148,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"a mapping of columns \('prompt', 'completion'\). Give a list of dicts",
     ),
     "a column of pairs": ({"data": {"translation": [{"en": "a"}]}}, "a mapping of columns"),
-    "one name twice": ({"data": [{1: "a", "1": "b"}]}, "two columns of record 1 have one name"),
+    "one name twice": ({"data": [{1: "a", "1": "b"}]}, "record 1 has two columns with one name"),
     "nothing": ({"data": []}, "the data has no records. Give at least two"),
     "nothing held out": ({"validation": []}, "the data has no records. Give at least one"),
     "no JSON": ({"data": [{"prompt": object(), "completion": "b"}]}, "cannot be kept as JSON"),
@@ -164,7 +165,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"data": datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))},
         r"the data has splits \(train\). Give one, as in data\['train'\]",
     ),
-    "records in a section": ({"data": {"train": ROWS}}, "Give them as data="),
+    "records in a section": ({"data": {"train": ROWS}}, "Give data="),
     "many mistakes": (
         {"nothing": 1, **{f"key{n}": 1 for n in range(99)}},
         "There are 88 more mistakes",
@@ -328,12 +329,12 @@ NOT_TAKEN: dict[str, tuple[Callable[[finetune.LoadedModel], Any], str]] = {
     "a large seed": (lambda m: m.chat("hi", seed=2**64 - 1), "to 4,294,967,295"),
     "a huge seed": (lambda m: m.chat("hi", seed=2**70), "to 4,294,967,295"),
     "a seed one too large": (lambda m: m.chat("hi", seed=2**32), "to 4,294,967,295"),
-    "a number as system": (lambda m: m.chat("hi", system=3), "system is 3, a int. Give a text"),
-    "a list as system": (lambda m: m.chat("hi", system=["a"]), r"system is \['a'\], a list"),
+    "a number as system": (lambda m: m.chat("hi", system=3), "system is 3, of type int. Give"),
+    "a list as system": (lambda m: m.chat("hi", system=["a"]), r"system is \['a'\], of type list"),
     "half a character": (lambda m: m.chat("hi", system="\ud800"), "system is not UTF-8 text"),
     "a word as raw": (lambda m: m.chat("hi", raw="no"), "raw is 'no'. Give True or False"),
-    "to a number": (lambda m: m.translate("hi", to=3), "to is 3, a int. Give a text"),
-    "from a list": (lambda m: m.translate("hi", source=["en"]), r"source is \['en'\], a list"),
+    "to a number": (lambda m: m.translate("hi", to=3), "to is 3, of type int. Give"),
+    "from a list": (lambda m: m.translate("hi", source=["en"]), "of type list. Give a text"),
     "to nothing": (lambda m: m.translate("hi", to=""), "--to is '', and a language is one line"),
     "to a blank": (lambda m: m.translate("hi", to=" "), "--to is ' ', and a language is one line"),
     "to two lines": (lambda m: m.translate("hi", to="fr\nen"), r"--to is 'fr\\nen', and a lang"),
@@ -485,3 +486,9 @@ def test_a_format_of_ones_own(registered: None, folder: Path) -> None:
 def test_a_format_that_is_not_registered(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.format is 'shouted'; the formats are auto, chat"):
         finetune.train({**KEYS, "data": {"format": "shouted"}}, data=ROWS, quiet=True)
+
+
+def test_a_loaded_model_may_be_pickled(trained: RunResult) -> None:
+    model = finetune.load(trained)
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.chat("hi", max_new_tokens=4) == model.chat("hi", max_new_tokens=4)

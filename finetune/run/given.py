@@ -72,7 +72,7 @@ def _entries(record: Mapping[Any, Any], number: int) -> Iterator[str]:
     """Yield each column of a record as JSON. What a table has for an empty cell (NaN) is null."""
     if len({str(column) for column in record}) < len(record):
         raise UserError(
-            f"two columns of record {number} have one name as text, as JSON has it. Rename one"
+            f"record {number} has two columns with one name in JSON, such as 1 and '1'. Rename one"
         )
     for column, value in record.items():
         value = None if isinstance(value, float) and math.isnan(value) else value

@@ -35,11 +35,12 @@ class Turns:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Begin when other evaluations have ended. Raises UserError if another thread trains."""
-        if not self._turn.acquire(blocking=not self._trains.locked()):
-            raise UserError(
-                "another thread of this process trains, and an evaluation would change its random "
-                "state. Wait until it ends, or evaluate in a process of its own"
-            )
+        while not self._turn.acquire(timeout=0.1):  # a run may begin meanwhile
+            if self._trains.locked():
+                raise UserError(
+                    "another thread of this process trains, and an evaluation would change its "
+                    "random state. Wait until it ends, or evaluate in a process of its own"
+                )
         try:
             yield
         finally:

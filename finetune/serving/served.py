@@ -103,11 +103,7 @@ class ServedModel:
         text = last["content"].strip()
         if not text:
             return []
-        try:
-            ids = list(self.translate(text, source, target, system))
-        except UserError as error:
-            said = str(error).partition(". ")[0]
-            raise UserError(f"{said}. Leave that out of the request") from error
+        ids = list(self.translate(text, source, target, system))
         answer_room(self.model, ids, 1)
         return ids
 
@@ -125,18 +121,20 @@ class ServedModel:
                 )
         if not self.directions:
             return given
+        for direction in self.directions:
+            if all(
+                language is None or language_tag(language) == language_tag(own)
+                for language, own in zip(given, direction)
+            ):
+                return direction
         source, target = self.directions[0]
         wanted = (asked.source or source, asked.target or target)
-        tags = (language_tag(wanted[0]), language_tag(wanted[1]))
         learnt = " and ".join(" → ".join(direction) for direction in self.directions)
-        if tags[0] == tags[1]:
+        if language_tag(wanted[0]) == language_tag(wanted[1]):
             raise UserError(
                 f"translate goes from {wanted[0]} to {wanted[1]}, which are one language; this run "
                 f"learnt {learnt}. Give two languages, or leave them out"
             )
-        for direction in self.directions:
-            if (language_tag(direction[0]), language_tag(direction[1])) == tags:
-                return direction
         raise UserError(
             f"this run learnt {learnt}, not {' → '.join(wanted)}. Ask for what it learnt"
         )

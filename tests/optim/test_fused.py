@@ -150,3 +150,27 @@ def test_a_state_of_another_shape_is_refused(name, shape):
     optimizer.load_state_dict(saved.state_dict())
     with pytest.raises(UserError, match=r"of a parameter .* has moments of \[2, 3\]\. Load the"):
         optimizer.step()
+
+
+def test_a_state_of_a_scalar_is_refused_too():
+    first, second = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(5000))
+    saved, optimizer = build("adamw", first, fused=True), build("adamw", second, fused=True)
+    first.grad, second.grad = torch.ones(()), torch.ones(5000)
+    saved.step()
+    optimizer.load_state_dict(saved.state_dict())
+    with pytest.raises(UserError, match=r"has moments of \[\]"):
+        optimizer.step()
+
+
+def test_a_grad_scaler_may_follow_once_the_kernel_was_left():
+    results = []
+    for fused in (None, False):
+        param = nn.Parameter(torch.ones(SHAPE))
+        optimizer = build_optimizer([param], "adamw", **({} if fused is None else {"fused": fused}))
+        param.grad = transposed(torch.ones(SHAPE))
+        optimizer.step()
+        scaler = torch.amp.GradScaler("cpu")
+        param.grad = scaler.scale(torch.ones(SHAPE))
+        scaler.step(optimizer)
+        results.append(param.detach())
+    torch.testing.assert_close(*results)
