@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pytest
 
 import finetune
@@ -366,7 +367,7 @@ def test_what_the_methods_of_a_loaded_run_do_not_take(name: str, translator: Run
 
 
 def test_a_seed_may_be_any_whole_number(trained: RunResult) -> None:
-    numpy, model = pytest.importorskip("numpy"), finetune.load(trained)
+    model = finetune.load(trained)
     settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 16}
     answer = model.chat("Hm?", seed=3, **settings)
     for seed in (numpy.int64(3), numpy.uint8(3)):

@@ -25,6 +25,13 @@ def pass_on(weight, rank, how):
         dist.recv(weight, 0)
 
 
+def gathered(weight, gather):
+    """Return what the processes receive of it."""
+    received = tensors(2)
+    gather(received, weight)
+    return torch.stack(received)
+
+
 WAYS = {
     "broadcast": lambda w, rank: dist.broadcast(w, 0),
     "broadcast of some rows": lambda w, rank: dist.broadcast(w[2:5], 1),
@@ -35,11 +42,10 @@ WAYS = {
     "send": lambda w, rank: pass_on(w, rank, "send"),
     "isend": lambda w, rank: pass_on(w, rank, "isend"),
     "scatter": lambda w, rank: dist.scatter(w, tensors(2) if rank == 0 else None, 0),
-    "scatter of it": lambda w, rank: dist.scatter(
-        torch.empty(ROWS, WIDTH), [w, w] if rank == 0 else None, 0
+    "all_gather of it": lambda w, rank: gathered(w, dist.all_gather),
+    "gather of it": lambda w, rank: gathered(
+        w, lambda received, w: dist.gather(w, None if rank else received, 0)
     ),
-    "all_gather of it": lambda w, rank: dist.all_gather(tensors(2), w),
-    "gather of it": lambda w, rank: dist.gather(w, tensors(2) if rank == 0 else None, 0),
     "reduce_scatter": lambda w, rank: dist.reduce_scatter(w, tensors(2)),
 }
 
@@ -79,11 +85,15 @@ def main(folder: Path, rank: int) -> None:
     for name, way in WAYS.items():
         for dtype in (torch.float32, torch.bfloat16)[: 2 if name == "broadcast" else 1]:
             pairs = twins(dtype, rank)
+            found = []
             for module, optimizer in pairs:
-                way(module.weight.data, rank)
+                result = way(module.weight.data, rank)
+                received = result if isinstance(result, torch.Tensor) else torch.zeros(1)
                 train(module, optimizer, range(6, 10), rank)
-            ours, theirs = (module.weight.detach().float() for module, _ in pairs)
-            errors[f"{name}, {dtype}"] = float((ours - theirs).abs().max())
+                found.append((module.weight.detach().float(), received))
+            errors[f"{name}, {dtype}"] = max(
+                float((ours - theirs).abs().max()) for ours, theirs in zip(*found, strict=True)
+            )
     (module, _), _ = twins(torch.float32, rank)
     try:
         dist.irecv(module.weight.data, 1 - rank)

@@ -190,44 +190,9 @@ def test_a_transform_of_copies_is_right():
 # What no subclass of a tensor sees: the guide names these, and what to write instead
 
 
-def handed_to_backward(weight):
-    root = torch.zeros(ROWS, WIDTH, requires_grad=True)
-    (root * 1).backward(weight)
-    return root.grad
-
-
-def as_data(weight):
-    other = torch.zeros(0)
-    other.data = weight
-    return other * 1
-
-
-UNSEEN = {
-    "torch.tensor": torch.tensor,
-    "torch.Tensor": torch.Tensor,
-    "as_subclass": lambda w: w.as_subclass(torch.Tensor),
-    "new_tensor": lambda w: torch.empty(0).new_tensor(w),
-    "sparse_coo_tensor": lambda w: torch.sparse_coo_tensor(
-        EVERY[None], w, w.shape, check_invariants=True
-    ).to_dense(),
-    "nested_tensor": lambda w: torch.nested.nested_tensor([w]).to_padded_tensor(0.0)[0],
-    "to_dlpack": lambda w: torch.from_dlpack(torch.utils.dlpack.to_dlpack(w)),
-    "data of another": as_data,
-    "set_": lambda w: torch.zeros(0).set_(w) * 1,
-    "a gradient handed to backward": handed_to_backward,
-    "vmap over the weight": lambda w: vmap(lambda row: row * 1)(w),
-}
-
-
-@pytest.mark.filterwarnings("ignore:To copy construct", "ignore:The PyTorch API of nested")
-@pytest.mark.parametrize("name", UNSEEN)
-def test_what_reads_memory_is_right_with_a_clone(name):
-    (model, _), (twin, _) = twins()
-    expected = UNSEEN[name](twin.emb.weight.detach())
-    assert error(UNSEEN[name](model.emb.weight.detach().clone()), expected) <= 3e-5
-
-
 def test_a_clone_is_plain():
-    (model, _), _ = twins()
-    assert type(model.emb.weight.detach().clone()) is torch.Tensor
+    (model, _), (twin, _) = twins()
+    clone = model.emb.weight.detach().clone()
+    assert type(clone) is torch.Tensor
+    assert error(torch.Tensor(clone), twin.emb.weight.detach()) <= 3e-5  # which reads memory
     assert isinstance(model.emb, nn.Embedding)
