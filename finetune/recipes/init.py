@@ -181,7 +181,7 @@ def _as_text(
     longer = {"cut": counts.truncated + counts.without_target, "split": counts.split}
     cut = "".join(f", {number:,} are {done}" for done, number in longer.items() if number)
     lines += [
-        f"  validation_fraction: auto  # {held_out:,} records held out",
+        f"  validation_fraction: auto  # {counted(held_out, 'record')} held out",
         f"  max_length: {data['max_length']}  # tokens; the longest example has "
         f"{counts.longest:,}{cut}",
         "",

@@ -16,6 +16,7 @@ from finetune.errors import UserError
 
 Shape = TypeVar("Shape", bound=BaseModel)
 Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+StopText = Annotated[str, Field(min_length=1)]
 
 
 class _Asked(BaseModel):
@@ -62,7 +63,7 @@ class ChatRequest(_Asked):
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None

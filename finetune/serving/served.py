@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.data.formats.languages import language_tag
+from finetune.data.formats.languages import language_tag, require_name
 from finetune.data.formats.messages import SWITCHES, read_messages, read_tools
 from finetune.data.formats.rendering import ChatTemplate, Dialog
 from finetune.data.formats.written import Written
@@ -114,11 +114,8 @@ class ServedModel:
         """
         given = (asked.source, asked.target)
         for name, language in zip(("from", "to"), given):
-            if language is not None and not (language.strip() and language.isprintable()):
-                raise UserError(
-                    f"translate.{name} is {language!r:.80}, and a language is one line of text. "
-                    "Give its name or its code, such as fr"
-                )
+            if language is not None:
+                require_name(language, f"translate.{name}")
         if not self.directions:
             return given
         for direction in self.directions:

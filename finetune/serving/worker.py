@@ -260,7 +260,7 @@ class StopTexts:
     """Text that ends before the first of some stop texts, which may come in pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._stops = stops
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:

@@ -97,6 +97,19 @@ LEARNT: dict[str, tuple[Case, list[str], list[str]]] = {
         [NO_THOUGHT + WRITTEN_CALL.replace('"Oslo"', '"Oslo", "day": null')],
         [],
     ),
+    "LangChain's args": (
+        chat(
+            user("Weather?"),
+            answer(
+                "",
+                tool_calls=[
+                    {"name": "weather", "args": {"city": "Oslo"}, "id": "1", "type": "tool_call"}
+                ],
+            ),
+        ),
+        [NO_THOUGHT + WRITTEN_CALL],
+        [],
+    ),
     "the old function_call": (
         chat(
             user("W?"),
@@ -328,6 +341,18 @@ REFUSED: dict[str, tuple[Case, str]] = {
         "arguments of call 1 of message 2 must be an object",
     ),
     "a call without a name": (with_call(arguments={}), "call 1 of message 2 must be like {name"),
+    "a call that says more": (
+        with_call(name="weather", argument={"city": "Oslo"}),
+        "call 1 of message 2 has 'argument', which is no part of a call. Remove it",
+    ),
+    "more around a call": (
+        with_call(id="call_1", name="other", function={"name": "weather", "arguments": {}}),
+        "call 1 of message 2 has 'name', which is no part of a call. Remove it",
+    ),
+    "arguments that differ": (
+        with_call(name="weather", arguments={"city": "Oslo"}, parameters={"city": "Rome"}),
+        "call 1 of message 2 has arguments and parameters, which differ. Keep one of them",
+    ),
     "tools that are no list": (
         chat(user(), answer(), tools="weather"),
         "the column of tools must be",
@@ -517,4 +542,4 @@ def test_each_call_is_asked_for_and_the_last_answer(qwen3: Any) -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (28, 22, 4)
+    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (29, 25, 4)

@@ -78,6 +78,9 @@ MISSPELT = {
     "germn": "'germn'. Did you mean 'German'?",
     "Englsh": "'Englsh'. Did you mean 'English'?",
     "jp": "'jp', which is the code of no language",
+    "": "'', and a language is one line of text. Give its name or its code, such as fr",
+    " ": "' ', and a language is one line of text",
+    "fr\nen": "'fr\\nen', and a language is one line of text",
 }
 
 

@@ -197,6 +197,12 @@ REFUSED = {  # what is sent -> status, and words of the sentence
     "hot": ({"temperature": 9}, 400, "temperature: "),
     "unknown": ({"tempature": 1}, 400, "tempature: is not a parameter of this server"),
     "many stops": ({"stop": ["a"] * 5}, 400, "stop: list should have at most 4 items"),
+    "an empty stop": ({"stop": ""}, 400, "stop: string should have at least 1 character"),
+    "an empty stop of two": (
+        {"stop": ["a", ""]},
+        400,
+        "stop: string should have at least 1 character",
+    ),
     "a stop": ({"stop": 7}, 400, "stop: input should be a valid string"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens: "),
     "too long": ({"messages": [{"role": "user", "content": "a b " * 400}]}, 400, "at most 128"),

@@ -16,6 +16,7 @@ from finetune.data.formats.languages import (
     language_name,
     language_tag,
     require_language,
+    require_name,
 )
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
@@ -281,11 +282,14 @@ def _pair(
 
 
 def _require_languages(record: Record, columns: Mapping[str, str], languages: Languages) -> None:
-    """Raise UserError for a misspelt language, unless the data has this very name."""
+    """Raise UserError for a blank or a misspelt language. The data's own names are not misspelt."""
     pair = record.get(columns.get("translation", "translation"))
     names = {*columns, *record, *(pair if isinstance(pair, Mapping) else ())}
     for key, language in zip(("source_language", "target_language"), languages):
-        if language is not None and language not in names:
+        if language is None:
+            continue
+        require_name(language, f"data.translation.{key}")
+        if language not in names:
             require_language(language, f"data.translation.{key}")
 
 

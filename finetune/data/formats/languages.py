@@ -43,11 +43,21 @@ def is_known_language(text: str) -> bool:
     return _find(text) is not None
 
 
+def require_name(text: str, what: str) -> None:
+    """Raise UserError unless a text can name a language: one line that is not blank."""
+    if not text.strip() or text.splitlines() != [text]:
+        raise UserError(
+            f"{what} is {text!r:.80}, and a language is one line of text. Give its name or its "
+            "code, such as fr"
+        )
+
+
 def require_language(text: str, what: str) -> None:
     """Raise UserError for a misspelt language, or for two small letters that are no code.
 
-    Any other name is taken as it is: it may be a language of its own, such as SQL.
+    Any other name of one line is taken as it is: it may be a language of its own, such as SQL.
     """
+    require_name(text, what)
     if is_known_language(text):
         return
     name = normalize_name(text)

@@ -32,6 +32,8 @@ SWITCHES = ("weight", "loss_weight", "train", "training", "train_on_turn", "loss
 
 _SPOKEN = ("role", "from", "content", "value", "function_call", *THOUGHTS, *SWITCHES)
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_ARGUMENTS = ("arguments", "parameters", "args")
+_BESIDE_CALL = ("id", "type", "index")
 
 
 def read_messages(value: object) -> tuple[list[Message], set[int]]:
@@ -202,19 +204,33 @@ def read_calls(value: object, where: str) -> list[dict[str, object]]:
 
 
 def _call(value: object, where: str) -> dict[str, object]:
-    call = value.get("function") or value if isinstance(value, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+    outer = _said(value)
+    flat = {key: outer.pop(key) for key in [*outer] if key not in _BESIDE_CALL}
+    call = _said(flat.pop("function")) if "function" in flat else flat
+    if not isinstance(call.get("name"), str):
         raise UserError(f"{where} must be like {{name: ..., arguments: ...}}, not {value!r:.80}")
-    given = call.get("arguments", call.get("parameters"))
-    arguments = {} if given is None or given == "" else from_json(given, f"arguments of {where}")
+    given = {key: call[key] for key in _ARGUMENTS if key in call}
+    if any(item != next(iter(given.values())) for item in given.values()):
+        raise UserError(f"{where} has {' and '.join(given)}, which differ. Keep one of them")
+    beside = {} if call is flat else flat
+    if more := beside.keys() | call.keys() - {"name", *_ARGUMENTS, *_BESIDE_CALL}:
+        raise UserError(f"{where} has {min(more)!r}, which is no part of a call. Remove it")
+    text = next(iter(given.values()), "")
+    arguments = {} if text == "" else from_json(text, f"arguments of {where}")
     if not isinstance(arguments, Mapping):
-        raise UserError(f"arguments of {where} must be an object, not {given!r:.80}")
-    outer = {"id": value["id"]} if isinstance(value, Mapping) and value.get("id") else {}
+        raise UserError(f"arguments of {where} must be an object, not {text!r:.80}")
     return {
-        **outer,
+        **({"id": outer["id"]} if outer.get("id") else {}),
         "type": "function",
         "function": {"name": call["name"], "arguments": dict(arguments)},
     }
+
+
+def _said(value: object) -> dict[str, object]:
+    """Return what an object says, without its nulls; nothing for anything else."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(key): item for key, item in value.items() if item is not None}
 
 
 def read_tools(value: object) -> list[dict[str, object]] | None:

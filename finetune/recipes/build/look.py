@@ -19,7 +19,7 @@ from finetune.config.other_tools import ALIASES
 from finetune.config.schema import DataSection, GenerationSection, SourceSection
 from finetune.config.yaml12 import parse
 from finetune.data.formats.detect import find_shape
-from finetune.data.formats.languages import language_tag, require_language
+from finetune.data.formats.languages import language_tag, require_language, require_name
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, local_files
 from finetune.data.sources.peek import first_record, require_plain_text
@@ -31,6 +31,8 @@ from finetune.run.files import path_of
 from finetune.run.folder import RunDir, no_checkpoint
 from finetune.run.marker import read_marker
 from finetune.run.records import DataCounts
+
+_SIDES = ("the source language", "the target language")
 
 
 def look_at(config: RunConfig, *, trained: bool = False) -> None:
@@ -277,13 +279,10 @@ def languages_asked(
     By default they are those of the run, in the direction that it was trained in. Raises UserError
     if they are not known, for a text that is no language, and for one language twice.
     """
-    asked = [("--from", source), ("--to", to)]
-    for option, language in asked:
-        if language is not None and (not language.strip() or language.splitlines() != [language]):
-            raise UserError(
-                f"{option} is {language!r:.80}, and a language is one line of text. Give its name "
-                "or its code, such as fr"
-            )
+    asked = (source, to)
+    for side, language in zip(_SIDES, asked):
+        if language is not None:
+            require_name(language, side)
     trained = trained_languages(run)
     if config is not None and config.data.translation.direction == "backward":
         trained = trained[::-1]
@@ -292,15 +291,16 @@ def languages_asked(
         to = trained[1] if to is None else _as_trained(to, trained)
     if source is None or to is None:
         raise UserError(
-            "the languages are not known. Give --from and --to, such as --from en --to fr"
+            "the source and target languages are not known. Give both, such as en and fr (on the "
+            "command line --from en --to fr)"
         )
-    for option, language in (("--from", source), ("--to", to)):
+    for side, language in zip(_SIDES, (source, to)):
         if language not in trained:
-            require_language(language, option)
-    if language_tag(source) == language_tag(to) and asked != [("--from", None), ("--to", None)]:
+            require_language(language, side)
+    if language_tag(source) == language_tag(to) and asked != (None, None):
         raise UserError(
             f"the translation would be from {source!r} to {to!r}, which is one language. Give "
-            "another --from or --to"
+            "another for one of them"
         )
     return source, to
 
