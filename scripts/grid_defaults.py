@@ -99,7 +99,6 @@ def config_of(
         "data": {
             "train": [{"path": train, "max_records": records}],
             "test": test,
-            "validation_fraction": 0.05,
         },
         "evaluation": {"metrics": [], "generate": 0, "samples": 0},
     }
@@ -198,16 +197,18 @@ def run_trl(config: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def key_of(base: list[str], task: str, records: int, seed: int, changes: Changes) -> str:
+def key_of(
+    model: str, base: list[str], task: str, records: int, seed: int, changes: Changes
+) -> str:
     """Return what tells a run from all others."""
-    return json.dumps([sorted(base), task, records, seed, changes], sort_keys=True)
+    return json.dumps([model, sorted(base), task, records, seed, changes], sort_keys=True)
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
     """Return the finished runs by key."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     results = [json.loads(line) for line in lines]
-    keys = ("set", "task", "records", "seed", "changes")
+    keys = ("model", "set", "task", "records", "seed", "changes")
     return {key_of(*(result[key] for key in keys)): result for result in results}
 
 
@@ -228,7 +229,7 @@ def run_all(args: argparse.Namespace) -> None:
     until = time.monotonic() + 60 * args.minutes
     for task, records, seed, changes in plan(args):
         done = read_results(args.results)
-        key = key_of(args.set, task, records, seed, changes)
+        key = key_of(args.model, args.set, task, records, seed, changes)
         if key in done:
             continue
         alike = [r["total_seconds"] for r in done.values() if r["records"] == records]
@@ -244,6 +245,7 @@ def run_all(args: argparse.Namespace) -> None:
             else:
                 found = run_ours(config, before=not changes)
         result = {
+            "model": args.model,
             "set": args.set,
             "task": task,
             "records": records,
@@ -299,10 +301,11 @@ def rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: row["records"])
 
 
-def bars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def bars(results: Mapping[str, Mapping[str, Any]], which: str) -> dict[str, float]:
     """Return how much of the best rival's fall of the loss the defaults reach, 1 or more if all.
 
-    The rivals are TRL's defaults, and ours with a batch size of the user's.
+    The rivals are TRL's defaults, and ours with a batch size of the user's. `which`: the losses of
+    the "best" epoch, or of the run's "own" choice. TRL's is always its best, as it holds none out.
     """
     groups: dict[str, dict[str, list[Any]]] = {}
     for result in results.values():
@@ -316,8 +319,8 @@ def bars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         if not ours or not group:
             continue
         before = ours[0]["curve"][0]["test"]
-        best = min(statistics.mean(run["best"] for run in runs) for runs in group.values())
-        found[where] = (before - statistics.mean(run["best"] for run in ours)) / (before - best)
+        best = min(statistics.mean(run[which] for run in runs) for runs in group.values())
+        found[where] = (before - statistics.mean(run[which] for run in ours)) / (before - best)
     return {where: round(value, 4) for where, value in found.items()}
 
 
@@ -368,14 +371,18 @@ def main() -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         run_all(args)
-    results = read_results(args.results)
+    found = read_results(args.results)
+    results = {key: run for key, run in found.items() if run["model"] == args.model}
     wanted = [changes for part in args.parts for changes in PARTS[part]]
     table = rows({key: run for key, run in results.items() if run["changes"] in wanted})
     print_page(table)
     if not args.page:
-        reached = bars(results)
-        for where, value in reached.items():
-            print(f"\n{where}: the defaults reach {value:.1%} of the best rival's fall of the loss")
+        reached = {"best": bars(results, "best"), "own": bars(results, "own")}
+        for where, value in reached["best"].items():
+            print(
+                f"\n{where}: the defaults reach {value:.1%} of the best rival's fall of the loss, "
+                f"and {reached['own'][where]:.1%} at the epochs that the runs choose"
+            )
         print(json.dumps({"model": args.model, "bars": reached, "rows": table}))
 
 

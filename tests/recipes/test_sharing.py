@@ -215,6 +215,17 @@ def test_inspect_says_what_is_shared(ruled, capsys):
     assert "were 4 times as large)" in said
 
 
+def test_inspect_says_what_steps_of_one_example_lose(ruled, capsys):
+    sizes = {"batch_size": "auto", "micro_batch_size": 2, "epochs": 1, "max_steps": None}
+    inspect_data(make_config(ruled(training=sizes)), examples=0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"shared beginnings: none worth it: 0\.0% of the tokens \(2\.\d times fewer if "
+        r"training\.batch_size and micro_batch_size were 4 times as large\)",
+        said,
+    ), said
+
+
 def test_inspect_names_a_date_before_the_rules(ruled, tmp_path, capsys):
     path = tmp_path / "dated.jsonl"
     with path.open("w", encoding="utf-8") as file:

@@ -59,7 +59,7 @@ class Sharing:
             )
             return (
                 f"{which} computed once a micro-batch: {self.tokens / self.computed:.1f} times "
-                f"fewer tokens{self._loses()}"
+                f"fewer tokens{self._loses('times')}"
             )
         if self.wanted is False:
             return "none, as asked for (training.share_prefixes)"
@@ -67,13 +67,13 @@ class Sharing:
             return "none, since every token is learnt (plain text, or data.targets: all)"
         if self.obstacle is not None and self.saved >= LEAST_SAVED:
             return f"none, though they are {self.saved:.0%} of the tokens: {self.obstacle}"
-        return f"none worth it: {self.saved:.1%} of the tokens"
+        return f"none worth it: {self.saved:.1%} of the tokens{self._loses('times fewer')}"
 
-    def _loses(self) -> str:
-        if self.larger < 1.15 * self.tokens / self.computed:
+    def _loses(self, times: str) -> str:
+        if self.obstacle is not None or self.larger < 1.15 * self.tokens / self.computed:
             return ""
         return (
-            f" ({self.larger:.1f} times if training.batch_size and micro_batch_size were "
+            f" ({self.larger:.1f} {times} if training.batch_size and micro_batch_size were "
             f"{LARGER} times as large)"
         )
 
@@ -108,16 +108,13 @@ def plan_sharing(
         batch_size=LARGER * shape.batch_size,
         micro_batch_size=LARGER * shape.micro_batch_size,
     )
-    larger = 1.0
-    if computed < tokens:
-        wide = TrainingBatches(train, many, max_length=max_length)
-        all_tokens, fewer = wide.count_shared(-(-STEPS_COUNTED // LARGER))
-        larger = all_tokens / fewer
+    wide = TrainingBatches(train, many, max_length=max_length)
+    all_tokens, fewer = wide.count_shared(-(-STEPS_COUNTED // LARGER))
     return Sharing(
         tokens=tokens,
         computed=computed,
         common=common_tokens(train, STEPS_COUNTED),
-        larger=larger,
+        larger=all_tokens / fewer,
         all_learnt=sum(train.target_counts) >= len(train.token_ids) - len(train),
         obstacle=obstacle,
         wanted=wanted,
