@@ -14,7 +14,7 @@ def advice(
     held_out: EncodedDataset | None,
     *,
     num_steps: int | None,
-    per_step: float | None,
+    per_step: float,
     max_length: int,
 ) -> list[str]:
     """Return a sentence with what to change for each thing that starves a run or its evaluation.
@@ -23,7 +23,7 @@ def advice(
     for a stream.
     """
     found = []
-    if num_steps is not None and per_step is not None and num_steps < ENOUGH_STEPS:
+    if num_steps is not None and num_steps < ENOUGH_STEPS:
         smaller = "" if per_step < 2 else "Set training.batch_size=auto, or raise training.epochs"
         found.append(
             f"the run has {num_steps} step{'s' * (num_steps != 1)}, which is few: each takes about "

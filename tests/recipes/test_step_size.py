@@ -56,15 +56,21 @@ def test_what_is_chosen_is_said(tiny, training, said):
     words = step_size_in_words(config, material.config)
     assert words is not None
     assert said in words
-    assert (material.examples_per_step or 0) > 0.9
+    assert material.examples_per_step > 0.9
     assert step_size_in_words(material.config, material.config) is None
 
 
 def test_a_stream_has_8_sequences_a_step_and_no_length_of_its_own(tiny):
     tree = auto(tiny, max_steps=2)
     tree["data"] |= {"streaming": True, "validation_fraction": 0.0}
-    material = read_material(make_config(tree), Display(enabled=False))
-    assert with_step_size(material).config.training.batch_size == 8
+    config = make_config(tree)
+    material = with_step_size(read_material(config, Display(enabled=False)))
+    assert material.config.training.batch_size == 8
+    said = step_size_in_words(config, material.config)
+    assert said is not None
+    assert said.endswith("is 8 sequences a step, since training.max_steps is set")
+    assert material.steps_per_epoch is None
+    assert 8 <= material.examples_per_step <= len(material.train)
     tree["data"]["packed_length"] = 64
     with pytest.raises(UserError, match="a stream is packed in sequences of"):
         train(tree)

@@ -101,23 +101,24 @@ class Material:
         """The training data, and the held-out data if there is any."""
         return [self.train, *([self.validation] if self.validation is not None else [])]
 
-    @cached_property
+    @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps of a pass over the data; None for a stream."""
+        return None if self.config.data.streaming else self._num_steps
+
+    @property
+    def examples_per_step(self) -> float:
+        """Examples that go through in an optimizer step, on average; of a stream, at first."""
+        return len(self.train) / self._num_steps
+
+    @cached_property
+    def _num_steps(self) -> int:
+        """Optimizer steps of a pass over `train`."""
         data, size = self.config.data, self.config.training.batch_size
         assert size != "auto", "finetune.recipes.build.size comes first"
-        if data.streaming:
-            return None
         lengths, most = self.train.lengths, data.packed_length or data.max_length
         sequences = len(pack(lengths, most)) if data.packing else len(lengths)
         return math.ceil(sequences / size)
-
-    @property
-    def examples_per_step(self) -> float | None:
-        """Examples that go through in an optimizer step, on average; None for a stream."""
-        if self.steps_per_epoch is None:
-            return None
-        return len(self.train) / self.steps_per_epoch
 
     def advice(self) -> list[str]:
         """Return what small or odd data does to the run; see `finetune.data.advice`."""

@@ -196,8 +196,7 @@ def _model_name(config: RunConfig) -> str:
 def _step(parts: Parts) -> str:
     """Return in words what a step has."""
     said = counted(batch_size_of(parts.config), "sequence")
-    examples = parts.material.examples_per_step
-    return said if examples is None else f"{said}, about {counted(examples, 'example')}"
+    return f"{said}, about {counted(parts.material.examples_per_step, 'example')}"
 
 
 def _method(config: RunConfig) -> str:

@@ -139,9 +139,8 @@ def _build(config: RunConfig, accelerator: Accelerator, display: Display) -> _Bu
         batch = next(measuring_batches(material.train, pad_id=pad_id(material.tokenizer)))
         check_device(parts.language_model, batch, accelerator.device, key="training.device=cpu")
         display.note("mps: a small batch gave the loss and the gradients of the CPU")
-    if material.examples_per_step is not None:
-        examples = counted(material.examples_per_step, "example")
-        display.say(f"{_length_of(parts)}, each of about {examples}")
+    examples = counted(material.examples_per_step, "example")
+    display.say(f"{_length_of(parts)}, each of about {examples}")
     if (sentence := longer_warmup(config, parts.num_steps)) is not None:
         display.note(sentence)
     for sentence in material.advice():
