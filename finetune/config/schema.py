@@ -37,6 +37,8 @@ from finetune.config.values import (
     expand,
 )
 
+_LORA_RATE = 5e-4
+
 
 def _takes_numbers(kind: Any) -> bool:
     """Return whether a type of a key is that of numbers, or one of several that is."""
@@ -237,7 +239,8 @@ class OptimizerSection(Plain):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "lazy_adamw"  # `finetune optimizers` lists them
-    lr: Rate = 5e-5  # the highest learning rate, which the schedule multiplies
+    # The highest learning rate, which the schedule multiplies. With model.lora the default is 5e-4.
+    lr: Rate = 5e-5
     # adamw and adam compute only the rows in use of an untied token table, with the same result.
     # auto: if the table, betas and options allow it; true: or the run stops; false: never.
     lazy: Literal["auto"] | StrictBool = "auto"
@@ -368,3 +371,12 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     generation: GenerationSection = GenerationSection()
     tracking: tuple[str, ...] = ()  # Accelerate's trackers: tensorboard, wandb, mlflow, ...
+
+    @model_validator(mode="after")
+    def _rate_of_lora(self) -> "RunConfig":
+        """Give LoRA a default of its own for the learning rate (docs/guide.md, "By mode")."""
+        if self.model.lora is not None and "lr" not in self.optimizer.model_fields_set:
+            optimizer = self.optimizer.model_copy()  # it may be the default of all configs
+            object.__setattr__(optimizer, "lr", _LORA_RATE)
+            object.__setattr__(self, "optimizer", optimizer)
+        return self

@@ -18,6 +18,9 @@ from finetune.optim import (
 )
 from finetune.training.clock import TICKS
 
+_ADAMW = ("adamw", "lazy_adamw")
+_LOW_FOR_LORA = 5e-5  # the default of other training
+
 
 def make_optimizer(
     model: nn.Module,
@@ -82,6 +85,19 @@ def longer_warmup(config: RunConfig, num_steps: int) -> str | None:
         f"the warm-up of {asked:,} steps (scheduler.warmup_steps) is longer than the run: it is "
         f"shortened to the run's {num_steps:,} steps, and the last of them has the full learning "
         "rate"
+    )
+
+
+def low_rate(config: RunConfig) -> str | None:
+    """Return a sentence if LoRA has AdamW's learning rate for other training (docs/guide.md)."""
+    section = config.optimizer
+    if config.model.lora is None or optimizer_info(section.name).name not in _ADAMW:
+        return None
+    if section.lr > _LOW_FOR_LORA:
+        return None
+    return (
+        f"optimizer.lr is {section.lr:g}, and LoRA learns slowly at it. Ten times the rate of "
+        "other training suits LoRA, such as 5e-4"
     )
 
 

@@ -10,7 +10,7 @@ from finetune.display import Display
 from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
-from finetune.recipes.build.optimizer import optimizer_options
+from finetune.recipes.build.optimizer import low_rate, optimizer_options
 from finetune.recipes.build.parts import NOT_PACKED, Parts, assemble, count_steps
 from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.size import step_size_in_words
@@ -47,8 +47,9 @@ def plan_run(
         display.say(line)
     if (size := step_size_in_words(config, planner.material.config)) is not None:
         display.note(size)
-    for sentence in planner.material.advice():
-        display.note(sentence)
+    for sentence in (*planner.material.advice(), low_rate(config)):
+        if sentence is not None:
+            display.note(sentence)
     return plan
 
 

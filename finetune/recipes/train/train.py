@@ -25,6 +25,7 @@ from finetune.recipes.build.evaluator import Evaluator, evaluator_of
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.optimizer import (
     longer_warmup,
+    low_rate,
     make_optimizer,
     make_scheduler,
     may_be_lazy,
@@ -141,8 +142,9 @@ def _build(config: RunConfig, accelerator: Accelerator, display: Display) -> _Bu
         display.note("mps: a small batch gave the loss and the gradients of the CPU")
     examples = counted(material.examples_per_step, "example")
     display.say(f"{_length_of(parts)}, each of about {examples}")
-    if (sentence := longer_warmup(config, parts.num_steps)) is not None:
-        display.note(sentence)
+    for sentence in (longer_warmup(config, parts.num_steps), low_rate(config)):
+        if sentence is not None:
+            display.note(sentence)
     for sentence in material.advice():
         display.warn(sentence)
     return _Built(parts, optimizer, scheduler, evaluator)
