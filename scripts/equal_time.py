@@ -26,7 +26,7 @@ def config_of(args: argparse.Namespace) -> Any:
 
     tree: dict[str, Any] = {
         "output_dir": str(args.folder / "run"),
-        "overwrite_output_dir": True,  # one that was killed begins again
+        "overwrite_output_dir": True,  # so that a run that was killed can begin again
         "seed": args.seed,
         "model": {"name": args.model},
         "data": {

@@ -343,7 +343,7 @@ NOT_TAKEN: dict[str, tuple[Callable[[finetune.LoadedModel], Any], str]] = {
     "one language": (lambda m: m.translate("hi", source="de", to="de"), "from 'de' to 'de', which"),
     "one language, named twice": (
         lambda m: m.translate("hi", source="English", to="eng"),
-        "which is one language. Give another for one of them",
+        "which are the same language. Give another source or target",
     ),
     "from the target": (lambda m: m.translate("hi", source="fr"), "from 'fr' to 'fr', which"),
     "no records": (lambda m: m.evaluate([]), "the data has no records. Give at least one"),

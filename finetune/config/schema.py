@@ -37,7 +37,7 @@ from finetune.config.values import (
     expand,
 )
 
-_LORA_RATE = 5e-4
+_LORA_RATE, _ADAMW = 5e-4, ("lazy_adamw", "adamw")
 
 
 def _takes_numbers(kind: Any) -> bool:
@@ -239,7 +239,7 @@ class OptimizerSection(Plain):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     name: str = "lazy_adamw"  # `finetune optimizers` lists them
-    # The highest learning rate, which the schedule multiplies. With model.lora the default is 5e-4.
+    # The highest learning rate, which the schedule multiplies. For LoRA with AdamW it is 5e-4.
     lr: Rate = 5e-5
     # adamw and adam compute only the rows in use of an untied token table, with the same result.
     # auto: if the table, betas and options allow it; true: or the run stops; false: never.
@@ -374,9 +374,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rate_of_lora(self) -> "RunConfig":
-        """Give LoRA a default of its own for the learning rate (docs/guide.md, "By mode")."""
-        if self.model.lora is not None and "lr" not in self.optimizer.model_fields_set:
-            optimizer = self.optimizer.model_copy()  # it may be the default of all configs
+        """Give LoRA with AdamW its own default of the learning rate (docs/guide.md, "By mode")."""
+        given = "lr" in self.optimizer.model_fields_set or self.optimizer.name not in _ADAMW
+        if self.model.lora is not None and not given:
+            optimizer = self.optimizer.model_copy()  # configs may share the default section
             object.__setattr__(optimizer, "lr", _LORA_RATE)
             object.__setattr__(self, "optimizer", optimizer)
         return self

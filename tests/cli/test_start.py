@@ -83,7 +83,7 @@ MISTAKES = {  # what is typed -> what the answer has
     ("generate", "other", "--top-p", "2"): "generation.top_p = 2.0 is not allowed",
     ("chat", "done", "--max-new-tokens", "0"): "generation.max_new_tokens = 0 is not allowed",
     ("serve", "done", "--temperature", "-1"): "generation.temperature = -1.0 is not allowed",
-    ("translate", "done", "Hello."): "languages are not known. Give both, such as en and",
+    ("translate", "done", "Hello."): "languages are not both known. Give both, such as",
     (
         "translate",
         "done",

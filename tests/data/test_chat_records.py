@@ -343,11 +343,11 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "a call without a name": (with_call(arguments={}), "call 1 of message 2 must be like {name"),
     "a call that says more": (
         with_call(name="weather", argument={"city": "Oslo"}),
-        "call 1 of message 2 has 'argument', which is no part of a call. Remove it",
+        "call 1 of message 2 has 'argument', and a call has a name and arguments. Rename it, or",
     ),
     "more around a call": (
         with_call(id="call_1", name="other", function={"name": "weather", "arguments": {}}),
-        "call 1 of message 2 has 'name', which is no part of a call. Remove it",
+        "call 1 of message 2 has 'name' beside function, where id, type and index may be",
     ),
     "arguments that differ": (
         with_call(name="weather", arguments={"city": "Oslo"}, parameters={"city": "Rome"}),

@@ -220,7 +220,7 @@ def test_inspect_says_what_steps_of_one_example_lose(ruled, capsys):
     inspect_data(make_config(ruled(training=sizes)), examples=0)
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(
-        r"shared beginnings: none worth it: 0\.0% of the tokens \(2\.\d times fewer if "
+        r"shared beginnings: none worth it: 0\.0% of the tokens \(2\.\d times fewer tokens if "
         r"training\.batch_size and micro_batch_size were 4 times as large\)",
         said,
     ), said

@@ -282,7 +282,7 @@ def _pair(
 
 
 def _require_languages(record: Record, columns: Mapping[str, str], languages: Languages) -> None:
-    """Raise UserError for a blank or a misspelt language. The data's own names are not misspelt."""
+    """Raise UserError for a blank or a misspelt language. A name of the data itself is right."""
     pair = record.get(columns.get("translation", "translation"))
     names = {*columns, *record, *(pair if isinstance(pair, Mapping) else ())}
     for key, language in zip(("source_language", "target_language"), languages):

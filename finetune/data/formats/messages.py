@@ -212,9 +212,16 @@ def _call(value: object, where: str) -> dict[str, object]:
     given = {key: call[key] for key in _ARGUMENTS if key in call}
     if any(item != next(iter(given.values())) for item in given.values()):
         raise UserError(f"{where} has {' and '.join(given)}, which differ. Keep one of them")
-    beside = {} if call is flat else flat
-    if more := beside.keys() | call.keys() - {"name", *_ARGUMENTS, *_BESIDE_CALL}:
-        raise UserError(f"{where} has {min(more)!r}, which is no part of a call. Remove it")
+    if call is not flat and flat:
+        raise UserError(
+            f"{where} has {min(flat)!r} beside function, where id, type and index may be. Move it "
+            "into function, or remove it"
+        )
+    if more := call.keys() - {"name", *_ARGUMENTS, *_BESIDE_CALL}:
+        raise UserError(
+            f"{where} has {min(more)!r}, and a call has a name and arguments. Rename it, or remove "
+            "it"
+        )
     text = next(iter(given.values()), "")
     arguments = {} if text == "" else from_json(text, f"arguments of {where}")
     if not isinstance(arguments, Mapping):
@@ -227,7 +234,7 @@ def _call(value: object, where: str) -> dict[str, object]:
 
 
 def _said(value: object) -> dict[str, object]:
-    """Return what an object says, without its nulls; nothing for anything else."""
+    """Return the keys of a mapping whose values are not null; {} for anything else."""
     if not isinstance(value, Mapping):
         return {}
     return {str(key): item for key, item in value.items() if item is not None}

@@ -291,16 +291,16 @@ def languages_asked(
         to = trained[1] if to is None else _as_trained(to, trained)
     if source is None or to is None:
         raise UserError(
-            "the source and target languages are not known. Give both, such as en and fr (on the "
-            "command line --from en --to fr)"
+            "the source and target languages are not both known. Give both, such as en and fr (on "
+            "the command line --from en --to fr)"
         )
     for side, language in zip(_SIDES, (source, to)):
         if language not in trained:
             require_language(language, side)
     if language_tag(source) == language_tag(to) and asked != (None, None):
         raise UserError(
-            f"the translation would be from {source!r} to {to!r}, which is one language. Give "
-            "another for one of them"
+            f"the translation would be from {source!r} to {to!r}, which are the same language. "
+            "Give another source or target"
         )
     return source, to
 

@@ -108,7 +108,7 @@ class Material:
 
     @property
     def examples_per_step(self) -> float:
-        """Examples that go through in an optimizer step, on average; of a stream, at first."""
+        """Examples of an optimizer step, on average; for a stream, of its first records."""
         return len(self.train) / self._num_steps
 
     @cached_property

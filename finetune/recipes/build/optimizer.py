@@ -89,15 +89,15 @@ def longer_warmup(config: RunConfig, num_steps: int) -> str | None:
 
 
 def low_rate(config: RunConfig) -> str | None:
-    """Return a sentence if LoRA has AdamW's learning rate for other training (docs/guide.md)."""
+    """Return a sentence if AdamW trains LoRA at the default rate of other training, or less."""
     section = config.optimizer
     if config.model.lora is None or optimizer_info(section.name).name not in _ADAMW:
         return None
     if section.lr > _LOW_FOR_LORA:
         return None
     return (
-        f"optimizer.lr is {section.lr:g}, and LoRA learns slowly at it. Ten times the rate of "
-        "other training suits LoRA, such as 5e-4"
+        f"optimizer.lr is {section.lr:g}, at which LoRA learns slowly. Set about ten times the "
+        "rate of full training, such as optimizer.lr=5e-4"
     )
 
 

@@ -67,7 +67,7 @@ class Sharing:
             return "none, since every token is learnt (plain text, or data.targets: all)"
         if self.obstacle is not None and self.saved >= LEAST_SAVED:
             return f"none, though they are {self.saved:.0%} of the tokens: {self.obstacle}"
-        return f"none worth it: {self.saved:.1%} of the tokens{self._loses('times fewer')}"
+        return f"none worth it: {self.saved:.1%} of the tokens{self._loses('times fewer tokens')}"
 
     def _loses(self, times: str) -> str:
         if self.obstacle is not None or self.larger < 1.15 * self.tokens / self.computed:
