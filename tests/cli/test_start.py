@@ -103,7 +103,15 @@ MISTAKES = {  # what is typed -> what the answer has
         "",
     ): "the target language is '', and a language is one line",
     ("translate", "done", "a", "--from", "en\nfr", "--to", "de"): "language is 'en\\nfr', and",
-    ("translate", "done", "a", "--from", "en", "--to", "English"): "which is one language. Give",
+    (
+        "translate",
+        "done",
+        "a",
+        "--from",
+        "en",
+        "--to",
+        "English",
+    ): "which are the same language. Give",
     ("translate", "done", "-i", "good.jsonl", "-o", "none/a.txt"): "none/a.txt cannot be written",
     ("landscape", "--optimizers", "adam,sdg"): "Did you mean 'sgd'?",
 }
