@@ -441,7 +441,7 @@ def test_a_loaded_run_translates(translator: RunResult) -> None:
     many = model.translate(["the word 3", ""])
     assert many[1] == ""
     assert model.translate("the word 3") == many[0]
-    with pytest.raises(UserError, match="languages are not known"):
+    with pytest.raises(UserError, match="languages are not both known"):
         finetune.load(str(translator.model_path)).translate("Hm")
 
 
