@@ -76,7 +76,8 @@ def train(
 
     `data` and `validation`: a path, a hub name, a list of dicts, a DataFrame of pandas, or a
     Dataset of `datasets`. Those in memory are kept in the run's folder. A mapping is the config's
-    section `data`. The folder is `output_dir`, by default runs/python. `resume`: as --resume.
+    section `data`. The folder is `output_dir`, by default runs/python, or runs/NAME for
+    NAME.yaml. `resume`: as --resume.
     `on_record` gets each step and each evaluation as it is logged. `quiet`: print nothing.
 
     Raises UserError for a mistake in what was given, for a full disk, and if another call trains in
