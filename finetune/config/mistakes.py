@@ -50,7 +50,10 @@ def told(sentences: Sequence[str]) -> str:
 
 
 def _sentence(problem: Any) -> str:
-    path = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    *above, last = problem["loc"] or ("",)
+    path = [str(part) for part in above if not (isinstance(part, str) and "[" in part)]
+    if problem["type"] == "extra_forbidden" or "[" not in str(last):  # else pydantic's own
+        path += [str(last)] if last != "" else []
     if path and path[-1].removeprefix("constrained-") in _KINDS:
         path.pop()
     key, given = ".".join(path) or "config", problem["input"]
@@ -117,6 +120,9 @@ def unknown_key(key: str, leaf: str, known: Sequence[str]) -> str:
     """Return the sentence for a key that is none; `leaf` is its last part."""
     if ":" in str(leaf):
         return _glued(key, leaf)
+    listed, bracket, _ = str(key).rpartition("[")
+    if bracket and listed.rpartition(".")[2] in known:
+        return f"{key!r} is not a key. Write the list whole: {listed}=[{{...}}, ...]"
     if leaf in NOT_ALIASES:
         return f"{key!r} is not a key here. {NOT_ALIASES[leaf]}"
     if 0 < len(places := _places(str(leaf))) <= 3:

@@ -147,6 +147,10 @@ class TranslationSection(Section):
     # E.g. "Translate to {target_name}: {source}". None: a chat turn if there is a chat template.
     template: str | None = None
 
+    @property
+    def languages(self) -> tuple[str | None, str | None]:
+        return self.source_language, self.target_language
+
 
 class DataSection(Section):
     """What the model learns from, and what it is evaluated on."""

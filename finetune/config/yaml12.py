@@ -71,6 +71,19 @@ class CoreLoader(yaml.SafeLoader):
                     merged.setdefault((pair[0].tag, pair[0].value), pair)
         node.value = [*(merged | own).values()]
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """Return a text, with surrogate pairs as the characters that they stand for.
+
+        JSON writes such pairs, and PyYAML leaves them apart. Raises ConstructorError for a half.
+        """
+        text = super().construct_scalar(node)
+        try:
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, "a text has half of a surrogate pair", node.start_mark
+            ) from error
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Return the value of a node. Raises ConstructorError if it is not what its tag says."""
         try:
@@ -143,6 +156,8 @@ def parse(text: str) -> Any:
         value = yaml.load(text, Loader=CoreLoader)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, OverflowError) as error:
+        raise yaml.YAMLError("a text has the number of no character") from error
     _check_size(value)
     return value
 

@@ -60,10 +60,19 @@ def test_exponents_are_numbers_and_norwegian_is_a_language(write):
         (".inf", float("inf")),
         ("1_000", "1_000"),
         ("[a, 2e1]", ["a", 20.0]),
+        (r'{"a\ud83d\ude00": "\ud83d\ude00b"}', {"a😀": "😀b"}),
     ],
 )
 def test_yaml_scalars(text, value):
     assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", [r'"a \ud83d"', r'"\ude00\ud83d"', r'"\UFFFFFFFF"', r'"\U00110000"']
+)
+def test_what_is_no_character_is_refused(write, text):
+    with pytest.raises(UserError, match=r"is not valid YAML: (a text has|unknown escape)"):
+        load_config(write(BASE + f"seed: {text}\n"))
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
