@@ -45,11 +45,6 @@ def init_config(
     display = display or Display()
     tree = _first_tree(files, model, languages)
     material = _read(tree, display)
-    if languages != (None, None) and not isinstance(material.format, TranslationFormat):
-        raise UserError(
-            "--from and --to name the languages of translations, and the data is "
-            f"{material.format.name}. Leave them out"
-        )
     assert isinstance(material.raw.train, Records), "a first config does not stream"
     display.say(
         f"encoding {len(material.raw.train):,} records as {format_in_words(material.format)}"

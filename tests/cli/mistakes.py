@@ -139,6 +139,20 @@ CASES: dict[str, dict[str, Case]] = {
             "'max_validation_rows' is not a key here",
             "Write data.max_validation_records",
         ),
+        "an item of a list": changed(
+            "data.train[0].max_records=10",
+            "'data.train[0]' is not a key",
+            "data.train=[{...}, ...]",
+        ),
+        "an item as `finetune keys` shows it": changed(
+            "data.test[].split=a", "Write the list whole: data.test=["
+        ),
+        "a setting of init": typed(
+            "init a.txt data.format=text",
+            "data.format=text is a setting",
+            "model.name and data.train",
+            files={"a.txt": "x\n"},
+        ),
         "override without a value": changed("training.epochs", "key=value"),
     },
     "wrong type": {
@@ -250,6 +264,15 @@ CASES: dict[str, dict[str, Case]] = {
         "no such split": changed(
             "data.train=[{path: chat.jsonl, split: tset}]", "unknown split", "train"
         ),
+        "a part of aligned text": configured(
+            data([{"path": "a.en", "target_path": "a.fr", "split": "train[:1]"}]),
+            "a.en is aligned text, which has no splits",
+            "max_records",
+            files={"a.en": "x\n", "a.fr": "y\n"},
+        ),
+        "JSON as text in a folder": configured(
+            data("here"), "train.txt holds JSON", ".jsonl", files={"here/train.txt": GOOD + "\n"}
+        ),
         "no such validation file": changed("data.validation=none.csv", "'none.csv'", "looked in"),
     },
     "missing column": {
@@ -265,6 +288,11 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "named column": changed(
             "data.columns={prompt: question}", "'question'", "the columns are messages"
+        ),
+        "no format in a hundred records": configured(
+            data("a.jsonl", on_bad_record="drop"),
+            "no format fits the columns (prompt)",
+            files={"a.jsonl": '{"prompt": "a"}\n' * 101 + '{"prompt": "a", "completion": "b"}\n'},
         ),
         "unknown name in columns": changed(
             "data.columns={promt: messages}", "'promt'", "Did you mean 'prompt'"

@@ -241,7 +241,7 @@ def test_init_says_what_it_leaves_out(base, folder) -> None:
     assert "not used: the column 'topic' (1 record)" in said.err.splitlines()
     for typed, answer in {
         "chat.jsonl pairs.tsv -o b.yaml": "chat.jsonl is chat and pairs.tsv is translation. Make",
-        "chat.jsonl --from en -o b.yaml": "--from and --to name the languages of translations",
+        "chat.jsonl --from en -o b.yaml": "(--from of `finetune init`) is given, but this data is",
         "pairs.tsv --from de --to es": "column 'de' is missing; the columns are en, fr",
         "pairs.tsv -o none/a.yaml": "none/a.yaml cannot be written",
         "''": "the name of a data file is empty",

@@ -19,7 +19,7 @@ from finetune.config.loading import make_config
 from finetune.config.yaml12 import parse
 from finetune.data.batches.size import ENOUGH_STEPS
 from finetune.data.sources import count_held_out
-from finetune.data.sources.peek import first_record
+from finetune.data.sources.peek import first_records
 from finetune.errors import UserError
 from finetune.recipes.build.look import sources_of
 from finetune.recipes.init import epochs_for
@@ -334,9 +334,25 @@ def test_an_error_of_a_run_is_in_its_log(folder: Path, write_config) -> None:
     assert "ended by Diverged: training stopped at step" in (folder / "run/train.log").read_text()
 
 
+def test_the_first_record_may_be_a_bad_one(folder: Path, write_config) -> None:
+    good = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    (folder / "a.jsonl").write_text('{"prompt": "Hi"}\n' + good * 30)
+    write_config(data={"train": "a.jsonl", "on_bad_record": "drop"})
+    for more in ((), ("data.streaming=true", "data.validation_fraction=0", "training.max_steps=1")):
+        shown = finetune("inspect", "c.yaml", *more)
+        assert shown.code == 0, shown.err
+        assert "<|im_start|>user\na<|im_end|>" in shown.out
+    refused = finetune("inspect", "c.yaml", "data.on_bad_record=error")
+    assert refused.code == 2
+    assert "a.jsonl line 1: column 'completion' is missing" in refused.err
+    first = finetune("init", "a.jsonl")
+    assert first.code == 0, first.err
+    assert "dropped: 1 record cannot be used: a.jsonl line 1" in first.err
+
+
 def test_the_first_record_of_any_file(folder: Path) -> None:
     (folder / "a.jsonl").write_text('broken\n{"a": 2}\n{"a": 3}\n')
-    assert first_record([Path("a.jsonl")]) == {"a": 2}
+    assert next(first_records([Path("a.jsonl")])) == {"a": 2}
     (folder / "b.parquet").write_text("no such thing")
     with pytest.raises(UserError, match="cannot be read as Parquet"):
-        first_record([Path("b.parquet")])
+        next(first_records([Path("b.parquet")]))

@@ -282,6 +282,7 @@ def test_questions_and_answers_in_columns(make_tokenizer: MakeTokenizer) -> None
         ({"prompt": "a question\n\nHello", "completion": "fine"}, {}),
         ({"instruction": "a question", "input": "Hello", "output": "fine"}, {}),
         ({"instruction": "a question\n\nHello", "input": "", "output": "fine"}, {}),
+        ({"instruction": "", "input": "a question\n\nHello", "output": "fine"}, {}),
         ({"instruction": "a question\n\nHello", "output": "fine"}, {}),
         ({"q": "a question\n\nHello", "a": "fine"}, {"prompt": "q", "completion": "a"}),
     ]

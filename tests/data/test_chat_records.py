@@ -320,6 +320,21 @@ REFUSED: dict[str, tuple[Case, str]] = {
         {"prompt": "2+2?", "completion": "5", "Label": "False"},
         "the column 'Label' is 'False', so the answer is not to be learnt",
     ),
+    "a bad answer in a table of capitals": (
+        {"Prompt": "2+2?", "Completion": "5", "Label": "FALSE"},
+        "the column 'Label' is 'FALSE', so the answer is not to be learnt",
+    ),
+    "half a character in JSON within JSON": (
+        {
+            "messages": '[{"role": "user", "content": "Hi \\ud83d"}, '
+            '{"role": "assistant", "content": "b"}]'
+        },
+        "the text has \\ud83d, half of a surrogate pair, which is no character",
+    ),
+    "half a character in a call": (
+        with_call(name="weather", arguments='{"city": "\\ud83d"}'),
+        "the text has \\ud83d, half of a surrogate pair",
+    ),
     "a record of weight 0": (
         chat(user(), answer(), weight=0),
         "the column 'weight' is 0, so the answer is not to be learnt",
@@ -521,6 +536,20 @@ def test_a_switched_off_turn_is_left_out_of_all_targets(make_tokenizer: MakeToke
     assert "assistant\n\n<|im_start|>user\nc" in targets
 
 
+@pytest.mark.parametrize("places", [(0,), (2,)])
+def test_a_question_cannot_be_left_out_of_all_targets(
+    places: tuple[int, ...], make_tokenizer: MakeTokenizer
+) -> None:
+    turns = [user("a"), answer("b"), user("c"), answer("d")]
+    for place in places:
+        turns[place] |= {"train": False}
+    record = chat(*turns)
+    with pytest.raises(UserError, match=rf"message {places[0] + 1} \(user\) is switched off, but"):
+        detected(make_tokenizer(), record, targets="all").examples(record)
+    [targets], _ = learnt(detected(make_tokenizer(), record), record)
+    assert targets == "b<|im_end|>d<|im_end|>"
+
+
 def test_a_prompt_shows_the_conversation_and_holds_the_calls_of_the_reference(qwen3: Any) -> None:
     record = chat({"role": "system", "content": "Be brief."}, *TOOL_TURNS[:2], tools=[WEATHER])
     [prompt] = detected(qwen3, record).prompts(record)
@@ -542,4 +571,4 @@ def test_each_call_is_asked_for_and_the_last_answer(qwen3: Any) -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (29, 25, 4)
+    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (29, 28, 4)

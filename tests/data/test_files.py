@@ -179,6 +179,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     ),
     "utf16.csv": ("a,b\nx,y\n".encode("utf-16"), r"utf16\.csv is not UTF-8 text \(line 1"),
     "half.jsonl": ('{"a": "x"}\n{"a": "\\ud83d"}\n', r"half\.jsonl line 2 has half of a surrogate"),
+    "half.json": ('["fine", "half \\ud83d"]', r"half\.json line 1 has half of a surrogate"),
     "twin.jsonl": ('{"a": 1, "a": 2}\n', r"line 1 is broken JSON: the key 'a' is there twice"),
     "inner twin.json": ('[{"b": {"a": 1, "a": 2}}]', r"line 1 is broken JSON: the key 'a'"),
     "deep.jsonl": ("[" * 99_999, r"broken JSON: .*"),
@@ -552,4 +553,4 @@ def test_the_other_side_of_a_translation_is_found_beside_it(write: Write) -> Non
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(READ), len(REFUSED), len(LOST)) == (36, 28, 7)
+    assert (len(READ), len(REFUSED), len(LOST)) == (36, 29, 7)

@@ -1,6 +1,7 @@
 """Files as other programs and people leave them: the right records, or one sentence why not."""
 
 import gzip
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from finetune.data.formats.detect import build_format
 from finetune.data.sources import load_records, stream_records
-from finetune.data.sources.peek import first_record, require_plain_text
+from finetune.data.sources.peek import first_records, require_plain_text
 from finetune.errors import UserError
 from tests.data.settings import format_options, source
 from tests.data.stock import MakeTokenizer
@@ -53,6 +54,14 @@ READ: dict[str, tuple[str | bytes, list[dict[str, Any]]]] = {
         [{"a": "1969-07-20"}, {"a": {"b": ["12:30", "2024-01-01T10:00:00Z"]}}],
     ),
     "separators.jsonl": ('{"a": "x\u2028y\x85z"}\n', [{"a": "x\u2028y\x85z"}]),
+    "one record.json": (
+        '{"messages": [{"role": "user"}, {"role": "assistant"}],\n "tools": [{"x": 1}, {"x": 2}]}',
+        [{"messages": [{"role": "user"}, {"role": "assistant"}], "tools": [{"x": 1}, {"x": 2}]}],
+    ),
+    "one question.json": (
+        '{"prompt": "a", "completion": "b",\n "tools": [{"x": 1}]}',
+        [{"prompt": "a", "completion": "b", "tools": [{"x": 1}]}],
+    ),
     "packed.csv.gz": (gzip.compress("\ufeffa;b\nx;y\n".encode()), [{"a": "x", "b": "y"}]),
 }
 
@@ -198,7 +207,9 @@ def test_a_column_of_parquet_is_read_as_it_is(case: str, tmp_path: Path) -> None
     assert everywhere(path) == [{"a": value} for value in expected]
 
 
-@pytest.mark.parametrize("looked", [first_record, lambda files: read(source(files[0]))])
+@pytest.mark.parametrize(
+    "looked", [lambda files: next(first_records(files)), lambda files: read(source(files[0]))]
+)
 def test_a_parquet_file_without_rows_is_empty(looked: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"a": pyarrow.array([], pyarrow.string())}), path)
@@ -220,6 +231,36 @@ def test_a_table_without_a_header_is_told(
     with pytest.raises(UserError) as caught:
         build_format("auto", format_options(), tokenizer=make_tokenizer(), first_record=record)
     assert HEADERLESS[lines] in str(caught.value)
+
+
+def test_bytes_that_are_no_text_in_parquet_are_told(tmp_path: Path) -> None:
+    offsets = pyarrow.array([0, 1], pyarrow.int32()).buffers()[1]
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff")]
+    )
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as Parquet: .*utf-8"):
+        next(first_records([path]))
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read: .utf-8"):
+        read(source(path))
+
+
+def test_pictures_and_sounds_stay_as_they_are_stored(tmp_path: Path) -> None:
+    stored = {"bytes": b"not decoded", "path": "a.png"}
+    media = {"image": "Image", "audio": "Audio"}
+    features = {
+        **{name: {"_type": kind} for name, kind in media.items()},
+        "images": {"feature": {"_type": "Image"}, "_type": "List"},
+        "question": {"dtype": "string", "_type": "Value"},
+    }
+    table = pyarrow.table(
+        {**{name: [stored] for name in media}, "images": [[stored]], "question": ["What?"]}
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    expected = {"image": stored, "audio": stored, "images": [stored], "question": "What?"}
+    assert everywhere(path) == [expected]
 
 
 def test_a_map_of_parquet_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -264,4 +305,4 @@ def test_what_pandas_writes_is_read_back(
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(READ), len(REFUSED), len(PARQUET)) == (24, 30, 7)
+    assert (len(READ), len(REFUSED), len(PARQUET)) == (26, 30, 7)

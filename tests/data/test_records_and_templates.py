@@ -8,6 +8,7 @@ import pytest
 from finetune.data.formats.chat import ChatFormat
 from finetune.data.formats.detect import build_format
 from finetune.data.formats.rendering import TemplateSettings
+from finetune.data.types import IGNORE_INDEX
 from finetune.errors import UserError
 from finetune.models.tokenizers import set_template
 from tests.data import stock
@@ -324,6 +325,7 @@ def test_what_is_not_used_of_any_format_is_noted(case: str, make_tokenizer: Make
     assert format.notes() == []
 
 
+EN_FR = {"source_language": "en", "target_language": "fr"}
 MISPLACED: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], str]] = {
     "a misspelt variable": (
         EFFORT,
@@ -355,6 +357,31 @@ MISPLACED: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], str]] = {
         {"system_prompt": "Be terse."},
         "data.system_prompt is given, but this data is learnt as plain text",
     ),
+    "languages of a conversation": (
+        EFFORT,
+        chat(user(), answer()),
+        {"source_language": "en"},
+        "source_language (--from of `finetune init`) is given, but this data is learnt as chat",
+    ),
+    "a direction of a text": (
+        None,
+        {"text": "a"},
+        {"direction": "both"},
+        "data.translation.direction is given, but this data is learnt as text",
+    ),
+    "a column that is not read": (
+        EFFORT,
+        {**chat(user(), answer()), "one": "Hello"},
+        {"columns": {"source": "one"}},
+        "data.columns takes 'source' from the column 'one', but the data is learnt as chat, from "
+        "messages",
+    ),
+    "a text called translation": (
+        EFFORT,
+        {"word": "Hello", "translation": "Bonjour"},
+        EN_FR,
+        "set data.columns={source: ..., target: translation}",
+    ),
     "a system prompt that the template leaves out": (
         stock.CHATML.replace("messages %}", "messages if m.role != 'system' %}"),
         {"en": "a", "fr": "b"},
@@ -362,6 +389,62 @@ MISPLACED: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], str]] = {
         "a system prompt is given, but the chat template takes none",
     ),
 }
+
+
+ASKED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    # record, options, format, what is learnt
+    "a text beside an instruction": (
+        {"instruction": "a", "input": "", "output": "b", "formatted": "### a\nb"},
+        {"columns": {"text": "formatted"}},
+        "text",
+        "# a\nb",
+    ),
+    "sides beside a column translation": (
+        {"sentence": "Hello", "translation": "Bonjour"},
+        {"columns": {"source": "sentence", "target": "translation"}, **EN_FR},
+        "translation",
+        "Bonjour",
+    ),
+    "languages beside messages": (
+        {**chat(user(), answer()), "one": "Hello", "two": "Bonjour"},
+        {"columns": {"en": "one", "fr": "two"}, **EN_FR},
+        "translation",
+        "Bonjour",
+    ),
+    "a question beside messages": (
+        {**chat(user(), answer("x")), "question": "q", "gold": "y"},
+        {"columns": {"prompt": "question", "completion": "gold"}},
+        "chat",
+        "y",
+    ),
+    "a question by its usual name beside messages": (
+        {**chat(user(), answer("x")), "q": "q", "answer": "y"},
+        {"columns": {"prompt": "q", "completion": "answer"}},
+        "chat",
+        "y",
+    ),
+    "nothing, and a remark": (
+        {"Question": "Hi?", "Answer": "Hello", "Text": "see p. 3"}, {}, "chat", "Hello"
+    ),
+    "nothing, and a text called translation": (
+        {"question": "a", "answer": "b", "translation": "c"}, {}, "chat", "b"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_the_columns_that_are_named_say_the_format(
+    case: str, make_tokenizer: MakeTokenizer
+) -> None:
+    record, options, kind, expected = ASKED[case]
+    tokenizer = make_tokenizer()
+    format = build_format(
+        "auto", format_options(**options), tokenizer=tokenizer, first_record=record
+    )
+    [example] = format.examples(record)
+    learnt = [label for label in example.labels if label != IGNORE_INDEX]
+    assert format.name == kind
+    assert expected in tokenizer.decode(learnt)
 
 
 @pytest.mark.parametrize("case", MISPLACED)
@@ -385,5 +468,5 @@ def test_a_variable_of_the_config_is_used(make_tokenizer: MakeTokenizer) -> None
 
 
 def test_there_was_something_to_check() -> None:
-    tables = (LEARNT, REFUSED, OTHER_SHAPES, NOTES, MISPLACED)
-    assert [len(table) for table in tables] == [9, 14, 11, 7, 6]
+    tables = (LEARNT, REFUSED, OTHER_SHAPES, NOTES, MISPLACED, ASKED)
+    assert [len(table) for table in tables] == [9, 14, 11, 7, 10, 7]

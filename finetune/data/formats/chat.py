@@ -131,7 +131,7 @@ class ChatFormat:
         require_some_text(record)
         reading = self._reading(record)
         columns = reading.columns
-        messages, muted = _READERS[reading.shape](record, columns)
+        messages, muted = self._muted_answers(*_READERS[reading.shape](record, columns))
         on = {name for name in reading.switches if is_switched_on(name, record[name])}
         unused = unused_columns(record, (reading.used | on) - _unread(record, reading))
         history = _history(record, columns)
@@ -165,6 +165,20 @@ class ChatFormat:
             if key not in own or own[key] != value
         }
         return dialog, unused | self._written.unused(dialog)
+
+    def _muted_answers(self, messages: list[Message], muted: set[int]) -> "Read":
+        """Return the messages and the answers that are not learnt.
+
+        Raises UserError for another turn that is switched off, if every turn is learnt.
+        """
+        for place in sorted(muted):
+            role = messages[place]["role"]
+            if role != "assistant" and self.targets == "all":
+                raise UserError(
+                    f"message {place + 1} ({role}) is switched off, but only answers can be left "
+                    "out of data.targets=all. Remove the switch, or set data.targets=assistant"
+                )
+        return messages, {i for i in muted if messages[i]["role"] == "assistant"}
 
     def _means_system(self) -> bool:
         """Return whether a developer's message is written as a system message.
@@ -373,8 +387,8 @@ def _messages_in(name: str, value: object) -> Read:
 def _from_instruction(record: Record, columns: Mapping[str, str]) -> Read:
     question = text_column(record, "instruction", columns)
     name = _input_of(record, columns)
-    if columns.get(name, name) in record and (about := text_column(record, name, columns)).strip():
-        question = f"{question}\n\n{about}"
+    about = text_column(record, name, columns) if columns.get(name, name) in record else ""
+    question = "\n\n".join(text for text in (question, about) if text.strip())
     return _question_and_answer(question, text_column(record, "output", columns)), set()
 
 

@@ -83,9 +83,10 @@ def is_something_else(name: str, value: object) -> bool:
 def switches(given: Collection[str]) -> list[str]:
     """Return the columns that may say of a record that it is not to be learnt."""
     kinds = {*_SWITCHED_OFF, *_MEDIA}
-    if not {"prompt", "completion"} <= {*given}:  # else a label is a class, and not KTO's verdict
+    names = {name: name.strip().lower() for name in given}
+    if not {"prompt", "completion"} <= {*names.values()}:  # else a label is a class
         kinds.remove("label")
-    return [name for name in given if name.strip().lower() in kinds]
+    return [name for name, plain in names.items() if plain in kinds]
 
 
 def is_switched_on(name: str, value: object) -> bool:

@@ -67,8 +67,13 @@ class ControlTokens:
         return "{%- set token_of_the_end = " + end + " +%}" + template
 
     def check(self, texts: Iterable[object]) -> None:
-        """Count a record by its texts. Raises UserError if it is to be refused."""
-        found = self.find(list(texts))
+        """Count a record by its texts.
+
+        Raises UserError if it is to be refused, or has what is no character.
+        """
+        texts = list(texts)
+        _require_characters(texts)
+        found = self.find(texts)
         if found is None:
             return
         if self.refuse:
@@ -97,6 +102,20 @@ class ControlTokens:
             f"{self._example!r} in the text. It is learnt as a control token, as servers read it "
             "(data.control_tokens)"
         ]
+
+
+def _require_characters(value: object) -> None:
+    """Raise UserError for half of a surrogate pair, which JSON within a text may have."""
+    texts: list[str] = []
+    _collect(value, texts, texts)
+    try:
+        _BETWEEN.join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = _BETWEEN.join(texts)[error.start].encode("ascii", "backslashreplace").decode()
+        raise UserError(
+            f"the text has {half}, half of a surrogate pair, which is no character. Remove it, or "
+            "write the pair"
+        ) from error
 
 
 def not_as_text(error: ValueError) -> UserError:

@@ -1,7 +1,7 @@
 """The format of a dataset, recognised by the columns of its first record and built for it."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,12 +11,13 @@ from finetune.data.formats.chat import CHAT_OPTIONAL, CHAT_SHAPES, ChatFormat
 from finetune.data.formats.columns import column, other_case, usual_columns
 from finetune.data.formats.control import ControlTokens
 from finetune.data.formats.languages import (
+    Languages,
     is_known_language,
-    is_language,
-    language_name,
-    language_tag,
+    key_of_language,
+    language_columns,
     require_language,
     require_name,
+    sides_of_pair,
 )
 from finetune.data.formats.rendering import TemplateSettings
 from finetune.data.formats.text import TextFormat
@@ -44,9 +45,6 @@ _ACCEPTED = (
     "instruction and output; translation; "
     "source and target; two columns named by languages (en, fr); text"
 )
-
-Languages = tuple[str | None, str | None]
-"""The languages that a config names, source and target; None: found in the data."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,8 @@ def build_format(
     if kind in _REGISTERED:
         return OwnFormat(_REGISTERED[kind].build(tokenizer, options))
     control = ControlTokens(tokenizer, refuse=options.refuse_control_tokens)
+    if kind != "translation":
+        _require_no_translation(options, kind)
     if kind == "chat":
         chat = ChatFormat(
             tokenizer=tokenizer,
@@ -143,6 +143,23 @@ def build_format(
         settings=options.settings,
         control=control,
     )
+
+
+def _require_no_translation(options: FormatOptions, kind: str) -> None:
+    """Raise UserError for a wish that only a translation can fulfil."""
+    wishes = {
+        "source_language (--from of `finetune init`)": options.source_language,
+        "target_language (--to of `finetune init`)": options.target_language,
+        "template": options.template,
+        "direction": None if options.direction == "forward" else options.direction,
+    }
+    for name, value in wishes.items():
+        if value is not None:
+            raise UserError(
+                f"data.translation.{name} is given, but this data is learnt as {kind}, by its "
+                "columns or data.format. Leave it out, or name the columns of the pairs: "
+                "data.columns={source: ..., target: ...}"
+            )
 
 
 def _require_no_chat(options: FormatOptions) -> None:
@@ -180,28 +197,52 @@ def find_shape(
         if reads and kind in ("auto", name):
             return name, name, columns
     _check_columns(columns, languages, record)
-    columns = {**other_case(record, _NAMES), **columns}
-    kind, shape, found = _detect(kind, record, columns, languages)
-    if kind == "translation":
-        _pair(shape, record, columns, languages)
-    return kind, shape, found
+    found = _detect(kind, record, columns, languages)
+    if found[0] == "translation":
+        _pair(found[1], record, found[2], languages)
+    _require_read(columns, record, *found)
+    return found
+
+
+def first_that_fits(
+    records: Iterable[Record], kind: str, *, columns: Mapping[str, str], languages: Languages
+) -> Record | None:
+    """Return the first of the records that a format fits: one may be bad, and is said elsewhere.
+
+    None without records. Raises UserError if no format fits any of them, about the first.
+    """
+    refused = None
+    for record in records:
+        try:
+            find_shape(kind, record, columns=columns, languages=languages)
+        except UserError as error:
+            refused = refused or error
+        else:
+            return record
+    if refused is not None:
+        raise refused
+    return None
 
 
 def _detect(
-    kind: str, record: Record, columns: Mapping[str, str], languages: Languages
+    kind: str, record: Record, given: Mapping[str, str], languages: Languages
 ) -> tuple[str, str, Mapping[str, str]]:
-    pairs = _language_columns(record, columns, languages)
-    named = all(
-        language is not None and _key_of(language, pairs) is not None for language in languages
-    )
+    columns = {**other_case(record, _NAMES), **given}
+    pairs = language_columns(record, columns, languages)
+    named = all(language and key_of_language(language, pairs) for language in languages)
     usual = usual_columns(record) if kind in ("auto", "chat") else {}
-    for candidate in SHAPES if kind == "auto" else [kind]:
+    kinds = [*SHAPES] if kind == "auto" else [kind]
+    if asked := _asked_for(kinds, record, given, columns, usual):
+        return asked
+    for candidate in kinds:
         if candidate == "translation" and named:
             return candidate, "columns", columns
         for shape, needed in SHAPES[candidate].items():
-            asked = any(name in columns for name in needed)
-            if usual and candidate == "text" and not asked:
+            if usual and candidate == "text":
                 continue  # beside a question and its answer, "text" is a remark
+            values = [record.get(columns.get(name, name)) for name in needed]
+            if shape == "translation" and kind == "auto" and isinstance(values[0], str):
+                continue  # the text of one side
             if all(columns.get(name, name) in record for name in needed):
                 return candidate, shape, columns
         if candidate == "translation" and len(pairs) == 2 and not usual:
@@ -222,6 +263,48 @@ def _detect(
         f"{what} the columns ({', '.join(record) or 'none'}); accepted are: {accepted}."
         f"{_hint(record, pairs)}"
     )
+
+
+def _asked_for(
+    kinds: Sequence[str],
+    record: Record,
+    given: Mapping[str, str],
+    columns: Mapping[str, str],
+    usual: Mapping[str, str],
+) -> tuple[str, str, Mapping[str, str]] | None:
+    """Return the shape for which `data.columns` names a column, if the record has the others.
+
+    What is named comes before what is there under a format's own names.
+    """
+    for kind in kinds:
+        for names in (columns, {**usual, **columns}) if kind == "chat" else (columns,):
+            for shape, needed in SHAPES[kind].items():
+                fits = all(names.get(name, name) in record for name in needed)
+                if fits and not given.keys().isdisjoint(needed):
+                    return kind, shape, names
+        if (
+            kind == "translation"
+            and sum(is_known_language(name) for name in given if name not in _NAMES) == 2
+        ):
+            return kind, "columns", columns
+    return None
+
+
+def _require_read(
+    given: Mapping[str, str], record: Record, kind: str, shape: str, columns: Mapping[str, str]
+) -> None:
+    """Raise UserError if `data.columns` names a column that the shape does not read."""
+    if shape == "columns":
+        return
+    names = [*SHAPES[kind][shape], *_OPTIONAL[kind]]
+    read = {columns.get(name, name) for name in names}
+    for name, own in given.items():
+        if own in record and own not in read:
+            raise UserError(
+                f"data.columns takes {name!r} from the column {own!r}, but the data is learnt as "
+                f"{kind}, from {' and '.join(columns.get(n, n) for n in SHAPES[kind][shape])}. "
+                f"Leave {name!r} out, or name the other columns of its format as well"
+            )
 
 
 def _hint(record: Record, pairs: Mapping[str, str]) -> str:
@@ -247,6 +330,11 @@ def _hint(record: Record, pairs: Mapping[str, str]) -> str:
             return " If the file has no header line, add one with the names of its columns"
         if name not in known and (near := get_close_matches(name, known, n=1, cutoff=0.8)):
             return f" Rename the column {name!r}, or set data.columns={{{near[0]}: {name}}}"
+    if isinstance(record.get("translation"), str):
+        return (
+            " If 'translation' is the text of one language, set data.columns={source: ..., target: "
+            "translation}, and data.translation.source_language and target_language"
+        )
     plain = len(record) == 2 and all(re.fullmatch(r"\w+", name) for name in record)
     prompt, completion = record if plain else ("question", "answer")
     order = " (the question's column first)" if plain else ""
@@ -274,8 +362,8 @@ def _pair(
         pair = record[columns.get("translation", "translation")]
         keys = {key: key for key in pair} if isinstance(pair, Mapping) else {}
     else:
-        keys = _language_columns(record, columns, languages)
-    sides, found = _sides(keys, *languages)
+        keys = language_columns(record, columns, languages)
+    sides, found = sides_of_pair(keys, *languages)
     for side in sides if shape == "columns" else ():
         column(record, side, {})
     return sides, found
@@ -291,66 +379,6 @@ def _require_languages(record: Record, columns: Mapping[str, str], languages: La
         require_name(language, f"data.translation.{key}")
         if language not in names:
             require_language(language, f"data.translation.{key}")
-
-
-def _language_columns(
-    record: Record, columns: Mapping[str, str], languages: Languages
-) -> dict[str, str]:
-    """Return language -> the column with its text; those in `data.columns` are all, if any are.
-
-    The column "id" is a number, and Indonesian only if that is one of the languages asked for.
-    """
-    given = {name: column for name, column in columns.items() if is_known_language(name)}
-    indonesian = {language_tag(language) for language in languages if language} & {"id"}
-    return given or {
-        name: name
-        for name in record
-        if is_language(name) and (indonesian or name.strip().lower() != "id")
-    }
-
-
-def _key_of(language: str, keys: Mapping[str, str]) -> str | None:
-    """Return the key or column of a language, under whichever name of it; None if there is none."""
-    if language in keys:
-        return keys[language]
-    found = [key for name, key in keys.items() if language_tag(name) == language_tag(language)]
-    return found[0] if len(found) == 1 else None
-
-
-def _sides(
-    keys: Mapping[str, str], source: str | None, target: str | None
-) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Return (keys, languages) of the two sides: those of the user, completed by the data's.
-
-    The data completes them if it has exactly two languages.
-    """
-    if len(keys) == 2:
-        source = source or _other(keys, target)
-        target = target or _other(keys, source)
-    if source is None or target is None:
-        raise UserError(
-            f"the languages of the pairs are not clear (found: {', '.join(keys) or 'none'}). Set "
-            "data.translation.source_language and data.translation.target_language"
-        )
-    sides = _key_of(source, keys) or source, _key_of(target, keys) or target
-    if sides[0] == sides[1]:
-        raise UserError(
-            f"source and target language are both {sides[0]!r}. Set "
-            "data.translation.source_language and target_language to two of the languages"
-        )
-    names = {language_name(language, full=True) for language in (source, target)}
-    if len(names) == 1:
-        raise UserError(
-            f"{source!r} and {target!r} are two names of one language, {names.pop()}. Rename one "
-            "of the columns, or set data.translation.source_language and target_language"
-        )
-    return sides, (source, target)
-
-
-def _other(keys: Mapping[str, str], language: str | None) -> str:
-    """Return the first language that is not `language`."""
-    taken = None if language is None else _key_of(language, keys)
-    return next(name for name, key in keys.items() if key != taken)
 
 
 def _check_columns(columns: Mapping[str, str], languages: Languages, record: Record) -> None:

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 
@@ -11,6 +12,9 @@ from langcodes import Language, tag_is_valid
 from language_data.names import TRIES, name_to_code, normalize_name
 
 from finetune.errors import UserError
+
+Languages = tuple[str | None, str | None]
+"""The languages that a config names, source and target; None: found in the data."""
 
 _MANY_SPEAKERS = 10_000_000
 _ENGLISH = "en/name_to_language"
@@ -106,6 +110,66 @@ def language_name(text: str, *, full: bool = False) -> str:
     if language is None:
         return text
     return (language if full else _without_usual_script(language)).display_name("en")
+
+
+def language_columns(
+    record: Iterable[str], columns: Mapping[str, str], languages: Languages
+) -> dict[str, str]:
+    """Return language -> the column with its text; those in `data.columns` are all, if any are.
+
+    The column "id" is a number, and Indonesian only if that is one of the languages asked for.
+    """
+    given = {name: column for name, column in columns.items() if is_known_language(name)}
+    indonesian = {language_tag(language) for language in languages if language} & {"id"}
+    return given or {
+        name: name
+        for name in record
+        if is_language(name) and (indonesian or name.strip().lower() != "id")
+    }
+
+
+def key_of_language(language: str, keys: Mapping[str, str]) -> str | None:
+    """Return the key or column of a language, under whichever name of it; None if there is none."""
+    if language in keys:
+        return keys[language]
+    found = [key for name, key in keys.items() if language_tag(name) == language_tag(language)]
+    return found[0] if len(found) == 1 else None
+
+
+def sides_of_pair(
+    keys: Mapping[str, str], source: str | None, target: str | None
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return (keys, languages) of the two sides: those of the user, completed by the data's.
+
+    The data completes them if it has exactly two languages.
+    """
+    if len(keys) == 2:
+        source = source or _other(keys, target)
+        target = target or _other(keys, source)
+    if source is None or target is None:
+        raise UserError(
+            f"the languages of the pairs are not clear (found: {', '.join(keys) or 'none'}). Set "
+            "data.translation.source_language and data.translation.target_language"
+        )
+    sides = key_of_language(source, keys) or source, key_of_language(target, keys) or target
+    if sides[0] == sides[1]:
+        raise UserError(
+            f"source and target language are both {sides[0]!r}. Set "
+            "data.translation.source_language and target_language to two of the languages"
+        )
+    names = {language_name(language, full=True) for language in (source, target)}
+    if len(names) == 1:
+        raise UserError(
+            f"{source!r} and {target!r} are two names of one language, {names.pop()}. Rename one "
+            "of the columns, or set data.translation.source_language and target_language"
+        )
+    return sides, (source, target)
+
+
+def _other(keys: Mapping[str, str], language: str | None) -> str:
+    """Return the first language that is not `language`."""
+    taken = None if language is None else key_of_language(language, keys)
+    return next(name for name, key in keys.items() if key != taken)
 
 
 def _find(text: str) -> Language | None:

@@ -185,7 +185,7 @@ def _is_learnt(item: Mapping[str, object], role: str, number: int) -> bool:
         if value and role != "assistant":
             raise UserError(
                 f"message {number} ({role}) has {key}: {value!r}, but only answers can be learnt "
-                "turn by turn. Remove it, or set data.targets to all"
+                "turn by turn. Remove it; data.targets=all learns every turn"
             )
     if len({bool(value) for value in switches.values()}) > 1:
         raise UserError(f"message {number} has {' and '.join(switches)}, which differ. Keep one")

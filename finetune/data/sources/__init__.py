@@ -6,8 +6,8 @@ Read in this order:
 - `tables` and `json_files`: the records in them;
 - `local`: records found by their place, or streamed;
 - `aligned`: two text files as one;
-- `peek`: the first record of local files;
-- `opening`: any source; the only file that imports `datasets`;
+- `peek`: the first records of local files;
+- `opening`: any source; this file and `explained` alone import `datasets`;
 - `records`: several sources as one dataset or stream.
 
 The names below are loaded when they are first used, since `datasets` takes a second.

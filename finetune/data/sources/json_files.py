@@ -15,6 +15,8 @@ from finetune.data.types import Record
 from finetune.errors import UserError
 
 _LOOKED_AT = 5  # lines
+_IN_A_RECORD = ("tools", "functions")  # lists of objects, as the messages are
+_NO_CHARACTER = "has half of a surrogate pair, such as \\ud83d, which is no character"
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # where a text may have half of a surrogate pair
 
 
@@ -111,7 +113,7 @@ def document_records(file: Path) -> Iterator[tuple[int, Record | str]]:
         start = _next_item(text, end)
         number += text.count("\n", end, start)
         end = decoder.raw_decode(text, start)[1]
-        yield number, {"text": item} if isinstance(item, str) else _read(text[start:end])
+        yield number, _text(item) if isinstance(item, str) else _read(text[start:end])
         number += text.count("\n", start, end)
 
 
@@ -142,9 +144,12 @@ def _next_item(text: str, position: int) -> int:
 def _check_single(file: Path, document: dict[str, Any]) -> None:
     """Raise UserError for an object that holds many records, and is not one record itself."""
     lists = {key: value for key, value in document.items() if isinstance(value, list) and value}
+    if any(
+        isinstance(value[0], dict) and {"role", "from"} & set(value[0]) for value in lists.values()
+    ):
+        return  # a conversation
     for key, value in lists.items():
-        are_records = all(isinstance(item, dict) for item in value)
-        if are_records and not {"role", "from"} & set(value[0]):
+        if all(isinstance(item, dict) for item in value) and key not in _IN_A_RECORD:
             raise UserError(
                 f"{file} holds one object with the records in its key {key!r}. Write that list "
                 "alone to the file"
@@ -169,8 +174,13 @@ def _read(text: str) -> Record | str:
     if not isinstance(value, dict):
         return f"must be a JSON object, such as {{...}}, not {text[:60]!r}"
     if _HALF.search(text) and not _is_whole(value):
-        return "has half of a surrogate pair, such as \\ud83d, which is no character"
+        return _NO_CHARACTER
     return value
+
+
+def _text(item: str) -> Record | str:
+    """Return the record of a text, or what is wrong with it."""
+    return {"text": item} if _is_whole(item) else _NO_CHARACTER
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One source of records, opened, or a sentence why it cannot be opened.
 
 Local files of text are read by `finetune.data.sources.local`. Everything else (Parquet, the hub,
-folders of other files) is read by `datasets`, and this is the only file that imports it.
+folders of other files) is read by `datasets`, which only this file and `explained` import.
 """
 
 import contextlib
@@ -9,10 +9,9 @@ import copy
 import glob
 import hashlib
 import itertools
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +22,13 @@ from datasets.data_files import (
     get_data_patterns,
     resolve_pattern,
 )
-from datasets.table import CastError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from finetune.data.bad_records import BadRecords
 from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
+from finetune.data.sources.explained import explained
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files, require_all
 from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
@@ -99,7 +98,9 @@ class _DatasetTable:
         return len(self._dataset)
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Record]:
-        return list(map(without_padding, self._dataset.__getitems__(list(numbers))))
+        with explained(self._label):
+            records = self._dataset.__getitems__(list(numbers))
+        return list(map(without_padding, records))
 
     def where(self, number: int) -> str:
         return f"{self._label}, row {number + 1}"
@@ -184,7 +185,10 @@ def open_stream(source: Source) -> Stream:
 def _aligned(source: Source) -> list[tuple[list[Path], Callable[[Path], TextLines]]]:
     sides = aligned_sides(source.path, source.target_path)
     if sides and source.split != "train":
-        raise ValueError(f"Unknown split {source.split!r}. Should be one of ['train'].")
+        raise UserError(
+            f"{source.path} is aligned text, which has no splits, and split is {source.split!r}. "
+            "Leave split out, or set max_records"
+        )
     return sides
 
 
@@ -253,8 +257,35 @@ def _splits_of_folder(folder: Path, name: str | None) -> dict[str, list[Path]]:
     return {split: files for split, files in splits.items() if files}
 
 
+def data_files(source: Source) -> list[Path]:
+    """Return the local files of a source; none for aligned text, saved folders and hub names.
+
+    Raises UserError as `open_table` does.
+    """
+    with explained(str(source)):
+        splits = {} if aligned_sides(source.path, source.target_path) else _splits(source)
+    return [file for split in splits.values() for file in split]
+
+
 def _open_dataset(source: Source, splits: dict[str, list[Path]], *, streaming: bool) -> Any:
-    """Return what `datasets` reads: Parquet files, a folder, or a dataset of the hub."""
+    """Return what `datasets` reads, with pictures and sounds as their bytes and names."""
+    dataset = _open_encoded(source, splits, streaming=streaming)
+    for name, feature in (dataset.features or {}).items():
+        if (stored := _without_decoding(feature)) != feature:
+            dataset = dataset.cast_column(name, stored)
+    return dataset
+
+
+def _without_decoding(feature: Any) -> Any:
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_without_decoding(feature.feature))
+    if hasattr(feature, "decode_example") and not isinstance(feature, datasets.Json):
+        return replace(feature, decode=False)
+    return feature
+
+
+def _open_encoded(source: Source, splits: dict[str, list[Path]], *, streaming: bool) -> Any:
+    """Open Parquet files, a folder, or a dataset of the hub."""
     folder = path_of(source.path)
     if _is_saved(folder):
         return _open_saved(folder, source.split, streaming=streaming)
@@ -351,47 +382,3 @@ def _quietly() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def explained(label: str) -> Iterator[None]:
-    """Turn an exception of `datasets` into a UserError that says what is wrong with the source.
-
-    What `datasets` logs meanwhile is hidden.
-    """
-    logger = datasets.logging.get_logger()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_explanation(label, error)) from error
-    finally:
-        logger.setLevel(level)
-
-
-def _explanation(label: str, error: Exception) -> str:
-    cause = error.__cause__ or error
-    message = " ".join(str(cause).split()).rstrip(".")
-    if isinstance(cause, CastError):
-        first, other = (
-            ", ".join(names) for names in (cause.requested_column_names, cause.table_column_names)
-        )
-        return (
-            f"{label}: its rows do not have the same columns ({first}; further on {other}). Put "
-            "each kind into files of its own, and list these as several sources"
-        )
-    no_rows = "corresponds to no data", "BatchSize must be greater than 0"  # the latter of Parquet
-    if any(said in message for said in no_rows):
-        return f"{label} is empty: it has no rows"
-    message = message[:1].lower() + message[1:]
-    if found := re.match(r"arrow type (.+) does not have a datasets dtype", message):
-        return (
-            f"{label} has a column of the type {found[1]}, which is not read. Write it as a struct "
-            "or as text, or save the file as JSON lines"
-        )
-    if message.startswith("unknown split"):
-        return f"{label}: {message.replace('. Should', '; it should')}"
-    return f"{label} cannot be read: {message}"

@@ -1,4 +1,4 @@
-"""What the first lines of local files are, read before anything large is imported."""
+"""What the first lines and records of local files are, read before anything large is imported."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,29 +15,39 @@ from finetune.data.sources.local import FileStream, reader_of
 from finetune.data.types import Record
 from finetune.errors import UserError
 
+MOST_LOOKED_AT = 100  # records
 _LOOKED_AT = 5  # lines
 _TABLES = (("\t", "tabs", ".tsv"), (",", "commas", ".csv"), (";", "semicolons", ".csv"))
 
 
-def first_record(files: Sequence[Path]) -> Record | None:
-    """Return the first record of the files, or None if there is none.
+def first_records(files: Sequence[Path]) -> Iterator[Record]:
+    """Yield the first records of the files, at most MOST_LOOKED_AT. Bad lines are passed over.
 
-    Bad lines are passed over. Raises UserError for a file that cannot be read.
+    Raises UserError for a file that cannot be read.
     """
+    left = MOST_LOOKED_AT
     for file in files:
-        if kind_of(file) == "parquet":
-            try:
-                with pq.ParquetFile(file) as table:
-                    if table.metadata.num_rows == 0:
-                        raise UserError(f"{file} is empty: it has no rows")
-                    for batch in table.iter_batches(batch_size=1):
-                        return dict(batch.to_pylist()[0])
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{file} cannot be read as Parquet: {error}") from error
-        else:
-            for _, _, record in FileStream([file], reader_of, 1).read(None, BadRecords("drop")):
-                return record
-    return None
+        records = _rows(file) if kind_of(file) == "parquet" else _records(file)
+        for record in islice(records, left):
+            left -= 1
+            yield record
+
+
+def _records(file: Path) -> Iterator[Record]:
+    stream = FileStream([file], reader_of, MOST_LOOKED_AT)
+    return (record for _, _, record in stream.read(None, BadRecords("drop")))
+
+
+def _rows(file: Path) -> Iterator[Record]:
+    """Yield the rows of a Parquet file."""
+    try:
+        with pq.ParquetFile(file) as table:
+            if table.metadata.num_rows == 0:
+                raise UserError(f"{file} is empty: it has no rows")
+            for batch in table.iter_batches(batch_size=1):
+                yield dict(batch.to_pylist()[0])
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
 def require_plain_text(files: Sequence[Path]) -> None:

@@ -27,6 +27,8 @@ from finetune.data.sources import (
     split_held_out,
     stream_records,
 )
+from finetune.data.sources.opening import data_files
+from finetune.data.sources.peek import MOST_LOOKED_AT, require_plain_text
 from finetune.data.sources.records import no_records
 from finetune.data.types import Format, Prompt, Record
 from finetune.display import Display
@@ -34,7 +36,7 @@ from finetune.errors import UserError
 from finetune.evaluation.answers import TOOL_CALLS
 from finetune.models.describe import context_length
 from finetune.models.gguf import cache_dir
-from finetune.recipes.build.look import require_no_other_kind
+from finetune.recipes.build.look import typical_record
 
 STREAM_SAMPLE = 1000  # records of a stream that are read in advance
 ADVANCE = 1000  # records between two moves of the progress bar
@@ -47,7 +49,7 @@ class RawData:
 
     train: Records | RecordStream
     validation: Records | None
-    first_record: Record
+    first_record: Record  # the first whose columns a format fits
 
     def texts(self) -> Iterator[str]:
         """Return every text in the first training records, for a new tokenizer.
@@ -63,7 +65,6 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
 
     Raises UserError if a source cannot be read, or if too little is left to train on.
     """
-    require_no_other_kind(config)
     if config.streaming:
         if config.validation is None and config.validation_fraction != 0:
             raise UserError(
@@ -74,13 +75,13 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
                 "duplicates in a stream cannot be found. Set data.streaming or "
                 "data.drop_duplicates to false"
             )
-        sources, on_bad = as_sources(config.train), config.on_bad_record
+        sources, on_bad = _checked(config.train, config), config.on_bad_record
         stream = stream_records(sources, on_bad=on_bad)
         start = stream_records(sources, on_bad=on_bad)
-        first = next(iter(start), None)
-        if first is None:
+        records = (record for _, record in islice(start, MOST_LOOKED_AT))
+        if (first := typical_record(records, config)) is None:
             raise no_records(str(sources[0]), start.bad)
-        return RawData(stream, _validation(config), first[1])
+        return RawData(stream, _validation(config), first)
     train, validation = open_records(config.train, config), _validation(config)
     if validation is None and config.validation_fraction != 0:
         train, validation = split_held_out(
@@ -89,7 +90,10 @@ def load_raw_data(config: DataSection, *, seed: int) -> RawData:
             most=config.max_validation_records,
             seed=seed,
         )
-    return RawData(train, validation, train[0])
+    records = (train[i] for i in range(min(len(train), MOST_LOOKED_AT)))
+    first = typical_record(records, config)
+    assert first is not None
+    return RawData(train, validation, first)
 
 
 def _validation(config: DataSection) -> Records | None:
@@ -100,13 +104,24 @@ def _validation(config: DataSection) -> Records | None:
 
 def open_records(sections: Sequence[SourceSection], config: DataSection) -> Records:
     """Return the records of the sections, with bad lines handled as `config` says."""
-    sources, store = as_sources(sections), encoded_store(config)
+    sources, store = _checked(sections, config), encoded_store(config)
     return load_records(sources, on_bad=config.on_bad_record, store=store)
 
 
 def encoded_store(config: DataSection) -> Store | None:
     """Return where encoded data is kept from one run to the next, if the config wants it."""
     return Store(cache_dir() / "encoded") if config.cache else None
+
+
+def _checked(sections: Sequence[SourceSection], config: DataSection) -> list[Source]:
+    """Return the sources. Raises UserError for a table or JSON in a file of text.
+
+    Not if the config says that it is text.
+    """
+    sources = as_sources(sections)
+    for source in sources if config.format == "auto" else ():
+        require_plain_text(data_files(source))
+    return sources
 
 
 def as_sources(sections: Sequence[SourceSection]) -> list[Source]:
@@ -239,9 +254,11 @@ def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> Encode
     if data.unrelated is None:
         return None
     try:
-        records = open_records(data.unrelated, data).take(data.max_validation_records)
+        records = load_records(
+            as_sources(data.unrelated), on_bad=data.on_bad_record, store=encoded_store(data)
+        )
         return encode(
-            records,
+            records.take(data.max_validation_records),
             TextFormat(tokenizer=tokenizer, columns={}),
             max_length=data.max_length,
             overlong="truncate",

@@ -6,7 +6,7 @@ passes may still be wrong: names on the hub and the values of options need these
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -16,13 +16,15 @@ import yaml
 from finetune.config import RunConfig, load_config
 from finetune.config.loading import make_config, validate
 from finetune.config.other_tools import ALIASES
+from finetune.config.places import field_of
 from finetune.config.schema import DataSection, GenerationSection, SourceSection
 from finetune.config.yaml12 import parse
-from finetune.data.formats.detect import find_shape
+from finetune.data.formats.detect import find_shape, first_that_fits
 from finetune.data.formats.languages import language_tag, require_language, require_name
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, local_files
-from finetune.data.sources.peek import first_record, require_plain_text
+from finetune.data.sources.peek import first_records, require_plain_text
+from finetune.data.types import Record
 from finetune.errors import UserError
 from finetune.models.locate import find_local
 from finetune.optim.registry import check_names, optimizer_info
@@ -64,7 +66,7 @@ def _look_at_files(config: RunConfig) -> None:
         for source in sources or ():
             _files_of(source)
     require_no_other_kind(data)
-    _check_columns(data)
+    typical_record(first_records(_files_of(data.train[0])), data)
 
 
 def look_at_start(config: RunConfig, resume: str | None) -> None:
@@ -170,13 +172,20 @@ def look_at_files(
     for file in files:
         if RunDir(Path(file)).is_run():
             raise UserError(f"{file} is a run, and data is needed. Give its data files")
+        key, is_setting, _ = file.partition("=")
+        if is_setting and field_of(key) is not None:
+            raise UserError(
+                f"{file} is a setting, and files are needed. Write it into a config of your own, "
+                "with model.name and data.train"
+            )
     source, target = languages
     kinds: dict[str, str] = {}  # format -> the first file of it
     for file in files if not all(file.endswith(".txt") for file in files) else ():
         path = path_of(file)
         if kind_ending(path) not in KINDS or not path.is_file():
             continue
-        if (record := first_record([path])) is not None:
+        record = first_that_fits(first_records([path]), "auto", columns={}, languages=languages)
+        if record is not None:
             kind, _, _ = find_shape("auto", record, columns={}, languages=languages)
             kinds.setdefault(kind, file)
     if len(kinds) > 1:
@@ -381,10 +390,7 @@ def _files_of(source: SourceSection) -> list[Path]:
     return [] if is_file and aligned_sides(source.path, None) else local_files(source.path)
 
 
-def _check_columns(data: DataSection) -> None:
-    """Raise UserError if no format fits the first record that can be read."""
-    record = first_record(_files_of(data.train[0]))
-    if record is not None:
-        pair = data.translation
-        languages = (pair.source_language, pair.target_language)
-        find_shape(data.format, record, columns=data.columns, languages=languages)
+def typical_record(records: Iterable[Record], data: DataSection) -> Record | None:
+    """Return the first record that a format fits, or None without records. Raises UserError."""
+    languages = data.translation.languages
+    return first_that_fits(records, data.format, columns=data.columns, languages=languages)
