@@ -107,6 +107,13 @@ class CheckpointStore:
             if self.is_main:
                 self._prune(newest, best_step)
 
+    def remove_later(self, step: int) -> None:
+        """Delete the checkpoints of later steps alone. Raises UserError as `prune` does."""
+        with self._agreed(f"a later checkpoint could not be removed from {self.root}"):
+            for later, folder in step_folders(self.root).items() if self.is_main else ():
+                if later > step:
+                    remove_checkpoint(folder)
+
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, oldest first."""
         return complete_steps(self.root)
@@ -174,7 +181,7 @@ class CheckpointStore:
         complete = [step for step, folder in folders.items() if is_complete(folder)]
         kept = {*[step for step in complete if step <= newest][-self.keep :], best_step}
         for step, folder in folders.items():
-            if step not in kept or step not in complete:  # also one that is half removed
+            if step not in kept:  # also one that is half removed
                 remove_checkpoint(folder)
 
 

@@ -120,7 +120,7 @@ class Trainer:
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
                 record = self._step(next(steps))
-                signalled = self._on_any_process(signal.received)
+                signalled = self.on_any_process(signal.received)
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
                 improved = self._evaluate_if_due()
@@ -180,7 +180,7 @@ class Trainer:
         share = max(progress.seconds / clock.limit, progress.step / self.cadence.num_steps)
         clock.move(self.scheduler, share)
 
-    def _on_any_process(self, flag: bool) -> bool:
+    def on_any_process(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process: the same answer on every process."""
         if self.accelerator.num_processes == 1:
             return flag
@@ -295,11 +295,11 @@ class Trainer:
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
     def resume(self, checkpoint: Path) -> str | None:
-        """Continue from a checkpoint of the same run (see `check_identity`).
+        """Continue from a checkpoint of the same run (see `checkpoint.check_identity`).
 
         Optimizer and schedule keep the options that they have now. The best evaluation so far is
         forgotten if it does not compare, or if its checkpoint is missing or damaged. Returns a
-        sentence about that.
+        sentence about that. A run that stopped early is over all the same.
         """
         state, options = self._training_state(checkpoint), options_of(self.optimizer)
         self.restore(checkpoint)
@@ -332,7 +332,6 @@ class Trainer:
             why = f"{place}, the best checkpoint so far, is missing or damaged"
         if why is not None:
             self.progress.best_step = self.progress.best_value = None
-            self.progress.evaluations_since_best = 0
         return why and f"{why}, and is not counted"
 
     def _training_state(self, checkpoint: Path) -> dict[str, Any]:

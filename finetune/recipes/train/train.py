@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -33,7 +33,7 @@ from finetune.recipes.build.optimizer import (
 )
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
-from finetune.recipes.train.finish import LiveRun, finish_run
+from finetune.recipes.train.finish import LiveRun, finish_run, is_finished
 from finetune.recipes.train.start import (
     as_begun,
     changed_settings,
@@ -171,19 +171,10 @@ def _train(
         trackers = _trackers(parts, run, None if checkpoint is None else first_step + 1)
         listeners = (show, *trackers, *([listener] if listener else []))
         live = _make_trainer(built, run, MetricLogger(run.metrics, listeners=listeners))
-        trainer = live.trainer
         if checkpoint is not None:
-            forgotten = trainer.resume(checkpoint)
-            display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
-            if (over := trainer.why_over()) is not None:
-                display.say(
-                    f"the run is finished, and nothing is trained: {over}. Its settings stay"
-                )
-            if forgotten is not None:
-                display.note(forgotten)
+            live = _go_on(live, checkpoint)
+        trainer = live.trainer
         begun = trainer.progress.step if checkpoint is not None else -1
-        # first the checkpoints: a kill must leave none whose steps are not logged
-        trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
             stack.enter_context(display.journal.kept_in(run))
             forget_after(run, begun)
@@ -194,14 +185,14 @@ def _train(
             trainer.evaluate(0)
         stopped: Stopped = "signal"  # unless it comes to an end of its own
         try:
-            if trainer.why_over() is not None:
+            if trainer.why_over() is not None and not live.finished:
                 last = evaluations_by_step(run).get(begun) if is_main else None
                 trainer.evaluate_end(None if last is None else last.metrics)
             stopped = trainer.train()
         finally:
             if stopped == "signal":
                 _end_live_report(parts, run)
-    if isinstance(parts.batches, StreamingBatches) and is_main:
+    if isinstance(parts.batches, StreamingBatches) and is_main and not live.finished:
         say_counts(display, "training", parts.material.format, parts.statistics, parts.config)
         write_counts(parts, run)
     if stopped == "signal":
@@ -212,6 +203,32 @@ def _train(
         finish(live, stopped)
     let_go(trainer.model)
     return stopped
+
+
+def _go_on(live: LiveRun, checkpoint: Path) -> LiveRun:
+    """Return the run as it goes on from `checkpoint`, and delete the checkpoints of later steps.
+
+    Of a run that is finished nothing else is deleted. Older checkpoints go if they are not kept,
+    but for the best one that the checkpoint knows: there may be no better one any more.
+    """
+    trainer, run, display = live.trainer, live.folder, live.parts.display
+    config, is_main = live.parts.config, live.parts.accelerator.is_main_process
+    forgotten = trainer.resume(checkpoint)
+    step, over, finished = trainer.progress.step, trainer.why_over(), False
+    display.say(f"resuming after step {step}, from {checkpoint}")
+    if over is not None:
+        display.say(f"the run is finished, and nothing is trained: {over}. Its settings stay")
+        best = config.checkpoint.save_best_model
+        finished = trainer.on_any_process(is_main and is_finished(run, step, best=best))
+    if forgotten is not None and not finished:
+        display.note(forgotten)
+    # before the log is cut: a kill must leave no checkpoint whose steps are not logged
+    if finished:
+        trainer.checkpoints.remove_later(step)
+    elif run.holds(checkpoint):  # else the folder has no whole one, and the next save clears it
+        known = load(checkpoint, "training.pt")["progress"]["best_step"]
+        trainer.checkpoints.prune(step, best_step=known)
+    return replace(live, finished=finished)
 
 
 def _end_live_report(parts: Parts, run: RunDir) -> None:
