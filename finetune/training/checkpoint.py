@@ -15,9 +15,10 @@ has to know which kind a checkpoint is.
 
 import errno
 import os
+import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,40 @@ def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
     with as_written(folder / name):
         check_tree(tree)
     return put_in_shards(tree, folder / SHARDS, name, own)
+
+
+def identity_of(checkpoint: Path) -> Mapping[str, str]:
+    """Return what a resumed run must share with the run of a checkpoint. Raises UserError."""
+    state = load(checkpoint, "training.pt")
+    identity = state.get("identity") if isinstance(state, Mapping) else None
+    if not isinstance(identity, Mapping):
+        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
+    return identity
+
+
+def check_identity(
+    checkpoint: Path, identity: Mapping[str, str], changed: Callable[[], Sequence[str]] = tuple
+) -> None:
+    """Raise UserError if the checkpoint belongs to another model, other data or another setting.
+
+    `changed()` returns the settings that are not those of the checkpoint's run, to explain it.
+    """
+    then = identity_of(checkpoint)
+    for what, now in identity.items():
+        if then.get(what) == now:
+            continue
+        settings = [] if "." in what else list(changed())
+        given = ", ".join(settings) or f"then {_short(then.get(what))}, now {_short(now)}"
+        raise UserError(
+            f"{checkpoint} cannot be resumed: {what} changed ({given}). Restore it, or start a new "
+            "run in another output_dir"
+        )
+
+
+def _short(value: str | None) -> str:
+    """Return a value, of a hash its beginning."""
+    text = str(value)
+    return text[:8] if re.fullmatch("[0-9a-f ]{16,}", text) else text
 
 
 @contextmanager

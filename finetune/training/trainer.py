@@ -8,9 +8,8 @@ saved generator state.
 import hashlib
 import io
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -361,34 +360,6 @@ class Trainer:
         They are loaded together, since updates of rows may be deferred.
         """
         restore_checkpoint(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
-
-
-def check_identity(
-    checkpoint: Path, identity: Mapping[str, str], changed: Callable[[], Sequence[str]] = tuple
-) -> None:
-    """Raise UserError if the checkpoint belongs to another model, other data or another setting.
-
-    `changed()` returns the settings that are not those of the checkpoint's run, to explain it.
-    """
-    state = load(checkpoint, "training.pt")
-    then = state.get("identity") if isinstance(state, Mapping) else None
-    if not isinstance(then, Mapping):
-        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
-    for what, now in identity.items():
-        if then.get(what) == now:
-            continue
-        settings = [] if "." in what else list(changed())
-        given = ", ".join(settings) or f"then {_short(then.get(what))}, now {_short(now)}"
-        raise UserError(
-            f"{checkpoint} cannot be resumed: {what} changed ({given}). Restore it, or start a new "
-            "run in another output_dir"
-        )
-
-
-def _short(value: str | None) -> str:
-    """Return a value, of a hash its beginning."""
-    text = str(value)
-    return text[:8] if re.fullmatch("[0-9a-f ]{16,}", text) else text
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

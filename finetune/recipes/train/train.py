@@ -50,11 +50,11 @@ from finetune.run.folder import RunDir, run_of, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.run.records import evaluations_by_step
 from finetune.run.wording import clock, counted
-from finetune.training.checkpoint import CheckpointStore, load
+from finetune.training.checkpoint import CheckpointStore, check_identity, load
 from finetune.training.clock import Clock
 from finetune.training.probe import check_device
 from finetune.training.stopping import DivergenceGuard
-from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
+from finetune.training.trainer import Cadence, Stopped, Trainer
 from finetune.training.vocabulary import measuring_batches
 
 
