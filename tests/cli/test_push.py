@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.report.card import card_on_hub
+from finetune.recipes.push import card_on_hub
 from tests.cli.conftest import finetune
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +157,21 @@ def test_only_a_hub_name_is_a_base_model_there(base: str, stays: bool) -> None:
     found = card_on_hub(card, NAME)
     assert ("base_model:" in found) == stays
     assert f"`{base}`, fine-tuned" in found
+
+
+@pytest.mark.parametrize(
+    ("front", "there"),
+    [
+        ("base_model: Qwen/Qwen2.5-0.5B", "base_model: Qwen/Qwen2.5-0.5B\n"),
+        ("base_model: /home/me/model  # mine", ""),
+        ("license: mit\nbase_model:\n- a/b\n- c", "license: mit\nbase_model:\n- a/b\n- c\n"),
+        ("base_model: >\n  /home/me", "base_model: >\n  /home/me\n"),
+        ("base_model: [", "base_model: [\n"),
+        ("license: mit", "license: mit\n"),
+        ("my_base_model: /a\nbase_model: /a", "my_base_model: /a\n"),
+    ],
+)
+def test_a_card_that_a_person_changed_is_read_as_yaml(front: str, there: str) -> None:
+    body = 'base_model: "/home/me/model"\n'
+    found = card_on_hub(f"---\n{front}\n---\n{body}", NAME)
+    assert found == f"---\n{there}---\n{body}"
