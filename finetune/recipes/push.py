@@ -31,7 +31,8 @@ def push_run(
     """Put the model/ of a run, its card and .gguf files on the hub; return the paths there.
 
     `gguf`: files besides those in the run's folder. `dry_run` lists the files only. Raises
-    UserError if `root` is no finished run, if a file is missing, or if the hub refuses.
+    UserError if `root` is no finished run, if a file is missing, if the hub refuses, or if the
+    repository is public and is to be `private`.
     """
     display = display or Display()
     check_hub_name(name)
@@ -63,7 +64,8 @@ def push_run(
         display.say(f"{len(files)} files would go to {name}; nothing was sent")
         return list(files)
     display.say(f"sending {len(files)} files")
-    place = push_files(name, files, private=private, said=f"{run.root.resolve().name}, by finetune")
+    said = f"{run.root.resolve().name}, by finetune"
+    place = push_files(name, files, private=private, said=said, note=display.say)
     display.say(f"the model is at {place}")
     return list(files)
 
