@@ -19,7 +19,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +56,7 @@ from finetune.training.shards import (
 
 PIECE = 1 << 17  # bytes that are written and hashed at once: less than the processor's cache
 ANOTHER = "Take another checkpoint"
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors of a missing file
 
 
 @dataclass(frozen=True)
@@ -266,21 +267,37 @@ def find_checkpoint(
 
 
 def _newest_whole(checkpoints: Path, note: Callable[[str], None]) -> Path | None:
+    damaged, whole = [], None
     for folder in reversed(step_folders(checkpoints).values()):
         damage = damage_of(folder)
         if damage is None:
-            return folder
-        note(f"the checkpoint {folder} is damaged: {damage}. An older one is taken")
-    return None
+            whole = folder
+            break
+        damaged.append(f"the checkpoint {folder} is damaged: {damage}")
+    for sentence in damaged:
+        note(sentence if whole is None else f"{sentence}. An older one is taken")
+    return whole
 
 
 def damage_of(checkpoint: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, or None if they are as they were saved.
 
-    Every byte is read.
+    Every byte is read. Raises UserError if the system refuses that, as the files may be whole.
     """
+    try:
+        return _damage_of(checkpoint)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or checkpoint} cannot be read ({error.strerror or error}), and may "
+            "be whole. Make it readable and start again, or move its checkpoint away"
+        ) from error
+
+
+def _damage_of(checkpoint: Path) -> str | None:
     mark = read_mark(checkpoint)
     if mark is None:
+        with suppress(*_NOT_THERE):
+            (checkpoint / MARK).read_bytes()
         return f"{MARK} is missing or cannot be read"
     for name, size in mark.sizes.items():
         path = checkpoint / name
@@ -289,7 +306,7 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes, and {size:,} were written"
             if hash_of(path) != mark.hashes[name]:
                 return f"{name} does not hold what was written"
-        except OSError as error:
+        except _NOT_THERE as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 

@@ -226,9 +226,30 @@ def test_a_folder_in_the_place_of_a_file_ends_no_run(tree, half, tmp_path, insid
 def test_if_every_checkpoint_is_damaged_the_run_begins_again(tree, half, tmp_path):
     for step in complete_steps(half / "checkpoints"):
         turn_a_bit(checkpoint_path(half / "checkpoints", step) / "optimizer.pt", step)
-    _, notes = train(tree, resume="auto")
-    assert len([note for note in notes if "is damaged" in note]) == 3
+    before, first = contents(half / "checkpoints"), []
+
+    def look(record):
+        if record.step == 1 and hasattr(record, "lr"):
+            first.append(contents(half / "checkpoints"))
+
+    _, notes = train(tree, resume="auto", listener=look)
+    damaged = [note for note in notes if "is damaged" in note]
+    assert len(damaged) == 3
+    assert not any("An older one is taken" in note for note in damaged)
+    assert first == [before], "nothing is deleted before there is a better one"
     assert kept(half) == kept(tmp_path / "whole")
+
+
+def test_a_finished_run_without_a_whole_checkpoint_is_not_trained_anew(tree, tmp_path):
+    """What is left of a checkpoint has the weights, and model/ is the run's."""
+    train(tree)
+    run = tmp_path / "run"
+    for file in run.glob("checkpoints/*/optimizer.pt"):
+        file.unlink()
+    before = contents(run)
+    with pytest.raises(UserError, match="is finished, and none of its checkpoints is whole, so it"):
+        train(tree, resume="auto")
+    assert contents(run) == before
 
 
 def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tree, half):

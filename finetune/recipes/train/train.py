@@ -100,7 +100,7 @@ def run_training(
         built = _build(config, accelerator, display)
         parts = built.parts
         if resume is not None and checkpoint is None:
-            display.say("there is no checkpoint to resume from yet: starting from the beginning")
+            display.say("there is no checkpoint to resume from: starting from the beginning")
         if checkpoint is not None:
             earlier = run_of(checkpoint)
             check_identity(
