@@ -61,7 +61,7 @@ class Cadence:
     best: str  # the key of the evaluation that decides which checkpoint is best
     higher_is_better: bool
     patience: int | None  # evaluations without improvement after which the run ends
-    judged_by: str = ""  # names measure and held-out data: only values of one name are compared
+    judged_by: str = ""  # measure, held-out data, settings: values of another one do not compare
 
 
 class Trainer:

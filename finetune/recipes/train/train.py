@@ -285,6 +285,10 @@ def _cadence(parts: Parts) -> Cadence:
     config, per_epoch = parts.config, parts.batches.steps_per_epoch
     every = config.evaluation.every or per_epoch or parts.num_steps
     best, held_out = config.evaluation.best, parts.material.validation
+    judged_by = f"{best} {'' if held_out is None else held_out.fingerprint}"
+    if best != "loss":  # it is of answers
+        settings = config.generation.model_dump(exclude={"batch_size"})
+        judged_by += f" {config.evaluation.generate} {settings}"
     return Cadence(
         num_steps=parts.num_steps,
         evaluate_every=every,
@@ -292,7 +296,7 @@ def _cadence(parts: Parts) -> Cadence:
         best=best,
         higher_is_better=best != "loss",
         patience=config.evaluation.early_stopping_patience,
-        judged_by=f"{best} {'' if held_out is None else held_out.fingerprint}",
+        judged_by=judged_by,
     )
 
 
