@@ -7,6 +7,7 @@ A message says what was given and what is allowed. What to do, if it is not obvi
 of its own: "betas is 'high'. Give 2 numbers, e.g. [0.9, 0.999]". There is no full stop at the end.
 """
 
+import contextlib
 import difflib
 import errno
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TextIO
 
@@ -135,6 +136,22 @@ def _escape(code: int) -> str:
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@contextlib.contextmanager
+def system_errors(place: str | None = None) -> Iterator[None]:
+    """Raise an OSError for what a library raises if the system refuses to write to `place`.
+
+    tokenizers and safetensors are written in Rust. They raise errors of other classes, in whose
+    text is the number, such as "File too large (os error 27)".
+    """
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError | UserError) or found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), place) from error
 
 
 def disk_refusal(error: OSError) -> str | None:

@@ -28,6 +28,10 @@ class Runtime:
         """Return the token ids of a text, with what the file says is put before it."""
         return self._post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids."""
+        return str(self._post("/detokenize", tokens=list(tokens))["content"])
+
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the token ids of a conversation, through the template in the file."""
         return self.tokens(self._post("/apply-template", messages=list(messages))["prompt"])

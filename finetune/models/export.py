@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from finetune.errors import Border, UserError
+from finetune.errors import Border, UserError, system_errors
 from finetune.models.adapters import ADAPTERS, base_of_adapters, merge_lora, save_adapters
 from finetune.models.describe import token_tables
 from finetune.models.language_model import evaluating
@@ -46,7 +46,7 @@ def export_model(
     if `dest` has a file that no export wrote.
     """
     try:
-        with replacing(dest) as work, full_vocabulary(model):
+        with system_errors(), replacing(dest) as work, full_vocabulary(model):
             plain = merge_lora(model) if isinstance(model, PeftModel) else model
             _write(plain, tokenizer, work, card, dtype)
             if beside is not None:

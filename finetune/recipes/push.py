@@ -1,13 +1,18 @@
 """`finetune push`: a run's model on the Hugging Face hub, with its card. No weight is loaded."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from finetune.config.yaml12 import parse
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.locate import check_hub_name, push_files
 from finetune.recipes.build.look import look_at_target
-from finetune.report.card import card_on_hub
+from finetune.report.card import HERE
+from finetune.run.files import read_text
 from finetune.run.marker import MARKER
 from finetune.run.wording import size
 
@@ -26,7 +31,8 @@ def push_run(
     """Put the model/ of a run, its card and .gguf files on the hub; return the paths there.
 
     `gguf`: files besides those in the run's folder. `dry_run` lists the files only. Raises
-    UserError if `root` is no finished run, if a file is missing, or if the hub refuses.
+    UserError if `root` is no finished run, if a file is missing, if the hub refuses, or if the
+    repository is public and is to be `private`.
     """
     display = display or Display()
     check_hub_name(name)
@@ -50,8 +56,7 @@ def push_run(
             )
     files: dict[str, Path | bytes] = {**local}
     if CARD in files:
-        card = (run.model / CARD).read_text(encoding="utf-8")
-        files[CARD] = card_on_hub(card, name).encode()
+        files[CARD] = card_on_hub(read_text(run.model / CARD), name).encode()
     for there, file in files.items():
         count = len(file) if isinstance(file, bytes) else file.stat().st_size
         print(f"{there}  {size(count)}")
@@ -59,6 +64,31 @@ def push_run(
         display.say(f"{len(files)} files would go to {name}; nothing was sent")
         return list(files)
     display.say(f"sending {len(files)} files")
-    place = push_files(name, files, private=private, said=f"{run.root.resolve().name}, by finetune")
+    said = f"{run.root.resolve().name}, by finetune"
+    place = push_files(name, files, private=private, said=said, note=display.say)
     display.say(f"the model is at {place}")
     return list(files)
+
+
+def card_on_hub(card: str, name: str) -> str:
+    """Return a card as it is on the hub under `name`: the code loads it from there.
+
+    A base model that is no hub name, such as a folder, is no longer named in the front matter. One
+    that a person wrote in another way, such as a list, stays.
+    """
+    card = card.replace(f'model="{HERE}"', f'model="{name}"')
+    front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    line = re.search(r"^base_model:.*\n", front[1], re.MULTILINE) if front else None
+    if front is None or line is None:
+        return card
+    begin, end = (front.start(1) + place for place in line.span())
+    others = front[1][: line.start()] + front[1][line.end() :]
+    try:
+        values = parse(front[1])
+        base = values.pop("base_model") if isinstance(values, dict) else None
+        is_one_line = (parse(others) or {}) == values
+    except (yaml.YAMLError, KeyError, ValueError):
+        return card
+    if not isinstance(base, str) or not is_one_line or re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        return card
+    return card[:begin] + card[end:]

@@ -132,18 +132,6 @@ def base_card(*, title: str, base_model: str, license: str | None) -> str:
     )
 
 
-def card_on_hub(card: str, name: str) -> str:
-    """Return a card as it is on the hub under `name`: the code loads it from there.
-
-    A base model that is no hub name, such as a folder, is no longer named in the front matter.
-    """
-    card = card.replace(f'model="{HERE}"', f'model="{name}"')
-    base = re.search(r"^base_model: (.*)$\n?", card, re.MULTILINE)
-    if base and not re.fullmatch(r"[\w.-]+/[\w.-]+", json.loads(base[1])):
-        card = card.replace(base[0], "", 1)
-    return card
-
-
 def license_of(folder: str) -> str | None:
     """Return the licence in the front matter of a model folder's README.md, or None."""
     readme = Path(folder) / "README.md"

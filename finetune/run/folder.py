@@ -119,8 +119,13 @@ class RunDir:
         return self.is_run() and self.metrics.is_file()
 
     def holds(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint is one of this run's, under whichever path it is named."""
-        return run_of(checkpoint).root == self.root.resolve()
+        """Return whether a checkpoint is one of this run's, under whichever path it is named.
+
+        The folder of a run's checkpoints, or one of them, may be a link to another disk.
+        """
+        parents = (checkpoint.resolve().parent, checkpoint.absolute().parent.resolve())
+        own = self.checkpoints.resolve() in parents
+        return own or run_of(checkpoint).root == self.root.resolve()
 
     def clear(self) -> None:
         """Delete what the run wrote. Other files stay, also those in its folders.

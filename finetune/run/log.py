@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+from finetune.errors import UserError
 from finetune.run.files import (
     append_lines,
     make_folder,
@@ -17,7 +18,7 @@ from finetune.run.files import (
     write_text,
 )
 from finetune.run.folder import RunDir
-from finetune.run.records import Evaluation, Sample, StepRecord
+from finetune.run.records import Evaluation, Evaluations, Sample, StepRecord
 
 Listener = Callable[[StepRecord | Evaluation], None]
 
@@ -88,13 +89,24 @@ def keep_samples(run: RunDir, samples: Sequence[Sample]) -> None:
 def forget_after(run: RunDir, step: int) -> None:
     """Remove what was logged after `step`, lines that are cut short, and the batch of a divergence.
 
-    A resumed run takes these steps again. Raises UserError if the disk refuses.
+    A resumed run takes these steps again. The summary of a later end goes too: it would be taken
+    for that of the end to come. Raises UserError if the disk refuses.
     """
     remove_file(run.bad_batch)
+    if _ended_after(run, step):
+        remove_file(run.evaluation)
     for path in (run.metrics, run.samples, run.updates):
         if path.is_file():
             kept = [line.decode() for line in raw_lines(path) if _is_up_to(step, line)]
             write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _ended_after(run: RunDir, step: int) -> bool:
+    try:
+        end = Evaluations.read(run).end
+    except UserError:  # damaged; the next end makes it again
+        return False
+    return end is not None and end > step
 
 
 def _is_up_to(step: int, line: bytes) -> bool:

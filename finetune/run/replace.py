@@ -52,9 +52,8 @@ def replacing(dest: Path, kind: Kind = "model") -> Iterator[Path]:
         check_replaceable(dest, kind)
         yield work
         write_marker(work, Marker(kind, files=tuple(_files(work))))
+        open_to_others(work)
         for path in sorted(work.rglob("*")):
-            if path.is_file():
-                path.chmod(0o666 & ~_umask())  # safetensors makes its files private
             sync_file(path) if path.is_file() else sync_folder(path)
         sync_folder(work)
         _swap(work, dest, aside)
@@ -143,6 +142,17 @@ def _files(folder: Path) -> set[str]:
     """Return the files in `folder` and in its folders, without the marker."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return {path.relative_to(folder).as_posix() for path in found} - {MARKER}
+
+
+def open_to_others(folder: Path) -> None:
+    """Give a folder and what is in it the rights that the system gives to new files.
+
+    safetensors makes its files private, and tempfile its folders. Raises OSError.
+    """
+    umask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        had, given = (path.stat().st_mode, 0o777) if path.is_dir() else (0, 0o666)
+        path.chmod(had | given & ~umask)
 
 
 def _umask() -> int:

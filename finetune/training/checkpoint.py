@@ -15,10 +15,11 @@ has to know which kind a checkpoint is.
 
 import errno
 import os
+import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,6 +56,7 @@ from finetune.training.shards import (
 
 PIECE = 1 << 17  # bytes that are written and hashed at once: less than the processor's cache
 ANOTHER = "Take another checkpoint"
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # errors of a missing file
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ class CheckpointStore:
         with self._agreed(f"an old checkpoint could not be removed from {self.root}"):
             if self.is_main:
                 self._prune(newest, best_step)
+
+    def remove_later(self, step: int) -> None:
+        """Delete the checkpoints of later steps alone. Raises UserError as `prune` does."""
+        with self._agreed(f"a later checkpoint could not be removed from {self.root}"):
+            for later, folder in step_folders(self.root).items() if self.is_main else ():
+                if later > step:
+                    remove_checkpoint(folder)
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints, oldest first."""
@@ -174,7 +183,7 @@ class CheckpointStore:
         complete = [step for step, folder in folders.items() if is_complete(folder)]
         kept = {*[step for step in complete if step <= newest][-self.keep :], best_step}
         for step, folder in folders.items():
-            if step not in kept or step not in complete:  # also one that is half removed
+            if step not in kept:  # also one that is half removed
                 remove_checkpoint(folder)
 
 
@@ -189,6 +198,40 @@ def load(folder: Path, name: str, *, own: Own = lambda place: None) -> Any:
     with as_written(folder / name):
         check_tree(tree)
     return put_in_shards(tree, folder / SHARDS, name, own)
+
+
+def identity_of(checkpoint: Path) -> Mapping[str, str]:
+    """Return what a resumed run must share with the run of a checkpoint. Raises UserError."""
+    state = load(checkpoint, "training.pt")
+    identity = state.get("identity") if isinstance(state, Mapping) else None
+    if not isinstance(identity, Mapping):
+        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
+    return identity
+
+
+def check_identity(
+    checkpoint: Path, identity: Mapping[str, str], changed: Callable[[], Sequence[str]] = tuple
+) -> None:
+    """Raise UserError if the checkpoint belongs to another model, other data or another setting.
+
+    `changed()` returns the settings that are not those of the checkpoint's run, to explain it.
+    """
+    then = identity_of(checkpoint)
+    for what, now in identity.items():
+        if then.get(what) == now:
+            continue
+        settings = [] if "." in what else list(changed())
+        given = ", ".join(settings) or f"then {_short(then.get(what))}, now {_short(now)}"
+        raise UserError(
+            f"{checkpoint} cannot be resumed: {what} changed ({given}). Restore it, or start a new "
+            "run in another output_dir"
+        )
+
+
+def _short(value: str | None) -> str:
+    """Return a value, of a hash its beginning."""
+    text = str(value)
+    return text[:8] if re.fullmatch("[0-9a-f ]{16,}", text) else text
 
 
 @contextmanager
@@ -224,21 +267,37 @@ def find_checkpoint(
 
 
 def _newest_whole(checkpoints: Path, note: Callable[[str], None]) -> Path | None:
+    damaged, whole = [], None
     for folder in reversed(step_folders(checkpoints).values()):
         damage = damage_of(folder)
         if damage is None:
-            return folder
-        note(f"the checkpoint {folder} is damaged: {damage}. An older one is taken")
-    return None
+            whole = folder
+            break
+        damaged.append(f"the checkpoint {folder} is damaged: {damage}")
+    for sentence in damaged:
+        note(sentence if whole is None else f"{sentence}. An older one is taken")
+    return whole
 
 
 def damage_of(checkpoint: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, or None if they are as they were saved.
 
-    Every byte is read.
+    Every byte is read. Raises UserError if the system refuses that, as the files may be whole.
     """
+    try:
+        return _damage_of(checkpoint)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or checkpoint} cannot be read ({error.strerror or error}), and may "
+            "be whole. Make it readable and start again, or move its checkpoint away"
+        ) from error
+
+
+def _damage_of(checkpoint: Path) -> str | None:
     mark = read_mark(checkpoint)
     if mark is None:
+        with suppress(*_NOT_THERE):
+            (checkpoint / MARK).read_bytes()
         return f"{MARK} is missing or cannot be read"
     for name, size in mark.sizes.items():
         path = checkpoint / name
@@ -247,7 +306,7 @@ def damage_of(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes, and {size:,} were written"
             if hash_of(path) != mark.hashes[name]:
                 return f"{name} does not hold what was written"
-        except OSError as error:
+        except _NOT_THERE as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 

@@ -8,9 +8,8 @@ saved generator state.
 import hashlib
 import io
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +61,7 @@ class Cadence:
     best: str  # the key of the evaluation that decides which checkpoint is best
     higher_is_better: bool
     patience: int | None  # evaluations without improvement after which the run ends
-    judged_by: str = ""  # names measure and held-out data: only values of one name are compared
+    judged_by: str = ""  # measure, held-out data, settings: values of another one do not compare
 
 
 class Trainer:
@@ -120,7 +119,7 @@ class Trainer:
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
                 record = self._step(next(steps))
-                signalled = self._on_any_process(signal.received)
+                signalled = self.on_any_process(signal.received)
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
                 improved = self._evaluate_if_due()
@@ -180,7 +179,7 @@ class Trainer:
         share = max(progress.seconds / clock.limit, progress.step / self.cadence.num_steps)
         clock.move(self.scheduler, share)
 
-    def _on_any_process(self, flag: bool) -> bool:
+    def on_any_process(self, flag: bool) -> bool:
         """Return whether `flag` is set on any process: the same answer on every process."""
         if self.accelerator.num_processes == 1:
             return flag
@@ -295,11 +294,11 @@ class Trainer:
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
     def resume(self, checkpoint: Path) -> str | None:
-        """Continue from a checkpoint of the same run (see `check_identity`).
+        """Continue from a checkpoint of the same run (see `checkpoint.check_identity`).
 
         Optimizer and schedule keep the options that they have now. The best evaluation so far is
         forgotten if it does not compare, or if its checkpoint is missing or damaged. Returns a
-        sentence about that.
+        sentence about that. A run that stopped early is over all the same.
         """
         state, options = self._training_state(checkpoint), options_of(self.optimizer)
         self.restore(checkpoint)
@@ -332,7 +331,6 @@ class Trainer:
             why = f"{place}, the best checkpoint so far, is missing or damaged"
         if why is not None:
             self.progress.best_step = self.progress.best_value = None
-            self.progress.evaluations_since_best = 0
         return why and f"{why}, and is not counted"
 
     def _training_state(self, checkpoint: Path) -> dict[str, Any]:
@@ -362,34 +360,6 @@ class Trainer:
         They are loaded together, since updates of rows may be deferred.
         """
         restore_checkpoint(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
-
-
-def check_identity(
-    checkpoint: Path, identity: Mapping[str, str], changed: Callable[[], Sequence[str]] = tuple
-) -> None:
-    """Raise UserError if the checkpoint belongs to another model, other data or another setting.
-
-    `changed()` returns the settings that are not those of the checkpoint's run, to explain it.
-    """
-    state = load(checkpoint, "training.pt")
-    then = state.get("identity") if isinstance(state, Mapping) else None
-    if not isinstance(then, Mapping):
-        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
-    for what, now in identity.items():
-        if then.get(what) == now:
-            continue
-        settings = [] if "." in what else list(changed())
-        given = ", ".join(settings) or f"then {_short(then.get(what))}, now {_short(now)}"
-        raise UserError(
-            f"{checkpoint} cannot be resumed: {what} changed ({given}). Restore it, or start a new "
-            "run in another output_dir"
-        )
-
-
-def _short(value: str | None) -> str:
-    """Return a value, of a hash its beginning."""
-    text = str(value)
-    return text[:8] if re.fullmatch("[0-9a-f ]{16,}", text) else text
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

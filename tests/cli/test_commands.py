@@ -605,6 +605,34 @@ def test_export_a_checkpoint_of_a_stopped_run(chat_run, kind):
         )
 
 
+def test_a_checkpoint_goes_with_its_run_and_with_the_base_that_it_was_trained_from(
+    base, chat_file, write_config
+):
+    """Else adapters would be merged into another model, without an error."""
+    write_config(model={"config": None, "tokenizer": None, "name": "base", "lora": {"rank": 2}},
+                 training={"max_steps": 1})  # fmt: skip
+    for run in ("run", "other"):
+        assert finetune("train", "c.yaml", f"output_dir={run}").code == 0
+    one, other = (f"{run}/checkpoints/step-00000001" for run in ("run", "other"))
+    for number, checkpoint in enumerate((one, "run", "auto")):
+        result = finetune("export", "run", f"out{number}", "--checkpoint", checkpoint)
+        assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained("base")
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    model.save_pretrained("base")
+    for checkpoint, says in (
+        (other, f"{other} is not a checkpoint of run. Give the folder of its run"),
+        (one, "began with other weights than base gives now. Restore the model"),
+    ):
+        result = finetune("export", "run", "out", "--checkpoint", checkpoint)
+        assert (result.code, says in result.err) == (2, True), result.err
+    shutil.rmtree("run/checkpoints")
+    result = finetune("export", "run", "out", "--checkpoint", "auto")
+    assert (result.code, "has no complete checkpoint to export" in result.err) == (2, True)
+    assert not Path("out").exists()
+
+
 NEO = {
     "model_type": "gpt_neo",
     "hidden_size": 32,

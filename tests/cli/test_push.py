@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from finetune.report.card import card_on_hub
+from finetune.recipes.push import card_on_hub
 from tests.cli.conftest import finetune
 
 ROOT = Path(__file__).parents[2]
@@ -21,19 +22,33 @@ NAME = "someone/sums"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the hub that takes a commit. It keeps what it is sent."""
+    """The part of the hub that takes a commit. It keeps what it is sent.
+
+    `server.private` is None if the repository is not there, and else whether it is private.
+    """
+
+    def do_GET(self) -> None:
+        hub: Any = self.server
+        assert self.path.split("?")[0] == f"/api/models/{NAME}", self.path
+        files = [{"rfilename": path} for path in hub.files]
+        self.answer(
+            401 if hub.refuses else 200, {"id": NAME, "private": hub.private, "siblings": files}
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        hub = self.server
-        hub.asked.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
+        hub: Any = self.server
+        hub.asked.append((self.path, self.headers.get("Authorization")))
         answer, status = {}, 200
         if self.path == "/api/repos/create":
-            if hub.refuses:  # type: ignore[attr-defined]
+            if hub.refuses:
                 status, answer = 401, {"error": "who are you?"}
             else:
                 answer = {"url": f"http://{self.headers['Host']}/{NAME}", "id": NAME}
-                hub.repo = json.loads(body)  # type: ignore[attr-defined]
+                hub.repo = json.loads(body)
+                status = 200 if hub.private is None else 409
+                if hub.private is None:
+                    hub.private = hub.repo.get("visibility") == "private"
         elif self.path.endswith("/preupload/main"):
             paths = [file["path"] for file in json.loads(body)["files"]]
             regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
@@ -42,9 +57,11 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     value = line["value"]
-                    hub.files[value["path"]] = base64.b64decode(value["content"])  # type: ignore[attr-defined]
+                    hub.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    del hub.files[line["value"]["path"]]
                 else:
-                    hub.message = line["value"]["summary"]  # type: ignore[attr-defined]
+                    hub.message = line["value"]["summary"]
             answer = {
                 "commitUrl": f"http://{self.headers['Host']}/{NAME}/commit/0",
                 "commitOid": "0" * 40,
@@ -54,6 +71,9 @@ class Hub(BaseHTTPRequestHandler):
             answer = {"errors": [], "warnings": []}
         else:
             status = 404
+        self.answer(status, answer)
+
+    def answer(self, status: int, answer: Any) -> None:
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -65,9 +85,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.files, server.refuses = [], {}, False  # type: ignore[attr-defined]
+def hub() -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.files, server.refuses, server.private = [], {}, False, None
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -99,7 +119,7 @@ def test_a_run_is_pushed_with_its_card(hub, chat_run: Path) -> None:
     sent = hub.files
     assert set(sent) == (set(model) - {".finetune.json"}) | {"small.gguf"}
     assert sent["model.safetensors"] == model["model.safetensors"]
-    assert hub.repo.get("private") is True or hub.repo.get("visibility") == "private", hub.repo
+    assert hub.repo["visibility"] == "private"
     assert hub.message == "run, by finetune"
     card = sent["README.md"].decode()
     assert f'pipeline("text-generation", model="{NAME}")([' in card
@@ -110,6 +130,34 @@ def test_a_run_is_pushed_with_its_card(hub, chat_run: Path) -> None:
     refused = push(hub.server_port, "run", NAME)
     assert refused.returncode == 2
     assert "it answers 401. Log in with `hf auth login`" in refused.stderr
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, chat_run: Path) -> None:
+    """The hub leaves a repository that is there as it is, whatever is asked for."""
+    hub.private = False
+    refused = push(hub.server_port, "run", NAME, "--private")
+    assert refused.returncode == 2
+    assert f"{NAME} is there already, and everyone may read it, so nothing was" in refused.stderr
+    assert hub.files == {}
+    hub.private = True
+    done = push(hub.server_port, "run", NAME, "--private")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub.files
+
+
+def test_what_an_earlier_push_left_is_no_part_of_the_model(hub, chat_run: Path) -> None:
+    """A model without a template would get the earlier one's, and one in parts its weights."""
+    (chat_run / "model" / "chat_template.jinja").unlink()
+    left = ["adapters/adapter_config.json", "chat_template.jinja", "model.safetensors.index.json",
+            "model-00002-of-00002.safetensors"]  # fmt: skip
+    theirs = [".gitattributes", "LICENSE", "old.gguf", "notes/chat_template.jinja", "loss.png"]
+    hub.private, hub.files = False, dict.fromkeys(left + theirs, b"old")
+    done = push(hub.server_port, "run", NAME)
+    assert done.returncode == 0, done.stderr
+    sent = {path.name for path in (chat_run / "model").iterdir()} - {".finetune.json"}
+    assert set(hub.files) == sent | set(theirs)
+    assert f"deleted there, as an earlier push left it: {', '.join(left)}" in done.stderr
+    assert "still there, from an earlier push or from someone else: old.gguf" in done.stderr
 
 
 def test_a_dry_run_sends_nothing(chat_run: Path) -> None:
@@ -157,3 +205,21 @@ def test_only_a_hub_name_is_a_base_model_there(base: str, stays: bool) -> None:
     found = card_on_hub(card, NAME)
     assert ("base_model:" in found) == stays
     assert f"`{base}`, fine-tuned" in found
+
+
+@pytest.mark.parametrize(
+    ("front", "there"),
+    [
+        ("base_model: Qwen/Qwen2.5-0.5B", "base_model: Qwen/Qwen2.5-0.5B\n"),
+        ("base_model: /home/me/model  # mine", ""),
+        ("license: mit\nbase_model:\n- a/b\n- c", "license: mit\nbase_model:\n- a/b\n- c\n"),
+        ("base_model: >\n  /home/me", "base_model: >\n  /home/me\n"),
+        ("base_model: [", "base_model: [\n"),
+        ("license: mit", "license: mit\n"),
+        ("my_base_model: /a\nbase_model: /a", "my_base_model: /a\n"),
+    ],
+)
+def test_a_card_that_a_person_changed_is_read_as_yaml(front: str, there: str) -> None:
+    body = 'base_model: "/home/me/model"\n'
+    found = card_on_hub(f"---\n{front}\n---\n{body}", NAME)
+    assert found == f"---\n{there}---\n{body}"

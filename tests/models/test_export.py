@@ -1,5 +1,6 @@
 """Exports: plain folders that reload to the same logits, replaced whole or not at all."""
 
+import copy
 import json
 import resource
 import shutil
@@ -11,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.types import targets_of
-from finetune.errors import UserError
+from finetune.errors import UserError, disk_refusal
 from finetune.models.adapters import add_lora
 from finetune.models.describe import token_tables
 from finetune.models.export import export_model, verify_export
 from finetune.models.language_model import LanguageModel
 from finetune.models.tokenizers import fit_to_tokenizer, set_template
+from finetune.models.trim.keep import needed_tokens
+from finetune.models.trim.tokenizer import trim_tokenizer
 from finetune.models.vocabulary.activate import activate_vocabulary, active_modules
 
 IDS = [5, 9, 3, 7, 11]
@@ -171,6 +174,25 @@ def test_a_full_disk_leaves_the_earlier_export_whole(
     ):
         export_model(model, chat_tokenizer, dest, card="new")
     verify_export(dest, model, IDS)
+    assert (dest / "README.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_leaves_the_earlier_export_whole(
+    make_model, chat_tokenizer, tmp_path, small_disk
+):
+    """tokenizers raises an error of its own, and no OSError."""
+    model, dest = make_model("llama"), tmp_path / "model"
+    export_model(model, chat_tokenizer, dest, card="old")
+    weights = (dest / "model.safetensors").stat().st_size
+    large = copy.deepcopy(chat_tokenizer)
+    large.add_tokens([f"<word {number}>" for number in range(weights // 50)])
+    small_disk(2 * weights)
+    with pytest.raises(UserError, match=r"File too large; the earlier export is untouched"):
+        export_model(model, large, dest, card="new")
+    with pytest.raises(OSError, match="File too large") as refused:
+        trim_tokenizer(large, needed_tokens(large))
+    assert "could not be written: File too large" in str(disk_refusal(refused.value))
     assert (dest / "README.md").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -1,5 +1,10 @@
 """From a .gguf file, written here, to a folder: weights, tokenizer, licence, cache."""
 
+import os
+import resource
+import stat
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -116,6 +121,44 @@ def test_the_conversion_happens_once_for_a_file_and_again_for_a_changed_one(tmp_
     write_gguf(file, inner=96)
     assert resolve_name(str(file)) != first
     assert load_model(ModelSpec(name=str(file))).config.intermediate_size == 96
+
+
+def test_files_of_one_name_size_and_time_are_told_apart(tmp_path):
+    one, other = (tmp_path / name / "tiny.gguf" for name in ("one", "other"))
+    for file in (one, other):
+        file.parent.mkdir()
+    write_gguf(one)
+    data = bytearray(one.read_bytes())
+    data[-1] ^= 0x80  # the sign of the last weight
+    other.write_bytes(data)
+    os.utime(other, ns=(one.stat().st_atime_ns, one.stat().st_mtime_ns))
+    theirs = [load_model(ModelSpec(name=str(file))).state_dict() for file in (one, other)]
+    assert any(not torch.equal(theirs[0][name], theirs[1][name]) for name in theirs[0])
+
+
+def test_users_may_share_the_conversions(tmp_path):
+    """They have the rights of any new file: safetensors and tempfile give them to one user."""
+    write_gguf(tmp_path / "tiny.gguf")
+    before = os.umask(0o022)
+    try:
+        folder = Path(resolve_name(str(tmp_path / "tiny.gguf")))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("room", [1_000, 20_000], ids=["for no tokenizer", "for no weights"])
+def test_a_full_cache_is_named(tmp_path, cache, room):
+    write_gguf(tmp_path / "tiny.gguf")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"could not be .*: File too large\. .* FINETUNE_CACHE"):
+            resolve_name(str(tmp_path / "tiny.gguf"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(cache.iterdir()) == []
 
 
 def test_an_installed_package_with_a_gguf_loads(tmp_path, monkeypatch):

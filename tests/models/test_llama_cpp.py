@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.formats.rendering import PLAIN, ChatTemplate
@@ -19,7 +19,12 @@ from finetune.models.llama_cpp.pre_tokenizers import PATTERNS, llama_cpp_name
 from finetune.models.llama_cpp.tokens import read_words, unlike_transformers
 from finetune.models.llama_cpp.write import check_gguf, encoded, rounded, weights_of, write_gguf
 from finetune.models.load import ModelSpec, load_model
-from finetune.models.tokenizers import fit_to_tokenizer, set_template, train_tokenizer
+from finetune.models.tokenizers import (
+    fit_to_tokenizer,
+    load_tokenizer,
+    set_template,
+    train_tokenizer,
+)
 from finetune.models.trim.keep import bpe_of, frequent_tokens, needed_tokens, tokens_of_texts
 from finetune.models.trim.model import trim_model
 from finetune.models.trim.tokenizer import trim_tokenizer
@@ -218,6 +223,55 @@ def test_llama_cpp_cuts_conversations_as_they_were_learnt(
     turns = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(texts)]
     with llama_cpp(tmp_path / "m.gguf", context=64) as runtime:
         assert runtime.chat_tokens(turns) == ChatTemplate(tokenizer).prompt(turns)
+
+
+def gemma_tokenizer():
+    """Return a small tokenizer with the parts of Gemma's: runs of blanks are added tokens."""
+    vocabulary = ["<pad>", "<eos>", "<bos>", "<unk>", "▁▁", "▁▁▁", "▁", "a", "b", "▁a"]
+    vocabulary += [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = [("▁", "▁"), ("▁▁", "▁"), ("▁", "a")]
+    options = {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    raw = Tokenizer(models.BPE(ids, merges, **options))
+    raw.normalizer = WRITES_BLANKS
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    raw.add_tokens([AddedToken(token, normalized=False) for token in ("▁▁", "▁▁▁")])
+    special = {
+        name: f"<{name[:3]}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
+
+
+def test_runs_of_blanks_are_written_as_llama_cpp_takes_them(tmp_path, monkeypatch):
+    """It gives the text of an added token as it is. transformers reads such a file too."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
+    tokenizer = gemma_tokenizer()
+    model = tiny("gemma3_text", len(tokenizer), head_dim=256, query_pre_attn_scalar=256)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", "f32", name="tiny")
+    tokens = GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[4:10] == ["  ", "   ", "▁", "a", "b", "▁a"]
+    again = load_tokenizer(ModelSpec(name=str(tmp_path / "m.gguf")))
+    for text in ("a b", "a  b", "a   a", "   b  a", "é    b"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert again(text, add_special_tokens=False).input_ids == ids
+        assert again.decode(ids) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.slow
+def test_llama_cpp_writes_the_runs_of_blanks_of_gemma(tmp_path, llama_cpp):
+    tokenizer = real_tokenizer("gemma3")
+    rows = max(tokenizer.get_vocab().values()) + 1
+    model = tiny("gemma3_text", rows, num_hidden_layers=6)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", "f16", name="tiny")
+    with llama_cpp(tmp_path / "m.gguf", context=64) as runtime:
+        for count in (1, 2, 3, 8, 31, 32, 50):
+            text = f"a{' ' * count}b\n{' ' * count}return  "
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert runtime.tokens(text) == tokenizer(text).input_ids
+            assert runtime.text(ids) == text
 
 
 @pytest.mark.parametrize(

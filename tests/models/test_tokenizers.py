@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, GenerationConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from finetune.errors import UserError
 from finetune.models import tokenizers
@@ -147,6 +154,16 @@ def test_without_a_template_the_end_of_text_stays_the_stop(make_model, base_toke
         == tokenizer.pad_token_id
         == 0
     )
+
+
+def test_a_stop_token_beyond_a_gap_of_the_vocabulary_stays(make_model):
+    """An id may be above the number of tokens."""
+    raw = Tokenizer(models.BPE({"a": 0, "<end>": 7}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="a")
+    model = make_model("llama", vocab_size=12)
+    model.generation_config.eos_token_id = [7, 9]
+    fit_to_tokenizer(model, tokenizer, set_template(tokenizer))
+    assert model.generation_config.eos_token_id == [0, 7]
 
 
 def test_preparing_the_tokenizer_alone_adds_the_same_tokens(base_tokenizer_folder):

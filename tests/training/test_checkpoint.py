@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and a failed save leaves the earlier ones alone."""
 
+import os
 import resource
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.run.folder import is_complete, step_of
-from finetune.training.checkpoint import CheckpointStore, find_checkpoint, load
+from finetune.training.checkpoint import CheckpointStore, damage_of, find_checkpoint, load
 
 
 def save(store: CheckpointStore, step: int, best: int | None = None, size: int = 10):
@@ -75,6 +76,21 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     save(store, 2, size=100_000)
     assert store.steps() == [2]
+
+
+def test_a_checkpoint_that_the_system_does_not_open_is_no_damaged_one(tmp_path):
+    """Else an older one would be taken, and this one deleted. Here no more files can be opened."""
+    folder = save(CheckpointStore(tmp_path, keep=1), 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be read \(Too many open files\), and may be"):
+            damage_of(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert damage_of(folder) is None
 
 
 def test_what_resume_may_name(tmp_path):

@@ -140,3 +140,22 @@ def test_a_best_value_of_other_held_out_data_is_not_compared(tiny, tmp_path, cha
     assert "was by another measure or on other data, and is not counted" in said
     best = json.loads((tmp_path / "run" / "evaluation.json").read_text())["best"]
     assert best["step"] > 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "compares"),
+    [
+        ({"generation": {"batch_size": 2}}, True),
+        ({"generation": {"max_new_tokens": 8}}, False),
+        ({"evaluation": {"generate": 3}}, False),
+    ],
+)
+def test_a_best_value_of_other_answers_is_not_compared(tiny, changes, compares):
+    """chrF over more prompts, or over longer answers, is another figure."""
+    answers = {"every": 1, "best": "chrf", "metrics": ["chrf"], "generate": 2}
+    sections = {"evaluation": answers, "training": {"max_steps": 2}}
+    train(tiny(**sections))
+    longer = {**sections, "training": {"max_steps": 3}}
+    longer |= {name: {**longer.get(name, {}), **section} for name, section in changes.items()}
+    said = train(tiny(**longer), resume="auto")
+    assert ("was by another measure or on other data, and is not counted" in said) != compares

@@ -226,9 +226,30 @@ def test_a_folder_in_the_place_of_a_file_ends_no_run(tree, half, tmp_path, insid
 def test_if_every_checkpoint_is_damaged_the_run_begins_again(tree, half, tmp_path):
     for step in complete_steps(half / "checkpoints"):
         turn_a_bit(checkpoint_path(half / "checkpoints", step) / "optimizer.pt", step)
-    _, notes = train(tree, resume="auto")
-    assert len([note for note in notes if "is damaged" in note]) == 3
+    before, first = contents(half / "checkpoints"), []
+
+    def look(record):
+        if record.step == 1 and hasattr(record, "lr"):
+            first.append(contents(half / "checkpoints"))
+
+    _, notes = train(tree, resume="auto", listener=look)
+    damaged = [note for note in notes if "is damaged" in note]
+    assert len(damaged) == 3
+    assert not any("An older one is taken" in note for note in damaged)
+    assert first == [before], "nothing is deleted before there is a better one"
     assert kept(half) == kept(tmp_path / "whole")
+
+
+def test_a_finished_run_without_a_whole_checkpoint_is_not_trained_anew(tree, tmp_path):
+    """What is left of a checkpoint has the weights, and model/ is the run's."""
+    train(tree)
+    run = tmp_path / "run"
+    for file in run.glob("checkpoints/*/optimizer.pt"):
+        file.unlink()
+    before = contents(run)
+    with pytest.raises(UserError, match="is finished, and none of its checkpoints is whole, so it"):
+        train(tree, resume="auto")
+    assert contents(run) == before
 
 
 def test_a_damaged_checkpoint_that_is_asked_for_is_refused(tree, half):
@@ -329,6 +350,116 @@ def test_a_run_that_stopped_early_stays_what_it_is(tree, tmp_path):
     patient = {**tree, "evaluation": {**evaluation, "early_stopping_patience": 3}}
     train(patient, resume="auto")
     assert steps_of(run)[-1] > last
+
+
+@pytest.fixture(params=["finished", "early stopping"])
+def overfitted(tree, tmp_path, chat_file, request):
+    """Return the config of a run whose best evaluation is not its last, and how it ended."""
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text("".join(chat_file.read_text().splitlines(keepends=True)[:5]))
+    tree["data"]["validation"] = str(held_out)
+    tree["optimizer"] = {"lr": 1.0}
+    tree["training"]["divergence_threshold"] = 1e9
+    tree["checkpoint"]["keep"] = 1
+    if request.param == "early stopping":
+        tree["training"]["max_steps"] = 30
+        tree["evaluation"]["early_stopping_patience"] = 2
+    assert train(tree)[0] == request.param
+    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert summary["best"]["step"] < summary["last_step"]
+    return tree, request.param
+
+
+def best_of(run: Path) -> Path:
+    summary = json.loads((run / "evaluation.json").read_text())
+    return checkpoint_path(run / "checkpoints", summary["best"]["step"])
+
+
+def more_held_out_data(tree, run, chat_file):
+    with open(tree["data"]["validation"], "a") as file:
+        file.write(chat_file.read_text().splitlines(keepends=True)[7])
+
+
+def another_measure(tree, run, chat_file):
+    tree["evaluation"] |= {"best": "chrf", "metrics": ["chrf"], "generate": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree, run, chat_file: None,
+        lambda tree, run, chat_file: shutil.rmtree(best_of(run)),
+        lambda tree, run, chat_file: (best_of(run) / "optimizer.pt").unlink(),
+        more_held_out_data,
+        another_measure,
+    ],
+    ids=["nothing", "the best is deleted", "a part of it is", "held-out data", "measure"],
+)
+def test_a_finished_run_stays_what_it_is_whatever_became_of_its_best(
+    overfitted, tmp_path, chat_file, change
+):
+    """Its model has the best weights, which no checkpoint may have any more."""
+    tree, ended = overfitted
+    run = tmp_path / "run"
+    (run / "model" / "README.md").write_text("a card that a person wrote")
+    change(tree, run, chat_file)
+    before, others = contents(run), ("train.log", "report.html")
+    for _ in range(2):
+        assert train(tree, resume="auto")[0] == ended
+        after = contents(run)
+        assert {name for name in before | after if before.get(name) != after.get(name)} <= {*others}
+    steps = steps_of(run)[-1]
+    tree["training"]["max_steps"] = steps + 1
+    tree["evaluation"]["early_stopping_patience"] = None
+    assert train(tree, resume="auto")[0] == "finished"
+    assert steps_of(run)[-1] == steps + 1
+
+
+def test_the_last_weights_of_a_finished_run_are_exported_if_they_are_asked_for(
+    overfitted, tmp_path
+):
+    tree, _ = overfitted
+    run = tmp_path / "run"
+    best = (run / "model" / "model.safetensors").read_bytes()
+    for save_best in (False, True):
+        tree["checkpoint"]["save_best_model"] = save_best
+        train(tree, resume="auto")
+        summary = json.loads((run / "evaluation.json").read_text())
+        wanted = summary["best"]["step"] if save_best else summary["last_step"]
+        assert summary["after"]["step"] == wanted
+        assert ((run / "model" / "model.safetensors").read_bytes() == best) == save_best
+
+
+@pytest.mark.parametrize("way", ["back", "on"])
+def test_figures_are_of_the_model_also_after_a_kill_in_the_export(tree, tmp_path, monkeypatch, way):
+    """Else an end of other steps would be taken for the one that was not exported."""
+    train(tree)
+    run = tmp_path / "run"
+    shutil.copytree(run, tmp_path / "whole")
+    model = contents(run / "model")
+    if way == "back":
+        tree["optimizer"] = {"lr": 1e-3}
+    else:
+        tree["training"]["max_steps"] = 5
+    resume = {"back": "{}/checkpoints/step-00000002", "on": "auto"}[way]
+    train({**tree, "output_dir": str(tmp_path / "whole")}, resume=resume.format(tmp_path / "whole"))
+    written = run.with_name("written")
+
+    def die(*_, **__):
+        shutil.copytree(run, written)
+        raise Killed
+
+    monkeypatch.setattr("finetune.recipes.train.finish.export_model", die)
+    with pytest.raises(Killed):
+        train(tree, resume=resume.format(run))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert contents(written / "model") == model
+    summary = written / "evaluation.json"
+    assert not summary.exists() if way == "back" else '"last_step": 4' in summary.read_text()
+    train(tree, resume="auto")
+    assert contents(run / "model") != model
+    assert kept(run) == kept(tmp_path / "whole")
 
 
 def test_going_back_and_a_kill_before_the_next_checkpoint_leave_no_hole(

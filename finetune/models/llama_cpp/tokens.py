@@ -107,7 +107,7 @@ def add_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: int
     ]
     writer.add_tokenizer_model("llama" if words.pre is None else "gpt2")
     writer.add_tokenizer_pre(words.pre or "default")
-    writer.add_token_list(tokens)
+    writer.add_token_list(_as_read(tokens, kinds) if words.pre is None else tokens)
     writer.add_token_types(kinds)
     if words.pre is None:
         writer.add_token_scores(_scores(words.bpe, tokens))
@@ -133,6 +133,19 @@ def _kind(token: str, known: bool, special: dict[str, bool], unknown: str | None
     if token in special:
         return TokenType.CONTROL if special[token] else TokenType.USER_DEFINED
     return TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else TokenType.NORMAL
+
+
+def _as_read(tokens: list[str], kinds: list[TokenType]) -> list[str]:
+    """Return the texts of sentencepiece's tokens as llama.cpp takes them.
+
+    It looks for added tokens in the text itself, and writes them as they are. In others it turns
+    blanks into sentencepiece's, and back. llama.cpp's own converter does the same, for Gemma's
+    tokens of several blanks.
+    """
+    return [
+        token.replace(_BLANK, " ") if kind == TokenType.USER_DEFINED else token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
 
 
 def _scores(bpe: Bpe, tokens: list[str]) -> list[float]:

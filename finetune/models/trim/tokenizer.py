@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finetune.errors import UserError
+from finetune.errors import UserError, system_errors
 from finetune.models.trim.keep import bpe_of
 from finetune.models.trim.renumber import renumber_tokenizer, without_tokens
 
@@ -52,7 +52,8 @@ def trim_tokenizer(
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     smaller = renumber_tokenizer(tree, new_ids, bpe.merges_within(new_ids.keys()))
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        with system_errors(folder):
+            tokenizer.save_pretrained(folder)
         for name in SLOW_FILES:
             (Path(folder) / name).unlink(missing_ok=True)
         (Path(folder) / "tokenizer.json").write_text(

@@ -87,10 +87,15 @@ def look_at_start(config: RunConfig, resume: str | None) -> None:
 def require_checkpoints(run: RunDir) -> None:
     """Raise UserError for a run that reached its end and has no checkpoint to go on from."""
     if run.is_run() and run.evaluation.is_file() and not any(run.checkpoints.glob("step-*")):
-        raise UserError(
-            f"{run.root} is finished, and its checkpoints were deleted, so it cannot go on. Name "
-            "another output_dir, or train it anew with overwrite_output_dir=true and no --resume"
-        )
+        raise lost_checkpoints(run, "its checkpoints were deleted")
+
+
+def lost_checkpoints(run: RunDir, how: str) -> UserError:
+    """Return the mistake of going on with a run that reached its end. `how`: what became of it."""
+    return UserError(
+        f"{run.root} is finished, and {how}, so it cannot go on. Name another output_dir, or train "
+        "it anew with overwrite_output_dir=true and no --resume"
+    )
 
 
 def another_run(run: RunDir) -> UserError:

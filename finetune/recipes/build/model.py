@@ -25,7 +25,7 @@ from finetune.models.tokenizers import (
 from finetune.models.vocabulary.activate import active_modules
 from finetune.recipes.build.optimizer import make_optimizer
 from finetune.recipes.build.vocabulary import apply_saved_vocabulary
-from finetune.training.checkpoint import load
+from finetune.training.checkpoint import identity_of, load
 from finetune.training.restore import restore_checkpoint
 
 
@@ -138,13 +138,20 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 def model_of_checkpoint(config: RunConfig, checkpoint: Path, tokenizer: Any) -> Any:
     """Return the model as it was at a complete checkpoint of a run with this config.
 
-    Updates of rows may be deferred in a checkpoint, so the optimizer's state is read too.
+    Updates of rows may be deferred in a checkpoint, so the optimizer's state is read too. Raises
+    UserError if the run began with other weights: a checkpoint may hold no more than changes to
+    them.
     """
     if config.model.name is not None:
         # the tokens of the chat template are added again, with their rows
         tokenizer = make_tokenizer(config.model, ())
     tokens = set_template(tokenizer, config.model.chat_template)
     model = make_model(in_float32(config.model), tokenizer, tokens, seed=config.seed)
+    if identity_of(checkpoint).get("the model") != model_fingerprint(model):
+        raise UserError(
+            f"{checkpoint} is of a run that began with other weights than "
+            f"{config.model.name or 'its config'} gives now. Restore the model"
+        )
     apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     optimizer = make_optimizer(model, config)

@@ -23,7 +23,7 @@ from finetune.recipes.build.target import open_target, trusting
 from finetune.report.card import base_card, license_of
 from finetune.run.folder import RunDir, step_of
 from finetune.run.records import evaluations_by_step
-from finetune.training.checkpoint import find_checkpoint, load
+from finetune.training.checkpoint import find_checkpoint, identity_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,10 @@ def _of_run(run: RunDir, checkpoint: Path | None, *, trust: bool) -> ExportSourc
         card = (run.model / "README.md").read_text(encoding="utf-8")
         return ExportSource(name, model, tokenizer, card, run, config, trusted)
     folder = find_checkpoint(str(checkpoint), run.checkpoints)
-    assert folder is not None
+    if folder is None:
+        raise UserError(f"the run {run.root} has no complete checkpoint to export")
+    if not run.holds(folder):
+        raise UserError(f"{folder} is not a checkpoint of {run.root}. Give the folder of its run")
     tokenizer = _tokenizer_of(run, config, folder)
     model = model_of_checkpoint(config, folder, tokenizer)
     evaluations = evaluations_by_step(run)
@@ -116,14 +119,12 @@ def _tokenizer_of(run: RunDir, config: RunConfig, checkpoint: Path) -> Any:
         set_template(tokenizer, config.model.chat_template)
         return tokenizer
     material = read_material(config, Display(enabled=False))
-    if isinstance(material.raw.train, Records):
-        # other data makes another tokenizer
-        then = load(checkpoint, "training.pt")
-        known = then.get("identity") if isinstance(then, dict) else None
-        now = material.train.fingerprint
-        if not isinstance(known, dict) or known.get("the training data") != now:
-            raise UserError(
-                f"the training data of {run.root} changed, so its tokenizer cannot be made again. "
-                "Restore the data"
-            )
+    if not isinstance(material.raw.train, Records):  # a stream
+        return material.tokenizer
+    # other data makes another tokenizer
+    if identity_of(checkpoint).get("the training data") != material.train.fingerprint:
+        raise UserError(
+            f"the training data of {run.root} changed, so its tokenizer cannot be made again. "
+            "Restore the data"
+        )
     return material.tokenizer

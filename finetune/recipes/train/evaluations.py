@@ -56,10 +56,8 @@ class RunEvaluations:
             self.live_report.write()
         return results
 
-    def write_summary(
-        self, *, best_step: int | None, model_step: int, last_step: int
-    ) -> Evaluations:
-        """Write and return the evaluations before, after (of the model that is kept), and the best.
+    def summarize(self, *, best_step: int | None, model_step: int, last_step: int) -> Evaluations:
+        """Report and return the evaluations before, after (of the weights in model/), and the best.
 
         Evaluations from before a resume count too. Figures on test data stay if the others do:
         then the model is the one that they were measured on.
@@ -75,7 +73,6 @@ class RunEvaluations:
             earlier = Evaluations()
         if replace(earlier, test=None, last_step=earlier.end).as_dict() == summary.as_dict():
             summary = replace(summary, test=earlier.test)
-        summary.write(self.run)
         if before is not None and after is not None:
             self.display.say("held-out before: " + format_metrics(before.metrics))
             if after.step < last_step and (last := records.get(last_step)) is not None:

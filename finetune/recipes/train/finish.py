@@ -30,12 +30,35 @@ class LiveRun:
     folder: RunDir
     trainer: Trainer
     evaluations: RunEvaluations
+    finished: bool = False  # at its start: model/ and evaluation.json are of this end
+
+
+def is_finished(run: RunDir, step: int, *, best: bool) -> bool:
+    """Return whether model/ and evaluation.json are those of an end after `step`.
+
+    `best`: model/ is to have the weights of the best evaluation, and not the last ones.
+    """
+    try:
+        summary = Evaluations.read(run)
+    except UserError:  # damaged; it is made again
+        return False
+    if summary.end != step or not (run.model / "config.json").is_file():
+        return False
+    wanted = summary.best.step if best and summary.best is not None else step
+    return summary.after is None or summary.after.step == wanted
 
 
 def finish_run(live: LiveRun, stopped: Stopped) -> None:
-    """Write model/ with its card, evaluation.json and report.html."""
+    """Write model/ with its card, evaluation.json and report.html.
+
+    evaluation.json comes after model/: it says that the run has come to its end. Of a run that was
+    finished at its start only the report is written.
+    """
     parts, run, trainer = live.parts, live.folder, live.trainer
     progress, accelerator, display = trainer.progress, parts.accelerator, parts.display
+    if live.finished:
+        _write_report(run, parts)
+        return
     if stopped == "early stopping":
         display.note(
             f"stopped early at step {progress.step}: no improvement since step {progress.best_step}"
@@ -55,7 +78,7 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
         trainer.restore(checkpoint)
     if accelerator.is_main_process:
         _write_vocabulary(parts, run)
-        summary = live.evaluations.write_summary(
+        summary = live.evaluations.summarize(
             best_step=progress.best_step, model_step=chosen, last_step=progress.step
         )
         export_model(
@@ -71,10 +94,17 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
         memory = round(_peak_memory(accelerator.device) / 2**30, 2)
         peak = max(memory, record.peak_memory_gib or 0)  # that of an earlier start counts too
         replace(record, notes=display.notes, warned=display.warned, peak_memory_gib=peak).write(run)
+        summary.write(run)
+    _write_report(run, parts)
+
+
+def _write_report(run: RunDir, parts: Parts) -> None:
+    """Write the report, and say where it is and where the model is."""
+    if parts.accelerator.is_main_process:
         write_report(run.root)
-        display.say(f"model:  {run.model}")
-        display.say(f"report: {run.report}")
-    accelerator.wait_for_everyone()
+        parts.display.say(f"model:  {run.model}")
+        parts.display.say(f"report: {run.report}")
+    parts.accelerator.wait_for_everyone()
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -16,7 +16,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.describe import describe_model
 from finetune.models.locate import find_local
-from finetune.recipes.build.look import another_run, require_checkpoints
+from finetune.recipes.build.look import another_run, lost_checkpoints, require_checkpoints
 from finetune.recipes.build.material import with_template_date
 from finetune.recipes.build.parts import Parts
 from finetune.recipes.build.size import batch_size_of, with_size_of
@@ -76,11 +76,14 @@ def find_beginning(
     """Return the checkpoint that `--resume` means; None if `auto` finds none.
 
     A run that began from another one's checkpoint and has none of its own begins there again.
-    Raises UserError if there is no such checkpoint.
+    Raises UserError if there is no such checkpoint, also for a run that reached its end: it would
+    be trained anew in the place of its model.
     """
     if resume == "auto":
         require_checkpoints(run)
     checkpoint = find_checkpoint(resume, run.checkpoints, note=note)
+    if checkpoint is None and run.is_run() and run.evaluation.is_file():
+        raise lost_checkpoints(run, "none of its checkpoints is whole")
     if checkpoint is not None or (source := _source_of(run)) is None:
         return checkpoint
     if damage_of(Path(source)) is not None:

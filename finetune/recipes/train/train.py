@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -33,7 +33,7 @@ from finetune.recipes.build.optimizer import (
 )
 from finetune.recipes.build.parts import Parts, assemble, say_counts
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
-from finetune.recipes.train.finish import LiveRun, finish_run
+from finetune.recipes.train.finish import LiveRun, finish_run, is_finished
 from finetune.recipes.train.start import (
     as_begun,
     changed_settings,
@@ -50,11 +50,11 @@ from finetune.run.folder import RunDir, run_of, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.run.records import evaluations_by_step
 from finetune.run.wording import clock, counted
-from finetune.training.checkpoint import CheckpointStore, load
+from finetune.training.checkpoint import CheckpointStore, check_identity, load
 from finetune.training.clock import Clock
 from finetune.training.probe import check_device
 from finetune.training.stopping import DivergenceGuard
-from finetune.training.trainer import Cadence, Stopped, Trainer, check_identity
+from finetune.training.trainer import Cadence, Stopped, Trainer
 from finetune.training.vocabulary import measuring_batches
 
 
@@ -100,7 +100,7 @@ def run_training(
         built = _build(config, accelerator, display)
         parts = built.parts
         if resume is not None and checkpoint is None:
-            display.say("there is no checkpoint to resume from yet: starting from the beginning")
+            display.say("there is no checkpoint to resume from: starting from the beginning")
         if checkpoint is not None:
             earlier = run_of(checkpoint)
             check_identity(
@@ -171,19 +171,10 @@ def _train(
         trackers = _trackers(parts, run, None if checkpoint is None else first_step + 1)
         listeners = (show, *trackers, *([listener] if listener else []))
         live = _make_trainer(built, run, MetricLogger(run.metrics, listeners=listeners))
-        trainer = live.trainer
         if checkpoint is not None:
-            forgotten = trainer.resume(checkpoint)
-            display.say(f"resuming after step {trainer.progress.step}, from {checkpoint}")
-            if (over := trainer.why_over()) is not None:
-                display.say(
-                    f"the run is finished, and nothing is trained: {over}. Its settings stay"
-                )
-            if forgotten is not None:
-                display.note(forgotten)
+            live = _go_on(live, checkpoint)
+        trainer = live.trainer
         begun = trainer.progress.step if checkpoint is not None else -1
-        # first the checkpoints: a kill must leave none whose steps are not logged
-        trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
             stack.enter_context(display.journal.kept_in(run))
             forget_after(run, begun)
@@ -194,14 +185,14 @@ def _train(
             trainer.evaluate(0)
         stopped: Stopped = "signal"  # unless it comes to an end of its own
         try:
-            if trainer.why_over() is not None:
+            if trainer.why_over() is not None and not live.finished:
                 last = evaluations_by_step(run).get(begun) if is_main else None
                 trainer.evaluate_end(None if last is None else last.metrics)
             stopped = trainer.train()
         finally:
             if stopped == "signal":
                 _end_live_report(parts, run)
-    if isinstance(parts.batches, StreamingBatches) and is_main:
+    if isinstance(parts.batches, StreamingBatches) and is_main and not live.finished:
         say_counts(display, "training", parts.material.format, parts.statistics, parts.config)
         write_counts(parts, run)
     if stopped == "signal":
@@ -212,6 +203,32 @@ def _train(
         finish(live, stopped)
     let_go(trainer.model)
     return stopped
+
+
+def _go_on(live: LiveRun, checkpoint: Path) -> LiveRun:
+    """Return the run as it goes on from `checkpoint`, and delete the checkpoints of later steps.
+
+    Of a run that is finished nothing else is deleted. Older checkpoints go if they are not kept,
+    but for the best one that the checkpoint knows: there may be no better one any more.
+    """
+    trainer, run, display = live.trainer, live.folder, live.parts.display
+    config, is_main = live.parts.config, live.parts.accelerator.is_main_process
+    forgotten = trainer.resume(checkpoint)
+    step, over, finished = trainer.progress.step, trainer.why_over(), False
+    display.say(f"resuming after step {step}, from {checkpoint}")
+    if over is not None:
+        display.say(f"the run is finished, and nothing is trained: {over}. Its settings stay")
+        best = config.checkpoint.save_best_model
+        finished = trainer.on_any_process(is_main and is_finished(run, step, best=best))
+    if forgotten is not None and not finished:
+        display.note(forgotten)
+    # before the log is cut: a kill must leave no checkpoint whose steps are not logged
+    if finished:
+        trainer.checkpoints.remove_later(step)
+    elif run.holds(checkpoint):  # else the folder has no whole one, and the next save clears it
+        known = load(checkpoint, "training.pt")["progress"]["best_step"]
+        trainer.checkpoints.prune(step, best_step=known)
+    return replace(live, finished=finished)
 
 
 def _end_live_report(parts: Parts, run: RunDir) -> None:
@@ -268,6 +285,10 @@ def _cadence(parts: Parts) -> Cadence:
     config, per_epoch = parts.config, parts.batches.steps_per_epoch
     every = config.evaluation.every or per_epoch or parts.num_steps
     best, held_out = config.evaluation.best, parts.material.validation
+    judged_by = f"{best} {'' if held_out is None else held_out.fingerprint}"
+    if best != "loss":  # it is of answers
+        settings = config.generation.model_dump(exclude={"batch_size"})
+        judged_by += f" {config.evaluation.generate} {settings}"
     return Cadence(
         num_steps=parts.num_steps,
         evaluate_every=every,
@@ -275,7 +296,7 @@ def _cadence(parts: Parts) -> Cadence:
         best=best,
         higher_is_better=best != "loss",
         patience=config.evaluation.early_stopping_patience,
-        judged_by=f"{best} {'' if held_out is None else held_out.fingerprint}",
+        judged_by=judged_by,
     )
 
 
