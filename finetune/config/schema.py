@@ -310,7 +310,9 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """When and how held-out data is evaluated."""
 
-    every: PositiveInt | None = None  # steps; None: at the end of each epoch, and at the end
+    # Steps from one evaluation to the next. None: one at the end of each epoch, and at the end; of
+    # a stream one after each tenth of its steps, or of its time.
+    every: PositiveInt | None = None
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # sequences per forward
     # In addition to the loss. None: chrf and bleu for translation, tool_calls for conversations

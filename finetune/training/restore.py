@@ -1,7 +1,8 @@
-"""Weights and optimizer state into the model and the optimizer that they were saved from."""
+"""Whether a checkpoint is of this run, and its weights and state put back in their places."""
 
 import contextlib
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,3 +88,31 @@ def stored_rows(optimizer: torch.optim.Optimizer) -> contextlib.AbstractContextM
     """Return a context in which state dicts show the rows of a lazy table as they are stored."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner.deferred() if isinstance(inner, LazyAdamW) else contextlib.nullcontext()
+
+
+def check_identity(
+    checkpoint: Path, identity: Mapping[str, str], changed: Callable[[], Sequence[str]] = tuple
+) -> None:
+    """Raise UserError if the checkpoint belongs to another model, other data or another setting.
+
+    `changed()` returns the settings that are not those of the checkpoint's run, to explain it.
+    """
+    state = load(checkpoint, "training.pt")
+    then = state.get("identity") if isinstance(state, Mapping) else None
+    if not isinstance(then, Mapping):
+        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
+    for what, now in identity.items():
+        if then.get(what) == now:
+            continue
+        settings = [] if "." in what else list(changed())
+        given = ", ".join(settings) or f"then {_short(then.get(what))}, now {_short(now)}"
+        raise UserError(
+            f"{checkpoint} cannot be resumed: {what} changed ({given}). Restore it, or start a new "
+            "run in another output_dir"
+        )
+
+
+def _short(value: str | None) -> str:
+    """Return a value, of a hash its beginning."""
+    text = str(value)
+    return text[:8] if re.fullmatch("[0-9a-f ]{16,}", text) else text

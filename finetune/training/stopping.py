@@ -1,4 +1,4 @@
-"""Why a run ends before its last step: a signal, or a loss that is beyond saving."""
+"""Why a run ends before its last step: a signal, bad data, or a loss that is beyond saving."""
 
 import math
 import os
@@ -53,6 +53,10 @@ class StopSignal:
 
 class Diverged(UserError):
     """The end of a run whose loss is not a number, or far above its best."""
+
+
+class NoBatch(UserError):
+    """The end of a run whose stream of data cannot be read any further."""
 
 
 _ABSURD = 300.0  # nats a token; a model that gave its data so little was lost

@@ -8,10 +8,9 @@ saved generator state.
 import hashlib
 import io
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,40 +28,15 @@ from finetune.run.files import write_bytes
 from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
+from finetune.training.cadence import Cadence, Progress
 from finetune.training.checkpoint import ANOTHER, CheckpointStore, as_written, damage_of, load
 from finetune.training.clock import Clock
 from finetune.training.form import check_like, in_order
 from finetune.training.restore import restore_checkpoint, stored_rows, trainable_state
 from finetune.training.step import StepResult, take_step
-from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
+from finetune.training.stopping import Diverged, DivergenceGuard, NoBatch, StopSignal
 
 Stopped = Literal["finished", "early stopping", "signal"]
-
-
-@dataclass
-class Progress:
-    """How far a run is. A checkpoint stores it with weights, optimizer and place in the data."""
-
-    step: int = 0  # optimizer steps taken
-    num_target_tokens: int = 0  # seen so far
-    best_value: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    seconds: float = 0.0  # of the run's limit of time, used up to the last step
-    guard: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How long the run is, and after which optimizer steps it evaluates and saves."""
-
-    num_steps: int
-    evaluate_every: int
-    checkpoint_every: int | None  # None: at each evaluation
-    best: str  # the key of the evaluation that decides which checkpoint is best
-    higher_is_better: bool
-    patience: int | None  # evaluations without improvement after which the run ends
-    judged_by: str = ""  # names measure and held-out data: only values of one name are compared
 
 
 class Trainer:
@@ -105,21 +79,24 @@ class Trainer:
         self.average_rows, self.before_step = average_rows, before_step
         self.clock = clock
         self.progress = Progress()
+        self._evaluated_at = 0.0  # seconds of the run's time
 
     def train(self) -> Stopped:
         """Run to the last step, an early stop, or a signal. Each leaves a complete checkpoint.
 
-        Raises Diverged on a NaN or diverging loss, after saving the batch. Raises UserError if a
+        Raises Diverged on a NaN or diverging loss, after saving the batch. Raises NoBatch if a
+        stream cannot be read further, after saving what was trained. Raises UserError if a
         checkpoint cannot be written.
         """
         steps = iter(self.batches)
         if self.clock is not None:
             self.clock.start(self.progress.seconds)
+            self._evaluated_at = self.progress.seconds
         with StopSignal() as signal:
             while not self._is_over():
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
-                record = self._step(next(steps))
+                record = self._step(self._next(steps))
                 signalled = self._on_any_process(signal.received)
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
@@ -129,6 +106,25 @@ class Trainer:
                 if signalled:
                     return "signal"
         return "early stopping" if self._out_of_patience() else "finished"
+
+    def _next(self, steps: Iterator[StepBatch]) -> StepBatch:
+        """Return the next batch. If no process can read it, first save what was trained."""
+        if not isinstance(self.batches, StreamingBatches):  # it was read at the start
+            return next(steps)
+        try:
+            batch: StepBatch | UserError = next(steps)
+        except UserError as error:  # such as a bad record
+            batch = error
+        failed = isinstance(batch, UserError)
+        if (
+            self._on_any_process(failed)
+            and not self._on_any_process(not failed)
+            and self.progress.step not in (0, *self.checkpoints.steps())
+        ):
+            self._save()
+        if isinstance(batch, UserError):
+            raise NoBatch(str(batch)) from batch
+        return batch
 
     def _step(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
@@ -224,15 +220,21 @@ class Trainer:
 
     def _evaluate_if_due(self) -> bool | None:
         """Return whether this step's evaluation is the best so far, or None if none was due."""
-        if self.progress.step % self.cadence.evaluate_every and not self._is_over():
-            return None
-        return self._evaluate()
+        return self._evaluate() if self._evaluation_is_due() else None
+
+    def _evaluation_is_due(self) -> bool:
+        progress, after = self.progress, self.cadence.evaluate_after
+        if self._is_over() or progress.step % self.cadence.evaluate_every == 0:
+            return True
+        return after is not None and progress.seconds - self._evaluated_at >= after
 
     def _evaluate(self) -> bool:
         """Return whether the evaluation of this step is the best so far."""
         step = self.progress.step
         self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
+        if self.clock is not None and self.cadence.evaluate_after is not None:
+            self._evaluated_at = self.clock.read()  # so that a slow one does not follow another
         if value is None:
             return False
         improved = self._is_better(value)
@@ -295,7 +297,7 @@ class Trainer:
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
 
     def resume(self, checkpoint: Path) -> str | None:
-        """Continue from a checkpoint of the same run (see `check_identity`).
+        """Continue from a checkpoint of the same run (see `restore.check_identity`).
 
         Optimizer and schedule keep the options that they have now. The best evaluation so far is
         forgotten if it does not compare, or if its checkpoint is missing or damaged. Returns a
@@ -362,34 +364,6 @@ class Trainer:
         They are loaded together, since updates of rows may be deferred.
         """
         restore_checkpoint(self.accelerator.unwrap_model(self.model), self.optimizer, checkpoint)
-
-
-def check_identity(
-    checkpoint: Path, identity: Mapping[str, str], changed: Callable[[], Sequence[str]] = tuple
-) -> None:
-    """Raise UserError if the checkpoint belongs to another model, other data or another setting.
-
-    `changed()` returns the settings that are not those of the checkpoint's run, to explain it.
-    """
-    state = load(checkpoint, "training.pt")
-    then = state.get("identity") if isinstance(state, Mapping) else None
-    if not isinstance(then, Mapping):
-        raise UserError(f"{checkpoint / 'training.pt'} is not what a run writes. {ANOTHER}")
-    for what, now in identity.items():
-        if then.get(what) == now:
-            continue
-        settings = [] if "." in what else list(changed())
-        given = ", ".join(settings) or f"then {_short(then.get(what))}, now {_short(now)}"
-        raise UserError(
-            f"{checkpoint} cannot be resumed: {what} changed ({given}). Restore it, or start a new "
-            "run in another output_dir"
-        )
-
-
-def _short(value: str | None) -> str:
-    """Return a value, of a hash its beginning."""
-    text = str(value)
-    return text[:8] if re.fullmatch("[0-9a-f ]{16,}", text) else text
 
 
 def step_seed(seed: int, step: int, process: int) -> int:

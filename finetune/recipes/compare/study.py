@@ -26,7 +26,7 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import read_material, with_template_date
-from finetune.recipes.build.parts import assemble
+from finetune.recipes.build.parts import EVALUATIONS, assemble
 from finetune.recipes.build.size import batch_size_of, step_size_in_words
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
@@ -44,7 +44,6 @@ NAMES = (  # what a comparison or a search writes into its folder
     *(PROTOCOL, "study.db", "data", "runs", "best.yaml"),
     *("comparison.json", "comparison.csv", "comparison.html"),
 )
-EVALUATIONS = 10  # of a run, if evaluation.every is not set
 
 Grid = dict[str, list[float]]  # "lr", and "weight_decay" if it is searched too
 GridPoint = dict[str, float]
