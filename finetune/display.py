@@ -81,6 +81,14 @@ class Display:
         if self.enabled:
             self._console.print(visible(text), markup=False)
 
+    def say_at_once(self, text: str) -> None:
+        """Print a line from the handler of a signal, in which no stream may be used."""
+        if self.enabled:
+            with contextlib.suppress(AttributeError, OSError):  # stderr is closed, or no file
+                place = sys.stderr.fileno()
+                start = "\n" if os.isatty(place) else ""  # not behind a live line
+                os.write(place, f"{start}{text}\n".encode())
+
     def note(self, text: str) -> None:
         """Print a line that also belongs in the run's record, such as a choice that was made."""
         self.notes.append(text)

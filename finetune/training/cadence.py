@@ -14,6 +14,7 @@ class Progress:
     evaluations_since_best: int = 0
     seconds: float = 0.0  # of the run's limit of time, used up to the last step
     guard: dict[str, float] = field(default_factory=dict)
+    owed: bool = False  # the evaluation of this step: a signal came first, and a resume makes it
 
 
 @dataclass(frozen=True)

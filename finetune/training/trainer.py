@@ -81,8 +81,10 @@ class Trainer:
         self.progress = Progress()
         self._evaluated_at = 0.0  # seconds of the run's time
 
-    def train(self) -> Stopped:
+    def train(self, on_signal: Callable[[str], None] = lambda text: None) -> Stopped:
         """Run to the last step, an early stop, or a signal. Each leaves a complete checkpoint.
+
+        `on_signal` gets a line for the user when a signal comes, within its handler.
 
         Raises Diverged on a NaN or diverging loss, after saving the batch. Raises NoBatch if a
         stream cannot be read further, after saving what was trained. Raises UserError if a
@@ -92,7 +94,11 @@ class Trainer:
         if self.clock is not None:
             self.clock.start(self.progress.seconds)
             self._evaluated_at = self.progress.seconds
-        with StopSignal() as signal:
+        if owed := self.progress.owed:  # a signal may end this at once: nothing is lost
+            self._evaluate()
+        with StopSignal(on_signal) as signal:
+            if owed:
+                self._save()
             while not self._is_over():
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
@@ -100,7 +106,13 @@ class Trainer:
                 signalled = self._on_any_process(signal.received)
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
-                improved = self._evaluate_if_due()
+                improved: bool | None = None
+                is_due = self._evaluation_is_due()
+                if is_due and signalled:  # it may take longer than the process has
+                    self.progress.owed = True
+                elif is_due:
+                    improved = self._evaluate()
+                    signalled = self._on_any_process(signal.received)
                 if signalled or self._checkpoint_is_due(improved):
                     self._save()
                 if signalled:
@@ -218,10 +230,6 @@ class Trainer:
         if value is not None and self._is_better(value := float(value)):  # NaN is text in a file
             self.progress.best_value, self.progress.best_step = value, self.progress.step
 
-    def _evaluate_if_due(self) -> bool | None:
-        """Return whether this step's evaluation is the best so far, or None if none was due."""
-        return self._evaluate() if self._evaluation_is_due() else None
-
     def _evaluation_is_due(self) -> bool:
         progress, after = self.progress, self.cadence.evaluate_after
         if self._is_over() or progress.step % self.cadence.evaluate_every == 0:
@@ -231,6 +239,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Return whether the evaluation of this step is the best so far."""
         step = self.progress.step
+        self.progress.owed = False
         self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
         if self.clock is not None and self.cadence.evaluate_after is not None:
@@ -344,8 +353,12 @@ class Trainer:
         kept = state.get("scheduler") if isinstance(state, Mapping) else None
         needed = {"last_epoch", "lr_lambdas", *(kept if isinstance(kept, Mapping) else ())}
         schedule = {k: v for k, v in self.scheduler.state_dict().items() if k in needed}
+        progress = asdict(self.progress) | {"guard": None}
+        theirs = state.get("progress") if isinstance(state, Mapping) else None
+        if isinstance(theirs, Mapping) and "owed" not in theirs:  # of an earlier version
+            del progress["owed"]
         ours = {
-            "progress": asdict(self.progress) | {"guard": None},
+            "progress": progress,
             "scheduler": schedule | {"lr_lambdas": None},
             "data": self.batches.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),

@@ -196,7 +196,7 @@ def _train(
         trainer.checkpoints.prune(begun, best_step=trainer.progress.best_step)
         if is_main:
             stack.enter_context(display.journal.kept_in(run))
-            forget_after(run, begun)
+            forget_after(run, begun, evaluated=not trainer.progress.owed)
             if trainer.why_over() is None or not run.config.is_file():
                 write_records(parts, run, checkpoint)
         on_start(live)
@@ -204,10 +204,10 @@ def _train(
             trainer.evaluate(0)
         stopped: Stopped = "signal"  # unless it comes to an end of its own
         try:
-            if trainer.why_over() is not None:
+            if trainer.why_over() is not None and not trainer.progress.owed:
                 last = evaluations_by_step(run).get(begun) if is_main else None
                 trainer.evaluate_end(None if last is None else last.metrics)
-            stopped = trainer.train()
+            stopped = trainer.train(display.say_at_once)
         except NoBatch:
             if (newest := trainer.checkpoints.newest()) is not None:
                 display.say(f"{newest} is saved. Once the data is mended, go on with --resume auto")
