@@ -255,19 +255,20 @@ def test_what_the_number_of_processes_may_be(given):
     with pytest.raises(
         UserError, match=r"--processes is .*\. Give auto, or a number of processes from 1"
     ):
-        number_of_processes(given)
+        number_of_processes(given, "auto")
 
 
 def test_auto_is_one_process_without_a_gpu_and_no_launcher_starts_another(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert number_of_processes("auto") == 1
+    assert number_of_processes("auto", "auto") == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert number_of_processes("auto") == 8
+    assert number_of_processes("auto", "auto") == number_of_processes("auto", "cuda") == 8
     with pytest.raises(UserError, match="from 1 to 8, the GPUs of this machine"):
-        number_of_processes("9")
+        number_of_processes("9", "auto")
+    assert (number_of_processes("auto", "cpu"), number_of_processes("9", "cpu")) == (1, 9)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started by a launcher"):
-        number_of_processes("auto")
+        number_of_processes("auto", "auto")
 
 
 def test_restarts_and_overwriting_exclude_each_other(folder, monkeypatch):

@@ -71,7 +71,7 @@ def launch_training(
     ProcessFailed.
     """
     settings, display = load_config(config, overrides), display or Display()
-    count = number_of_processes(processes)
+    count = number_of_processes(processes, settings.training.device)
     if restarts and settings.overwrite_output_dir:
         raise UserError(
             "--restarts continues the run in output_dir, and overwrite_output_dir deletes it. "
@@ -115,14 +115,17 @@ def _marks(run: RunDir) -> dict[Path, int]:
     return {folder: (folder / MARK).stat().st_mtime_ns for folder in found}
 
 
-def number_of_processes(given: str) -> int:
-    """Return the number that `--processes` means on this machine. Raises UserError."""
+def number_of_processes(given: str, device: str) -> int:
+    """Return the number that `--processes` means on this machine. Raises UserError.
+
+    `device` is training.device: GPUs count only if the processes are to run on them.
+    """
     if "WORLD_SIZE" in os.environ:
         raise UserError(
             "this process was itself started by a launcher (WORLD_SIZE is set). "
             "Leave --processes and --restarts out"
         )
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     most = f" to {gpus}, the GPUs of this machine" if gpus else ""
     allowed = f"auto, or a number of processes from 1{most}"
     if given == "auto":
