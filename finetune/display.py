@@ -1,7 +1,7 @@
 """The progress of a command: a live line on a terminal, plain lines elsewhere.
 
 Only the main process shows anything. Everything goes to stderr; stdout has only results. With -q
-nothing is shown, and with -v each step is a line.
+nothing is shown but what `Display.answer` prints, and with -v each step is a line.
 """
 
 import contextlib
@@ -66,20 +66,31 @@ class Display:
         stream = cast(IO[str], _Unheard(sys.stderr))
         self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
         self.verbosity = os.environ.get(VERBOSITY, "")
-        self.enabled = enabled and self.verbosity != "quiet"
+        self.heard = enabled  # a person reads what this process prints
         self.journal = Journal()
         # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []
         self.warned: list[str] = []  # those of the notes that warn
 
+    @property
+    def enabled(self) -> bool:
+        """Whether progress is shown."""
+        return self.heard and self.verbosity != "quiet"
+
     def say(self, text: str) -> None:
         """Print one line about the progress, which the run's log gets too."""
         self.journal.add(visible(text))
-        self._show(text)
-
-    def _show(self, text: str) -> None:
         if self.enabled:
-            self._console.print(visible(text), markup=False)
+            self._print(text)
+
+    def answer(self, text: str) -> None:
+        """Print a line that belongs to an error or that was asked for: with -q too."""
+        self.journal.add(visible(text))
+        if self.heard:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(visible(text), markup=False)
 
     def say_at_once(self, text: str) -> None:
         """Print a line from the handler of a signal, in which no stream may be used."""
@@ -194,7 +205,7 @@ class Display:
             if total and first < done < total:
                 left = (total - done) * seconds / (done - first)
             ending = f"  {_times(seconds, _sooner(left, limit, seconds))}" if seconds else ""
-            self._show(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
+            self._print(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
 
         return update
 

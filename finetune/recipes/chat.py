@@ -87,7 +87,7 @@ class _Session:
         try:
             return self._obey(name, argument)
         except UserError as error:
-            self._display.say(str(error))
+            self._display.answer(str(error))
             return True
 
     def _obey(self, name: str, argument: str) -> bool:
@@ -106,15 +106,15 @@ class _Session:
 
     def _help(self) -> None:
         for name, (argument, meaning) in COMMANDS.items():
-            self._display.say(f"  {f'/{name} {argument}'.strip():<20} {meaning}")
+            self._display.answer(f"  {f'/{name} {argument}'.strip():<20} {meaning}")
 
     def _system(self, text: str) -> None:
         for talk in self._talks.values():
             talk.set_system_prompt(text)
-        self._display.say(f"(system prompt: {text})" if text else "(no system prompt)")
+        self._display.answer(f"(system prompt: {text})" if text else "(no system prompt)")
 
     def _undo(self) -> None:
-        self._display.say(f"(forgotten: {self._take_back('undo')})")
+        self._display.answer(f"(forgotten: {self._take_back('undo')})")
 
     def _retry(self) -> None:
         question = self._take_back("answer anew")
@@ -132,7 +132,7 @@ class _Session:
     def _reset(self) -> None:
         for talk in self._talks.values():
             talk.reset()
-        self._display.say("(conversation cleared)")
+        self._display.answer("(conversation cleared)")
 
     def _temperature(self, text: str) -> None:
         try:
@@ -143,7 +143,7 @@ class _Session:
             raise UserError(f"the temperature is {text!r:.40}, but must be from 0 to 100")
         for talk in self._talks.values():
             talk.settings = replace(talk.settings, temperature=value)
-        self._display.say(f"(temperature {value:g})")
+        self._display.answer(f"(temperature {value:g})")
 
     def _save(self, text: str) -> None:
         if not text:
@@ -158,12 +158,12 @@ class _Session:
                 out.write(line + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
-        self._display.say(f"(added to {path})")
+        self._display.answer(f"(added to {path})")
 
     def _ask(self, question: str, *, retry: bool = False) -> None:
         for label, talk in self._talks.items():
             if label:
-                self._display.say(f"[{label}]")
+                self._display.answer(f"[{label}]")
             settings = talk.settings
             if retry and settings.seed is not None:  # another answer, unless it is greedy
                 talk.settings = replace(settings, seed=settings.seed + self._retries)
@@ -190,7 +190,7 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
     except KeyboardInterrupt:
         print(" …")
     except UserError as error:
-        display.say(str(error))
+        display.answer(str(error))
         return
     seconds = time.perf_counter() - began
     if is_terminal(sys.stdout) and seconds > 0:
@@ -215,5 +215,5 @@ def _ask(display: Display) -> str | None:
     except (EOFError, KeyboardInterrupt):
         return None
     except (UserError, UnicodeDecodeError) as error:
-        display.say(str(error))
+        display.answer(str(error))
         return ""

@@ -33,6 +33,15 @@ def test_an_unknown_command_is_refused_and_the_chat_goes_on(run):
     assert len(result.out.splitlines()) >= 1  # the answer to Hello?
 
 
+def test_quiet_shows_refusals_and_what_commands_print(run):
+    shown = chat(run, "/rest", "/temperature 2", "/undo", "Hello?", options=["-q"]).err
+    assert [line.partition(";")[0] for line in shown.splitlines()] == [
+        "there is no command /rest",
+        "(temperature 2)",
+        "there is no question to undo",
+    ]
+
+
 def test_what_is_said_and_undone_is_what_is_saved(run, tmp_path):
     target = tmp_path / "talk.jsonl"
     chat(

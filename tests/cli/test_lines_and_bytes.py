@@ -216,6 +216,8 @@ CLOSED = {  # a command that prints its result -> its arguments
     "generate": ("run",),
     "chat": ("run",),
     "translate": ("run",),
+    "compare": ("c.yaml",),
+    "tune": ("c.yaml",),
     "train": ("c.yaml", "--dry-run"),
     "inspect": ("c.yaml",),
     "plan": ("c.yaml",),

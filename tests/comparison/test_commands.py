@@ -227,9 +227,13 @@ def test_a_killed_comparison_goes_on_to_the_same_figures(compared, tmp_path, mon
 def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
     shutil.copytree(compared, tmp_path / "more")
     monkeypatch.chdir(tmp_path / "more")
-    result = finetune(*COMPARE[:-1], "3")
-    assert result.code == 0, result.err
+    result = finetune(*COMPARE[:-1], "3", "-q")
+    assert (result.code, result.err) == (0, "")
     found = comparison(tmp_path / "more")
+    assert result.out.splitlines() == [
+        *found["verdict"]["sentences"],
+        "comparison: out/comparison.html",
+    ]
     assert found["optimizers"]["adam"]["reported_runs"] == 3
     assert [run for run in found["runs"] if run["seed"] < 3] == comparison(compared)["runs"]
 
@@ -329,8 +333,8 @@ def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
     assert best.training == load_config(Path("my c.yaml")).training, "trains as long as c.yaml"
     assert best.data == load_config(Path("my c.yaml")).data
     assert "best" in result.out
-    assert f"weight_decay={best.optimizer.weight_decay:g}" in result.err
-    assert "Go on with: finetune train 'runs/tune-my c/best.yaml'" in result.err
+    assert f"weight_decay={best.optimizer.weight_decay:g}" in result.out
+    assert "Go on with: finetune train 'runs/tune-my c/best.yaml'" in result.out
 
 
 def test_a_grid_that_is_too_low_is_widened_four_times_at_most(tmp_path, monkeypatch):

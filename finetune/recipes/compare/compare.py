@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.comparison.summary import summarise
 from finetune.config import RunConfig, load_config
-from finetune.display import Display
+from finetune.display import Display, on_terminal
 from finetune.errors import UserError
 from finetune.recipes.build.look import take_list
 from finetune.recipes.compare.candidates import (
@@ -39,7 +39,7 @@ def compare_optimizers(
     budget: int | None,
     display: Display | None = None,
 ) -> Stopped:
-    """Compare optimizers, and write the comparison to the folder of the config.
+    """Compare optimizers, print the verdict, and write the comparison to the folder of the config.
 
     Each optimizer's learning rate is the best of `trials` runs, or more if its grid is widened. The
     best is then run with `seeds` fresh seeds. Raises UserError for anything wrong with config or
@@ -74,9 +74,8 @@ def compare_optimizers(
         summary = summarise(tuning, reported, grid_size=trials)
         rule = data_rule(config.data)
         page = write_outcome(summary, base, rule=rule, trials=trials, seeds=seeds, notes=notes)
-        for sentence in summary["verdict"]["sentences"]:
-            display.say(sentence)
-        display.say(f"comparison: {page}")
+        for sentence in (*summary["verdict"]["sentences"], f"comparison: {page}"):
+            print(on_terminal(sentence))
         return "finished"
 
 

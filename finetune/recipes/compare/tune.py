@@ -11,7 +11,7 @@ from rich.table import Table
 
 from finetune.comparison.grids import WEIGHT_DECAYS
 from finetune.config import RunConfig, dump_config, load_config
-from finetune.display import Display
+from finetune.display import Display, on_terminal
 from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.look import take_list
@@ -76,10 +76,8 @@ def tune_optimizer(
         chosen = config.output_dir / "best.yaml"
         write_text(chosen, dump_config(_best_config(config, best, path)))
         _print_runs(name, runs, best, trials * max(1, len(decays)))
-        display.say(
-            f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
-            f"Go on with: finetune train {quote(str(chosen))}"
-        )
+        found = f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}"
+        print(on_terminal(f"{found}. Go on with: finetune train {quote(str(chosen))}"))
         return "finished"
 
 

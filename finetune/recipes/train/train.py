@@ -210,7 +210,8 @@ def _train(
             stopped = trainer.train(display.say_at_once)
         except NoBatch:
             if (newest := trainer.checkpoints.newest()) is not None:
-                display.say(f"{newest} is saved. Once the data is mended, go on with --resume auto")
+                saved = f"{newest} is saved. Once the data is mended, go on with --resume auto"
+                display.answer(saved)
             raise
         finally:
             if stopped == "signal":
