@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from finetune.data.types import Message
@@ -12,7 +13,13 @@ from finetune.display import Display, on_terminal
 from finetune.errors import UserError, did_you_mean, is_terminal
 from finetune.inference.conversation import Conversation
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import Opened, open_base, open_target, require_utf8
+from finetune.recipes.build.target import (
+    Opened,
+    open_base,
+    open_target,
+    require_utf8,
+    text_of_line,
+)
 from finetune.run.files import path_of
 
 COMMANDS = {  # name -> (argument, what it does)
@@ -50,8 +57,10 @@ def chat_in_terminal(
         talks = {"before": before, "after": talks[""]}
     session = _Session(talks, display)
     display.say("Ask something. /help lists the commands, /exit ends it.")
-    while (line := _ask(display)) is not None and session.take(line):
-        pass
+    for number in count(1):
+        line = _ask(display, number)
+        if line is None or not session.take(line):
+            return
 
 
 def _conversation(
@@ -198,8 +207,8 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
         display.say(f"({talk.num_tokens} tokens, {rate:.1f} tokens/s)")
 
 
-def _ask(display: Display) -> str | None:
-    """Return the next line, or None at the end of the input.
+def _ask(display: Display, number: int) -> str | None:
+    """Return the next line, which is the one of this number, or None at the end of the input.
 
     A line from a file or a pipe is shown, so that one sees which question an answer belongs to.
     One that is not UTF-8 is reported, and is no question.
@@ -207,10 +216,13 @@ def _ask(display: Display) -> str | None:
     try:
         if sys.stdin is None:  # it is closed
             return None
-        typed = is_terminal(sys.stdin)
-        text = require_utf8(input("> " if typed else "").removesuffix("\r"), "the question")
-        if not typed:
-            display.say(f"> {text}")
+        if is_terminal(sys.stdin):
+            return require_utf8(input("> ").removesuffix("\r"), "the question")
+        line = getattr(sys.stdin, "buffer", sys.stdin).readline()
+        if not line:
+            return None
+        text = text_of_line(line, number)
+        display.say(f"> {text}")
         return text
     except (EOFError, KeyboardInterrupt):
         return None
