@@ -113,6 +113,30 @@ def test_a_base_and_a_checkpoint_of_a_run_with_flash_attention_are_read_without_
     assert result.code == 0, result.err
 
 
+def test_turns_that_the_context_has_no_room_for_are_saved_too(run, tmp_path, monkeypatch):
+    from finetune.display import Display
+    from finetune.inference import conversation
+    from finetune.recipes.build.target import open_target
+    from finetune.recipes.chat import _conversation, _Session
+
+    prompts = []
+
+    def stream(model, tokenizer, prompt, settings, **_):
+        prompts.append(tokenizer.decode(prompt))
+        yield "Yes."
+
+    monkeypatch.setattr(conversation, "stream", stream)
+    opened, display = open_target(str(run)), Display(enabled=False)
+    session = _Session({"": _conversation(opened, None, 0, {}, display)}, display)
+    questions, target = [f"Number {n}?" for n in range(20)], tmp_path / "talk.jsonl"
+    for line in (*questions, f"/save {target}"):
+        assert session.take(line)
+    assert questions[0] not in prompts[-1]
+    assert questions[-1] in prompts[-1]
+    (saved,) = map(json.loads, target.read_text().splitlines())
+    assert [m["content"] for m in saved["messages"] if m["role"] == "user"] == questions
+
+
 def test_an_answer_without_words_is_an_answer_too(run, tmp_path, monkeypatch):
     """What is undone or asked anew is the last question, with one model and with two."""
     from finetune.display import Display
