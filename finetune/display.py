@@ -169,16 +169,22 @@ class Display:
         if not self.enabled:
             yield lambda done, facts: None
         elif self._is_live() and self.verbosity != "verbose":
+            times = _TimesColumn(limit)
             columns = (
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 *([BarColumn(bar_width=24)] if self._console.width >= _WITH_BAR else []),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 _FactsColumn(),
-                _TimesColumn(limit, start),
+                times,
             )
             with Progress(*columns, console=self._console, transient=True) as progress:
                 task = progress.add_task(label, total=total, completed=start, facts="")
-                yield lambda done, facts: progress.update(task, completed=done, facts=facts)
+
+                def update(done: int, facts: str) -> None:
+                    times.begin(progress.tasks[0], done)
+                    progress.update(task, completed=done, facts=facts)
+
+                yield update
         else:
             yield self._plain_lines(label, total, start, limit)
 
@@ -220,18 +226,24 @@ class _FactsColumn(ProgressColumn):
 class _TimesColumn(ProgressColumn):
     """The time elapsed, and the time left as soon as it is known, at the mean rate so far.
 
-    `first` is what was done at the start.
+    Neither the rate nor a limit of time counts what came before the first update.
     """
 
-    def __init__(self, limit: float | None, first: int = 0) -> None:
+    def __init__(self, limit: float | None) -> None:
         super().__init__(table_column=Column(no_wrap=True))
-        self._limit, self._first = limit, first
+        self._limit = limit
+        self._first: tuple[int, float] | None = None  # what was done by then, and the time elapsed
+
+    def begin(self, task: Task, done: int) -> None:
+        """Count from here on, unless an earlier call said so."""
+        self._first = self._first or (done, task.elapsed or 0.0)
 
     def render(self, task: Task) -> Text:
         elapsed, left = task.elapsed or 0.0, None
-        if task.total and self._first < task.completed < task.total:
-            left = elapsed * (task.total - task.completed) / (task.completed - self._first)
-        return Text(_times(elapsed, _sooner(left, self._limit, elapsed)))
+        first, began = self._first or (task.completed, elapsed)
+        if task.total and first < task.completed < task.total:
+            left = (elapsed - began) * (task.total - task.completed) / (task.completed - first)
+        return Text(_times(elapsed, _sooner(left, self._limit, elapsed - began)))
 
 
 def _sooner(left: float | None, limit: float | None, elapsed: float) -> float | None:
