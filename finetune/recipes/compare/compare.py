@@ -50,6 +50,14 @@ def compare_optimizers(
     folder = f"output_dir={json.dumps(str(Path('runs') / f'compare-{path.stem}'))}"
     config = load_config(path, [folder, *others])
     optimizers = optimizer_names(DEFAULT_OPTIMIZERS if names is None else names)
+    given = config.optimizer.model_fields_set
+    if "lr" in given:
+        display.note("optimizer.lr has no effect here: each optimizer is run at its own best")
+    if "name" in given and names is None:
+        display.note(
+            "optimizer.name of the config has no effect here. Name what to compare in the command: "
+            "optimizer.name=[A,B]"
+        )
     notes = check_candidates(config, optimizers)
     with locked(config.output_dir, display.note):
         base = prepare_study(config, trials=trials, budget=budget, test=True, display=display)

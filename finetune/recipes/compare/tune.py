@@ -53,6 +53,11 @@ def tune_optimizer(
     if given is not None and "weight_decay" not in optimizer_info(name).options:
         raise UserError(f"{name} takes no weight decay. Leave optimizer.weight_decay out")
     decays = _check_decays(config, name, WEIGHT_DECAYS if given is None else given)
+    if given is None and decays and "weight_decay" in config.optimizer.model_fields_set:
+        display.note(
+            "optimizer.weight_decay of the config has no effect here. Name those to try in the "
+            "command: optimizer.weight_decay=[A,B]"
+        )
     with locked(config.output_dir, display.note):
         base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
         middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
