@@ -1,7 +1,7 @@
 """The progress of a command: a live line on a terminal, plain lines elsewhere.
 
 Only the main process shows anything. Everything goes to stderr; stdout has only results. With -q
-nothing is shown, and with -v each step is a line.
+nothing is shown but what `Display.answer` prints, and with -v each step is a line.
 """
 
 import contextlib
@@ -66,20 +66,39 @@ class Display:
         stream = cast(IO[str], _Unheard(sys.stderr))
         self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
         self.verbosity = os.environ.get(VERBOSITY, "")
-        self.enabled = enabled and self.verbosity != "quiet"
+        self.heard = enabled  # a person reads what this process prints
         self.journal = Journal()
         # What a reader of the run should know. `recipes` writes it into environment.json.
         self.notes: list[str] = []
         self.warned: list[str] = []  # those of the notes that warn
 
+    @property
+    def enabled(self) -> bool:
+        """Whether progress is shown."""
+        return self.heard and self.verbosity != "quiet"
+
     def say(self, text: str) -> None:
         """Print one line about the progress, which the run's log gets too."""
         self.journal.add(visible(text))
-        self._show(text)
-
-    def _show(self, text: str) -> None:
         if self.enabled:
-            self._console.print(visible(text), markup=False)
+            self._print(text)
+
+    def answer(self, text: str) -> None:
+        """Print a line that belongs to an error or that was asked for: with -q too."""
+        self.journal.add(visible(text))
+        if self.heard:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(visible(text), markup=False)
+
+    def say_at_once(self, text: str) -> None:
+        """Print a line from the handler of a signal, in which no stream may be used."""
+        if self.enabled:
+            with contextlib.suppress(AttributeError, OSError):  # stderr is closed, or no file
+                place = sys.stderr.fileno()
+                start = "\n" if os.isatty(place) else ""  # not behind a live line
+                os.write(place, f"{start}{text}\n".encode())
 
     def note(self, text: str) -> None:
         """Print a line that also belongs in the run's record, such as a choice that was made."""
@@ -150,16 +169,22 @@ class Display:
         if not self.enabled:
             yield lambda done, facts: None
         elif self._is_live() and self.verbosity != "verbose":
+            times = _TimesColumn(limit)
             columns = (
                 TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 *([BarColumn(bar_width=24)] if self._console.width >= _WITH_BAR else []),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 _FactsColumn(),
-                _TimesColumn(limit, start),
+                times,
             )
             with Progress(*columns, console=self._console, transient=True) as progress:
                 task = progress.add_task(label, total=total, completed=start, facts="")
-                yield lambda done, facts: progress.update(task, completed=done, facts=facts)
+
+                def update(done: int, facts: str) -> None:
+                    times.begin(progress.tasks[0], done)
+                    progress.update(task, completed=done, facts=facts)
+
+                yield update
         else:
             yield self._plain_lines(label, total, start, limit)
 
@@ -186,7 +211,7 @@ class Display:
             if total and first < done < total:
                 left = (total - done) * seconds / (done - first)
             ending = f"  {_times(seconds, _sooner(left, limit, seconds))}" if seconds else ""
-            self._show(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
+            self._print(f"{label} {done}{f'/{total}' if total else ''}  {facts}{ending}")
 
         return update
 
@@ -201,18 +226,24 @@ class _FactsColumn(ProgressColumn):
 class _TimesColumn(ProgressColumn):
     """The time elapsed, and the time left as soon as it is known, at the mean rate so far.
 
-    `first` is what was done at the start.
+    Neither the rate nor a limit of time counts what came before the first update.
     """
 
-    def __init__(self, limit: float | None, first: int = 0) -> None:
+    def __init__(self, limit: float | None) -> None:
         super().__init__(table_column=Column(no_wrap=True))
-        self._limit, self._first = limit, first
+        self._limit = limit
+        self._first: tuple[int, float] | None = None  # what was done by then, and the time elapsed
+
+    def begin(self, task: Task, done: int) -> None:
+        """Count from here on, unless an earlier call said so."""
+        self._first = self._first or (done, task.elapsed or 0.0)
 
     def render(self, task: Task) -> Text:
         elapsed, left = task.elapsed or 0.0, None
-        if task.total and self._first < task.completed < task.total:
-            left = elapsed * (task.total - task.completed) / (task.completed - self._first)
-        return Text(_times(elapsed, _sooner(left, self._limit, elapsed)))
+        first, began = self._first or (task.completed, elapsed)
+        if task.total and first < task.completed < task.total:
+            left = (elapsed - began) * (task.total - task.completed) / (task.completed - first)
+        return Text(_times(elapsed, _sooner(left, self._limit, elapsed - began)))
 
 
 def _sooner(left: float | None, limit: float | None, elapsed: float) -> float | None:

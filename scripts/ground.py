@@ -130,9 +130,10 @@ def make_trainer(
     from finetune.recipes.build.parts import assemble
     from finetune.run.folder import RunDir
     from finetune.run.log import MetricLogger
+    from finetune.training.cadence import Cadence
     from finetune.training.clock import Clock
     from finetune.training.stopping import DivergenceGuard
-    from finetune.training.trainer import Cadence, Trainer
+    from finetune.training.trainer import Trainer
 
     class NoCheckpoints:
         def save(self, *_: Any, **__: Any) -> None:

@@ -21,6 +21,8 @@ from finetune.cli import setup, train, use, serve, results, compare  # noqa: F40
 from finetune.cli.app import STOPPED, app
 from finetune.errors import UserError, disk_refusal, print_chain, visible
 
+_STDOUT = "stdout"  # as the name of a file that could not be written
+
 
 def main() -> None:
     """Run the command line, and exit. `finetune` and `python -m finetune` both start here."""
@@ -30,9 +32,15 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], prog_name="finetune", standalone_mode=False)
+        if (refused := _unwritten()) is not None:
+            raise refused
     except Exception as error:
-        if (message := _message(error)) is None:
+        refused = _unwritten()  # of what came before the error
+        problem = error if refused is None or not isinstance(error, OSError) else refused
+        if isinstance(problem, BrokenPipeError) and problem.filename == _STDOUT:
+            sys.exit(1)  # its reader has enough, and typer ends so too
+        if (message := _message(problem)) is None:
             raise
         try:
             print_chain(error)
@@ -40,6 +48,18 @@ def main() -> None:
         except OSError:  # a full disk, or nobody listens: the exit code still says it
             sys.stderr = None  # else Python would fail once more when it ends
         sys.exit(2)
+    sys.exit(code)
+
+
+def _unwritten() -> OSError | None:
+    """Write what stdout still holds. Return the refusal of its disk or its reader, if any."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = None  # else Python would fail once more when it ends
+        return OSError(error.errno, error.strerror, _STDOUT)
+    return None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

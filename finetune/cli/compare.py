@@ -48,6 +48,7 @@ def compare(
     The results are comparison.html, .json and .csv in runs/compare-CONFIG (or output_dir=...).
     After a stop, the same command continues.
     """
+    require_stdout()
     from finetune.recipes.build.look import look_at_search
 
     look_at_search(config, overrides or (), key="optimizer.name")
@@ -71,6 +72,7 @@ def tune(
     Each of them is tried with --trials learning rates.
     After a stop, the same command continues.
     """
+    require_stdout()
     from finetune.recipes.build.look import look_at_search
 
     look_at_search(config, overrides or (), key="optimizer.weight_decay")

@@ -36,8 +36,9 @@ from finetune.config.values import (
     TokenCount,
     expand,
 )
+from finetune.optim import is_adamw
 
-_LORA_RATE, _ADAMW = 5e-4, ("lazy_adamw", "adamw")
+_LORA_RATE = 5e-4
 
 
 def _takes_numbers(kind: Any) -> bool:
@@ -314,7 +315,9 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """When and how held-out data is evaluated."""
 
-    every: PositiveInt | None = None  # steps; None: at the end of each epoch, and at the end
+    # Steps from one evaluation to the next. None: one at the end of each epoch, and at the end; of
+    # a stream one after each tenth of its steps, or of its time.
+    every: PositiveInt | None = None
     before: bool = True  # also before the first step
     batch_size: PositiveInt = 16  # sequences per forward
     # In addition to the loss. None: chrf and bleu for translation, tool_calls for conversations
@@ -379,7 +382,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _rate_of_lora(self) -> "RunConfig":
         """Give LoRA with AdamW its own default of the learning rate (docs/guide.md, "By mode")."""
-        given = "lr" in self.optimizer.model_fields_set or self.optimizer.name not in _ADAMW
+        given = "lr" in self.optimizer.model_fields_set or not is_adamw(self.optimizer.name)
         if self.model.lora is not None and not given:
             optimizer = self.optimizer.model_copy()  # configs may share the default section
             object.__setattr__(optimizer, "lr", _LORA_RATE)

@@ -19,8 +19,8 @@ class Conversation:
     `template` has what the chat template gets with each prompt.
     A control token that a question spells out, such as <|im_end|>, is plain text.
     `turns` holds the questions and answers so far. When they outgrow the model's context, the
-    oldest pair is dropped, and `notify` gets a sentence about it. Raises UserError if the
-    tokenizer has no chat template, or one that cannot hold the system prompt.
+    oldest pair is left out of the prompt, and `notify` gets a sentence about it. Raises UserError
+    if the tokenizer has no chat template, or one that cannot hold the system prompt.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Conversation:
         self._require_system(system_prompt)
         self.system_prompt = system_prompt
         self.turns: list[Message] = []
+        self._left_out = 0  # of the turns, from the first: the prompt begins after them
         self.num_tokens = 0  # of the newest answer
         self._kept = KeptCache()
 
@@ -67,7 +68,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget the turns; the system prompt stays."""
-        self.turns = []
+        self.turns, self._left_out = [], 0
 
     def undo(self) -> str | None:
         """Forget the newest question and its answer; return the question, None if there is none."""
@@ -75,6 +76,7 @@ class Conversation:
             return None
         question: str = self.turns[-2]["content"]
         self.turns = self.turns[:-2]
+        self._left_out = min(self._left_out, len(self.turns))
         return question
 
     def reply(self, text: str) -> Iterator[str]:
@@ -84,7 +86,7 @@ class Conversation:
         if `text` alone is too long for the model; the conversation then stays as it was.
         """
         question: Message = {"role": "user", "content": text}
-        prompt, self.turns = self._fit(question)
+        prompt = self._fit(question)
         pieces: list[str] = []
         self.num_tokens, refused = 0, False
         try:
@@ -109,10 +111,10 @@ class Conversation:
     def _count(self) -> None:
         self.num_tokens += 1
 
-    def _fit(self, question: Message) -> tuple[list[int], list[Message]]:
-        """Return the prompt for `question`, and the newest turns that fit with it and an answer."""
+    def _fit(self, question: Message) -> list[int]:
+        """Return the prompt for `question`, with the newest turns that leave room for an answer."""
         limit = context_length(self.model)
-        turns = self.turns
+        turns = self.turns[self._left_out :]
         while True:
             prompt = self.template.prompt(
                 [*self._system, *turns, question], parse_control_tokens=False
@@ -128,12 +130,13 @@ class Conversation:
                     "and some of them are for the answer. Shorten the message"
                 )
             turns = turns[2:]
-        if dropped := (len(self.turns) - len(turns)) // 2:
+        if dropped := (len(self.turns) - len(turns) - self._left_out) // 2:
+            self._left_out += 2 * dropped
             self.notify(
                 f"the conversation is longer than the model's {limit} tokens: the oldest "
                 f"{_pairs(dropped)} left out"
             )
-        return prompt, turns
+        return prompt
 
 
 def _pairs(count: int) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.optim import catalogue as catalogue  # fills the registry
 from finetune.optim.registry import (
     OptimizerInfo,
+    is_adamw,
     list_optimizers,
     optimizer_info,
     optimizer_table,
@@ -50,6 +51,7 @@ __all__ = [
     "clip_grad_norm_",
     "from_adamw_state",
     "go_on_with",
+    "is_adamw",
     "list_optimizers",
     "optimizer_info",
     "optimizer_table",

@@ -147,6 +147,12 @@ def optimizer_info(name: str) -> OptimizerInfo:
     return info
 
 
+def is_adamw(name: str) -> bool:
+    """Return whether `name`, in any spelling, is AdamW, lazy or not. It may be no optimizer's."""
+    info = _BY_SPELLING.get(_spelling(name))
+    return info is not None and "adamw" in (info.name, info.rule)
+
+
 def optimizer_table(pattern: str = "*") -> list[dict[str, str]]:
     """Return a table of the optimizers: a dict of text cells each, with the same keys in order."""
     return [_cells(optimizer_info(name)) for name in list_optimizers(pattern)]

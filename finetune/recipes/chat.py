@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from finetune.data.types import Message
@@ -12,7 +13,13 @@ from finetune.display import Display, on_terminal
 from finetune.errors import UserError, did_you_mean, is_terminal
 from finetune.inference.conversation import Conversation
 from finetune.recipes.build.model import generation_settings
-from finetune.recipes.build.target import Opened, open_base, open_target, require_utf8
+from finetune.recipes.build.target import (
+    Opened,
+    open_base,
+    open_target,
+    require_utf8,
+    text_of_line,
+)
 from finetune.run.files import path_of
 
 COMMANDS = {  # name -> (argument, what it does)
@@ -50,8 +57,10 @@ def chat_in_terminal(
         talks = {"before": before, "after": talks[""]}
     session = _Session(talks, display)
     display.say("Ask something. /help lists the commands, /exit ends it.")
-    while (line := _ask(display)) is not None and session.take(line):
-        pass
+    for number in count(1):
+        line = _ask(display, number)
+        if line is None or not session.take(line):
+            return
 
 
 def _conversation(
@@ -87,7 +96,7 @@ class _Session:
         try:
             return self._obey(name, argument)
         except UserError as error:
-            self._display.say(str(error))
+            self._display.answer(str(error))
             return True
 
     def _obey(self, name: str, argument: str) -> bool:
@@ -106,15 +115,15 @@ class _Session:
 
     def _help(self) -> None:
         for name, (argument, meaning) in COMMANDS.items():
-            self._display.say(f"  {f'/{name} {argument}'.strip():<20} {meaning}")
+            self._display.answer(f"  {f'/{name} {argument}'.strip():<20} {meaning}")
 
     def _system(self, text: str) -> None:
         for talk in self._talks.values():
             talk.set_system_prompt(text)
-        self._display.say(f"(system prompt: {text})" if text else "(no system prompt)")
+        self._display.answer(f"(system prompt: {text})" if text else "(no system prompt)")
 
     def _undo(self) -> None:
-        self._display.say(f"(forgotten: {self._take_back('undo')})")
+        self._display.answer(f"(forgotten: {self._take_back('undo')})")
 
     def _retry(self) -> None:
         question = self._take_back("answer anew")
@@ -132,7 +141,7 @@ class _Session:
     def _reset(self) -> None:
         for talk in self._talks.values():
             talk.reset()
-        self._display.say("(conversation cleared)")
+        self._display.answer("(conversation cleared)")
 
     def _temperature(self, text: str) -> None:
         try:
@@ -143,7 +152,7 @@ class _Session:
             raise UserError(f"the temperature is {text!r:.40}, but must be from 0 to 100")
         for talk in self._talks.values():
             talk.settings = replace(talk.settings, temperature=value)
-        self._display.say(f"(temperature {value:g})")
+        self._display.answer(f"(temperature {value:g})")
 
     def _save(self, text: str) -> None:
         if not text:
@@ -158,12 +167,12 @@ class _Session:
                 out.write(line + "\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
-        self._display.say(f"(added to {path})")
+        self._display.answer(f"(added to {path})")
 
     def _ask(self, question: str, *, retry: bool = False) -> None:
         for label, talk in self._talks.items():
             if label:
-                self._display.say(f"[{label}]")
+                self._display.answer(f"[{label}]")
             settings = talk.settings
             if retry and settings.seed is not None:  # another answer, unless it is greedy
                 talk.settings = replace(settings, seed=settings.seed + self._retries)
@@ -190,7 +199,7 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
     except KeyboardInterrupt:
         print(" …")
     except UserError as error:
-        display.say(str(error))
+        display.answer(str(error))
         return
     seconds = time.perf_counter() - began
     if is_terminal(sys.stdout) and seconds > 0:
@@ -198,8 +207,8 @@ def _print_reply(talk: Conversation, question: str, display: Display) -> None:
         display.say(f"({talk.num_tokens} tokens, {rate:.1f} tokens/s)")
 
 
-def _ask(display: Display) -> str | None:
-    """Return the next line, or None at the end of the input.
+def _ask(display: Display, number: int) -> str | None:
+    """Return the next line, which is the one of this number, or None at the end of the input.
 
     A line from a file or a pipe is shown, so that one sees which question an answer belongs to.
     One that is not UTF-8 is reported, and is no question.
@@ -207,13 +216,16 @@ def _ask(display: Display) -> str | None:
     try:
         if sys.stdin is None:  # it is closed
             return None
-        typed = is_terminal(sys.stdin)
-        text = require_utf8(input("> " if typed else "").removesuffix("\r"), "the question")
-        if not typed:
-            display.say(f"> {text}")
+        if is_terminal(sys.stdin):
+            return require_utf8(input("> ").removesuffix("\r"), "the question")
+        line = getattr(sys.stdin, "buffer", sys.stdin).readline()
+        if not line:
+            return None
+        text = text_of_line(line, number)
+        display.say(f"> {text}")
         return text
     except (EOFError, KeyboardInterrupt):
         return None
     except (UserError, UnicodeDecodeError) as error:
-        display.say(str(error))
+        display.answer(str(error))
         return ""

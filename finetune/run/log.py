@@ -86,18 +86,19 @@ def keep_samples(run: RunDir, samples: Sequence[Sample]) -> None:
     append_lines(run.samples, map(asdict, samples))
 
 
-def forget_after(run: RunDir, step: int) -> None:
+def forget_after(run: RunDir, step: int, *, evaluated: bool = True) -> None:
     """Remove what was logged after `step`, lines that are cut short, and the batch of a divergence.
 
-    A resumed run takes these steps again. The summary of a later end goes too: it would be taken
-    for that of the end to come. Raises UserError if the disk refuses.
+    A resumed run takes these steps again. If it was not `evaluated` at `step`, the lines of a begun
+    evaluation there go too. So does the summary of a later end: it would be taken for that of the
+    end to come. Raises UserError if the disk refuses.
     """
     remove_file(run.bad_batch)
     if _ended_after(run, step):
         remove_file(run.evaluation)
     for path in (run.metrics, run.samples, run.updates):
         if path.is_file():
-            kept = [line.decode() for line in raw_lines(path) if _is_up_to(step, line)]
+            kept = [line.decode() for line in raw_lines(path) if _is_up_to(step, line, evaluated)]
             write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -109,10 +110,12 @@ def _ended_after(run: RunDir, step: int) -> bool:
     return end is not None and end > step
 
 
-def _is_up_to(step: int, line: bytes) -> bool:
+def _is_up_to(step: int, line: bytes, evaluated: bool) -> bool:
     try:
-        return json.loads(line)["step"] <= step
-    except (KeyError, TypeError, ValueError, RecursionError):
+        values = json.loads(line)
+        last = step if evaluated or not {"evaluation", "prompt"} & values.keys() else step - 1
+        return bool(values["step"] <= last)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return False
 
 

@@ -3,6 +3,7 @@
 Read in this order:
 
 - `step`: one optimizer step;
+- `cadence`: how far a run is, and when it evaluates and saves;
 - `trainer`: steps, evaluations, checkpoints, resume;
 - `checkpoint` with `shards`: what is on the disk;
 - `stopping`: signals and divergence;

@@ -1,4 +1,4 @@
-"""Weights and optimizer state into the model and the optimizer that they were saved from."""
+"""Whether a checkpoint is of this run, and its weights and state put back in their places."""
 
 import contextlib
 from collections.abc import Collection, Mapping

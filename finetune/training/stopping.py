@@ -1,9 +1,10 @@
-"""Why a run ends before its last step: a signal, or a loss that is beyond saving."""
+"""Why a run ends before its last step: a signal, bad data, or a loss that is beyond saving."""
 
 import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from finetune.errors import UserError
@@ -18,10 +19,12 @@ class StopSignal:
     Under an elastic launcher a second one is ignored. There a cluster sends its signal to every
     process, and the launcher passes on the one that it got itself. That second signal must not end
     the process while it saves. The launcher kills a process that does not end.
+
+    `say` gets a line about the first one, within the signal's handler: it must be safe there.
     """
 
-    def __init__(self) -> None:
-        self.received = False
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.received, self._say = False, say
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -41,9 +44,14 @@ class StopSignal:
         self._restore(*self._previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        first, self.received = not self.received, True
+        ends = "TORCHELASTIC_RUN_ID" not in os.environ
+        if ends:
             self._restore(signal.SIGINT, signal.SIGTERM)
+        if first:
+            second = "Ctrl-C" if number == signal.SIGINT else "signal"
+            then = f"; a second {second} ends at once, without one" if ends else ""
+            self._say(f"stopping after this step or evaluation, and a checkpoint{then}")
 
     def _restore(self, *numbers: int) -> None:
         for number in numbers:
@@ -53,6 +61,10 @@ class StopSignal:
 
 class Diverged(UserError):
     """The end of a run whose loss is not a number, or far above its best."""
+
+
+class NoBatch(UserError):
+    """The end of a run whose stream of data cannot be read any further."""
 
 
 _ABSURD = 300.0  # nats a token; a model that gave its data so little was lost

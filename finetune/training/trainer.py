@@ -9,8 +9,8 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,40 +28,15 @@ from finetune.run.files import write_bytes
 from finetune.run.folder import step_of
 from finetune.run.log import MetricLogger
 from finetune.run.records import StepRecord
+from finetune.training.cadence import Cadence, Progress
 from finetune.training.checkpoint import ANOTHER, CheckpointStore, as_written, damage_of, load
 from finetune.training.clock import Clock
 from finetune.training.form import check_like, in_order
 from finetune.training.restore import restore_checkpoint, stored_rows, trainable_state
 from finetune.training.step import StepResult, take_step
-from finetune.training.stopping import Diverged, DivergenceGuard, StopSignal
+from finetune.training.stopping import Diverged, DivergenceGuard, NoBatch, StopSignal
 
 Stopped = Literal["finished", "early stopping", "signal"]
-
-
-@dataclass
-class Progress:
-    """How far a run is. A checkpoint stores it with weights, optimizer and place in the data."""
-
-    step: int = 0  # optimizer steps taken
-    num_target_tokens: int = 0  # seen so far
-    best_value: float | None = None
-    best_step: int | None = None
-    evaluations_since_best: int = 0
-    seconds: float = 0.0  # of the run's limit of time, used up to the last step
-    guard: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """How long the run is, and after which optimizer steps it evaluates and saves."""
-
-    num_steps: int
-    evaluate_every: int
-    checkpoint_every: int | None  # None: at each evaluation
-    best: str  # the key of the evaluation that decides which checkpoint is best
-    higher_is_better: bool
-    patience: int | None  # evaluations without improvement after which the run ends
-    judged_by: str = ""  # measure, held-out data, settings: values of another one do not compare
 
 
 class Trainer:
@@ -104,30 +79,64 @@ class Trainer:
         self.average_rows, self.before_step = average_rows, before_step
         self.clock = clock
         self.progress = Progress()
+        self._evaluated_at = 0.0  # seconds of the run's time
 
-    def train(self) -> Stopped:
+    def train(self, on_signal: Callable[[str], None] = lambda text: None) -> Stopped:
         """Run to the last step, an early stop, or a signal. Each leaves a complete checkpoint.
 
-        Raises Diverged on a NaN or diverging loss, after saving the batch. Raises UserError if a
+        `on_signal` gets a line for the user when a signal comes, within its handler.
+
+        Raises Diverged on a NaN or diverging loss, after saving the batch. Raises NoBatch if a
+        stream cannot be read further, after saving what was trained. Raises UserError if a
         checkpoint cannot be written.
         """
         steps = iter(self.batches)
         if self.clock is not None:
             self.clock.start(self.progress.seconds)
-        with StopSignal() as signal:
+            self._evaluated_at = self.progress.seconds
+        if owed := self.progress.owed:  # a signal may end this at once: nothing is lost
+            self._evaluate()
+        with StopSignal(on_signal) as signal:
+            if owed:
+                self._save()
             while not self._is_over():
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
-                record = self._step(next(steps))
+                record = self._step(self._next(steps))
                 signalled = self.on_any_process(signal.received)
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
-                improved = self._evaluate_if_due()
+                improved: bool | None = None
+                is_due = self._evaluation_is_due()
+                if is_due and signalled:  # it may take longer than the process has
+                    self.progress.owed = True
+                elif is_due:
+                    improved = self._evaluate()
+                    signalled = self.on_any_process(signal.received)
                 if signalled or self._checkpoint_is_due(improved):
                     self._save()
                 if signalled:
                     return "signal"
         return "early stopping" if self._out_of_patience() else "finished"
+
+    def _next(self, steps: Iterator[StepBatch]) -> StepBatch:
+        """Return the next batch. If no process can read it, first save what was trained."""
+        if not isinstance(self.batches, StreamingBatches):  # it was read at the start
+            return next(steps)
+        try:
+            batch: StepBatch | UserError = next(steps)
+        except UserError as error:  # such as a bad record
+            batch = error
+        failed = isinstance(batch, UserError)
+        if (
+            self.on_any_process(failed)
+            and not self.on_any_process(not failed)
+            and self.progress.step not in (0, *self.checkpoints.steps())
+        ):
+            self._save()
+        if isinstance(batch, UserError):
+            raise NoBatch(str(batch)) from batch
+        return batch
 
     def _step(self, batch: StepBatch) -> StepRecord:
         started = time.perf_counter()
@@ -221,17 +230,20 @@ class Trainer:
         if value is not None and self._is_better(value := float(value)):  # NaN is text in a file
             self.progress.best_value, self.progress.best_step = value, self.progress.step
 
-    def _evaluate_if_due(self) -> bool | None:
-        """Return whether this step's evaluation is the best so far, or None if none was due."""
-        if self.progress.step % self.cadence.evaluate_every and not self._is_over():
-            return None
-        return self._evaluate()
+    def _evaluation_is_due(self) -> bool:
+        progress, after = self.progress, self.cadence.evaluate_after
+        if self._is_over() or progress.step % self.cadence.evaluate_every == 0:
+            return True
+        return after is not None and progress.seconds - self._evaluated_at >= after
 
     def _evaluate(self) -> bool:
         """Return whether the evaluation of this step is the best so far."""
         step = self.progress.step
+        self.progress.owed = False
         self.optimizer.eval()
         value = self.evaluate(step).get(self.cadence.best)
+        if self.clock is not None and self.cadence.evaluate_after is not None:
+            self._evaluated_at = self.clock.read()  # so that a slow one does not follow another
         if value is None:
             return False
         improved = self._is_better(value)
@@ -340,8 +352,12 @@ class Trainer:
         kept = state.get("scheduler") if isinstance(state, Mapping) else None
         needed = {"last_epoch", "lr_lambdas", *(kept if isinstance(kept, Mapping) else ())}
         schedule = {k: v for k, v in self.scheduler.state_dict().items() if k in needed}
+        progress = asdict(self.progress) | {"guard": None}
+        theirs = state.get("progress") if isinstance(state, Mapping) else None
+        if isinstance(theirs, Mapping) and "owed" not in theirs:  # of an earlier version
+            del progress["owed"]
         ours = {
-            "progress": asdict(self.progress) | {"guard": None},
+            "progress": progress,
             "scheduler": schedule | {"lr_lambdas": None},
             "data": self.batches.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),

@@ -33,6 +33,15 @@ def test_an_unknown_command_is_refused_and_the_chat_goes_on(run):
     assert len(result.out.splitlines()) >= 1  # the answer to Hello?
 
 
+def test_quiet_shows_refusals_and_what_commands_print(run):
+    shown = chat(run, "/rest", "/temperature 2", "/undo", "Hello?", options=["-q"]).err
+    assert [line.partition(";")[0] for line in shown.splitlines()] == [
+        "there is no command /rest",
+        "(temperature 2)",
+        "there is no question to undo",
+    ]
+
+
 def test_what_is_said_and_undone_is_what_is_saved(run, tmp_path):
     target = tmp_path / "talk.jsonl"
     chat(
@@ -102,6 +111,30 @@ def test_a_base_and_a_checkpoint_of_a_run_with_flash_attention_are_read_without_
     checkpoint = sorted((base.parent / "run" / "checkpoints").iterdir())[-1]
     result = finetune("export", "run", "out", "--checkpoint", str(checkpoint))
     assert result.code == 0, result.err
+
+
+def test_turns_that_the_context_has_no_room_for_are_saved_too(run, tmp_path, monkeypatch):
+    from finetune.display import Display
+    from finetune.inference import conversation
+    from finetune.recipes.build.target import open_target
+    from finetune.recipes.chat import _conversation, _Session
+
+    prompts = []
+
+    def stream(model, tokenizer, prompt, settings, **_):
+        prompts.append(tokenizer.decode(prompt))
+        yield "Yes."
+
+    monkeypatch.setattr(conversation, "stream", stream)
+    opened, display = open_target(str(run)), Display(enabled=False)
+    session = _Session({"": _conversation(opened, None, 0, {}, display)}, display)
+    questions, target = [f"Number {n}?" for n in range(20)], tmp_path / "talk.jsonl"
+    for line in (*questions, f"/save {target}"):
+        assert session.take(line)
+    assert questions[0] not in prompts[-1]
+    assert questions[-1] in prompts[-1]
+    (saved,) = map(json.loads, target.read_text().splitlines())
+    assert [m["content"] for m in saved["messages"] if m["role"] == "user"] == questions
 
 
 def test_an_answer_without_words_is_an_answer_too(run, tmp_path, monkeypatch):

@@ -212,7 +212,8 @@ def test_train_in_a_pipe_writes_plain_lines_and_results_to_files(chat_run):
 @pytest.mark.slow
 def test_train_on_a_terminal_shows_nested_bars(chat_run):
     code, shown = on_a_terminal(
-        "train", "c.yaml", "output_dir=other", "evaluation.every=1", "evaluation.before=true"
+        *("train", "c.yaml", "output_dir=other", "training.max_steps=4"),
+        *("evaluation.every=1", "evaluation.before=true"),
     )
     assert code == 0, shown
     assert "Traceback" not in shown

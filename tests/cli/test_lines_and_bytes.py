@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import main
+from finetune.display import Display
 from finetune.errors import visible
 from finetune.recipes.build.target import stdin_lines
+from finetune.recipes.chat import _ask
 from tests.cli.conftest import finetune
 
 ESCAPES = "\x1b]0;owned\x07 \x9b2J"
@@ -36,6 +38,12 @@ def read(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     stream = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="\n")
     monkeypatch.setattr(sys, "stdin", stream)
     return list(stdin_lines(Silent(), "a line"))  # type: ignore[arg-type]
+
+
+def questions(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return what `finetune chat` reads from a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+    return list(iter(lambda: _ask(Display(enabled=False), 1), None))
 
 
 LINES = {
@@ -67,7 +75,7 @@ LINES = {
 def test_lines_of_stdin_are_those_that_wc_counts(
     data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert read(data, monkeypatch) == LINES[data]
+    assert read(data, monkeypatch) == questions(data, monkeypatch) == LINES[data]
 
 
 def program(*arguments: str | bytes, stdin: bytes = b"", **environment: str):
@@ -106,10 +114,20 @@ def test_bytes_that_are_not_utf8_are_refused_in_a_sentence(
 
 
 @pytest.mark.slow  # a process each
-def test_a_question_that_is_not_utf8_is_passed_over(chat_run: Path) -> None:
-    code, _, err = program("chat", "run", stdin=b"caf\xe9\n", LC_ALL="C")
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_question_that_is_not_utf8_is_passed_over(locale: str, chat_run: Path) -> None:
+    asked = b"\xef\xbb\xbfHello?\r\ncaf\xe9\nAnd now?\n"
+    code, _, err = program("chat", "run", stdin=asked, LC_ALL=locale)
     assert code == 0, err
-    assert "the question is not UTF-8 text" in err
+    assert [line for line in err.splitlines() if line[:2] == "> " or "UTF-8" in line] == [
+        "> Hello?",
+        "line 2 of stdin is not UTF-8 text (byte 3 of the line). Convert it first",
+        "> And now?",
+    ]
+
+
+def test_a_line_that_is_not_utf8_costs_no_other_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert questions(b"one\ncaf\xe9\ntwo", monkeypatch) == ["one", "", "two"]
 
 
 @pytest.mark.slow  # a process each
@@ -216,6 +234,8 @@ CLOSED = {  # a command that prints its result -> its arguments
     "generate": ("run",),
     "chat": ("run",),
     "translate": ("run",),
+    "compare": ("c.yaml",),
+    "tune": ("c.yaml",),
     "train": ("c.yaml", "--dry-run"),
     "inspect": ("c.yaml",),
     "plan": ("c.yaml",),

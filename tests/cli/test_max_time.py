@@ -13,7 +13,7 @@ from finetune.config.values import seconds_of
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.train.train import run_training
-from finetune.run.folder import RunDir
+from finetune.run.folder import RunDir, complete_steps
 from finetune.run.records import Evaluation, StepRecord, read_metrics
 from finetune.training import clock
 from finetune.training.clock import Clock
@@ -72,6 +72,19 @@ def test_a_run_ends_with_its_time_and_the_schedule_follows(ten_seconds_a_look, t
     evaluated = [r.step for r in read_metrics(run)[0] if isinstance(r, Evaluation)]
     assert evaluated == [4, 8, 10]
     assert (run.model / "config.json").is_file()
+
+
+def test_a_stream_is_saved_after_each_tenth_of_its_time(ten_seconds_a_look, tiny) -> None:
+    """The time of an evaluation, here ten seconds, is not that until the next one."""
+    tree = tiny(
+        data={"streaming": True, "validation_fraction": 0.0},
+        training={"max_time": 1000, "max_steps": None},
+        checkpoint={"keep": 99},
+    )
+    stopped, steps = train(tree)
+    assert (stopped, len(steps)) == ("finished", 91)
+    saved = complete_steps(RunDir(Path(tree["output_dir"])).checkpoints)
+    assert saved == [*range(10, 91, 10), 91]
 
 
 def test_the_earlier_of_time_and_steps_ends_it(ten_seconds_a_look, tiny) -> None:

@@ -52,13 +52,18 @@ def test_the_live_line_says_elapsed_and_left(shown, monkeypatch) -> None:
     progress = Progress(get_time=lambda: now[0])
     number = progress.add_task("training", total=10)
     task: Task = progress.tasks[0]
-    column = _TimesColumn(None)
+    column, limited = _TimesColumn(None), _TimesColumn(400.0)
     assert column.render(task).plain == "0.0 s elapsed", "no time left before it is known"
+    now[0] = 1000.0  # loading, and the evaluation before the first step
+    assert column.render(task).plain == "16 min 40 s elapsed"
+    assert limited.render(task).plain == "16 min 40 s elapsed, 6 min 40 s left"
     for done in range(1, 6):
-        now[0] = 70.4 * done
+        for each in (column, limited):
+            each.begin(task, done)
         progress.update(number, completed=done)
-    assert column.render(task).plain == "5 min 52 s elapsed, 5 min 52 s left"
-    assert _TimesColumn(400.0).render(task).plain == "5 min 52 s elapsed, 48 s left"
+        now[0] += 70.0
+    assert column.render(task).plain == "22 min 30 s elapsed, 7 min 18 s left"
+    assert limited.render(task).plain == "22 min 30 s elapsed, 50 s left"
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

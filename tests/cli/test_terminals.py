@@ -4,10 +4,12 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,3 +116,29 @@ def test_a_mistake_that_nobody_hears_has_its_exit_code(tmp_path):
             [sys.executable, "-m", "finetune", "train", "none.yaml"], stderr=full
         )
     assert ended.returncode == 2
+
+
+def with_stdout(stdout: Any, *command: str) -> tuple[int, str]:
+    """Run `finetune COMMAND`, which collects what it prints; return its exit code and stderr."""
+    collecting = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    typed = [sys.executable, "-m", "finetune", *command]
+    ended = subprocess.run(typed, stdout=stdout, stderr=subprocess.PIPE, text=True, env=collecting)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("command", [("keys", "seed"), ("keys",), ("--version",)], ids=" ".join)
+def test_a_result_that_a_full_disk_refuses_is_said(command):
+    """At the end of a short one, and in the midst of one that is longer than a buffer."""
+    with open("/dev/full", "w") as full:
+        code, err = with_stdout(full, *command)
+    said = r"finetune: (stdout|a file) could not be written: No space left on device\n"
+    assert (code, bool(re.fullmatch(said, err))) == (2, True), err
+
+
+@pytest.mark.parametrize("command", [("keys", "seed"), ("keys",)], ids=" ".join)
+def test_a_result_that_nobody_reads_ends_without_a_word(command):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    assert with_stdout(theirs, *command) == (1, "")
+    os.close(theirs)

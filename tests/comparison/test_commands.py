@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from finetune.config import load_config
-from tests.cli.conftest import finetune
+from tests.cli.conftest import finetune, snapshot
 from tests.conftest import LLAMA, PYTHIA, conversation
 
 KILL_IN_THE_SECOND_REPORTED_RUN = """
@@ -227,9 +227,13 @@ def test_a_killed_comparison_goes_on_to_the_same_figures(compared, tmp_path, mon
 def test_more_seeds_are_added_to_what_is_there(compared, tmp_path, monkeypatch):
     shutil.copytree(compared, tmp_path / "more")
     monkeypatch.chdir(tmp_path / "more")
-    result = finetune(*COMPARE[:-1], "3")
-    assert result.code == 0, result.err
+    result = finetune(*COMPARE[:-1], "3", "-q")
+    assert (result.code, result.err) == (0, "")
     found = comparison(tmp_path / "more")
+    assert result.out.splitlines() == [
+        *found["verdict"]["sentences"],
+        "comparison: out/comparison.html",
+    ]
     assert found["optimizers"]["adam"]["reported_runs"] == 3
     assert [run for run in found["runs"] if run["seed"] < 3] == comparison(compared)["runs"]
 
@@ -329,8 +333,8 @@ def test_tune_writes_the_config_of_the_best(tmp_path, monkeypatch):
     assert best.training == load_config(Path("my c.yaml")).training, "trains as long as c.yaml"
     assert best.data == load_config(Path("my c.yaml")).data
     assert "best" in result.out
-    assert f"weight_decay={best.optimizer.weight_decay:g}" in result.err
-    assert "Go on with: finetune train 'runs/tune-my c/best.yaml'" in result.err
+    assert f"weight_decay={best.optimizer.weight_decay:g}" in result.out
+    assert "Go on with: finetune train 'runs/tune-my c/best.yaml'" in result.out
 
 
 def test_a_grid_that_is_too_low_is_widened_four_times_at_most(tmp_path, monkeypatch):
@@ -464,3 +468,30 @@ def test_a_grid_ends_at_the_highest_rate_that_a_config_takes(tmp_path, monkeypat
     tried = {path.name for path in Path("runs/tune-c/runs/sgd").iterdir()}
     assert tried >= {"lr-150-weight-decay-0", "lr-500-weight-decay-0"}
     assert not any("1.5e+03" in name for name in tried)
+
+
+def test_settings_that_no_run_of_a_search_follows_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path,
+        optimizer={"name": "adamw", "lr": 1e-2, "weight_decay": 0.3},
+        training={"max_steps": 1},
+        evaluation={"best": "chrf", "early_stopping_patience": 2, "generate": 0, "samples": 8},
+        checkpoint={"every": 1},
+    )
+    tune = ("tune", "c.yaml", "tracking=[tensorboard]", "--trials", "1")
+    result = finetune(*tune)
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if "alone decides" in line]
+    keys = "evaluation.best, evaluation.early_stopping_patience and tracking"
+    assert line.startswith(f"{keys} have no effect here")
+    assert "optimizer.weight_decay of the config has no effect here" in result.err
+    assert "every run has 1 step, and the loss after the last one decides" in result.err
+    before = snapshot(tmp_path)
+    again = finetune(*tune, "overwrite_output_dir=true")
+    assert (again.code, "tune-c holds a comparison, which goes on" in again.err) == (2, True)
+    assert snapshot(tmp_path) == before
+    compared = finetune("compare", "c.yaml", "data.validation_fraction=0")
+    assert compared.code == 2
+    assert "optimizer.lr has no effect here" in compared.err
+    assert "optimizer.name of the config has no effect here" in compared.err

@@ -105,6 +105,7 @@ def test_overrides_win_over_the_file(write):
 def test_lora_has_a_default_rate_of_its_own(write) -> None:
     lora, stated = "model.lora={rank: 4}", "optimizer.lr=1e-4"
     cases = [([], 5e-5), ([lora], 5e-4), ([lora, stated], 1e-4), ([stated], 1e-4)]
+    cases += [([lora, "optimizer.name=AdamW"], 5e-4), ([lora, "optimizer.name=adamw_torch"], 5e-4)]
     cases += [([lora, "optimizer.name=adamw"], 5e-4), ([lora, "optimizer.name=lion"], 5e-5)]
     for overrides, lr in cases:
         config = load_config(write(BASE), overrides)

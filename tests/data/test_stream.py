@@ -174,3 +174,21 @@ def test_a_bad_record_is_named(make: Any, tmp_path: Path) -> None:
         UserError, match=r"b\.jsonl line 1: column 'text' is missing; the columns are words$"
     ):
         next(iter(make()))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_bad_record_further_on_costs_no_batch(packing: bool, make: Any, tmp_path: Path) -> None:
+    """The state is that before the batch that could not be read."""
+    expected = [tensors(step) for step in islice(make(packing=packing), 60)]
+    file = tmp_path / "a.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join([*lines[:80], '{"words": "fine"}\n', *lines[81:]]))
+    batches, found = make(packing=packing), []
+    with pytest.raises(UserError, match=r"a\.jsonl line 81: column 'text' is missing"):
+        found.extend(map(tensors, batches))  # those before the error stay
+    assert 3 < len(found) < 60
+    file.write_text(whole)
+    resumed = make(packing=packing)
+    resumed.load_state_dict(batches.state_dict())
+    assert found + [tensors(step) for step in islice(resumed, 60 - len(found))] == expected

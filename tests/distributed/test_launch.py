@@ -13,7 +13,7 @@ import pytest
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from finetune.config.loading import load_config
+from finetune.config.loading import dump_config, load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.train.launch import (
@@ -43,6 +43,7 @@ if "RANK" in os.environ:
     Trainer._step = step_with_an_accident
 """  # Python runs sitecustomize.py when it starts
 NUM_STEPS = 12
+ROOT = Path(__file__).parents[2]
 
 
 def records(run: Path) -> list[dict]:
@@ -175,17 +176,57 @@ def test_a_last_checkpoint_that_cannot_be_written_is_told_after_ctrl_c(folder, e
     assert "restart 1" not in done.stderr
 
 
-def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    task = {
-        "config": "c.yaml",
-        "overrides": ["output_dir=whole"],
+DEATH_BEFORE_THE_FIRST_STEP = """
+import os, pathlib, signal
+if "RANK" in os.environ and not pathlib.Path("killed").exists():
+    from finetune.training.trainer import Trainer
+    def die(self, *args):
+        pathlib.Path("killed").touch()
+        pathlib.Path("c.yaml").write_text("model: {name: another}")  # it is edited meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+    Trainer.resume = die
+"""
+
+
+@pytest.mark.slow
+def test_a_restart_begins_where_the_start_was_to_with_the_config_as_it_was(folder):
+    """The run goes back to step 9 of 12. The first attempt dies before step 12 is deleted."""
+    (folder / "sitecustomize.py").write_text(DEATH_BEFORE_THE_FIRST_STEP)
+    whole = losses(folder / "whole")
+    back = "whole/checkpoints/step-00000009"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "finetune", "train", "c.yaml", "output_dir=whole"),
+            *("--resume", back, "--processes=1", "--restarts=1"),
+        ],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"restart 1 of 1, from {back}" in done.stderr
+    assert "resuming after step 9" in done.stderr
+    assert losses(folder / "whole") == whole
+
+
+def task_in(folder: Path, output_dir: str) -> dict:
+    """Return what a launcher gives to a process."""
+    settings = load_config(Path("c.yaml"), [f"output_dir={output_dir}"])
+    (folder / "settings.yaml").write_text(dump_config(settings))
+    return {
+        "config": str(folder / "settings.yaml"),
         "resume": None,
         "dry_run": False,
         "command": ["finetune"],
     }
-    assert work(task) == USER_ERROR
+
+
+def test_a_worker_records_what_goes_wrong_for_the_launcher(folder, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    assert work(task_in(folder, "whole")) == USER_ERROR
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
@@ -198,14 +239,7 @@ def test_a_disk_that_is_full_is_a_sentence_for_the_launcher_too(folder, monkeypa
     monkeypatch.setattr(sys, "argv", sys.argv)
     (folder / "run").mkdir()
     (folder / "run" / ".environment.json.tmp").symlink_to("/dev/full")
-    task = {
-        "config": "c.yaml",
-        "overrides": ["output_dir=run"],
-        "resume": None,
-        "dry_run": False,
-        "command": ["finetune"],
-    }
-    assert work(task) == USER_ERROR
+    assert work(task_in(folder, "run")) == USER_ERROR
     failure = ProcessFailure(
         local_rank=0, pid=1, exitcode=USER_ERROR, error_file=str(folder / "error.json")
     )
@@ -221,19 +255,20 @@ def test_what_the_number_of_processes_may_be(given):
     with pytest.raises(
         UserError, match=r"--processes is .*\. Give auto, or a number of processes from 1"
     ):
-        number_of_processes(given)
+        number_of_processes(given, "auto")
 
 
 def test_auto_is_one_process_without_a_gpu_and_no_launcher_starts_another(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert number_of_processes("auto") == 1
+    assert number_of_processes("auto", "auto") == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert number_of_processes("auto") == 8
+    assert number_of_processes("auto", "auto") == number_of_processes("auto", "cuda") == 8
     with pytest.raises(UserError, match="from 1 to 8, the GPUs of this machine"):
-        number_of_processes("9")
+        number_of_processes("9", "auto")
+    assert (number_of_processes("auto", "cpu"), number_of_processes("9", "cpu")) == (1, 9)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="started by a launcher"):
-        number_of_processes("auto")
+        number_of_processes("auto", "auto")
 
 
 def test_restarts_and_overwriting_exclude_each_other(folder, monkeypatch):

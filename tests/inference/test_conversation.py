@@ -77,8 +77,19 @@ def test_the_oldest_turns_go_when_the_context_is_full_and_a_note_says_so(model, 
         "the conversation is longer than the model's 150 tokens: the oldest question and its "
         "answer are left out"
     ]
-    assert chat.turns[0]["content"] == "question 1"
-    assert chat.turns[-2]["content"] == f"question {number}"
+    *earlier, question, answer = chat.turns  # all of them, to be saved
+    assert [turn["content"] for turn in chat.turns[::2]] == [
+        f"question {n}" for n in range(number + 1)
+    ]
+    prompt = tokenizer.apply_chat_template(
+        [*earlier[2:], question], add_generation_prompt=True, return_dict=False
+    )
+    assert answer["content"] == tokenizer.decode(
+        generate(model, [prompt], batch_size=1, settings=SAMPLING)[0], skip_special_tokens=True
+    )
+    chat.undo()
+    assert "".join(chat.reply(question["content"])) == answer["content"]
+    assert len(notes) == 1
 
 
 def test_a_message_too_long_by_itself_is_refused_and_nothing_is_lost(model, tokenizer):

@@ -13,6 +13,9 @@ LOW = {
     "full training's rate": (LORA | {"optimizer": {"lr": 5e-5}}, True),
     "just above it": (LORA | {"optimizer": {"lr": 6e-5}}, False),
     "by adamw": (LORA | {"optimizer": {"name": "adamw", "lr": 2e-5}}, True),
+    "by adamw in another spelling": (LORA | {"optimizer": {"name": "AdamW"}}, False),
+    "by adamw in Hugging Face's spelling": (LORA | {"optimizer": {"name": "adamw_torch"}}, False),
+    "by lazy adamw in another spelling": (LORA | {"optimizer": {"name": "Lazy-AdamW"}}, False),
     "of lion, which wants less": (LORA | {"optimizer": {"name": "lion", "lr": 2e-5}}, False),
     "without LoRA": ({"optimizer": {"lr": 2e-5}}, False),
 }

@@ -401,7 +401,7 @@ def test_a_stream_that_has_grown_resumes_as_if_it_had_not_stopped(
             [*sentences(5, words=["cat", "sat"]), *sentences(200, words=["ban", "dep", "gir"])],
         )
 
-    stream = ["data.streaming=true", "data.shuffle_buffer=16"]
+    stream = ["data.streaming=true", "data.shuffle_buffer=16", "evaluation.every=8"]
     options = [f"vocabulary.mode={mode}", "vocabulary.num_sampled=40", *stream]
     whole = cut_and_whole(base, tmp_path, *options, prepare=prepare)
     notes = json.loads((whole / "environment.json").read_text())["notes"]

@@ -16,9 +16,16 @@ from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.runs import state_of
 from finetune.recipes.train.train import run_training
 from finetune.report import write_report
-from finetune.run.folder import RunDir, checkpoint_path
-from finetune.run.log import MetricLogger
-from finetune.run.records import StepRecord, evaluations_by_step, read_metrics, read_run
+from finetune.run.folder import RunDir, checkpoint_path, complete_steps
+from finetune.run.log import VERBOSITY, MetricLogger
+from finetune.run.records import (
+    Evaluation,
+    StepRecord,
+    evaluations_by_step,
+    read_metrics,
+    read_run,
+)
+from tests.training.kills import kept
 
 
 def train(tree: dict[str, Any], **options: Any) -> str:
@@ -136,7 +143,7 @@ def test_a_run_from_another_that_died_before_its_first_checkpoint_begins_again(
 
 @pytest.mark.parametrize("best", [True, False])
 def test_a_run_that_is_ended_where_it_stopped_is_evaluated(tiny, tmp_path, after_step, best):
-    tree = tiny(training={"max_steps": 9}, evaluation={"every": 2, "before": True})
+    tree = tiny(training={"max_steps": 9}, evaluation={"every": 3, "before": True})
     if not best:
         tree["optimizer"] = {"lr": 1.0}  # it gets worse
         tree["training"]["divergence_threshold"] = 1e9
@@ -157,6 +164,49 @@ def test_a_run_that_is_ended_where_it_stopped_is_evaluated(tiny, tmp_path, after
         assert (found["best"]["step"] == last) == best
         assert last in losses
         assert found["after"] == found["best"]
+
+
+@pytest.mark.parametrize("num_steps", [4, 6])
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_run_that_is_stopped_at_an_evaluation_ends_as_one_that_is_not(
+    tiny, tmp_path, when, num_steps
+):
+    """One that was to begin is made by the resumed run, and once, also if that one is killed."""
+    tree = tiny(
+        training={"max_steps": num_steps},
+        evaluation={"every": 2, "before": True, "early_stopping_patience": 9},
+        checkpoint={"keep": 9},
+    )
+    train({**tree, "output_dir": str(tmp_path / "whole")})
+    at = (StepRecord, 3) if when == "before" else (Evaluation, 4)
+
+    def stop(record: Any) -> None:
+        if isinstance(record, at[0]) and record.step == at[1]:
+            interrupt()
+
+    def die(record: Any) -> None:
+        if isinstance(record, Evaluation):
+            raise Killed
+
+    run = RunDir(tmp_path / "run")
+    assert train(tree, listener=stop) == "signal"
+    assert steps_of(run.root)[-1].step == complete_steps(run.checkpoints)[-1] == 4
+    assert (4 in evaluations_by_step(run)) == (when == "during")
+    if when == "before":
+        with pytest.raises(Killed):
+            train(tree, resume="auto", listener=die)
+    assert train(tree, resume="auto") == "finished"
+    assert kept(run.root) == kept(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_signal_is_answered_at_once(tiny, after_step, monkeypatch, capfd, quiet):
+    monkeypatch.setenv(VERBOSITY, "quiet" if quiet else "")
+    after_step(2, interrupt)
+    assert run_training(make_config(tiny()), display=Display()) == "signal"
+    said = capfd.readouterr().err
+    answer = "stopping after this step or evaluation, and a checkpoint; a second Ctrl-C ends"
+    assert (answer in said) != quiet
 
 
 def test_a_run_without_held_out_data_is_finished_also_after_a_test(tiny, tmp_path):

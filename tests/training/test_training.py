@@ -23,9 +23,10 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.runs import print_runs
 from finetune.recipes.train.train import run_training
+from finetune.run.folder import checkpoint_path
 from finetune.training.checkpoint import CheckpointStore, load
 from finetune.training.step import take_step
-from tests.conftest import LLAMA, PYTHIA
+from tests.conftest import LLAMA, PYTHIA, conversation
 
 
 def train(tree, **options):
@@ -370,6 +371,44 @@ def test_a_stream_is_counted_as_it_was_read(tiny, tmp_path, chat_file):
     assert counts["dropped"] > 0
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
     assert any(f"{counts['dropped']} were dropped" in note for note in notes)
+
+
+def test_a_stream_is_evaluated_and_saved_after_each_tenth(tiny, tmp_path, chat_file):
+    """It has no epochs, and its end may be far."""
+    data = {"streaming": True, "validation": str(chat_file), "validation_fraction": 0.0}
+    config = make_config(tiny(data=data, training={"max_steps": 25}, checkpoint={"keep": 99}))
+    display = Display(enabled=False)
+    assert run_training(config, display=display) == "finished"
+    tenths = [*range(3, 25, 3), 25]
+    found = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in found if "evaluation" in line] == tenths
+    assert CheckpointStore(tmp_path / "run" / "checkpoints", keep=1).steps() == tenths
+    (note,) = [note for note in display.notes if note.startswith("evaluation.every is not set")]
+    assert note.endswith("is evaluated and saved after each tenth of it (3 steps)")
+
+
+def test_a_bad_record_of_a_stream_costs_no_step(tiny, tmp_path, chat_file, monkeypatch, capsys):
+    for name in ("STREAM_SAMPLE", "TOKENIZER_RECORDS"):  # it is not among the first ones
+        monkeypatch.setattr(f"finetune.recipes.build.data.{name}", 8)
+    records = [json.dumps(conversation(number)) + "\n" for number in range(300)]
+    chat_file.write_text("".join(records))
+    tree = tiny(
+        data={"streaming": True, "validation_fraction": 0.0, "shuffle_buffer": 8},
+        training={"max_steps": 40},
+        checkpoint={"every": 100},
+    )
+    train({**tree, "output_dir": str(tmp_path / "whole")})
+    chat_file.write_text("".join([*records[:249], '{"messages": []}\n', *records[250:]]))
+    for resume in (None, "auto"):  # nothing changes while the record is as it is
+        with pytest.raises(UserError, match="line 250"):
+            run_training(make_config(tree), display=Display(), resume=resume)
+        done = len(losses(tmp_path / "run"))
+        assert 5 < done < 40
+        saved = checkpoint_path(tmp_path / "run" / "checkpoints", done)
+        assert f"{saved} is saved. Once the data is mended, go on with" in capsys.readouterr().err
+    chat_file.write_text("".join(records))
+    assert train(tree, resume="auto") == "finished"
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("best", "step"), [("chrf", 2), ("loss", 1)])

@@ -6,11 +6,13 @@ whole stream and keeps its share of each step. So each process tokenizes all rec
 are the same as for one process without any communication.
 
 The state holds the place in the stream, the contents of the buffers and the random generator. A
-resumed run therefore continues with the very next batch and reads nothing twice.
+resumed run therefore continues with the very next batch and reads nothing twice. If a batch cannot
+be read, the state is that of the batch before it.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from random import Random
 from typing import Any, Protocol
@@ -66,15 +68,18 @@ class StreamingBatches:
         self._ready: list[list[Example]] = []
         self._source: Iterator[tuple[str, Record]] | None = None
         self._epoch = 0
+        self._before: _State | None = None  # the state, while the next batch is read
         self.fingerprint = self._hash_first_records()
 
     def __iter__(self) -> Iterator[StepBatch]:
         passes_without = 0  # the rest of a pass may be empty after a resume, a whole one may not
         while True:
+            self._before = self._state()
             sequences = list(islice(iter(self._next_sequence, None), self.shape.batch_size))
             passes_without = 0 if sequences else passes_without + 1
             if sequences:
-                yield self._step(sequences)
+                batch, self._before = self._step(sequences), None
+                yield batch
             else:
                 require_targets(
                     self.encoder.statistics,
@@ -91,19 +96,31 @@ class StreamingBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, as plain values and tensors."""
+        state = self._state() if self._before is None else self._before
         buffers = {
-            "buffer": [[e] for e in self._buffer],
-            "window": [[e] for e in self._window],
-            "ready": self._ready,
+            "buffer": [[e] for e in state.buffer],
+            "window": [[e] for e in state.window],
+            "ready": state.ready,
         }
         return {
-            "epoch": self._epoch,
-            "place": None if self._source is None else self.records.state_dict(),
-            "generator": self._generator.get_state(),
-            "statistics": self.encoder.statistics.as_dict(),
+            "epoch": state.epoch,
+            "place": state.place,
+            "generator": state.generator,
+            "statistics": state.statistics,
             "fingerprint": self.fingerprint,
             **{name: _as_tensors(sequences) for name, sequences in buffers.items()},
         }
+
+    def _state(self) -> "_State":
+        return _State(
+            epoch=self._epoch,
+            place=None if self._source is None else self.records.state_dict(),
+            generator=self._generator.get_state(),
+            statistics=self.encoder.statistics.as_dict(),
+            buffer=list(self._buffer),
+            window=list(self._window),
+            ready=list(self._ready),
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`. Raises UserError if the stream begins differently now."""
@@ -113,7 +130,7 @@ class StreamingBatches:
                 "format, tokenizer or max_length changed), so the run cannot be resumed. Restore "
                 "the data, or start a new run in another output_dir"
             )
-        self._epoch = state["epoch"]
+        self._epoch, self._before = state["epoch"], None
         self._source = None
         if state["place"] is not None:
             self.records.load_state_dict(state["place"])
@@ -216,6 +233,19 @@ class StreamingBatches:
         examples = [example for where, record in first for example in probe(where, record)]
         tokens = [(list(e.input_ids), list(e.labels)) for e in examples]
         return hashlib.sha256(repr(tokens).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the next step of a stream depends on. What is read later does not change it."""
+
+    epoch: int
+    place: object  # in the stream; None: its start
+    generator: torch.Tensor
+    statistics: dict[str, int]
+    buffer: list[Example]
+    window: list[Example]
+    ready: list[list[Example]]
 
 
 def _as_tensors(sequences: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def make_accelerator(config: RunConfig, display: Display) -> Accelerator:
             waiting_time(config.training.timeout),
         ],
     )
-    display.enabled = display.enabled and accelerator.is_main_process
+    display.heard = display.heard and accelerator.is_main_process
     settle_engine(accelerator, display)
     display.say(reason)
     return accelerator

@@ -183,7 +183,6 @@ def look_at_files(
                 f"{file} is a setting, and files are needed. Write it into a config of your own, "
                 "with model.name and data.train"
             )
-    source, target = languages
     kinds: dict[str, str] = {}  # format -> the first file of it
     for file in files if not all(file.endswith(".txt") for file in files) else ():
         path = path_of(file)
@@ -198,7 +197,7 @@ def look_at_files(
         raise UserError(f"{said}. Make a config for each")
     data = {
         "train": sources_of(files),
-        "translation": {"source_language": source, "target_language": target},
+        "translation": dict(zip(("source_language", "target_language"), languages)),
     }
     look_at(make_config({"output_dir": "run", "model": {"name": model}, "data": data}))
 

@@ -13,12 +13,12 @@ from finetune.errors import UserError
 from finetune.optim import (
     build_lr_scheduler,
     build_with_lazy_path,
+    is_adamw,
     optimizer_info,
     why_no_lazy_path,
 )
 from finetune.training.clock import TICKS
 
-_ADAMW = ("adamw", "lazy_adamw")
 _LOW_FOR_LORA = 5e-5  # the default of other training
 
 
@@ -91,7 +91,7 @@ def longer_warmup(config: RunConfig, num_steps: int) -> str | None:
 def low_rate(config: RunConfig) -> str | None:
     """Return a sentence if AdamW trains LoRA at the default rate of other training, or less."""
     section = config.optimizer
-    if config.model.lora is None or optimizer_info(section.name).name not in _ADAMW:
+    if config.model.lora is None or not is_adamw(section.name):
         return None
     if section.lr > _LOW_FOR_LORA:
         return None

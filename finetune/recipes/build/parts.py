@@ -3,6 +3,7 @@
 `material` makes the first stage, without weights.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +41,11 @@ from finetune.recipes.build.size import (
     with_step_size,
 )
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
+from finetune.run.wording import clock, counted
 from finetune.training.vocabulary import VocabularyKeeper, measuring_batches
 
 NOT_PACKED = "packing is off"  # the beginning of a note
+EVALUATIONS = 10  # of a stream or a comparison, if evaluation.every is not set
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,36 @@ def count_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
     if steps_per_epoch is None:
         raise UserError("a stream has no known length. Set training.max_steps or training.max_time")
     return steps_of(steps_per_epoch, config.training.epochs)
+
+
+def evaluation_steps(config: RunConfig, steps_per_epoch: int | None) -> int:
+    """Return after how many steps a run is evaluated: by default at the end of each epoch.
+
+    A pass over a stream has no known end, so there it is after each tenth of the run.
+    """
+    every = config.evaluation.every or steps_per_epoch
+    return every or math.ceil(count_steps(config, None) / EVALUATIONS)
+
+
+def evaluation_seconds(config: RunConfig) -> float | None:
+    """Return the seconds after which the run of a stream is evaluated, if a time ends it."""
+    limit, every = config.training.max_time, config.evaluation.every
+    return limit / EVALUATIONS if limit and config.data.streaming and every is None else None
+
+
+def evaluations_of_stream(config: RunConfig) -> str | None:
+    """Return a sentence that says when a stream is evaluated, if the config does not."""
+    if not config.data.streaming or config.evaluation.every is not None:
+        return None
+    steps = counted(evaluation_steps(config, None), "step")
+    of = [] if config.training.max_steps is None else [steps]
+    if (seconds := evaluation_seconds(config)) is not None:
+        of.append(clock(seconds))
+    what = "evaluated and saved" if config.checkpoint.every is None else "evaluated"
+    return (
+        f"evaluation.every is not set, so the run of a stream is {what} after each tenth of it "
+        f"({' or '.join(of)})"
+    )
 
 
 def assemble(material: Material, *, accelerator: Accelerator, display: Display) -> Parts:

@@ -135,11 +135,19 @@ def stdin_lines(display: Display, what: str) -> Iterator[str]:
     if is_terminal(sys.stdin):
         display.say(f"type {what}, and Ctrl-D at the end")
     for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
-        try:
-            text = line.decode() if isinstance(line, bytes) else line
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"line {number} of stdin is not UTF-8 text (byte {error.start} of the line). "
-                "Convert it first"
-            ) from error
-        yield text.lstrip(BOM).removesuffix("\n").removesuffix("\r")
+        yield text_of_line(line, number)
+
+
+def text_of_line(line: bytes | str, number: int) -> str:
+    """Return the text of a line of stdin, without its end; see `stdin_lines`.
+
+    Raises UserError with its `number`, which begins at 1, if it is not UTF-8.
+    """
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"line {number} of stdin is not UTF-8 text (byte {error.start} of the line). "
+            "Convert it first"
+        ) from error
+    return text.lstrip(BOM).removesuffix("\n").removesuffix("\r")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.comparison.summary import summarise
 from finetune.config import RunConfig, load_config
-from finetune.display import Display
+from finetune.display import Display, on_terminal
 from finetune.errors import UserError
 from finetune.recipes.build.look import take_list
 from finetune.recipes.compare.candidates import (
@@ -39,7 +39,7 @@ def compare_optimizers(
     budget: int | None,
     display: Display | None = None,
 ) -> Stopped:
-    """Compare optimizers, and write the comparison to the folder of the config.
+    """Compare optimizers, print the verdict, and write the comparison to the folder of the config.
 
     Each optimizer's learning rate is the best of `trials` runs, or more if its grid is widened. The
     best is then run with `seeds` fresh seeds. Raises UserError for anything wrong with config or
@@ -50,6 +50,14 @@ def compare_optimizers(
     folder = f"output_dir={json.dumps(str(Path('runs') / f'compare-{path.stem}'))}"
     config = load_config(path, [folder, *others])
     optimizers = optimizer_names(DEFAULT_OPTIMIZERS if names is None else names)
+    given = config.optimizer.model_fields_set
+    if "lr" in given:
+        display.note("optimizer.lr has no effect here: each optimizer is run at its own best")
+    if "name" in given and names is None:
+        display.note(
+            "optimizer.name of the config has no effect here. Name what to compare in the command: "
+            "optimizer.name=[A,B]"
+        )
     notes = check_candidates(config, optimizers)
     with locked(config.output_dir, display.note):
         base = prepare_study(config, trials=trials, budget=budget, test=True, display=display)
@@ -74,9 +82,8 @@ def compare_optimizers(
         summary = summarise(tuning, reported, grid_size=trials)
         rule = data_rule(config.data)
         page = write_outcome(summary, base, rule=rule, trials=trials, seeds=seeds, notes=notes)
-        for sentence in summary["verdict"]["sentences"]:
-            display.say(sentence)
-        display.say(f"comparison: {page}")
+        for sentence in (*summary["verdict"]["sentences"], f"comparison: {page}"):
+            print(on_terminal(sentence))
         return "finished"
 
 

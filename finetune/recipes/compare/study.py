@@ -26,15 +26,16 @@ from finetune.display import Display
 from finetune.errors import UserError
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import read_material, with_template_date
-from finetune.recipes.build.parts import assemble
+from finetune.recipes.build.parts import EVALUATIONS, assemble
 from finetune.recipes.build.size import batch_size_of, step_size_in_words
 from finetune.recipes.compare.candidates import section_for
 from finetune.recipes.compare.data import hold_out
 from finetune.recipes.compare.trial import Tally, run_trial
+from finetune.recipes.train.start import flat_settings
 from finetune.run.claim import claim_folder
 from finetune.run.files import read_text, write_text
 from finetune.run.trials import Run
-from finetune.run.wording import counted
+from finetune.run.wording import counted, listed
 from finetune.training.trainer import Stopped
 
 PROTOCOL = "protocol.yaml"
@@ -44,7 +45,6 @@ NAMES = (  # what a comparison or a search writes into its folder
     *(PROTOCOL, "study.db", "data", "runs", "best.yaml"),
     *("comparison.json", "comparison.csv", "comparison.html"),
 )
-EVALUATIONS = 10  # of a run, if evaluation.every is not set
 
 Grid = dict[str, list[float]]  # "lr", and "weight_decay" if it is searched too
 GridPoint = dict[str, float]
@@ -73,6 +73,11 @@ def prepare_study(
     root = config.output_dir
     claim_folder(root, "comparison", [root / name for name in NAMES])
     begun = any(root.glob("runs/*/*/metrics.jsonl"))  # else nothing is lost by another beginning
+    if begun and config.overwrite_output_dir:
+        raise UserError(
+            f"overwrite_output_dir deletes a run, and {root} holds a comparison, which goes on. "
+            "Leave it out, delete the folder, or name another output_dir"
+        )
     before = _read_protocol(root / PROTOCOL) if begun else {}
     given = {**_settings_of(config), "trials": trials}
     _refuse_changes(root, before, given)
@@ -93,8 +98,15 @@ def prepare_study(
     write_text(root / PROTOCOL, yaml.safe_dump(given | found, sort_keys=False, allow_unicode=True))
     if (sentence := step_size_in_words(config, parts.config)) is not None:
         display.say(sentence)
-    display.say(f"every run has {counted(steps, 'step')}")
-    return _config_of_runs(parts.config, steps)
+    base = _config_of_runs(parts.config, steps)
+    if keys := _without_effect(config, base):
+        have = "have" if len(keys) > 1 else "has"
+        display.note(
+            f"{listed(keys)} {have} no effect here: nothing is generated, tracked or kept, and the "
+            "held-out loss alone decides"
+        )
+    display.say(f"every run has {counted(steps, 'step')}, and the loss after the last one decides")
+    return base
 
 
 def _config_of_runs(config: RunConfig, steps: int) -> RunConfig:
@@ -120,6 +132,15 @@ def _config_of_runs(config: RunConfig, steps: int) -> RunConfig:
             "tracking": (),
         }
     )
+
+
+def _without_effect(config: RunConfig, base: RunConfig) -> list[str]:
+    """Return the settings of the user, other than the defaults, that no run follows."""
+    asked = flat_settings(config.model_dump(mode="json", exclude_defaults=True))
+    done = flat_settings(base.model_dump(mode="json"))
+    parts = ("evaluation.", "checkpoint.", "tracking")
+    found = [key for key in asked if key.startswith(parts) and done[key] != asked[key]]
+    return [*found, *(key for key in asked if key.startswith("generation."))]
 
 
 def _settings_of(config: RunConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from finetune.comparison.grids import WEIGHT_DECAYS
 from finetune.config import RunConfig, dump_config, load_config
-from finetune.display import Display
+from finetune.display import Display, on_terminal
 from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.look import take_list
@@ -53,6 +53,11 @@ def tune_optimizer(
     if given is not None and "weight_decay" not in optimizer_info(name).options:
         raise UserError(f"{name} takes no weight decay. Leave optimizer.weight_decay out")
     decays = _check_decays(config, name, WEIGHT_DECAYS if given is None else given)
+    if given is None and decays and "weight_decay" in config.optimizer.model_fields_set:
+        display.note(
+            "optimizer.weight_decay of the config has no effect here. Name those to try in the "
+            "command: optimizer.weight_decay=[A,B]"
+        )
     with locked(config.output_dir, display.note):
         base = prepare_study(config, trials=trials, budget=budget, test=False, display=display)
         middle = config.optimizer.lr if "lr" in config.optimizer.model_fields_set else None
@@ -76,10 +81,8 @@ def tune_optimizer(
         chosen = config.output_dir / "best.yaml"
         write_text(chosen, dump_config(_best_config(config, best, path)))
         _print_runs(name, runs, best, trials * max(1, len(decays)))
-        display.say(
-            f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}. "
-            f"Go on with: finetune train {quote(str(chosen))}"
-        )
+        found = f"the best of {len(runs)} runs with one seed: {name} {settings_in_words(best)}"
+        print(on_terminal(f"{found}. Go on with: finetune train {quote(str(chosen))}"))
         return "finished"
 
 

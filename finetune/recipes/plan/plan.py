@@ -11,7 +11,14 @@ from finetune.optim import check_optimizer
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import Material
 from finetune.recipes.build.optimizer import low_rate, optimizer_options
-from finetune.recipes.build.parts import NOT_PACKED, Parts, assemble, count_steps
+from finetune.recipes.build.parts import (
+    NOT_PACKED,
+    Parts,
+    assemble,
+    count_steps,
+    evaluation_seconds,
+    evaluations_of_stream,
+)
 from finetune.recipes.build.sharing import sharing_lines
 from finetune.recipes.build.size import step_size_in_words
 from finetune.recipes.plan.planner import Plan, Planner, Work
@@ -47,7 +54,7 @@ def plan_run(
         display.say(line)
     if (size := step_size_in_words(config, planner.material.config)) is not None:
         display.note(size)
-    for sentence in (*planner.material.advice(), low_rate(config)):
+    for sentence in (*planner.material.advice(), evaluations_of_stream(config), low_rate(config)):
         if sentence is not None:
             display.note(sentence)
     return plan
@@ -76,12 +83,12 @@ def _limited(config: RunConfig, plan: Plan) -> Plan:
     limit, work, time = config.training.max_time, plan.work, plan.time
     if limit is None or time is None:
         return plan
-    fitting = steps_within(limit, time, evaluate_every=work.evaluate_every)
-    steps = min(fitting, work.num_steps)
-    evaluations = work.num_evaluations and (
-        config.evaluation.before + math.ceil(steps / work.evaluate_every)
-    )
-    work = replace(work, num_steps=steps, num_evaluations=evaluations)
+    every = work.evaluate_every
+    if (seconds := evaluation_seconds(config)) is not None:
+        every = min(every, max(1, round(seconds / time.step)))
+    steps = min(steps_within(limit, time, evaluate_every=every), work.num_steps)
+    evaluations = work.num_evaluations and (config.evaluation.before + math.ceil(steps / every))
+    work = replace(work, num_steps=steps, num_evaluations=evaluations, evaluate_every=every)
     return replace(
         plan,
         work=work,

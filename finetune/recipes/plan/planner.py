@@ -30,7 +30,7 @@ from finetune.recipes.build.accelerator import resolve_device
 from finetune.recipes.build.material import Material, read_material
 from finetune.recipes.build.model import adapt_model, model_spec
 from finetune.recipes.build.optimizer import may_be_lazy
-from finetune.recipes.build.parts import count_steps
+from finetune.recipes.build.parts import count_steps, evaluation_steps
 from finetune.recipes.build.sharing import plan_sharing, step_shape
 from finetune.recipes.build.size import packed_length_of, with_step_size
 from finetune.recipes.build.vocabulary import apply_vocabulary, plan_vocabulary
@@ -275,7 +275,7 @@ def work_of(material: Material) -> Work:
     most = packed_length_of(config)
     if length > most:  # of trees: as much memory as sequences of one example
         rows, length = -(-length // most), most
-    every = config.evaluation.every or per_epoch or num_steps
+    every = evaluation_steps(config, per_epoch)
     num_evaluations = config.evaluation.before + math.ceil(num_steps / every)
     if num_steps == MOST:
         num_evaluations = config.evaluation.before + 1

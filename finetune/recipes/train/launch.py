@@ -18,17 +18,25 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from finetune.config import load_config
+from finetune.config import dump_config, load_config
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.run.folder import RunDir, newest_checkpoint
+from finetune.run.files import path_of, write_text
+from finetune.run.folder import (
+    MARK,
+    RunDir,
+    is_complete,
+    newest_checkpoint,
+    step_folders,
+    step_of,
+)
 
 USER_ERROR, SIGNALLED = 2, 130  # exit codes of a worker, as of the command line
 SAVING_TIME = 600  # seconds that the processes have to save after a signal, before they are killed
@@ -58,52 +66,66 @@ def launch_training(
 ) -> Literal["finished", "signal"]:
     """Run `run_training` in several processes, and again up to `restarts` times after a failure.
 
+    The config is read once, so that every process and every restart has the same.
     `processes` is "auto" or a number. Raises UserError, also for one raised in a process, and
     ProcessFailed.
     """
     settings, display = load_config(config, overrides), display or Display()
-    count = number_of_processes(processes)
+    count = number_of_processes(processes, settings.training.device)
     if restarts and settings.overwrite_output_dir:
         raise UserError(
             "--restarts continues the run in output_dir, and overwrite_output_dir deletes it. "
             "Leave one of the two out"
         )
-    task = {
-        "config": str(config),
-        "overrides": list(overrides),
-        "resume": resume,
-        "dry_run": dry_run,
-        "command": sys.argv,
-    }
-    checkpoints = RunDir(settings.output_dir).checkpoints
+    run, text = RunDir(settings.output_dir), dump_config(settings)
+    task = {"resume": resume, "dry_run": dry_run, "command": sys.argv}
+    later = _later_ones(run, resume)
     for restart in range(restarts + 1):
-        if restart and (newest_checkpoint(checkpoints) or resume is None):
-            task["resume"] = "auto"
         try:
-            return _launch(task, count)
+            return _launch(task, text, count)
         except ProcessFailed as error:
-            newest = newest_checkpoint(checkpoints)
+            newest = newest_checkpoint(run.checkpoints)
+            if later.items() & _marks(run).items():  # it died before it went on
+                newest = path_of(str(resume))
+            elif newest is not None or resume is None:
+                task["resume"] = "auto"
             if restart < restarts and not isinstance(error, StopFailed):
                 display.say(
                     f"{error}; restart {restart + 1} of {restarts}, from "
                     f"{newest or 'the beginning'}"
                 )
             else:
-                raise ProcessFailed(
-                    f"{error}; "
-                    + (f"{newest} is saved: --resume auto" if newest else "no step was saved")
-                ) from None
+                saved = f"{newest} is saved: --resume {task['resume']}"
+                said = saved if newest else "no step was saved"
+                raise ProcessFailed(f"{error}; {said}") from None
     raise AssertionError
 
 
-def number_of_processes(given: str) -> int:
-    """Return the number that `--processes` means on this machine. Raises UserError."""
+def _later_ones(run: RunDir, resume: str | None) -> dict[Path, int]:
+    """Return the checkpoints that the run deletes when it goes on from the one named `resume`."""
+    if resume is None or resume == "auto" or not is_complete(named := path_of(resume)):
+        return {}
+    later = {path: mark for path, mark in _marks(run).items() if step_of(path) > step_of(named)}
+    return later if run.holds(named) else {}
+
+
+def _marks(run: RunDir) -> dict[Path, int]:
+    """Return the complete checkpoints of the run, and when each was written, in nanoseconds."""
+    found = filter(is_complete, step_folders(run.checkpoints).values())
+    return {folder: (folder / MARK).stat().st_mtime_ns for folder in found}
+
+
+def number_of_processes(given: str, device: str) -> int:
+    """Return the number that `--processes` means on this machine. Raises UserError.
+
+    `device` is training.device: GPUs count only if the processes are to run on them.
+    """
     if "WORLD_SIZE" in os.environ:
         raise UserError(
             "this process was itself started by a launcher (WORLD_SIZE is set). "
             "Leave --processes and --restarts out"
         )
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     most = f" to {gpus}, the GPUs of this machine" if gpus else ""
     allowed = f"auto, or a number of processes from 1{most}"
     if given == "auto":
@@ -113,12 +135,17 @@ def number_of_processes(given: str) -> int:
     return int(given)
 
 
-def _launch(task: Mapping[str, Any], count: int) -> Literal["finished", "signal"]:
+def _launch(task: Mapping[str, object], config: str, count: int) -> Literal["finished", "signal"]:
+    """Launch the processes with the text of a config, which they read from a file of ours."""
     with tempfile.TemporaryDirectory(prefix="finetune-") as logs:
-        return _launch_with(task, count, Path(logs))
+        path = Path(logs) / "settings.yaml"
+        write_text(path, config)
+        return _launch_with({**task, "config": str(path)}, count, Path(logs))
 
 
-def _launch_with(task: Mapping[str, Any], count: int, logs: Path) -> Literal["finished", "signal"]:
+def _launch_with(
+    task: Mapping[str, object], count: int, logs: Path
+) -> Literal["finished", "signal"]:
     """Launch the processes. Each writes the error that ends it to a file below `logs`."""
     config = LaunchConfig(
         min_nodes=1,

@@ -31,7 +31,14 @@ from finetune.recipes.build.optimizer import (
     may_be_lazy,
     optimizer_options,
 )
-from finetune.recipes.build.parts import Parts, assemble, say_counts
+from finetune.recipes.build.parts import (
+    Parts,
+    assemble,
+    evaluation_seconds,
+    evaluation_steps,
+    evaluations_of_stream,
+    say_counts,
+)
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run, is_finished
 from finetune.recipes.train.start import (
@@ -50,11 +57,12 @@ from finetune.run.folder import RunDir, run_of, step_of
 from finetune.run.log import Listener, MetricLogger, forget_after, tracker_values
 from finetune.run.records import evaluations_by_step
 from finetune.run.wording import clock, counted
+from finetune.training.cadence import Cadence
 from finetune.training.checkpoint import CheckpointStore, check_identity, load
 from finetune.training.clock import Clock
 from finetune.training.probe import check_device
-from finetune.training.stopping import DivergenceGuard
-from finetune.training.trainer import Cadence, Stopped, Trainer
+from finetune.training.stopping import DivergenceGuard, NoBatch
+from finetune.training.trainer import Stopped, Trainer
 from finetune.training.vocabulary import measuring_batches
 
 
@@ -142,7 +150,8 @@ def _build(config: RunConfig, accelerator: Accelerator, display: Display) -> _Bu
         display.note("mps: a small batch gave the loss and the gradients of the CPU")
     examples = counted(material.examples_per_step, "example")
     display.say(f"{_length_of(parts)}, each of about {examples}")
-    for sentence in (longer_warmup(config, parts.num_steps), low_rate(config)):
+    cadence, warmup = evaluations_of_stream(config), longer_warmup(config, parts.num_steps)
+    for sentence in (cadence, warmup, low_rate(config)):
         if sentence is not None:
             display.note(sentence)
     for sentence in material.advice():
@@ -177,7 +186,7 @@ def _train(
         begun = trainer.progress.step if checkpoint is not None else -1
         if is_main:
             stack.enter_context(display.journal.kept_in(run))
-            forget_after(run, begun)
+            forget_after(run, begun, evaluated=not trainer.progress.owed)
             if trainer.why_over() is None or not run.config.is_file():
                 write_records(parts, run, checkpoint)
         on_start(live)
@@ -185,10 +194,15 @@ def _train(
             trainer.evaluate(0)
         stopped: Stopped = "signal"  # unless it comes to an end of its own
         try:
-            if trainer.why_over() is not None and not live.finished:
+            if trainer.why_over() is not None and not (live.finished or trainer.progress.owed):
                 last = evaluations_by_step(run).get(begun) if is_main else None
                 trainer.evaluate_end(None if last is None else last.metrics)
-            stopped = trainer.train()
+            stopped = trainer.train(display.say_at_once)
+        except NoBatch:
+            if (newest := trainer.checkpoints.newest()) is not None:
+                saved = f"{newest} is saved. Once the data is mended, go on with --resume auto"
+                display.answer(saved)
+            raise
         finally:
             if stopped == "signal":
                 _end_live_report(parts, run)
@@ -282,8 +296,7 @@ def _length_of(parts: Parts) -> str:
 
 
 def _cadence(parts: Parts) -> Cadence:
-    config, per_epoch = parts.config, parts.batches.steps_per_epoch
-    every = config.evaluation.every or per_epoch or parts.num_steps
+    config = parts.config
     best, held_out = config.evaluation.best, parts.material.validation
     judged_by = f"{best} {'' if held_out is None else held_out.fingerprint}"
     if best != "loss":  # it is of answers
@@ -291,7 +304,8 @@ def _cadence(parts: Parts) -> Cadence:
         judged_by += f" {config.evaluation.generate} {settings}"
     return Cadence(
         num_steps=parts.num_steps,
-        evaluate_every=every,
+        evaluate_every=evaluation_steps(config, parts.batches.steps_per_epoch),
+        evaluate_after=evaluation_seconds(config),
         checkpoint_every=config.checkpoint.every,
         best=best,
         higher_is_better=best != "loss",

@@ -21,7 +21,7 @@ def work(task: Mapping[str, Any]) -> int:
     """Do this process's part of the run, and return the exit code."""
     sys.argv = list(task["command"])  # for environment.json
     try:
-        config = load_config(Path(task["config"]), task["overrides"])
+        config = load_config(Path(task["config"]))
         stopped = run_training(config, resume=task["resume"], dry_run=task["dry_run"])
     except KeyboardInterrupt:  # before the first step
         return SIGNALLED
