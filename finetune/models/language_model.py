@@ -244,6 +244,8 @@ class RouterLoss(NamedTuple):
         """Return the share of a micro-batch of `shape` [sequences, length]."""
         ends = _ends(targets, shape)
         counted = (torch.arange(shape[1], device=ends.device) < ends[:, None]).int()
+        if not len(targets):  # of a process that has no sequence: 0 times the loss of any tokens
+            counted = torch.ones_like(counted)
         loss = self.balance(router_logits, self.num_experts, self.num_chosen, counted)
         return self.coefficient * len(targets) * loss
 
