@@ -200,11 +200,15 @@ def _obstacles(model: nn.Module, inner: PreTrainedModel, max_length: int) -> Ite
 
 
 def _drops(model: nn.Module) -> bool:
+    """Return whether a part of `model` has dropout: torch's module, or a share under some name.
+
+    The names differ: attention_dropout, residual_dropout, hidden_dropout, resid_pdrop, layerdrop.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             return True
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(share := getattr(module, name, None), float) and share > 0:
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
                 return True
     return False
 
