@@ -60,6 +60,13 @@ def test_decoders_pass(make_model):
     check_causal(made(LFM2))
 
 
+@pytest.mark.parametrize("length", [5, 7, 16, 17])
+def test_a_model_that_reads_a_few_tokens_is_probed_with_no_more(length, make_model):
+    language_model = LanguageModel(make_model("gpt2", n_positions=length))
+    check_causal(language_model)
+    assert why_not_packed(language_model) is None
+
+
 def test_a_batch_that_is_mixed_is_refused(make_model):
     """Experts that choose their tokens do this: what a token gets depends on the whole batch."""
     model = make_model("llama")
