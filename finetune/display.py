@@ -40,6 +40,18 @@ def on_terminal(text: str) -> str:
     return visible(text) if is_terminal(sys.stdout) else text
 
 
+def plain_console(
+    file: IO[str] | None = None, *, width: int | None = None, soft_wrap: bool = False
+) -> Console:
+    """Return a console that prints text as it is, on `file` or stdout.
+
+    To rich "[v1]" would be markup and ":x:" an emoji. Paths, names and texts may hold either.
+    """
+    return Console(
+        file=file, width=width, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False
+    )
+
+
 class _Unheard:
     """A stream that goes on if nobody reads it any more: a closed pipe or terminal, a full disk."""
 
@@ -64,7 +76,7 @@ class Display:
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
         stream = cast(IO[str], _Unheard(sys.stderr))
-        self._console = console or Console(file=stream, highlight=False, soft_wrap=True)
+        self._console = console or plain_console(stream, soft_wrap=True)
         self.verbosity = os.environ.get(VERBOSITY, "")
         self.heard = enabled  # a person reads what this process prints
         self.journal = Journal()
@@ -171,7 +183,7 @@ class Display:
         elif self._is_live() and self.verbosity != "verbose":
             times = _TimesColumn(limit)
             columns = (
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
                 *([BarColumn(bar_width=24)] if self._console.width >= _WITH_BAR else []),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 _FactsColumn(),

@@ -285,6 +285,13 @@ def test_the_state_of_an_optimizer_of_another_form_is_refused():
         state = {0: {**good["state"][0], **bad}}
         with pytest.raises(TypeError):
             form.check_optimizer_state({**good, "state": state}, good, [weight])
+    of_its_own = {"factors": [torch.eye(4), torch.eye(2)], "table": torch.ones(256), "kind": "x"}
+    of_its_own["narrow"] = torch.ones(3).to(torch.float8_e4m3fn)
+    whole = {**good, "state": {0: of_its_own}}
+    form.check_optimizer_state(whole, good, [weight], shaped=False)
+    of_its_own["factors"][1][0, 0] = float("nan")
+    with pytest.raises(TypeError, match="factors of parameter 0 holds NaN"):
+        form.check_optimizer_state(whole, good, [weight], shaped=False)
     for bad in ({}, {"state": 3}, {"state": {7: {}}}, {"param_groups": [3]}):
         with pytest.raises(TypeError):
             form.check_optimizer_state({**good, **bad} if bad else bad, good, [weight])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.compute.subclass import likeness_of, put_before
+from finetune.compute.subclass import in_both_modes, likeness_of, put_before
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, str]]] = {
@@ -30,8 +30,9 @@ def fuse_gates(model: nn.Module) -> None:
     """Let the gated MLPs of `model` compute in this way, in place.
 
     A module counts as one by its class's name and its layers, if it gives the same on random
-    numbers up to rounding, small and large. Any other module stays as it is, and so does one whose
-    layers are wrapped later (LoRA). `down_proj` is not called: a hook on it does not run.
+    numbers up to rounding, small and large, in training too. Any other module stays as it is, and
+    so does one whose layers are wrapped later (LoRA). `down_proj` is not called: a hook on it does
+    not run.
     """
     tried: dict[Hashable, str | None] = {}
     for module in model.modules():
@@ -97,7 +98,7 @@ def _activation(module: Any) -> str | None:
 
     None if it is not a known one, or if the module does anything else.
     """
-    probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+    probe = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     for parameter in probe.parameters():
         parameter.copy_(
@@ -105,10 +106,10 @@ def _activation(module: Any) -> str | None:
         )
     scales = torch.tensor(GATE_SCALES).repeat_interleave(4)[:, None]
     x = scales * torch.randn(len(scales), probe.gate_proj.in_features, generator=generator)
-    theirs = probe(x)
+    both = in_both_modes(probe, x)
     for name in ACTIVATIONS:
         ours = _GatedDown.apply(probe.gate_proj(x), probe.up_proj(x), probe.down_proj.weight, name)
-        if theirs.shape == ours.shape and _are_close(theirs, ours):
+        if all(theirs.shape == ours.shape and _are_close(theirs, ours) for theirs in both):
             return name
     return None
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.compute.subclass import likeness_of, put_before
+from finetune.compute.subclass import in_both_modes, likeness_of, put_before
 
 NORM_SCALES = (1e-3, 3.0, 1e4)
 """How large the numbers are with which a module is tried: a small one shows where epsilon is."""
@@ -26,7 +26,7 @@ def fuse_norms(model: nn.Module) -> None:
     """Let the RMS norms of `model` compute in this way, in place.
 
     A module counts as one by its class's name, if it gives the same on random numbers up to
-    rounding. Any other module stays as it is.
+    rounding, in training too. Any other module stays as it is.
     """
     tried: dict[Hashable, bool | None] = {}
     for module in model.modules():
@@ -109,11 +109,14 @@ def _one_is_added(module: Any) -> bool | None:
     probe.weight.copy_(torch.randn(len(weight), generator=generator))
     scales = torch.tensor(NORM_SCALES).repeat_interleave(4)[:, None]
     x = scales * torch.randn(len(scales), len(weight), generator=generator, dtype=torch.float32)
-    theirs = probe(x)
+    both = in_both_modes(probe, x)
     for added in (False, True):
         ours = _RMSNorm.apply(
             x, 1 + probe.weight if added else probe.weight, _epsilon(probe), x.dtype
         )
-        if theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5):
+        if all(
+            theirs.shape == ours.shape and torch.allclose(theirs, ours, rtol=1e-5, atol=1e-5)
+            for theirs in both
+        ):
             return added
     return None

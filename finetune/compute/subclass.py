@@ -7,6 +7,7 @@ import functools
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -42,6 +43,12 @@ def _kind(value: Any) -> Hashable:
         return id(value)
     kind: type = type(value)
     return kind
+
+
+def in_both_modes(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a module gives in evaluation and in training, where it may have dropout."""
+    with torch.random.fork_rng(devices=[]):  # dropout draws numbers
+        return module.eval()(x), module.train()(x)
 
 
 @functools.cache

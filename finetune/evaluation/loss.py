@@ -92,6 +92,7 @@ def evaluate_loss(
     the group of each token id, counted from 0, to have the loss by the group of the target token.
     Raises UserError if there is no target token.
     """
+    outside = None if inactive is None else inactive.cpu()
     inactive = None if inactive is None else inactive.to(device)
     options = {"reduction": "none"} | ({} if inactive is None else {"inactive": inactive})
     sums = _Sums.zeros(0 if groups is None else int(groups.max()) + 1)
@@ -99,13 +100,14 @@ def evaluate_loss(
         for number, batch in enumerate(batches, start=1):
             tensors = cast(dict[str, Tensor], batch)
             on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-            losses, masses = loss_module(**on_device, **options).double().unbind(1)
-            targets = on_device["targets"][:, 1]
+            # On the CPU: a GPU adds in no fixed order, and one of Apple has no float64.
+            losses, masses = loss_module(**on_device, **options).cpu().double().unbind(1)
+            targets = tensors["targets"][:, 1].cpu()
             sums.add(losses)
-            if inactive is not None:
-                sums.add_outside(losses, masses, inactive[targets])
+            if outside is not None:
+                sums.add_outside(losses, masses, outside[targets])
             if groups is not None:
-                sums.add_by_group(losses, groups[targets.cpu()])
+                sums.add_by_group(losses, groups[targets])
             if on_progress is not None:
                 on_progress(number)
     sums.total[2] += num_bytes
@@ -143,17 +145,16 @@ class _Sums:
         return cls(torch.zeros(6 + MASS_BINS + 2 * num_groups, dtype=torch.float64), num_groups)
 
     def add(self, losses: Tensor) -> None:
-        self.total[0] += losses.sum().cpu()
+        self.total[0] += losses.sum()
         self.total[1] += len(losses)
 
     def add_outside(self, losses: Tensor, masses: Tensor, outside: Tensor) -> None:
-        self.outside += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()]).cpu()
+        self.outside += torch.stack([losses[outside].sum(), outside.sum(), masses.sum()])
         bins = (masses.nan_to_num(1.0) * MASS_BINS).long().clamp(0, MASS_BINS - 1)
-        self.mass_bins += bins.bincount(minlength=MASS_BINS).cpu()
+        self.mass_bins += bins.bincount(minlength=MASS_BINS)
 
     def add_by_group(self, losses: Tensor, groups: Tensor) -> None:
-        # On the CPU: on a GPU the order of the additions is not fixed.
-        self.by_group[0] += groups.bincount(losses.cpu(), minlength=self.num_groups)
+        self.by_group[0] += groups.bincount(losses, minlength=self.num_groups)
         self.by_group[1] += groups.bincount(minlength=self.num_groups)
 
     def vocabulary_loss(self) -> VocabularyLoss:

@@ -82,7 +82,18 @@ def judge_calls(tokenizer: Tokenizer, prompt: Prompt, answer: Sequence[int]) -> 
     Names and arguments count, and the order of the calls.
     """
     calls = read_answer_calls(tokenizer, answer, prompt=prompt.input_ids)
-    return calls is not None, calls == [dict(call) for call in prompt.tool_calls]
+    return calls is not None, _are_equal(calls, prompt.tool_calls)
+
+
+def _are_equal(one: object, other: object) -> bool:
+    """Return whether two values of JSON are equal. To Python true would be 1, and false 0."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_are_equal, one, other))
+    return one == other
 
 
 def call_scores(judged: Sequence[tuple[bool, bool]]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from finetune.compute.loss import (
 )
 from finetune.compute.rotary import padded_positions, switching_length
 from finetune.errors import UserError
-from finetune.models.describe import CausalLM, inner_model, token_tables
+from finetune.models.describe import CausalLM, context_length, inner_model, token_tables
 from finetune.models.fuse import fuse, has_plain_head, output_head, tree_masks
 from finetune.models.vocabulary.rows import ActiveHead
 
@@ -196,7 +196,8 @@ class LanguageModel(nn.Module):
         if not has_plain_head(model):
             return False
         with evaluating(model):
-            ids = torch.arange(8, device=model.device)[None] % token_tables(model)[0].shape[0]
+            few = min(8, context_length(model) or 8)
+            ids = torch.arange(few, device=model.device)[None] % token_tables(model)[0].shape[0]
             hidden = getattr(self._run(model.base_model, ids), "last_hidden_state", None)
             if hidden is None or hidden.shape[-1] != output_head(model).weight.shape[-1]:
                 return False
@@ -244,6 +245,8 @@ class RouterLoss(NamedTuple):
         """Return the share of a micro-batch of `shape` [sequences, length]."""
         ends = _ends(targets, shape)
         counted = (torch.arange(shape[1], device=ends.device) < ends[:, None]).int()
+        if not len(targets):  # of a process that has no sequence: 0 times the loss of any tokens
+            counted = torch.ones_like(counted)
         loss = self.balance(router_logits, self.num_experts, self.num_chosen, counted)
         return self.coefficient * len(targets) * loss
 

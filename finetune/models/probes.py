@@ -25,6 +25,7 @@ from finetune.models.language_model import LanguageModel, evaluating
 Probed = TypeVar("Probed", bound=nn.Module)
 
 LENGTH = 16  # tokens of a probe
+PACKED_LENGTHS = (5, 1, 7, 4)  # of the packed examples of a probe; less if a model reads less
 ODD_LENGTH = 72  # tokens: a multiple of 8, as batches are, and of no larger power of two
 PROBE_WINDOW = 6  # tokens: some in a tree of the probe are further apart
 EXACT_UP_TO = 20_000_000  # parameters of a model that is probed in float64
@@ -143,8 +144,11 @@ def why_not_packed(language_model: LanguageModel) -> str | None:
     see each other.
     """
     language_model = exact(language_model)
-    model, lengths = language_model.causal_lm, (5, 1, 7, 4)
+    model = language_model.causal_lm
     device, name = model.device, type(model).__name__
+    together = sum(PACKED_LENGTHS)
+    part = min(together, context_length(model) or together) / together
+    lengths = [max(1, int(part * length)) for length in PACKED_LENGTHS]
     ids = torch.tensor([some_ids(model, sum(lengths))], device=device)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
     labels = torch.where(positions == 0, IGNORE_INDEX, ids)
@@ -200,11 +204,15 @@ def _obstacles(model: nn.Module, inner: PreTrainedModel, max_length: int) -> Ite
 
 
 def _drops(model: nn.Module) -> bool:
+    """Return whether a part of `model` has dropout: torch's module, or a share under some name.
+
+    The names differ: attention_dropout, residual_dropout, hidden_dropout, resid_pdrop, layerdrop.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             return True
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(share := getattr(module, name, None), float) and share > 0:
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
                 return True
     return False
 

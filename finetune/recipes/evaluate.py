@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from finetune.config import RunConfig
 from finetune.config.schema import DataSection
-from finetune.display import Display
-from finetune.errors import UserError, is_terminal
+from finetune.display import Display, plain_console
+from finetune.errors import UserError, is_terminal, visible
 from finetune.models.language_model import LanguageModel
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
@@ -61,18 +60,18 @@ def evaluate_target(
 
 def _print_table(results: Mapping[str, Any]) -> None:
     """Print the metrics with their names and units, and what they were measured on."""
-    table = Table(title=str(results["data"]), title_justify="left", show_header=False)
+    table = Table(title=visible(str(results["data"])), title_justify="left", show_header=False)
     for metric in METRICS:
         if metric.key in results:
             table.add_row(metric.name, metric.show(results), metric.unit)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     console.print(table)
-    console.print(f"{results['num_records']:,} records, {results['precision']}", markup=False)
+    console.print(f"{results['num_records']:,} records, {results['precision']}")
     if number := results.get("num_generated"):
-        console.print(f"answers: to the first {number:,} prompts", markup=False)
+        console.print(f"answers: to the first {number:,} prompts")
     for key, value in results.items():
         if key.endswith("signature"):
-            console.print(f"{value}", markup=False)
+            console.print(f"{value}")
 
 
 def evaluate_opened(opened: Opened, settings: RunConfig, display: Display) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from finetune.data.formats.languages import language_name
 from finetune.data.formats.translation import TranslationFormat
 from finetune.data.statistics import DataReport, characters_per_token, pieces, report_on
 from finetune.data.types import Example, Tokenizer
-from finetune.display import Display
+from finetune.display import Display, plain_console
 from finetune.errors import UserError, visible
 from finetune.recipes.build.data import STREAM_SAMPLE, format_in_words, texts_in
 from finetune.recipes.build.material import Material, read_material
@@ -49,7 +49,7 @@ def inspect_data(config: RunConfig, *, examples: int, console: Console | None = 
 
     The weights are not loaded. Raises UserError for anything wrong with data or tokenizer.
     """
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     display = Display()
     material = read_material(config, display)
     display.say(f"encoding the data as {format_in_words(material.format)}")

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
-from finetune.errors import UserError
+from finetune.display import plain_console
+from finetune.errors import UserError, visible
 from finetune.run.claim import is_held
 from finetune.run.marker import read_marker
 from finetune.run.metrics import METRICS, Metric
@@ -33,10 +33,10 @@ def print_runs(root: Path) -> int:
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     rows = sorted((_row(folder, metrics) for folder in _run_folders(root, _DEPTH)), key=_started)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     if rows:
-        console = Console(highlight=False)
-        (console if console.is_terminal else Console(highlight=False, width=140)).print(table)
+        console = plain_console()
+        (console if console.is_terminal else plain_console(width=140)).print(table)
     else:
         print(f"there is no run in {root}")
     return len(rows)

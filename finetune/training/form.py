@@ -81,13 +81,19 @@ def _with_shared_texts(tree: Any) -> Any:
     return [_with_shared_texts(item) for item in tree] if type(tree) is list else tree
 
 
+def has_shaped_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a parameter's state has its shape, as is known of torch's classes and ours."""
+    return type(optimizer).__module__.split(".")[0] in ("torch", "finetune")
+
+
 def check_optimizer_state(
-    found: object, ours: Mapping[str, Any], parameters: Sequence[Tensor]
+    found: object, ours: Mapping[str, Any], parameters: Sequence[Tensor], *, shaped: bool = True
 ) -> None:
     """Raise TypeError unless `found` can be the state of the optimizer whose state is `ours`.
 
-    The state of a parameter has the parameter's shape, or 1 in the place of a size, or no shape.
-    That of a lazy table has forms of its own, which the optimizer checks.
+    If `shaped`, a parameter's state has the parameter's shape, or 1 in the place of a size, or no
+    shape. Else it has a form of its own: a factor of each side (Shampoo), tables of quantised
+    values. That of a lazy table has one too, which the optimizer checks.
     """
     if not isinstance(found, Mapping) or found.keys() != ours.keys():
         raise TypeError(f"it has other keys than {', '.join(ours)}")
@@ -109,20 +115,31 @@ def check_optimizer_state(
         if "last_step" in values:  # of a lazy table
             continue
         for name, value in values.items():
-            _check_state(f"{name} of parameter {index}", value, parameters[index])
+            what = f"{name} of parameter {index}"
+            if shaped:
+                _check_shape(what, value, parameters[index])
+            _check_finite(what, value)
 
 
 def _are_whole(numbers: Sequence[Any]) -> bool:
     return all(type(number) is int for number in numbers)
 
 
-def _check_state(what: str, value: object, parameter: Tensor) -> None:
+def _check_shape(what: str, value: object, parameter: Tensor) -> None:
     if isinstance(value, Tensor):
         sizes = zip(value.shape, parameter.shape)
         fits = value.ndim == parameter.ndim and all(a in (1, b) for a, b in sizes)
         if value.numel() > 1 and not fits:
             raise TypeError(f"{what} has the shape {tuple(value.shape)}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise TypeError(f"{what} holds NaN or infinity")
     elif not isinstance(value, int | float | None):
         raise TypeError(f"{what} is not a tensor or a number")
+
+
+def _check_finite(what: str, value: object) -> None:
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_finite(what, part)
+    elif isinstance(value, Tensor) and value.is_floating_point():
+        wide = value.float() if value.itemsize == 1 else value  # float8 does not know isfinite
+        if not torch.isfinite(wide).all():
+            raise TypeError(f"{what} holds NaN or infinity")

@@ -24,8 +24,8 @@ def check_device(
     module.eval()  # dropout would draw other masks there
     try:
         expected, gradients = _loss_and_gradients(module, batch, torch.device("cpu"))
-        module.to(device)
         try:
+            module.to(device)
             found, others = _loss_and_gradients(module, batch, device)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__

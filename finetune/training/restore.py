@@ -9,7 +9,7 @@ import torch
 from finetune.errors import Border, UserError
 from finetune.optim import LazyAdamW, adapt_state
 from finetune.training.checkpoint import ANOTHER, as_written, load
-from finetune.training.form import check_optimizer_state
+from finetune.training.form import check_optimizer_state, has_shaped_state
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -52,8 +52,11 @@ def restore_checkpoint(
             own=lambda place: parameters[place[1]] if place[0] == "state" else None,
         )
         with as_written(checkpoint / "optimizer.pt"):
-            stored = adapt_state(getattr(optimizer, "optimizer", optimizer), stored)
-            check_optimizer_state(stored, optimizer.state_dict(), parameters)
+            inner = getattr(optimizer, "optimizer", optimizer)
+            stored = adapt_state(inner, stored)
+            check_optimizer_state(
+                stored, optimizer.state_dict(), parameters, shaped=has_shaped_state(inner)
+            )
         with Border(f"{checkpoint / 'optimizer.pt'} does not fit", do=ANOTHER):
             optimizer.load_state_dict(stored)
 

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from finetune.compute.exact import float64_device
 from finetune.data.batches.steps import StepBatch
 from finetune.optim import clip_grad_norm_
 
@@ -55,8 +56,7 @@ def take_step(
     module.train()
     optimizer.train()  # schedule-free optimizers train at one point and are evaluated at another
     device = accelerator.device
-    exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-    loss_sum = torch.zeros((), dtype=exact, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=float64_device(device))
     scale = accelerator.num_processes / batch.num_target_tokens
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         tensors = cast(dict[str, torch.Tensor], micro_batch)
@@ -65,7 +65,7 @@ def take_step(
         with contextlib.nullcontext() if is_last else accelerator.no_sync(module):
             loss = module(**on_device)
             accelerator.backward(loss * scale)
-        loss_sum += loss.detach()
+        loss_sum += loss.detach().to(loss_sum.device)
     average_rows()
     if accelerator.scaler is not None:
         accelerator.unscale_gradients(optimizer)

@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 
+import finetune
 from finetune.display import Display
+from finetune.recipes.evaluate import _print_table
+from finetune.recipes.runs import print_runs
+from finetune.run.marker import MARKER
 from tests.conftest import conversation
 
+PACKAGE = Path(finetune.__file__).parent
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 
 
@@ -86,6 +91,28 @@ def test_no_control_sequence_reaches_a_terminal(hostile, arguments, code):
     assert "\x9b".encode() not in found
     assert b"\nfinetune: all is well" not in found
     assert b"owned" in found or code == 2
+
+
+@pytest.mark.parametrize("name", ["[v1]", "b[/x]", ":x:", "[bold]"])
+def test_what_would_be_markup_is_shown_as_it_is(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name)
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text("")  # a run that is broken is listed too
+    assert print_runs(Path()) == 1
+    assert re.search(rf"^{re.escape(name)} +broken", capsys.readouterr().out, re.MULTILINE)
+    results = {"data": f"data.test: {name}", "num_records": 3, "precision": "fp32", "loss": 1.0}
+    _print_table(results)
+    assert f"data.test: {name}" in capsys.readouterr().out
+    Display().say(f"reading {name}")
+    assert capsys.readouterr().err == f"reading {name}\n"
+
+
+def test_every_console_is_a_plain_one():
+    texts = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    made = {path.name for path, text in texts.items() if "Console(" in text}
+    assert made == {"display.py"}
+    assert sum("plain_console(" in text for text in texts.values()) == 6
 
 
 class Closed(io.StringIO):

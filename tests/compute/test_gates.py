@@ -112,6 +112,16 @@ def test_a_clamp_of_large_values_is_found_out(bound, make_model):
     assert not gates(model)
 
 
+@pytest.mark.parametrize(("dropout", "count"), [(0.0, 2), (0.1, 0)])
+def test_an_mlp_with_dropout_of_its_own_keeps_it(dropout, count, make_model):
+    model = make_model("llama", model_type="seed_oss", residual_dropout=dropout)
+    before = torch.get_rng_state()
+    fuse_gates(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(gates(model)) == count
+    assert not any(layer.mlp.training for layer in model.model.layers)
+
+
 def test_layers_wrapped_by_lora_are_left_to_peft(make_model):
     def adapted(model):
         wrapped = add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules=["down_proj"])

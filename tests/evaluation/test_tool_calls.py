@@ -96,6 +96,27 @@ def test_names_arguments_and_order_count(tokenizer: Any) -> None:
     assert call_scores([]) == {}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "equal"),
+    [
+        ('{"on": true, "at": [0, {"n": 5}]}', True),
+        ('{"at": [0, {"n": 5.0}], "on": true}', True),
+        ('{"on": 1, "at": [0, {"n": 5}]}', False),
+        ('{"on": true, "at": [false, {"n": 5}]}', False),
+        ('{"on": true, "at": [0, {"n": "5"}]}', False),
+        ('{"on": true, "at": [0, {"n": 5}, 6]}', False),
+        ('{"on": true, "at": [0, {"n": 5}], "off": null}', False),
+    ],
+)
+def test_arguments_are_compared_as_values_of_json(
+    arguments: str, equal: bool, tokenizer: Any
+) -> None:
+    call = {"name": "lamp", "arguments": {"on": True, "at": [0, {"n": 5}]}}
+    text = f'<tool_call>{{"name": "lamp", "arguments": {arguments}}}</tool_call>'
+    prompt = Prompt([1], "Light?", "", (call,))
+    assert judge_calls(tokenizer, prompt, tokenizer(text)["input_ids"]) == (True, equal)
+
+
 def test_only_answers_that_should_call_are_judged(llama: Any, tokenizer: Any) -> None:
     ids = tokenizer("Where is the café?")["input_ids"]
     prompts = [Prompt(ids, "a", WRITTEN, (CALL,)), Prompt(ids, "b", "x")]

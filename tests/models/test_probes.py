@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetune.config.loading import make_config
+from finetune.data.batches.collate import collate
 from finetune.data.types import targets_of
 from finetune.display import Display
 from finetune.errors import UserError
@@ -57,6 +58,13 @@ def test_decoders_pass(make_model):
         check_causal(language_model)
         assert (why_not_packed(language_model) is None) == (kind != "bloom")
     check_causal(made(LFM2))
+
+
+@pytest.mark.parametrize("length", [5, 7, 16, 17])
+def test_a_model_that_reads_a_few_tokens_is_probed_with_no_more(length, make_model):
+    language_model = LanguageModel(make_model("gpt2", n_positions=length))
+    check_causal(language_model)
+    assert why_not_packed(language_model) is None
 
 
 def test_a_batch_that_is_mixed_is_refused(make_model):
@@ -136,3 +144,17 @@ def test_the_routers_loss_does_not_count_padding():
     first = language_model(ids, targets_of(labels)).item()
     ids[1, 7:] = 3
     assert language_model(ids, targets_of(labels)).item() == pytest.approx(first, rel=1e-6)
+
+
+def test_the_routers_loss_of_a_micro_batch_without_targets_is_nothing():
+    """A process has such a one if a step has fewer sequences than there are processes."""
+    config = MOE | {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+    language_model = made(config).train()
+    loss = language_model(**collate([], pad_id=0, packed=True))
+    assert loss.item() == 0
+    loss.backward()
+    gradients = {name: p.grad for name, p in language_model.named_parameters()}
+    routers = [name for name in gradients if name.endswith("mlp.gate.weight")]
+    assert routers
+    assert all(gradients[name] is not None for name in routers)  # which DDP waits for
+    assert not any(gradient.any() for gradient in gradients.values() if gradient is not None)

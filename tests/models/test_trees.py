@@ -275,6 +275,10 @@ REFUSED = {
     ),
     "dropout": (KINDS["gpt2"] | {"resid_pdrop": 0.1}, "dropout would be drawn once"),
     "attention dropout": (KINDS["llama"] | {"attention_dropout": 0.1}, "dropout would be drawn"),
+    "dropout by another name": (
+        FAMILIES["starcoder2"][0] | {"residual_dropout": 0.1},
+        "dropout would be drawn once",
+    ),
     "routers' loss": (
         FAMILIES["mixtral"][0] | {"output_router_logits": True},
         "its routers' loss would count once",
@@ -296,7 +300,7 @@ def test_what_cannot_share_is_refused_with_its_sentence(kind):
 
 
 def test_the_refused_kinds_are_counted_and_the_others_have_no_obstacle():
-    assert len(REFUSED) == 14
+    assert len(REFUSED) == 15
     assert len(FAMILIES) >= 20
     for family, (config, implementation) in FAMILIES.items():
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
+from finetune.optim import registry
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.runs import state_of
 from finetune.recipes.train.train import run_training
@@ -239,3 +241,50 @@ def test_an_evaluation_that_is_no_number_is_never_the_best(tiny, tmp_path, monke
     assert best.step != bad
     assert math.isfinite(best.metrics["loss"])
     assert train(tree, resume="auto") == "finished"
+
+
+class Shampoo(torch.optim.Optimizer):
+    """Shampoo (https://arxiv.org/abs/1802.09568): its state has the form of no parameter."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, eps: float = 1e-4) -> None:
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state, update = self.state[weight], weight.grad
+                if not state:
+                    state["factors"] = [group["eps"] * torch.eye(size) for size in weight.shape]
+                    state["seen"] = {"steps": 0, "traces": torch.zeros(1 + weight.ndim)}
+                for side, factor in enumerate(state["factors"]):
+                    rows = weight.grad.movedim(side, 0).reshape(len(factor), -1)
+                    factor.addmm_(rows, rows.T)
+                    values, vectors = torch.linalg.eigh(factor)
+                    powers = values.clamp(min=group["eps"]) ** (-1 / (2 * weight.ndim))
+                    root = (vectors * powers) @ vectors.T
+                    update = torch.tensordot(root, update, ([1], [side])).movedim(0, side)
+                    state["seen"]["traces"][side] = factor.trace()
+                state["seen"]["steps"] += 1
+                weight.sub_(update, alpha=group["lr"])
+
+
+def test_a_state_that_has_the_form_of_no_parameter_is_resumed(
+    tiny, tmp_path, after_step, monkeypatch
+):
+    for names in ("_BY_NAME", "_BY_SPELLING"):  # it is registered for this test alone
+        monkeypatch.setattr(registry, names, dict(getattr(registry, names)))
+    registry.register_optimizer("shampoo", Shampoo, what="Shampoo", paper="", state_bytes=8)
+    tree = tiny(
+        optimizer={"name": "shampoo", "lr": 0.01},
+        checkpoint={"every": 2},
+        evaluation={"every": 2},
+    )
+    assert train({**tree, "output_dir": str(tmp_path / "whole")}) == "finished"
+    after_step(5, kill)
+    with pytest.raises(Killed):
+        train(tree)
+    assert train(tree, resume="auto") == "finished"
+    losses, right = ([step.loss for step in steps_of(tmp_path / name)] for name in ("run", "whole"))
+    assert losses == pytest.approx(right, rel=1e-5)
+    assert len(losses) == 6

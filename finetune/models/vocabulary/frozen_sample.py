@@ -89,7 +89,7 @@ def measure_frozen_rows(language_model: LanguageModel, batches: Iterable[MicroBa
                 key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)
             }
             squares, positions = language_model.frozen_square_probabilities(**tensors)
-            total, count = total + squares.double().cpu(), count + positions
+            total, count = total + squares.cpu().double(), count + positions
     if not count:
         raise UserError(
             "no chances without data: measure_frozen_rows needs batches with target tokens"

@@ -350,11 +350,12 @@ class LazyAdamW(Optimizer):
         betas = floats(group["betas"])
         check_missed_steps(self.missed_steps, betas, group["eps"])
         table = table_of(module.weight)
-        if table is None or all(table is not own for _, own in self._tables):
-            if table is not None:  # of an earlier optimizer
-                table.flush(module.weight)
-            if isinstance(module, RowLookup):
-                make_plain(module)
+        is_own = any(table is own for _, own in self._tables)
+        if table is not None and not is_own:  # of an earlier optimizer
+            table.flush(module.weight)
+        if isinstance(module, RowLookup):
+            make_plain(module)
+        if table is None or not is_own:
             table = RowTable(
                 module.weight, missed_steps=self.missed_steps, betas=betas, eps=group["eps"]
             )

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.compute.exact import float64_device
 from finetune.optim.lazy.gauss import grow_rule, horizon, missed_atoms, nodes_needed
 from finetune.optim.lazy.scratch import outlives_inference_mode
 from finetune.optim.lazy.state import RowState
@@ -166,7 +167,7 @@ class GaussRules:
         self.window_nodes = torch.ones(0, 1, dtype=torch.float64)
         self.masses = torch.zeros(1, self.most, dtype=dtype, device=device)
         self.shifts = torch.ones(1, self.most, dtype=dtype, device=device)  # eps / node
-        self.log_decay = torch.zeros(1, dtype=torch.float64, device=device)
+        self.log_decay = torch.zeros(1, dtype=torch.float64, device=float64_device(device))
 
     @staticmethod
     def supports(betas: tuple[float, float]) -> bool:
@@ -187,16 +188,18 @@ class GaussRules:
         self.grow()
         if not len(last_step):
             return []
-        history, (beta1, beta2), dtype = self.history, self.history.betas, self.masses.dtype
-        index, missed = last_step - history.since, (history.step - last_step).double()[:, None]
-        end = (index + self.length).clamp_(max=len(history.lr))
+        history, (beta1, beta2) = self.history, self.history.betas
+        index = last_step - history.since
+        exact = index.to(self.log_decay.device)
+        missed = (len(history.lr) - exact).double()[:, None]
+        end = (exact + self.length).clamp_(max=len(history.lr))
         now = history.log_decay[-1]
         columns = (
-            self.masses[index] * torch.exp(now - self.log_decay[end]).to(dtype)[:, None],
+            self.masses[index] * torch.exp(now - self.log_decay[end]).to(self.masses)[:, None],
             self.shifts[index],
-            torch.expm1(now - self.log_decay[index]).to(dtype)[:, None],
-            torch.nn.functional.threshold(torch.pow(beta1, missed), _NOTHING, 0.0).to(dtype),
-            torch.pow(beta2, missed).to(dtype),
+            torch.expm1(now - self.log_decay[exact]).to(self.masses)[:, None],
+            torch.nn.functional.threshold(torch.pow(beta1, missed), _NOTHING, 0.0).to(self.masses),
+            torch.pow(beta2, missed).to(self.masses),
         )
         parts = zip(*(column.split(size) for column in columns), strict=True)
         return [

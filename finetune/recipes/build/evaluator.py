@@ -171,6 +171,8 @@ class Evaluator:
         return dict(scores), answers
 
     def _add_up(self, sums: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
         on_device = sums.to(self.accelerator.device)
         return self.accelerator.reduce(on_device, reduction="sum").cpu()
 

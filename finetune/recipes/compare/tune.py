@@ -6,12 +6,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune.comparison.grids import WEIGHT_DECAYS
 from finetune.config import RunConfig, dump_config, load_config
-from finetune.display import Display, on_terminal
+from finetune.display import Display, on_terminal, plain_console
 from finetune.errors import UserError
 from finetune.optim import check_optimizer, optimizer_info
 from finetune.recipes.build.look import take_list
@@ -146,4 +145,4 @@ def _print_runs(name: str, runs: Sequence[Run], best: Run, planned: int) -> None
         shown = "–" if decay is None else f"{decay:g}"
         loss = "diverged" if run.diverged else f"{run.loss:.4f}"
         table.add_row(f"{run.result.lr:g}", shown, loss, ", ".join(marks))
-    Console(highlight=False).print(table)
+    plain_console().print(table)

@@ -2,8 +2,10 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune.config.values import MOST
+from finetune.display import plain_console
 from finetune.recipes.plan.planner import Plan
 from finetune.recipes.plan.timing import TimeEstimate
 from finetune.run.wording import clock, size
@@ -13,8 +15,8 @@ NOT_TIMED = "The run does not fit, so no step was timed."
 
 def make_console() -> Console:
     """Return a console for standard output, wide enough for the tables if it is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=120)
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -23,7 +25,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     First the model, then its memory and whether it fits, then the work with its time.
     """
     console.print(_model(plan))
-    console.print(f"vocabulary: {plan.model['vocabulary']}", markup=False)
+    console.print(f"vocabulary: {plan.model['vocabulary']}")
     for part in (_parts(plan), _phases(plan), _verdict(plan), _work(plan)):
         console.print()
         console.print(part)
@@ -75,13 +77,14 @@ def _phases(plan: Plan) -> Table:
     return table
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: Plan) -> Text:
     phases = plan.memory.phases
     kind = "GPU" if plan.device == "cuda" else "main"
-    return (
+    return Text.assemble(
         f"expected peak: {size(plan.memory.peak)} ({max(phases, key=phases.__getitem__)}). This "
         f"machine has {size(plan.machine_memory)} of {kind} memory, {size(plan.free_memory)} of it "
-        f"free: [bold]{'the run fits' if plan.fits else 'the run does not fit'}[/bold]"
+        "free: ",
+        ("the run fits" if plan.fits else "the run does not fit", "bold"),
     )
 
 

@@ -332,6 +332,24 @@ def test_a_second_optimizer_takes_over_and_the_first_says_so():
         optimizer.step()
 
 
+def test_a_second_optimizer_takes_over_every_module_of_a_weight():
+    modules = nn.ModuleList(nn.Embedding(ROWS, WIDTH) for _ in range(2))
+    modules[1].weight = modules[0].weight
+    for _ in range(2):
+        optimizer = LazyAdamW(modules.parameters(), embeddings=modules)
+        for step in range(3):
+            optimizer.zero_grad()
+            (modules[0](batch(step)) + modules[1](batch(step + 1))).square().sum().backward()
+            optimizer.step()
+    now = modules[0].weight.detach().clone()
+    copied = copy.deepcopy(modules)
+    optimizer.release()
+    for module in (*modules, *copied):
+        assert type(module) is nn.Embedding
+        assert not module.sparse
+        assert torch.equal(module(torch.arange(ROWS)), now)
+
+
 def test_release_gives_the_plain_embedding_back():
     model, optimizer = build()
     run(model, optimizer, range(10))
