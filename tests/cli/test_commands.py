@@ -614,6 +614,10 @@ def test_a_checkpoint_goes_with_its_run_and_with_the_base_that_it_was_trained_fr
                  training={"max_steps": 1})  # fmt: skip
     for run in ("run", "other"):
         assert finetune("train", "c.yaml", f"output_dir={run}").code == 0
+    whole = finetune(
+        "train", "c.yaml", "output_dir=whole", "model.lora=null", "vocabulary.mode=full"
+    )
+    assert whole.code == 0, whole.err
     one, other = (f"{run}/checkpoints/step-00000001" for run in ("run", "other"))
     for number, checkpoint in enumerate((one, "run", "auto")):
         result = finetune("export", "run", f"out{number}", "--checkpoint", checkpoint)
@@ -628,6 +632,8 @@ def test_a_checkpoint_goes_with_its_run_and_with_the_base_that_it_was_trained_fr
     ):
         result = finetune("export", "run", "out", "--checkpoint", checkpoint)
         assert (result.code, says in result.err) == (2, True), result.err
+    kept = finetune("export", "whole", "all", "--checkpoint", "whole/checkpoints/step-00000001")
+    assert kept.code == 0, kept.err  # it has every weight
     shutil.rmtree("run/checkpoints")
     result = finetune("export", "run", "out", "--checkpoint", "auto")
     assert (result.code, "has no complete checkpoint to export" in result.err) == (2, True)

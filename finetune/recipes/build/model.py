@@ -139,20 +139,26 @@ def model_of_checkpoint(config: RunConfig, checkpoint: Path, tokenizer: Any) -> 
     """Return the model as it was at a complete checkpoint of a run with this config.
 
     Updates of rows may be deferred in a checkpoint, so the optimizer's state is read too. Raises
-    UserError if the run began with other weights: a checkpoint may hold no more than changes to
-    them.
+    UserError if the checkpoint holds changes to a named model alone, such as adapters or some of
+    its rows, and the run began with other weights.
     """
     if config.model.name is not None:
         # the tokens of the chat template are added again, with their rows
         tokenizer = make_tokenizer(config.model, ())
     tokens = set_template(tokenizer, config.model.chat_template)
     model = make_model(in_float32(config.model), tokenizer, tokens, seed=config.seed)
-    if identity_of(checkpoint).get("the model") != model_fingerprint(model):
+    stored = load(checkpoint, "model.pt")
+    is_whole = all(f"model.{name}" in stored for name in model.state_dict())
+    if (
+        config.model.name is not None
+        and not is_whole
+        and identity_of(checkpoint).get("the model") != model_fingerprint(model)
+    ):
         raise UserError(
-            f"{checkpoint} is of a run that began with other weights than "
-            f"{config.model.name or 'its config'} gives now. Restore the model"
+            f"{checkpoint} is of a run that began with other weights than {config.model.name} "
+            "gives now. Restore the model"
         )
-    apply_saved_vocabulary(model, config, load(checkpoint, "model.pt"))
+    apply_saved_vocabulary(model, config, stored)
     model = adapt_model(model, config.model, tokens.added, seed=config.seed)
     optimizer = make_optimizer(model, config)
     wrapper = torch.nn.Module()

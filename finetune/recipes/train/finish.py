@@ -60,9 +60,9 @@ def finish_run(live: LiveRun, stopped: Stopped) -> None:
         _write_report(run, parts)
         return
     if stopped == "early stopping":
-        display.note(
-            f"stopped early at step {progress.step}: no improvement since step {progress.best_step}"
-        )
+        since = f": no improvement since step {progress.best_step}"
+        is_known = progress.best_step != progress.step  # else an earlier best was forgotten
+        display.note(f"stopped early at step {progress.step}{since if is_known else ''}")
     chosen, sharded = progress.step, is_sharded(parts.language_model)
     if parts.config.checkpoint.save_best_model and progress.best_step not in (None, progress.step):
         assert progress.best_step is not None

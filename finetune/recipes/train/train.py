@@ -199,7 +199,8 @@ def _train(
                 trainer.evaluate_end(None if last is None else last.metrics)
             stopped = trainer.train(display.say_at_once)
         except NoBatch:
-            if (newest := trainer.checkpoints.newest()) is not None:
+            newest = trainer.checkpoints.newest() if trainer.progress.step else None
+            if newest is not None:
                 saved = f"{newest} is saved. Once the data is mended, go on with --resume auto"
                 display.answer(saved)
             raise
