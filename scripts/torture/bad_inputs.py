@@ -122,7 +122,7 @@ def campaign(
             found["not tried"] += 1
             return
         ended = run(case.arguments, here, log=folder / f"bad-{number}.log", environment=_own(here))
-        outcome = "executed" if list(folder.rglob(MARKER)) else ended.verdict
+        outcome = "executed" if any(here.rglob(MARKER)) else ended.verdict
         if outcome == "fine" and case.refused:
             outcome = "accepted"
         found[outcome] += 1
