@@ -333,7 +333,8 @@ class EvaluationSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written, and which are kept."""
 
-    every: PositiveInt | None = None  # steps; None: at each evaluation
+    # Steps. None: at each evaluation, and after 30 minutes without a checkpoint.
+    every: PositiveInt | None = None
     keep: PositiveInt = 2  # the newest ones; the best one is also kept
     save_best_model: bool = True  # model/ gets the best evaluation's weights; False: the last ones
 

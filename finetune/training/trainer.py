@@ -80,6 +80,7 @@ class Trainer:
         self.clock = clock
         self.progress = Progress()
         self._evaluated_at = 0.0  # seconds of the run's time
+        self._saved_at = 0.0  # seconds of this process's clock
 
     def train(self, on_signal: Callable[[str], None] = lambda text: None) -> Stopped:
         """Run to the last step, an early stop, or a signal. Each leaves a complete checkpoint.
@@ -91,6 +92,7 @@ class Trainer:
         checkpoint cannot be written.
         """
         steps = iter(self.batches)
+        self._saved_at = time.monotonic()
         if self.clock is not None:
             self.clock.start(self.progress.seconds)
             self._evaluated_at = self.progress.seconds
@@ -103,7 +105,7 @@ class Trainer:
                 if self._out_of_patience():  # also at once, if a stopped run is resumed
                     return "early stopping"
                 record = self._step(self._next(steps))
-                signalled = self.on_any_process(signal.received)
+                signalled, is_late = self.on_any_process(signal.received, self._is_late())
                 if self.accelerator.is_main_process:
                     self.logger.log(record)
                 improved: bool | None = None
@@ -112,8 +114,8 @@ class Trainer:
                     self.progress.owed = True
                 elif is_due:
                     improved = self._evaluate()
-                    signalled = self.on_any_process(signal.received)
-                if signalled or self._checkpoint_is_due(improved):
+                    (signalled,) = self.on_any_process(signal.received)
+                if signalled or is_late or self._checkpoint_is_due(improved):
                     self._save()
                 if signalled:
                     return "signal"
@@ -128,11 +130,8 @@ class Trainer:
         except UserError as error:  # such as a bad record
             batch = error
         failed = isinstance(batch, UserError)
-        if (
-            self.on_any_process(failed)
-            and not self.on_any_process(not failed)
-            and self.progress.step not in (0, *self.checkpoints.steps())
-        ):
+        on_one, but_not_all = self.on_any_process(failed, not failed)
+        if on_one and not but_not_all and self.progress.step not in (0, *self.checkpoints.steps()):
             self._save()
         if isinstance(batch, UserError):
             raise NoBatch(str(batch)) from batch
@@ -188,12 +187,12 @@ class Trainer:
         share = max(progress.seconds / clock.limit, progress.step / self.cadence.num_steps)
         clock.move(self.scheduler, share)
 
-    def on_any_process(self, flag: bool) -> bool:
-        """Return whether `flag` is set on any process: the same answer on every process."""
+    def on_any_process(self, *flags: bool) -> list[bool]:
+        """Return whether each flag is set on any process: the same answer on every process."""
         if self.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flags, reduction="sum") > 0)
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(counts, reduction="sum").tolist()]
 
     def _stop_if_diverged(self, result: StepResult, batch: StepBatch) -> None:
         # the fp16 scaler itself skips steps that overflow
@@ -268,6 +267,11 @@ class Trainer:
             return True
         return improved is not None if every is None else step % every == 0
 
+    def _is_late(self) -> bool:
+        """Return whether the last checkpoint is older than a run may lose, on this process."""
+        after = self.cadence.checkpoint_after
+        return self.cadence.checkpoint_every is None and time.monotonic() - self._saved_at >= after
+
     def why_over(self) -> str | None:
         """Return why there is no step to take; None if there is one."""
         if self.progress.step >= self.cadence.num_steps:
@@ -304,6 +308,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.logger.sync()  # no checkpoint is on the disk before the lines of its steps
         self.checkpoints.save(self.progress.step, files, best_step=self.progress.best_step)
+        self._saved_at = time.monotonic()
 
     def resume(self, checkpoint: Path) -> str | None:
         """Continue from a checkpoint of the same run (see `checkpoint.check_identity`).

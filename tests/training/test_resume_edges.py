@@ -125,6 +125,21 @@ def test_a_run_that_diverged_and_went_on_is_finished(tiny, tmp_path):
     assert not run.bad_batch.exists()
 
 
+def test_a_long_epoch_is_saved_before_its_end(tiny, tmp_path, after_step, monkeypatch):
+    tree = tiny(training={"max_steps": 4}, evaluation={"every": 4})
+    train({**tree, "output_dir": str(tmp_path / "whole")})
+    saved = complete_steps(tmp_path / "whole" / "checkpoints")
+    assert saved == [4], "no time to speak of has passed"
+    monkeypatch.setattr("finetune.recipes.train.train.AT_MOST_LOST", 0.0)
+    after_step(3, kill)
+    with pytest.raises(Killed):
+        train(tree)
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [1, 2]
+    assert train(tree, resume="auto") == "finished"
+    losses = [[step.loss for step in steps_of(tmp_path / name)] for name in ("whole", "run")]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("resume", ["auto", "the same"])
 def test_a_run_from_another_that_died_before_its_first_checkpoint_begins_again(
     tiny, tmp_path, after_step, resume

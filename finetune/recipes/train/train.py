@@ -65,6 +65,9 @@ from finetune.training.stopping import DivergenceGuard, NoBatch
 from finetune.training.trainer import Stopped, Trainer
 from finetune.training.vocabulary import measuring_batches
 
+AT_MOST_LOST = 1800.0
+"""Seconds of training that a kill may cost a run that does not say when it is saved."""
+
 
 def run_training(
     config: RunConfig,
@@ -234,7 +237,7 @@ def _go_on(live: LiveRun, checkpoint: Path) -> LiveRun:
     if over is not None:
         display.say(f"the run is finished, and nothing is trained: {over}. Its settings stay")
         best = config.checkpoint.save_best_model
-        finished = trainer.on_any_process(is_main and is_finished(run, step, best=best))
+        (finished,) = trainer.on_any_process(is_main and is_finished(run, step, best=best))
     if forgotten is not None and not finished:
         display.note(forgotten)
     # before the log is cut: a kill must leave no checkpoint whose steps are not logged
@@ -308,6 +311,7 @@ def _cadence(parts: Parts) -> Cadence:
         evaluate_every=evaluation_steps(config, parts.batches.steps_per_epoch),
         evaluate_after=evaluation_seconds(config),
         checkpoint_every=config.checkpoint.every,
+        checkpoint_after=AT_MOST_LOST,
         best=best,
         higher_is_better=best != "loss",
         patience=config.evaluation.early_stopping_patience,
