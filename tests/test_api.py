@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from finetune import RunResult, UserError
 from finetune.data import register_format
 from finetune.data.formats import detect
 from finetune.data.formats.text import TextFormat
+from finetune.recipes.build.look import languages_asked, look_at_use
 from finetune.run.records import Evaluation, StepRecord
 from tests.conftest import LLAMA as SMALL
 from tests.conftest import conversation
@@ -355,7 +357,7 @@ NOT_TAKEN: dict[str, tuple[Callable[[finetune.LoadedModel], Any], str]] = {
     "a long name": (lambda m: finetune.load("x" * 5000), "a path of 5,000 characters is too long"),
     "no character": (lambda m: finetune.load("\ud800"), "holds a character that no path can have"),
     "a zero": (lambda m: finetune.load("a\0b"), "holds a character that no path can have"),
-    "no name": (lambda m: finetune.load(""), "the name of the model is empty"),
+    "no name": (lambda m: finetune.load(""), "the path '' names nothing"),
 }  # fmt: skip
 
 
@@ -411,6 +413,29 @@ def test_a_direction_that_was_not_learnt_warns(translator: RunResult) -> None:
         assert isinstance(model.translate("le mot", source="fr", to="en"), str)
     assert found[0].filename == __file__
     assert isinstance(model.translate("the word", source="English", to="fr"), str)
+
+
+def test_one_side_names_the_direction_of_a_run_that_learnt_both(
+    translator: RunResult, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert {sample.language for sample in translator.samples} == {"fr"}
+    shutil.copytree(translator.path, tmp_path / "both")
+    config = tmp_path / "both" / "config.yaml"
+    config.write_text(config.read_text().replace("direction: forward", "direction: both"))
+    run, settings = look_at_use(str(tmp_path / "both"), {})
+    for asked, found in {
+        (None, None): ("en", "fr"),
+        ("fr", None): ("fr", "en"),
+        (None, "English"): ("fr", "en"),
+        ("en", None): ("en", "fr"),
+        (None, "fr"): ("en", "fr"),
+        ("de", None): ("de", "fr"),
+    }.items():
+        assert languages_asked(run, settings, *asked) == found
+    model = finetune.load(tmp_path / "both")
+    answer = model.translate("le mot 3", source="fr", to="en")
+    assert model.translate("le mot 3", source="fr") == answer
+    assert not recwarn.list
 
 
 def test_a_loaded_run_chats_and_evaluates(trained: RunResult) -> None:

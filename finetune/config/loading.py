@@ -6,6 +6,7 @@ Each mistake becomes a UserError that names the place, the value and what is all
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeVar
@@ -25,14 +26,14 @@ from finetune.config.places import field_of, item_section_of, keys_at, section_o
 from finetune.config.schema import DataSection, RunConfig
 from finetune.config.yaml12 import dump, parse
 from finetune.errors import UserError
-from finetune.run.folder import RunDir, is_written_by_a_run
+from finetune.run.folder import RunDir, as_path, is_written_by_a_run
 from finetune.run.given import own_copy
 
 Model = TypeVar("Model", bound=BaseModel)
 _DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config in the YAML file at `path` with `a.b=value` overrides, validated.
 
     Without `output_dir` the run goes to `runs/<name of the file>`. The config in a run's folder may
@@ -42,7 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = make_config(tree, overrides, where=str(path))
     if (
         config.model.trust_remote_code
-        and is_written_by_a_run(path)
+        and is_written_by_a_run(Path(path))
         and not make_config(_without_trust(tree), overrides).model.trust_remote_code
     ):
         raise UserError(
@@ -60,8 +61,9 @@ def _without_trust(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "model": model}
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: str | PathLike[str]) -> dict[str, Any]:
     """Return the YAML file at `path` as a tree, with `output_dir`. Raises UserError."""
+    path = as_path(path, "a YAML file")
     if path.is_dir():
         own = path / "config.yaml"
         has = f"; this run's folder has one, {own}" if own.is_file() else ""

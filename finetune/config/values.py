@@ -25,6 +25,8 @@ def expand(path: str) -> str:
 
     Raises ValueError if the variable is not set, or if no file can have that name.
     """
+    if not path.strip():  # the current folder, for pathlib
+        raise ValueError(f"the path {path!r} names nothing. Give a file, a folder or a hub name")
     if "\0" in path or any("\ud800" <= letter <= "\udbff" for letter in path):
         raise ValueError(f"the path {path!r} holds a character that no path can have")
     longest = max(path.split("/"), key=len)

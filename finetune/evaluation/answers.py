@@ -37,6 +37,7 @@ class Answer(TypedDict):
     prompt: str
     reference: str
     output: str
+    language: str | None  # of the reference, if it is known
     cut: bool  # it has all the tokens that it may have
     calls: NotRequired[tuple[bool, bool]]  # see `judge_calls`; only until the scores are made
 
@@ -77,6 +78,7 @@ def evaluate_generation(
             prompt=prompt.text,
             reference=prompt.reference,
             output=text,
+            language=prompt.language,
             cut=len(tokens) >= answer_room(model, prompt.input_ids, settings.max_new_tokens),
         )
         for prompt, text, tokens in zip(prompts, texts, generated)
@@ -90,7 +92,7 @@ def evaluate_generation(
         texts_of,
         [a["output"] for a in answers],
         [a["reference"] for a in answers],
-        languages=gather([prompt.language for prompt in prompts]),
+        languages=[a["language"] for a in answers],
     )
     scores |= call_scores([a.pop("calls") for a in answers if "calls" in a])
     if inactive is not None:

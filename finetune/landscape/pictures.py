@@ -31,6 +31,8 @@ from finetune.landscape.descents import (
 )
 from finetune.landscape.functions import LANDSCAPES, Landscape
 from finetune.report.svg import Look
+from finetune.run.claim import claim_folder
+from finetune.run.files import write_text
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -72,14 +74,16 @@ def draw_landscapes(
     Every optimizer takes `steps` steps from the same start: once at its default learning rate, and
     once at the best of a grid that is the same for all. `say` is called with each descent in words.
 
-    Raises UserError for an unknown function, for an optimizer that is unknown or needs a model, and
-    for more optimizers than a picture can distinguish.
+    Raises UserError for an unknown function, for an optimizer that is unknown or needs a model, for
+    more optimizers than a picture can distinguish, and for a file there that finetune did not draw.
     """
     _check(functions, optimizers, steps)
-    output.mkdir(parents=True, exist_ok=True)
-    written, page = [], PAGE
+    pictures = [(output / f"{name}.svg", output / f"{name}-animated.svg") for name in functions]
+    index = output / "index.html"
+    claim_folder(output, "landscape", [*(path for both in pictures for path in both), index])
+    page = PAGE
     grid = f"{_number(LEARNING_RATES[0])} to {_number(LEARNING_RATES[-1])}"
-    for landscape in (LANDSCAPES[function] for function in functions):
+    for landscape, paths in zip((LANDSCAPES[name] for name in functions), pictures):
         panels = {
             "at the default learning rates": [
                 descend_by_default(landscape, name, steps) for name in optimizers
@@ -93,14 +97,11 @@ def draw_landscapes(
             say(f"  {title}")
             for descent in descents:
                 say(f"    {descent_in_words(descent)}")
-        still, animated = _draw(landscape, panels, steps)
-        for suffix, svg in (("", still), ("-animated", animated)):
-            written.append(output / f"{landscape.name}{suffix}.svg")
-            written[-1].write_text(svg, encoding="utf-8")
+        for path, svg in zip(paths, _draw(landscape, panels, steps)):
+            write_text(path, svg)
         page += _section(landscape, panels)
-    written.append(output / "index.html")
-    written[-1].write_text(f"{page}</body></html>\n", encoding="utf-8")
-    return written
+    write_text(index, f"{page}</body></html>\n")
+    return [*(path for both in pictures for path in both), index]
 
 
 def _section(landscape: Landscape, panels: dict[str, list[Descent]]) -> str:

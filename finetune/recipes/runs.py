@@ -23,9 +23,8 @@ def print_runs(root: Path) -> int:
     Raises UserError if there is no such folder.
     """
     if not root.is_dir():
-        raise UserError(
-            f"there is no folder {root} (looked in {Path.cwd()}). Name the folder that holds runs"
-        )
+        what = f"{root} is a file" if root.exists() else f"there is no folder {root}"
+        raise UserError(f"{what} (looked in {Path.cwd()}). Name the folder that holds runs")
     table = Table(box=None, padding=(0, 2, 0, 0))
     metrics = [metric for metric in METRICS if metric.key in _SHOWN]
     for name in ("run", "started", "state", "model", "steps", *(m.short for m in metrics)):

@@ -234,17 +234,15 @@ def _figures(records: RunRecords | None) -> list[dict[str, Any]]:
     ]
 
 
-def _examples(records: RunRecords, system: str | None) -> list[dict[str, str]]:
-    """Return held-out prompts that are one question, with their references."""
-    found: dict[str, str] = {}
+def _examples(records: RunRecords, system: str | None) -> list[dict[str, str | None]]:
+    """Return held-out prompts that are one question, with their references and languages."""
+    found: dict[str, dict[str, str | None]] = {}
     for sample in records.samples:
         question = _question(sample.prompt, system)
         if question is not None:
-            found.setdefault(question, sample.reference)
-    return [
-        {"prompt": prompt, "reference": reference}
-        for prompt, reference in list(found.items())[:MOST_EXAMPLES]
-    ]
+            answer = {"reference": sample.reference, "language": sample.language}
+            found.setdefault(question, {"prompt": question, **answer})
+    return list(found.values())[:MOST_EXAMPLES]
 
 
 def _question(prompt: str, system: str | None) -> str | None:

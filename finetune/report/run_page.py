@@ -3,6 +3,7 @@
 It needs no network, no script and no other file. Its content security policy forbids them.
 """
 
+from os import PathLike
 from pathlib import Path
 
 from markupsafe import Markup
@@ -10,18 +11,19 @@ from markupsafe import Markup
 from finetune.report import run_facts
 from finetune.report.html import fill_template, write_page
 from finetune.report.run_charts import charts_of
-from finetune.run.folder import RunDir
+from finetune.run.folder import RunDir, as_path
 from finetune.run.metrics import METRICS
 from finetune.run.records import RunRecords, read_run
 
 
-def write_report(root: Path, *, live: bool = False) -> Path:
+def write_report(root: str | PathLike[str], *, live: bool = False) -> Path:
     """Write report.html into the run's folder and return its path.
 
     No model is run, so a report can be written at any time. A `live` one is of a run that goes on:
     the page loads itself again every half minute.
     Raises UserError if `root` is not a run, or if the file cannot be written.
     """
+    root = as_path(root, "a run's folder")
     return write_page(_render(read_run(root), live), RunDir(root).report)
 
 

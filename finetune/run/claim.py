@@ -31,13 +31,13 @@ def check_claim(folder: Path, kind: Kind, names: Iterable[Path]) -> None:
     if marker is not None:
         raise UserError(
             f"{folder} holds a {marker.kind}, and a {kind} needs a folder of its own. "
-            "Name another output_dir"
+            "Name another folder"
         )
     taken = next((path for path in names if os.path.lexists(path)), None)
     if taken is not None:
         raise UserError(
             f"{taken} would be replaced, and finetune did not make it ({folder} has no {MARKER}, "
-            "which a copy of a run needs too). Name another output_dir, or move what is there"
+            "which a copy of a run needs too). Name another folder, or move what is there"
         )
 
 

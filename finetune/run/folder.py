@@ -146,6 +146,14 @@ class RunDir:
             ) from error
 
 
+def as_path(path: object, of: str) -> Path:
+    """Return a caller's path, with ~ written out. `of`: what it should name. Raises UserError."""
+    if not isinstance(path, str | os.PathLike):
+        kind = type(path).__name__
+        raise UserError(f"{path!r:.80} is no path, but of type {kind}. Give the path of {of}")
+    return Path(os.path.expanduser(os.fsdecode(path)))
+
+
 def run_of(checkpoint: Path) -> RunDir:
     """Return the run that a checkpoint lies in."""
     return RunDir(checkpoint.resolve().parent.parent)

@@ -9,14 +9,14 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, get_args
 
 from finetune.errors import UserError
 
 MARKER = ".finetune.json"
 FORMAT = 1  # of the marker; a later version may give a folder another meaning
 
-Kind = Literal["run", "comparison", "model"]
+Kind = Literal["run", "comparison", "model", "landscape"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def read_marker(folder: Path) -> Marker | None:
             f"{path} is damaged ({error}), so it is not known what finetune made in {folder}. "
             "Name another folder, or restore that file"
         ) from error
-    if version != FORMAT or kind not in ("run", "comparison", "model"):
+    if version != FORMAT or kind not in get_args(Kind):
         raise UserError(
             f"{path} has format {version} and kind {kind!r}; this version knows format {FORMAT} "
-            "and the kinds run, comparison and model. Update finetune, or name another folder"
+            f"and the kinds {', '.join(get_args(Kind))}. Update finetune, or name another folder"
         )
     return Marker(kind, files, emptying)
 

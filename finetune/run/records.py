@@ -197,6 +197,7 @@ class Sample:
     reference: str
     output: str
     cut: bool = False  # the answer has all the tokens that it may have
+    language: str | None = None  # of the reference, if it is known
 
 
 def write_config(run: RunDir, text: str) -> None:
@@ -260,14 +261,20 @@ def read_samples(run: RunDir) -> tuple[list[Sample], int]:
     samples: list[Sample] = []
     for line in lines:
         try:
-            values = {item.name: line[item.name] for item in fields(Sample) if item.name != "cut"}
-            values["cut"] = bool(line.get("cut"))
+            late = {"cut": bool(line.get("cut")), "language": line.get("language")}
+            names = (item.name for item in fields(Sample) if item.name not in late)
+            values = {name: line[name] for name in names} | late
             check_types(Sample, values)
         except (KeyError, TypeError):
             unreadable += 1
         else:
             samples.append(Sample(**values))
     return samples, unreadable
+
+
+def trained_languages(run: RunDir | None) -> Sequence[str]:
+    """Return the two languages that a run was trained on; none if that is not known."""
+    return (DataCounts.read(run).languages or ()) if run is not None else ()
 
 
 @dataclass
@@ -301,7 +308,8 @@ def read_run(root: Path) -> RunRecords:
     """
     run = RunDir(root)
     if not run.is_run():
-        what = f"holds no run (it has no {MARKER})" if root.is_dir() else "does not exist"
+        what = "is a file" if root.exists() else "does not exist"
+        what = f"holds no run (it has no {MARKER})" if root.is_dir() else what
         raise UserError(
             f"{root} {what}. Name the folder that a training run has written, the output_dir of "
             "its config"

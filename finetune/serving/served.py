@@ -93,7 +93,7 @@ class ServedModel:
                 )
         *before, last = messages
         roles = [message["role"] for message in messages]
-        if roles not in (["user"], ["system", "user"]):
+        if roles not in (["user"], ["system", "user"], ["developer", "user"]):
             raise UserError(
                 "translate takes the sentence as one message from the user, after a system message "
                 f"or none, and not {', '.join(roles)}"

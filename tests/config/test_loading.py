@@ -30,6 +30,9 @@ def write(tmp_path: Path):
 
 def test_defaults_and_output_dir_from_the_file_name(write):
     config = load_config(write(BASE))
+    assert load_config(str(write(BASE))) == config
+    with pytest.raises(UserError, match=r"None is no path, but of type NoneType\. Give"):
+        load_config(None)
     assert config.output_dir == Path("runs/my_run")
     assert config.optimizer.name == "lazy_adamw"
     assert config.data.train[0].path == "pairs.jsonl"

@@ -124,7 +124,9 @@ def test_only_answers_that_should_call_are_judged(llama: Any, tokenizer: Any) ->
         llama, tokenizer, prompts, metrics=["tool_calls"], batch_size=2, settings=GREEDY
     )
     assert scores == {"tool_calls_parsed": 0.0, "tool_calls_equal": 0.0}
-    assert [answer.keys() for answer in answers] == [{"prompt", "reference", "output", "cut"}] * 2
+    assert [answer.keys() for answer in answers] == [
+        {"prompt", "reference", "output", "language", "cut"}
+    ] * 2
     without = evaluate_generation(
         llama, tokenizer, prompts[1:], metrics=["tool_calls"], batch_size=2, settings=GREEDY
     )

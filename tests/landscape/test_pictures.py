@@ -143,6 +143,20 @@ def test_mistakes(given, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["saddle.svg", "saddle-animated.svg", "index.html"])
+def test_a_file_that_finetune_did_not_draw_is_not_replaced(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} would be replaced, and finetune did not make it"):
+        draw_landscapes(tmp_path, functions=["saddle"], optimizers=["sgd"], steps=1)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_of_pictures_can_be_drawn_anew(tmp_path):
+    for steps in (1, 2):
+        draw_landscapes(tmp_path, functions=["saddle"], optimizers=["sgd"], steps=steps)
+    assert "2 steps from the ring" in (tmp_path / "saddle.svg").read_text(encoding="utf-8")
+
+
 def test_the_command(tmp_path):
     options = [
         "--functions",
@@ -159,6 +173,7 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     written = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
     assert written == [
+        ".finetune.json",
         "beale-animated.svg",
         "beale.svg",
         "index.html",

@@ -361,7 +361,9 @@ def test_folders_that_are_no_run_are_refused(tmp_path, run_folder):
     with pytest.raises(UserError, match=r"holds no run \(it has no .finetune.json\)"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        write_report(tmp_path / "nowhere")
+        write_report(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"is no path, but of type int\. Give the path of a run"):
+        write_report(3)
     (run_folder / "data.json").write_text("{")
     with pytest.raises(UserError, match=r"data.json is not a valid JSON"):
         write_report(run_folder)

@@ -447,6 +447,7 @@ def test_a_translation_run_takes_sentences(translation_run, serve):
     with serve(translation_run) as server:
         about = httpx.get(f"{server.url}/api/about").json()
         assert about["directions"] == [["en", "fr"]]
+        assert {example["language"] for example in about["examples"]} == {"fr"}
         assert len(about["examples"]) == 2
         sentence = about["examples"][0]["prompt"]
         command = finetune("translate", str(translation_run), sentence)
@@ -510,6 +511,7 @@ def page_sends(system, box, translate=None):
         ("", "Be kind.", None, ["system", "user"]),
         ("Be exact.", "Be exact.", None, ["user"]),
         ("Be exact.", "", None, ["system", "user"]),
+        ("Be exact.\r\nBe kind.", "Be exact.\nBe kind.", None, ["user"]),
         ("Be exact.", "Be exact.", {}, ["user"]),
         ("Be exact.", "", {}, ["system", "user"]),
     ],

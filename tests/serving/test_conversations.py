@@ -109,6 +109,21 @@ def test_what_a_message_also_says_is_refused_by_name(server, monkeypatch, more, 
     assert "data." not in message
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_sentence_to_translate_may_follow_a_system_message(server, monkeypatch, role):
+    heard = []
+    translator = replace(
+        server.served.models["trained"],
+        translate=lambda *asked: heard.append(asked) or [1],
+        directions=[("en", "fr")],
+    )
+    monkeypatch.setitem(server.served.models, "trained", translator)
+    messages = [{"role": role, "content": "Be exact."}, {"role": "user", "content": "word"}]
+    body = {"model": "trained", "messages": messages, "translate": {}, "max_tokens": 1}
+    assert post(server, body).status_code == 200
+    assert heard == [("word", "en", "fr", "Be exact.")]
+
+
 HARMLESS = [
     {"name": "ann"},
     {"id": "m1"},

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 
@@ -220,3 +220,16 @@ def _without_usual_script(language: Language) -> Language:
     usual = bare.maximize().script
     is_usual = language.script == usual or (language.script, usual) == ("Hang", "Kore")
     return bare if is_usual else language
+
+
+def is_other_way(asked: Sequence[str | None], names: Sequence[str]) -> bool:
+    """Return whether of (source, target) one alone is asked for, and is the other of `names`."""
+    given = [language_tag(language) for language in asked if language is not None]
+    others = [language_tag(name) for name, own in zip(names[::-1], asked) if own is not None]
+    return len(given) == 1 and given == others
+
+
+def as_named(language: str, names: Sequence[str]) -> str:
+    """Return the one of `names` that is the same language, or the one given."""
+    same = [name for name in names if language_tag(name) == language_tag(language)]
+    return same[0] if same else language

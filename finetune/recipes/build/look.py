@@ -20,7 +20,13 @@ from finetune.config.places import field_of
 from finetune.config.schema import DataSection, GenerationSection, SourceSection
 from finetune.config.yaml12 import parse
 from finetune.data.formats.detect import find_shape, first_that_fits
-from finetune.data.formats.languages import language_tag, require_language, require_name
+from finetune.data.formats.languages import (
+    as_named,
+    is_other_way,
+    language_tag,
+    require_language,
+    require_name,
+)
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.files import KINDS, kind_ending, local_files
 from finetune.data.sources.peek import first_records, require_plain_text
@@ -32,7 +38,7 @@ from finetune.run.claim import check_claim, is_held
 from finetune.run.files import path_of
 from finetune.run.folder import RunDir, no_checkpoint
 from finetune.run.marker import read_marker
-from finetune.run.records import DataCounts
+from finetune.run.records import trained_languages
 
 _SIDES = ("the source language", "the target language")
 
@@ -258,7 +264,8 @@ def evaluation_config(
     if run is not None:
         return load_config(run.config, [*trusting(trust), *overrides])
     raise UserError(
-        f"{target} is a model, not a run, so no data is known to evaluate it on. Give --config FILE"
+        f"{target} is no run here, and no data is known to evaluate a model on. "
+        "Name a run, or give --config FILE"
     )
 
 
@@ -297,11 +304,12 @@ def languages_asked(
         if language is not None:
             require_name(language, side)
     trained = trained_languages(run)
-    if config is not None and config.data.translation.direction == "backward":
+    direction = None if config is None else config.data.translation.direction
+    if direction == "backward" or (direction == "both" and is_other_way(asked, trained)):
         trained = trained[::-1]
     if trained:
-        source = trained[0] if source is None else _as_trained(source, trained)
-        to = trained[1] if to is None else _as_trained(to, trained)
+        source = trained[0] if source is None else as_named(source, trained)
+        to = trained[1] if to is None else as_named(to, trained)
     if source is None or to is None:
         raise UserError(
             "the source and target languages are not both known. Give both, such as en and fr (on "
@@ -316,17 +324,6 @@ def languages_asked(
             "Give another source or target"
         )
     return source, to
-
-
-def trained_languages(run: RunDir | None) -> Sequence[str]:
-    """Return the two languages that a run was trained on; none if that is not known."""
-    return (DataCounts.read(run).languages or ()) if run is not None else ()
-
-
-def _as_trained(language: str, trained: Sequence[str]) -> str:
-    """Return the name that the run's data has for a language, or the one given."""
-    same = [name for name in trained if language_tag(name) == language_tag(language)]
-    return same[0] if same else language
 
 
 def look_at_texts(texts: object, *, input: Path | None, output: Path | None) -> None:

@@ -2,8 +2,9 @@
 
 from finetune.data.formats.translation import TranslationFormat
 from finetune.display import Display
-from finetune.recipes.build.look import languages_asked, trained_languages
+from finetune.recipes.build.look import languages_asked
 from finetune.recipes.build.target import Opened
+from finetune.run.records import trained_languages
 
 
 def translation_format(

@@ -46,7 +46,8 @@ class RunEvaluations:
         if main and answers:
             kept = answers[: material.config.evaluation.samples]
             samples = [
-                Sample(step, a["prompt"], a["reference"], a["output"], a["cut"]) for a in kept
+                Sample(step, a["prompt"], a["reference"], a["output"], a["cut"], a["language"])
+                for a in kept
             ]
             keep_samples(self.run, samples)
         results["seconds"] = round(time.perf_counter() - started, 3)
