@@ -238,9 +238,9 @@ class LazyAdamW(Optimizer):
     def flushed(self) -> Iterator[None]:
         """Inside, `embedding.weight` of every registered table is what dense AdamW would have.
 
-        Afterwards every bit is as before, unless somebody wrote to the weight inside. It is for
-        code that reads a weight often, or reads its memory. Inside, `step` and `load_state_dict`
-        raise UserError.
+        Afterwards every bit is as before, unless the weight was written or flushed inside. It is
+        for code that reads a weight often, or reads its memory. Inside, `step` and
+        `load_state_dict` raise UserError.
         """
         with contextlib.ExitStack() as stack:
             for weight, table in self._check_tables(self._groups()).items():

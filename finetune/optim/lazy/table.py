@@ -261,14 +261,9 @@ class RowTable:
         slots = self._claim(weight, rows)
         step, on_cpu = self.step_count + 1, self.device.type == "cpu"
         whole_lines = self.shape[1] % _CACHE_LINE == 0
-        options: dict[str, Any] = {
-            "step": step,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "betas": self.history.betas,
-            "eps": self.history.eps,
-            "fused": self.missed_steps != "replay" and on_cpu and whole_lines,
-        }
+        options: dict[str, Any] = {"step": step, "lr": lr, "weight_decay": weight_decay}
+        options |= {"betas": self.history.betas, "eps": self.history.eps}
+        options["fused"] = self.missed_steps != "replay" and on_cpu and whole_lines
         known = self._remembered(weight, rows)
         ready = known is not None
         for part, at, to, block in self._current(weight, rows, slots, known, ready=ready):
@@ -286,13 +281,15 @@ class RowTable:
     def flush(self, weight: Tensor) -> None:
         """Bring every row up to now and store it.
 
-        What follows may differ in the last bits from a run that was not flushed.
+        What follows may differ in the last bits from a run that was not flushed. Inside `flushed`
+        the weight holds such rows already, and now keeps them.
         """
         weight = stored(weight)
-        if not self.weight_is_current:
+        if not self.is_settled:
             dense, state = self.dense(weight), self.settled_state(weight)
             weight.copy_(dense)
             self.start(weight, state)
+            self.aside = None
 
     def change_options(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Go on with other betas or another eps, after making up missed steps with the old ones.

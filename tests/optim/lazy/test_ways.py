@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.errors import UserError
+from finetune.optim import to_adamw_state
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 
@@ -603,6 +604,30 @@ def test_a_pair_copied_inside_flushed_goes_on(dtype):
     for pair in ((model, optimizer), (other, its_optimizer)):
         train(*pair, range(20, 30))
     assert torch.equal(stored(model.emb.weight), stored(other.emb.weight))
+
+
+@pytest.mark.parametrize("way", ["flush", "release", "another optimizer", "to AdamW"])
+def test_what_settles_rows_inside_flushed_settles_them_for_good(way):
+    (model, optimizer), (twin, adamw) = twins()
+    parameters = [model.emb.weight]
+    with optimizer.flushed():
+        if way == "flush":
+            optimizer.flush()
+        elif way == "another optimizer":
+            optimizer = LazyAdamW(parameters, embeddings=[model.emb], **OPTIONS)
+            adamw = torch.optim.AdamW([twin.emb.weight], foreach=False, **OPTIONS)
+        else:
+            state = to_adamw_state(optimizer)
+            optimizer.release()
+    assert torch.equal(stored(model.emb.weight), now(model))
+    assert error(now(model), now(twin)) <= RIGHT[torch.float32]
+    if way == "to AdamW":
+        optimizer = torch.optim.AdamW(parameters, foreach=False, **OPTIONS)
+        optimizer.load_state_dict(state)
+    if way != "release":
+        train(model, optimizer, range(20, 26))
+        train(twin, adamw, range(20, 26))
+    assert error(now(model), now(twin)) <= RIGHT[torch.float32]
 
 
 def test_a_view_follows_the_weight():
