@@ -95,6 +95,16 @@ def accumulated(pair):
         optimizer.step()
 
 
+def gradients_deleted(pair):
+    model, optimizer = pair
+    for step in range(20, 30):
+        ways.loss_of(model, step + 30).backward()
+        del model.emb.weight.grad
+        ways.loss_of(model, step).backward()
+        optimizer.step()
+        del model.emb.weight.grad
+
+
 def a_copy_trained_by_adamw(pair):
     model, _ = pair
     other = copy.deepcopy(model)
@@ -117,7 +127,7 @@ def named_parameters_swapped(pair):
 
 RIGHT_WAYS = [to_cpu, frozen, frozen_and_thawed, rounds_of_state_dicts, checkpointed_both_ways]
 RIGHT_WAYS += [hooks_on_the_weight, forward_hooks, zero_grad_of_the_module, accumulated]
-RIGHT_WAYS += [a_copy_trained_by_adamw, named_parameters_swapped]
+RIGHT_WAYS += [gradients_deleted, a_copy_trained_by_adamw, named_parameters_swapped]
 
 
 @pytest.mark.filterwarnings("ignore:.*use_reentrant")
