@@ -254,8 +254,9 @@ class LazyAdamW(Optimizer):
 
         Stored rows are left at their own last steps, and such a pair resumes bit by bit as if the
         run had not stopped. Outside, the pair shows every row brought up to now, and it goes on
-        along the same trajectory to rounding. A model from inside with an optimizer from outside,
-        or the reverse, is refused with UserError. So is the use of `deferred` inside `flushed`.
+        along the same trajectory to rounding, also with other weights (averaged, or in half
+        precision). A model from inside with an optimizer from outside, or the reverse, is refused
+        with UserError. So is the use of `deferred` inside `flushed`.
         """
         with contextlib.ExitStack() as stack:
             for table in {table: None for _, table in self._tables}:

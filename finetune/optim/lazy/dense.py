@@ -46,7 +46,9 @@ def _adamw(
 ) -> None:
     if fused:
         for param in params:
-            state[param]["step"] = state[param]["step"].to(param.device)
+            step = state[param]["step"]  # may have been saved in half precision
+            wide = torch.promote_types(step.dtype, torch.float32)
+            state[param]["step"] = step.to(param.device, wide)
     adamw(
         params,
         [param.grad for param in params if param.grad is not None],

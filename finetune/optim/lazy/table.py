@@ -28,7 +28,7 @@ from finetune.errors import UserError
 from finetune.optim.gradients import coalesce
 from finetune.optim.lazy.missed_steps import GaussRules, History, adamw_step_, replay_
 from finetune.optim.lazy.scratch import Block, Memo, Scratch, outlives_inference_mode
-from finetune.optim.lazy.state import RowState, Showing
+from finetune.optim.lazy.state import RowState, Showing, Witness
 
 _logger = logging.getLogger("finetune")
 
@@ -54,7 +54,7 @@ class RowTable:
         self.scratch = Scratch()
         self.showing = Showing.CURRENT
         self.aside: Tensor | None = None  # inside `flushed`: the weight as stored
-        self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved.py
+        self.witness: Witness | None = None  # of a state just loaded: see saved.py
         self.version = 0  # of the weight, after what the table itself wrote to it
         self.writes = 0  # by other code, and states started from
         self.seen: tuple[tuple, Tensor | None] | None = None  # see `dense_once`
@@ -83,14 +83,15 @@ class RowTable:
     def start(self, weight: Tensor, state: RowState) -> None:
         """Go on from `state`, in exactly its numbers, with `weight`.
 
-        Raises UserError if the state has a row that the weight does not have, and as `under` does.
+        Raises UserError if the state is of a table of another size, and as `under` does.
         """
         state = state.under(self.missed_steps)
         rows, lr = state.rows.to(weight.device, torch.int64), state.lr.double().tolist()
-        if len(rows) and int(rows.max()) >= len(weight):
+        least, width = (int(rows.max()) + 1 if len(rows) else 0), state.exp_avg.shape[1]
+        if least > len(weight) or width != weight.shape[1]:
             raise UserError(
-                f"the optimizer's state has a row {int(rows.max())}, but the embedding has only "
-                f"{len(weight)} rows. Load the state into a model with the table it was saved with"
+                f"the optimizer's state is of {least} rows or more, of {width} numbers each, but "
+                f"the embedding is {list(weight.shape)}. Load it into the model it was saved with"
             )
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         self.compute_dtype = torch.promote_types(weight.dtype, torch.float32)
