@@ -232,7 +232,8 @@ class RowTable:
         """Return the whole table [V, d] as dense AdamW would have it now. Writes nothing."""
         rows = torch.arange(len(weight), device=self.device)
         with self.lock:
-            return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
+            parts = [self.read(weight, some) for some in rows.split(1 << 14)]
+            return torch.cat(parts, out=torch.empty_like(weight))  # in the layout of the weight
 
     def dense_once(self, weight: Tensor) -> Tensor:
         """Return what `dense` does. Asked again before anything moves, it keeps what it returns.

@@ -630,6 +630,28 @@ def test_what_settles_rows_inside_flushed_settles_them_for_good(way):
     assert error(now(model), now(twin)) <= RIGHT[torch.float32]
 
 
+def test_a_table_in_another_layout():
+    pairs = []
+    for kind in ("lazy", "dense"):
+        torch.manual_seed(0)
+        model = Model()
+        model.emb.weight = nn.Parameter(torch.randn(WIDTH, ROWS).t())
+        parameters = [model.emb.weight]
+        if kind == "lazy":
+            optimizer = LazyAdamW(parameters, embeddings=[model.emb], **OPTIONS)
+        else:
+            optimizer = torch.optim.AdamW(parameters, foreach=False, **OPTIONS)
+        train(model, optimizer, range(20))
+        weight = model.emb.weight
+        seen = [weight.T.view(-1) * 1, weight.detach().as_strided((3, 3), (2, 1)).clone()]
+        with torch.no_grad():
+            weight.T.view(-1)[:30] = 2
+        train(model, optimizer, range(20, 24))
+        pairs.append([*seen, now(model)])
+    for ours, theirs in zip(*pairs, strict=True):
+        assert error(ours, theirs) <= RIGHT[torch.float32]
+
+
 def test_a_view_follows_the_weight():
     """As a view of any parameter does: the values that it shows are those of the moment."""
     pairs = twins(steps=3)
