@@ -25,7 +25,7 @@ def step_dense(
     for param in params:
         entry = state[param]
         if not entry:
-            entry["step"] = torch.tensor(0.0, dtype=torch.float32)
+            entry["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             entry["exp_avg"] = torch.zeros_like(param)
             entry["exp_avg_sq"] = torch.zeros_like(param)
         grad, exp_avg, exp_avg_sq = param.grad, entry["exp_avg"], entry["exp_avg_sq"]

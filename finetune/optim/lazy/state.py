@@ -97,13 +97,13 @@ class RowState(NamedTuple):
     ) -> "RowState":
         """Return a state in which no row has missed a step, so that no history is needed."""
         return cls(
-            step=torch.tensor(step, dtype=torch.float64),
+            step=torch.tensor(step, dtype=torch.float64, device="cpu"),
             rows=rows,
             last_step=torch.full_like(rows, step),
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
-            lr=torch.empty(0),
-            weight_decay=torch.empty(0),
+            lr=torch.empty(0, device="cpu"),
+            weight_decay=torch.empty(0, device="cpu"),
             betas=betas,
             eps=eps,
             master=master,
@@ -137,7 +137,8 @@ class RowState(NamedTuple):
         cls, width: int, *, betas: tuple[float, float], eps: float
     ) -> "RowState":
         """Return the state of a table of this width that no step was applied to."""
-        rows, empty = torch.empty(0, dtype=torch.int64), torch.empty(0, width)
+        rows = torch.empty(0, dtype=torch.int64, device="cpu")
+        empty = torch.empty(0, width, device="cpu")
         return cls.up_to_date(0, rows, empty, empty, betas=betas, eps=eps, master=empty)
 
     @classmethod

@@ -154,13 +154,13 @@ class RowTable:
         """Return the state as it is, rows left at their own last steps. Its tensors are views."""
         had_gradient = slice(1, int(self.used))
         state = RowState(
-            step=torch.tensor(self.step_count, dtype=torch.float64),
+            step=torch.tensor(self.step_count, dtype=torch.float64, device="cpu"),
             rows=self.row_of_slot[had_gradient],
             last_step=self.last_step[had_gradient],
             exp_avg=self.exp_avg[had_gradient],
             exp_avg_sq=self.exp_avg_sq[had_gradient],
-            lr=torch.tensor(self.history.lr, dtype=torch.float64),
-            weight_decay=torch.tensor(self.history.weight_decay, dtype=torch.float64),
+            lr=torch.tensor(self.history.lr, dtype=torch.float64, device="cpu"),
+            weight_decay=torch.tensor(self.history.weight_decay, dtype=torch.float64, device="cpu"),
             betas=self.history.betas,
             eps=self.history.eps,
             master=None if self.master is None else self.master[had_gradient],
@@ -195,7 +195,7 @@ class RowTable:
         """
         if self.moments_seen is not None and not self.live:
             return
-        self.live["step"] = torch.tensor(self.step_count, dtype=torch.float64)
+        self.live["step"] = torch.tensor(self.step_count, dtype=torch.float64, device="cpu")
         self.live |= {"rows": self.row_of_slot, "last_step": self.last_step}
         self.live |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         self.live.pop("master", None)

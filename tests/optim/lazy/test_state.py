@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim import adapt_state, from_adamw_state
+from finetune.optim import adapt_state, from_adamw_state, to_adamw_state
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 
@@ -894,6 +894,27 @@ def reset_moments(optimizer):
     for entry in optimizer.state.values():
         entry["exp_avg"].zero_()
         entry["exp_avg_sq"].mul_(0.5)
+
+
+def test_the_default_device_is_no_concern_of_a_table():
+    models = []
+    for device in ("cpu", "meta"):
+        model, _ = build()
+        with torch.device(device):
+            options = {"lr": 0.01, "weight_decay": 0.1, "embeddings": [model.embed]}
+            optimizer = LazyAdamW(model.parameters(), **options)
+        for step in range(10):
+            optimizer.zero_grad()
+            model(batch(step)).backward()
+            with torch.device(device):
+                optimizer.step()
+        with torch.device(device):
+            state = optimizer.state_dict()
+            optimizer.load_state_dict(state)
+            to_adamw_state(optimizer)
+        run(model, optimizer, range(10, 12))
+        models.append(model)
+    assert_same_bits(*models)
 
 
 def test_moments_that_are_written_to_in_place():
