@@ -212,7 +212,7 @@ class LazyAdamW(Optimizer):
         with table.lock:
             check_weight(table, weight)
             if table.step_count:
-                check_moments(table, self.state[weight])
+                check_moments(table, stored(weight), self.state[weight])
             if (betas, eps) != (table.history.betas, table.history.eps):
                 table.change_options(weight, betas, eps)
             assert weight.grad is not None

@@ -159,10 +159,10 @@ def check_replacement(table: RowTable, data: Tensor) -> None:
         )
 
 
-def check_moments(table: RowTable, live: dict[str, Tensor]) -> None:
-    """Raise UserError if other code changed the moments in a way that the table cannot follow.
+def check_moments(table: RowTable, weight: Tensor, live: dict[str, Tensor]) -> None:
+    """Take over the moments and the step count if other code changed them.
 
-    `live` is the table's entry in `optimizer.state`.
+    `live` is the table's entry in `optimizer.state`. Raises UserError if the table cannot follow.
     """
     was_written = table.moments_were_written
     for key in ("exp_avg", "exp_avg_sq"):
@@ -178,10 +178,18 @@ def check_moments(table: RowTable, live: dict[str, Tensor]) -> None:
         if not same(given, own).all():  # else it was away and came back, as offloading does
             was_written = True
             own.copy_(given)
-    if was_written and not table.is_settled:
+    step = int(live.get("step", table.step_count))
+    if (was_written or step != table.step_count) and not table.is_settled:
         raise UserError(
-            "the moments of a registered embedding were written while some of its rows were not up "
-            "to date. Call `optimizer.flush()` before writing to them"
+            "the moments or the step count of a registered embedding were written while some of "
+            "its rows were not up to date. Call `optimizer.flush()` before writing to them"
+        )
+    if step != table.step_count:
+        _, rows, _, *moments = table.stored_state()[:5]
+        betas, eps = table.history.betas, table.history.eps
+        master = table.stored_state().master
+        table.start(
+            weight, RowState.up_to_date(step, rows, *moments, betas=betas, eps=eps, master=master)
         )
 
 

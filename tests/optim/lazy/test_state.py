@@ -896,6 +896,16 @@ def reset_moments(optimizer):
         entry["exp_avg_sq"].mul_(0.5)
 
 
+def reset_step(optimizer):
+    for entry in optimizer.state.values():
+        entry["step"].zero_()
+
+
+def replace_step(optimizer):
+    for entry in optimizer.state.values():
+        entry["step"] = torch.tensor(3.0)
+
+
 def test_the_default_device_is_no_concern_of_a_table():
     models = []
     for device in ("cpu", "meta"):
@@ -917,14 +927,15 @@ def test_the_default_device_is_no_concern_of_a_table():
     assert_same_bits(*models)
 
 
-def test_moments_that_are_written_to_in_place():
+@pytest.mark.parametrize("way", [reset_moments, reset_step, replace_step])
+def test_moments_that_are_written_to_in_place(way):
     """As ReLoRA does."""
     pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
     for model, optimizer in pairs:
         run(model, optimizer, range(10))
         if isinstance(optimizer, LazyAdamW):
             optimizer.flush()
-        reset_moments(optimizer)
+        way(optimizer)
         run(model, optimizer, range(10, 20))
     assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
 
@@ -990,6 +1001,7 @@ def test_masters_keep_their_bits_whatever_is_written_before_the_weight_is_there(
 def test_moments_that_are_written_to_while_rows_lag_or_replaced_are_refused():
     for way in (
         reset_moments,
+        reset_step,
         lambda optimizer: [entry.update(exp_avg=None) for entry in optimizer.state.values()],
     ):
         model, optimizer = build()
