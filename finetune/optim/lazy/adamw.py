@@ -144,6 +144,8 @@ class LazyAdamW(Optimizer):
         if "_tables" in state:
             self._tables = [(module, table) for module, table, _ in state["_tables"]]
             for module, table, rows in state["_tables"]:
+                if isinstance(module, RowLookup):
+                    continue  # a shallow copy shares it
                 stored(module.weight).copy_(rows)
                 make_lazy(module, table)
                 table.version = stored(module.weight)._version
@@ -167,6 +169,7 @@ class LazyAdamW(Optimizer):
         for module in embeddings:
             self._register(module)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one step and return the loss that `closure` returns, if it is given.
