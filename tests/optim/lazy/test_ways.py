@@ -652,6 +652,15 @@ def test_a_table_in_another_layout():
         assert error(ours, theirs) <= RIGHT[torch.float32]
 
 
+@pytest.mark.parametrize("steps", [0, 20])
+def test_a_number_of_the_weight_is_formatted(steps):
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = LazyAdamW([model.emb.weight], embeddings=[model.emb], **OPTIONS)
+    train(model, optimizer, range(steps))
+    assert f"{model.emb.weight[30, 2]:.3f}" == f"{now(model)[30, 2]:.3f}"
+
+
 def test_a_view_follows_the_weight():
     """As a view of any parameter does: the values that it shows are those of the moment."""
     pairs = twins(steps=3)
