@@ -69,8 +69,9 @@ class LazyAdamW(Optimizer):
     optimizer.deferred():``.
 
     A write to the weight is a write to rows as of now, and makes up every missed step first, for
-    the whole table. Memory that is written behind torch's back while rows lag is an error, and
-    ``data_ptr`` warns. Threads may look rows up side by side, also beside a step.
+    the whole table. A write through a ``detach()`` from before the optimizer is an error while rows
+    lag, and ``data_ptr`` warns. What ``.data`` or numpy gave before, and the weight's storage, are
+    beyond its sight. Threads may look rows up side by side, also beside a step.
 
     A table whose ``grad`` is None misses nothing: as in torch, the parameter is not stepped and its
     step count does not grow. A gradient without entries is a step. A dense gradient at a registered
