@@ -69,8 +69,9 @@ class LazyAdamW(Optimizer):
     optimizer.deferred():``.
 
     A write to the weight is a write to rows as of now, and makes up every missed step first, for
-    the whole table. Memory that is written behind torch's back while rows lag is an error, and
-    ``data_ptr`` warns. Threads may look rows up side by side, also beside a step.
+    the whole table. A write through a ``detach()`` from before the optimizer is an error while rows
+    lag, and ``data_ptr`` warns. What ``.data`` or numpy gave before, and the weight's storage, are
+    beyond its sight. Threads may look rows up side by side, also beside a step.
 
     A table whose ``grad`` is None misses nothing: as in torch, the parameter is not stepped and its
     step count does not grow. A gradient without entries is a step. A dense gradient at a registered
@@ -144,6 +145,8 @@ class LazyAdamW(Optimizer):
         if "_tables" in state:
             self._tables = [(module, table) for module, table, _ in state["_tables"]]
             for module, table, rows in state["_tables"]:
+                if isinstance(module, RowLookup):
+                    continue  # a shallow copy shares it
                 stored(module.weight).copy_(rows)
                 make_lazy(module, table)
                 table.version = stored(module.weight)._version
@@ -167,6 +170,7 @@ class LazyAdamW(Optimizer):
         for module in embeddings:
             self._register(module)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Apply one step and return the loss that `closure` returns, if it is given.
@@ -212,7 +216,7 @@ class LazyAdamW(Optimizer):
         with table.lock:
             check_weight(table, weight)
             if table.step_count:
-                check_moments(table, self.state[weight])
+                check_moments(table, stored(weight), self.state[weight])
             if (betas, eps) != (table.history.betas, table.history.eps):
                 table.change_options(weight, betas, eps)
             assert weight.grad is not None
@@ -238,9 +242,9 @@ class LazyAdamW(Optimizer):
     def flushed(self) -> Iterator[None]:
         """Inside, `embedding.weight` of every registered table is what dense AdamW would have.
 
-        Afterwards every bit is as before, unless somebody wrote to the weight inside. It is for
-        code that reads a weight often, or reads its memory. Inside, `step` and `load_state_dict`
-        raise UserError.
+        Afterwards every bit is as before, unless the weight was written or flushed inside. It is
+        for code that reads a weight often, or reads its memory. Inside, `step` and
+        `load_state_dict` raise UserError.
         """
         with contextlib.ExitStack() as stack:
             for weight, table in self._check_tables(self._groups()).items():
@@ -254,8 +258,9 @@ class LazyAdamW(Optimizer):
 
         Stored rows are left at their own last steps, and such a pair resumes bit by bit as if the
         run had not stopped. Outside, the pair shows every row brought up to now, and it goes on
-        along the same trajectory to rounding. A model from inside with an optimizer from outside,
-        or the reverse, is refused with UserError. So is the use of `deferred` inside `flushed`.
+        along the same trajectory to rounding, also with other weights (averaged, or in half
+        precision). A model from inside with an optimizer from outside, or the reverse, is refused
+        with UserError. So is the use of `deferred` inside `flushed`.
         """
         with contextlib.ExitStack() as stack:
             for table in {table: None for _, table in self._tables}:

@@ -33,7 +33,7 @@ def to_adamw_state(optimizer: LazyAdamW) -> dict[str, Any]:
                 "exp_avg": _dense(weight, of_rows.rows, of_rows.exp_avg),
                 "exp_avg_sq": _dense(weight, of_rows.rows, of_rows.exp_avg_sq),
             }
-    options = torch.optim.AdamW([torch.zeros(1)]).state_dict()["param_groups"][0]
+    options = torch.optim.AdamW([torch.zeros(1, device="cpu")]).state_dict()["param_groups"][0]
     known = {*options, *_NOT_OPTIONS}
     groups = [
         {**options, **{key: value for key, value in group.items() if key in known}}

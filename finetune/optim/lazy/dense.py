@@ -25,7 +25,7 @@ def step_dense(
     for param in params:
         entry = state[param]
         if not entry:
-            entry["step"] = torch.tensor(0.0, dtype=torch.float32)
+            entry["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             entry["exp_avg"] = torch.zeros_like(param)
             entry["exp_avg_sq"] = torch.zeros_like(param)
         grad, exp_avg, exp_avg_sq = param.grad, entry["exp_avg"], entry["exp_avg_sq"]
@@ -46,7 +46,9 @@ def _adamw(
 ) -> None:
     if fused:
         for param in params:
-            state[param]["step"] = state[param]["step"].to(param.device)
+            step = state[param]["step"]  # may have been saved in half precision
+            wide = torch.promote_types(step.dtype, torch.float32)
+            state[param]["step"] = step.to(param.device, wide)
     adamw(
         params,
         [param.grad for param in params if param.grad is not None],

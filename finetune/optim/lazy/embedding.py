@@ -41,7 +41,8 @@ class RowLookup(nn.Embedding):
             return self._look_up_in_another(input, weight)
         with torch._C.DisableTorchFunctionSubclass(), table.lock:
             check_weight(table, weight)
-            if table.weight_is_current:
+            # torch sums the gradients of repeated ids in another order if it makes them sparse.
+            if table.weight_is_current and table.missed_steps != "replay":
                 return F.embedding(input, weight, self.padding_idx, sparse=True)
             return look_up(table, weight, input, self.padding_idx)
 

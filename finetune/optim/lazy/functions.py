@@ -28,7 +28,7 @@ _WRITES = """
     __iand__ __ior__ __ixor__ __ilshift__ __irshift__ __idiv__
 """.split()  # noqa: SIM905
 MEMORY = ("data_ptr", "__cuda_array_interface__")
-PROPERTY = ("__get__", "__set__")
+PROPERTY = ("__get__", "__set__", "__delete__")
 # These mean a tensor's place in the graph, not its values. Each has one argument that is values.
 IDENTITIES: dict[Callable[..., Any], str] = {
     torch.autograd.grad: "grad_outputs",
@@ -40,11 +40,9 @@ _ONLY_READ = ("send", "isend")  # of the collectives
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """Return a function's name: of a property's getter `data`, of its setter `data=`."""
+    """Return a function's name: of a property's getter or deleter `data`, of its setter `data=`."""
     if func.__name__ in PROPERTY:
-        return getattr(func, "__self__", func).__name__ + (
-            "" if func.__name__ == "__get__" else "="
-        )
+        return getattr(func, "__self__", func).__name__ + ("=" * (func.__name__ == "__set__"))
     return func.__name__
 
 

@@ -61,7 +61,7 @@ def grow_rule(
     counting from 1. Both results are [k, count]. The atoms themselves are kept as long as there are
     no more of them than nodes.
     """
-    column = torch.arange(count)
+    column = torch.arange(count, device="cpu")
     kept_masses, kept_nodes = (
         torch.nn.functional.pad(x[:, :count], (0, max(0, count - x.shape[1])), value=1.0)
         for x in (masses, nodes)
@@ -124,7 +124,9 @@ def nodes_needed(
         return nodes_needed(1 << (last_step.bit_length() - 1), betas, tolerance, most)
     if betas[0] == 0:
         return 1, 0.0  # no momentum: a missed step is decay alone
-    missed = torch.arange(1.0, horizon(*betas, tolerance / 100) + 1, dtype=torch.float64)
+    missed = torch.arange(
+        1.0, horizon(*betas, tolerance / 100) + 1, dtype=torch.float64, device="cpu"
+    )
     masses, places = missed_atoms(last_step + missed, missed, betas, 1.0)
     masses, places = torch.stack([masses, masses * missed]), places.expand(2, -1)
     low, high = -3 - math.log10(places.max()), 3 - math.log10(places.min())

@@ -163,8 +163,8 @@ class GaussRules:
         self.most = nodes_needed(1, history.betas, self.tolerance, _MOST_NODES)[0]
         self.length = horizon(*history.betas, self.tolerance / 100)
         self.known = history.since  # rules are up to date as of this step
-        self.window_masses = torch.zeros(0, 1, dtype=torch.float64)
-        self.window_nodes = torch.ones(0, 1, dtype=torch.float64)
+        self.window_masses = torch.zeros(0, 1, dtype=torch.float64, device="cpu")
+        self.window_nodes = torch.ones(0, 1, dtype=torch.float64, device="cpu")
         self.masses = torch.zeros(1, self.most, dtype=dtype, device=device)
         self.shifts = torch.ones(1, self.most, dtype=dtype, device=device)  # eps / node
         self.log_decay = torch.zeros(1, dtype=torch.float64, device=float64_device(device))
@@ -231,7 +231,7 @@ class GaussRules:
             self._reserve(i + 1)
             self.log_decay[i].fill_(history.log_decay[i])
             first = self._window_start(step)
-            missed = torch.arange(step - first, 0, -1, dtype=torch.float64)
+            missed = torch.arange(step - first, 0, -1, dtype=torch.float64, device="cpu")
             atoms = missed_atoms(step, missed, history.betas, history.lr[i - 1])
             dropped = len(self.window_masses) + 1 - len(missed)
             masses = torch.nn.functional.pad(
@@ -299,5 +299,7 @@ class GaussRules:
         self.masses[:length], self.shifts[:length] = state.rule_masses, state.rule_shifts
         self.window_masses = state.window_masses.cpu().double()
         self.window_nodes = state.window_nodes.cpu().double()
-        self.log_decay[:length] = torch.tensor(self.history.log_decay, dtype=torch.float64)
+        self.log_decay[:length] = torch.tensor(
+            self.history.log_decay, dtype=torch.float64, device="cpu"
+        )
         self.known = self.history.step

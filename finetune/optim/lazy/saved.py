@@ -3,8 +3,8 @@
 Weight and state are saved by two objects, model and optimizer, as a pair. Either both show rows as
 they are stored, or (by default) both show every row brought up to now. A mixed pair would make up
 missed steps twice, or never, and train on without a word. So the state carries a few rows of its
-weight, the witness. They are compared with the weight before the state is first used, in whichever
-order the two were loaded.
+weight, the witness, and what they would be in a mixed pair. They are compared with the weight
+before the state is first used, in whichever order the two were loaded.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.optim.lazy.eligible import check_rule
-from finetune.optim.lazy.state import RowState, Showing
+from finetune.optim.lazy.state import RowState, Showing, Witness, same
 from finetune.optim.lazy.table import RowTable, stored
 
 _WITNESSES = 16
@@ -31,20 +31,17 @@ def saved_state(table: RowTable, weight: Tensor) -> RowState:
     never_stepped = (table.slot_of_row == 0).nonzero()[:1, 0]
     longest_missed = as_stored.last_step.argsort(stable=True)[:_WITNESSES]
     rows = torch.cat([state.rows[longest_missed], never_stepped])
-    witness = weight[rows] if deferred else table.read(weight, rows)
+    witness = [table.read(weight, rows), (weight if table.aside is None else table.aside)[rows]]
+    own, mixed = reversed(witness) if deferred else witness
     copied = (value.clone() if isinstance(value, Tensor) else value for value in state)
-    return RowState._make(copied)._replace(witness_rows=rows, witness=witness)
+    return RowState._make(copied)._replace(witness_rows=rows, witness=own, mixed_witness=mixed)
 
 
 def restore_table(table: RowTable, weight: Tensor, state: RowState) -> None:
     """Take over a saved state, before or after the weight that it belongs to is loaded."""
     weight = stored(weight)
-    witness = None  # a state from elsewhere has none, and goes with rows as of now
-    if state.witness_rows is not None and state.witness is not None:
-        witness = state.witness_rows.to(table.device), state.witness.to(table.device, table.dtype)
-    belongs = witness is not None and _matches(weight, witness)
-    awaits = witness is not None and table.showing is Showing.DEFERRED
-    if not (belongs or awaits or table.has_loaded_rows):
+    witness = state.witness_for(weight)
+    if not (_belongs(weight, witness) or table.has_loaded_rows):
         table.flush(weight)
     if table.master is not None and state.master is None:
         state = state._replace(master=weight[state.rows].float())
@@ -55,17 +52,21 @@ def restore_table(table: RowTable, weight: Tensor, state: RowState) -> None:
 def weight_was_loaded(table: RowTable, weight: Tensor) -> None:
     """Take the rows that were just loaded into `weight` for rows as of now.
 
-    If they are the stored rows that the state at hand belongs to, nothing is to be done.
+    If they are of the pair that the state at hand was saved in, or of a pair mixed with it, the
+    first use of the state looks at them.
     """
     weight = stored(weight)
     table.writes += 1
     if table.showing is Showing.FLUSHED:
         return  # the end of `flushed` sees it
     table.version = weight._version
-    stored_rows = table.witness is not None and _matches(weight, table.witness)
+    known = False
+    if table.witness is not None:
+        right, mixed = table.witness.found_in(weight)
+        known = bool(right.all() or (right != mixed).any())
     if table.showing is Showing.DEFERRED:
         table.has_loaded_rows = True
-    if table.showing is Showing.DEFERRED or stored_rows:
+    if table.showing is Showing.DEFERRED or known:
         if table.witness is None:
             _fit_masters(table, weight)
     else:
@@ -158,10 +159,10 @@ def check_replacement(table: RowTable, data: Tensor) -> None:
         )
 
 
-def check_moments(table: RowTable, live: dict[str, Tensor]) -> None:
-    """Raise UserError if other code changed the moments in a way that the table cannot follow.
+def check_moments(table: RowTable, weight: Tensor, live: dict[str, Tensor]) -> None:
+    """Take over the moments and the step count if other code changed them.
 
-    `live` is the table's entry in `optimizer.state`.
+    `live` is the table's entry in `optimizer.state`. Raises UserError if the table cannot follow.
     """
     was_written = table.moments_were_written
     for key in ("exp_avg", "exp_avg_sq"):
@@ -174,29 +175,40 @@ def check_moments(table: RowTable, live: dict[str, Tensor]) -> None:
                 f"among the moments of a registered embedding {key} is no longer the tensor that "
                 "the optimizer keeps in `optimizer.state`. Write to that tensor in place"
             )
-        if not torch.equal(given, own):  # else it was away and came back, as offloading does
+        if not same(given, own).all():  # else it was away and came back, as offloading does
             was_written = True
             own.copy_(given)
-    if was_written and not table.is_settled:
+    step = int(live.get("step", table.step_count))
+    if (was_written or step != table.step_count) and not table.is_settled:
         raise UserError(
-            "the moments of a registered embedding were written while some of its rows were not up "
-            "to date. Call `optimizer.flush()` before writing to them"
+            "the moments or the step count of a registered embedding were written while some of "
+            "its rows were not up to date. Call `optimizer.flush()` before writing to them"
+        )
+    if step != table.step_count:
+        _, rows, _, *moments = table.stored_state()[:5]
+        betas, eps = table.history.betas, table.history.eps
+        master = table.stored_state().master
+        table.start(
+            weight, RowState.up_to_date(step, rows, *moments, betas=betas, eps=eps, master=master)
         )
 
 
 def awaits_its_weight(table: RowTable, weight: Tensor) -> bool:
     """Return whether the state was loaded, and `weight` is not yet the one that it belongs to."""
-    return table.witness is not None and not _matches(weight, table.witness)
+    return table.witness is not None and not _belongs(weight, table.witness)
 
 
 def check_witness(table: RowTable, weight: Tensor) -> None:
-    """Raise UserError if the state was loaded with a weight that it does not belong to.
+    """Raise UserError if the state was loaded with a weight that it cannot go on with.
 
-    Costs nothing after the first use.
+    A state in which no row lags goes on with any rows as of now. They are refused only if they are
+    recognised as stored ones. Costs nothing after the first use.
     """
     if table.witness is None:
         return
-    if awaits_its_weight(table, weight):
+    right, mixed = table.witness.found_in(weight)
+    takes_any = table.is_settled and table.witness.mixed is not None
+    if (mixed & ~right).any() if takes_any else not right.all():
         raise UserError(
             "the embedding's weight is not the one that the optimizer's state was saved with. Save "
             "(and load) the state dicts of model and optimizer both inside `with "
@@ -206,9 +218,8 @@ def check_witness(table: RowTable, weight: Tensor) -> None:
     table.witness = None
 
 
-def _matches(weight: Tensor, witness: tuple[Tensor, Tensor]) -> bool:
-    rows, values = (part.to(weight.device) for part in witness)
-    return torch.equal(weight.detach()[rows], values)
+def _belongs(weight: Tensor, witness: Witness | None) -> bool:
+    return witness is not None and bool(witness.found_in(weight)[0].all())
 
 
 @contextlib.contextmanager

@@ -27,6 +27,30 @@ class Showing(Enum):
     FLUSHED = "flushed"
 
 
+def same(one: Tensor, other: Tensor) -> Tensor:
+    """Return which values are the same; one that is no number is the same as another such."""
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+class Witness(NamedTuple):
+    """Some rows of the weight that a state belongs to, by which it is known again; see saved.py."""
+
+    rows: Tensor  # [w] int64
+    values: Tensor  # [w, d]
+    mixed: Tensor | None  # [w, d]: their values in a mixed pair; states of before do not have them
+
+    def found_in(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which rows [w] are as they should be in `weight`, and which as in a mixed pair."""
+        if self.values.shape[1] != weight.shape[1] or (self.rows >= len(weight)).any():
+            none = torch.zeros_like(self.rows, dtype=torch.bool)
+            return none, none
+        found = weight.detach()[self.rows.to(weight.device)]
+        right = same(found, self.values.to(weight.device)).all(1)
+        if self.mixed is None:
+            return right, right
+        return right, same(found, self.mixed.to(weight.device)).all(1)
+
+
 class RowState(NamedTuple):
     """What a table of V rows [V, d] knows after some steps, of which n rows have had a gradient.
 
@@ -50,6 +74,14 @@ class RowState(NamedTuple):
     window_nodes: Tensor | None = None  # [window, nodes] float64
     witness_rows: Tensor | None = None  # [w] int64: rows of the weight that was saved with this
     witness: Tensor | None = None  # [w, d]: their values
+    mixed_witness: Tensor | None = None  # [w, d]: what they would be in a mixed pair
+
+    def witness_for(self, weight: Tensor) -> "Witness | None":
+        """Return the witness in the dtype of `weight`; a state from elsewhere has none."""
+        if self.witness_rows is None or self.witness is None:
+            return None
+        mixed = None if self.mixed_witness is None else self.mixed_witness.to(weight)
+        return Witness(self.witness_rows.to(weight.device), self.witness.to(weight), mixed)
 
     @classmethod
     def up_to_date(
@@ -65,13 +97,13 @@ class RowState(NamedTuple):
     ) -> "RowState":
         """Return a state in which no row has missed a step, so that no history is needed."""
         return cls(
-            step=torch.tensor(step, dtype=torch.float64),
+            step=torch.tensor(step, dtype=torch.float64, device="cpu"),
             rows=rows,
             last_step=torch.full_like(rows, step),
             exp_avg=exp_avg,
             exp_avg_sq=exp_avg_sq,
-            lr=torch.empty(0),
-            weight_decay=torch.empty(0),
+            lr=torch.empty(0, device="cpu"),
+            weight_decay=torch.empty(0, device="cpu"),
             betas=betas,
             eps=eps,
             master=master,
@@ -105,7 +137,8 @@ class RowState(NamedTuple):
         cls, width: int, *, betas: tuple[float, float], eps: float
     ) -> "RowState":
         """Return the state of a table of this width that no step was applied to."""
-        rows, empty = torch.empty(0, dtype=torch.int64), torch.empty(0, width)
+        rows = torch.empty(0, dtype=torch.int64, device="cpu")
+        empty = torch.empty(0, width, device="cpu")
         return cls.up_to_date(0, rows, empty, empty, betas=betas, eps=eps, master=empty)
 
     @classmethod

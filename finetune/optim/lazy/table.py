@@ -28,7 +28,7 @@ from finetune.errors import UserError
 from finetune.optim.gradients import coalesce
 from finetune.optim.lazy.missed_steps import GaussRules, History, adamw_step_, replay_
 from finetune.optim.lazy.scratch import Block, Memo, Scratch, outlives_inference_mode
-from finetune.optim.lazy.state import RowState, Showing
+from finetune.optim.lazy.state import RowState, Showing, Witness
 
 _logger = logging.getLogger("finetune")
 
@@ -54,7 +54,7 @@ class RowTable:
         self.scratch = Scratch()
         self.showing = Showing.CURRENT
         self.aside: Tensor | None = None  # inside `flushed`: the weight as stored
-        self.witness: tuple[Tensor, Tensor] | None = None  # of a state just loaded: see saved.py
+        self.witness: Witness | None = None  # of a state just loaded: see saved.py
         self.version = 0  # of the weight, after what the table itself wrote to it
         self.writes = 0  # by other code, and states started from
         self.seen: tuple[tuple, Tensor | None] | None = None  # see `dense_once`
@@ -83,14 +83,15 @@ class RowTable:
     def start(self, weight: Tensor, state: RowState) -> None:
         """Go on from `state`, in exactly its numbers, with `weight`.
 
-        Raises UserError if the state has a row that the weight does not have, and as `under` does.
+        Raises UserError if the state is of a table of another size, and as `under` does.
         """
         state = state.under(self.missed_steps)
         rows, lr = state.rows.to(weight.device, torch.int64), state.lr.double().tolist()
-        if len(rows) and int(rows.max()) >= len(weight):
+        least, width = (int(rows.max()) + 1 if len(rows) else 0), state.exp_avg.shape[1]
+        if least > len(weight) or width != weight.shape[1]:
             raise UserError(
-                f"the optimizer's state has a row {int(rows.max())}, but the embedding has only "
-                f"{len(weight)} rows. Load the state into a model with the table it was saved with"
+                f"the optimizer's state is of {least} rows or more, of {width} numbers each, but "
+                f"the embedding is {list(weight.shape)}. Load it into the model it was saved with"
             )
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         self.compute_dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -153,13 +154,13 @@ class RowTable:
         """Return the state as it is, rows left at their own last steps. Its tensors are views."""
         had_gradient = slice(1, int(self.used))
         state = RowState(
-            step=torch.tensor(self.step_count, dtype=torch.float64),
+            step=torch.tensor(self.step_count, dtype=torch.float64, device="cpu"),
             rows=self.row_of_slot[had_gradient],
             last_step=self.last_step[had_gradient],
             exp_avg=self.exp_avg[had_gradient],
             exp_avg_sq=self.exp_avg_sq[had_gradient],
-            lr=torch.tensor(self.history.lr, dtype=torch.float64),
-            weight_decay=torch.tensor(self.history.weight_decay, dtype=torch.float64),
+            lr=torch.tensor(self.history.lr, dtype=torch.float64, device="cpu"),
+            weight_decay=torch.tensor(self.history.weight_decay, dtype=torch.float64, device="cpu"),
             betas=self.history.betas,
             eps=self.history.eps,
             master=None if self.master is None else self.master[had_gradient],
@@ -194,7 +195,7 @@ class RowTable:
         """
         if self.moments_seen is not None and not self.live:
             return
-        self.live["step"] = torch.tensor(self.step_count, dtype=torch.float64)
+        self.live["step"] = torch.tensor(self.step_count, dtype=torch.float64, device="cpu")
         self.live |= {"rows": self.row_of_slot, "last_step": self.last_step}
         self.live |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         self.live.pop("master", None)
@@ -231,7 +232,8 @@ class RowTable:
         """Return the whole table [V, d] as dense AdamW would have it now. Writes nothing."""
         rows = torch.arange(len(weight), device=self.device)
         with self.lock:
-            return torch.cat([self.read(weight, some) for some in rows.split(1 << 14)])
+            parts = [self.read(weight, some) for some in rows.split(1 << 14)]
+            return torch.cat(parts, out=torch.empty_like(weight))  # in the layout of the weight
 
     def dense_once(self, weight: Tensor) -> Tensor:
         """Return what `dense` does. Asked again before anything moves, it keeps what it returns.
@@ -261,14 +263,9 @@ class RowTable:
         slots = self._claim(weight, rows)
         step, on_cpu = self.step_count + 1, self.device.type == "cpu"
         whole_lines = self.shape[1] % _CACHE_LINE == 0
-        options: dict[str, Any] = {
-            "step": step,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "betas": self.history.betas,
-            "eps": self.history.eps,
-            "fused": self.missed_steps != "replay" and on_cpu and whole_lines,
-        }
+        options: dict[str, Any] = {"step": step, "lr": lr, "weight_decay": weight_decay}
+        options |= {"betas": self.history.betas, "eps": self.history.eps}
+        options["fused"] = self.missed_steps != "replay" and on_cpu and whole_lines
         known = self._remembered(weight, rows)
         ready = known is not None
         for part, at, to, block in self._current(weight, rows, slots, known, ready=ready):
@@ -286,13 +283,15 @@ class RowTable:
     def flush(self, weight: Tensor) -> None:
         """Bring every row up to now and store it.
 
-        What follows may differ in the last bits from a run that was not flushed.
+        What follows may differ in the last bits from a run that was not flushed. Inside `flushed`
+        the weight holds such rows already, and now keeps them.
         """
         weight = stored(weight)
-        if not self.weight_is_current:
+        if not self.is_settled:
             dense, state = self.dense(weight), self.settled_state(weight)
             weight.copy_(dense)
             self.start(weight, state)
+            self.aside = None
 
     def change_options(self, weight: Tensor, betas: tuple[float, float], eps: float) -> None:
         """Go on with other betas or another eps, after making up missed steps with the old ones.

@@ -74,6 +74,9 @@ class LazyRows(torch.Tensor):
                 return func(*args, **kwargs)
             return _read(func, args, kwargs)
 
+    def __format__(self, format_spec: str) -> str:
+        return format(self._plain(torch.Tensor.detach), format_spec)
+
     def __deepcopy__(self, memo: dict) -> Tensor:
         memo[id(self)] = copied = self._plain(torch.clone)
         return copied

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
+from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 from tests.optim.lazy import test_ways as ways
 from tests.optim.lazy.test_ways import EVERY, RIGHT, batch, error, now, train, twins
@@ -95,6 +96,34 @@ def accumulated(pair):
         optimizer.step()
 
 
+def gradients_deleted(pair):
+    model, optimizer = pair
+    for step in range(20, 30):
+        ways.loss_of(model, step + 30).backward()
+        del model.emb.weight.grad
+        ways.loss_of(model, step).backward()
+        optimizer.step()
+        del model.emb.weight.grad
+
+
+def a_shallow_copy_of_the_optimizer(pair):
+    model, optimizer = pair
+    train(model, copy.copy(optimizer), range(20, 25))
+    train(model, optimizer, range(25, 30))
+    copy.deepcopy(model)
+
+
+def a_compiled_step(pair):
+    model, optimizer = pair
+    step_once = optimizer.step
+    if isinstance(optimizer, LazyAdamW):
+        step_once = torch.compile(step_once, backend="eager")
+    for step in range(20, 24):
+        optimizer.zero_grad()
+        ways.loss_of(model, step).backward()
+        step_once()
+
+
 def a_copy_trained_by_adamw(pair):
     model, _ = pair
     other = copy.deepcopy(model)
@@ -117,7 +146,8 @@ def named_parameters_swapped(pair):
 
 RIGHT_WAYS = [to_cpu, frozen, frozen_and_thawed, rounds_of_state_dicts, checkpointed_both_ways]
 RIGHT_WAYS += [hooks_on_the_weight, forward_hooks, zero_grad_of_the_module, accumulated]
-RIGHT_WAYS += [a_copy_trained_by_adamw, named_parameters_swapped]
+RIGHT_WAYS += [a_shallow_copy_of_the_optimizer, a_compiled_step]
+RIGHT_WAYS += [gradients_deleted, a_copy_trained_by_adamw, named_parameters_swapped]
 
 
 @pytest.mark.filterwarnings("ignore:.*use_reentrant")

@@ -137,6 +137,30 @@ def test_replay_is_dense_adamw_bit_for_bit(dtype, weight_decay):
     assert torch.equal(train("replay", dtype, **options)[1], train("dense", dtype, **options)[1])
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_replay_sums_the_gradients_of_repeated_ids_as_dense_adamw_does(dtype, micro_batches):
+    results = []
+    for kind in ("replay", "dense"):
+        generator = torch.Generator().manual_seed(1)
+        module = nn.Embedding(ROWS, WIDTH, dtype=dtype)
+        module.weight.data.fill_(0.5)
+        lazy = {"embeddings": [module], "missed_steps": kind}
+        cls, options = (
+            (LazyAdamW, lazy) if kind == "replay" else (torch.optim.AdamW, {"foreach": False})
+        )
+        optimizer = cls(module.parameters(), lr=0.01, weight_decay=0.1, **options)
+        for _ in range(4):  # no row lags at the first one
+            optimizer.zero_grad()
+            for _ in range(micro_batches):
+                ids = torch.randint(ROWS, (2000,), generator=generator)
+                scale = torch.randn(2000, WIDTH, generator=generator, dtype=dtype)
+                (module(ids) * scale).sum().backward()
+            optimizer.step()
+        results.append(module.weight.detach().clone())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("missed_steps", ["exact", "replay"])
 def test_looking_changes_not_one_bit(missed_steps):
     def look(step, module, optimizer):

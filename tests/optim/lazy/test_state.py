@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.errors import UserError
-from finetune.optim import adapt_state, from_adamw_state
+from finetune.optim import adapt_state, from_adamw_state, to_adamw_state
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 
@@ -19,7 +19,7 @@ RULES = {"rule_masses", "rule_shifts", "window_masses", "window_nodes"}
 KEYS = {  # of a table's entry in a state dict: checkpoints on disk have them
     torch.float32: RULES
     | {"step", "rows", "last_step", "exp_avg", "exp_avg_sq", "lr", "weight_decay", "betas", "eps"}
-    | {"witness_rows", "witness"}
+    | {"witness_rows", "witness", "mixed_witness"}
 }
 KEYS[torch.bfloat16] = KEYS[torch.float32] | {"master"}
 
@@ -119,23 +119,92 @@ def test_the_plain_pair_of_state_dicts_resumes_on_the_trajectory(uninterrupted, 
     assert_close(other, uninterrupted)
 
 
-def test_a_mixed_pair_is_refused():
+@pytest.mark.parametrize("loaded", ["inside", "outside"])
+@pytest.mark.parametrize("deferred", ["model", "optimizer"])
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_mixed_pair_is_refused(order, deferred, loaded):
     model, optimizer = build()
     run(model, optimizer, range(20))
-    plain, plain_state = copy.deepcopy(model.state_dict()), optimizer.state_dict()
-    with optimizer.deferred():
-        stored, stored_state = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    with optimizer.deferred() if deferred == "model" else torch.no_grad():
+        weights = copy.deepcopy(model.state_dict())
+    with optimizer.deferred() if deferred == "optimizer" else torch.no_grad():
+        state = optimizer.state_dict()
     other, resumed = build(seed=1)
-    with resumed.deferred():
-        other.load_state_dict(plain)
-        resumed.load_state_dict(stored_state)
+    with resumed.deferred() if loaded == "inside" else torch.no_grad():
+        if order == "model first":
+            other.load_state_dict(weights)
+        resumed.load_state_dict(state)
+        if order == "optimizer first":
+            other.load_state_dict(weights)
     with pytest.raises(UserError, match="deferred"):
         other(batch(0))
+
+
+def in_half(tree):
+    if isinstance(tree, dict):
+        return {key: in_half(value) for key, value in tree.items()}
+    floats = isinstance(tree, torch.Tensor) and tree.is_floating_point()
+    return tree.half() if floats else tree
+
+
+CHANGED = {  # weights and state of a pair that goes on with other rows than it was saved with
+    "weights in half precision": (in_half, lambda state: state, 1e-3),
+    "state in half precision": (lambda weights: weights, in_half, 2e-2),
+    "an average": (lambda weights: {n: 0.9 * w for n, w in weights.items()}, lambda s: s, 1e-5),
+    "a row that long missed": (
+        lambda weights: {
+            n: w.clone().index_fill_(0, torch.tensor([0]), 0.5) for n, w in weights.items()
+        },
+        lambda state: state,
+        1e-5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("order", ["model first", "optimizer first", "optimizer alone"])
+def test_a_state_goes_on_with_any_rows_as_of_now(order, name):
+    change_weights, change_state, atol = CHANGED[name]
+    pairs = [build(), build("dense")]
+    for number, (model, optimizer) in enumerate(pairs):
+        run(model, optimizer, range(20))
+        weights, state = change_weights(through_file(model.state_dict())), optimizer.state_dict()
+        state = {**state, "state": change_state(through_file(state["state"]))}
+        if order == "optimizer alone":
+            run(model, optimizer, range(20, 25))
+        else:
+            model, optimizer = build("dense" if number else "exact", seed=1)
+        if order == "model first":
+            model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        if order == "optimizer first":
+            model.load_state_dict(weights)
+        run(model, optimizer, range(20, 40))
+        pairs[number] = model, optimizer
+    assert_close(pairs[0][0], pairs[1][0], atol=atol)
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_a_row_that_is_no_number_is_known_again(deferred):
+    model, optimizer = build()
+    (model.embed(torch.tensor([7])) * float("nan")).sum().backward()
+    optimizer.step()
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.arange(3)).backward()
+        optimizer.step()
+    for entry in optimizer.state.values():  # as if they had been away for a while
+        entry.update({key: value.clone() for key, value in entry.items()})
+    with optimizer.deferred() if deferred else torch.no_grad():
+        weights, state = through_file(model.state_dict()), through_file(optimizer.state_dict())
     other, resumed = build(seed=1)
-    other.load_state_dict(stored)
-    resumed.load_state_dict(plain_state)
-    with pytest.raises(UserError, match="deferred"):
-        other(batch(0))
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for pair in ((model, optimizer), (other, resumed)):
+        pair[1].zero_grad()
+        pair[0](torch.arange(3)).backward()
+        pair[1].step()
+    torch.testing.assert_close(other.embed.weight, model.embed.weight, equal_nan=True)
 
 
 def test_going_back_to_a_checkpoint_in_the_same_process(uninterrupted):
@@ -657,6 +726,17 @@ def test_the_state_of_a_table_is_refused_by_a_parameter_that_is_none(ids, left_o
         assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("size", [(10, WIDTH), (ROWS, WIDTH + 2)])
+def test_the_state_of_a_table_of_another_size_is_refused(size):
+    model, optimizer = build()
+    run(model, optimizer, range(10))
+    table = nn.Embedding(*size)
+    other = LazyAdamW([*table.parameters(), *model.head.parameters()], embeddings=[table])
+    state = optimizer.state_dict()
+    with pytest.raises(UserError, match="Load it into the model it was saved with"):
+        other.load_state_dict(state)
+
+
 def test_moments_of_another_shape_are_refused_by_a_dense_parameter():
     weight = nn.Parameter(torch.ones(6, 4))
     optimizer = LazyAdamW([weight])
@@ -730,10 +810,11 @@ def test_a_step_of_lr_0_leaves_what_was_loaded(way, order, dtype, saved_as):
         assert torch.equal(other.state_dict()[name], weight.to(dtype)), name
 
 
-def test_a_weight_that_the_state_does_not_belong_to_is_refused_however_it_is_written():
+def test_a_weight_that_rows_which_lag_do_not_belong_to_is_refused_however_it_is_written():
     model, optimizer = build()
     run(model, optimizer, range(20))
-    state = optimizer.state_dict()
+    with optimizer.deferred():
+        state = optimizer.state_dict()
     other, resumed = build(seed=1)
     resumed.load_state_dict(state)
     with torch.no_grad():
@@ -815,14 +896,46 @@ def reset_moments(optimizer):
         entry["exp_avg_sq"].mul_(0.5)
 
 
-def test_moments_that_are_written_to_in_place():
+def reset_step(optimizer):
+    for entry in optimizer.state.values():
+        entry["step"].zero_()
+
+
+def replace_step(optimizer):
+    for entry in optimizer.state.values():
+        entry["step"] = torch.tensor(3.0)
+
+
+def test_the_default_device_is_no_concern_of_a_table():
+    models = []
+    for device in ("cpu", "meta"):
+        model, _ = build()
+        with torch.device(device):
+            options = {"lr": 0.01, "weight_decay": 0.1, "embeddings": [model.embed]}
+            optimizer = LazyAdamW(model.parameters(), **options)
+        for step in range(10):
+            optimizer.zero_grad()
+            model(batch(step)).backward()
+            with torch.device(device):
+                optimizer.step()
+        with torch.device(device):
+            state = optimizer.state_dict()
+            optimizer.load_state_dict(state)
+            to_adamw_state(optimizer)
+        run(model, optimizer, range(10, 12))
+        models.append(model)
+    assert_same_bits(*models)
+
+
+@pytest.mark.parametrize("way", [reset_moments, reset_step, replace_step])
+def test_moments_that_are_written_to_in_place(way):
     """As ReLoRA does."""
     pairs = [build(dtype=torch.float64), build("dense", torch.float64)]
     for model, optimizer in pairs:
         run(model, optimizer, range(10))
         if isinstance(optimizer, LazyAdamW):
             optimizer.flush()
-        reset_moments(optimizer)
+        way(optimizer)
         run(model, optimizer, range(10, 20))
     assert_close(pairs[0][0], pairs[1][0], atol=1e-9)
 
@@ -888,6 +1001,7 @@ def test_masters_keep_their_bits_whatever_is_written_before_the_weight_is_there(
 def test_moments_that_are_written_to_while_rows_lag_or_replaced_are_refused():
     for way in (
         reset_moments,
+        reset_step,
         lambda optimizer: [entry.update(exp_avg=None) for entry in optimizer.state.values()],
     ):
         model, optimizer = build()

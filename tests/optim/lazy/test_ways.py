@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from finetune.errors import UserError
+from finetune.optim import to_adamw_state
 from finetune.optim.lazy.adamw import LazyAdamW
 from finetune.optim.lazy.table import stored
 
@@ -603,6 +604,61 @@ def test_a_pair_copied_inside_flushed_goes_on(dtype):
     for pair in ((model, optimizer), (other, its_optimizer)):
         train(*pair, range(20, 30))
     assert torch.equal(stored(model.emb.weight), stored(other.emb.weight))
+
+
+@pytest.mark.parametrize("way", ["flush", "release", "another optimizer", "to AdamW"])
+def test_what_settles_rows_inside_flushed_settles_them_for_good(way):
+    (model, optimizer), (twin, adamw) = twins()
+    parameters = [model.emb.weight]
+    with optimizer.flushed():
+        if way == "flush":
+            optimizer.flush()
+        elif way == "another optimizer":
+            optimizer = LazyAdamW(parameters, embeddings=[model.emb], **OPTIONS)
+            adamw = torch.optim.AdamW([twin.emb.weight], foreach=False, **OPTIONS)
+        else:
+            state = to_adamw_state(optimizer)
+            optimizer.release()
+    assert torch.equal(stored(model.emb.weight), now(model))
+    assert error(now(model), now(twin)) <= RIGHT[torch.float32]
+    if way == "to AdamW":
+        optimizer = torch.optim.AdamW(parameters, foreach=False, **OPTIONS)
+        optimizer.load_state_dict(state)
+    if way != "release":
+        train(model, optimizer, range(20, 26))
+        train(twin, adamw, range(20, 26))
+    assert error(now(model), now(twin)) <= RIGHT[torch.float32]
+
+
+def test_a_table_in_another_layout():
+    pairs = []
+    for kind in ("lazy", "dense"):
+        torch.manual_seed(0)
+        model = Model()
+        model.emb.weight = nn.Parameter(torch.randn(WIDTH, ROWS).t())
+        parameters = [model.emb.weight]
+        if kind == "lazy":
+            optimizer = LazyAdamW(parameters, embeddings=[model.emb], **OPTIONS)
+        else:
+            optimizer = torch.optim.AdamW(parameters, foreach=False, **OPTIONS)
+        train(model, optimizer, range(20))
+        weight = model.emb.weight
+        seen = [weight.T.view(-1) * 1, weight.detach().as_strided((3, 3), (2, 1)).clone()]
+        with torch.no_grad():
+            weight.T.view(-1)[:30] = 2
+        train(model, optimizer, range(20, 24))
+        pairs.append([*seen, now(model)])
+    for ours, theirs in zip(*pairs, strict=True):
+        assert error(ours, theirs) <= RIGHT[torch.float32]
+
+
+@pytest.mark.parametrize("steps", [0, 20])
+def test_a_number_of_the_weight_is_formatted(steps):
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = LazyAdamW([model.emb.weight], embeddings=[model.emb], **OPTIONS)
+    train(model, optimizer, range(steps))
+    assert f"{model.emb.weight[30, 2]:.3f}" == f"{now(model)[30, 2]:.3f}"
 
 
 def test_a_view_follows_the_weight():
