@@ -188,6 +188,19 @@ class Evaluations(JsonRecord):
         }
 
 
+def has_ended(run: RunDir) -> bool:
+    """Return whether a run came to its end. If evaluation.json is damaged, it did: it was there.
+
+    Raises UserError for a damaged marker.
+    """
+    if not run.is_run():
+        return False
+    try:
+        return Evaluations.read(run).end is not None
+    except UserError:
+        return True
+
+
 @dataclass(frozen=True)
 class Sample:
     """One line of samples.jsonl: a held-out prompt, the answer in the data, and the model's."""
