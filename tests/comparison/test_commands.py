@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from datetime import date
@@ -300,6 +301,57 @@ def test_a_damaged_protocol_is_one_sentence(compared, tmp_path, monkeypatch, con
         "finetune: out/protocol.yaml is damaged, so the settings of the comparison are not known. "
         "Name another output_dir, or delete out"
     )
+
+
+def make_a_folder(database: Path) -> None:
+    database.unlink()
+    database.mkdir()
+
+
+def lock(database: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(database)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.write_bytes(b"x" * 5000), "file is not a database"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "database disk image is malfor"),
+        (make_a_folder, "unable to open database file"),
+        (lock, "database is locked"),
+    ],
+)
+def test_a_search_that_cannot_be_read_is_one_sentence_and_may_be_deleted(
+    compared, tmp_path, monkeypatch, damage, reason
+):
+    shutil.copytree(compared, tmp_path / "damaged")
+    monkeypatch.chdir(tmp_path / "damaged")
+    database = Path("out/study.db")
+    left = damage(database)
+    result = finetune(*COMPARE)
+    assert result.code == 2
+    said = result.err.splitlines()[-1]
+    assert said.startswith(f"finetune: out/study.db cannot be read or written: {reason}")
+    assert said.endswith(". If it is damaged, delete it: the runs that are over are kept")
+    if isinstance(left, sqlite3.Connection):
+        left.close()
+    database.rmdir() if database.is_dir() else database.unlink()
+    before = snapshot(Path("out/runs"))
+    assert finetune(*COMPARE).code == 0
+    assert snapshot(Path("out/runs")) == before
+
+
+def test_a_search_is_in_its_folder_whatever_that_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    folder = tmp_path / "which?" / "a#1 {b}%20"
+    search = ("tune", "c.yaml", "--trials", "1", "--budget", "2", f"output_dir={folder}")
+    result = finetune(*search)
+    assert result.code == 0, result.err
+    assert (folder / "study.db").stat().st_size > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "chat.jsonl", "which?"]
 
 
 def test_a_weight_decay_that_is_no_number_is_refused(tmp_path, monkeypatch):
