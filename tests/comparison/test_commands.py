@@ -290,7 +290,9 @@ def test_mistakes_are_reported_before_anything_runs(compared, monkeypatch, argum
     assert not list((compared / "runs").rglob("metrics.jsonl"))
 
 
-@pytest.mark.parametrize("content", ["trials: [", "a line of text", ""])
+@pytest.mark.parametrize(
+    "content", ["trials: [", "a line of text", "", "[1]", "template_date: abc", "template_date: 5"]
+)
 def test_a_damaged_protocol_is_one_sentence(compared, tmp_path, monkeypatch, content):
     shutil.copytree(compared, tmp_path / "damaged")
     monkeypatch.chdir(tmp_path / "damaged")
@@ -301,6 +303,36 @@ def test_a_damaged_protocol_is_one_sentence(compared, tmp_path, monkeypatch, con
         "finetune: out/protocol.yaml is damaged, so the settings of the comparison are not known. "
         "Name another output_dir, or delete out"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metrics.jsonl", "", "is not what a run of a comparison writes. Delete out/runs/adam/lr-"),
+        ("metrics.jsonl", '{"step": 0, "evaluation": {}}', "is not what a run of a comparison"),
+        ("updates.jsonl", '{"step": 1}', "is not what a run of a comparison writes. Delete out"),
+        ("updates.jsonl", '{"step": [], "ratio": 1}', "is not what a run of a comparison writes"),
+        ("result.json", '{"lr": "x"}', "is not what a run writes (could not convert string to"),
+        ("result.json", '{"lr": null}', "is not what a run writes ("),
+        ("result.json", "{}", "is not what a run writes ('lr'). Restore or remove the file"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_one_sentence_and_the_run_may_be_deleted(
+    compared, tmp_path, monkeypatch, name, content, says
+):
+    shutil.copytree(compared, tmp_path / "damaged")
+    monkeypatch.chdir(tmp_path / "damaged")
+    file = next(Path("out/runs/adam").glob(f"lr-*/{name}"))
+    before = comparison(Path())
+    if name == "result.json":
+        content = json.dumps({**json.loads(file.read_text()), "settings": json.loads(content)})
+    file.write_text(content)
+    result = finetune(*COMPARE)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith(f"finetune: {file} {says}")
+    shutil.rmtree(file.parent)
+    assert finetune(*COMPARE).code == 0
+    assert without_clocks(comparison(Path())) == without_clocks(before)
 
 
 def make_a_folder(database: Path) -> None:

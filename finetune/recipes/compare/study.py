@@ -169,9 +169,11 @@ def _refuse_changes(root: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 def _read_protocol(path: Path) -> dict[str, Any]:
     """Return what protocol.yaml holds. Raises UserError if it cannot be read."""
+    text = read_text(path)
     try:
-        found = parse(read_text(path))
-    except yaml.YAMLError:
+        found = parse(text)
+        date.fromisoformat((found or {}).get("template_date") or "2000-01-01")
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise UserError(
