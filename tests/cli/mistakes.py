@@ -569,6 +569,11 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "no run and no model": {
+        "report on a comparison": typed(
+            "report .",
+            ". holds a comparison and no run. Name the folder that a training run has written",
+            files={".finetune.json": json.dumps({"format": 1, "kind": "comparison"})},
+        ),
         "report on no run": typed("report .", "holds no run", ".finetune.json", files={"a": ""}),
         "report on nothing": typed("report none", "none does not exist"),
         "export of no run": typed("export . out", "not a model", "config.json"),
