@@ -23,7 +23,7 @@ from finetune.display import Display
 from finetune.errors import UserError, disk_refusal
 from finetune.recipes.build.look import look_at, look_at_target
 from finetune.run.folder import RunDir
-from finetune.run.given import has_splits, keep_given, records_of
+from finetune.run.given import has_splits, keep_given, not_taken, records_of
 from finetune.run.records import Evaluation, Evaluations, Sample, StepRecord, read_samples
 from finetune.run.turns import TURNS
 
@@ -110,7 +110,7 @@ def train(
 
 @contextmanager
 def _leaving_nothing(run: RunDir) -> Iterator[list[Path]]:
-    """Delete the files in the yielded list if a run is refused before it began.
+    """Delete the files in the yielded list if a run is refused before it has taken them.
 
     Raises UserError also for a disk that refuses.
     """
@@ -120,7 +120,7 @@ def _leaving_nothing(run: RunDir) -> Iterator[list[Path]]:
         yield kept
     except UserError as error:
         sentence = str(error)
-        for path in () if run.is_run() else kept:  # it is gone when the sentence is read
+        for path in not_taken(run, kept):  # it is gone when the sentence is read
             sentence = sentence.replace(str(path), "the data")
         if sentence == str(error):
             raise
@@ -130,12 +130,11 @@ def _leaving_nothing(run: RunDir) -> Iterator[list[Path]]:
             raise
         raise UserError(said) from error
     finally:
-        if not run.is_run():  # refused before it began
-            for path in kept:
-                path.unlink(missing_ok=True)
-            for path in made:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
+        for path in not_taken(run, kept):
+            path.unlink(missing_ok=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def load(target: "str | PathLike[str] | RunResult") -> "LoadedModel":

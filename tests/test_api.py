@@ -198,6 +198,23 @@ def test_a_mistake_is_a_user_error_and_leaves_nothing(name: str, folder: Path) -
     assert list(folder.iterdir()) == []
 
 
+def test_a_refused_call_leaves_a_run_as_it_was_and_a_broken_off_one_its_data(folder: Path) -> None:
+    """Data that no run was begun with is deleted; what a run is to be resumed with is not."""
+
+    def break_off(record: Any) -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        finetune.train(data=ROWS, output_dir="run", quiet=True, on_record=break_off, **KEYS)
+    before = {path.name for path in Path("run").iterdir()}
+    assert len([name for name in before if name.startswith("train-")]) == 1
+    with pytest.raises(UserError, match="run holds a run already"):
+        finetune.train(data=ROWS[1:], validation=ROWS[:1], output_dir="run", quiet=True, **KEYS)
+    assert {path.name for path in Path("run").iterdir()} == before
+    resumed = finetune.train(data=ROWS, output_dir="run", resume="auto", quiet=True, **KEYS)
+    assert resumed.stopped == "finished"
+
+
 def test_dates_and_empty_cells_of_other_columns_are_kept(folder: Path) -> None:
     rows = [{**row, "when": date(2020, 1, 2), "score": float("nan")} for row in ROWS]
     result = finetune.train(data=rows, output_dir="run", quiet=True, **KEYS)

@@ -52,6 +52,7 @@ BORDERS = {  # third party -> the rooms that import it; only they may, and all o
     "sacrebleu": {"evaluation"},
     "safetensors": {"models"},
     "scipy": {"comparison"},
+    "sqlalchemy": {"recipes"},
     "starlette": {"serving"},
     "tokenizers": {"models"},
     "transformers": {"models"},

@@ -28,6 +28,7 @@ from finetune.config.values import (
     Duration,
     Fraction,
     NonNegativeInt,
+    Override,
     PathText,
     PositiveInt,
     Rate,
@@ -254,7 +255,7 @@ class OptimizerSection(Plain):
     no_decay: tuple[str, ...] = ("bias", "norm", "embedding")  # parameters without weight decay
     # Factor on lr from one layer to the one below it. None: the same lr for all.
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    overrides: tuple[dict[str, Any], ...] = ()  # e.g. [{pattern: "*.embed_tokens.*", lr: 1e-5}]
+    overrides: tuple[Override, ...] = ()  # e.g. [{pattern: "*.embed_tokens.*", lr: 1e-5}]
 
     @model_validator(mode="after")
     def _finite(self) -> "OptimizerSection":

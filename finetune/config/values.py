@@ -1,5 +1,6 @@
 """The kinds of values that keys of a config take: counts, shares, times and paths."""
 
+import math
 import os
 import re
 from typing import Annotated, Any
@@ -15,6 +16,26 @@ SeedNumber = Annotated[int, Field(ge=0, lt=1 << 32)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HIGHEST_RATE = 1000.0
 Rate = Annotated[float, Field(gt=0, le=HIGHEST_RATE)]
+
+
+def plausible_override(override: dict[str, Any]) -> dict[str, Any]:
+    """Return one of optimizer.overrides. Raises ValueError for a value that none can have."""
+    pattern = override.get("pattern", "*")
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(
+            f"optimizer.overrides has the pattern {pattern!r}. Give text such as *.embed*"
+        )
+    for key, highest in (("lr", HIGHEST_RATE), ("weight_decay", math.inf)):
+        value = override.get(key, 0)
+        if isinstance(value, bool) or (
+            isinstance(value, int | float) and highest < value < math.inf
+        ):
+            to = "up" if highest == math.inf else f"to {highest:g}"
+            raise ValueError(f"optimizer.overrides has {key} {value!r}. Give a number from 0 {to}")
+    return override
+
+
+Override = Annotated[dict[str, Any], AfterValidator(plausible_override)]
 
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of every common file system

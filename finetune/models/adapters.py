@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from finetune.errors import UserError
+from finetune.errors import Border, UserError, reason_of
 from finetune.models.describe import token_tables
 from finetune.models.vocabulary.rows import ActiveHead
 
@@ -66,19 +66,15 @@ def add_lora(
         # GPT-2 stores its weights transposed.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
-    try:
-        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by an old name
-            warnings.filterwarnings(
-                "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-            )
-            # peft has settings for experts that it does not adapt here.
-            warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
+    do = "Leave out model.lora, lower its rank, or name other model.lora.target_modules"
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by an old name
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )
+        # peft has settings for experts that it does not adapt here.
+        warnings.filterwarnings("ignore", r"The following \w+_pattern keys", RuntimeWarning)
+        with Border(f"LoRA cannot adapt {type(model).__name__}", do=do, reason=_reason):
             wrapped = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(
-            f"LoRA cannot adapt {type(model).__name__}: {_first_sentence(error)}. "
-            "Leave out model.lora, or name other model.lora.target_modules"
-        ) from error
     assert isinstance(wrapped, PeftModel)
     if count := _expert_weights(model):
         _logger.warning(
@@ -97,8 +93,10 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload()
 
 
-def _first_sentence(error: Exception) -> str:
-    """Return what an error of peft says first, without the mark in brackets."""
+def _reason(error: BaseException) -> str:
+    """Return what an error of peft says first, without the mark in brackets, or torch's reason."""
+    if not isinstance(error, ValueError):  # memory that cannot be had
+        return reason_of(error)
     return re.sub(r"^(\[[^]]*\] ?)+", "", str(error).splitlines()[0]).split(". ")[0].rstrip(".")
 
 

@@ -18,8 +18,9 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 
-from finetune.errors import UserError, did_you_mean
+from finetune.errors import Border, UserError, did_you_mean
 from finetune.run.files import path_of
 from finetune.run.folder import RunDir
 from finetune.run.marker import MARKER
@@ -164,6 +165,12 @@ def check_hub_name(name: str) -> None:
             f"{name!r} is not a possible name on the hub. Give OWNER/NAME, of letters, digits, "
             "'-', '_' and '.'"
         )
+
+
+def check_weight_file(file: Path) -> None:
+    """Raise UserError unless a file of safetensors has all the weights that its header names."""
+    with Border(f"{file} is not whole", do="Copy the model again"), safe_open(file, "np"):
+        pass
 
 
 def push_files(

@@ -61,6 +61,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
             "Python and knows no places of tokens in a text. Use a model with a fast tokenizer "
             "(tokenizer.json)"
         )
+    if not isinstance(longest := tokenizer.model_max_length, int | float):
+        raise UserError(
+            f"model_max_length in the tokenizer_config.json of {spec.name!r} is {longest!r:.80}. "
+            "Give a number, or leave it out"
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -18,10 +18,11 @@ from finetune.models.language_model import LanguageModel
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.data import generation_metrics
 from finetune.recipes.build.evaluator import Evaluator
-from finetune.recipes.build.look import evaluation_config, no_held_out_data
+from finetune.recipes.build.look import evaluation_config, look_at_target, no_held_out_data
 from finetune.recipes.build.material import read_material
 from finetune.recipes.build.sharing import sharing_obstacle
 from finetune.recipes.build.target import Opened, open_target
+from finetune.run.claim import locked
 from finetune.run.files import finite
 from finetune.run.folder import RunDir
 from finetune.run.metrics import METRICS
@@ -41,11 +42,13 @@ def evaluate_target(
 
     They are a table at a terminal, and JSON elsewhere or with `as_json`.
 
-    If a run is evaluated with its own config, its evaluation.json keeps the metrics as "test".
-    `trust`: run the code that comes with the model. Raises UserError for a target that cannot be
-    opened, and for a config without held-out data.
+    If a run is evaluated with its own config, its evaluation.json keeps the metrics as "test",
+    unless the run was trained meanwhile. `trust`: run the code that comes with the model. Raises
+    UserError for a target that cannot be opened, and for a config without held-out data.
     """
     display = display or Display()
+    own = look_at_target(target) if config is None and not overrides else None
+    trained = None if own is None else _of_training(own)
     opened = open_target(target, trust=trust)
     settings = evaluation_config(target, opened.run, config, overrides, trust=trust)
     results = evaluate_opened(opened, settings, display)
@@ -53,9 +56,27 @@ def evaluate_target(
         print(json.dumps(finite(results), indent=2))
     else:
         _print_table(results)
-    if opened.run is not None and config is None and not overrides:
-        replace(Evaluations.read(opened.run), test=results).write(opened.run)
+    if own is not None:
+        _keep(results, own, trained, display)
     return results
+
+
+def _of_training(run: RunDir) -> dict[str, Any]:
+    """Return what evaluation.json holds, but for figures on test data. Raises UserError."""
+    return finite(replace(Evaluations.read(run), test=None).as_dict())
+
+
+def _keep(
+    results: Mapping[str, Any], run: RunDir, trained: Mapping[str, Any] | None, display: Display
+) -> None:
+    """Put the metrics into evaluation.json, if it is still as `trained`; else warn."""
+    try:
+        with locked(run.root, display.note):
+            if _of_training(run) != trained:
+                raise UserError(f"{run.root} was trained meanwhile. Evaluate it again")
+            replace(Evaluations.read(run), test=results).write(run)
+    except UserError as error:
+        display.warn(f"these metrics are not kept in {run.evaluation}: {error}")
 
 
 def _print_table(results: Mapping[str, Any]) -> None:

@@ -9,11 +9,11 @@ import yaml
 from finetune.config.yaml12 import parse
 from finetune.display import Display
 from finetune.errors import UserError
-from finetune.models.locate import check_hub_name, push_files
+from finetune.models.locate import check_hub_name, check_weight_file, push_files
 from finetune.recipes.build.look import look_at_target
 from finetune.report.card import HERE
 from finetune.run.files import read_text
-from finetune.run.marker import MARKER
+from finetune.run.marker import MARKER, read_marker
 from finetune.run.wording import size
 
 CARD = "README.md"
@@ -30,9 +30,9 @@ def push_run(
 ) -> list[str]:
     """Put the model/ of a run, its card and .gguf files on the hub; return the paths there.
 
-    `gguf`: files besides those in the run's folder. `dry_run` lists the files only. Raises
-    UserError if `root` is no finished run, if a file is missing, if the hub refuses, or if the
-    repository is public and is to be `private`.
+    `gguf`: files besides those in the run's folder. `dry_run` lists the files only. A file that
+    someone put into model/ is not sent. Raises UserError if `root` is no finished run, if a file is
+    missing or cut, if the hub refuses, or if the repository is public and is to be `private`.
     """
     display = display or Display()
     check_hub_name(name)
@@ -46,8 +46,9 @@ def push_run(
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise UserError(f"{path} is no GGUF file. Give one that `finetune export` wrote")
-    found = [path for path in sorted(run.model.rglob("*")) if path.is_file()]
-    local = {path.relative_to(run.model).as_posix(): path for path in found if path.name != MARKER}
+    local = _files_of_model(run.model)
+    if added := sorted(set(_files_in(run.model)) - {*local, MARKER}):
+        display.warn(f"not sent, as finetune did not write it: {', '.join(added)}")
     for path in extra:
         other = local.setdefault(path.name, path)
         if other.resolve() != path.resolve():
@@ -68,6 +69,31 @@ def push_run(
     place = push_files(name, files, private=private, said=said, note=display.say)
     display.say(f"the model is at {place}")
     return list(files)
+
+
+def _files_of_model(folder: Path) -> dict[str, Path]:
+    """Return what the export wrote, by the paths in the folder.
+
+    Raises UserError if a file is not there, or if weights are cut.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        raise UserError(
+            f"{folder} has no {MARKER}, so it is not known what of it finetune wrote. Copy the "
+            "whole run again"
+        )
+    there = set(_files_in(folder))
+    files = {name: folder / name for name in marker.files if name in there}
+    if missing := sorted(set(marker.files) - there):
+        raise UserError(f"{folder / missing[0]} is missing. Copy the whole run again")
+    for name, file in files.items():
+        if name.endswith(".safetensors"):
+            check_weight_file(file)
+    return files
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
 
 
 def card_on_hub(card: str, name: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
+from finetune.config.yaml12 import parse
 from finetune.display import plain_console
 from finetune.errors import UserError, visible
 from finetune.run.claim import is_held
@@ -75,11 +76,16 @@ def _run_folders(root: Path, depth: int) -> Iterator[Path]:
 
 
 def _row(folder: Path, metrics: Sequence[Metric]) -> tuple[str, ...]:
+    """Return the row of a run, also of one whose files are damaged."""
     try:
-        run = read_run(folder)
-        model = (yaml.safe_load(run.config) or {}).get("model") or {}
+        return _row_of(read_run(folder), folder, metrics)
     except (UserError, OSError, yaml.YAMLError, AttributeError):
         return (str(folder), "", "broken", "", "", *("" for _ in metrics))
+
+
+def _row_of(run: RunRecords, folder: Path, metrics: Sequence[Metric]) -> tuple[str, ...]:
+    """Return the row. Raises YAMLError or AttributeError for a damaged config."""
+    model = (parse(run.config) or {}).get("model") or {}
     last = run.after.metrics if run.after is not None else {}
     return (
         str(folder),

@@ -130,6 +130,7 @@ class RunDir:
     def clear(self) -> None:
         """Delete what the run wrote. Other files stay, also those in its folders.
 
+        A link to a folder stays too: the next run writes there, on the disk that was chosen for it.
         Raises UserError if the disk refuses.
         """
         try:
@@ -138,7 +139,7 @@ class RunDir:
             if model is not None and model.kind == "model":
                 remove_own(self.model, model.files, MARKER)
             for path in self.written():
-                if path.is_file() or path.is_symlink():
+                if path.is_file() or (path.is_symlink() and not path.is_dir()):
                     path.unlink()
         except OSError as error:
             raise UserError(

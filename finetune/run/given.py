@@ -8,14 +8,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.run.files import make_folder, write_text
+from finetune.run.files import make_folder, read_text, write_text
 from finetune.run.folder import RunDir
 
 _NAME = re.compile(r"(train|validation|test)-[0-9a-f]{8}\.jsonl")
@@ -66,6 +66,15 @@ def own_copy(run: RunDir, path: str) -> Path | None:
     name = Path(path).name
     own = run.root / name
     return own if _NAME.fullmatch(name) and own.is_file() else None
+
+
+def not_taken(run: RunDir, files: Sequence[Path]) -> list[Path]:
+    """Return those of `files` that the run's config does not name; a damaged one may name any."""
+    try:
+        config = read_text(run.config) if run.config.is_file() else ""
+    except UserError:
+        return []
+    return [file for file in files if file.name not in config]
 
 
 def _entries(record: Mapping[Any, Any], number: int) -> Iterator[str]:

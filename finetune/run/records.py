@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.run.checked import check_types
 from finetune.run.files import read_json, read_json_lines, read_text, write_json, write_text
 from finetune.run.folder import RunDir
-from finetune.run.marker import MARKER
+from finetune.run.marker import MARKER, read_marker
 from finetune.run.metrics import METRICS, number
 
 
@@ -188,6 +188,19 @@ class Evaluations(JsonRecord):
         }
 
 
+def has_ended(run: RunDir) -> bool:
+    """Return whether a run came to its end. If evaluation.json is damaged, it did: it was there.
+
+    Raises UserError for a damaged marker.
+    """
+    if not run.is_run():
+        return False
+    try:
+        return Evaluations.read(run).end is not None
+    except UserError:
+        return True
+
+
 @dataclass(frozen=True)
 class Sample:
     """One line of samples.jsonl: a held-out prompt, the answer in the data, and the model's."""
@@ -307,9 +320,11 @@ def read_run(root: Path) -> RunRecords:
     Raises UserError if there is none, or if one of its files cannot be read.
     """
     run = RunDir(root)
-    if not run.is_run():
+    marker = read_marker(root) if root.is_dir() else None
+    if marker is None or marker.kind != "run":
         what = "is a file" if root.exists() else "does not exist"
         what = f"holds no run (it has no {MARKER})" if root.is_dir() else what
+        what = what if marker is None else f"holds a {marker.kind} and no run"
         raise UserError(
             f"{root} {what}. Name the folder that a training run has written, the output_dir of "
             "its config"

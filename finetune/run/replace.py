@@ -40,9 +40,10 @@ def check_replaceable(dest: Path, kind: Kind = "model") -> None:
 def replacing(dest: Path, kind: Kind = "model") -> Iterator[Path]:
     """Yield an empty folder, which takes the place of `dest` if the block succeeds.
 
-    Raises UserError as `check_replaceable`, or if another process is writing `dest`, and OSError if
-    the disk refuses. Then `dest` is as it was.
+    Of a link to a folder, that folder is replaced. Raises UserError as `check_replaceable`, or if
+    another process is writing `dest`, and OSError if the disk refuses. Then `dest` is as it was.
     """
+    dest = dest.resolve() if dest.is_dir() else dest
     work, aside = (dest.with_name(f".{dest.name}.{part}") for part in ("part", "old"))
     dest.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _begin(work, kind)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from finetune.errors import UserError
 from finetune.run.files import append_lines, read_json_lines
 from finetune.run.folder import RunDir
 from finetune.run.records import Evaluation, JsonRecord, read_metrics
@@ -43,7 +44,9 @@ class Result(JsonRecord):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         test = values.get("test") or {}  # NaN and infinity are text in the file
         losses = {name: float(loss) for name, loss in test.items()} or None
-        return super().from_dict({**values, "test": losses})
+        result = super().from_dict({**values, "test": losses})
+        _ = result.lr, losses and losses["all"]  # an error here names the file
+        return result
 
     @property
     def lr(self) -> float:
@@ -108,14 +111,26 @@ def read_trial(folder: Path) -> Run | None:
     run = RunDir(folder)
     if not run.result.is_file():
         return None
-    points, steps, tokens, seconds = [], 0, 0, 0.0
+    points, steps, tokens, seconds = list[Point](), 0, 0, 0.0
     for record in read_metrics(run)[0]:
-        if isinstance(record, Evaluation):
-            points.append(Point(record.step, float(record.metrics["loss"]), tokens, seconds))
-        else:
+        if not isinstance(record, Evaluation):
             steps = record.step
             tokens += record.num_tokens
             seconds += record.seconds
+        elif (loss := record.number("loss")) is not None:
+            points.append(Point(record.step, loss, tokens, seconds))
+    if not points:  # it was evaluated before its first step
+        raise _damaged(run.metrics)
     lines, _ = read_json_lines(run.updates)
-    updates = {line["step"]: float(line["ratio"]) for line in lines}  # the last of a repeated step
+    try:  # the last of a repeated step counts
+        updates = {int(line["step"]): float(line["ratio"]) for line in lines}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(run.updates) from error
     return Run(folder.name, Result.read(run), points, sorted(updates.items()), steps)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is not what a run of a comparison writes. Delete {path.parent}, and the same "
+        "command runs it again"
+    )

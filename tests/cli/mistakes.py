@@ -502,6 +502,19 @@ CASES: dict[str, dict[str, Case]] = {
         "pattern without a parameter": changed(
             "optimizer.overrides=[{pattern: 'nothing.*', lr: 1e-5}]", "nothing.*"
         ),
+        **{
+            f"override of {override}": changed(f"optimizer.overrides=[{{{override}}}]", *says)
+            for override, *says in (
+                ("pattern: null, lr: 1", "overrides has the pattern None. Give text such as"),
+                ("pattern: 5, lr: 1", "overrides has the pattern 5. Give text such as"),
+                ("pattern: [a], lr: 1", "overrides has the pattern ['a']. Give text such as"),
+                ("pattern: '', lr: 1", "overrides has the pattern ''. Give text such as"),
+                ("pattern: '*', lr: true", "overrides has lr True. Give a number from 0 to 1000"),
+                ("pattern: '*', lr: 1e39", "overrides has lr 1e+39. Give a number from 0 to"),
+                ("pattern: '*', weight_decay: true", "has weight_decay True", "from 0 up"),
+                ("lr: 1", "needs a pattern and something to set"),
+            )
+        },
         "unknown schedule": changed("scheduler.name=step", "scheduler.name = 'step'", "'linear'"),
         "pattern of no optimizer": typed("optimizers 'zzz*'", "'zzz*'"),
     },
@@ -556,6 +569,11 @@ CASES: dict[str, dict[str, Case]] = {
         )
     },
     "no run and no model": {
+        "report on a comparison": typed(
+            "report .",
+            ". holds a comparison and no run. Name the folder that a training run has written",
+            files={".finetune.json": json.dumps({"format": 1, "kind": "comparison"})},
+        ),
         "report on no run": typed("report .", "holds no run", ".finetune.json", files={"a": ""}),
         "report on nothing": typed("report none", "none does not exist"),
         "export of no run": typed("export . out", "not a model", "config.json"),

@@ -556,6 +556,10 @@ def test_export_writes_a_plain_model(chat_run):
         2,
         "finetune: out already exists. Name a folder that does not exist yet\n",
     )
+    (chat_run / "run" / "model" / "README.md").write_bytes(b"\xff")
+    refused = finetune("export", "run", "other")
+    assert refused.code == 2
+    assert "run/model/README.md cannot be read: 'utf-8' codec can't decode" in refused.err
 
 
 @pytest.mark.parametrize("kind", ["random", "pretrained"])

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from finetune.recipes.push import card_on_hub
+from finetune.run.claim import write_marker
+from finetune.run.marker import Marker
 from tests.cli.conftest import finetune
 
 ROOT = Path(__file__).parents[2]
@@ -147,15 +149,15 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, chat_run: Path)
 
 def test_what_an_earlier_push_left_is_no_part_of_the_model(hub, chat_run: Path) -> None:
     """A model without a template would get the earlier one's, and one in parts its weights."""
-    (chat_run / "model" / "chat_template.jinja").unlink()
+    write_marker(model := chat_run / "model", Marker("model", ("model.safetensors", "config.json")))
+    (model / "chat_template.jinja").unlink()
     left = ["adapters/adapter_config.json", "chat_template.jinja", "model.safetensors.index.json",
             "model-00002-of-00002.safetensors"]  # fmt: skip
     theirs = [".gitattributes", "LICENSE", "old.gguf", "notes/chat_template.jinja", "loss.png"]
     hub.private, hub.files = False, dict.fromkeys(left + theirs, b"old")
     done = push(hub.server_port, "run", NAME)
     assert done.returncode == 0, done.stderr
-    sent = {path.name for path in (chat_run / "model").iterdir()} - {".finetune.json"}
-    assert set(hub.files) == sent | set(theirs)
+    assert set(hub.files) == {"model.safetensors", "config.json", *theirs}
     assert f"deleted there, as an earlier push left it: {', '.join(left)}" in done.stderr
     assert "still there, from an earlier push or from someone else: old.gguf" in done.stderr
 
@@ -182,6 +184,45 @@ def test_what_cannot_be_pushed(chat_run: Path) -> None:
     assert closed.returncode == 2, closed.stderr
     assert "cannot be reached" in closed.stderr
     assert "Traceback" not in closed.stderr
+
+
+def cut(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def lead_nowhere(weights: Path) -> None:
+    weights.unlink()
+    weights.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (Path.unlink, "run/model/model.safetensors is missing. Copy the whole run again"),
+        (lead_nowhere, "run/model/model.safetensors is missing. Copy the whole run again"),
+        (cut, "run/model/model.safetensors is not whole: Error while deserializing header"),
+        (lambda weights: weights.write_bytes(b""), "run/model/model.safetensors is not whole: "),
+        (
+            lambda weights: (weights.parent / ".finetune.json").unlink(),
+            "run/model has no .finetune.json, so it is not known what of it finetune wrote",
+        ),
+    ],
+)
+def test_a_model_that_is_not_whole_is_not_pushed(chat_run: Path, damage: Any, says: str) -> None:
+    damage(chat_run / "model" / "model.safetensors")
+    result = finetune("push", "run", NAME, "--dry-run")
+    assert (result.code, result.out) == (2, "")
+    assert says in result.err
+
+
+def test_a_file_that_someone_put_into_the_model_is_named_and_not_sent(chat_run: Path) -> None:
+    before = finetune("push", "run", NAME, "--dry-run")
+    (chat_run / "model" / ".env").write_text("TOKEN=x")
+    (chat_run / "model" / "notes").mkdir()
+    (chat_run / "model" / "notes" / "a.txt").write_text("mine")
+    result = finetune("push", "run", NAME, "--dry-run")
+    assert (result.code, result.out) == (0, before.out)
+    assert "not sent, as finetune did not write it: .env, notes/a.txt" in result.err
 
 
 def test_two_files_of_one_name_are_refused(chat_run: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,8 +252,6 @@ def test_sizes_fit_the_data(count: int, epochs: int, held_out: int) -> None:
 
 
 def test_runs_says_what_became_of_each(finished: Path, folder: Path) -> None:
-    import shutil
-
     for name in ("one", "two", "three", "four"):
         shutil.copytree(finished / "run", folder / "runs" / name)
     RunDir(folder / "runs/two").evaluation.unlink()
@@ -277,6 +276,26 @@ def test_runs_says_what_became_of_each(finished: Path, folder: Path) -> None:
     assert len(result.out.splitlines()) == 5
     assert "there is no folder none" in finetune("runs", "none").err
     assert finetune("runs", "runs/mine").out == "there is no run in runs/mine\n"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("model: abc", "model: {config: [1]}", "x: !!int abc", "model: {name: !!bool x}", "[1]"),
+        *(f"seed: {'9' * 5000}", f"model: {'[' * 3000}{']' * 3000}"),
+        "a0: &a0 [1]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+        + "model: {name: *a9}",
+    ],
+)
+def test_a_damaged_run_is_one_row_among_the_others(finished, folder, config):
+    for name in ("one", "two"):
+        shutil.copytree(finished / "run", folder / "runs" / name)
+    RunDir(folder / "runs/two").config.write_text(config)
+    result = finetune("runs")
+    assert result.code == 0, result.err
+    states = dict(re.findall(r"runs/(one|two) .*(finished|broken)", result.out))
+    assert states == {"one": "finished", "two": "broken"}
 
 
 # --- completion, -q, -v, the log

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from datetime import date
@@ -289,7 +290,9 @@ def test_mistakes_are_reported_before_anything_runs(compared, monkeypatch, argum
     assert not list((compared / "runs").rglob("metrics.jsonl"))
 
 
-@pytest.mark.parametrize("content", ["trials: [", "a line of text", ""])
+@pytest.mark.parametrize(
+    "content", ["trials: [", "a line of text", "", "[1]", "template_date: abc", "template_date: 5"]
+)
 def test_a_damaged_protocol_is_one_sentence(compared, tmp_path, monkeypatch, content):
     shutil.copytree(compared, tmp_path / "damaged")
     monkeypatch.chdir(tmp_path / "damaged")
@@ -300,6 +303,87 @@ def test_a_damaged_protocol_is_one_sentence(compared, tmp_path, monkeypatch, con
         "finetune: out/protocol.yaml is damaged, so the settings of the comparison are not known. "
         "Name another output_dir, or delete out"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metrics.jsonl", "", "is not what a run of a comparison writes. Delete out/runs/adam/lr-"),
+        ("metrics.jsonl", '{"step": 0, "evaluation": {}}', "is not what a run of a comparison"),
+        ("updates.jsonl", '{"step": 1}', "is not what a run of a comparison writes. Delete out"),
+        ("updates.jsonl", '{"step": [], "ratio": 1}', "is not what a run of a comparison writes"),
+        ("result.json", '{"lr": "x"}', "is not what a run writes (could not convert string to"),
+        ("result.json", '{"lr": null}', "is not what a run writes ("),
+        ("result.json", "{}", "is not what a run writes ('lr'). Restore or remove the file"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_one_sentence_and_the_run_may_be_deleted(
+    compared, tmp_path, monkeypatch, name, content, says
+):
+    shutil.copytree(compared, tmp_path / "damaged")
+    monkeypatch.chdir(tmp_path / "damaged")
+    file = next(Path("out/runs/adam").glob(f"lr-*/{name}"))
+    before = comparison(Path())
+    if name == "result.json":
+        content = json.dumps({**json.loads(file.read_text()), "settings": json.loads(content)})
+    file.write_text(content)
+    result = finetune(*COMPARE)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith(f"finetune: {file} {says}")
+    shutil.rmtree(file.parent)
+    assert finetune(*COMPARE).code == 0
+    assert without_clocks(comparison(Path())) == without_clocks(before)
+
+
+def make_a_folder(database: Path) -> None:
+    database.unlink()
+    database.mkdir()
+
+
+def lock(database: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(database)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda file: file.write_bytes(b"x" * 5000), "file is not a database"),
+        (lambda file: file.write_bytes(file.read_bytes()[:5000]), "database disk image is malfor"),
+        (make_a_folder, "unable to open database file"),
+        (lock, "database is locked"),
+    ],
+)
+def test_a_search_that_cannot_be_read_is_one_sentence_and_may_be_deleted(
+    compared, tmp_path, monkeypatch, damage, reason
+):
+    shutil.copytree(compared, tmp_path / "damaged")
+    monkeypatch.chdir(tmp_path / "damaged")
+    database = Path("out/study.db")
+    left = damage(database)
+    result = finetune(*COMPARE)
+    assert result.code == 2
+    said = result.err.splitlines()[-1]
+    assert said.startswith(f"finetune: out/study.db cannot be read or written: {reason}")
+    assert said.endswith(". If it is damaged, delete it: the runs that are over are kept")
+    if isinstance(left, sqlite3.Connection):
+        left.close()
+    database.rmdir() if database.is_dir() else database.unlink()
+    before = snapshot(Path("out/runs"))
+    assert finetune(*COMPARE).code == 0
+    assert snapshot(Path("out/runs")) == before
+
+
+def test_a_search_is_in_its_folder_whatever_that_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    folder = tmp_path / "which?" / "a#1 {b}%20"
+    search = ("tune", "c.yaml", "--trials", "1", "--budget", "2", f"output_dir={folder}")
+    result = finetune(*search)
+    assert result.code == 0, result.err
+    assert (folder / "study.db").stat().st_size > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yaml", "chat.jsonl", "which?"]
 
 
 def test_a_weight_decay_that_is_no_number_is_refused(tmp_path, monkeypatch):

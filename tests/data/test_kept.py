@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import time
 from array import array
 from pathlib import Path
@@ -14,7 +15,6 @@ import pytest
 
 from finetune.config.loading import make_config
 from finetune.data.encode import EncodedDataset
-from finetune.data.encoding import store as store_room
 from finetune.data.encoding.store import Store, key_of
 from finetune.display import Display
 from finetune.errors import UserError
@@ -196,9 +196,7 @@ def test_a_damaged_entry_is_made_again(damage: str, tmp_path: Path) -> None:
             assert file.is_file()
 
 
-def test_a_disk_that_refuses_is_noted_and_the_data_is_encoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_refuses_is_noted_and_the_data_is_encoded(tmp_path: Path) -> None:
     fresh = everything(tmp_path, CHAT, on_bad_record="drop", cache=False)
     (tmp_path / "cache").write_text("not a folder")
     refused = everything(tmp_path, CHAT, on_bad_record="drop")
@@ -208,15 +206,16 @@ def test_a_disk_that_refuses_is_noted_and_the_data_is_encoded(
     assert sum("cannot be kept" in note for note in refused["notes"]) == 2
     (tmp_path / "cache").unlink()
 
-    def full(self: Any, name: str, numbers: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store_room.EntryDraft, "add", full)
-    full_disk = everything(tmp_path, CHAT, on_bad_record="drop")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as if the disk were full
+    try:
+        full_disk = everything(tmp_path, CHAT, on_bad_record="drop")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert full_disk["train"] == fresh["train"]
     assert full_disk["format"] == fresh["format"]
     assert full_disk["train counts"] == fresh["train counts"]
-    assert any("No space left" in note for note in full_disk["notes"])
+    assert any("File too large" in note for note in full_disk["notes"])
     assert [
         f for f in (tmp_path / "cache").rglob("*") if f.name.startswith(".") and f.is_dir()
     ] == []

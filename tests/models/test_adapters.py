@@ -103,6 +103,10 @@ def test_unknown_target_modules_are_named_with_those_there_are(make_model):
 def test_new_rows_of_a_head_with_a_bias_are_refused(make_model):
     with pytest.raises(UserError, match=r"drops the bias .* Train without model.lora"):
         add_lora(make_model("phi"), **LORA, new_token_ids=[96])
+    with pytest.raises(
+        UserError, match=r"LoRA cannot adapt Llama.* allocate .*\. .* lower its rank"
+    ):
+        add_lora(make_model("llama"), **LORA | {"rank": 1 << 50})
 
 
 def test_a_head_that_shares_its_table_is_refused(make_model):

@@ -228,6 +228,16 @@ def test_a_tokenizer_written_in_python_is_refused(tmp_path):
         load_tokenizer(ModelSpec(name=str(tmp_path)))
 
 
+@pytest.mark.parametrize("longest", ["x", [1]])
+def test_a_longest_text_that_is_no_number_is_refused(chat_tokenizer, tmp_path, longest):
+    chat_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": longest}))
+    with pytest.raises(UserError, match=r"model_max_length in the tokenizer_config\.json of .* is"):
+        load_tokenizer(ModelSpec(name=str(tmp_path)))
+
+
 def test_a_model_without_a_tokenizer_is_explained(tmp_path, make_model):
     make_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer of .* could not be loaded"):

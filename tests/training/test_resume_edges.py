@@ -1,5 +1,6 @@
 """A run that is resumed at an edge: over already, from a time to steps, after a divergence."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,14 +15,17 @@ from finetune.config.loading import make_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.optim import registry
+from finetune.recipes import evaluate
 from finetune.recipes.build.evaluator import Evaluator
 from finetune.recipes.runs import state_of
 from finetune.recipes.train.train import run_training
 from finetune.report import write_report
+from finetune.run.claim import locked
 from finetune.run.folder import RunDir, checkpoint_path, complete_steps
 from finetune.run.log import VERBOSITY, MetricLogger
 from finetune.run.records import (
     Evaluation,
+    Evaluations,
     StepRecord,
     evaluations_by_step,
     read_metrics,
@@ -227,15 +231,61 @@ def test_a_signal_is_answered_at_once(tiny, after_step, monkeypatch, capfd, quie
 
 
 def test_a_run_without_held_out_data_is_finished_also_after_a_test(tiny, tmp_path):
-    from finetune.recipes.evaluate import evaluate_target
-
     tree = tiny(data={"validation_fraction": 0.0})
     tree["data"]["test"] = tree["data"]["train"]
     train(tree)
     assert state(tmp_path / "run") == "finished"
-    evaluate_target(str(tmp_path / "run"), config=None, overrides=[], as_json=True)
+    evaluate.evaluate_target(str(tmp_path / "run"), config=None, overrides=[], as_json=True)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["test"]
     assert state(tmp_path / "run") == "finished"
+
+
+def overwritten(tree: dict[str, Any], after_step: Any) -> None:
+    """Begin the run anew, which is killed before its first checkpoint."""
+    after_step(1, kill)
+    with pytest.raises(Killed):
+        train({**tree, "overwrite_output_dir": True})
+
+
+def extended(tree: dict[str, Any], after_step: Any) -> None:
+    train({**tree, "training": {**tree["training"], "max_steps": 6}}, resume="auto")
+
+
+@pytest.mark.parametrize("meanwhile", [overwritten, extended, None])
+def test_figures_of_a_model_that_is_gone_are_not_kept(
+    tiny, tmp_path, after_step, monkeypatch, capfd, meanwhile
+):
+    """`evaluate` measured one model, and the run has another one when it is done."""
+    tree, run = tiny(training={"max_steps": 2}), RunDir(tmp_path / "run")
+    train(tree)
+    measure = evaluate.evaluate_opened
+
+    def measure_meanwhile(*given: Any) -> dict[str, Any]:
+        results = measure(*given)
+        if meanwhile is not None:
+            meanwhile(tree, after_step)
+        return results
+
+    monkeypatch.setattr(evaluate, "evaluate_opened", measure_meanwhile)
+    with locked(run.root, print) if meanwhile is None else contextlib.nullcontext():
+        evaluate.evaluate_target(str(run.root), config=None, overrides=[], as_json=True)
+    said = capfd.readouterr()
+    assert json.loads(said.out)["loss"] > 0
+    why = "is in use by process" if meanwhile is None else "was trained meanwhile. Evaluate it"
+    assert "these metrics are not kept in" in said.err
+    assert why in said.err
+    assert Evaluations.read(run).test is None
+    assert train(tree, resume="auto") == "finished"
+
+
+def test_figures_on_test_data_alone_are_no_end_of_a_run(tiny, tmp_path, after_step):
+    tree, run = tiny(training={"max_steps": 2}), RunDir(tmp_path / "run")
+    after_step(1, kill)
+    with pytest.raises(Killed):
+        train(tree)
+    Evaluations(test={"loss": 2.5}).write(run)
+    assert train(tree, resume="auto") == "finished"
+    assert Evaluations.read(run).end == 2
 
 
 @pytest.mark.parametrize("bad", [1, 3])

@@ -97,6 +97,23 @@ def test_overwriting_deletes_what_the_run_wrote_and_no_more(tree, tmp_path):
     assert complete_steps(run.checkpoints) == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "model"])
+def test_a_folder_on_another_disk_stays_there(tree, tmp_path, name):
+    train(tree)
+    run, disk = RunDir(tmp_path / "run"), tmp_path / "disk" / name
+    disk.parent.mkdir()
+    (run.root / name).rename(disk)
+    (run.root / name).symlink_to(disk)
+    longer = {**tree, "training": {**tree["training"], "max_steps": 5}}
+    train(longer, resume="auto")
+    assert complete_steps(run.checkpoints) == [2, 3, 4, 5]
+    train({**tree, "overwrite_output_dir": True})
+    assert complete_steps(run.checkpoints) == [1, 2, 3, 4]
+    assert (run.root / name).readlink() == disk
+    assert (run.model / "model.safetensors").is_file()
+    assert [path.name for path in disk.parent.iterdir()] == [name]
+
+
 def test_a_file_in_the_way_of_a_checkpoint_is_kept(tree, tmp_path):
     write_marker(tmp_path / "run", Marker("run"))
     mine = checkpoint_path(tmp_path / "run" / "checkpoints", 2) / "mine"

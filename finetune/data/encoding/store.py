@@ -146,7 +146,8 @@ class EntryDraft:
     def discard(self) -> None:
         """Delete what was written, unless it is in its place."""
         for file, *_ in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -38,7 +38,7 @@ from finetune.run.claim import check_claim, is_held
 from finetune.run.files import path_of
 from finetune.run.folder import RunDir, no_checkpoint
 from finetune.run.marker import read_marker
-from finetune.run.records import trained_languages
+from finetune.run.records import has_ended, trained_languages
 
 _SIDES = ("the source language", "the target language")
 
@@ -92,7 +92,7 @@ def look_at_start(config: RunConfig, resume: str | None) -> None:
 
 def require_checkpoints(run: RunDir) -> None:
     """Raise UserError for a run that reached its end and has no checkpoint to go on from."""
-    if run.is_run() and run.evaluation.is_file() and not any(run.checkpoints.glob("step-*")):
+    if has_ended(run) and not any(run.checkpoints.glob("step-*")):
         raise lost_checkpoints(run, "its checkpoints were deleted")
 
 

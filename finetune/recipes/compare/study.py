@@ -8,10 +8,12 @@ SQLite, so `optuna-dashboard` can read the search.
 
 import itertools
 import math
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from finetune.config import RunConfig, dump_config
 from finetune.config.values import HIGHEST_RATE
 from finetune.config.yaml12 import parse
 from finetune.display import Display
-from finetune.errors import UserError
+from finetune.errors import Border, UserError, reason_of
 from finetune.recipes.build.accelerator import make_accelerator
 from finetune.recipes.build.material import read_material, with_template_date
 from finetune.recipes.build.parts import EVALUATIONS, assemble
@@ -167,9 +169,11 @@ def _refuse_changes(root: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 def _read_protocol(path: Path) -> dict[str, Any]:
     """Return what protocol.yaml holds. Raises UserError if it cannot be read."""
+    text = read_text(path)
     try:
-        found = parse(read_text(path))
-    except yaml.YAMLError:
+        found = parse(text)
+        date.fromisoformat((found or {}).get("template_date") or "2000-01-01")
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
         found = None
     if not isinstance(found, dict):
         raise UserError(
@@ -315,20 +319,40 @@ def _begun(study: Any, grid: Grid) -> Any:
 
 @contextmanager
 def _study(database: Path, name: str) -> Iterator[Any]:
-    """Open optuna's study of this name, and close its database at the end."""
+    """Open optuna's study of this name, and close its database at the end.
+
+    Raises UserError also if the database is damaged, locked, or on a disk that refuses.
+    """
     try:
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise UserError(
             "comparing and tuning need optuna, which is not installed. "
             "Run: pip install 'finetune-rows[compare]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{database}")
-    try:
-        yield optuna.create_study(
-            storage=storage, study_name=name, load_if_exists=True, direction="minimize"
-        )
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
+    file = database.absolute()
+    unusable = f"{database} cannot be read or written"
+    do = "If it is damaged, delete it: the runs that are over are kept"
+    with ExitStack() as stack:
+        with Border(unusable, do=do, reason=_first_reason):
+            storage = optuna.storages.RDBStorage(  # a URL would read a ? or a { in the path
+                "sqlite://", engine_kwargs={"creator": partial(sqlite3.connect, file)}
+            )
+            stack.callback(storage.engine.dispose)
+            stack.callback(storage.remove_session)
+            study = optuna.create_study(
+                storage=storage, study_name=name, load_if_exists=True, direction="minimize"
+            )
+        try:
+            yield study
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            raise UserError(f"{unusable}: {_first_reason(error)}. {do}") from error
+
+
+def _first_reason(error: BaseException) -> str:
+    """Return what SQLite said, of which the libraries above it write a page."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return reason_of(error)

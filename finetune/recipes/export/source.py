@@ -21,6 +21,7 @@ from finetune.recipes.build.material import read_material
 from finetune.recipes.build.model import load_trained, make_tokenizer, model_of_checkpoint
 from finetune.recipes.build.target import open_target, trusting
 from finetune.report.card import base_card, license_of
+from finetune.run.files import read_text
 from finetune.run.folder import RunDir, step_of
 from finetune.run.records import evaluations_by_step
 from finetune.training.checkpoint import find_checkpoint, identity_of
@@ -86,7 +87,7 @@ def _of_run(run: RunDir, checkpoint: Path | None, *, trust: bool) -> ExportSourc
     name, trusted = _file_name(str(run.root)), config.model.trust_remote_code
     if checkpoint is None:
         model, tokenizer = load_trained(run.model, config.model)
-        card = (run.model / "README.md").read_text(encoding="utf-8")
+        card = read_text(run.model / "README.md")
         return ExportSource(name, model, tokenizer, card, run, config, trusted)
     folder = find_checkpoint(str(checkpoint), run.checkpoints)
     if folder is None:

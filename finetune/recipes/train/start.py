@@ -24,7 +24,7 @@ from finetune.run.claim import check_claim, claim_folder, locked, write_marker
 from finetune.run.environment import collect_environment
 from finetune.run.folder import RunDir, newest_checkpoint, run_of
 from finetune.run.marker import Marker, read_marker
-from finetune.run.records import DataCounts, Environment, read_config, write_config
+from finetune.run.records import DataCounts, Environment, has_ended, read_config, write_config
 from finetune.run.replace import check_replaceable
 from finetune.run.wording import clock, counted
 from finetune.training.checkpoint import agree_on_checkpoint, damage_of, find_checkpoint
@@ -82,7 +82,7 @@ def find_beginning(
     if resume == "auto":
         require_checkpoints(run)
     checkpoint = find_checkpoint(resume, run.checkpoints, note=note)
-    if checkpoint is None and run.is_run() and run.evaluation.is_file():
+    if checkpoint is None and has_ended(run):
         raise lost_checkpoints(run, "none of its checkpoints is whole")
     if checkpoint is not None or (source := _source_of(run)) is None:
         return checkpoint
