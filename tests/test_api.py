@@ -18,6 +18,8 @@ from finetune import RunResult, UserError
 from finetune.data import register_format
 from finetune.data.formats import detect
 from finetune.data.formats.text import TextFormat
+from finetune.run.folder import RunDir
+from finetune.run.given import keep_given, records_of
 from finetune.run.records import Evaluation, StepRecord
 from tests.conftest import LLAMA as SMALL
 from tests.conftest import conversation
@@ -202,6 +204,18 @@ def test_dates_and_empty_cells_of_other_columns_are_kept(folder: Path) -> None:
     (kept,) = result.path.glob("train-*.jsonl")
     first = json.loads(kept.read_text().splitlines()[0])
     assert (first["when"], first["score"]) == ("2020-01-02", None)
+
+
+def test_a_dataset_says_no_more_than_its_rows(folder: Path) -> None:
+    calls: list[dict[str, Any]] = [{"name": "weather", "arguments": {"city": "Lima"}}]
+    calls += [{"name": "news", "arguments": {"topic": "sport"}}]
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [call]}], "n": None} for call in calls
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    assert dataset[0] != rows[0]  # Arrow gives each call the arguments of all
+    kept, _ = keep_given(RunDir(folder), records_of(dataset), "train")
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
 
 
 def test_a_data_frame_is_a_list_of_its_rows(folder: Path) -> None:

@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from finetune.data.types import without_padding
 from finetune.errors import UserError
 from finetune.run.files import make_folder, write_text
 from finetune.run.folder import RunDir
@@ -50,12 +51,18 @@ def records_of(data: Any) -> Iterable[Any]:
             f"the data is a {type(data).__name__}. Give a path, a list of dicts, a "
             "pandas.DataFrame, or a datasets.Dataset"
         )
+    if _is_of_datasets(data):
+        return (without_padding(row) if isinstance(row, Mapping) else row for row in data)
     return data
 
 
 def has_splits(data: Any) -> bool:
     """Return whether `datasets` made this of several datasets (DatasetDict)."""
-    return isinstance(data, Mapping) and type(data).__module__.partition(".")[0] == "datasets"
+    return isinstance(data, Mapping) and _is_of_datasets(data)
+
+
+def _is_of_datasets(data: Any) -> bool:
+    return type(data).__module__.partition(".")[0] == "datasets"
 
 
 def own_copy(run: RunDir, path: str) -> Path | None:

@@ -30,7 +30,6 @@ from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.explained import explained
 from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files, require_all
-from finetune.data.sources.json_files import without_padding
 from finetune.data.sources.local import (
     AlignedStream,
     AlignedTable,
@@ -41,7 +40,7 @@ from finetune.data.sources.local import (
     TextLines,
     reader_of,
 )
-from finetune.data.types import Record
+from finetune.data.types import Record, without_padding
 from finetune.errors import UserError
 from finetune.run.files import path_of
 
