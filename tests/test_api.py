@@ -224,6 +224,18 @@ def test_a_data_frame_is_a_list_of_its_rows(folder: Path) -> None:
     assert finetune.train(data=frame, quiet=True, **KEYS).stopped == "finished"
 
 
+def test_what_a_table_lacks_is_null(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    days = pandas.to_datetime(["2020-01-02", None])
+    frame = pandas.DataFrame({"day": days, "score": [0.5, None], "text": ["a", pandas.NA]})
+    whole = pandas.array([2**60 + 1, None], dtype="Int64")
+    expected = [{"day": "2020-01-02T00:00:00", "score": 0.5, "text": "a", "n": 2**60 + 1}]
+    expected += [dict.fromkeys(expected[0])]
+    for data in (frame.assign(n=whole), [expected[0], {**expected[1], "day": pandas.NaT}]):
+        kept, _ = keep_given(RunDir(folder), records_of(data), "train")
+        assert [json.loads(line) for line in kept.read_text().splitlines()] == expected
+
+
 PANDAS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a column": (lambda frame: frame["prompt"], "the data is a Series. Give a path, a list"),
     "groups": (lambda frame: frame.groupby("prompt"), "the data is a DataFrameGroupBy. Give a"),
