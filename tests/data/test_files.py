@@ -514,6 +514,27 @@ def test_no_file_of_a_folder_is_lost_to_the_name_of_another(
     assert len(read(source(message.split("'")[-2]))) == len(files)
 
 
+IN_CAPITALS = {  # files -> those of another split
+    "Train.jsonl Test.jsonl": "Test.jsonl",
+    "train/a.jsonl train/my_DEV-1.jsonl": "train/my_DEV-1.jsonl",
+    "Train/a.jsonl Eval/a.jsonl Eval/b.jsonl": "Eval/a.jsonl and Eval/b.jsonl",
+    "Train.jsonl a.Latest.jsonl TEST.md Testament.jsonl": None,
+}
+
+
+@pytest.mark.parametrize("names", IN_CAPITALS)
+def test_no_file_is_trained_on_whose_name_says_another_split(names: str, tmp_path: Path) -> None:
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"a": "x"}\n')
+    if IN_CAPITALS[names] is None:
+        assert len(read(source(f"{tmp_path}/../{tmp_path.name}"))) == 3
+        return
+    for read_it in (load_records, stream_records):
+        with pytest.raises(UserError, match=f": {IN_CAPITALS[names]} would be trained on"):
+            read_it([source(tmp_path)])
+
+
 def test_a_folder_of_splits_may_hold_other_things(write: Write, tmp_path: Path) -> None:
     for name in ("train.jsonl", "test.jsonl", ".hidden.jsonl", "notes.txt", "config.json"):
         write(f"d/{name}", '{"a": "x"}\n')
