@@ -243,9 +243,20 @@ def _make_batches(
         bad=records.bad if data.on_bad_record == "drop" else None,
     )
     stream = StreamingBatches(records, encoder, shape, shuffle_buffer=data.shuffle_buffer)
-    encoder.count_bad()
-    encoder.statistics.bad_records = 0  # those of the first records, which were looked at
+    records.bad.forget()  # those of the first records, which were looked at
+    material.format.notes()
     return stream, encoder.statistics
+
+
+def say_stream(display: Display, parts: Parts) -> None:
+    """Report what was read of a stream, after its run: how much, what is bad, and what not used."""
+    assert isinstance(parts.batches, StreamingBatches)
+    format, bad = parts.material.format, parts.batches.encoder.bad
+    say_counts(display, "training", format, parts.statistics, parts.config)
+    if bad is not None and bad.count:
+        display.warn(f"training: dropped: {bad.sentence()} (data.on_bad_record)")
+    for note in format.notes():
+        display.note(f"training: {note}")
 
 
 def say_counts(
