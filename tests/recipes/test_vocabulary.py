@@ -759,7 +759,7 @@ def test_what_is_dropped_of_unrelated_text_is_said(base, tmp_path, capsys):
     assert "not used: the column 'url' (1 record) of data.unrelated" in said
     assert re.search("unrelated: 2 text examples, .*; 1 bad record dropped", said)
     text = unrelated.rename(tmp_path / "other.txt")
-    with pytest.raises(UserError, match="other.txt holds JSON, and its name says plain text"):
+    with pytest.raises(UserError, match=r"other\.txt holds JSON, and its name says plain text"):
         look_at(config_for(base, tmp_path, f"data.unrelated={text}"))
 
 
