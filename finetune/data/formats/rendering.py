@@ -31,9 +31,8 @@ from finetune.data.formats.jinja import (
     with_date,
     with_generation_prompt,
 )
-from finetune.data.formats.messages import require_texts
 from finetune.data.formats.patterns import Patterns
-from finetune.data.formats.spelling import reads_text, with_text
+from finetune.data.formats.spelling import reads_text, require_texts, with_text
 from finetune.data.types import Example, Message, Tokenizer
 from finetune.errors import UserError
 
