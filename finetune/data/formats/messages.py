@@ -316,12 +316,12 @@ def merge_turns(messages: Sequence[Message], muted: set[int]) -> tuple[list[Mess
     return merged, places
 
 
-def check_order(messages: Sequence[Message]) -> None:
+def check_order(messages: Sequence[Message], *, merged: bool = False) -> None:
     """Raise UserError unless the messages are in an order that a template can write.
 
     A system message may come first. Then user and assistant take turns. After an assistant's call
     come the tool's answers, and then the assistant again. Only a system message or a tool's answer
-    may be empty, and an assistant's content beside a call.
+    may be empty, and an assistant's content beside a call. `merged`: data.merge_turns is true.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(
@@ -333,21 +333,18 @@ def check_order(messages: Sequence[Message]) -> None:
         if number == 1 and role in ("system", "developer"):
             continue
         allowed = _allowed_after(before)
+        may_join = not merged and before is not None and before["role"] == role
         if role not in allowed:
             after = f"after {messages[number - 2]['role']}" if number > 1 else "at the start"
             raise UserError(
                 f"roles out of order: message {number} is from {role} {after}, but must "
                 f"be from {' or '.join(allowed)}; user and assistant take turns, after an optional "
                 "system message, and a tool answers a call"
-                + (". Set data.merge_turns=true to join them" if _same(message, before) else "")
+                + (". Set data.merge_turns=true to join them" if may_join else "")
             )
         if role != "tool" and not message["content"].strip() and not message.get("tool_calls"):
             raise UserError(f"message {number} ({role}) is empty")
         before = message
-
-
-def _same(message: Message, before: Message | None) -> bool:
-    return before is not None and before["role"] == message["role"]
 
 
 def _allowed_after(message: Message | None) -> tuple[str, ...]:
