@@ -20,6 +20,8 @@ from finetune.data import register_format
 from finetune.data.formats import detect
 from finetune.data.formats.text import TextFormat
 from finetune.recipes.build.look import languages_asked, look_at_use
+from finetune.run.folder import RunDir
+from finetune.run.given import keep_given, records_of
 from finetune.run.records import Evaluation, StepRecord
 from tests.conftest import LLAMA as SMALL
 from tests.conftest import conversation
@@ -223,10 +225,34 @@ def test_dates_and_empty_cells_of_other_columns_are_kept(folder: Path) -> None:
     assert (first["when"], first["score"]) == ("2020-01-02", None)
 
 
+def test_a_dataset_says_no_more_than_its_rows(folder: Path) -> None:
+    calls: list[dict[str, Any]] = [{"name": "weather", "arguments": {"city": "Lima"}}]
+    calls += [{"name": "news", "arguments": {"topic": "sport"}}]
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [call]}], "n": None} for call in calls
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    assert dataset[0] != rows[0]  # Arrow gives each call the arguments of all
+    kept, _ = keep_given(RunDir(folder), records_of(dataset), "train")
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
+
+
 def test_a_data_frame_is_a_list_of_its_rows(folder: Path) -> None:
     pandas = pytest.importorskip("pandas")  # a dependency of datasets
     frame = pandas.DataFrame([{"prompt": f"{n} + 1?", "completion": str(n + 1)} for n in range(48)])
     assert finetune.train(data=frame, quiet=True, **KEYS).stopped == "finished"
+
+
+def test_what_a_table_lacks_is_null(folder: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    days = pandas.to_datetime(["2020-01-02", None])
+    frame = pandas.DataFrame({"day": days, "score": [0.5, None], "text": ["a", pandas.NA]})
+    whole = pandas.array([2**60 + 1, None], dtype="Int64")
+    expected = [{"day": "2020-01-02T00:00:00", "score": 0.5, "text": "a", "n": 2**60 + 1}]
+    expected += [dict.fromkeys(expected[0])]
+    for data in (frame.assign(n=whole), [expected[0], {**expected[1], "day": pandas.NaT}]):
+        kept, _ = keep_given(RunDir(folder), records_of(data), "train")
+        assert [json.loads(line) for line in kept.read_text().splitlines()] == expected
 
 
 PANDAS: dict[str, tuple[Callable[[Any], Any], str]] = {

@@ -42,6 +42,12 @@ class BadRecords:
             first = self.kinds.setdefault(_NUMBERS.sub("", problem)[:40], problem)
             self.listed.setdefault(first, []).append(where)
 
+    def forget(self) -> None:
+        """Begin anew, without a record."""
+        self.count = 0
+        self.listed.clear()
+        self.kinds.clear()
+
     def check(self) -> None:
         """Raise UnusableRecords with the list, if there is one and records are not dropped."""
         if self.action == "drop" or self.count == 0:

@@ -30,6 +30,23 @@ Roles are system, developer, user, assistant and tool.
 """
 
 
+def without_padding(record: Record) -> Record:
+    """Return a record of Arrow or Parquet without null keys in its objects; its columns stay.
+
+    Arrow gives every object of a column the same keys, so it cannot tell a null from a key that
+    is missing. In JSON a null is what the file says, and stays.
+    """
+    return {column: _without_nulls(value) for column, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
 class Tokenizer(Protocol):
     """The part of a fast Hugging Face tokenizer that this package uses for text."""
 

@@ -1,11 +1,13 @@
 """`finetune chat`: a conversation in the terminal, with the base model beside it if asked for."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from finetune.data.types import Message
@@ -158,13 +160,14 @@ class _Session:
         if not text:
             raise UserError("/save needs the name of a file, such as /save talk.jsonl")
         talk = list(self._talks.values())[-1]
-        if not any(turn["content"] for turn in talk.turns[1::2]):
+        if not any(turn["content"].strip() for turn in talk.turns[1::2]):
             raise UserError("there is nothing to save yet: no question has an answer")
         line = json.dumps({"messages": _answered(talk)}, ensure_ascii=False)
         path = path_of(text)
         try:
+            start = "" if _ends_with_a_line(path) else "\n"
             with path.open("a", encoding="utf-8") as out:
-                out.write(line + "\n")
+                out.write(f"{start}{line}\n")
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
         self._display.answer(f"(added to {path})")
@@ -182,10 +185,19 @@ class _Session:
                 talk.settings = settings
 
 
+def _ends_with_a_line(path: Path) -> bool:
+    """Return whether what is added to a file begins a line of its own."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
 def _answered(talk: Conversation) -> list[Message]:
     """Return the messages without questions whose answer is empty, from which nothing is learnt."""
     pairs = zip(talk.turns[::2], talk.turns[1::2], strict=True)
-    turns = [turn for pair in pairs if pair[1]["content"] for turn in pair]
+    turns = [turn for pair in pairs if pair[1]["content"].strip() for turn in pair]
     return [*talk.messages[: len(talk.messages) - len(talk.turns)], *turns]
 
 

@@ -5,7 +5,6 @@ So the run's config names what it was trained on, and a resumed run or an evalua
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from finetune.data.types import without_padding
 from finetune.errors import UserError
 from finetune.run.files import make_folder, read_text, write_text
 from finetune.run.folder import RunDir
@@ -41,7 +41,8 @@ def records_of(data: Any) -> Iterable[Any]:
         if not data.columns.is_unique:
             twice = data.columns[data.columns.duplicated()][0]
             raise UserError(f"the data has more than one column {twice!r}. Rename or remove one")
-        found: list[Any] = data.to_dict("records")
+        values = data.astype(object)
+        found: list[Any] = values.where(values.notna(), None).to_dict("records")
         return found
     is_other = type(data).__module__.partition(".")[0] == "pandas"
     is_other = is_other or isinstance(data, Mapping | bytes | bytearray)
@@ -50,12 +51,18 @@ def records_of(data: Any) -> Iterable[Any]:
             f"the data is a {type(data).__name__}. Give a path, a list of dicts, a "
             "pandas.DataFrame, or a datasets.Dataset"
         )
+    if _is_of_datasets(data):
+        return (without_padding(row) if isinstance(row, Mapping) else row for row in data)
     return data
 
 
 def has_splits(data: Any) -> bool:
     """Return whether `datasets` made this of several datasets (DatasetDict)."""
-    return isinstance(data, Mapping) and type(data).__module__.partition(".")[0] == "datasets"
+    return isinstance(data, Mapping) and _is_of_datasets(data)
+
+
+def _is_of_datasets(data: Any) -> bool:
+    return type(data).__module__.partition(".")[0] == "datasets"
 
 
 def own_copy(run: RunDir, path: str) -> Path | None:
@@ -78,13 +85,13 @@ def not_taken(run: RunDir, files: Sequence[Path]) -> list[Path]:
 
 
 def _entries(record: Mapping[Any, Any], number: int) -> Iterator[str]:
-    """Yield each column of a record as JSON. What a table has for an empty cell (NaN) is null."""
+    """Yield each column of a record as JSON. An empty cell of a table (NaN or NaT) is null."""
     if len({str(column) for column in record}) < len(record):
         raise UserError(
             f"record {number} has two columns with one name in JSON, such as 1 and '1'. Rename one"
         )
     for column, value in record.items():
-        value = None if isinstance(value, float) and math.isnan(value) else value
+        value = None if isinstance(value, float | date) and value != value else value
         try:
             entry = json.dumps({column: value}, ensure_ascii=False, allow_nan=False, default=_date)
             entry.encode()
@@ -103,7 +110,7 @@ def _entries(record: Mapping[Any, Any], number: int) -> Iterator[str]:
 
 def _date(value: Any) -> str:
     """Return a date or a time as text. Raises TypeError for anything else."""
-    if isinstance(value, date | time):
+    if isinstance(value, date | time) and value == value:  # and not the NaT of pandas
         return value.isoformat()
     raise TypeError(f"a {type(value).__name__} is none of its values")
 

@@ -47,6 +47,7 @@ def test_what_is_said_and_undone_is_what_is_saved(run, tmp_path):
     chat(
         run, "One?", "Two?", "/undo", "/system Be kind.", "Three?", "/retry", f"/save {target}",
         "/reset", "Four?", f"/save {target}",
+        options=["--temperature", "2", "--max-new-tokens", "8"],
     )  # fmt: skip
     first, second = (json.loads(line)["messages"] for line in target.read_text().splitlines())
     assert [m["content"] for m in first if m["role"] != "assistant"] == [
@@ -59,6 +60,9 @@ def test_a_conversation_that_was_saved_can_be_trained_on(run, tmp_path):
     target = tmp_path / "talk.jsonl"
     drawn = ["--temperature", "2", "--max-new-tokens", "8"]  # greedy, the tiny model is silent
     chat(run, "One?", "Two?", f"/save {target}", options=drawn)
+    target.write_text(target.read_text().rstrip("\n"))  # as an editor may leave it
+    chat(run, "One?", f"/save {target}", options=drawn)
+    assert [set(json.loads(line)) for line in target.read_text().splitlines()] == [{"messages"}] * 2
     config = tmp_path / "c.yaml"
     config.write_text(
         "model: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}\n"
@@ -149,7 +153,7 @@ def test_an_answer_without_words_is_an_answer_too(run, tmp_path, monkeypatch):
     def stream(model, tokenizer, prompt, settings, **_):
         text = tokenizer.decode(prompt)
         asked.append([name for name in ("One?", "Two?") if name in text])
-        yield from [] if "Two?" in text else ["Yes."]
+        yield from [" ", "\n"] if "Two?" in text else ["Yes."]
 
     monkeypatch.setattr(conversation, "stream", stream)
     opened, display = open_target(str(run)), Display(enabled=False)

@@ -222,3 +222,15 @@ def test_a_turn_is_its_prompt_and_then_its_answer(make_tokenizer: MakeTokenizer)
         prompt = tokenizer("Hello ", add_special_tokens=False)["input_ids"]
         assert list(example.input_ids[: len(prompt)]) == prompt
         assert tokenizer.decode(list(example.input_ids)).split() == ["Hello", "there"]
+
+
+def test_a_plain_text_with_its_own_marks_gets_no_second_ones(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(None, adds_bos=True)
+    plain = PlainText(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for text in ("Hello", "<s>Hello", "Hello</s>", "<s>Hello</s>"):
+        example = plain.example("", text, targets="all")
+        ids = list(example.input_ids)
+        assert (ids.count(bos), ids.count(eos), ids[0], ids[-1]) == (1, 1, bos, eos)
+        assert list(example.labels)[1:] == ids[1:]
+    assert plain.prompt("<s>Hello") == plain.prompt("Hello")

@@ -384,6 +384,14 @@ REFUSED: dict[str, tuple[Case, str]] = {
         chat(user(), {"role": "assistant", "content": "a", "value": "b"}),
         "message 2 has content and value, which differ",
     ),
+    "tool_calls and function_call that differ": (
+        chat(user(), answer("", function_call={"name": "news"}, tool_calls=[CALL])),
+        "message 2 has tool_calls and function_call, which differ. Keep one of them",
+    ),
+    "a call as content beside another": (
+        chat(user(), {"from": "function_call", "value": '{"name": "news"}', "tool_calls": [CALL]}),
+        "message 2 has tool_calls and content, which differ",
+    ),
     "content null without a call": (chat(user(), answer(None)), "must be text, not None"),
 }
 
@@ -571,4 +579,4 @@ def test_each_call_is_asked_for_and_the_last_answer(qwen3: Any) -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (29, 28, 4)
+    assert (len(LEARNT), len(REFUSED), len(LEFT_OUT)) == (29, 30, 4)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from finetune.data.encoding.drafts import TextEncoder
 from finetune.data.formats.borders import Turn, encode_text, encode_turn, encode_turns
 from finetune.data.formats.jinja import writes_content_as_it_is
-from finetune.data.formats.messages import require_texts
 from finetune.data.formats.rendering import ChatTemplate, Dialog, PlainText
+from finetune.data.formats.spelling import require_texts
 from finetune.data.types import IGNORE_INDEX, Example
 from finetune.errors import UserError
 from finetune.models.tokenizers import CHATML, set_template

@@ -91,6 +91,13 @@ READ: dict[str, tuple[str, list[dict[str, str]]]] = {
     "blank lines.tsv": ("a\tb\n\nx\ty\n\n\n", [{"a": "x", "b": "y"}]),
     "blank texts.tsv": ("a\nx\n\ny\n", [{"a": "x"}, {"a": ""}, {"a": "y"}]),
     "blanks.csv": ("a, b\n x , y\n", [{"a": " x ", "b": " y"}]),
+    "blanks before quotes.csv": ('a, b\n"x", "y, z"\n', [{"a": "x", "b": "y, z"}]),
+    "blanks in a header.csv": ('"a"; "b"\n x; y\n', [{"a": "x", "b": "y"}]),
+    "speech after a comma.csv": ('a,b\nx, "y" z\n', [{"a": "x", "b": ' "y" z'}]),
+    "a quoted blank.csv": (
+        'a,b\nx," ""y"""\nx, y\n',
+        [{"a": "x", "b": ' "y"'}, {"a": "x", "b": " y"}],
+    ),
     "lone return.csv": ("a\nfirst\rsecond\nx\n", [{"a": "first\rsecond"}, {"a": "x"}]),
     "lone returns.csv": ('a,b\nx\ry,"z\r"\n', [{"a": "x\ry", "b": "z\r"}]),
     "lone return.tsv": ("a\tb\nx\ry\tz\n", [{"a": "x\ry", "b": "z"}]),
@@ -155,6 +162,10 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "en\tfr\nHello\tBonjour\t0.98\nBye\tSalut\t0.91\n",
         r"^2 records cannot be used: .*score\.tsv lines 2, 3 have 3 fields, but the header has 2"
         r"\. Remove the tab, or name every field in the header$",
+    ),
+    "a blank before quotes.csv": (
+        'a,b\nx,y\nx, "y"\nz, " " \n',
+        r"quotes\.csv lines 3, 4 have a blank before a field in quotation marks\. Remove the blank",
     ),
     "first only.csv": ("text\nHello, world\nx\n", r"line 2 has 2 fields, but the header has 1\."),
     "later only.csv": ("a,b\nx,y\n\nz,v,w\n", r"later only\.csv line 4 has 3 fields"),
@@ -514,6 +525,27 @@ def test_no_file_of_a_folder_is_lost_to_the_name_of_another(
     assert len(read(source(message.split("'")[-2]))) == len(files)
 
 
+IN_CAPITALS = {  # files -> those of another split
+    "Train.jsonl Test.jsonl": "Test.jsonl",
+    "train/a.jsonl train/my_DEV-1.jsonl": "train/my_DEV-1.jsonl",
+    "Train/a.jsonl Eval/a.jsonl Eval/b.jsonl": "Eval/a.jsonl and Eval/b.jsonl",
+    "Train.jsonl a.Latest.jsonl TEST.md Testament.jsonl": None,
+}
+
+
+@pytest.mark.parametrize("names", IN_CAPITALS)
+def test_no_file_is_trained_on_whose_name_says_another_split(names: str, tmp_path: Path) -> None:
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"a": "x"}\n')
+    if IN_CAPITALS[names] is None:
+        assert len(read(source(f"{tmp_path}/../{tmp_path.name}"))) == 3
+        return
+    for read_it in (load_records, stream_records):
+        with pytest.raises(UserError, match=f": {IN_CAPITALS[names]} would be trained on"):
+            read_it([source(tmp_path)])
+
+
 def test_a_folder_of_splits_may_hold_other_things(write: Write, tmp_path: Path) -> None:
     for name in ("train.jsonl", "test.jsonl", ".hidden.jsonl", "notes.txt", "config.json"):
         write(f"d/{name}", '{"a": "x"}\n')
@@ -553,4 +585,4 @@ def test_the_other_side_of_a_translation_is_found_beside_it(write: Write) -> Non
 
 
 def test_there_was_something_to_check() -> None:
-    assert (len(READ), len(REFUSED), len(LOST)) == (36, 29, 7)
+    assert (len(READ), len(REFUSED), len(LOST)) == (40, 30, 7)

@@ -184,6 +184,17 @@ FOUND: list[tuple[dict[str, Any], dict[str, Any], list[tuple[str, str, str]]]] =
             ("Chinese (Taiwan) to Chinese (China)", "b", "a"),
         ],
     ),
+    (
+        {"translation": {"src": "a", "tgt": "b"}},
+        {"source_language": "en", "target_language": "fr", "direction": "both"},
+        [("English to French", "a", "b"), ("French to English", "b", "a")],
+    ),
+    (
+        {"translation": {"en": "a", "SQL": "b"}},
+        {"target_language": "SQL"},
+        [("English to SQL", "a", "b")],
+    ),
+    ({"translation": {"en": "a", "fr": "b", "score": 3}}, {}, [("English to French", "a", "b")]),
     ({"zh": "a", "zh-Hans": "b"}, {}, [("Chinese to Chinese (Simplified)", "a", "b")]),
     ({"sr-Cyrl": "a", "sr-Latn": "b"}, {}, [("Serbian (Cyrillic) to Serbian (Latin)", "a", "b")]),
     (
@@ -215,7 +226,7 @@ def test_languages_are_found_and_named(number: int, make_tokenizer: MakeTokenize
 
 NOT_FOUND: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"en": "a", "fr": "b", "de": "c"}, {}, "Set data.translation.source_language and target_lang"),
-    ({"en": "a", "id": "b"}, {}, "to two of the columns, if the column 'id' is Indonesian"),
+    ({"en": "a", "id": "b"}, {}, "to two columns, if the column 'id' is Indonesian"),
     ({"en": "a", "eng": "b"}, {}, "'en' and 'eng' are two names of one language, English"),
     ({"tl": "a", "Tagalog": "b"}, {}, "are two names of one language, Filipino"),
     ({"src": "a", "tgt": "b"}, {}, "no format fits the columns (src, tgt)"),
@@ -225,6 +236,13 @@ NOT_FOUND: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "Set data.translation.source_language and target_language",
     ),
     ({"translation": {"en": "a"}}, {}, "the languages of the pairs are not clear (found: en)"),
+    ({"translation": {"x": "b", "SQL": "c"}}, {}, "pairs are not clear (found: none). Set"),
+    ({"translation": {"src": "a", "tgt": "b"}}, {}, "the keys do not show which languages they"),
+    (
+        {"translation": {"Input": "a", "Output": "b"}},
+        {"source_language": "en"},
+        "the keys do not show which languages they are in. Set data.translation.source_language",
+    ),
     ({"en": "a", "fr": "b"}, {"columns": {"xq-zz": "en"}}, "data.columns has the unknown name"),
     ({"en": "a", "fr": "b"}, {"source_language": "en", "target_language": "en"}, "are both 'en'"),
 ]
@@ -316,4 +334,4 @@ def test_bleu_of_both_directions_names_both_tokenizers() -> None:
 
 
 def test_there_was_something_to_check() -> None:
-    assert [len(table) for table in (SAME, FOUND, NOT_FOUND, COLUMNS, BLEU)] == [20, 20, 9, 11, 14]
+    assert [len(table) for table in (SAME, FOUND, NOT_FOUND, COLUMNS, BLEU)] == [20, 23, 12, 11, 14]

@@ -34,6 +34,9 @@ def test_turns_of_one_role_are_joined_by_a_blank_line(make_tokenizer: MakeTokeni
     refusing = build_format("auto", format_options(), tokenizer=tokenizer, first_record=record)
     with pytest.raises(UserError, match=r"message 2 is from user .* Set data\.merge_turns=true to"):
         refusing.examples(record)
+    apart = [{**turn, "name": str(number)} for number, turn in enumerate(TURNS)]
+    with pytest.raises(UserError, match=r"and a tool answers a call$"):
+        format.examples({"messages": apart})
 
 
 APART: list[list[dict[str, Any]]] = [

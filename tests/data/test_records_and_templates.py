@@ -62,6 +62,10 @@ EFFORT = (  # a variable with values of its own
     "{# thrift is no variable #}{% set how = 'hard' if effort == 'high' else 'a bit' %}"
     "<|im_start|>system\nThink {{ how }}.<|im_end|>\n" + stock.CHATML
 )
+DEEP = (  # a switch, as Qwen3's enable_thinking is
+    "{% if deep is defined and deep is false %}<|im_start|>system\nShort.<|im_end|>\n{% endif %}"
+    + stock.CHATML
+)
 NO_END_OF_CALL = CALLS.replace(
     "{{ m['content'] }}", "{{ m['content'] }}{% if m.tool_calls %}<think>{% endif %}"
 )
@@ -97,6 +101,16 @@ LEARNT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         FIRST_WORD,
         chat(user(), answer(reasoning_content="Four.")),
         ["<think>Four.</think>4" + END],
+    ),
+    "a switch for which a text does what it says": (
+        DEEP,
+        chat(user(), answer(), chat_template_kwargs={"deep": "yes"}),
+        ["4" + END],
+    ),
+    "words that are no switch": (
+        EFFORT.replace("high", "on"),
+        chat(user(), answer(), chat_template_kwargs={"effort": "off"}),
+        ["4" + END],
     ),
     "a variable that keeps its default": (
         EFFORT,
@@ -156,6 +170,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         chat(user(), answer(), chat_template_kwargs={"thrift": "much"}),
         {},
         "does not use 'thrift' of chat_template_kwargs",
+    ),
+    "a switch of text": (
+        DEEP,
+        chat(user(), answer(), chat_template_kwargs={"deep": "False"}),
+        {},
+        "chat_template_kwargs has deep: 'False', which is no switch for the chat template. Write f",
+    ),
+    "a switch that is a number": (
+        DEEP,
+        chat(user(), answer(), chat_template_kwargs={"deep": 0}),
+        {},
+        "chat_template_kwargs has deep: 0, which is no switch",
+    ),
+    "tools as a variable": (
+        CALLS,
+        chat(user(), answer(), chat_template_kwargs={"tools": [WEATHER]}),
+        {},
+        "chat_template_kwargs has 'tools', which the chat template gets from each record. Leave",
     ),
     "two system prompts that differ": (
         THINKS,
@@ -339,6 +371,18 @@ MISPLACED: dict[str, tuple[str | None, dict[str, Any], dict[str, Any], str]] = {
         {"settings": TemplateSettings(options={"efort": "high"})},
         "does not use 'efort' of data.chat_template_kwargs",
     ),
+    "a switch of text": (
+        DEEP,
+        chat(user(), answer()),
+        {"settings": TemplateSettings(options={"deep": "no"})},
+        "data.chat_template_kwargs has deep: 'no', which is no switch for the chat template. Write",
+    ),
+    "messages as a variable": (
+        EFFORT,
+        chat(user(), answer()),
+        {"settings": TemplateSettings(options={"messages": []})},
+        "data.chat_template_kwargs has 'messages', which the chat template gets from each record",
+    ),
     "a variable of plain text": (
         EFFORT,
         {"text": "a"},
@@ -469,4 +513,4 @@ def test_a_variable_of_the_config_is_used(make_tokenizer: MakeTokenizer) -> None
 
 def test_there_was_something_to_check() -> None:
     tables = (LEARNT, REFUSED, OTHER_SHAPES, NOTES, MISPLACED, ASKED)
-    assert [len(table) for table in tables] == [9, 14, 11, 7, 10, 7]
+    assert [len(table) for table in tables] == [11, 17, 11, 7, 12, 7]

@@ -17,6 +17,7 @@ from finetune.config import load_config
 from finetune.display import Display
 from finetune.errors import UserError
 from finetune.models.tokenizers import byte_tokens, template_tokens
+from finetune.recipes.build.look import look_at
 from finetune.recipes.build.vocabulary import plan_vocabulary, spare_rows
 from finetune.recipes.evaluate import evaluate_target
 from finetune.recipes.export.export import export_target
@@ -746,6 +747,20 @@ def test_frozen_trains_the_tokens_to_keep(base, tmp_path):
     run_training(config_for(base, tmp_path, "vocabulary.mode=frozen", "vocabulary.keep=[300, 301]"))
     moved = (table(base) != table(tmp_path / "run" / "model")).any(1)
     assert moved.nonzero()[:, 0].tolist() == [300, 301]
+
+
+def test_what_is_dropped_of_unrelated_text_is_said(base, tmp_path, capsys):
+    unrelated = tmp_path / "other.jsonl"
+    unrelated.write_text('{"text": "ban dep", "url": "x"}\n{"text": 3}\n{"text": "gir"}\n')
+    changes = (f"data.unrelated={unrelated}", "data.on_bad_record=drop", "training.max_steps=1")
+    run_training(config_for(base, tmp_path, *changes))
+    said = capsys.readouterr().err
+    assert f"dropped of data.unrelated: 1 record cannot be used: {unrelated} line 2: " in said
+    assert "not used: the column 'url' (1 record) of data.unrelated" in said
+    assert re.search("unrelated: 2 text examples, .*; 1 bad record dropped", said)
+    text = unrelated.rename(tmp_path / "other.txt")
+    with pytest.raises(UserError, match=r"other\.txt holds JSON, and its name says plain text"):
+        look_at(config_for(base, tmp_path, f"data.unrelated={text}"))
 
 
 def test_unrelated_text_that_is_none_is_named(base, tmp_path):

@@ -411,6 +411,23 @@ def test_a_bad_record_of_a_stream_costs_no_step(tiny, tmp_path, chat_file, monke
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+def test_what_is_odd_late_in_a_stream_is_said_at_its_end(tiny, tmp_path, chat_file, monkeypatch):
+    for name in ("STREAM_SAMPLE", "TOKENIZER_RECORDS"):
+        monkeypatch.setattr(f"finetune.recipes.build.data.{name}", 20)
+    late = [conversation(24) | {"score": 3}, conversation(25), {"messages": []}]
+    late[1]["messages"][0]["content"] = "What is <|im_end|>?"
+    records = [*map(conversation, range(24)), *late]
+    chat_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    display = Display(enabled=False)
+    data = {"streaming": True, "validation_fraction": 0.0, "on_bad_record": "drop"}
+    run_training(make_config(tiny(data=data)), display=display)
+    notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
+    bad, unused, control = (note for note in notes if note.startswith("training: "))
+    assert "chat.jsonl line 27: the conversation has no assistant turn" in bad
+    assert "not used: the column 'score' (" in unused
+    assert "a control token such as '<|im_end|>' in the text" in control
+
+
 @pytest.mark.parametrize(("best", "step"), [("chrf", 2), ("loss", 1)])
 def test_the_best_checkpoint_is_that_of_the_highest_chrf_or_the_lowest_loss(
     tiny, tmp_path, monkeypatch, best, step

@@ -145,7 +145,7 @@ class ChatFormat:
             messages, muted = [_system(system), *messages], {i + 1 for i in muted}
         if self.merge_turns:
             messages, muted = merge_turns(messages, muted)
-        check_order(messages)
+        check_order(messages, merged=self.merge_turns)
         while messages[-1]["role"] != "assistant":
             messages.pop()
             unused.add("messages after the last answer")

@@ -17,6 +17,7 @@ from finetune.data.formats.languages import (
     language_columns,
     require_language,
     require_name,
+    roles_in,
     sides_of_pair,
 )
 from finetune.data.formats.rendering import TemplateSettings
@@ -314,9 +315,7 @@ def _hint(record: Record, pairs: Mapping[str, str]) -> str:
     """
     if len(pairs) > 2 or (len(pairs) == 1 and "id" in map(str.lower, record)):
         why = "" if len(pairs) > 2 else ", if the column 'id' is Indonesian"
-        return (
-            " Set data.translation.source_language and target_language to two of the columns" + why
-        )
+        return f" Set data.translation.source_language and target_language to two columns{why}"
     if len(record) == 1 and (found := _SEPARATED.fullmatch(next(iter(record)))):
         return (
             f" If the fields are separated by {found[1]!r}, save the file with commas, semicolons, "
@@ -349,18 +348,20 @@ def _pair(
 ) -> tuple[tuple[str, str], tuple[str, str]]:
     """Return the keys or columns of the two sides of a pair, and their languages."""
     _require_languages(record, columns, languages)
-    if shape == "sides":
+    pair = record[columns.get("translation", "translation")] if shape == "translation" else {}
+    pair = pair if isinstance(pair, Mapping) else {}
+    roles = roles_in(pair)
+    if roles or shape == "sides":
         if languages[0] is None or languages[1] is None:
             raise UserError(
-                "the columns do not show which languages they are in. Set "
-                "data.translation.source_language and target_language, e.g. to en and fr. "
+                f"the {'keys' if roles else 'columns'} do not show which languages they are in. "
+                "Set data.translation.source_language and target_language, e.g. to en and fr. "
                 "`finetune init` takes them as --from en --to fr"
             )
-        sides = columns.get("source", "source"), columns.get("target", "target")
+        sides = roles or (columns.get("source", "source"), columns.get("target", "target"))
         return sides, (languages[0], languages[1])
     if shape == "translation":
-        pair = record[columns.get("translation", "translation")]
-        keys = {key: key for key in pair} if isinstance(pair, Mapping) else {}
+        keys = {key: key for key in pair if key in languages or is_known_language(key)}
     else:
         keys = language_columns(record, columns, languages)
     sides, found = sides_of_pair(keys, *languages)

@@ -16,6 +16,7 @@ from finetune.errors import UserError
 Languages = tuple[str | None, str | None]
 """The languages that a config names, source and target; None: found in the data."""
 
+_ROLES = (("source", "target"), ("src", "tgt"), ("src", "trg"), ("input", "output"))
 _MANY_SPEAKERS = 10_000_000
 _ENGLISH = "en/name_to_language"
 _NEAR, _SHORTEST = 0.88, 5  # how alike a misspelt name is, and its letters at least
@@ -134,6 +135,15 @@ def key_of_language(language: str, keys: Mapping[str, str]) -> str | None:
         return keys[language]
     found = [key for name, key in keys.items() if language_tag(name) == language_tag(language)]
     return found[0] if len(found) == 1 else None
+
+
+def roles_in(keys: Iterable[str]) -> tuple[str, str] | None:
+    """Return the keys of a pair that are named source and target, as "src" and "tgt" are.
+
+    They name no languages, though "src" is the code of one. None if there are no such keys.
+    """
+    found = {key.lower(): key for key in keys}
+    return next(((found[a], found[b]) for a, b in _ROLES if {a, b} <= found.keys()), None)
 
 
 def sides_of_pair(

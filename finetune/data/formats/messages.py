@@ -5,7 +5,6 @@ for the template under one name: thoughts as `reasoning_content`, calls as `tool
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 
 from finetune.data.types import Message
@@ -103,11 +102,8 @@ def _message(item: Mapping[str, object], number: int) -> Message:
         )
     content = _one_of(item, ("content", "value"), number)
     message: Message = {"role": ROLES[role]}
-    calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
-    if role == "function_call":
-        calls, content = [from_json(content, f"the call in message {number}")], ""
-        calls = calls[0] if isinstance(calls[0], list) else calls
-    if calls and content is None:
+    calls = _calls(item, content if role == "function_call" else None, number)
+    if role == "function_call" or (calls and content is None):
         content = ""
     message["content"] = _text(content, number, role)
     thoughts = _one_of(item, THOUGHTS, number)
@@ -116,13 +112,30 @@ def _message(item: Mapping[str, object], number: int) -> Message:
             raise UserError(f"the thoughts of message {number} must be text, not {thoughts!r:.40}")
         message["reasoning_content"] = thoughts
     if calls:
-        message["tool_calls"] = read_calls(calls, f"message {number}")
+        message["tool_calls"] = calls
     message |= {
         key: value
         for key, value in item.items()
         if key not in _SPOKEN and key != "tool_calls" and value not in (None, "", [], {})
     }
     return message
+
+
+def _calls(item: Mapping[str, object], content: object, number: int) -> list[dict[str, object]]:
+    """Return the calls of a message, under whichever keys it has them.
+
+    `content`: the content if it is a call, else None. Raises UserError for calls that differ.
+    """
+    where = f"message {number}"
+    given = {"tool_calls": item.get("tool_calls")}
+    given["function_call"] = [item["function_call"]] if item.get("function_call") else None
+    if content is not None:
+        call = from_json(content, f"the call in {where}")
+        given["content"] = call if isinstance(call, list) else [call]
+    found = {key: read_calls(calls, where) for key, calls in given.items() if calls}
+    said = {key: [call["function"] for call in calls] for key, calls in found.items()}
+    _one_of(said, tuple(said), number)
+    return next(iter(found.values()), [])
 
 
 def _one_of(item: Mapping[str, object], keys: Sequence[str], number: int) -> object:
@@ -303,12 +316,12 @@ def merge_turns(messages: Sequence[Message], muted: set[int]) -> tuple[list[Mess
     return merged, places
 
 
-def check_order(messages: Sequence[Message]) -> None:
+def check_order(messages: Sequence[Message], *, merged: bool = False) -> None:
     """Raise UserError unless the messages are in an order that a template can write.
 
     A system message may come first. Then user and assistant take turns. After an assistant's call
     come the tool's answers, and then the assistant again. Only a system message or a tool's answer
-    may be empty, and an assistant's content beside a call.
+    may be empty, and an assistant's content beside a call. `merged`: data.merge_turns is true.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(
@@ -320,21 +333,18 @@ def check_order(messages: Sequence[Message]) -> None:
         if number == 1 and role in ("system", "developer"):
             continue
         allowed = _allowed_after(before)
+        may_join = not merged and before is not None and before["role"] == role
         if role not in allowed:
             after = f"after {messages[number - 2]['role']}" if number > 1 else "at the start"
             raise UserError(
                 f"roles out of order: message {number} is from {role} {after}, but must "
                 f"be from {' or '.join(allowed)}; user and assistant take turns, after an optional "
                 "system message, and a tool answers a call"
-                + (". Set data.merge_turns=true to join them" if _same(message, before) else "")
+                + (". Set data.merge_turns=true to join them" if may_join else "")
             )
         if role != "tool" and not message["content"].strip() and not message.get("tool_calls"):
             raise UserError(f"message {number} ({role}) is empty")
         before = message
-
-
-def _same(message: Message, before: Message | None) -> bool:
-    return before is not None and before["role"] == message["role"]
 
 
 def _allowed_after(message: Message | None) -> tuple[str, ...]:
@@ -343,39 +353,6 @@ def _allowed_after(message: Message | None) -> tuple[str, ...]:
     if message["role"] == "assistant":
         return ("tool",) if message.get("tool_calls") else ("user",)
     return ("assistant", "tool") if message["role"] == "tool" else ("assistant",)
-
-
-def require_texts(messages: Sequence[Message], written: str) -> None:
-    """Raise UserError if a text of users or assistants, or thoughts of it, are not in `written`.
-
-    Thoughts are apart, or in the content. White space and a question's switches do not count.
-    """
-    squeezed = "".join(written.split())
-    for message in messages:
-        content = str(message.get("content") or "")
-        thoughts = [str(message.get("reasoning_content") or "")]
-        if "</think>" in content and message["role"] == "assistant":
-            thoughts.append(content.split("</think>")[0].split("<think>")[-1])
-            content = content.split("</think>")[-1]
-        for text in thoughts:
-            if "".join(text.split()) not in squeezed:
-                raise UserError(
-                    "the chat template leaves out the thoughts of an answer, "
-                    f"{text.strip()[:40]!r}. Use a template that writes them "
-                    "(model.chat_template), or remove them"
-                )
-        role = message["role"]
-        is_there = role not in ("user", "assistant") or "".join(content.split()) in squeezed
-        if not is_there and (role == "assistant" or _spoken(content) not in _spoken(written)):
-            raise UserError(
-                f"the chat template does not write the {message['role']}'s text as it is, "
-                f"{content.strip()[:40]!r}. Use a template that does (model.chat_template)"
-            )
-
-
-def _spoken(text: str) -> str:
-    """Return a text without white space and switches, such as /no_think."""
-    return "".join(re.sub(r"(?<!\S)/\w+|<\w+>", " ", text).split())
 
 
 def conversation_text(messages: Sequence[Message], tools: Sequence[object] | None = None) -> str:

@@ -31,9 +31,8 @@ from finetune.data.formats.jinja import (
     with_date,
     with_generation_prompt,
 )
-from finetune.data.formats.messages import require_texts
 from finetune.data.formats.patterns import Patterns
-from finetune.data.formats.spelling import reads_text, with_text
+from finetune.data.formats.spelling import reads_text, require_texts, with_text
 from finetune.data.types import Example, Message, Tokenizer
 from finetune.errors import UserError
 
@@ -335,7 +334,8 @@ def _with_thoughts(prompt: str, text: str, answer: Message) -> str | None:
 class PlainText:
     """Text without a chat template: prompt, answer, EOS.
 
-    BOS comes first if the tokenizer itself begins with it. White space at the end of a prompt
+    BOS comes first if the tokenizer itself begins with it. A text that has its own BOS or EOS gets
+    no second one. White space at the end of a prompt
     belongs to the answer, in training and in use: most tokenizers join a blank with the word after
     it.
     """
@@ -349,11 +349,16 @@ class PlainText:
         self.tokenizer = tokenizer
         self._bos = first_tokens(tokenizer)
         self._eos = [tokenizer.eos_token_id]
+        self._own = tokenizer.decode(self._bos) if self._bos else None, tokenizer.decode(self._eos)
         self.texts = TextEncoder(tokenizer)
 
     def prompt(self, prompt: str) -> list[int]:
         """Return the token ids to generate from, with which `example` begins."""
-        return [*self._bos, *encode_text(self.tokenizer, prompt.rstrip(), []).input_ids]
+        return [*self._first(prompt), *encode_text(self.tokenizer, prompt.rstrip(), []).input_ids]
+
+    def _first(self, text: str) -> list[int]:
+        own = self._own[0]
+        return [] if own is not None and text.startswith(own) else self._bos
 
     def example(self, prompt: str, answer: str, *, targets: str) -> Example:
         """Return prompt and answer as an example.
@@ -366,7 +371,8 @@ class PlainText:
         """Return what `example` returns, before the text is encoded."""
         text, is_all = prompt + answer, targets == "all"
         turns = [Turn(prompt.rstrip(), text, len(text))]
-        return Draft(text, turns, first=self._bos, last=self._eos, is_all_learnt=is_all)
+        last = [] if text.endswith(self._own[1]) else self._eos
+        return Draft(text, turns, first=self._first(text), last=last, is_all_learnt=is_all)
 
 
 def first_tokens(tokenizer: Tokenizer) -> list[int]:

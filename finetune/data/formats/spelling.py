@@ -1,9 +1,14 @@
-"""Arguments of calls as a chat template reads them: an object, or the same as a text of JSON."""
+"""What a chat template makes of what it gets: calls as it reads them, and texts as it writes them.
+
+Arguments of calls are an object for it, or the same as a text of JSON.
+"""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 from finetune.data.types import Message
+from finetune.errors import UserError
 
 
 def reads_text(render: Callable[[list[Message]], str]) -> bool:
@@ -32,3 +37,36 @@ def with_text(message: Message) -> Message:
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls}
+
+
+def require_texts(messages: Sequence[Message], written: str) -> None:
+    """Raise UserError if a text of users or assistants, or thoughts of it, are not in `written`.
+
+    Thoughts are apart, or in the content. White space and a question's switches do not count.
+    """
+    squeezed = "".join(written.split())
+    for message in messages:
+        content = str(message.get("content") or "")
+        thoughts = [str(message.get("reasoning_content") or "")]
+        if "</think>" in content and message["role"] == "assistant":
+            thoughts.append(content.split("</think>")[0].split("<think>")[-1])
+            content = content.split("</think>")[-1]
+        for text in thoughts:
+            if "".join(text.split()) not in squeezed:
+                raise UserError(
+                    "the chat template leaves out the thoughts of an answer, "
+                    f"{text.strip()[:40]!r}. Use a template that writes them "
+                    "(model.chat_template), or remove them"
+                )
+        role = message["role"]
+        is_there = role not in ("user", "assistant") or "".join(content.split()) in squeezed
+        if not is_there and (role == "assistant" or _spoken(content) not in _spoken(written)):
+            raise UserError(
+                f"the chat template does not write the {message['role']}'s text as it is, "
+                f"{content.strip()[:40]!r}. Use a template that does (model.chat_template)"
+            )
+
+
+def _spoken(text: str) -> str:
+    """Return a text without white space and switches, such as /no_think."""
+    return "".join(re.sub(r"(?<!\S)/\w+|<\w+>", " ", text).split())

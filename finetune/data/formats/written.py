@@ -5,7 +5,7 @@ no measure: it is a bad record for the reason that the template gives.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,15 @@ _MARK = "Zwqx"
 _MARKED = re.compile(rf"{_MARK}(\d+)(?={_MARK})")
 _ALWAYS = ("user", "assistant")  # every template writes their texts
 _FIRST = ("system", "developer")  # many templates write them in front alone
+_NOT_OPTIONS = ("messages", "tools", "add_generation_prompt")  # variables that are given anyway
+_SWITCHES = {
+    **dict.fromkeys(("yes", "on", "true", "1", 1), True),
+    **dict.fromkeys(("no", "off", "false", "0", 0), False),
+}
+"""What is not true or false, but meant so -> what is meant."""
+
+
+_EXAMPLE = Dialog([{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes"}])
 
 
 class Written:
@@ -52,6 +61,7 @@ class Written:
         is_plain = not (self.each or dialog.tools or dialog.options)
         if is_plain and all(len(m) == 2 and m["role"] in _ALWAYS for m in dialog.messages):
             return set()
+        _require_names(dialog.options, "chat_template_kwargs")
         self._require_tools(dialog)
         self._require_options(dialog)
         self._require_roles(dialog)
@@ -81,6 +91,14 @@ class Written:
                 raise UserError(
                     f"the chat template does not use {key!r} of chat_template_kwargs. Leave it out"
                 )
+            what = "switch", key, value
+            if _meant(value) is not None and what not in self._known:
+                _require_switch(self.with_option(dialog, key), key, value, "chat_template_kwargs")
+                self._known[what] = True
+
+    def with_option(self, dialog: Dialog, key: str) -> Callable[[Any], object]:
+        """Return a function that renders the conversation with another value of an option."""
+        return lambda value: self._changed(replace(dialog, options={**dialog.options, key: value}))
 
     def _require_roles(self, dialog: Dialog) -> None:
         found = self._found(dialog) if self.each else None
@@ -213,10 +231,48 @@ def _others(value: Any) -> Iterator[Any]:
 
 
 def require_options(template: ChatTemplate, options: Mapping[str, Any]) -> None:
-    """Raise UserError for a variable in data.chat_template_kwargs that no template names."""
-    for key in options:
+    """Raise UserError for a variable in data.chat_template_kwargs that no template names.
+
+    Also for one that is no option, and for a switch that is neither true nor false.
+    """
+    _require_names(options, "data.chat_template_kwargs")
+    for key, value in options.items():
         if not template.names(key):
             raise UserError(
                 f"the chat template does not use {key!r} of data.chat_template_kwargs. Leave it "
                 "out, or write it as the template does"
             )
+        if _meant(value) is not None:
+            render = Written(template, whole=False).with_option(_EXAMPLE, key)
+            _require_switch(render, key, value, "data.chat_template_kwargs")
+
+
+def _require_names(options: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a variable that the template gets from elsewhere."""
+    for key in _NOT_OPTIONS:
+        if key in options:
+            raise UserError(
+                f"{where} has {key!r}, which the chat template gets from each record. Leave it out"
+            )
+
+
+def _meant(value: object) -> bool | None:
+    """Return whether true or false is meant by a value that is neither; None if it is none such."""
+    if isinstance(value, str):
+        return _SWITCHES.get(value.strip().lower())
+    return _SWITCHES.get(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _require_switch(
+    render: Callable[[object], object], key: str, value: object, where: str
+) -> None:
+    """Raise UserError if the template reads a value as any other of its kind, but not as meant.
+
+    `render` returns what the template writes with a value.
+    """
+    meant = _meant(value)
+    if render(value) == render(next(_others(value))) != render(meant):
+        raise UserError(
+            f"{where} has {key}: {value!r}, which is no switch for the chat template. Write "
+            f"{str(meant).lower()}"
+        )

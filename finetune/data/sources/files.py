@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,10 @@ KINDS = {
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 PACKAGE = "package:"
 BOM = "\ufeff"
+_HELD_OUT = re.compile(
+    r"(^|[-._ 0-9/])(validation|valid|dev|val|test|testing|eval|evaluation)[-._ 0-9/]"
+)
+"""What says in a path that a file is held out, as `datasets` reads it: in small letters alone."""
 
 
 def local_files(path: str, *, is_text: bool = False) -> list[Path]:
@@ -117,6 +122,18 @@ def require_all(folder: Path, splits: Mapping[str, Sequence[Path]], every: Seque
         f"{os.path.relpath(cause, folder)} makes it the split {split!r} and leaves out the others. "
         f"Give the files that are meant by name or by a glob, such as {pattern!r}"
     )
+
+
+def require_no_held_out(folder: Path, train: Sequence[Path]) -> None:
+    """Raise UserError for training files of a folder whose names say in capitals another split."""
+    names = [os.path.relpath(file, folder) for file in train]
+    held_out = [n for n in names if _HELD_OUT.search(n.casefold()) and not _HELD_OUT.search(n)]
+    if held_out:
+        raise UserError(
+            f"{folder}: {listed(sorted(held_out)[:4])} would be trained on, since a split is named "
+            "in small letters. Name the files of a split so, such as train.jsonl and test.jsonl, "
+            "or give the files that are meant by name"
+        )
 
 
 def _is_of_run(file: Path) -> bool:

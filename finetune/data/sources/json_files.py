@@ -5,7 +5,7 @@ A record is exactly the object in the file: no type is guessed, and no key is ad
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,23 +115,6 @@ def document_records(file: Path) -> Iterator[tuple[int, Record | str]]:
         end = decoder.raw_decode(text, start)[1]
         yield number, _text(item) if isinstance(item, str) else _read(text[start:end])
         number += text.count("\n", start, end)
-
-
-def without_padding(record: Record) -> Record:
-    """Return a record of a Parquet file whose objects have no keys with null; its columns stay.
-
-    Parquet gives every object of a column the same keys, so it cannot tell a null from a key that
-    is missing. In JSON a null is what the file says, and stays.
-    """
-    return {column: _without_nulls(value) for column, value in record.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _next_item(text: str, position: int) -> int:

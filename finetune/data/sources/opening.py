@@ -29,8 +29,14 @@ from finetune.data.bad_records import BadRecords
 from finetune.data.encoding.store import Store, hash_bytes
 from finetune.data.sources.aligned import aligned_sides
 from finetune.data.sources.explained import explained
-from finetune.data.sources.files import KINDS, kind_ending, kind_of, local_files, require_all
-from finetune.data.sources.json_files import without_padding
+from finetune.data.sources.files import (
+    KINDS,
+    kind_ending,
+    kind_of,
+    local_files,
+    require_all,
+    require_no_held_out,
+)
 from finetune.data.sources.local import (
     AlignedStream,
     AlignedTable,
@@ -41,7 +47,7 @@ from finetune.data.sources.local import (
     TextLines,
     reader_of,
 )
-from finetune.data.types import Record
+from finetune.data.types import Record, without_padding
 from finetune.errors import UserError
 from finetune.run.files import path_of
 
@@ -254,6 +260,8 @@ def _splits_of_folder(folder: Path, name: str | None) -> dict[str, list[Path]]:
             split: [file for file in files if kind_of(file) != "text"]
             for split, files in splits.items()
         }
+    if is_by_name:
+        require_no_held_out(folder, splits.get("train", ()))
     return {split: files for split, files in splits.items() if files}
 
 

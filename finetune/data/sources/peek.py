@@ -12,7 +12,7 @@ from finetune.data.formats.detect import find_shape
 from finetune.data.sources.files import kind_of, read_lines
 from finetune.data.sources.json_files import looks_like_json
 from finetune.data.sources.local import FileStream, reader_of
-from finetune.data.types import Record
+from finetune.data.types import Record, without_padding
 from finetune.errors import UserError
 
 MOST_LOOKED_AT = 100  # records
@@ -45,7 +45,7 @@ def _rows(file: Path) -> Iterator[Record]:
             if table.metadata.num_rows == 0:
                 raise UserError(f"{file} is empty: it has no rows")
             for batch in table.iter_batches(batch_size=1):
-                yield dict(batch.to_pylist()[0])
+                yield without_padding(batch.to_pylist()[0])
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 

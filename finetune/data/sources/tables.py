@@ -23,6 +23,8 @@ _SEPARATORS = {"csv": ",;\t|", "tsv": "\t,;|"}  # tried in this order
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t|])"?')  # Excel's own first line
 _NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?|NA|NaN|[-+]?Inf|TRUE|FALSE", re.I)  # R's
+_SPACED = re.compile(r' +"')  # a field after a blank: its quotation marks are read as text
+_ALL_SPACED = re.compile(r' +"[^"]+" *')
 _ESCAPE = "\ufdd0"  # before 1: a lone \r, which the csv module would take for the end of a row
 
 
@@ -34,6 +36,7 @@ class TableLayout:
     columns: tuple[str, ...]
     separator: str
     quoted: bool
+    spaced: bool  # blanks before a field are no text
 
     def records(self, lines: Lines) -> Iterator[tuple[int, dict[str, str] | str]]:
         """Yield (line, row) for what follows; at the start of the file the header is passed over.
@@ -41,17 +44,21 @@ class TableLayout:
         Instead of a row that cannot be used there is what is wrong with it. Raises UserError for
         quotation marks that do not fit.
         """
-        rows = _fields(lines, self.separator, quoted=self.quoted)
+        rows = _fields(lines, self.separator, quoted=self.quoted, spaced=self.spaced)
         if lines.offset == 0:
             next(rows, None)
         header = _folded(self.columns)
-        for number, fields in rows:
+        for number, fields, raw in rows:
             if fields == [""] and len(self.columns) > 1 and not self.quoted:
                 continue  # a blank line
             if len(fields) != len(self.columns):
                 yield number, self._problem(len(fields))
             elif _folded(fields) == header:
                 yield number, "repeats the header. Remove the line, or rename the column"
+            elif self.quoted and any(
+                _ALL_SPACED.fullmatch(f) and f in "".join(raw) for f in fields
+            ):
+                yield number, "has a blank before a field in quotation marks. Remove the blank"
             else:
                 yield number, dict(zip(self.columns, fields))
 
@@ -85,8 +92,10 @@ def read_layout(file: Path, kind: str) -> TableLayout:
         (found for found in layouts if _fits(file, *found)),
         next((found for found in layouts if len(_start(file, *found)[0]) > 1), layouts[0]),
     )
+    spaced = quoted and _is_spaced(file, separator)
     with open_bytes(file) as stream:
-        header = next(_fields(Lines(file, stream), separator, quoted=quoted), (0, []))[1]
+        rows = _fields(Lines(file, stream), separator, quoted=quoted, spaced=spaced)
+        header = next(rows, (0, [], []))[1]
     if any("\r" in name for name in header):
         raise UserError(
             f"{file} ends its lines with carriage returns alone. Save it with the line ends of "
@@ -96,27 +105,42 @@ def read_layout(file: Path, kind: str) -> TableLayout:
     for name in columns:
         if columns.count(name) > 1:
             raise UserError(f"{file} names the column {name!r} twice. Rename or remove one of them")
-    return TableLayout(file, tuple(columns), separator, quoted)
+    return TableLayout(file, tuple(columns), separator, quoted, spaced)
 
 
 def _fits(file: Path, separator: str, quoted: bool) -> bool:
     """Return whether it separates several fields in the header, and as many in the first row."""
-    header, *rows = _start(file, separator, quoted)
-    return len(header) > 1 and all(len(row) == len(header) for row in rows)
+    return _is_even(_start(file, separator, quoted))
 
 
-def _start(file: Path, separator: str, quoted: bool) -> list[list[str]]:
+def _is_even(rows: list[list[str]]) -> bool:
+    return len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows)
+
+
+def _is_spaced(file: Path, separator: str) -> bool:
+    """Return whether a blank is before a field in quotation marks in the header or the first row.
+
+    The two rows must be readable without it.
+    """
+    bare, skipped = (_start(file, separator, True, spaced=spaced) for spaced in (False, True))
+    has_mark = any(_SPACED.match(field) for row in bare for field in row)
+    return has_mark and bare != skipped and _is_even(skipped)
+
+
+def _start(file: Path, separator: str, quoted: bool, *, spaced: bool = False) -> list[list[str]]:
     """Return the header and the first row, or one empty header if they cannot be read so."""
     try:
         with open_bytes(file) as stream:
-            rows = _fields(Lines(file, stream), separator, quoted=quoted)
-            return [fields for _, fields in itertools.islice(rows, 2)] or [[]]
+            rows = _fields(Lines(file, stream), separator, quoted=quoted, spaced=spaced)
+            return [fields for _, fields, _ in itertools.islice(rows, 2)] or [[]]
     except UserError:
         return [[]]
 
 
-def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) for the header and each row.
+def _fields(
+    lines: Lines, separator: str, *, quoted: bool, spaced: bool
+) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Yield (line, fields, lines as they are) for the header and each row.
 
     Blank lines and Excel's line "sep=;" are passed over, and rows without text before the header;
     without quotation marks a blank line after the header is a row with one empty field.
@@ -124,7 +148,9 @@ def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int
     csv.field_size_limit(sys.maxsize)
     source = _Protected(lines)
     is_header = lines.offset == 0
-    rows: Iterator[list[str]] = csv.reader(source, delimiter=separator, strict=True)
+    rows: Iterator[list[str]] = csv.reader(
+        source, delimiter=separator, skipinitialspace=spaced, strict=True
+    )
     if not quoted:
         rows = (without_end(line).split(separator) for line in source)
     while True:
@@ -138,7 +164,8 @@ def _fields(lines: Lines, separator: str, *, quoted: bool) -> Iterator[tuple[int
         is_blank = (quoted and not fields) or (is_header and not "".join(fields).strip())
         if not is_blank:
             is_header = False
-            yield first, source.restored(fields)
+            yield first, source.restored(fields), source.taken
+        source.taken = []
 
 
 class _Protected(Iterator[str]):
@@ -146,11 +173,13 @@ class _Protected(Iterator[str]):
 
     def __init__(self, lines: Lines) -> None:
         self._lines, self._is_escaped = lines, False
+        self.taken: list[str] = []  # lines that were read since it was emptied
 
     def __next__(self) -> str:
         line = next(self._lines)
         if self._lines.number == 1 and _SEPARATOR_LINE.fullmatch(without_end(line)):
             line = next(self._lines)
+        self.taken.append(line)
         body = without_end(line)
         if "\r" not in body and _ESCAPE not in body:
             return line

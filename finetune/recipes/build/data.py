@@ -245,28 +245,34 @@ def _watched(
         yield record
 
 
-def unrelated_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> EncodedDataset | None:
+def unrelated_text(
+    config: RunConfig, tokenizer: Any, vocab_size: int, display: Display
+) -> EncodedDataset | None:
     """Return the plain text of `data.unrelated`, encoded: as many records as are held out.
 
-    Raises UserError if it cannot be read.
+    What is dropped or not used is noted. Raises UserError if it cannot be read.
     """
     data = config.data
     if data.unrelated is None:
         return None
     try:
-        records = load_records(
-            as_sources(data.unrelated), on_bad=data.on_bad_record, store=encoded_store(data)
-        )
-        return encode(
+        records = open_records(data.unrelated, data)
+        format, bad = TextFormat(tokenizer=tokenizer, columns={}), copy.deepcopy(records.bad)
+        encoded = encode(
             records.take(data.max_validation_records),
-            TextFormat(tokenizer=tokenizer, columns={}),
+            format,
             max_length=data.max_length,
             overlong="truncate",
             vocab_size=vocab_size,
-            bad=copy.deepcopy(records.bad),
+            bad=bad,
         )
     except UserError as error:
         raise UserError(f"data.unrelated, which is plain text: {error}") from error
+    if bad.count:
+        display.warn(f"dropped of data.unrelated: {bad.sentence()} (data.on_bad_record)")
+    for note in format.notes():
+        display.note(f"{note} of data.unrelated")
+    return encoded
 
 
 def first_prompts(

@@ -376,8 +376,8 @@ def look_at_export(target: str, dest: Path, checkpoint: Path | None) -> RunDir |
 
 def require_no_other_kind(data: DataSection) -> None:
     """Raise UserError if a text file of the data is a table or JSON, and nobody says it is text."""
-    for source in (*data.train, *(data.validation or ()), *(data.test or ())):
-        if data.format == "auto":
+    for sources in (data.train, data.validation, data.test, data.unrelated):
+        for source in sources or () if data.format == "auto" else ():
             require_plain_text(_files_of(source))
 
 

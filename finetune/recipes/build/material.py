@@ -94,7 +94,7 @@ class Material:
     @cached_property
     def unrelated(self) -> EncodedDataset | None:
         """Text of another kind (`data.unrelated`)."""
-        return unrelated_text(self.config, self.tokenizer, self.table_rows)
+        return unrelated_text(self.config, self.tokenizer, self.table_rows, self.display)
 
     @property
     def corpora(self) -> list[EncodedDataset]:

@@ -17,7 +17,6 @@ from finetune.data.batches.steps import BatchShape
 from finetune.data.batches.stream import StreamingBatches
 from finetune.data.encode import DataStatistics, RecordEncoder
 from finetune.data.sources import Records
-from finetune.data.types import Format
 from finetune.display import Display
 from finetune.errors import UserError, reason_of
 from finetune.models.describe import inner_model
@@ -130,11 +129,12 @@ def assemble(material: Material, *, accelerator: Accelerator, display: Display) 
     given, material = material, with_step_size(material)
     config = material.config
     batches, statistics = _make_batches(material, accelerator)
-    held_out = material.validation.statistics if material.validation is not None else None
-    for part, counts in (("training", statistics), ("held-out", held_out)):
-        if counts is not None:
-            say_counts(display, part, material.format, counts, config)
-    _ = material.unrelated  # what is wrong with it is said before the weights are loaded
+    say_counts(display, "training", material.format.name, statistics, config)
+    if material.validation is not None:
+        said = material.validation.statistics
+        say_counts(display, "held-out", material.format.name, said, config)
+    if material.unrelated is not None:  # what is wrong with it is said before weights are loaded
+        say_counts(display, "unrelated", "text", material.unrelated.statistics, config)
     display.say(f"loading {config.model.name or 'a random ' + model_type(config)}")
     tokens = material.tokens
     model = make_model(config.model, material.tokenizer, tokens, seed=config.seed)
@@ -243,21 +243,36 @@ def _make_batches(
         bad=records.bad if data.on_bad_record == "drop" else None,
     )
     stream = StreamingBatches(records, encoder, shape, shuffle_buffer=data.shuffle_buffer)
-    encoder.count_bad()
-    encoder.statistics.bad_records = 0  # those of the first records, which were looked at
+    records.bad.forget()  # those of the first records, which were looked at
+    material.format.notes()
     return stream, encoder.statistics
 
 
+def say_stream(display: Display, parts: Parts) -> None:
+    """Report what was read of a stream, after its run: how much, what is bad, and what not used."""
+    assert isinstance(parts.batches, StreamingBatches)
+    format, bad = parts.material.format, parts.batches.encoder.bad
+    say_counts(display, "training", format.name, parts.statistics, parts.config)
+    if bad is not None and bad.count:
+        display.warn(f"training: dropped: {bad.sentence()} (data.on_bad_record)")
+    for note in format.notes():
+        display.note(f"training: {note}")
+
+
 def say_counts(
-    display: Display, part: str, format: Format, counts: DataStatistics, config: RunConfig
+    display: Display, part: str, kind: str, counts: DataStatistics, config: RunConfig
 ) -> None:
-    """Report how much data there is, and what was cut or left out."""
+    """Report how much data of a kind there is, and what was cut or left out."""
     if counts.records:
         share = counts.target_tokens / max(1, counts.tokens)
         display.say(
-            f"{part}: {counts.examples:,} {format.name} examples, {counts.tokens:,} tokens, "
+            f"{part}: {counts.examples:,} {kind} examples, {counts.tokens:,} tokens, "
             f"{share:.0%} of them targets"
-            + (f"; {counts.bad_records:,} bad records dropped" if counts.bad_records else "")
+            + (
+                f"; {counted(counts.bad_records, 'bad record')} dropped"
+                if counts.bad_records
+                else ""
+            )
         )
     limit, said = config.data.max_length, []
     if counts.split:

@@ -37,7 +37,7 @@ from finetune.recipes.build.parts import (
     evaluation_seconds,
     evaluation_steps,
     evaluations_of_stream,
-    say_counts,
+    say_stream,
 )
 from finetune.recipes.train.evaluations import RunEvaluations, check_best
 from finetune.recipes.train.finish import LiveRun, finish_run, is_finished
@@ -211,7 +211,7 @@ def _train(
             if stopped == "signal":
                 _end_live_report(parts, run)
     if isinstance(parts.batches, StreamingBatches) and is_main and not live.finished:
-        say_counts(display, "training", parts.material.format, parts.statistics, parts.config)
+        say_stream(display, parts)
         write_counts(parts, run)
     if stopped == "signal":
         display.say(
