@@ -45,7 +45,7 @@ def add_lora(
     (every linear layer but the head). `new_token_ids`: rows of the token table (and of an untied
     head) that are trained too. Logs a warning if a mixture of experts keeps its experts as they
     are. Raises UserError if no module has such a name, or if the module is an output head with
-    active rows or with the table of the input.
+    active or new rows, or with the table of the input.
     """
     linear = {
         name: module
@@ -55,7 +55,7 @@ def add_lora(
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     every = targets == ["all-linear"]
     if not every:
-        _check_targets(model, linear, targets)
+        _check_targets(model, linear, targets, new_rows=bool(new_token_ids))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
@@ -126,7 +126,7 @@ def save_adapters(
 
 
 def _check_targets(
-    model: PreTrainedModel, linear: Mapping[str, Any], targets: Sequence[str]
+    model: PreTrainedModel, linear: Mapping[str, Any], targets: Sequence[str], *, new_rows: bool
 ) -> None:
     """Raise UserError for a target that is no linear layer, or that cannot be adapted alone."""
     shared = _shared_weights(model)
@@ -136,17 +136,22 @@ def _check_targets(
             for name, module in linear.items()
             if name == target or name.endswith("." + target)
         ]
+        is_head = any(module is model.get_output_embeddings() for module in chosen)
         if any(isinstance(module, ActiveHead) for module in chosen):
             raise UserError(
                 f"model.lora.target_modules: {target!r} is the output head, and an active "
                 "vocabulary trains rows of it. Leave it out, or set vocabulary.mode to full"
             )
         if any(id(module.weight) in shared for module in chosen):
-            head = any(module is model.get_output_embeddings() for module in chosen)
-            others = "the input embedding" if head else "other layers"
+            others = "the input embedding" if is_head else "other layers"
             raise UserError(
                 f"model.lora.target_modules: {target!r} shares its weights with {others}, and what "
                 "one learns would be merged into both. Leave it out"
+            )
+        if is_head and new_rows:  # peft cannot do both
+            raise UserError(
+                f"model.lora.target_modules: {target!r} is the output head, and the rows of added "
+                "tokens train in it. Leave it out"
             )
         if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))

@@ -120,6 +120,13 @@ def test_a_head_that_shares_its_table_is_refused(make_model):
         )
 
 
+def test_a_head_whose_new_rows_train_is_refused(make_model):
+    with pytest.raises(UserError, match="'lm_head' is the output head, and the rows of added tok"):
+        add_lora(
+            make_model("llama"), **LORA | {"target_modules": ["lm_head"]}, new_token_ids=[95]
+        )
+
+
 def test_layers_that_share_their_weights_get_no_adapters(make_model, caplog):
     """As in Zamba: what one of them learns would be merged into all."""
     model = make_model("llama")
