@@ -34,6 +34,7 @@ from finetune.models.checks import (
     say_unread,
     settle_tying,
 )
+from finetune.models.describe import COUNTS_FROM_PADDING
 from finetune.models.locate import resolve_name
 
 # The command line shows progress of its own. Downloads keep their bars.
@@ -59,7 +60,6 @@ AT_LEAST_ONE = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-COUNTS_FROM_PADDING = "create_position_ids_from_input_ids"  # a method of RoBERTa and its kin
 CAN_BE_UNDONE = ("fp8", "mxfp4")  # quantisations that transformers can take back while loading
 OWN_ATTENTION = ("sdpa", "eager")  # that needs no package and no kernel of the hub
 

@@ -382,7 +382,10 @@ def test_a_model_that_returns_attentions_by_its_config_can_be_saved(tmp_path, at
     [
         ({**LLAMA, "max_position_embeddings": 60}, 60),
         ({"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 40}, 40),
+        ({**LLAMA, "model_type": "roberta", "max_position_embeddings": 40, "pad_token_id": 3}, 36),
     ],
 )
 def test_the_number_of_places_has_several_names(config, places):
-    assert context_length(load_model(ModelSpec(config=config, vocab_size=300))) == places
+    model = load_model(ModelSpec(config=config, vocab_size=300))
+    assert context_length(model) == places
+    model(torch.arange(5, 5 + places)[None])
