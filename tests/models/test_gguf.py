@@ -218,8 +218,11 @@ def test_a_file_that_says_that_nothing_is_scaled_is_read(tmp_path):
     assert load_model(ModelSpec(name=str(tmp_path / "tiny.gguf"))).config.hidden_size == 32
 
 
-def write_starcoder2(path, theta):
-    """A random Starcoder 2, whose rotary base transformers does not read."""
+def write_starcoder2(path, theta=10_000.0, **numbers):
+    """A random Starcoder 2, of which transformers reads neither the rotary base nor a window.
+
+    numbers: `sliding_window` and `rope_dimension_count`.
+    """
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = {"model_type": "starcoder2", **sizes, **heads, "tie_word_embeddings": True}
@@ -233,6 +236,8 @@ def write_starcoder2(path, theta):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_eps(1e-5)
     writer.add_rope_freq_base(theta)
+    for name, number in numbers.items():
+        getattr(writer, f"add_{name}")(number)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("starcoder")
     writer.add_token_list(["<|endoftext|>", *map(chr, range(33, 127)), "Ġ", "he"])
@@ -251,11 +256,19 @@ def write_starcoder2(path, theta):
     writer.close()
 
 
-def test_a_rotary_base_that_is_not_read_is_refused(tmp_path):
-    write_starcoder2(tmp_path / "usual.gguf", 10_000.0)
+@pytest.mark.parametrize(
+    ("usual", "other", "says"),
+    [
+        ({}, {"theta": 100_000.0}, "of base 100000, and transformers reads 10000 from it"),
+        ({"rope_dimension_count": 8}, {"rope_dimension_count": 4}, "of width 4, .* reads 8"),
+        ({"sliding_window": 64}, {"sliding_window": 16}, "a window of 16, .* reads none"),
+    ],
+)
+def test_a_number_that_is_not_read_is_refused(usual, other, says, tmp_path):
+    write_starcoder2(tmp_path / "usual.gguf", **usual)
     assert load_model(ModelSpec(name=str(tmp_path / "usual.gguf"))).config.hidden_size == 32
-    write_starcoder2(tmp_path / "other.gguf", 100_000.0)
-    with pytest.raises(UserError, match=r"of base 100000, and transformers reads 10000 from it"):
+    write_starcoder2(tmp_path / "other.gguf", **other)
+    with pytest.raises(UserError, match=says):
         resolve_name(str(tmp_path / "other.gguf"))
 
 
