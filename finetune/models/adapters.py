@@ -22,12 +22,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import Border, UserError, reason_of
-from finetune.models.describe import token_tables
+from finetune.models.describe import inner_model, token_tables
+from finetune.models.locate import MODEL_PACKAGE
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
 
 ADAPTERS = "adapters"  # the folder in an exported model that has LoRA's adapters by themselves
+
+_README = """\
+LoRA adapters, which are merged in the folder above. Here they load onto their base model:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+base.resize_token_embeddings({rows})  # rows for added tokens
+model = PeftModel.from_pretrained(base, "adapters")  # this folder
+```
+"""
 
 
 def add_lora(
@@ -103,14 +117,17 @@ def _reason(error: BaseException) -> str:
 def base_of_adapters(model: PeftModel) -> str:
     """Return the name of the model that the adapters belong to; "" if they alone are not enough.
 
-    They are not if the base has random weights, or if rows of an active vocabulary train too.
+    They are not if the base has random weights, or if rows of an active vocabulary train too. Nor
+    are they if the base is a .gguf file: peft loads them onto a folder.
     """
     others = [
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "lora_" not in name and "trainable_tokens" not in name
     ]
-    return "" if others else str(getattr(model.get_base_model(), "name_or_path", "") or "")
+    name = str(getattr(model.get_base_model(), "name_or_path", "") or "")
+    is_gguf = name.endswith(".gguf") or name.startswith(MODEL_PACKAGE)
+    return "" if others or is_gguf else name
 
 
 def save_adapters(
@@ -118,11 +135,14 @@ def save_adapters(
 ) -> None:
     """Write adapter_model.safetensors and its config, which peft loads onto the model `base`.
 
-    The tokenizer is written too: the base may need rows for tokens that were added.
+    The tokenizer is written too: the base may need rows for tokens that were added. A README shows
+    how to add them.
     """
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
+    rows = len(token_tables(inner_model(model))[0])
+    (folder / "README.md").write_text(_README.format(base=base, rows=rows), encoding="utf-8")
 
 
 def _check_targets(

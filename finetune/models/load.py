@@ -104,6 +104,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             ),
         )
     model, report = loaded
+    model.name_or_path = spec.name  # not that of a folder in a cache
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             f"model {spec.name!r} is a whole model with a LoRA adapter beside it "

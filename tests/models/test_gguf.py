@@ -167,7 +167,9 @@ def test_an_installed_package_with_a_gguf_loads(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise ImportError('not to be imported')")
     write_gguf(package / "model.gguf")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_model(ModelSpec(name="package:a-tiny-model")).config.hidden_size == 32
+    model = load_model(ModelSpec(name="package:a-tiny-model"))
+    assert model.config.hidden_size == 32
+    assert model.name_or_path == "package:a-tiny-model"  # not a folder of the cache
 
 
 def test_what_is_no_gguf_is_refused_and_leaves_nothing(tmp_path, cache):
