@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.data.types import targets_of
 from finetune.errors import UserError, disk_refusal
@@ -21,7 +21,6 @@ from finetune.models.tokenizers import fit_to_tokenizer, set_template
 from finetune.models.trim.keep import needed_tokens
 from finetune.models.trim.tokenizer import trim_tokenizer
 from finetune.models.vocabulary.activate import activate_vocabulary, active_modules
-from tests.models.conftest import KINDS
 
 IDS = [5, 9, 3, 7, 11]
 
@@ -210,17 +209,13 @@ def test_a_lost_tie_is_found(make_model, chat_tokenizer, tmp_path):
 @pytest.mark.parametrize("of_text", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_config_of_the_whole_decides_whether_tables_are_tied(
-    tied, of_text, chat_tokenizer, tmp_path
+    tied, of_text, make_reader_of_pictures, chat_tokenizer, tmp_path
 ):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    text = {**KINDS["gemma3"], **sizes, "layer_types": None, "vocab_size": len(chat_tokenizer)}
-    config = Gemma3Config(
-        text_config=text | {"tie_word_embeddings": of_text},
-        vision_config={**sizes, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
+    model = make_reader_of_pictures(
+        len(chat_tokenizer),
+        of_text={"tie_word_embeddings": of_text},
         tie_word_embeddings=tied,
     )
-    model = AutoModelForCausalLM.from_config(config).eval()
     export_model(model, chat_tokenizer, tmp_path / "model", card="")
     assert verify_export(tmp_path / "model", model, IDS) < 1e-5
 
@@ -231,6 +226,18 @@ def test_an_export_that_does_not_load_is_explained(make_model, chat_tokenizer, t
     (dest / "model.safetensors").unlink()
     with pytest.raises(UserError, match="does not load"):
         verify_export(dest, model, IDS)
+
+
+def test_an_export_that_does_not_run_leaves_nothing_behind(
+    make_reader_of_pictures, chat_tokenizer, tmp_path
+):
+    model = make_reader_of_pictures(len(chat_tokenizer))
+    export_model(model, chat_tokenizer, tmp_path / "out", card="")
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_token_id": None}))
+    with pytest.raises(UserError, match=r"out does not (run|load): .*\. It is deleted"):
+        verify_export(tmp_path / "out", model, IDS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_export_leaves_nothing_behind(make_model, chat_tokenizer, tmp_path):
