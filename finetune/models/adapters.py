@@ -173,6 +173,11 @@ def _check_targets(
                 f"model.lora.target_modules: {target!r} is the output head, and the rows of added "
                 "tokens train in it. Leave it out"
             )
+        if not all(map(_is_product, chosen)):
+            raise UserError(
+                f"model.lora.target_modules: {target!r} computes more than a product, which "
+                "adapters cannot follow. Leave it out"
+            )
         if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise UserError(

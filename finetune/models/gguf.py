@@ -109,6 +109,7 @@ def _convert(file: Path, folder: Path) -> None:
                 **options,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # `check_weights` names the weight
                 output_loading_info=True,
             )
     model, report = loaded

@@ -52,6 +52,11 @@ def resolve_name(name: str, *, revision: str | None = None) -> str:
     from finetune.models.checks import check_folder
     from finetune.models.gguf import convert_gguf
 
+    if revision is not None:
+        raise UserError(
+            f"model.revision is {revision!r}, and {name} is on this machine: only models on the "
+            "hub have revisions. Leave it out"
+        )
     if place.is_dir():
         check_folder(place)
         return str(place)

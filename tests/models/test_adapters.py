@@ -19,6 +19,7 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.probes import check_packing
 from tests.conftest import MOE
+from tests.models.conftest import HEADS, SMALL
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
 TIED = {"gpt2", "qwen2", "gemma3"}
@@ -138,6 +139,13 @@ def test_layers_that_share_their_weights_get_no_adapters(make_model, caplog):
     assert adapted
     assert not any("q_proj" in name or "mlp" in name for name in adapted)
     assert "linear layers get no adapters" in caplog.text
+
+
+def test_a_layer_that_computes_more_than_a_product_is_refused():
+    config = {"model_type": "phimoe", **SMALL, **HEADS, "num_local_experts": 4}
+    model = load_model(ModelSpec(config=config, vocab_size=97))
+    with pytest.raises(UserError, match="'router' computes more than a product"):
+        add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="router")
 
 
 def test_experts_that_get_no_adapters_are_said(caplog):

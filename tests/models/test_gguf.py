@@ -214,6 +214,12 @@ def test_a_file_that_would_become_another_model_is_refused(what, tmp_path, cache
     assert list(cache.iterdir()) == []
 
 
+def test_a_weight_of_another_shape_is_named(tmp_path, cache):
+    write_gguf(tmp_path / "tiny.gguf", vectors={"output_norm.weight": 16})
+    with pytest.raises(UserError, match=r"model.norm.weight has the shape \(16,\), and \(32,\) is"):
+        resolve_name(str(tmp_path / "tiny.gguf"))
+
+
 def test_a_file_that_says_that_nothing_is_scaled_is_read(tmp_path):
     plain = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0}
     write_gguf(tmp_path / "tiny.gguf", metadata=plain)

@@ -64,6 +64,7 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
             "counted from the token of padding. Set model.config.pad_token_id",
         ),
         ({"model_type": "t5"}, "'t5' is not a causal language model"),
+        (LLAMA | {"vocab_size": 60}, "vocab_size is 60, and the tokenizer has 50 tokens. Leave it"),
         (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama. Did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
         (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
@@ -99,6 +100,12 @@ def test_a_folder_loads_in_float32_whatever_it_was_saved_in(tmp_path):
 def test_a_name_that_leads_nowhere_is_explained(name, message):
     with pytest.raises(UserError, match=message):
         resolve_name(name)
+
+
+def test_a_revision_of_a_model_on_this_machine_is_refused(tmp_path):
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model.revision is 'v2', and .* Leave it out"):
+        load_model(ModelSpec(name=str(tmp_path), revision="v2"))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
