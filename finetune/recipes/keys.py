@@ -18,7 +18,7 @@ def print_keys(pattern: str, *, schema: bool) -> None:
     Raises UserError if nothing matches.
     """
     if schema:
-        if pattern:
+        if pattern != "*":
             raise UserError(f"--schema prints every key. Leave {pattern!r} out, or --schema")
         print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
         return

@@ -565,7 +565,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "nothing to evaluate on": {
         "evaluate a model without data": typed(
-            "evaluate model", "is a model, not a run", "--config"
+            "evaluate model", "no data is known to evaluate a model on", "--config"
         )
     },
     "no run and no model": {
