@@ -211,12 +211,8 @@ def _find(spec: ModelSpec) -> tuple[str, PretrainedConfig]:
 def _random_model(spec: ModelSpec) -> PreTrainedModel:
     assert spec.config is not None
     config = dict(spec.config)
-    rows = spec.vocab_size
-    if rows is not None and config.setdefault("vocab_size", rows) != rows:
-        raise UserError(
-            f"model.config.vocab_size is {config['vocab_size']}, and the tokenizer has {rows} "
-            "tokens. Leave it out: model.tokenizer.vocab_size sets how many there may be"
-        )
+    if spec.vocab_size is not None:
+        config["vocab_size"] = spec.vocab_size
     model_config = _make_config(config)
     unable = f"no {config['model_type']} model can be made from model.config"
     try:

@@ -64,7 +64,6 @@ def test_the_special_ids_of_the_full_size_model_are_dropped_and_those_given_are_
             "counted from the token of padding. Set model.config.pad_token_id",
         ),
         ({"model_type": "t5"}, "'t5' is not a causal language model"),
-        (LLAMA | {"vocab_size": 60}, "vocab_size is 60, and the tokenizer has 50 tokens. Leave it"),
         (LLAMA | {"hiden_size": 3}, "no key 'hiden_size' for llama. Did you mean 'hidden_size'"),
         (LLAMA | {"hidden_size": 33}, "not a llama configuration: .* not a multiple"),
         (LLAMA | {"hidden_size": "x"}, "not a llama configuration: .* expected int, got str"),
