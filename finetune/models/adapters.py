@@ -22,12 +22,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from finetune.errors import Border, UserError, reason_of
-from finetune.models.describe import token_tables
+from finetune.models.describe import inner_model, token_tables
+from finetune.models.locate import MODEL_PACKAGE
 from finetune.models.vocabulary.rows import ActiveHead
 
 _logger = logging.getLogger(__name__)
 
 ADAPTERS = "adapters"  # the folder in an exported model that has LoRA's adapters by themselves
+
+_README = """\
+LoRA adapters, which are merged in the folder above. Here they load onto their base model:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+base.resize_token_embeddings({rows})  # rows for added tokens
+model = PeftModel.from_pretrained(base, "adapters")  # this folder
+```
+"""
 
 
 def add_lora(
@@ -45,7 +59,7 @@ def add_lora(
     (every linear layer but the head). `new_token_ids`: rows of the token table (and of an untied
     head) that are trained too. Logs a warning if a mixture of experts keeps its experts as they
     are. Raises UserError if no module has such a name, or if the module is an output head with
-    active rows or with the table of the input.
+    active or new rows, or with the table of the input.
     """
     linear = {
         name: module
@@ -55,7 +69,7 @@ def add_lora(
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     every = targets == ["all-linear"]
     if not every:
-        _check_targets(model, linear, targets)
+        _check_targets(model, linear, targets, new_rows=bool(new_token_ids))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
@@ -103,14 +117,17 @@ def _reason(error: BaseException) -> str:
 def base_of_adapters(model: PeftModel) -> str:
     """Return the name of the model that the adapters belong to; "" if they alone are not enough.
 
-    They are not if the base has random weights, or if rows of an active vocabulary train too.
+    They are not if the base has random weights, or if rows of an active vocabulary train too. Nor
+    are they if the base is a .gguf file: peft loads them onto a folder.
     """
     others = [
         name
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and "lora_" not in name and "trainable_tokens" not in name
     ]
-    return "" if others else str(getattr(model.get_base_model(), "name_or_path", "") or "")
+    name = str(getattr(model.get_base_model(), "name_or_path", "") or "")
+    is_gguf = name.endswith(".gguf") or name.startswith(MODEL_PACKAGE)
+    return "" if others or is_gguf else name
 
 
 def save_adapters(
@@ -118,15 +135,18 @@ def save_adapters(
 ) -> None:
     """Write adapter_model.safetensors and its config, which peft loads onto the model `base`.
 
-    The tokenizer is written too: the base may need rows for tokens that were added.
+    The tokenizer is written too: the base may need rows for tokens that were added. A README shows
+    how to add them.
     """
     model.peft_config["default"].base_model_name_or_path = base
     model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
+    rows = len(token_tables(inner_model(model))[0])
+    (folder / "README.md").write_text(_README.format(base=base, rows=rows), encoding="utf-8")
 
 
 def _check_targets(
-    model: PreTrainedModel, linear: Mapping[str, Any], targets: Sequence[str]
+    model: PreTrainedModel, linear: Mapping[str, Any], targets: Sequence[str], *, new_rows: bool
 ) -> None:
     """Raise UserError for a target that is no linear layer, or that cannot be adapted alone."""
     shared = _shared_weights(model)
@@ -136,17 +156,27 @@ def _check_targets(
             for name, module in linear.items()
             if name == target or name.endswith("." + target)
         ]
+        is_head = any(module is model.get_output_embeddings() for module in chosen)
         if any(isinstance(module, ActiveHead) for module in chosen):
             raise UserError(
                 f"model.lora.target_modules: {target!r} is the output head, and an active "
                 "vocabulary trains rows of it. Leave it out, or set vocabulary.mode to full"
             )
         if any(id(module.weight) in shared for module in chosen):
-            head = any(module is model.get_output_embeddings() for module in chosen)
-            others = "the input embedding" if head else "other layers"
+            others = "the input embedding" if is_head else "other layers"
             raise UserError(
                 f"model.lora.target_modules: {target!r} shares its weights with {others}, and what "
                 "one learns would be merged into both. Leave it out"
+            )
+        if is_head and new_rows:  # peft cannot do both
+            raise UserError(
+                f"model.lora.target_modules: {target!r} is the output head, and the rows of added "
+                "tokens train in it. Leave it out"
+            )
+        if not all(map(_is_product, chosen)):
+            raise UserError(
+                f"model.lora.target_modules: {target!r} computes more than a product, which "
+                "adapters cannot follow. Leave it out"
             )
         if not chosen:
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))

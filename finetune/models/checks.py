@@ -95,7 +95,7 @@ def check_weights(model: torch.nn.Module, found: Mapping[str, Any], name: str) -
     if shapes:
         weight, given, wanted = shapes[0]
         raise UserError(
-            f"model {name!r} does not fit its config.json: {visible(weight)} has the shape "
+            f"model {name!r} does not fit its config: {visible(weight)} has the shape "
             f"{tuple(given)}, and {tuple(wanted)} is needed. {AGAIN}"
         )
     if missing:

@@ -37,6 +37,10 @@ _CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions")
 """The keys of a config for its number of positions: most models', MPT's, Whisper's."""
 
 
+COUNTS_FROM_PADDING = "create_position_ids_from_input_ids"
+"""A method of RoBERTa and its kin, whose first position is the one behind the padding's."""
+
+
 def describe_model(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
     """Return counts of parameters (shared ones once) and the shape of the model.
 
@@ -95,10 +99,14 @@ def cache_of(output: Any) -> Any:
 
 
 def context_length(model: CausalLM) -> int | None:
-    """Return the number of positions of a causal language model; None if it has no limit."""
+    """Return how many tokens a causal language model reads at once; None if it has no limit."""
     config = model.config.get_text_config()
     found = next((getattr(config, key) for key in _CONTEXT if hasattr(config, key)), None)
-    return found if isinstance(found, int) and found > 0 else None  # XLNet's is -1
+    if not isinstance(found, int) or found <= 0:  # XLNet's is -1
+        return None
+    counting = [part for part in model.modules() if hasattr(part, COUNTS_FROM_PADDING)]
+    first = [getattr(part, "padding_idx", None) for part in counting]
+    return found - max([pad + 1 for pad in first if isinstance(pad, int)], default=0)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

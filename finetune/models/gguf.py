@@ -31,7 +31,7 @@ from finetune.models.checks import AGAIN, check_number, check_weights
 from finetune.models.llama_cpp.pre_tokenizers import cut_as_llama_cpp
 from finetune.run.replace import open_to_others
 
-LAYOUT = 3  # raise it if the conversion changes: folders of older layouts are then not used
+LAYOUT = 4  # raise it if the conversion changes: folders of older layouts are then not used
 _INSTEAD = "Take the model's Hugging Face folder"
 
 
@@ -109,12 +109,13 @@ def _convert(file: Path, folder: Path) -> None:
                 **options,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # `check_weights` names the weight
                 output_loading_info=True,
             )
     model, report = loaded
     check_weights(model, report, str(file))
     _check_all_is_read(file, metadata, _unread(model, metadata, names, report["unexpected_keys"]))
-    _check_theta(file, metadata, model.config)
+    _check_numbers(file, metadata, model.config)
     _check_scale(file, model.config)
     if metadata.get("tokenizer.ggml.model") == "gpt2":
         cut_as_llama_cpp(tokenizer.backend_tokenizer, metadata.get("tokenizer.ggml.pre"), file)
@@ -144,22 +145,49 @@ def _check_scaling(file: Path, metadata: Mapping[str, object], names: Sequence[s
         )
 
 
-def _check_theta(file: Path, metadata: Mapping[str, object], config: PretrainedConfig) -> None:
-    """Raise UserError if the rotary embeddings have another base than the file says.
+def _check_numbers(file: Path, metadata: Mapping[str, object], config: PretrainedConfig) -> None:
+    """Raise UserError if a number of the file is another one in the config.
 
-    transformers does not read it for every architecture (Starcoder 2, StableLM).
+    transformers does not read each of them for every architecture (Starcoder 2, StableLM, Phi 3).
     """
-    theta = metadata.get(f"{metadata['general.architecture']}.rope.freq_base")
-    rope = getattr(config, "rope_parameters", None) or {}
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]  # Gemma's layers
-    found = [part["rope_theta"] for part in kinds if "rope_theta" in part]
-    if not isinstance(theta, int | float) or not found:
-        return
-    if not any(math.isclose(theta, each, rel_tol=1e-5) for each in found):
-        raise UserError(
-            f"{file} has rotary embeddings of base {theta:g}, and transformers reads {found[0]:g} "
-            f"from it. {_INSTEAD}"
-        )
+    eps = [value for key, value in text.to_dict().items() if key.endswith(("_eps", "_epsilon"))]
+    numbers: list[tuple[str, str, list[Any]]] = [
+        (
+            "rope.freq_base",
+            "rotary embeddings of base",
+            [part["rope_theta"] for part in kinds if "rope_theta" in part],
+        ),
+        ("rope.dimension_count", "rotary embeddings of width", _rotary_widths(text, rope)),
+        ("attention.layer_norm_epsilon", "norms with an eps of", eps),
+        ("attention.layer_norm_rms_epsilon", "norms with an eps of", eps),
+        ("attention.sliding_window", "a window of", [getattr(text, "sliding_window", None) or 0]),
+    ]
+    architecture = metadata["general.architecture"]
+    length: Any = metadata.get(f"{architecture}.context_length")
+    for key, what, found in numbers:
+        given = metadata.get(f"{architecture}.{key}")
+        if not isinstance(given, int | float) or not given or not found:
+            continue
+        if key.endswith("window") and isinstance(length, int) and given >= length:
+            continue  # no text is longer
+        if not any(math.isclose(given, each, rel_tol=1e-5) for each in found):
+            read = f"{found[0]:g}" if found[0] else "none"
+            raise UserError(
+                f"{file} has {what} {given:g}, and transformers reads {read} from it. {_INSTEAD}"
+            )
+
+
+def _rotary_widths(config: Any, rope: Mapping[str, Any]) -> list[int]:
+    """Return how many numbers of a head are rotated; nothing if it is not known."""
+    if "rope_type" not in rope:  # none, or some for each kind of layer
+        return []
+    names = ("rotary_dim", "qk_rope_head_dim")
+    stated = [getattr(config, name) for name in names if getattr(config, name, None)]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return stated or [int(width * rope.get("partial_rotary_factor", 1))]
 
 
 def _check_scale(file: Path, config: PretrainedConfig) -> None:

@@ -34,6 +34,7 @@ from finetune.models.checks import (
     say_unread,
     settle_tying,
 )
+from finetune.models.describe import COUNTS_FROM_PADDING
 from finetune.models.locate import resolve_name
 
 # The command line shows progress of its own. Downloads keep their bars.
@@ -59,7 +60,7 @@ AT_LEAST_ONE = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-COUNTS_FROM_PADDING = "create_position_ids_from_input_ids"  # a method of RoBERTa and its kin
+CAN_BE_UNDONE = ("fp8", "mxfp4")  # quantisations that transformers can take back while loading
 OWN_ATTENTION = ("sdpa", "eager")  # that needs no package and no kernel of the hub
 
 
@@ -103,11 +104,13 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             ),
         )
     model, report = loaded
+    model.name_or_path = spec.name  # not that of a folder in a cache
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             f"model {spec.name!r} is a whole model with a LoRA adapter beside it "
             "(adapter_config.json). Move the adapter to another folder, or merge the two"
         )
+    _in_float32(model, spec.name)
     check_weights(model, report, spec.name)
     say_unread(model, report, spec.name)
     settle_tying(model, spec.name)
@@ -116,6 +119,20 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             model.generation_config = _generation_config(place, model.config, spec.revision)
     check_stops(model.generation_config.eos_token_id, f"the generation config of {spec.name!r}")
     return model
+
+
+def _in_float32(model: PreTrainedModel, name: str) -> None:
+    """Let all weights be float32; those of a quantised checkpoint may come in bfloat16.
+
+    Raises UserError if they are still quantised.
+    """
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            f"model {name!r} is quantised, and float32 weights are trained here. Take the model "
+            "that it was made of"
+        )
+    if any(tensor.dtype != torch.float32 for tensor in model.parameters()):
+        model.float()
 
 
 def _generation_config(
@@ -181,6 +198,9 @@ def _find(spec: ModelSpec) -> tuple[str, PretrainedConfig]:
         )
     check_config(found, f"the config of {spec.name!r}")
     found.output_attentions = False  # nobody reads them here, and sdpa could not be saved with them
+    scheme = getattr(found, "quantization_config", None)
+    if isinstance(scheme, dict) and scheme.get("quant_method") in CAN_BE_UNDONE:
+        scheme["dequantize"] = True
     named = found._attn_implementation
     found._attn_implementation = spec.attn_implementation or (  # also of its parts
         named if named in OWN_ATTENTION else None

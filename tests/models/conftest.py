@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.tokenizers import train_tokenizer
@@ -54,6 +55,22 @@ def make_model():
                 if "norm" not in name and "ln_" not in name:
                     parameter.normal_(std=0.2)
         return model
+
+    return make
+
+
+@pytest.fixture
+def make_reader_of_pictures():
+    """make_reader_of_pictures(vocab_size=97, **config): a Gemma 3 whose text model is a part."""
+
+    def make(vocab_size=97, *, of_text=None, **options):
+        torch.manual_seed(0)
+        text = {**KINDS["gemma3"], "vocab_size": vocab_size, **(of_text or {})}
+        sight = {**SMALL, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+        config = Gemma3Config(
+            text_config=text, vision_config=sight, mm_tokens_per_image=4, **options
+        )
+        return AutoModelForCausalLM.from_config(config).eval()
 
     return make
 

@@ -4,10 +4,10 @@ New rows and ties are included.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from finetune.data.types import targets_of
@@ -19,6 +19,7 @@ from finetune.models.language_model import LanguageModel
 from finetune.models.load import ModelSpec, load_model
 from finetune.models.probes import check_packing
 from tests.conftest import MOE
+from tests.models.conftest import HEADS, SMALL
 
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}
 TIED = {"gpt2", "qwen2", "gemma3"}
@@ -120,6 +121,11 @@ def test_a_head_that_shares_its_table_is_refused(make_model):
         )
 
 
+def test_a_head_whose_new_rows_train_is_refused(make_model):
+    with pytest.raises(UserError, match="'lm_head' is the output head, and the rows of added tok"):
+        add_lora(make_model("llama"), **LORA | {"target_modules": ["lm_head"]}, new_token_ids=[95])
+
+
 def test_layers_that_share_their_weights_get_no_adapters(make_model, caplog):
     """As in Zamba: what one of them learns would be merged into all."""
     model = make_model("llama")
@@ -135,6 +141,13 @@ def test_layers_that_share_their_weights_get_no_adapters(make_model, caplog):
     assert "linear layers get no adapters" in caplog.text
 
 
+def test_a_layer_that_computes_more_than_a_product_is_refused():
+    config = {"model_type": "phimoe", **SMALL, **HEADS, "num_local_experts": 4}
+    model = load_model(ModelSpec(config=config, vocab_size=97))
+    with pytest.raises(UserError, match="'router' computes more than a product"):
+        add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="router")
+
+
 def test_experts_that_get_no_adapters_are_said(caplog):
     model = load_model(ModelSpec(config=MOE, vocab_size=97))
     add_lora(model, rank=2, alpha=4, dropout=0.0, target_modules="all-linear")
@@ -142,22 +155,29 @@ def test_experts_that_get_no_adapters_are_said(caplog):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft 0.21
+@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "gpt2"])
-def test_adapters_are_also_kept_by_themselves(make_model, kind, chat_tokenizer, tmp_path):
-    base = tmp_path / "base"
-    make_model(kind, len(chat_tokenizer)).save_pretrained(base)
-    model = add_lora(load_model(ModelSpec(name=str(base))), **LORA, new_token_ids=[3, 5])
+def test_adapters_are_also_kept_by_themselves(
+    make_model, kind, added, chat_tokenizer, tmp_path, monkeypatch
+):
+    base, rows = tmp_path / "base", len(chat_tokenizer)
+    make_model(kind, rows - 2 * added).save_pretrained(base)
+    bare = load_model(ModelSpec(name=str(base)))
+    bare.resize_token_embeddings(rows)
+    model = add_lora(bare, **LORA, new_token_ids=[rows - 2, rows - 1] if added else [3, 5])
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     export_model(model, chat_tokenizer, tmp_path / "model", card="")
     folder = tmp_path / "model" / "adapters"
     assert (folder / "adapter_model.safetensors").is_file()
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
-    ids = torch.arange(12)[None]
+    shown: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path / "model")
+    exec((folder / "README.md").read_text().split("```python")[1].split("```")[0], shown)
+    ids = torch.arange(rows - 12, rows)[None]
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
-        torch.testing.assert_close(again.eval()(ids).logits, merged, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shown["model"].eval()(ids).logits, merged, rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_of_random_weights_or_beside_active_rows_are_not_kept(make_model):
@@ -165,5 +185,8 @@ def test_adapters_of_random_weights_or_beside_active_rows_are_not_kept(make_mode
     assert base_of_adapters(wrapped) == ""
     wrapped.get_base_model().name_or_path = "somewhere"
     assert base_of_adapters(wrapped) == "somewhere"
+    for name in ("models/tiny.gguf", "package:tiny"):
+        wrapped.get_base_model().name_or_path = name
+        assert base_of_adapters(wrapped) == ""
     wrapped.get_input_embeddings().weight.requires_grad_(True)
     assert base_of_adapters(wrapped) == ""

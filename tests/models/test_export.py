@@ -206,12 +206,38 @@ def test_a_lost_tie_is_found(make_model, chat_tokenizer, tmp_path):
         verify_export(dest, model, IDS)
 
 
+@pytest.mark.parametrize("of_text", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_config_of_the_whole_decides_whether_tables_are_tied(
+    tied, of_text, make_reader_of_pictures, chat_tokenizer, tmp_path
+):
+    model = make_reader_of_pictures(
+        len(chat_tokenizer),
+        of_text={"tie_word_embeddings": of_text},
+        tie_word_embeddings=tied,
+    )
+    export_model(model, chat_tokenizer, tmp_path / "model", card="")
+    assert verify_export(tmp_path / "model", model, IDS) < 1e-5
+
+
 def test_an_export_that_does_not_load_is_explained(make_model, chat_tokenizer, tmp_path):
     model, dest = make_model("llama"), tmp_path / "model"
     export_model(model, chat_tokenizer, dest, card="")
     (dest / "model.safetensors").unlink()
     with pytest.raises(UserError, match="does not load"):
         verify_export(dest, model, IDS)
+
+
+def test_an_export_that_does_not_run_leaves_nothing_behind(
+    make_reader_of_pictures, chat_tokenizer, tmp_path
+):
+    model = make_reader_of_pictures(len(chat_tokenizer))
+    export_model(model, chat_tokenizer, tmp_path / "out", card="")
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_token_id": None}))
+    with pytest.raises(UserError, match=r"out does not (run|load): .*\. It is deleted"):
+        verify_export(tmp_path / "out", model, IDS)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_export_leaves_nothing_behind(make_model, chat_tokenizer, tmp_path):

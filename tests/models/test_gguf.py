@@ -167,7 +167,9 @@ def test_an_installed_package_with_a_gguf_loads(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise ImportError('not to be imported')")
     write_gguf(package / "model.gguf")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert load_model(ModelSpec(name="package:a-tiny-model")).config.hidden_size == 32
+    model = load_model(ModelSpec(name="package:a-tiny-model"))
+    assert model.config.hidden_size == 32
+    assert model.name_or_path == "package:a-tiny-model"  # not a folder of the cache
 
 
 def test_what_is_no_gguf_is_refused_and_leaves_nothing(tmp_path, cache):
@@ -212,14 +214,23 @@ def test_a_file_that_would_become_another_model_is_refused(what, tmp_path, cache
     assert list(cache.iterdir()) == []
 
 
+def test_a_weight_of_another_shape_is_named(tmp_path, cache):
+    write_gguf(tmp_path / "tiny.gguf", vectors={"output_norm.weight": 16})
+    with pytest.raises(UserError, match=r"model.norm.weight has the shape \(16,\), and \(32,\) is"):
+        resolve_name(str(tmp_path / "tiny.gguf"))
+
+
 def test_a_file_that_says_that_nothing_is_scaled_is_read(tmp_path):
     plain = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0}
     write_gguf(tmp_path / "tiny.gguf", metadata=plain)
     assert load_model(ModelSpec(name=str(tmp_path / "tiny.gguf"))).config.hidden_size == 32
 
 
-def write_starcoder2(path, theta):
-    """A random Starcoder 2, whose rotary base transformers does not read."""
+def write_starcoder2(path, theta=10_000.0, **numbers):
+    """A random Starcoder 2, of which transformers reads neither the rotary base nor a window.
+
+    numbers: `sliding_window` and `rope_dimension_count`.
+    """
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config = {"model_type": "starcoder2", **sizes, **heads, "tie_word_embeddings": True}
@@ -233,6 +244,8 @@ def write_starcoder2(path, theta):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_eps(1e-5)
     writer.add_rope_freq_base(theta)
+    for name, number in numbers.items():
+        getattr(writer, f"add_{name}")(number)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("starcoder")
     writer.add_token_list(["<|endoftext|>", *map(chr, range(33, 127)), "Ġ", "he"])
@@ -251,11 +264,19 @@ def write_starcoder2(path, theta):
     writer.close()
 
 
-def test_a_rotary_base_that_is_not_read_is_refused(tmp_path):
-    write_starcoder2(tmp_path / "usual.gguf", 10_000.0)
+@pytest.mark.parametrize(
+    ("usual", "other", "says"),
+    [
+        ({}, {"theta": 100_000.0}, "of base 100000, and transformers reads 10000 from it"),
+        ({"rope_dimension_count": 8}, {"rope_dimension_count": 4}, "of width 4, .* reads 8"),
+        ({"sliding_window": 64}, {"sliding_window": 16}, "a window of 16, .* reads none"),
+    ],
+)
+def test_a_number_that_is_not_read_is_refused(usual, other, says, tmp_path):
+    write_starcoder2(tmp_path / "usual.gguf", **usual)
     assert load_model(ModelSpec(name=str(tmp_path / "usual.gguf"))).config.hidden_size == 32
-    write_starcoder2(tmp_path / "other.gguf", 100_000.0)
-    with pytest.raises(UserError, match=r"of base 100000, and transformers reads 10000 from it"):
+    write_starcoder2(tmp_path / "other.gguf", **other)
+    with pytest.raises(UserError, match=says):
         resolve_name(str(tmp_path / "other.gguf"))
 
 

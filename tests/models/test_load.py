@@ -101,6 +101,12 @@ def test_a_name_that_leads_nowhere_is_explained(name, message):
         resolve_name(name)
 
 
+def test_a_revision_of_a_model_on_this_machine_is_refused(tmp_path):
+    load_model(ModelSpec(config=LLAMA, vocab_size=50)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model.revision is 'v2', and .* Leave it out"):
+        load_model(ModelSpec(name=str(tmp_path), revision="v2"))
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is not a model: there is no config.json"):
         resolve_name(str(tmp_path))
@@ -236,6 +242,31 @@ def test_weights_that_no_part_reads_are_named(tmp_path, caplog):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # bitnet's code in transformers 5.23
+def test_a_quantised_model_has_float32_weights(tmp_path):
+    """transformers makes some of the weights bf16, whatever dtype it is asked for."""
+    model = load_model(ModelSpec(config=LLAMA, vocab_size=50))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    for name in [name for name in tensors if "proj" in name]:
+        tensors[f"{name}_scale_inv"] = torch.full((1, 1), 1 / 64)
+        tensors[name] = (64 * tensors[name]).to(torch.float8_e4m3fn)
+    save_file(tensors, file, metadata={"format": "pt"})
+    scheme = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    edit_config(tmp_path, dtype="bfloat16", quantization_config=scheme)
+    found = load_model(ModelSpec(name=str(tmp_path)))
+    assert {tensor.dtype for tensor in found.parameters()} == {torch.float32}
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0.1, atol=0.01)
+    found.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved/config.json").read_text()
+    edit_config(tmp_path, quantization_config={"quant_method": "bitnet"})
+    with pytest.raises(UserError, match="is quantised, and float32 weights are trained here"):
+        load_model(ModelSpec(name=str(tmp_path)))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_tables_stay_apart_whatever_the_config_says(tmp_path, tied, caplog):
     config = LLAMA | {"tie_word_embeddings": tied}
@@ -357,7 +388,10 @@ def test_a_model_that_returns_attentions_by_its_config_can_be_saved(tmp_path, at
     [
         ({**LLAMA, "max_position_embeddings": 60}, 60),
         ({"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 40}, 40),
+        ({**LLAMA, "model_type": "roberta", "max_position_embeddings": 40, "pad_token_id": 3}, 36),
     ],
 )
 def test_the_number_of_places_has_several_names(config, places):
-    assert context_length(load_model(ModelSpec(config=config, vocab_size=300))) == places
+    model = load_model(ModelSpec(config=config, vocab_size=300))
+    assert context_length(model) == places
+    model(torch.arange(5, 5 + places)[None])

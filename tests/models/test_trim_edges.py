@@ -88,6 +88,19 @@ def test_where_a_model_stops_is_needed(make_model) -> None:
     assert stated_ids({"text_config": {"bos_token_id": 5}, "eos_token_id": None}) == {5}
 
 
+def test_tokens_of_pictures_that_are_not_kept_become_no_token(make_reader_of_pictures) -> None:
+    model = make_reader_of_pictures(
+        eos_token_id=3, boi_token_index=9, eoi_token_index=40, image_token_id=262144
+    )
+    assert stated_ids(model.config.to_dict()) >= {3, 9, 40}
+    smaller = trim_model(model, range(3, 20))
+    config = smaller.config
+    assert (config.eos_token_id, config.boi_token_index) == (0, 6)
+    assert (config.eoi_token_index, config.image_token_id) == (40, 262144)
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(smaller(ids).logits, model(3 + ids).logits[..., 3:20])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

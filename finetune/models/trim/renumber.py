@@ -5,7 +5,10 @@ from typing import Any
 
 from finetune.errors import UserError
 
-SINGLE = "token_id"  # the end of a key whose value is an id, or a list of ids
+SINGLE = ("token_id", "token_index")  # ends of keys whose value is an id, or a list of ids
+OF_TEXT = ("bos", "eos", "pad", "sep", "cls", "unk", "mask", "start")
+"""Ends of what is before "_token_id" if the id may also be None. Those of pictures may not."""
+
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
 SEQUENCES = ("bad_words_ids", "force_words_ids")
 TOKEN_KEYS = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
@@ -17,10 +20,13 @@ def renumbered(key: str, value: Any, new_ids: Mapping[int, int]) -> Any:
 
     An id that is not kept is left out of a list. A sequence of ids of which one is not kept can
     no longer be written, so it is left out too. What is empty then becomes None: `generate` refuses
-    an empty list.
+    an empty list. An id of a picture that is not kept becomes a number that no token has.
     """
     if key.endswith(SINGLE) and isinstance(value, int):
-        return new_ids.get(value)
+        if value < 0:
+            return value
+        is_of_text = key.rpartition("_token_")[0].endswith(OF_TEXT)
+        return new_ids.get(value, None if is_of_text else max(value, len(new_ids)))
     if not isinstance(value, list):
         return value
     found = value
